@@ -1,0 +1,77 @@
+"""What a launch needs to know: padded sizes, facts of the device, checks of its inputs."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Bytes of shared memory that one program may use, by compute capability.
+_SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227}
+
+
+def power_of_two(size: int) -> int:
+    """The lowest power of two that is at least `size`."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def dot_size(size: int) -> int:
+    """`size` padded to what `tl.dot` takes: a power of two of at least 16."""
+    return max(16, power_of_two(size))
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@lru_cache
+def capability(device: torch.device) -> int:
+    """Compute capability as one number, such as 90; 80 where the interpreter runs."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use."""
+    return _SHARED.get(capability(device), 99) * 1024
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device; few where the interpreter runs programs one by one."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def on(tensor: Tensor) -> AbstractContextManager:
+    """Makes the tensor's device current, as a launch wants it."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def check_dtype(op: str, name: str, tensor: Tensor) -> None:
+    """Raises TypeError for what the kernels do not compute in, float64 above all."""
+    if tensor.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: {name} is {tensor.dtype}; the Triton kernels take float32, bfloat16 and float16 "
+            "(backend='reference' takes float64)"
+        )
+
+
+def dense_last(tensor: Tensor) -> Tensor:
+    """The tensor, copied if its last dimension is not contiguous."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def check_dense(op: str, **tensors: Tensor) -> None:
+    """Raises ValueError for a tensor written in place whose last dimension is not contiguous."""
+    for name, tensor in tensors.items():
+        if tensor.stride(-1) != 1:
+            raise ValueError(
+                f"{op}: {name} wants a contiguous last dimension, got strides {tensor.stride()}"
+            )

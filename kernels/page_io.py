@@ -1,0 +1,150 @@
+"""Reading and writing whole pages by id."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..types import Pages
+from ._launch import cdiv, on, power_of_two
+from ._slabs import KEYS, META, SUMMARY, VALUES, page_offset
+
+_CHUNK = 2048  # elements of k and of v that one program moves
+
+
+def read_pages(pages: Pages, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Contents of pages `ids` (any shape `[...]`): k, v `[..., P, D]` and meta `[..., P]`."""
+    size, dim = pages.k.shape[1:]
+    flat = ids.reshape(-1)
+    k, v = (torch.empty(*ids.shape, size, dim, dtype=x.dtype, device=x.device) for x in pages[:2])
+    meta = torch.empty(*ids.shape, size, dtype=pages.meta.dtype, device=pages.meta.device)
+    if flat.numel():
+        with on(pages.k):
+            _read_pages[flat.numel(), cdiv(size * dim, _CHUNK)](
+                pages.k, pages.v, pages.meta, pages.slabs, flat, k, v, meta,
+                SLAB_PAGES=pages.slab_pages, PAGE=size, PAGE_PAD=power_of_two(size), DIM=dim,
+                CHUNK=min(_CHUNK, power_of_two(size * dim)), num_warps=4,
+            )  # fmt: skip
+    return k, v, meta
+
+
+@triton.jit
+def _read_pages(
+    pages_k, pages_v, pages_meta, slabs, ids, k, v, meta,
+    SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, PAGE_PAD: tl.constexpr, DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    page = tl.load(ids + n)
+    e = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    mask = e < PAGE * DIM
+    from_k = page_offset(slabs, page, KEYS, SLAB_PAGES, PAGE * DIM)
+    from_v = page_offset(slabs, page, VALUES, SLAB_PAGES, PAGE * DIM)
+    read_k = tl.load(pages_k + from_k + e, mask=mask, other=0.0)
+    read_v = tl.load(pages_v + from_v + e, mask=mask, other=0.0)
+    tl.store(k + n * (PAGE * DIM) + e, read_k, mask=mask)
+    tl.store(v + n * (PAGE * DIM) + e, read_v, mask=mask)
+    if tl.program_id(1) == 0:
+        s = tl.arange(0, PAGE_PAD)
+        from_meta = page_offset(slabs, page, META, SLAB_PAGES, PAGE)
+        read_meta = tl.load(pages_meta + from_meta + s, mask=s < PAGE, other=0)
+        tl.store(meta + n * PAGE + s, read_meta, mask=s < PAGE)
+
+
+def copy_pages(pages: Pages, source: Tensor, target: Tensor) -> None:
+    """Copies k, v, meta and summary of pages `source` `[N]` to pages `target` `[N]`.
+
+    No page is both source and target, the null page apart.
+    """
+    if source.numel() == 0:
+        return
+    size, dim = pages.k.shape[1:]
+    width = 0 if pages.summary is None else pages.summary.shape[1]
+    with on(pages.k):
+        _copy_pages[source.numel(), cdiv(size * dim, _CHUNK)](
+            pages.k, pages.v, pages.meta, pages.k if pages.summary is None else pages.summary,
+            pages.slabs, source.contiguous(), target.contiguous(),
+            SLAB_PAGES=pages.slab_pages, PAGE=size, PAGE_PAD=power_of_two(size), DIM=dim,
+            WIDTH=width, WIDTH_PAD=power_of_two(width),
+            CHUNK=min(_CHUNK, power_of_two(size * dim)), num_warps=4,
+        )  # fmt: skip
+
+
+@triton.jit
+def _copy_pages(
+    pages_k, pages_v, pages_meta, summary, slabs, source, target,
+    SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, PAGE_PAD: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    old = tl.load(source + tl.program_id(0))
+    new = tl.load(target + tl.program_id(0))
+    e = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    mask = e < PAGE * DIM
+    k = pages_k + e
+    v = pages_v + e
+    read_k = tl.load(k + page_offset(slabs, old, KEYS, SLAB_PAGES, PAGE * DIM), mask=mask, other=0.0)
+    read_v = tl.load(v + page_offset(slabs, old, VALUES, SLAB_PAGES, PAGE * DIM), mask=mask, other=0.0)
+    tl.store(k + page_offset(slabs, new, KEYS, SLAB_PAGES, PAGE * DIM), read_k, mask=mask)
+    tl.store(v + page_offset(slabs, new, VALUES, SLAB_PAGES, PAGE * DIM), read_v, mask=mask)
+    if tl.program_id(1) == 0:
+        s = tl.arange(0, PAGE_PAD)
+        about = pages_meta + s
+        from_meta = page_offset(slabs, old, META, SLAB_PAGES, PAGE)
+        read_meta = tl.load(about + from_meta, mask=s < PAGE, other=0)
+        tl.store(about + page_offset(slabs, new, META, SLAB_PAGES, PAGE), read_meta, mask=s < PAGE)
+        if WIDTH > 0:
+            w = tl.arange(0, WIDTH_PAD)
+            extent = summary + w
+            from_summary = page_offset(slabs, old, SUMMARY, SLAB_PAGES, WIDTH)
+            kept = tl.load(extent + from_summary, mask=w < WIDTH, other=0.0)
+            to_summary = page_offset(slabs, new, SUMMARY, SLAB_PAGES, WIDTH)
+            tl.store(extent + to_summary, kept, mask=w < WIDTH)
+
+
+def read_summary(pages: Pages, ids: Tensor) -> Tensor:
+    """Summaries `[..., S]` of pages `ids` `[...]`."""
+    assert pages.summary is not None
+    width = pages.summary.shape[1]
+    flat = ids.reshape(-1)
+    out = torch.empty(*ids.shape, width, dtype=pages.summary.dtype, device=ids.device)
+    if flat.numel():
+        with on(out):
+            _move_summary[flat.numel(),](
+                pages.summary, pages.slabs, flat, out,
+                SLAB_PAGES=pages.slab_pages, WIDTH=width, WIDTH_PAD=power_of_two(width),
+                READ=True, num_warps=1,
+            )  # fmt: skip
+    return out
+
+
+def write_summary(pages: Pages, ids: Tensor, summary: Tensor) -> None:
+    """Stores summaries `[N, S]` of pages `ids` `[N]`; writes to the null page are lost."""
+    assert pages.summary is not None
+    if ids.numel() == 0:
+        return
+    width = pages.summary.shape[1]
+    summary = summary.reshape(ids.numel(), width).contiguous()
+    with on(summary):
+        _move_summary[ids.numel(),](
+            pages.summary, pages.slabs, ids.contiguous(), summary,
+            SLAB_PAGES=pages.slab_pages, WIDTH=width, WIDTH_PAD=power_of_two(width),
+            READ=False, num_warps=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _move_summary(
+    pool, slabs, ids, dense,
+    SLAB_PAGES: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, READ: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    page = tl.load(ids + n)
+    w = tl.arange(0, WIDTH_PAD)
+    stored = pool + page_offset(slabs, page, SUMMARY, SLAB_PAGES, WIDTH) + w
+    dense += n * WIDTH + w
+    if READ:
+        tl.store(dense, tl.load(stored, mask=w < WIDTH, other=0.0), mask=w < WIDTH)
+    elif page > 0:
+        tl.store(stored, tl.load(dense, mask=w < WIDTH, other=0.0), mask=w < WIDTH)

@@ -1,0 +1,41 @@
+"""kvpolicy: admission, selection and eviction of the KV cache, composed.
+
+    pipeline = CachePipeline(admission=..., selection=..., eviction=...)
+
+See `kvpolicy.adapters.hf` for models of Hugging Face transformers.
+"""
+
+from .admission import Admission as Admission
+from .admission import AdmitAll as AdmitAll
+from .admission import DuoAttention as DuoAttention
+from .admission import LocalAttention as LocalAttention
+from .admission import RandomGate as RandomGate
+from .admission import WriteGate as WriteGate
+from .admission import all_of as all_of
+from .admission import any_of as any_of
+from .budget import Adaptive as Adaptive
+from .budget import Budget as Budget
+from .budget import Pyramid as Pyramid
+from .budget import Ratio as Ratio
+from .budget import Tokens as Tokens
+from .budget import TotalCap as TotalCap
+from .errors import BackendError as BackendError
+from .errors import CapacityError as CapacityError
+from .errors import KVPolicyError as KVPolicyError
+from .errors import PhaseError as PhaseError
+from .errors import RollbackError as RollbackError
+from .errors import UnsupportedError as UnsupportedError
+from .eviction import AtPromptEnd as AtPromptEnd
+from .eviction import Eviction as Eviction
+from .eviction import KeepAll as KeepAll
+from .eviction import SnapKV as SnapKV
+from .per_layer import per_layer as per_layer
+from .pipeline import CachePipeline as CachePipeline
+from .selection import Quest as Quest
+from .selection import SelectAll as SelectAll
+from .selection import Selection as Selection
+from .spec import CacheSpec as CacheSpec
+from .store import CacheState as CacheState
+from .store import Report as Report
+
+__version__ = "0.1.0"

@@ -1,0 +1,49 @@
+"""Finding published files: on disk, or in a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def find_file(source: str | os.PathLike[str], file: str | None, revision: str | None) -> Path:
+    """The path of a file, of `file` in a directory, or of `file` in a hub repository."""
+    path = Path(source)
+    if path.is_dir():
+        if file is None:
+            raise ValueError(f"file: {path} is a directory; wanted the name of a file in it")
+        path = path / file
+    elif not path.exists() and file is not None and _is_repository(source):
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(str(source), file, revision=revision))
+    elif file is not None and path.is_file():
+        raise ValueError(f"file: {path} is a file already, got file={file!r} as well")
+    if not path.is_file():
+        hint = "" if file else " (a file of a hub repository needs `file`)"
+        raise FileNotFoundError(f"path_or_repo: no file {path}{hint}")
+    return path
+
+
+def find_folder(
+    source: str | os.PathLike[str], files: tuple[str, ...], revision: str | None
+) -> Path:
+    """A directory that holds `files`, or the copy of a hub repository's `files`."""
+    path = Path(source)
+    if not path.exists() and _is_repository(source):
+        from huggingface_hub import snapshot_download
+
+        path = Path(snapshot_download(str(source), revision=revision, allow_patterns=list(files)))
+    if not path.is_dir():
+        raise FileNotFoundError(f"path_or_repo: no directory {path}")
+    for name in files:
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"path_or_repo: {path} holds no {name}")
+    return path
+
+
+def _is_repository(source: str | os.PathLike[str]) -> bool:
+    return isinstance(source, str) and _REPOSITORY.fullmatch(source) is not None

@@ -1,0 +1,184 @@
+"""DuoAttention: some heads keep everything, the others sinks and a window."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from .._validate import not_negative, positive
+from ..types import Write
+from ._base import Admission
+from ._files import find_folder
+
+PATTERN, CONFIG = "full_attention_heads.tsv", "config.json"
+NOISE = 1e-6
+
+
+def _rows(value: Iterable[Iterable[Any]]) -> tuple[tuple[Any, ...], ...]:
+    return tuple(tuple(row) for row in value)
+
+
+def _pattern(
+    instance: DuoAttention, attribute: attrs.Attribute, value: tuple[tuple[Any, ...], ...]
+) -> None:
+    if not value or not value[0]:
+        raise ValueError("full_heads: wanted a row of bools for each layer, got none")
+    for layer, row in enumerate(value):
+        if len(row) != len(value[0]):
+            raise ValueError(
+                f"full_heads: layer 0 has {len(value[0])} heads, layer {layer} has {len(row)}"
+            )
+        for head in row:
+            if not isinstance(head, bool):
+                raise TypeError(f"full_heads: wanted bools, got {head!r} in layer {layer}")
+
+
+@attrs.frozen(kw_only=True)
+class DuoAttention(Admission):
+    """Full heads admit every token, streaming heads only the first `sinks`.
+
+    `full_heads[layer][head]` tells, for each KV head, whether it is full
+    (mit-han-lab/duo-attention). This is WG-KV's masked form; `AtPromptEnd(DuoAttention(...))`
+    prefills densely as the original does. The `window` includes the current token.
+
+    Example:
+        `CachePipeline(admission=DuoAttention.from_pretrained("attn_pattern", sparsity=0.5))`
+    """
+
+    full_heads: tuple[tuple[bool, ...], ...] = attrs.field(
+        converter=_rows, validator=_pattern, repr=lambda rows: f"<{len(rows)}x{len(rows[0])}>"
+    )
+    sinks: int = attrs.field(default=128, validator=not_negative)
+    window: int = attrs.field(default=256, validator=positive)
+    _mask: Tensor | None = attrs.field(default=None, eq=False, repr=False)  # set by `place`
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of streaming heads."""
+        heads = [head for row in self.full_heads for head in row]
+        return 1 - sum(heads) / len(heads)
+
+    @property
+    def neutral(self) -> bool:
+        return all(map(all, self.full_heads))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | os.PathLike[str],
+        *,
+        sparsity: float | None = None,
+        threshold: float | None = None,
+        sinks: int | None = None,
+        window: int | None = None,
+        seed: int = 42,
+        revision: str | None = None,
+    ) -> DuoAttention:
+        """Reads a pattern directory: `full_attention_heads.tsv` and `config.json`.
+
+        Args:
+            path_or_repo: the directory, or the id of a hub repository.
+            sparsity: fraction of streaming heads wanted; a head is full if its value is at least
+                the quantile of all values there. Exactly one of `sparsity` and `threshold`.
+            threshold: a head is full if its value, clipped to [0, 1], is at least this.
+            sinks: overrides `sink_size` of config.json.
+            window: overrides `recent_size` of config.json.
+            seed: of the noise in [0, 1e-6) that breaks ties between values, as published; drawn by
+                `numpy.random.RandomState(seed)`, whose stream is the same in every numpy.
+            revision: branch, tag or commit of the hub repository.
+
+        Raises:
+            FileNotFoundError: the directory or one of its files is missing.
+            ValueError: a file is malformed; the message names the place.
+        """
+        if (sparsity is None) == (threshold is None):
+            raise ValueError(
+                f"sparsity, threshold: wanted exactly one, got {sparsity!r} and {threshold!r}"
+            )
+        folder = find_folder(path_or_repo, (PATTERN, CONFIG), revision)
+        values = _read_pattern(folder / PATTERN)
+        config = _read_config(folder / CONFIG)
+        return cls(
+            full_heads=full_heads(values, sparsity, threshold, seed),
+            sinks=config["sink_size"] if sinks is None else sinks,
+            window=config["recent_size"] if window is None else window,
+        )
+
+    def admit(self, write: Write) -> Tensor:
+        mask = torch.tensor(self.full_heads) if self._mask is None else self._mask
+        full = mask[write.layer, write.heads.start : write.heads.stop]
+        return full.to(write.positions.device)[:, None] | (write.positions < self.sinks)
+
+    def check(self, layers: int, kv_heads: int, head_dim: int) -> None:
+        found = {"layers": len(self.full_heads), "kv_heads": len(self.full_heads[0])}
+        for name, wanted in {"layers": layers, "kv_heads": kv_heads}.items():
+            if found[name] != wanted:
+                raise ValueError(
+                    f"DuoAttention: made for {name}={found[name]}, the model has {name}={wanted}"
+                )
+
+    def place(self, device: torch.device, dtype: torch.dtype, backend: str) -> DuoAttention:
+        return attrs.evolve(self, mask=torch.tensor(self.full_heads, device=device))
+
+
+def full_heads(
+    values: Iterable[Iterable[float]],
+    sparsity: float | None,
+    threshold: float | None = None,
+    seed: int = 42,
+) -> tuple[tuple[bool, ...], ...]:
+    """Binarises head values `[L][Hkv]` (mit-han-lab/duo-attention, `sparsify_attention_heads`)."""
+    import numpy
+
+    heads = numpy.clip(numpy.array(_rows(values), dtype=numpy.float64), 0.0, 1.0)
+    if sparsity is None:
+        assert threshold is not None
+        return _rows((heads >= threshold).tolist())
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity: wanted a number in [0, 1], got {sparsity}")
+    if sparsity in (0, 1):
+        return _rows(numpy.full(heads.shape, sparsity == 0).tolist())
+    heads = heads + numpy.random.RandomState(seed).uniform(0.0, NOISE, heads.shape)
+    return _rows((heads >= numpy.quantile(heads, sparsity)).tolist())
+
+
+def _read_pattern(path: Path) -> list[list[float]]:
+    rows: list[list[float]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = [float(cell) for cell in line.split("\t")]
+        except ValueError as error:
+            raise ValueError(f"{path}: line {number}: {error}") from error
+        if not all(map(math.isfinite, row)):
+            raise ValueError(f"{path}: line {number}: wanted finite numbers, got {line!r}")
+        if rows and len(row) != len(rows[0]):
+            raise ValueError(
+                f"{path}: line {number}: wanted {len(rows[0])} columns as in line 1, got {len(row)}"
+            )
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: wanted one line per layer, got an empty file")
+    return rows
+
+
+def _read_config(path: Path) -> dict[str, int]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: wanted an object, got {type(config).__name__}")
+    for name, least in {"sink_size": 0, "recent_size": 1}.items():
+        value = config.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            found = repr(value) if name in config else "no such key"
+            raise ValueError(f"{path}: {name}: wanted an int of at least {least}, got {found}")
+    return config

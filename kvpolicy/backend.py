@@ -1,0 +1,78 @@
+"""Choosing a backend, once; an explicit choice never falls back."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .errors import BackendError
+
+BACKENDS = ("auto", "reference", "triton")
+_KERNELS = {
+    "append": "cache_write",
+    "decode_write": "cache_write",
+    "move": "compact",
+    "dense_prefill": "dense_prefill",
+    "copy_pages": "page_io",
+    "read_pages": "page_io",
+    "read_summary": "page_io",
+    "write_summary": "page_io",
+    "quest_select": "page_select",
+    "top_pages": "page_select",
+    "paged_decode": "paged_decode",
+    "prefill_attention": "sparse_prefill",
+    "write_gate": "write_gate",
+}
+
+
+def resolve(backend: str, device: torch.device) -> str:
+    """The backend that runs on `device`: "reference" or "triton".
+
+    "auto" means Triton on CUDA devices where it is installed and the reference elsewhere. Raises
+    BackendError if an explicit choice cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: wanted one of {', '.join(BACKENDS)}, got {backend!r}")
+    triton = importlib.util.find_spec("triton") is not None
+    if backend == "auto":
+        return "triton" if device.type == "cuda" and triton else "reference"
+    if backend == "triton":
+        if not triton:
+            raise BackendError("backend='triton': the package triton is not installed")
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise BackendError(
+                f"backend='triton' on device {device}: kernels need a CUDA device, or "
+                "TRITON_INTERPRET=1 in the environment before triton is imported"
+            )
+    return backend
+
+
+class Ops:
+    """The ops of one backend as attributes; each is imported when it is first used."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _KERNELS:
+            raise AttributeError(name)
+        module: ModuleType = (
+            importlib.import_module(".reference", __package__)
+            if self.backend == "reference"
+            else importlib.import_module(f".kernels.{_KERNELS[name]}", __package__)
+        )
+        op = getattr(module, name)
+        setattr(self, name, op)
+        return op
+
+
+@lru_cache
+def ops(backend: str) -> Ops:
+    """The ops of a resolved backend."""
+    return Ops(backend)

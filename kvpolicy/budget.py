@@ -1,0 +1,187 @@
+"""Budgets: how many tokens a KV head may hold, the local window included."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from ._validate import fraction, not_negative, positive
+
+
+class Budget(ABC):
+    """Tells an eviction which global tokens of a layer stay."""
+
+    @abstractmethod
+    def tokens_per_head(self, seen: int, layer: int, layers: int) -> int:
+        """Mean tokens per KV head, window included, after `seen` real tokens."""
+
+    def keep(self, scores: Tensor, valid: Tensor, allowed: Tensor) -> Tensor:
+        """The tokens that stay, bool `[B, Hkv, N]`.
+
+        `scores`, `valid` `[B, Hkv, N]`; `allowed` `[B]` global tokens per head. Ties keep the later
+        token.
+        """
+        return keep_best(scores, valid, allowed[:, None].expand(valid.shape[:2]))
+
+    def allowed(self, seen: int, window: int, layer: int, layers: int) -> int:
+        """Mean global tokens per head; raises ValueError if the budget cannot hold the window."""
+        total = self.tokens_per_head(seen, layer, layers)
+        if seen > window and total < window + 1:
+            raise ValueError(
+                f"budget: {self} is {total} tokens per head in layer {layer} after {seen} tokens; "
+                f"wanted at least window + 1 = {window + 1}"
+            )
+        return max(total - window, 0)
+
+
+def keep_best(scores: Tensor, valid: Tensor, amount: Tensor) -> Tensor:
+    """Marks the `amount` `[B, Hkv]` best valid tokens of each head; ties keep the later token."""
+    return rank(scores, valid) < amount[..., None]
+
+
+def rank(scores: Tensor, valid: Tensor) -> Tensor:
+    """Place of each token within its head, 0 the best; invalid tokens come last."""
+    length = scores.shape[-1]
+    if length == 0:
+        return torch.zeros_like(scores, dtype=torch.long)
+    worst = scores.masked_fill(~valid, float("-inf")).flip(-1)
+    # Two stable sorts: by score, then valid before invalid, so that a valid -inf still counts.
+    order = worst.sort(dim=-1, descending=True, stable=True).indices
+    order = order.gather(
+        -1,
+        valid.flip(-1).gather(-1, order).int().sort(dim=-1, descending=True, stable=True).indices,
+    )
+    place = torch.empty_like(order)
+    place.scatter_(-1, order, torch.arange(length, device=order.device).expand_as(order))
+    return place.flip(-1).masked_fill(~valid, length)
+
+
+def is_budget(instance: Any, attribute: attrs.Attribute, value: Any) -> None:
+    """A Budget."""
+    if not isinstance(value, Budget):
+        raise TypeError(f"{attribute.name}: wanted a budget, got {value!r}")
+
+
+def _per_head(instance: Any, attribute: attrs.Attribute, value: Any) -> None:
+    is_budget(instance, attribute, value)
+    if isinstance(value, TotalCap):
+        raise TypeError(f"{attribute.name}: wanted a budget per head, got {value}")
+
+
+@attrs.frozen
+class Tokens(Budget):
+    """`tokens` per KV head."""
+
+    tokens: int = attrs.field(validator=positive)
+
+    def tokens_per_head(self, seen: int, layer: int, layers: int) -> int:
+        return self.tokens
+
+
+@attrs.frozen
+class Ratio(Budget):
+    """A fraction of the real tokens seen."""
+
+    ratio: float = attrs.field(validator=fraction(low_open=True))
+
+    def tokens_per_head(self, seen: int, layer: int, layers: int) -> int:
+        return int(self.ratio * seen)
+
+
+@attrs.frozen
+class Adaptive(Budget):
+    """AdaKV's split of a layer's tokens: the best scores of all heads together, with a floor.
+
+    Each head keeps its best `int(floor * share)` global tokens; the rest of `base` times the number
+    of heads goes to the best remaining ones of the layer (NVIDIA/kvpress, adakv_press.py; floor
+    0.2).
+    """
+
+    base: Budget = attrs.field(validator=_per_head)
+    floor: float = attrs.field(default=0.2, validator=fraction())
+
+    def tokens_per_head(self, seen: int, layer: int, layers: int) -> int:
+        return self.base.tokens_per_head(seen, layer, layers)
+
+    def keep(self, scores: Tensor, valid: Tensor, allowed: Tensor) -> Tensor:
+        batch, heads, length = scores.shape
+        floor = (self.floor * allowed.double()).long()  # int(), as Python rounds it
+        sure = keep_best(scores, valid, floor[:, None].expand(-1, heads))
+        pooled = scores.masked_fill(sure, float("inf")).reshape(batch, 1, heads * length)
+        total = allowed[:, None] * heads
+        best = keep_best(pooled, valid.reshape(batch, 1, heads * length), total)
+        return best.view(batch, heads, length)
+
+
+@attrs.frozen
+class Pyramid(Budget):
+    """PyramidKV: early layers hold more, late layers less, `base` on average.
+
+    The tokens beyond the observation fall linearly from the first to the last layer, which holds
+    `1 / beta` of the mean (NVIDIA/kvpress, pyramidkv_press.py; beta 20).
+    """
+
+    base: Budget = attrs.field(validator=_per_head)
+    beta: float = attrs.field(default=20.0)
+    observation: int = attrs.field(default=32, validator=not_negative)
+
+    @beta.validator
+    def _check_beta(self, attribute: attrs.Attribute, value: Any) -> None:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise TypeError(f"beta: wanted a number of at least 1, got {value!r}")
+        if not 1 <= value < float("inf"):
+            raise ValueError(f"beta: wanted a number of at least 1, got {value}")
+
+    def keep(self, scores: Tensor, valid: Tensor, allowed: Tensor) -> Tensor:
+        return self.base.keep(scores, valid, allowed)
+
+    def tokens_per_head(self, seen: int, layer: int, layers: int) -> int:
+        mean = self.base.tokens_per_head(seen, layer, layers) - self.observation
+        room = seen - self.observation
+        if layers == 1 or mean <= 0:
+            return mean + self.observation
+        low = mean / self.beta
+        high = 2 * mean - low
+        if high >= room:
+            high, low = room, 2 * mean - room
+        if not high >= low >= 0:
+            return mean + self.observation
+        return round(high - layer * (high - low) / (layers - 1)) + self.observation
+
+
+@attrs.frozen
+class TotalCap(Budget):
+    """A cap on the global tokens of a sequence over all heads and layers (WG-KV's form).
+
+    While more than `tokens` are stored, rounds drop `floor(drop * length)` tokens of every head,
+    the lowest scores first (EMCLab-Sinica/WG-KV, `snapkv_max_cached_tokens`,
+    `snapkv_evict_ratio`).
+    """
+
+    tokens: int = attrs.field(validator=positive)
+    drop: float = attrs.field(default=0.1, validator=fraction(low_open=True))
+
+    def tokens_per_head(self, seen: int, layer: int, layers: int) -> int:
+        raise TypeError("TotalCap counts over all heads and layers and has no budget per head")
+
+    def allowed(self, seen: int, window: int, layer: int, layers: int) -> int:
+        raise TypeError("TotalCap counts over all heads and layers and has no budget per head")
+
+    def lengths(self, counts: list[list[int]]) -> list[list[int]]:
+        """Tokens `[layer][head]` of one sequence after as many rounds as the cap asks for."""
+        counts = [list(layer) for layer in counts]
+        while sum(map(sum, counts)) > self.tokens:
+            after = [[n - int(self.drop * n) for n in layer] for layer in counts]
+            if after == counts:  # every head is shorter than 1 / drop
+                after = [[max(n - 1, 0) for n in layer] for layer in counts]
+            counts = after
+        return counts
+
+
+def tokens_from_int(value: Any) -> Any:
+    """An int becomes Tokens; anything else is left to the validator."""
+    return Tokens(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -1,0 +1,315 @@
+"""What happens in a call: decide, write, choose, attend, drop."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .budget import TotalCap, keep_best
+from .eviction import AtPromptEnd
+from .reference.page_select import combine_group
+from .store import compaction
+from .store.dual_cache import (
+    layer_segments,
+    recent,
+    write_prompt,
+    write_queries,
+    write_ring,
+    write_token,
+)
+from .store.state import Call, CacheState, LayerStore
+from .types import ADMITTED, MARKED, Write
+
+
+def open_call(
+    state: CacheState, lengths: tuple[int, ...], phase: str, valid: Tensor | None
+) -> None:
+    """Reserves tables and, for decoding, pages; then marks the call as open."""
+    if phase == "decode":
+        lengths = tuple(n if on else 0 for n, on in zip(lengths, state.active, strict=True))
+    state.reserve(max((a + b for a, b in zip(state.lengths, lengths, strict=True)), default=0))
+    steps = max(lengths, default=0)
+    if phase == "prompt":
+        for pool in state.pools.values():
+            pool.holders[state] = 0
+        state.steps_reserved = 0
+    elif state.steps_reserved < steps:
+        state.reserve_pages(max(steps, state.spec.interval))
+    state.call = Call(phase=phase, added=lengths, valid=valid)
+
+
+def close_call(state: CacheState) -> None:
+    """Makes lengths current on host and devices."""
+    call, state.call = state.call, None
+    assert call is not None
+    state.lengths = [a + b for a, b in zip(state.lengths, call.added, strict=True)]
+    if call.phase == "prompt":
+        state.sync_devices()
+        return
+    state.steps_reserved -= max(call.added, default=0)
+    for device, lengths in state.lengths_on.items():
+        active = state.active_on[device]
+        if call.valid is None:
+            lengths.add_(active)
+        else:
+            lengths.add_((call.valid.to(device) & active[:, None]).sum(1))
+
+
+def prompt(
+    state: CacheState,
+    index: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_pre: Tensor | None,
+    hidden: Tensor | None,
+) -> Tensor:
+    """A layer of a prompt call; see `CachePipeline.attend`."""
+    layer, call = state.layers[index], state.call
+    assert call is not None
+    tokens = sum(call.added)
+    _check_input(state, "query", query, (state.spec.heads, tokens, state.spec.head_dim))
+    for name, tensor in (("key", key), ("value", value)):
+        _check_input(state, name, tensor, (state.spec.kv_heads, tokens, state.spec.head_dim))
+    seg = layer_segments(state, layer)
+    if tokens == 0:
+        return query.clone()
+    positions = torch.cat(
+        [
+            torch.arange(start, start + n, device=key.device)
+            for start, n in zip(seg.start, call.added, strict=True)
+        ]
+    )
+    write = Write(
+        key, value, positions, seg.cu_q_dev, index, _heads(state), key_pre=key_pre, hidden=hidden
+    )
+    flags = decide(layer, write, prompt=True)
+    k = recent(layer, seg, key, layer.ring_k)
+    v = recent(layer, seg, value, layer.ring_v)
+    f = recent(layer, seg, flags, layer.ring_flags)
+    write_prompt(state, layer, seg, k, v, f)
+    scale, pages = state.spec.softmax_scale, layer.pool.pages
+    if layer.admission.neutral and not layer.slides and not any(state.floor):
+        out = state.ops.dense_prefill(query, k, v, seg, pages, layer.table, scale)
+    else:
+        out = state.ops.prefill_attention(
+            query, k, v, f, seg, pages, layer.table, layer.counts, layer.window, scale
+        )
+    write_ring(state, layer, seg, key, value, flags)
+    write_queries(state, layer, seg, query)
+    return out
+
+
+def decode(
+    state: CacheState,
+    index: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_pre: Tensor | None,
+    hidden: Tensor | None,
+) -> Tensor:
+    """A layer of a decode call, one column after the other; see `CachePipeline.attend`."""
+    layer, call, spec = state.layers[index], state.call, state.spec
+    assert call is not None
+    columns = query.shape[2]
+    _check_input(state, "query", query, (state.batch, spec.heads, columns, spec.head_dim))
+    for name, tensor in (("key", key), ("value", value)):
+        _check_input(state, name, tensor, (state.batch, spec.kv_heads, columns, spec.head_dim))
+    device = layer.ring_k.device
+    lengths, active = state.lengths_on[device], state.active_on[device]
+    if columns > spec.rollback and index not in call.undo:
+        saved = [layer.ring_k, layer.ring_v, layer.ring_flags]
+        saved += [] if layer.queries is None else [layer.queries]
+        call.undo[index] = tuple(t.clone() for t in saved)
+    outs = []
+    for column in range(columns):
+        at, on = lengths, active
+        if call.valid is not None:
+            valid = call.valid.to(device)
+            at = lengths + (valid[:, :column] & active[:, None]).sum(1)
+            on = active & valid[:, column]
+        outs.append(
+            _decode_token(
+                state,
+                layer,
+                query[:, :, column],
+                key[:, :, column],
+                value[:, :, column],
+                None if key_pre is None else key_pre[:, :, column],
+                None if hidden is None else hidden[:, column],
+                at,
+                on,
+            )
+        )
+    return outs[0][:, :, None] if columns == 1 else torch.stack(outs, 2)
+
+
+def _decode_token(
+    state: CacheState,
+    layer: LayerStore,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_pre: Tensor | None,
+    hidden: Tensor | None,
+    lengths: Tensor,
+    active: Tensor,
+) -> Tensor:
+    write = Write(
+        key.transpose(0, 1),
+        value.transpose(0, 1),
+        lengths,
+        state.cu_one[key.device],
+        layer.index,
+        _heads(state),
+        key_pre=None if key_pre is None else key_pre.transpose(0, 1),
+        hidden=hidden,
+    )
+    flags = decide(layer, write, prompt=False).transpose(0, 1)
+    write_token(state, layer, query, key, value, flags, lengths, active)
+    layer.selected = select(state, layer, query)
+    return state.ops.paged_decode(
+        query,
+        layer.pool.pages,
+        layer.table,
+        layer.counts,
+        layer.ring_k,
+        layer.ring_v,
+        lengths,
+        active,
+        layer.window,
+        state.spec.softmax_scale,
+        selected=layer.selected,
+    )
+
+
+def decide(layer: LayerStore, write: Write, prompt: bool) -> Tensor:
+    """Flags uint8 `[Hkv, T]` of new tokens: the admission's bit and the eviction's mark."""
+    shape = write.key.shape[:2]
+    if layer.slides:
+        return torch.zeros(shape, dtype=torch.uint8, device=write.key.device)
+    if layer.admission.neutral:
+        flags = torch.full(shape, ADMITTED, dtype=torch.uint8, device=write.key.device)
+    else:
+        flags = _decision(layer.admission, layer.admission.admit(write), write).to(torch.uint8)
+    if isinstance(layer.eviction, AtPromptEnd) or not layer.eviction.neutral:
+        # Generated tokens are not the prompt's and always keep the mark.
+        mark = layer.eviction.mark(write) if prompt else None
+        if mark is not None:
+            flags = flags | (_decision(layer.eviction, mark, write).to(torch.uint8) * MARKED)
+        else:
+            flags = flags | MARKED
+    return flags
+
+
+def _decision(policy: object, decision: Tensor, write: Write) -> Tensor:
+    shape = write.key.shape[:2]
+    if not isinstance(decision, Tensor) or decision.dtype != torch.bool or decision.shape != shape:
+        got = (
+            f"{decision.dtype} {list(decision.shape)}"
+            if isinstance(decision, Tensor)
+            else type(decision).__name__
+        )
+        raise ValueError(
+            f"{type(policy).__name__}: wanted a bool tensor {list(shape)} of decisions, got {got}"
+        )
+    return decision
+
+
+def select(state: CacheState, layer: LayerStore, query: Tensor) -> Tensor | None:
+    """The pages `[B, Hs, K]` that queries `[B, Hq, D]` read, or None for all."""
+    policy = layer.selection
+    if policy.neutral or layer.slides:
+        return None
+    size, pages = state.spec.page_size, layer.pool.pages
+    budget = min(policy.pages(layer.window, size), layer.table.shape[2])
+    if policy.fused is not None:
+        return getattr(state.ops, policy.fused)(
+            pages, layer.table, layer.counts, query, budget, policy.group, policy.first, policy.last
+        )
+    batch, heads, width = layer.table.shape
+    column = torch.arange(width, device=query.device)
+    held = (layer.counts[..., None] - column * size).clamp(0, size)
+    summary = state.ops.read_summary(pages, layer.table)
+    grouped = query.view(batch, heads, -1, query.shape[-1])
+    scores = policy.score(grouped, summary, held)
+    wanted = (batch, heads, grouped.shape[2], width)
+    if scores.shape != wanted:
+        raise ValueError(
+            f"{type(policy).__name__}.score: wanted {list(wanted)}, got {list(scores.shape)}"
+        )
+    scores = combine_group(scores, policy.group)
+    return state.ops.top_pages(scores, layer.counts, size, budget, policy.first, policy.last)
+
+
+def evict(state: CacheState, rows: list[bool]) -> None:
+    """One eviction for the sequences `rows`; all scores come before the first drop."""
+    keeps: list[tuple[LayerStore, Tensor]] = []
+    targets = _capped_lengths(state, rows)
+    for layer in state.layers:
+        policy = layer.eviction
+        if layer.slides or policy.neutral:
+            continue
+        allowed = None
+        if policy.budget is not None and not isinstance(policy.budget, TotalCap):
+            allowed = [
+                policy.budget.allowed(length, layer.window, layer.index, state.spec.layers)
+                if on
+                else 0
+                for length, on in zip(state.lengths, rows, strict=True)
+            ]
+        if not int(layer.counts.max()):
+            continue
+        view = compaction.view(state, layer)
+        scores = policy.score(view)
+        if scores.shape != view.valid.shape or bool(scores.isnan().any()):
+            raise ValueError(
+                f"{type(policy).__name__}.score: wanted {list(view.valid.shape)} without NaN, got "
+                f"{list(scores.shape)}{' with NaN' if scores.isnan().any() else ''}"
+            )
+        keep = view.valid & (scores > float("-inf"))
+        if targets is not None:
+            amount = torch.tensor([row[layer.index] for row in targets], device=keep.device)
+            keep = keep & keep_best(scores, view.valid, amount)
+        elif allowed is not None and policy.budget is not None:
+            amount = torch.tensor(allowed, device=keep.device)
+            keep = keep & policy.budget.keep(scores, view.valid, amount)
+        keep = keep | ~torch.tensor(rows, device=keep.device)[:, None, None]
+        keeps.append((layer, keep))
+        del view, scores
+    on_rows = None
+    for layer, keep in keeps:
+        compaction.drop(state, layer, keep)
+        if isinstance(layer.eviction, AtPromptEnd):
+            on_rows = torch.tensor(rows, device=keep.device)
+            compaction.forget_unmarked(layer, on_rows)
+    for row, on in enumerate(rows):
+        if on and keeps:
+            state.floor[row] = state.lengths[row]
+    state.steps_reserved = 0
+    for pool in state.pools.values():
+        pool.trim()
+
+
+def _capped_lengths(state: CacheState, rows: list[bool]) -> list[list[list[int]]] | None:
+    """Tokens that TotalCap leaves, `[row][layer][head]`; None without such a cap."""
+    capped = [x for x in state.layers if isinstance(x.eviction.budget, TotalCap)]
+    if not capped:
+        return None
+    budget = capped[0].eviction.budget
+    assert isinstance(budget, TotalCap)
+    counts = [layer.counts.tolist() for layer in state.layers]
+    per_row = [[layer[row] for layer in counts] for row in range(state.batch)]
+    return [budget.lengths(c) if on else c for c, on in zip(per_row, rows, strict=True)]
+
+
+def _heads(state: CacheState) -> range:
+    return range(state.spec.head_offset, state.spec.head_offset + state.spec.kv_heads)
+
+
+def _check_input(state: CacheState, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: wanted {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype != state.spec.dtype:
+        raise TypeError(f"{name}: wanted {state.spec.dtype}, got {tensor.dtype}")

@@ -1,0 +1,87 @@
+"""SnapKV: keep what the last queries attended to."""
+
+from __future__ import annotations
+
+import attrs
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._validate import one_of, positive
+from ..budget import Budget
+from ..types import EvictionView
+from ._base import Eviction, budget_field, when_field
+
+
+def _odd(instance: SnapKV, attribute: attrs.Attribute, value: int) -> None:
+    positive(instance, attribute, value)
+    if value % 2 == 0:
+        raise ValueError(f"{attribute.name}: wanted an odd number, got {value}")
+
+
+@attrs.frozen(kw_only=True)
+class SnapKV(Eviction):
+    """Scores tokens by the attention of the last `observation` queries, pooled over neighbours.
+
+    Softmax weights of those queries over the stored keys (causal; `normalize="global"` leaves the
+    window's keys out, as WG-KV's decode-time form does), averaged over queries, combined over the
+    group's query heads by `group` and pooled along stored tokens with an odd `kernel`.
+    FasterDecoding/SnapKV pools per query head with "avg" or "max"; a store per KV head needs a
+    group rule: kvpress uses "mean", WG-KV "max". The last `observation` tokens themselves are kept
+    while they are in the window.
+
+    Example:
+        `CachePipeline(eviction=SnapKV(budget=1024, when="decode"))`
+    """
+
+    budget: Budget = budget_field()
+    when: str = when_field()
+    observation: int = attrs.field(default=32, validator=positive)
+    kernel: int = attrs.field(default=5, validator=_odd)
+    pooling: str = attrs.field(default="avg", validator=one_of("avg", "max"))
+    group: str = attrs.field(default="mean", validator=one_of("mean", "max"))
+    normalize: str = attrs.field(default="visible", validator=one_of("visible", "global"))
+
+    @property
+    def queries(self) -> int:  # type: ignore[override]
+        return self.observation
+
+    def score(self, view: EvictionView) -> Tensor:
+        view = view._replace(  # the view may hold more queries, for another layer
+            queries=view.queries[:, :, -self.observation :],  # type: ignore[index]
+            query_valid=view.query_valid[:, -self.observation :],  # type: ignore[index]
+        )
+        weights = self._weights(view)  # [B, Hkv, G, w, N]
+        seen = view.query_valid.sum(-1).clamp(min=1)[:, None, None, None]  # type: ignore[union-attr]
+        if self.group == "max" and self.normalize == "global":
+            mass = weights.amax(2).sum(2) / seen[:, 0]  # WG-KV: max over the group, then the mean
+        else:
+            mass = weights.sum(3) / seen
+            mass = mass.amax(2) if self.group == "max" else mass.mean(2)
+        mass = mass.masked_fill(~view.valid, 0.0)
+        half = self.kernel // 2
+        if self.pooling == "avg":
+            return F.avg_pool1d(mass, self.kernel, 1, half)
+        return F.max_pool1d(mass, self.kernel, 1, half)
+
+    def _weights(self, view: EvictionView) -> Tensor:
+        assert view.queries is not None and view.query_valid is not None
+        batch, kv_heads, length, dim = view.keys.shape
+        w = view.queries.shape[2]
+        q = view.queries.view(batch, kv_heads, -1, w, dim)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        at = view.lengths[:, None] - w + torch.arange(w, device=q.device)  # query positions [B, w]
+        at = at[:, None, None, :, None]
+        logits = (q @ view.keys[:, :, None].transpose(3, 4)).to(wide) * view.scale
+        ok = view.valid[:, :, None, None] & (view.positions[:, :, None, None] <= at)
+        if self.normalize == "visible":
+            recent = view.recent_keys.shape[2]
+            near = (q @ view.recent_keys[:, :, None].transpose(3, 4)).to(wide) * view.scale
+            key_at = view.lengths[:, None] - recent + torch.arange(recent, device=q.device)
+            near_ok = view.recent_valid[:, None, None, None] & (key_at[:, None, None, None] <= at)
+            logits = torch.cat([logits, near], -1)
+            ok = torch.cat([ok, near_ok.expand(-1, kv_heads, 1, -1, -1)], -1)
+        logits = logits.masked_fill(~ok, float("-inf"))
+        # A query without any key gives NaN, and a query not yet seen gives nothing.
+        weights = logits.softmax(-1).nan_to_num(0.0)[..., :length]
+        return weights * view.query_valid[:, None, None, :, None]

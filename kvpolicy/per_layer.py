@@ -1,0 +1,207 @@
+"""Different policies on different layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, TypeVar
+
+import attrs
+import torch
+from torch import Tensor
+
+from .admission._base import Admission
+from .budget import TotalCap
+from .eviction._base import Eviction
+from .selection._base import Selection
+from .types import EvictionView, Write
+
+Policy = TypeVar("Policy", Admission, Selection, Eviction)
+Layers = tuple[tuple[range, Any], ...]
+
+
+def _spans(value: Mapping[int | range, Any] | Iterable[tuple[int | range, Any]]) -> Layers:
+    spans: list[tuple[range, Any]] = []
+    taken: set[int] = set()
+    for key, policy in value.items() if isinstance(value, Mapping) else value:
+        if not isinstance(key, int | range) or isinstance(key, bool):
+            raise TypeError(f"layers: wanted ints or ranges as keys, got {key!r}")
+        span = key if isinstance(key, range) else range(key, key + 1)
+        if not span or min(span[0], span[-1]) < 0:
+            raise ValueError(f"layers: wanted layers counted from 0, got {key!r}")
+        if twice := taken.intersection(span):
+            raise ValueError(f"layers: layer {min(twice)} has two policies")
+        taken.update(span)
+        spans.append((span, policy))
+    return tuple(spans)
+
+
+@attrs.frozen(kw_only=True)
+class _PerLayer:
+    _kind: ClassVar[type]
+
+    default: Any
+    layers: Layers = attrs.field(converter=_spans)
+
+    def __attrs_post_init__(self) -> None:
+        for name, policy in [("default", self.default), *(("layers", p) for _, p in self.layers)]:
+            if not isinstance(policy, self._kind):
+                raise TypeError(f"{name}: wanted {self._kind.__name__}, got {policy!r}")
+        self._agree()
+
+    def _agree(self) -> None:
+        """Raises ValueError if the members cannot stand side by side."""
+
+    @property
+    def members(self) -> tuple[Any, ...]:
+        """Each policy once, the default first."""
+        return tuple({id(p): p for p in (self.default, *(p for _, p in self.layers))}.values())
+
+    @property
+    def neutral(self) -> bool:
+        return all(p.neutral for p in self.members)
+
+    def at(self, layer: int) -> Any:
+        policy = next((p for span, p in self.layers if layer in span), self.default)
+        return policy.at(layer)
+
+    def check(self, layers: int, kv_heads: int, head_dim: int) -> None:
+        for span, _ in self.layers:
+            if max(span[0], span[-1]) >= layers:
+                raise ValueError(f"layers: {span} goes beyond the model's {layers} layers")
+        for policy in self.members:
+            policy.check(layers, kv_heads, head_dim)
+
+    def _map(self, change: Callable[[Any], Any]) -> Any:
+        changed = {id(p): change(p) for p in self.members}
+        layers = tuple((span, changed[id(p)]) for span, p in self.layers)
+        return attrs.evolve(self, default=changed[id(self.default)], layers=layers)
+
+    def _window(self) -> int | None:
+        windows = sorted({p.window for p in self.members if p.window is not None})
+        if len(windows) > 1:
+            raise ValueError(f"layers: the policies' windows disagree: {windows}")
+        return windows[0] if windows else None
+
+    def _needs(self) -> frozenset[str]:
+        return frozenset().union(*(p.needs for p in self.members))
+
+
+@attrs.frozen(kw_only=True)
+class PerLayerAdmission(_PerLayer, Admission):
+    """An admission for each layer; made by `per_layer`."""
+
+    _kind = Admission
+
+    def _agree(self) -> None:
+        self._window()
+
+    @property
+    def window(self) -> int | None:  # type: ignore[override]
+        return self._window()
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return self._needs()
+
+    def admit(self, write: Write) -> Tensor:
+        return self.at(write.layer).admit(write)
+
+    def place(self, device: torch.device, dtype: torch.dtype, backend: str) -> PerLayerAdmission:
+        return self._map(lambda p: p.place(device, dtype, backend))
+
+
+@attrs.frozen(kw_only=True)
+class PerLayerSelection(_PerLayer, Selection):
+    """A selection for each layer; made by `per_layer`. Resolve `at` a layer to score and choose.
+
+    All layers share the pages' summaries, so the non-neutral members are of one class; budgets,
+    always-kept pages and group rules may differ.
+    """
+
+    _kind = Selection
+
+    def _agree(self) -> None:
+        names = sorted({type(p).__name__ for p in self.members if not p.neutral})
+        if len(names) > 1:
+            raise ValueError(
+                f"layers: selections that read pages' summaries must be of one class, got {names}"
+            )
+
+    def summarize(self, keys: Tensor, valid: Tensor) -> Tensor:
+        policy = next((p for p in self.members if not p.neutral), self.default)
+        return policy.summarize(keys, valid)
+
+    def score(self, query: Tensor, summary: Tensor, counts: Tensor) -> Tensor:
+        raise TypeError("PerLayerSelection: scores depend on the layer; use at(layer).score")
+
+    def pages(self, window: int, page_size: int) -> int:
+        raise TypeError("PerLayerSelection: budgets depend on the layer; use at(layer).pages")
+
+
+@attrs.frozen(kw_only=True)
+class PerLayerEviction(_PerLayer, Eviction):
+    """An eviction for each layer; made by `per_layer`. `when` is "decode" if one layer's is."""
+
+    _kind = Eviction
+
+    def _agree(self) -> None:
+        self._window()
+        for policy in self.members:
+            if isinstance(policy.budget, TotalCap):
+                raise ValueError(
+                    f"layers: {policy.budget} counts over all layers and cannot hold for some"
+                )
+
+    @property
+    def window(self) -> int | None:  # type: ignore[override]
+        return self._window()
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return self._needs()
+
+    @property
+    def when(self) -> str:  # type: ignore[override]
+        acting = {p.when for p in self.members if not p.neutral}
+        return "decode" if "decode" in acting else "prompt_end"
+
+    @property
+    def queries(self) -> int:  # type: ignore[override]
+        return max(p.queries for p in self.members)
+
+    def mark(self, write: Write) -> Tensor | None:
+        return self.at(write.layer).mark(write)
+
+    def score(self, view: EvictionView) -> Tensor:
+        policy = self.at(view.layer)
+        if view.queries is not None and view.query_valid is not None:
+            extra = max(view.queries.shape[2] - policy.queries, 0)
+            view = view._replace(
+                queries=view.queries[:, :, extra:], query_valid=view.query_valid[:, extra:]
+            )
+        return policy.score(view)
+
+    def place(self, device: torch.device, dtype: torch.dtype, backend: str) -> PerLayerEviction:
+        return self._map(lambda p: p.place(device, dtype, backend))
+
+
+def per_layer(default: Policy, layers: Mapping[int | range, Policy]) -> Policy:
+    """A policy that is `default` except on the named layers.
+
+    Args:
+        default: an admission, a selection or an eviction.
+        layers: policies of the same slot by layer or range of layers, counted from 0.
+
+    Raises:
+        TypeError: policies of different slots, or a key that is no int or range.
+        ValueError: a layer is negative or named twice; windows disagree; selections of different
+            classes; a `TotalCap`, which spans layers.
+
+    Example:
+        `per_layer(Quest(budget=1024), {range(2): SelectAll()})`
+    """
+    for slot in (PerLayerAdmission, PerLayerSelection, PerLayerEviction):
+        if isinstance(default, slot._kind):
+            policy: Any = slot(default=default, layers=layers)
+            return policy
+    raise TypeError(f"default: wanted an admission, a selection or an eviction, got {default!r}")

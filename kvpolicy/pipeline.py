@@ -1,0 +1,182 @@
+"""CachePipeline: admission, selection and eviction composed over one store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from . import engine
+from ._validate import one_of
+from .admission import Admission, AdmitAll
+from .backend import BACKENDS, ops, resolve
+from .budget import TotalCap
+from .errors import PhaseError
+from .eviction import AtPromptEnd, Eviction, KeepAll
+from .selection import SelectAll, Selection
+from .spec import CacheSpec
+from .store import CacheState, Report
+from .store.allocate import allocate
+from .store.rollback import abort
+from .store.report import report
+
+DEFAULT_WINDOW = 256
+PHASES = ("prompt", "decode")
+
+
+@attrs.frozen(kw_only=True)
+class CachePipeline:
+    """What to write, what to read and what to drop, as one frozen value.
+
+    `window` is the number of recent tokens, the current one included, that every head keeps; by
+    default the admission's own, else 256. `backend` is "auto", "reference" or "triton". A pipeline
+    holds no state: `init` makes a cache, and one pipeline may serve many of them.
+
+    Example:
+        `CachePipeline(admission=gate, selection=Quest(budget=1024), eviction=SnapKV(budget=4096))`
+    """
+
+    admission: Admission = attrs.field(
+        factory=AdmitAll, validator=attrs.validators.instance_of(Admission)
+    )
+    selection: Selection = attrs.field(
+        factory=SelectAll, validator=attrs.validators.instance_of(Selection)
+    )
+    eviction: Eviction = attrs.field(
+        factory=KeepAll, validator=attrs.validators.instance_of(Eviction)
+    )
+    window: int = attrs.field(default=None, converter=attrs.converters.default_if_none(0))
+    backend: str = attrs.field(default="auto", validator=one_of(*BACKENDS))
+
+    def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "window", self._resolve_window())
+        for policy in (self.selection, self.eviction):
+            _check_budget(policy, self.window)
+
+    def _resolve_window(self) -> int:
+        if not isinstance(self.window, int) or isinstance(self.window, bool) or self.window < 0:
+            raise ValueError(f"window: wanted an int of at least 1, got {self.window!r}")
+        named = {"window": self.window or None, "admission": self.admission.window}
+        if isinstance(self.eviction, AtPromptEnd):
+            named["eviction"] = self.eviction.admission.window
+        given = {name: value for name, value in named.items() if value is not None}
+        if len(set(given.values())) > 1:
+            found = ", ".join(f"{name} says {value}" for name, value in given.items())
+            raise ValueError(f"window: the parts of the pipeline disagree: {found}")
+        return next(iter(given.values()), DEFAULT_WINDOW)
+
+    def init(self, spec: CacheSpec, batch: int = 1) -> CacheState:
+        """An empty cache for `batch` sequences. Raises ValueError if a policy does not fit `spec`."""
+        if batch < 1:
+            raise ValueError(f"batch: wanted at least 1, got {batch}")
+        total_heads = spec.kv_heads + spec.head_offset
+        self.admission.check(spec.layers, total_heads, spec.head_dim)
+        self.eviction.check(spec.layers, total_heads, spec.head_dim)
+        for layer in range(spec.layers):
+            for policy in (self.selection.at(layer), self.eviction.at(layer)):
+                _check_budget(policy, self.window)
+        return allocate(self, spec, batch, ops(resolve(self.backend, spec.device)))
+
+    def begin(
+        self,
+        state: CacheState,
+        lengths: Sequence[int],
+        phase: str,
+        valid: Tensor | None = None,
+    ) -> None:
+        """Opens a call that adds `lengths[b]` real tokens to each sequence.
+
+        `phase` is "prompt" (queries read all that is visible) or "decode" (every query selects for
+        itself). A decode call of several columns names its real tokens by `valid` `[B, T]`. Reserves
+        what decoding needs, so that capacity errors come before any layer writes.
+        """
+        if phase not in PHASES:
+            raise ValueError(f"phase: wanted one of {', '.join(PHASES)}, got {phase!r}")
+        if state.call is not None:
+            raise PhaseError("begin: a call is in flight already; commit or abort it first")
+        if len(lengths) != state.batch or any(n < 0 for n in lengths):
+            raise ValueError(f"lengths: wanted {state.batch} numbers from 0, got {list(lengths)}")
+        if phase == "decode" and state.pending_end:
+            raise PhaseError(
+                "decode: the prompt has not ended; call end_prompt(state) first so that "
+                f"{type(self.eviction).__name__} can act"
+            )
+        engine.open_call(state, tuple(lengths), phase, valid)
+
+    def attend(
+        self,
+        state: CacheState,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        key_pre: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
+        """One layer of the open call: decides, writes, attends.
+
+        Prompt calls are packed: `query` `[Hq, T, D]`, `key`, `value`, `key_pre` `[Hkv, T, D]`, `hidden`
+        `[T, hidden]`, sequence after sequence, real tokens only; returns `[Hq, T, D]`. Decode calls
+        are `[B, Hq, T, D]` and `[B, Hkv, T, D]`, `hidden` `[B, T, hidden]`; returns `[B, Hq, T, D]`, zeros
+        where a token is not real. Keys are after RoPE at their true positions.
+        """
+        if state.call is None:
+            raise PhaseError("attend: no call is open; call begin(state, lengths, phase) first")
+        attend = engine.prompt if state.call.phase == "prompt" else engine.decode
+        return attend(state, layer, query, key, value, key_pre, hidden)
+
+    def commit(self, state: CacheState) -> None:
+        """Closes the call: lengths become current and due evictions happen."""
+        if state.call is None:
+            raise PhaseError("commit: no call is open")
+        phase = state.call.phase
+        engine.close_call(state)
+        if phase == "prompt":
+            state.pending_end = not self.eviction.neutral
+        else:
+            self.maintain(state)
+
+    def abort(self, state: CacheState) -> None:
+        """Forgets the open call; the cache is as it was before `begin`."""
+        abort(state)
+
+    def end_prompt(self, state: CacheState) -> None:
+        """Says that the prompt is complete, so that prompt-end evictions act."""
+        if state.call is not None:
+            raise PhaseError("end_prompt: a call is in flight; commit or abort it first")
+        if state.pending_end:
+            engine.evict(state, [True] * state.batch)
+            state.pending_end = False
+
+    def maintain(self, state: CacheState) -> None:
+        """Evicts for sequences that have decoded another `interval` tokens, if the policy decodes."""
+        if self.eviction.when != "decode" or self.eviction.neutral:
+            return
+        due = [
+            on and length % state.spec.interval == 0 and length > floor
+            for on, length, floor in zip(state.active, state.lengths, state.floor, strict=True)
+        ]
+        if any(due):
+            engine.evict(state, due)
+
+    def report(self, state: CacheState) -> Report:
+        """What took effect and what it costs in bytes."""
+        return report(state)
+
+
+def _check_budget(policy: Any, window: int) -> None:
+    budget = getattr(policy, "budget", None)
+    if budget is None or isinstance(budget, TotalCap):
+        return
+    while hasattr(budget, "base"):
+        budget = budget.base
+    tokens = getattr(budget, "tokens", None)
+    if tokens is not None and tokens < window + 1:
+        raise ValueError(
+            f"{type(policy).__name__}.budget: wanted at least window + 1 = {window + 1} tokens (budgets "
+            f"include the window), got {tokens}"
+        )

@@ -1,0 +1,15 @@
+"""The torch reference: every op in vectorised torch, for CPUs and as the kernels' measure."""
+
+from .cache_write import append as append
+from .cache_write import decode_write as decode_write
+from .compact import move as move
+from .dense_prefill import dense_prefill as dense_prefill
+from .page_io import copy_pages as copy_pages
+from .page_io import read_pages as read_pages
+from .page_io import read_summary as read_summary
+from .page_io import write_summary as write_summary
+from .page_select import quest_select as quest_select
+from .page_select import top_pages as top_pages
+from .paged_decode import paged_decode as paged_decode
+from .sparse_prefill import prefill_attention as prefill_attention
+from .write_gate import write_gate as write_gate

@@ -1,0 +1,55 @@
+"""Plain causal attention of a prompt call, for layers where nothing was filtered."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..types import Pages, Segments
+from .page_io import read_pages
+
+
+def dense_prefill(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    pages: Pages,
+    table: Tensor,
+    scale: float,
+) -> Tensor:
+    """Causal attention where every token is stored.
+
+    Arguments as in `prefill_attention`. The global token at index n has position n; those before a
+    sequence's first recent key come from its pages. Returns `[Hq, Tq, D]`.
+    """
+    dim = key.shape[2]
+    out = torch.empty(query.shape[1], query.shape[0], dim, dtype=query.dtype, device=query.device)
+    for row, start in enumerate(segments.start):
+        q0, q1 = segments.cu_q[row : row + 2]
+        k0, k1 = segments.cu_k[row : row + 2]
+        if q0 == q1:
+            continue
+        first = start + (q1 - q0) - (k1 - k0)
+        k, v = key[:, k0:k1], value[:, k0:k1]
+        if first:
+            used = -(-first // pages.k.shape[1])
+            far_k, far_v, _ = read_pages(pages, table[row, :, :used])
+            k = torch.cat([far_k.flatten(1, 2)[:, :first], k], 1)
+            v = torch.cat([far_v.flatten(1, 2)[:, :first], v], 1)
+        mask = None
+        if start:
+            at = torch.arange(start + q1 - q0, device=key.device)
+            mask = at <= at[start:, None]
+        attended = F.scaled_dot_product_attention(
+            query[None, :, q0:q1],
+            k[None],
+            v[None],
+            attn_mask=mask,
+            is_causal=mask is None and q1 - q0 > 1,
+            scale=scale,
+            enable_gqa=query.shape[0] != key.shape[0],
+        )
+        out[q0:q1] = attended[0].transpose(0, 1)
+    return out.transpose(0, 1)

@@ -1,0 +1,37 @@
+"""Reading and writing whole pages by id."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..types import Pages
+
+
+def read_pages(pages: Pages, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Contents of pages `ids` (any shape `[...]`): k, v `[..., P, D]` and meta `[..., P]`."""
+    flat = ids.reshape(-1).long()
+    k = pages.k.index_select(0, flat).view(*ids.shape, *pages.k.shape[1:])
+    v = pages.v.index_select(0, flat).view(*ids.shape, *pages.v.shape[1:])
+    meta = pages.meta.index_select(0, flat).view(*ids.shape, *pages.meta.shape[1:])
+    return k, v, meta
+
+
+def copy_pages(pages: Pages, source: Tensor, target: Tensor) -> None:
+    """Copies k, v, meta and summary of pages `source` `[N]` to pages `target` `[N]`."""
+    source, target = source.long(), target.long()
+    for store in (pages.k, pages.v, pages.meta, pages.summary):
+        if store is not None:
+            store.index_copy_(0, target, store.index_select(0, source))
+
+
+def read_summary(pages: Pages, ids: Tensor) -> Tensor:
+    """Summaries `[..., S]` of pages `ids` `[...]`."""
+    assert pages.summary is not None
+    return pages.summary.index_select(0, ids.reshape(-1).long()).view(*ids.shape, -1)
+
+
+def write_summary(pages: Pages, ids: Tensor, summary: Tensor) -> None:
+    """Stores summaries `[N, S]` of pages `ids` `[N]`; writes to the null page are lost."""
+    assert pages.summary is not None
+    keep = ids > 0
+    pages.summary.index_copy_(0, ids[keep].long(), summary[keep].to(pages.summary.dtype))

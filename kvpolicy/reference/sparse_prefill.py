@@ -1,0 +1,77 @@
+"""Attention of a prompt call: admitted tokens that left the window, and the band of recent ones."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..types import ADMITTED, POSITION_MASK, Pages, Segments
+from .page_io import read_pages
+
+TILE = 256
+
+
+def prefill_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    flags: Tensor,
+    segments: Segments,
+    pages: Pages,
+    table: Tensor,
+    counts: Tensor,
+    window: int,
+    scale: float,
+) -> Tensor:
+    """Exact attention over {j <= i : i - j < window or admitted[j]}.
+
+    `query` `[Hq, Tq, D]`; `key`, `value` `[Hkv, Tk, D]` and `flags` `[Hkv, Tk]` uint8 are the recent tokens
+    (ring, then new ones) packed as `segments` says. `table` `[B, Hkv, M]` and `counts` `[B, Hkv]` name the
+    global tokens, in position order, including those that leave the window in this call. A tile of
+    queries starting at position s reads global tokens before s - window + 1 without a mask, and
+    recent ones from there on with it. Returns `[Hq, Tq, D]`.
+    """
+    kv_heads, dim = key.shape[0], key.shape[2]
+    out = torch.empty(query.shape[1], query.shape[0], dim, dtype=query.dtype, device=query.device)
+    for row, start in enumerate(segments.start):
+        q0, q1 = segments.cu_q[row : row + 2]
+        k0, k1 = segments.cu_k[row : row + 2]
+        if q0 == q1:
+            continue
+        first = start + (q1 - q0) - (k1 - k0)  # position of the row's first recent key
+        used = -(-int(counts[row].max()) // pages.k.shape[1]) if counts.numel() else 0
+        far_k, far_v, far_at = _global_tokens(pages, table[row, :, :used], counts[row])
+        for tile in range(start, start + q1 - q0, TILE):
+            stop = min(tile + TILE, start + q1 - q0)
+            band = max(tile - window + 1, first)
+            at = torch.arange(band, stop, device=key.device)
+            here = torch.arange(tile, stop, device=key.device)[:, None]
+            near = slice(k0 + band - first, k0 + stop - first)
+            keep = (flags[:, None, near] & ADMITTED) > 0
+            seen = (at <= here) & ((here - at < window) | keep)
+            before = far_at < tile - window + 1
+            width = int(before.sum(-1).max()) if used else 0
+            mask = torch.cat(
+                [before[:, None, :width].expand(-1, stop - tile, -1), seen.expand(kv_heads, -1, -1)], -1
+            )
+            k = torch.cat([far_k[:, :width], key[:, near]], 1)
+            v = torch.cat([far_v[:, :width], value[:, near]], 1)
+            q = query[:, q0 + tile - start : q0 + stop - start]
+            group = q.shape[0] // kv_heads
+            q = q.reshape(kv_heads, group * (stop - tile), dim)
+            attended = F.scaled_dot_product_attention(
+                q[None], k[None], v[None], attn_mask=mask.repeat(1, group, 1)[None], scale=scale
+            )
+            attended = attended.view(kv_heads * group, stop - tile, dim)
+            out[q0 + tile - start : q0 + stop - start] = attended.transpose(0, 1)
+    return out.transpose(0, 1)
+
+
+def _global_tokens(pages: Pages, table: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """k, v `[Hkv, N, D]` and positions `[Hkv, N]` of one sequence, padded with a far position."""
+    k, v, meta = read_pages(pages, table)
+    at = (meta & POSITION_MASK).flatten(1)
+    valid = torch.arange(at.shape[1], device=at.device) < counts[:, None]
+    at = at.masked_fill(~valid, POSITION_MASK)
+    return k.flatten(1, 2), v.flatten(1, 2), at

@@ -1,0 +1,44 @@
+"""The write gate of WG-KV: a small MLP per KV head on normalised keys."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NORM_EPS = 1e-6
+TILE = 16  # tokens; one shape for 1 and for 4096 tokens, so that a score never depends on the cut
+
+
+def write_gate(
+    key_pre: Tensor,
+    key: Tensor,
+    norm_pre: Tensor,
+    norm_post: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+) -> Tensor:
+    """Gate scores of tokens, in [0, 1] and in the keys' dtype.
+
+    `key_pre`, `key` `[Hkv, T, D]` (before and after RoPE), `norm_pre`, `norm_post` `[D]`,
+    `w1` `[Hkv, m, 2D]`, `b1` `[Hkv, m]`, `w2` `[Hkv, m]`, `b2` `[Hkv]`; returns `[Hkv, T]`.
+    g = sigmoid(w2 . gelu(w1 [n(key_pre); n(key)] + b1) + b2) with RMS norms n and the exact GELU
+    (WG-KV, src/modeling_layers.py).
+    """
+    heads, tokens, dim = key.shape
+    x = torch.cat([_norm(key_pre, norm_pre), _norm(key, norm_post)], -1)
+    pad = -tokens % TILE
+    x = F.pad(x, (0, 0, 0, pad)).view(heads, -1, TILE, 2 * dim).to(w1.dtype)
+    tiles = x.shape[1]
+    w = w1[:, None].expand(-1, tiles, -1, -1).transpose(2, 3)
+    hidden = F.gelu(torch.matmul(x, w) + b1[:, None, None])
+    logit = (hidden * w2[:, None, None]).sum(-1) + b2[:, None, None]
+    return logit.sigmoid().flatten(1)[:, :tokens].to(key.dtype)
+
+
+def _norm(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)
+    return weight * normed.to(x.dtype)

@@ -1,0 +1,60 @@
+"""The sizes of a cache."""
+
+from __future__ import annotations
+
+import attrs
+import torch
+
+from ._validate import positive
+
+
+def _sliding(instance: CacheSpec, attribute: attrs.Attribute, value: tuple[int | None, ...]) -> None:
+    if value and len(value) != instance.layers:
+        raise ValueError(f"sliding: wanted one entry for each of {instance.layers} layers, got {len(value)}")
+    for window in value:
+        if window is not None and window < 1:
+            raise ValueError(f"sliding: wanted None or a window of at least 1, got {window}")
+
+
+@attrs.frozen(kw_only=True)
+class CacheSpec:
+    """Sizes of one model's cache.
+
+    `heads` and `kv_heads` are those present on this rank; `head_offset` is the global id of the first
+    KV head. `scale` multiplies q.k (default `head_dim ** -0.5`). `sliding` gives, per layer, the
+    window of layers that only slide and None for the others. `page_size` is in tokens, `rollback`
+    the number of tokens that `crop` can take back, `interval` the number of decoded tokens between
+    two evaluations of caps and decode-time evictions.
+    """
+
+    layers: int = attrs.field(validator=positive)
+    heads: int = attrs.field(validator=positive)
+    kv_heads: int = attrs.field(validator=positive)
+    head_dim: int = attrs.field(validator=positive)
+    dtype: torch.dtype = torch.float32
+    device: torch.device = attrs.field(default=torch.device("cpu"), converter=torch.device)
+    scale: float | None = None
+    sliding: tuple[int | None, ...] = attrs.field(default=(), converter=tuple, validator=_sliding)
+    page_size: int = attrs.field(default=16, validator=positive)
+    rollback: int = attrs.field(default=32, validator=attrs.validators.ge(0))
+    interval: int = attrs.field(default=16, validator=positive)
+    head_offset: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads: wanted a multiple of kv_heads={self.kv_heads}, got {self.heads}")
+        if self.page_size & (self.page_size - 1):
+            raise ValueError(f"page_size: wanted a power of two, got {self.page_size}")
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    def slides(self, layer: int) -> int | None:
+        """The window of a layer that only slides, None for a layer that policies manage."""
+        return self.sliding[layer] if self.sliding else None

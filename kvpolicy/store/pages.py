@@ -1,0 +1,238 @@
+"""The page pool: extents of equal slabs, a free stack and reference counts, all on the device."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import CapacityError
+from ..types import Pages
+
+if TYPE_CHECKING:
+    from .state import CacheState
+
+SLAB_PAGES = 64
+EXTENT_PAGES = 8192  # largest single allocation, so that trimming gives memory back in small pieces
+UNIT = 16  # elements; slab offsets are multiples of it
+
+
+class PagePool:
+    """Pages of one device, shared by all layers and by forked caches.
+
+    With `moving` growth the pool is one extent that is reallocated (the reference reads pages by plain
+    indexing); otherwise growth appends extents and nothing moves, so captured graphs stay valid.
+    """
+
+    def __init__(
+        self,
+        *,
+        page_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        summary: tuple[int, torch.dtype] | None,
+        moving: bool,
+    ) -> None:
+        self.page_size, self.head_dim = page_size, head_dim
+        self.dtype, self.device, self.moving = dtype, device, moving
+        self.summary = summary
+        self.limit: int | None = None  # most pages, the null page not counted
+        self.generation = 0  # rises when a buffer that captured graphs read has moved
+        # Caches that use the pool, with the pages promised to each until it reserves again.
+        self.holders: weakref.WeakKeyDictionary[CacheState, int] = weakref.WeakKeyDictionary()
+        self.extents = [self._extent(SLAB_PAGES)]
+        self.capacity = SLAB_PAGES
+        self.top = torch.zeros(1, dtype=torch.int32, device=device)
+        self.free = torch.zeros(SLAB_PAGES, dtype=torch.int32, device=device)
+        self.refs = torch.zeros(SLAB_PAGES, dtype=torch.int32, device=device)
+        self.slabs = torch.zeros(4, 4, dtype=torch.int64, device=device)
+        self._push(torch.arange(1, SLAB_PAGES, dtype=torch.int32, device=device))
+        self._views()
+
+    def _extent(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        shape = (count, self.page_size)
+        make = lambda *s, dtype: torch.empty(*s, dtype=dtype, device=self.device)  # noqa: E731
+        k = make(*shape, self.head_dim, dtype=self.dtype)
+        v = make(*shape, self.head_dim, dtype=self.dtype)
+        summary = make(count, self.summary[0], dtype=self.summary[1]) if self.summary else None
+        return k, v, make(*shape, dtype=torch.int32), summary
+
+    def _views(self) -> None:
+        first = self.extents[0]
+        self.pages = Pages(
+            *first, slabs=self.slabs, slab_pages=SLAB_PAGES, free=self.free, top=self.top, refs=self.refs
+        )
+
+    def _push(self, ids: Tensor) -> None:
+        top = int(self.top)
+        self.free[top : top + ids.numel()] = ids.flip(0)
+        self.top.fill_(top + ids.numel())
+
+    @property
+    def available(self) -> int:
+        """Free pages (reads the device)."""
+        return int(self.top)
+
+    @property
+    def used(self) -> int:
+        """Pages that some head holds (reads the device)."""
+        return self.capacity - 1 - self.available
+
+    def promise(self, holder: CacheState, count: int) -> None:
+        """Keeps `count` free pages for `holder`, beside those promised to others."""
+        self.holders[holder] = 0
+        self.ensure(count)
+        self.holders[holder] = count
+
+    def ensure(self, count: int) -> None:
+        """Grows until `count` pages are free and not promised; unchanged CapacityError at the limit."""
+        count += sum(self.holders.values())
+        missing = count - self.available
+        if missing <= 0:
+            return
+        if self.limit is not None and self.capacity - 1 + missing > self.limit:
+            raise CapacityError(
+                f"{count} more pages wanted, {self.available} free and {self.used} in use of at most "
+                f"{self.limit}; raise the cap, admit less or add an eviction"
+            )
+        missing = max(missing, self.capacity // 16)
+        missing = -(-missing // SLAB_PAGES) * SLAB_PAGES
+        if self.limit is not None:
+            missing = min(missing, self.limit + 1 - self.capacity)
+        if self.moving:
+            self._grow_moving(missing)
+        else:
+            while missing > 0:
+                self._grow_appending(-(-min(missing, EXTENT_PAGES) // SLAB_PAGES) * SLAB_PAGES)
+                missing -= EXTENT_PAGES
+        self._views()
+
+    def _grow_moving(self, count: int) -> None:
+        old, new = self.extents[0], self._extent(self.capacity + count)
+        for source, target in zip(old, new, strict=True):
+            if source is not None and target is not None:
+                target[: self.capacity] = source
+        self.extents = [new]
+        self._add_ids(count)
+
+    def _grow_appending(self, count: int) -> None:
+        extent = self._extent(count)
+        self.extents.append(extent)
+        first = self.capacity // SLAB_PAGES
+        rows = count // SLAB_PAGES
+        if first + rows > self.slabs.shape[0]:
+            self.slabs = _widened(self.slabs, 2 * (first + rows))
+            self.generation += 1
+        starts = []
+        for base, new in zip(self.extents[0], extent, strict=True):
+            if base is None or new is None:
+                starts.append(torch.zeros(rows, dtype=torch.int64))
+                continue
+            # Allocations are aligned to more than UNIT elements of 4 bytes or less.
+            offset = (new.data_ptr() - base.data_ptr()) // (base.element_size() * UNIT)
+            step = SLAB_PAGES * base[0].numel() // UNIT
+            starts.append(offset + step * torch.arange(rows, dtype=torch.int64))
+        self.slabs[first : first + rows] = torch.stack(starts, 1).to(self.device)
+        self._add_ids(count)
+
+    def _add_ids(self, count: int) -> None:
+        if self.capacity + count > self.free.numel():
+            size = self.capacity + count if self.moving else 2 * (self.capacity + count)
+            self.free, self.refs = _widened(self.free, size), _widened(self.refs, size)
+            self.generation += 1
+        self.refs[self.capacity : self.capacity + count] = 0
+        new = torch.arange(self.capacity, self.capacity + count, dtype=torch.int32, device=self.device)
+        self._push(new)
+        self.capacity += count
+
+    def take(self, count: int) -> Tensor:
+        """Takes `count` pages, int32 ids `[count]`, growing if needed."""
+        self.ensure(count)
+        top = int(self.top) - count
+        ids = self.free[top : top + count].clone()
+        self.top.fill_(top)
+        self.refs[ids.long()] = 1
+        if self.moving:  # unused slots stay finite, see the reference's take_pages
+            self.pages.k[ids.long()] = 0
+            self.pages.v[ids.long()] = 0
+        return ids
+
+    def share(self, ids: Tensor) -> None:
+        """Counts one more holder for pages `ids` `[N]` (repeats allowed, the null page ignored)."""
+        ids = ids[ids > 0].long()
+        self.refs.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+
+    def release(self, ids: Tensor) -> None:
+        """Counts one holder less for pages `ids` `[N]`; pages without holders become free."""
+        ids = ids[ids > 0].long()
+        if ids.numel():
+            self.refs.index_add_(0, ids, torch.full_like(ids, -1, dtype=torch.int32))
+            ids = ids.unique()
+            self._push(ids[self.refs[ids] == 0].int())
+
+    def trim(self) -> None:
+        """Gives memory back: moves pages to low ids and drops what then lies unused at the end."""
+        live = self.used + sum(self.holders.values())
+        wanted = -(-(live + 1 + live // 20) // SLAB_PAGES) * SLAB_PAGES
+        if self.moving:
+            capacity = wanted
+        else:
+            capacity, kept = self.extents[0][0].shape[0], 1
+            while capacity < wanted:
+                capacity += self.extents[kept][0].shape[0]
+                kept += 1
+        if capacity >= self.capacity:
+            return
+        held = (self.refs[: self.capacity] > 0).nonzero().squeeze(1)
+        high = held[held >= capacity]
+        unused = (self.refs[1:capacity] == 0).nonzero().squeeze(1) + 1
+        target = unused[: high.numel()]
+        self._ops_copy(high, target)
+        self.refs[target] = self.refs[high]
+        remap = torch.arange(self.capacity, dtype=torch.int32, device=self.device)
+        remap[high] = target.int()
+        for state in list(self.holders):
+            for layer in state.layers:
+                if layer.pool is self:
+                    layer.table.copy_(remap[layer.table.long()])
+        if self.moving:
+            # An extent of its own, so that the larger storage is not kept alive.
+            self.extents = [tuple(None if t is None else t[:capacity].clone() for t in self.extents[0])]  # type: ignore[list-item]
+            self.free, self.refs = self.free[:capacity].clone(), self.refs[:capacity].clone()
+        else:
+            self.extents = self.extents[:kept]
+        self.refs[capacity:] = 0
+        self.capacity = capacity
+        self.top.zero_()
+        self._push(unused[high.numel() :].int())
+        self._views()
+
+    def _ops_copy(self, source: Tensor, target: Tensor) -> None:
+        if not source.numel():
+            return
+        if self.moving:
+            for store in self.extents[0]:
+                if store is not None:
+                    store[target] = store[source]
+            return
+        starts = [0]
+        for extent in self.extents:
+            starts.append(starts[-1] + extent[0].shape[0])
+        bounds = torch.tensor(starts[1:], device=self.device)
+        from_extent = torch.bucketize(source, bounds, right=True)
+        to_extent = torch.bucketize(target, bounds, right=True)
+        for i in from_extent.unique().tolist():
+            for j in to_extent.unique().tolist():
+                pair = (from_extent == i) & (to_extent == j)
+                for old, new in zip(self.extents[i], self.extents[j], strict=True):
+                    if old is not None and new is not None:
+                        new[target[pair] - starts[j]] = old[source[pair] - starts[i]]
+
+
+def _widened(tensor: Tensor, size: int) -> Tensor:
+    wide = tensor.new_zeros(size, *tensor.shape[1:])
+    wide[: tensor.shape[0]] = tensor
+    return wide

@@ -1,0 +1,120 @@
+"""Taking tokens back: abort of a call in flight, and crop of the last tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import PhaseError, RollbackError
+from ..types import POSITION_MASK
+from .dual_cache import refresh_summary
+from .state import CacheState, LayerStore
+
+
+def abort(state: CacheState) -> None:
+    """Forgets the call in flight; the cache is as it was before `begin`."""
+    call, state.call = state.call, None
+    if call is None:
+        return
+    for layer in state.layers:
+        for target, saved in zip(_undo_targets(layer), call.undo.get(layer.index, ()), strict=False):
+            target.copy_(saved)
+        if call.phase == "decode":
+            shrink(state, layer, _counts_at(state, layer))
+        elif layer.index in call.before:
+            shrink(state, layer, call.before[layer.index])
+    state.sync_devices()
+    state.steps_reserved = 0
+
+
+def _undo_targets(layer: LayerStore) -> list[Tensor]:
+    ring = [layer.ring_k, layer.ring_v, layer.ring_flags]
+    return ring if layer.queries is None else [*ring, layer.queries]
+
+
+def crop(state: CacheState, tokens: list[int]) -> None:
+    """Takes back the last `tokens[b]` tokens of each sequence.
+
+    Exact up to the store's rollback depth. Raises RollbackError, with nothing changed, for more, or
+    if an eviction lies between.
+    """
+    if state.call is not None:
+        raise PhaseError("crop: a call is in flight; commit or abort it first")
+    if len(tokens) != state.batch:
+        raise ValueError(f"tokens: wanted {state.batch} numbers, got {len(tokens)}")
+    for row, (count, length) in enumerate(zip(tokens, state.lengths, strict=True)):
+        if count < 0 or count > length:
+            raise ValueError(f"tokens: sequence {row} holds {length} tokens, cannot drop {count}")
+        if count and length - count < state.floor[row]:
+            raise RollbackError(
+                f"sequence {row}: an eviction at length {state.floor[row]} lies inside the last {count} "
+                "tokens; fork the cache before decoding to go back further"
+            )
+        if count > state.spec.rollback and count < length:
+            raise RollbackError(
+                f"sequence {row}: {count} tokens are more than rollback={state.spec.rollback}; make the "
+                "cache with a larger rollback or fork it"
+            )
+    if not any(tokens):
+        return
+    state.lengths = [n - t for n, t in zip(state.lengths, tokens, strict=True)]
+    state.sync_devices()
+    state.steps_reserved = 0
+    for layer in state.layers:
+        shrink(state, layer, _counts_at(state, layer))
+
+
+def _counts_at(state: CacheState, layer: LayerStore) -> Tensor:
+    """Global tokens whose position lies before the window of the current lengths."""
+    if layer.slides:
+        return layer.counts.clone()
+    size = state.spec.page_size
+    # Only the last `rollback` tokens of a head can be newer, so its last pages suffice.
+    span = -(-state.spec.rollback // size) + 1
+    if any(length == 0 for length in state.lengths):
+        span = layer.table.shape[2]
+    held = (layer.counts + size - 1) // size
+    column = (held[..., None] - span + torch.arange(span, device=held.device)).clamp(min=0)
+    ids = layer.table.gather(2, column.long())
+    at = state.ops.read_pages(layer.pool.pages, ids)[2] & POSITION_MASK
+    index = column[..., None] * size + torch.arange(size, device=held.device)
+    # Clamped columns repeat page 0 of the head; count each column once.
+    once = torch.ones_like(column, dtype=torch.bool)
+    once[..., 1:] = column[..., 1:] != column[..., :-1]
+    lengths = state.lengths_on[layer.ring_k.device].view(-1, 1, 1, 1)
+    newer = (index < layer.counts[..., None, None]) & once[..., None] & (at >= lengths - layer.window)
+    return layer.counts - newer.sum((-1, -2), dtype=torch.int32)
+
+
+def shrink(state: CacheState, layer: LayerStore, counts: Tensor) -> None:
+    """Cuts every head back to its first `counts` `[B, Hkv]` global tokens."""
+    size = state.spec.page_size
+    want = (counts + size - 1) // size
+    have = (layer.counts + size - 1) // size
+    column = torch.arange(layer.table.shape[2], device=counts.device)
+    gone = (column >= want[..., None]) & (column < have[..., None])
+    shorter = (counts < layer.counts) & (counts % size > 0)
+    layer.pool.release(layer.table[gone])
+    layer.table.masked_fill_(gone, 0)
+    layer.counts.copy_(counts)
+    own_partial(state, layer, shorter)
+    b, h = shorter.nonzero(as_tuple=True)
+    if b.numel() and not layer.selection.neutral:
+        ids = layer.table[b, h, (counts[b, h] // size).long()]
+        refresh_summary(state, layer, ids, counts[b, h] % size)
+
+
+def own_partial(state: CacheState, layer: LayerStore, heads: Tensor) -> None:
+    """Gives `heads` (bool `[B, Hkv]`) a copy of their partial page where it is shared."""
+    b, h = heads.nonzero(as_tuple=True)
+    if not b.numel():
+        return
+    m = (layer.counts[b, h] // state.spec.page_size).long()
+    ids = layer.table[b, h, m]
+    shared = layer.pool.pages.refs[ids.long()] > 1
+    if bool(shared.any()):
+        b, h, m, ids = b[shared], h[shared], m[shared], ids[shared]
+        fresh = layer.pool.take(ids.numel())
+        state.ops.copy_pages(layer.pool.pages, ids, fresh)
+        layer.table[b, h, m] = fresh
+        layer.pool.release(ids)

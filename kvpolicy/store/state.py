@@ -1,0 +1,200 @@
+"""CacheState: every device buffer of one batch of sequences."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+from torch import Tensor
+
+from ..admission._base import Admission
+from ..eviction._base import Eviction
+from ..selection._base import Selection
+from ..spec import CacheSpec
+from ..types import POSITION_MASK
+from .pages import PagePool
+
+if TYPE_CHECKING:
+    from ..backend import Ops
+    from ..types import Segments
+
+
+@attrs.define(eq=False)
+class LayerStore:
+    """One layer: a ring of recent tokens, a page table per head, and the layer's placed policies.
+
+    `ring_k`, `ring_v` `[B, Hkv, slots, D]`, `ring_flags` `[B, Hkv, slots]` uint8: position p is in slot
+    `p % slots`. `table` `[B, Hkv, M]` int32, `counts` `[B, Hkv]` int32 global tokens, `evicted` `[B, Hkv]`
+    int64. `queries` `[B, Hq, slots', D]` are the recent queries an eviction asked for. `selected` is
+    what the last decoded token read.
+    """
+
+    index: int
+    window: int
+    slides: bool
+    ring_k: Tensor
+    ring_v: Tensor
+    ring_flags: Tensor
+    table: Tensor
+    counts: Tensor
+    evicted: Tensor
+    pool: PagePool
+    admission: Admission
+    selection: Selection
+    eviction: Eviction
+    queries: Tensor | None = None
+    selected: Tensor | None = None
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """Tensors with one row a sequence, pages excepted."""
+        ring = [self.ring_k, self.ring_v, self.ring_flags, self.counts, self.evicted]
+        return ring if self.queries is None else [*ring, self.queries]
+
+
+@attrs.define(eq=False)
+class Call:
+    """One forward in flight, between `begin` and `commit`."""
+
+    phase: str
+    added: tuple[int, ...]  # real tokens each sequence gets
+    segments: dict[torch.device, Segments] = attrs.field(factory=dict)
+    undo: dict[int, tuple[Tensor, ...]] = attrs.field(factory=dict)
+    before: dict[int, Tensor] = attrs.field(factory=dict)  # page counts before the call, by layer
+    valid: Tensor | None = None  # [B, T] bool, for decode calls
+
+
+class CacheState:
+    """The cache of one batch; made by `CachePipeline.init`.
+
+    `lengths` counts the real tokens of each sequence on the host; `lengths_on` holds the same on every
+    device in use. Policies never keep state: everything that changes is here.
+    """
+
+    def __init__(self, spec: CacheSpec, ops: Ops, batch: int) -> None:
+        self.spec, self.ops = spec, ops
+        self.layers: list[LayerStore] = []
+        self.lengths: list[int] = [0] * batch
+        self.active: list[bool] = [True] * batch
+        self.floor: list[int] = [0] * batch  # length at the last eviction
+        self.lengths_on: dict[torch.device, Tensor] = {}
+        self.active_on: dict[torch.device, Tensor] = {}
+        self.cu_one: dict[torch.device, Tensor] = {}  # cu_seqlens of one token a sequence
+        self.pools: dict[torch.device, PagePool] = {}
+        self.call: Call | None = None
+        self.pending_end = False
+        self.overshoot = 0
+        self.steps_reserved = 0
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def generation(self) -> int:
+        """Rises when a buffer that captured graphs read has moved."""
+        return sum(pool.generation for pool in self.pools.values())
+
+    def sync_devices(self) -> None:
+        """Writes the host's lengths and active rows to every device, in place."""
+        for device, tensor in self.lengths_on.items():
+            tensor.copy_(torch.tensor(self.lengths, dtype=torch.int64, device=device))
+            self.active_on[device].copy_(torch.tensor(self.active, device=device))
+
+    def sync_host(self) -> None:
+        """Reads lengths back after captured steps, where only the device knows which rows ended."""
+        device = next(iter(self.lengths_on))
+        self.lengths = self.lengths_on[device].tolist()
+        self.active = self.active_on[device].tolist()
+
+    def finish(self, rows: Tensor | list[int]) -> None:
+        """Marks sequences as ended: later decode calls store nothing for them."""
+        for row in rows.tolist() if isinstance(rows, Tensor) else rows:
+            self.active[row] = False
+        self.sync_devices()
+
+    def resume(self) -> None:
+        """Makes every sequence active again, for a next turn."""
+        self.active = [True] * self.batch
+        self.sync_devices()
+
+    def reserve(self, tokens: int) -> None:
+        """Widens page tables to hold sequences of `tokens`, so that decoding need not."""
+        width = -(-tokens // self.spec.page_size)
+        for layer in self.layers:
+            have = layer.table.shape[2]
+            if not layer.slides and width > have:
+                wide = layer.table.new_zeros(*layer.table.shape[:2], _bucket(width))
+                wide[:, :, :have] = layer.table
+                layer.table = wide
+                layer.pool.generation += 1
+
+    def reserve_pages(self, steps: int) -> None:
+        """Makes sure that `steps` decoded tokens a sequence find a page each time one is needed."""
+        size = self.spec.page_size
+        for device, pool in self.pools.items():
+            need = 0
+            for layer in self.layers:
+                if not layer.slides and layer.ring_k.device == device:
+                    need = need + _pages(layer.counts + steps, size) - _pages(layer.counts, size)
+            pool.promise(self, int(need.sum()) if isinstance(need, Tensor) else 0)
+        self.steps_reserved = steps
+
+    def kept(self, layer: int, row: int, head: int) -> Tensor:
+        """Positions of the tokens that a head still holds, global ones and the window's, rising."""
+        store = self.layers[layer]
+        count, size = int(store.counts[row, head]), self.spec.page_size
+        ids = store.table[row, head, : -(-count // size)]
+        at = (self.ops.read_pages(store.pool.pages, ids)[2] & POSITION_MASK).flatten()[:count]
+        length = self.lengths[row]
+        near = torch.arange(max(length - store.window, 0), length, device=at.device)
+        return torch.cat([at.long(), near])
+
+    def reset(self) -> None:
+        """Empties the cache and gives its pages back."""
+        for layer in self.layers:
+            layer.pool.release(layer.table.flatten())
+            layer.table.zero_()
+            layer.counts.zero_()
+            layer.evicted.zero_()
+            layer.ring_flags.zero_()
+            layer.selected = None
+        self.lengths = [0] * self.batch
+        self.floor = [0] * self.batch
+        self.call, self.pending_end = None, False
+        self.resume()
+        for pool in self.pools.values():
+            pool.trim()
+
+    def __del__(self) -> None:
+        # Pages shared with a fork must return to the pool when this state goes.
+        for layer in getattr(self, "layers", []):
+            if len(layer.pool.holders) > 1:
+                layer.pool.release(layer.table.flatten())
+
+    def shell(self, batch: int) -> CacheState:
+        """A state with the same sizes and pools and no layers yet."""
+        new = copy.copy(self)
+        new.__dict__ = dict(self.__dict__)
+        new.layers, new.call, new.steps_reserved = [], None, 0
+        new.lengths, new.active, new.floor = [0] * batch, [True] * batch, [0] * batch
+        new.lengths_on = {d: t.new_zeros(batch) for d, t in self.lengths_on.items()}
+        new.active_on = {d: t.new_ones(batch) for d, t in self.active_on.items()}
+        new.cu_one = {
+            d: torch.arange(batch + 1, dtype=torch.int32, device=d) for d in self.lengths_on
+        }
+        for pool in self.pools.values():
+            pool.holders[new] = 0
+        return new
+
+
+def _pages(counts: Tensor, size: int) -> Tensor:
+    return (counts + size - 1) // size
+
+
+def _bucket(width: int) -> int:
+    """Table widths come in few sizes, so that captured graphs stay valid while a cache grows."""
+    step = max(16, (1 << width.bit_length()) >> 3)
+    return -(-width // step) * step

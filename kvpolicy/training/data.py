@@ -1,0 +1,162 @@
+"""Training sequences: plain text, and text with things scattered in it that are asked for later.
+
+A gate trained on plain text alone learns what the next sentence needs; the questions at the end
+teach it to keep what a later question may need.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import attrs
+import torch
+from torch import Tensor
+
+from . import tasks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Kind = str
+MIX: dict[Kind, float] = {"plain": 0.4, "codes": 0.25, "facts": 0.1, "pairs": 0.1, "copy": 0.15}
+
+
+class Batch(NamedTuple):
+    """`input_ids [B, N]`, no padding, and `answers [B, N]`: tokens that answer a question."""
+
+    input_ids: Tensor
+    answers: Tensor
+
+
+class _Chat(NamedTuple):
+    """Token ids around a user's message: before it, after it, and between answer and question."""
+
+    head: list[int]
+    tail: list[int]
+    turn: list[int]
+
+
+@attrs.frozen(kw_only=True)
+class TrainingMix:
+    """A reproducible stream of batches: batch n of a rank depends on nothing but the seed.
+
+    Args:
+        texts: documents.
+        tokenizer: a tokenizer with or without a chat template.
+        length: tokens of a sequence.
+        kinds: share of each kind of sequence; names of MIX.
+        seed: of every random choice.
+
+    Raises:
+        ValueError: no text is long enough for a sequence, or a kind is unknown.
+
+    Example:
+        >>> mix = TrainingMix(texts=[text], tokenizer=tokenizer, length=4096)  # doctest: +SKIP
+        >>> mix.batch(0, 2).input_ids.shape  # doctest: +SKIP
+        torch.Size([2, 4096])
+    """
+
+    texts: Sequence[str] = attrs.field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = attrs.field(repr=False)
+    length: int
+    kinds: dict[Kind, float] = attrs.field(factory=lambda: dict(MIX))
+    seed: int = 0
+    _tokens: list[list[int]] = attrs.field(init=False, repr=False)
+    _chat: _Chat = attrs.field(init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        unknown = set(self.kinds) - set(MIX)
+        if unknown or not any(self.kinds.values()):
+            raise ValueError(f"kinds must be of {sorted(MIX)}, got {self.kinds}")
+        tokens = [self._encode(text) for text in self.texts]
+        tokens = [ids for ids in tokens if len(ids) > self.length]
+        if not tokens:
+            raise ValueError(f"texts: none is longer than {self.length} tokens")
+        object.__setattr__(self, "_tokens", tokens)
+        object.__setattr__(self, "_chat", _chat_parts(self.tokenizer))
+
+    def batch(self, index: int, size: int, *, rank: int = 0) -> Batch:
+        """Batch `index` of `size` sequences, on the CPU."""
+        rng = random.Random(f"{self.seed}/{rank}/{index}")
+        names, weights = zip(*self.kinds.items(), strict=True)
+        rows = [self.sequence(rng.choices(names, weights)[0], rng) for _ in range(size)]
+        return Batch(
+            torch.tensor([ids for ids, _ in rows]), torch.tensor([mask for _, mask in rows])
+        )
+
+    def sequence(self, kind: Kind, rng: random.Random) -> tuple[list[int], list[bool]]:
+        """Token ids and answer mask of one sequence, both `length` long."""
+        if kind == "plain" and rng.random() < 0.5:
+            return self._text(self.length, rng), [False] * self.length
+        if kind == "copy":
+            return self._copy(rng)
+        task = tasks.make(kind, rng)
+        return self._assemble(task.intro, [self._encode(s) for s in task.inserts], task, rng)
+
+    def _copy(self, rng: random.Random) -> tuple[list[int], list[bool]]:
+        """Ask for the continuation of a passage that occurs in the text."""
+        size = rng.randint(24, 64)
+        passage = self._text(size, rng)
+        cue = rng.randint(8, 20)
+        text = self.tokenizer.decode
+        task = tasks.Task(
+            tasks.copy_intro(rng),
+            (),
+            ((tasks.copy_question(text(passage[:cue]), rng), text(passage[cue:])),),
+        )
+        return self._assemble(task.intro, [passage], task, rng)
+
+    def _assemble(
+        self, intro: str, inserts: list[list[int]], task: tasks.Task, rng: random.Random
+    ) -> tuple[list[int], list[bool]]:
+        chat = self._chat
+        start = chat.head + self._encode(intro)
+        end: list[int] = []
+        answered: list[bool] = []
+        for n, (question, answer) in enumerate(task.questions):
+            asked = self._encode(("\n\n" if n == 0 else "") + question)
+            asked = (chat.turn if n else []) + asked + chat.tail
+            reply = self._encode(answer)
+            if len(end) + len(asked) + len(reply) > self.length // 3:
+                break
+            end += asked + reply
+            answered += [False] * len(asked) + [True] * len(reply)
+        room = self.length - len(start) - len(end)
+        while sum(map(len, inserts)) > room:
+            inserts = inserts[:-1]
+        room -= sum(map(len, inserts))
+        text = self._text(room, rng)
+        cuts = sorted(rng.randint(0, room) for _ in inserts)
+        body: list[int] = []
+        for begin, cut, insert in zip([0, *cuts], [*cuts, room], [*inserts, []], strict=True):
+            body += text[begin:cut] + insert
+        ids = start + body + end
+        return ids, [False] * (len(ids) - len(answered)) + answered
+
+    def _text(self, size: int, rng: random.Random) -> list[int]:
+        ids = rng.choices(self._tokens, [len(t) for t in self._tokens])[0]
+        begin = rng.randrange(len(ids) - size + 1)
+        return ids[begin : begin + size]
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@lru_cache(maxsize=8)
+def _chat_parts(tokenizer: PreTrainedTokenizerBase) -> _Chat:
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    if not tokenizer.chat_template:
+        return _Chat([], encode("\nAnswer: "), encode("\n"))
+    user, reply = "\x01USER\x01", "\x01REPLY\x01"
+    messages = [{"role": "user", "content": user}]
+    once = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": user}]
+    twice = tokenizer.apply_chat_template(messages, tokenize=False)
+    head, tail = once.split(user)
+    turn = twice.split(reply)[1].split(user)[0]
+    return _Chat(encode(head), encode(tail), encode(turn))

@@ -1,0 +1,188 @@
+"""Training of DuoAttention head patterns: which KV heads need the full context.
+
+Two published objectives. "duo" (mit-han-lab/duo-attention, `duo_attn/train.py`) mixes each
+head's streaming output with the teacher's full output and counts answer tokens only. "wgkv"
+(EMCLab-Sinica/WG-KV, `src/modeling_layers.py`) mixes with the student's own full output and
+counts every token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attach import AttachedModel, attach_for_training, dense_attention
+from .data import TrainingMix
+from .objective import distillation_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Objective = Literal["duo", "wgkv"]
+_ANSWERED = {"codes": 0.6, "facts": 0.2, "pairs": 0.2}  # kinds of data that have answers
+
+
+@attrs.frozen(kw_only=True)
+class TrainedPattern:
+    """How much each KV head needs the full context.
+
+    Attributes:
+        heads: `[L, Hkv]` in [0, 1]; 1 needs everything, 0 only sinks and recent tokens.
+        sink_size: first tokens that streaming heads keep.
+        recent_size: recent tokens that streaming heads keep, the token itself included.
+        config: the other settings, for the record.
+    """
+
+    heads: Tensor = attrs.field(eq=False)
+    sink_size: int
+    recent_size: int
+    config: dict[str, Any]
+
+    def save(self, folder: str | Path) -> None:
+        """Write the published layout: `full_attention_heads.tsv` and `config.json`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = ("\t".join(f"{value:.10f}" for value in row) for row in self.heads.tolist())
+        (folder / "full_attention_heads.tsv").write_text("\n".join(rows) + "\n")
+        config = {"sink_size": self.sink_size, "recent_size": self.recent_size, **self.config}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def train_duo_attention(
+    model: PreTrainedModel,
+    texts: Sequence[str] | TrainingMix,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    steps: int,
+    objective: Objective = "duo",
+    sink_size: int = 128,
+    recent_size: int = 256,
+    lam: float | None = None,
+    length: int = 4096,
+    batch_size: int = 1,
+    seed: int = 0,
+    checkpointing: bool = True,
+) -> TrainedPattern:
+    """Train one weight per KV head of a frozen model.
+
+    Args:
+        model: a Llama, Mistral, Qwen2 or Qwen3 causal language model, on its device.
+        texts: documents, or a ready stream of batches; "duo" needs kinds that have answers.
+        tokenizer: needed for documents.
+        steps: optimiser steps.
+        objective: "duo": weights start at 1 and are clamped, AdamW 0.02 with 20 % ramps up and
+            down, regulariser 0.05. "wgkv": sigmoid of 0, AdamW 0.2, regulariser 0.05 too unless
+            `lam` is given.
+        sink_size: first tokens that streaming heads see.
+        recent_size: recent tokens that streaming heads see, the token itself included.
+        lam: weight of the mean head weight in the loss; 0.05 by default.
+        length: tokens of a training sequence, for documents.
+        batch_size: sequences a step.
+        seed: of the data.
+        checkpointing: recompute activations layer by layer.
+
+    Raises:
+        ValueError: an unknown objective, or sizes that leave nothing to drop.
+    """
+    if objective not in ("duo", "wgkv"):
+        raise ValueError(f'objective must be "duo" or "wgkv", got {objective!r}')
+    if isinstance(texts, TrainingMix):
+        mix = texts
+    elif tokenizer is None:
+        raise ValueError("tokenizer is needed to cut documents into batches, got None")
+    else:
+        kinds = {"kinds": _ANSWERED} if objective == "duo" else {}
+        mix = TrainingMix(texts=texts, tokenizer=tokenizer, length=length, seed=seed, **kinds)
+    if recent_size < 1 or sink_size < 0 or sink_size + recent_size >= mix.length:
+        raise ValueError(
+            f"sink_size + recent_size must be less than the length {mix.length}, "
+            f"got {sink_size} + {recent_size}"
+        )
+    weight = 0.05 if lam is None else lam
+    config = model.config.get_text_config()
+    shape = (config.num_hidden_layers, config.num_key_value_heads)
+    duo = objective == "duo"
+    heads = nn.Parameter(torch.full(shape, 1.0 if duo else 0.0, device=model.device))
+    optimizer = torch.optim.AdamW([heads], lr=0.02 if duo else 0.2, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: _ramps(n, steps))
+    mask = _streaming_mask(mix.length, sink_size, recent_size, model.device)
+
+    with attach_for_training(model, checkpointing=checkpointing) as attached:
+        for step in range(steps):
+            batch = mix.batch(step, batch_size)
+            ids, answers = (t.to(model.device) for t in batch)
+            if duo:
+                with torch.no_grad():
+                    heads.clamp_(0, 1)
+            share = heads if duo else heads.sigmoid()
+            full: dict[int, Tensor] = {}
+            with torch.no_grad():
+                teacher = attached.hidden(ids, _recorder(full))
+            student = _mixed(attached, ids, share, mask, full if duo else None)
+            if duo:
+                loss = distillation_loss(student[answers], teacher[answers])
+            else:
+                loss = distillation_loss(student, teacher)
+            optimizer.zero_grad(set_to_none=True)
+            (loss + weight * share.abs().mean()).backward()
+            optimizer.step()
+            schedule.step()
+    final = heads.detach().clamp(0, 1) if duo else heads.detach().sigmoid()
+    return TrainedPattern(
+        heads=final.float().cpu(),
+        sink_size=sink_size,
+        recent_size=recent_size,
+        config={"objective": objective, "steps": steps, "lambda": weight, "length": mix.length},
+    )
+
+
+def _ramps(step: int, steps: int) -> float:
+    """Learning-rate factor: up over a fifth of the steps and down over the last, at least 0.1."""
+    ramp = max(steps // 5, 1)
+    return min(1.0, max((step + 1) / ramp, 0.1), max((steps - step) / ramp, 0.1))
+
+
+def _streaming_mask(length: int, sink: int, recent: int, device: torch.device) -> Tensor:
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & ((distance < recent) | (position[None, :] < sink))
+
+
+def _recorder(full: dict[int, Tensor]):
+    """Dense attention that keeps each layer's output for the student."""
+
+    def rule(
+        layer: int, query: Tensor, key: Tensor, value: Tensor, key_pre: Tensor, scale: float
+    ) -> Tensor:
+        full[layer] = dense_attention(query, key, value, scale)
+        return full[layer]
+
+    return rule
+
+
+def _mixed(
+    model: AttachedModel,
+    ids: Tensor,
+    share: Tensor,
+    mask: Tensor,
+    teacher: dict[int, Tensor] | None,
+) -> Tensor:
+    def rule(
+        layer: int, query: Tensor, key: Tensor, value: Tensor, key_pre: Tensor, scale: float
+    ) -> Tensor:
+        streaming = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
+        )
+        full = dense_attention(query, key, value, scale) if teacher is None else teacher[layer]
+        group = query.shape[1] // key.shape[1]
+        part = share[layer].repeat_interleave(group)[:, None, None].to(query.dtype)
+        return part * full + (1 - part) * streaming
+
+    return model.hidden(ids, rule)

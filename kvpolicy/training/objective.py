@@ -1,0 +1,161 @@
+"""What a write gate is trained on: gated attention, a memory regulariser and distillation.
+
+Source: WG-KV (EMCLab-Sinica/WG-KV), `src/modeling_layers.py` and `scripts/train.py`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Kernel = Literal["dense", "flex", "flash"]
+
+# Closed gates in hard mode. Finite, so that no kernel meets 0 * inf; exp(-1e4) is 0 in fp32.
+CLOSED = -1e4
+
+
+def log_gate(gate: Tensor, threshold: float | None = None) -> Tensor:
+    """Bias of a gate on the logits of far queries: ln g, or ln [g > threshold] when given."""
+    if threshold is None:
+        return gate.log()
+    return torch.zeros_like(gate).masked_fill(gate <= threshold, CLOSED)
+
+
+def gated_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_gate: Tensor,
+    *,
+    window: int,
+    scale: float,
+    kernel: Kernel = "dense",
+) -> Tensor:
+    """Causal attention over a_ij = s_ij + [i - j >= window] ln g_j.
+
+    Args:
+        query: `[B, H, N, D]`.
+        key: `[B, Hkv, N, D]`, after RoPE.
+        value: `[B, Hkv, N, D]`.
+        log_gate: `[B, Hkv, N]` fp32; gradients flow to it.
+        window: keys with i - j < window, the token itself included, are never biased.
+        scale: factor of the dot products, usually D ** -0.5.
+        kernel: "dense" holds the bias `[B, H, N, N]`; "flex" compiles FlexAttention (CUDA);
+            "flash" merges two FlashAttention calls (CUDA, bf16 or fp16).
+
+    Returns:
+        `[B, H, N, D]`.
+    """
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    if kernel == "dense":
+        return _dense(query, key, value, log_gate, window, scale)
+    if kernel == "flex":
+        return _compiled_flex()(query, key, value, log_gate, window, scale, _causal_blocks(
+            query.shape[2], query.device
+        ))
+    if kernel == "flash":
+        from .flash import flash_gated
+
+        return flash_gated(query, key, value, log_gate, window=window, scale=scale)
+    raise ValueError(f'kernel must be "dense", "flex" or "flash", got {kernel!r}')
+
+
+def _dense(
+    query: Tensor, key: Tensor, value: Tensor, log_gate: Tensor, window: int, scale: float
+) -> Tensor:
+    length, group = query.shape[2], query.shape[1] // key.shape[1]
+    distance = _distance(length, query.device)
+    bias = log_gate.to(query.dtype)[:, :, None, :] * (distance >= window)
+    bias = bias.masked_fill(distance < 0, float("-inf")).repeat_interleave(group, dim=1)
+    key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
+    # The memory-efficient kernel is the one fused kernel that returns the gradient of a bias.
+    backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(backends):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+
+
+def _distance(length: int, device: torch.device) -> Tensor:
+    position = torch.arange(length, device=device)
+    return position[:, None] - position[None, :]
+
+
+def _flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_gate: Tensor,
+    window: int,
+    scale: float,
+    blocks: object,
+) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    group = query.shape[1] // key.shape[1]
+
+    def far_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + torch.where(i - j >= window, log_gate[b, h // group, j], 0.0)
+
+    return flex_attention(
+        query, key, value, score_mod=far_bias, block_mask=blocks, scale=scale, enable_gqa=True
+    )
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex():
+    return torch.compile(_flex, dynamic=False)
+
+
+@lru_cache(maxsize=8)
+def _causal_blocks(length: int, device: torch.device):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(
+        lambda b, h, i, j: i >= j, None, None, length, length, device=device
+    )
+
+
+def memory_cost(gate: Tensor, window: int) -> Tensor:
+    """Regulariser R: the share of far attention that open gates pay for.
+
+    With o_s = min(1, window / (N - s)), the fraction of the queries after token s that see it
+    locally, R is the mean of o_s + (1 - o_s) (1 - (1 - g_s)^2). Gates at 1 cost 1; closed gates
+    cost the window only.
+
+    Args:
+        gate: `[..., N]` in [0, 1].
+        window: tokens of the local window.
+
+    Returns:
+        Scalar, fp32.
+    """
+    length = gate.shape[-1]
+    later = torch.arange(length, 0, -1, device=gate.device, dtype=torch.float32)
+    local = (window / later).clamp(max=1.0)
+    return (local + (1 - local) * (1 - (1 - gate.float()).square())).mean()
+
+
+def kept_fraction(gate: Tensor, *, window: int, threshold: float) -> Tensor:
+    """Share of N tokens in the cache at the end of a sequence: window + admitted tokens that left.
+
+    Args:
+        gate: `[..., N]`.
+        window: tokens of the local window.
+        threshold: a token is admitted if gate > threshold.
+
+    Returns:
+        `[...]`, fp32.
+    """
+    length = gate.shape[-1]
+    left = max(length - window, 0)
+    return ((gate[..., :left] > threshold).sum(-1) + min(length, window)).float() / length
+
+
+def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error over batch, positions and channels of the final normed hidden states."""
+    return F.mse_loss(student.float(), teacher.float())

@@ -1,0 +1,162 @@
+"""Made-up questions for training: what is scattered in a text, and what is asked of it."""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+
+class Task(NamedTuple):
+    """Words before the text, passages to scatter in it, and (question, answer) pairs after it."""
+
+    intro: str
+    inserts: tuple[str, ...]
+    questions: tuple[tuple[str, str], ...]
+
+
+_MAKERS = "amber brass cobalt crimson ebony frosted gilded ivory jade lacquered linen marble "
+_MAKERS += "mossy olive pewter quilted russet sable scarlet tarnished umber velvet waxed woven"
+_OBJECTS = "abacus anvil barometer bellows compass decanter easel flute gyroscope hammock "
+_OBJECTS += "inkwell kettle lantern mandolin odometer pendulum quill rudder sextant telescope "
+_OBJECTS += "trunk umbrella violin wardrobe xylophone yoke zither"
+_FIRST = "Ansel Brida Corwin Delphine Emeric Fenna Gustav Hedda Ivo Jorun Kasimir Liesl Milos "
+_FIRST += "Nerys Oswin Petra Quill Rosalba Stellan Tamsin Ulric Viola Wendel Xenia Yorick Zelda"
+_LAST = "Abernathy Brock Castellane Dunmore Eklund Farrow Grieve Holloway Ivarsen Jessop Kestrel "
+_LAST += "Lindqvist Marlowe Novak Ostrander Pell Quince Rusk Sorrel Thackeray Underhill Voss"
+_TRADES = "apothecary beekeeper cooper drummer engraver falconer glazier hatter joiner mason "
+_TRADES += "navigator potter roofer saddler tinsmith vintner weaver printer locksmith gardener"
+_TOWNS = "Aldermoor Brightwater Coldharbour Dunfallow Eastmarsh Fairhollow Greywick Highcombe "
+_TOWNS += "Kingsferry Larkspur Millbrook Northgate Oakhurst Pinefold Ravenscar Stonebeck Westerly"
+_SYLLABLES = "ba ce di fo gu ka le mi no pu ra se ti vo zu lan mer tor vin sel gar dun pol"
+
+_CODE_NAMES = ("access code", "serial number", "registration", "inventory mark", "catalogue key")
+
+
+def make(kind: str, rng: random.Random) -> Task:
+    """A task of one kind: "plain", "codes", "facts" or "pairs"."""
+    return {"plain": _plain, "codes": _codes, "facts": _facts, "pairs": _pairs}[kind](rng)
+
+
+def copy_intro(rng: random.Random) -> str:
+    """Words before a text that will be quoted from."""
+    return rng.choice(("", "Keep this text at hand.\n\n", "I will quote from this text.\n\n"))
+
+
+def copy_question(cue: str, rng: random.Random) -> str:
+    """Ask how the text goes on after `cue`."""
+    return rng.choice(
+        (
+            f"How does the passage go on after these words?\n{cue}",
+            f'Somewhere above it says "{cue}". Write what comes next.',
+            f"Quote on from here: {cue}",
+        )
+    )
+
+
+def _plain(rng: random.Random) -> Task:
+    intro = rng.choice(
+        ("Read this and sum it up.\n\n", "Here is a text to work through.\n\n", "")
+    )
+    asked = rng.choice(
+        ("What is the text about?", "Give the main points of the text.", "Summarise the above.")
+    )
+    return Task(intro, (), ((asked, ""),))
+
+
+def _value(rng: random.Random) -> str:
+    style = rng.random()
+    if style < 0.6:
+        return str(rng.randrange(10 ** rng.randint(3, 7), 10**8))[: rng.randint(4, 8)]
+    if style < 0.8:
+        letters = "".join(rng.choices("ABCDEFGHJKLMNPQRSTUVWXYZ", k=rng.randint(2, 3)))
+        return f"{letters}-{rng.randrange(100, 10000)}"
+    return "".join(rng.choices(_SYLLABLES.split(), k=3))
+
+
+def _names(rng: random.Random, count: int) -> list[str]:
+    pairs = [f"{a} {b}" for a in _MAKERS.split() for b in _OBJECTS.split()]
+    return rng.sample(pairs, count)
+
+
+def _codes(rng: random.Random) -> Task:
+    name, count = rng.choice(_CODE_NAMES), 8
+    objects = {thing: _value(rng) for thing in _names(rng, count)}
+    say = rng.choice(
+        (
+            "\nNote: the {name} of the {thing} reads {value}.\n",
+            " Mark this down, {value} is the {name} of the {thing}. ",
+            "\n(The {thing} carries the {name} {value}.)\n",
+            "\nFor the {thing}, the {name} was set to {value}.\n",
+        )
+    )
+    inserts = tuple(say.format(name=name, thing=t, value=v) for t, v in objects.items())
+    intro = rng.choice(
+        (
+            f"Some objects and their {name}s are hidden in this text.\n\n",
+            f"Watch for every {name} in what follows.\n\n",
+            "",
+        )
+    )
+    order = rng.sample(list(objects), count)
+    if rng.random() < 0.5:
+        asked = f"List the {name} of each: {', '.join(f'the {t}' for t in order)}."
+        lines = "\n".join(f"{t.capitalize()}: {objects[t]}" for t in order)
+        return Task(intro, inserts, ((asked, lines),))
+    form = rng.choice(("{value}", "It is {value}.", "The {name} of the {thing} is {value}."))
+    return Task(
+        intro,
+        inserts,
+        tuple(
+            (f"What {name} does the {t} have?", form.format(name=name, thing=t, value=objects[t]))
+            for t in order
+        ),
+    )
+
+
+def _facts(rng: random.Random) -> Task:
+    count = rng.randint(1, 8)
+    people = rng.sample([f"{a} {b}" for a in _FIRST.split() for b in _LAST.split()], count)
+    trades, towns = rng.sample(_TRADES.split(), count), rng.sample(_TOWNS.split(), count)
+    things = _names(rng, count)
+    inserts, questions = [], []
+    for who, trade, town, thing in zip(people, trades, towns, things, strict=True):
+        inserts.append(
+            rng.choice(
+                (
+                    f" {who}, a {trade} by trade, had moved to {town} and took along the {thing}. ",
+                    f" In {town} everyone knew {who} the {trade}, who would not part with the "
+                    f"{thing}. ",
+                    f" It was the {trade} {who} who brought the {thing} down to {town}. ",
+                )
+            )
+        )
+        questions.append(
+            rng.choice(
+                (
+                    (f"Which town is {who} connected with?", town),
+                    (f"How does {who} earn a living?", f"{who} is a {trade}."),
+                    (f"What does {who} own?", f"The {thing}."),
+                    (f"Who has the {thing}?", who),
+                )
+            )
+        )
+    rng.shuffle(questions)
+    return Task("", tuple(inserts), tuple(questions))
+
+
+def _pairs(rng: random.Random) -> Task:
+    """Tables of keys and values, cut into a few pieces."""
+    keys = {"".join(rng.choices(_SYLLABLES.split(), k=rng.randint(2, 4))) for _ in range(64)}
+    table = {key: _value(rng) for key in sorted(keys)}
+    form = rng.choice(("{k} = {v}", "{k},{v}", "| {k} | {v} |", "{k} -> {v}", '  "{k}": {v!r},'))
+    rows = [form.format(k=k, v=v) for k, v in table.items()]
+    rng.shuffle(rows)
+    size = rng.choice((8, 16, 64))
+    inserts = tuple("\n" + "\n".join(rows[n : n + size]) + "\n" for n in range(0, len(rows), size))
+    asked = rng.choice(("Look up {k}.", "Which value is stored under {k}?", "{k}?"))
+    chosen = rng.sample(list(table), 6)
+    return Task(
+        rng.choice(("The text contains a lookup table.\n\n", "")),
+        inserts,
+        tuple((asked.format(k=k), table[k]) for k in chosen),
+    )

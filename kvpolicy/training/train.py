@@ -1,0 +1,301 @@
+"""Training of write gates by distillation (WG-KV, with the cache size as the target)."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
+
+from .attach import AttachedModel, attach_for_training
+from .controller import KeepController
+from .data import TrainingMix
+from .gate import WriteGates, model_fingerprint
+from .objective import Kernel, distillation_loss, kept_fraction, memory_cost
+from .student import Evaluation, evaluate_gates, gated_forward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_HELD_OUT_RANK = -1  # a stream of batches that no process trains on
+
+
+@attrs.frozen(kw_only=True)
+class TrainedGate:
+    """Gates and what they were trained for.
+
+    Attributes:
+        gates: the gates, fp32.
+        window: tokens of the local window W, the token itself included.
+        threshold: a token is admitted if its gate > threshold.
+        lam: weight of the regulariser at the end.
+        keep: hard fraction of tokens in the cache at the end of training, window included.
+        fingerprint: of the model that the gates belong to.
+    """
+
+    gates: WriteGates = attrs.field(repr=False)
+    window: int
+    threshold: float
+    lam: float
+    keep: float
+    fingerprint: str
+
+    def save(self, path: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Write `.safetensors` (with metadata) or `.pt` (the published plain dict)."""
+        metadata = {
+            "model": self.fingerprint,
+            "window": str(self.window),
+            "threshold": repr(self.threshold),
+            "lambda": f"{self.lam:.4g}",
+            "keep": f"{self.keep:.4f}",
+        }
+        self.gates.save(path, metadata=metadata, dtype=dtype)
+
+
+def train_write_gate(
+    model: PreTrainedModel,
+    texts: Sequence[str] | TrainingMix,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    steps: int,
+    window: int = 64,
+    target_keep: float | None = None,
+    lam: float | None = None,
+    length: int = 4096,
+    batch_size: int = 2,
+    threshold: float = 0.1,
+    expand: float = 4.0,
+    lr: float = 1e-3,
+    seed: int = 0,
+    start: WriteGates | None = None,
+    start_lam: float = 0.16,
+    kernel: Kernel = "dense",
+    checkpointing: bool = True,
+    eval_every: int = 0,
+    out_dir: str | Path | None = None,
+    save_every: int = 0,
+    stop_after: int | None = None,
+) -> TrainedGate:
+    """Train the write gates of a frozen model.
+
+    Minimises MSE(final hidden states of the gated and of the plain model) + lambda R with AdamW
+    (weight decay 0.01), 10 % linear warm-up and a cosine to zero. Under `accelerate launch` every
+    process takes its own batches and gradients are averaged.
+
+    Args:
+        model: a Llama, Mistral, Qwen2 or Qwen3 causal language model, on its device.
+        texts: documents, or a ready stream of batches.
+        tokenizer: needed for documents.
+        steps: optimiser steps.
+        window: tokens of the local window W.
+        target_keep: wanted fraction of tokens in the cache, window included; steers lambda.
+        lam: a fixed lambda instead.
+        length: tokens of a training sequence, for documents.
+        batch_size: sequences a step and process.
+        threshold: of the hard decision, for the kept fraction and evaluation.
+        expand: hidden units of the gate per channel of a head.
+        lr: peak learning rate.
+        seed: of initialisation and data.
+        start: gates to continue from (not changed); fresh ones by default.
+        start_lam: first lambda when steered.
+        kernel: attention kernel of the student, see gated_attention.
+        checkpointing: recompute activations layer by layer.
+        eval_every: steps between hard evaluations on held-out batches; 0 for none.
+        out_dir: folder for `metrics.jsonl` and `state.pt`; training resumes from the latter.
+        save_every: steps between saves of `state.pt`; 0 for the end only.
+        stop_after: stop (and save) at this step of the schedule, to be resumed later.
+
+    Raises:
+        ValueError: not exactly one of `target_keep` and `lam`, or sizes that do not fit.
+
+    Source: EMCLab-Sinica/WG-KV, `scripts/train.py`.
+    """
+    if (target_keep is None) == (lam is None):
+        raise ValueError(f"give target_keep or lam, got target_keep={target_keep}, lam={lam}")
+    mix = _as_mix(texts, tokenizer, length, seed)
+    if target_keep is not None and target_keep <= window / mix.length:
+        raise ValueError(
+            f"target_keep must exceed window / length = {window / mix.length:.3g}, got {target_keep}"
+        )
+    accelerator = Accelerator(cpu=model.device.type == "cpu")
+    rank = accelerator.process_index
+    gates = _fresh_gates(model, expand, seed)
+    if start is not None:
+        gates.load_state_dict(start.state_dict())
+    steer = None if target_keep is None else KeepController(target=target_keep)
+    if steer is not None:
+        steer.log_lam = math.log(start_lam)
+    optimizer = torch.optim.AdamW(gates.parameters(), lr=lr, weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, int(0.1 * steps), steps)
+    run = _Run(out_dir, main=accelerator.is_main_process)
+    step = run.load(gates, optimizer, schedule, steer)
+    keep = float("nan")
+
+    with attach_for_training(model, checkpointing=checkpointing) as attached:
+        while step < min(steps, stop_after or steps):
+            began = time.perf_counter()
+            ids = mix.batch(step, batch_size, rank=rank).input_ids.to(model.device)
+            weight = lam if steer is None else steer.lam
+            loss, cost, gate = _losses(attached, gates, ids, window, kernel)
+            optimizer.zero_grad(set_to_none=True)
+            (loss + weight * cost).backward()
+            _average_gradients(accelerator, gates)
+            optimizer.step()
+            schedule.step()
+            kept = kept_fraction(gate.detach(), window=window, threshold=threshold).mean()
+            keep = float(accelerator.reduce(kept, "mean"))
+            if steer is not None:
+                steer.update(keep)
+            step += 1
+            metrics: dict[str, Any] = {
+                "step": step,
+                "loss": loss.item(),
+                "cost": cost.item(),
+                "keep": keep,
+                "lam": weight,
+                "seconds": round(time.perf_counter() - began, 4),
+            }
+            if eval_every and step % eval_every == 0:
+                hard = _hard(attached, gates, model, mix, batch_size, window, threshold, kernel)
+                metrics["hard"] = hard._asdict()
+            run.log(metrics)
+            if save_every and step % save_every == 0:
+                run.save(step, gates, optimizer, schedule, steer)
+        run.save(step, gates, optimizer, schedule, steer)
+    return TrainedGate(
+        gates=gates,
+        window=window,
+        threshold=threshold,
+        lam=float(lam if steer is None else steer.lam),  # type: ignore[arg-type]
+        keep=keep if steer is None or steer.keep is None else steer.keep,
+        fingerprint=model_fingerprint(model),
+    )
+
+
+def _as_mix(
+    texts: Sequence[str] | TrainingMix,
+    tokenizer: PreTrainedTokenizerBase | None,
+    length: int,
+    seed: int,
+) -> TrainingMix:
+    if isinstance(texts, TrainingMix):
+        return texts
+    if tokenizer is None:
+        raise ValueError("tokenizer is needed to cut documents into batches, got None")
+    return TrainingMix(texts=texts, tokenizer=tokenizer, length=length, seed=seed)
+
+
+def _fresh_gates(model: PreTrainedModel, expand: float, seed: int) -> WriteGates:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return WriteGates.for_model(model, expand)
+
+
+def _losses(
+    model: AttachedModel, gates: WriteGates, ids: Tensor, window: int, kernel: Kernel
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.no_grad():
+        teacher = model.hidden(ids)
+    student = gated_forward(model, gates, ids, window=window, kernel=kernel)
+    return (
+        distillation_loss(student.hidden, teacher),
+        memory_cost(student.gate, window),
+        student.gate,
+    )
+
+
+def _hard(
+    attached: AttachedModel,
+    gates: WriteGates,
+    model: PreTrainedModel,
+    mix: TrainingMix,
+    batch_size: int,
+    window: int,
+    threshold: float,
+    kernel: Kernel,
+) -> Evaluation:
+    batches = [tuple(mix.batch(n, batch_size, rank=_HELD_OUT_RANK)) for n in range(4)]
+    return evaluate_gates(
+        attached,
+        gates,
+        model.get_output_embeddings(),
+        batches,  # type: ignore[arg-type]
+        window=window,
+        threshold=threshold,
+        kernel=kernel,
+    )
+
+
+def _average_gradients(accelerator: Accelerator, gates: nn.Module) -> None:
+    # Gates are called one by one inside the model's layers, so DDP's wrapper does not fit; one
+    # reduction of all gradients (a few MB) does the same.
+    if accelerator.num_processes == 1:
+        return
+    grads = [p.grad for p in gates.parameters() if p.grad is not None]
+    flat = accelerator.reduce(torch.cat([g.flatten() for g in grads]), "mean")
+    for grad, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(mean.view_as(grad))
+
+
+class _Run:
+    """Metrics and the resumable state of one training run."""
+
+    def __init__(self, folder: str | Path | None, *, main: bool) -> None:
+        self._folder = None if folder is None else Path(folder)
+        self._main = main
+        if self._folder is not None and main:
+            self._folder.mkdir(parents=True, exist_ok=True)
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        if self._folder is not None and self._main:
+            with (self._folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+
+    def save(
+        self,
+        step: int,
+        gates: WriteGates,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        steer: KeepController | None,
+    ) -> None:
+        if self._folder is None or not self._main:
+            return
+        state = {
+            "step": step,
+            "gates": gates.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "controller": None if steer is None else attrs.asdict(steer),
+        }
+        partial = self._folder / "state.pt.partial"
+        torch.save(state, partial)
+        partial.replace(self._folder / "state.pt")  # an interrupted save leaves the old state
+
+    def load(
+        self,
+        gates: WriteGates,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        steer: KeepController | None,
+    ) -> int:
+        """Restore a saved run and return its step; 0 if there is none."""
+        path = None if self._folder is None else self._folder / "state.pt"
+        if path is None or not path.exists():
+            return 0
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        gates.load_state_dict(state["gates"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        if steer is not None and state["controller"] is not None:
+            for name, value in state["controller"].items():
+                setattr(steer, name, value)
+        return int(state["step"])
