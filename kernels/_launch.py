@@ -58,7 +58,7 @@ def check_dtype(op: str, name: str, tensor: Tensor) -> None:
     """Raises TypeError for what the kernels do not compute in, float64 above all."""
     if tensor.dtype not in DTYPES:
         raise TypeError(
-            f"{op}: {name} is {tensor.dtype}; the Triton kernels take float32, bfloat16 and float16 "
+            f"{op}: {name} is {tensor.dtype}; kernels take float32, bfloat16 and float16 "
             "(backend='reference' takes float64)"
         )
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..types import ADMITTED, MARKED, POSITION_BITS, Pages
 from ._launch import cdiv, check_dense, dense_last, on, power_of_two
+from ._math import narrow
 from ._slabs import KEYS, META, SUMMARY, VALUES, page_offset
 
 _ADMITTED = tl.constexpr(ADMITTED)
@@ -91,7 +92,12 @@ def decode_write(
     """
     batch, heads, slots, dim = ring_k.shape
     check_dense(
-        "decode_write", table=table, counts=counts, ring_k=ring_k, ring_v=ring_v, ring_flags=ring_flags
+        "decode_write",
+        table=table,
+        counts=counts,
+        ring_k=ring_k,
+        ring_v=ring_v,
+        ring_flags=ring_flags,
     )
     key, value, flags = dense_last(key), dense_last(value), dense_last(flags)
     summary = pages.summary
@@ -154,10 +160,16 @@ def _decode_write(
         k = tl.load(ring_k + out.to(tl.int64) * ring_k_s, mask=real, other=0.0)
         v = tl.load(ring_v + out.to(tl.int64) * ring_v_s, mask=real, other=0.0)
         at = slot * DIM + d
-        tl.store(pages_k + page_offset(slabs, page, KEYS, SLAB_PAGES, PAGE * DIM) + at, k, mask=real)
-        tl.store(pages_v + page_offset(slabs, page, VALUES, SLAB_PAGES, PAGE * DIM) + at, v, mask=real)
+        tl.store(
+            pages_k + page_offset(slabs, page, KEYS, SLAB_PAGES, PAGE * DIM) + at, k, mask=real
+        )
+        tl.store(
+            pages_v + page_offset(slabs, page, VALUES, SLAB_PAGES, PAGE * DIM) + at, v, mask=real
+        )
         mark = ((out_flags & _MARKED) != 0).to(tl.int32) << _POSITION_BITS
-        tl.store(pages_meta + page_offset(slabs, page, META, SLAB_PAGES, PAGE) + slot, leaving | mark)
+        tl.store(
+            pages_meta + page_offset(slabs, page, META, SLAB_PAGES, PAGE) + slot, leaving | mark
+        )
         if MINMAX:
             extent = summary + page_offset(slabs, page, SUMMARY, SLAB_PAGES, 2 * DIM) + d
             low = k.to(tl.float32)
@@ -165,8 +177,8 @@ def _decode_write(
             if slot > 0:
                 low = tl.minimum(low, tl.load(extent, mask=real, other=0.0).to(tl.float32))
                 high = tl.maximum(high, tl.load(extent + DIM, mask=real, other=0.0).to(tl.float32))
-            tl.store(extent, low.to(summary.dtype.element_ty), mask=real)
-            tl.store(extent + DIM, high.to(summary.dtype.element_ty), mask=real)
+            tl.store(extent, narrow(low, summary.dtype.element_ty), mask=real)
+            tl.store(extent + DIM, narrow(high, summary.dtype.element_ty), mask=real)
         # Everyone has read the count before one thread replaces it.
         tl.debug_barrier()
         tl.store(held, count + 1)

@@ -59,4 +59,6 @@ def _move(
     tl.store(pages_v + to_v[:, None] + new_at, v, mask=mask)
     from_meta = page_offset(slabs, old, META, SLAB_PAGES, PAGE)
     meta = tl.load(pages_meta + from_meta + old_slot, mask=kept, other=0)
-    tl.store(pages_meta + page_offset(slabs, new, META, SLAB_PAGES, PAGE) + new_slot, meta, mask=kept)
+    tl.store(
+        pages_meta + page_offset(slabs, new, META, SLAB_PAGES, PAGE) + new_slot, meta, mask=kept
+    )

@@ -84,8 +84,12 @@ def _copy_pages(
     mask = e < PAGE * DIM
     k = pages_k + e
     v = pages_v + e
-    read_k = tl.load(k + page_offset(slabs, old, KEYS, SLAB_PAGES, PAGE * DIM), mask=mask, other=0.0)
-    read_v = tl.load(v + page_offset(slabs, old, VALUES, SLAB_PAGES, PAGE * DIM), mask=mask, other=0.0)
+    read_k = tl.load(
+        k + page_offset(slabs, old, KEYS, SLAB_PAGES, PAGE * DIM), mask=mask, other=0.0
+    )
+    read_v = tl.load(
+        v + page_offset(slabs, old, VALUES, SLAB_PAGES, PAGE * DIM), mask=mask, other=0.0
+    )
     tl.store(k + page_offset(slabs, new, KEYS, SLAB_PAGES, PAGE * DIM), read_k, mask=mask)
     tl.store(v + page_offset(slabs, new, VALUES, SLAB_PAGES, PAGE * DIM), read_v, mask=mask)
     if tl.program_id(1) == 0:
@@ -125,7 +129,7 @@ def write_summary(pages: Pages, ids: Tensor, summary: Tensor) -> None:
     if ids.numel() == 0:
         return
     width = pages.summary.shape[1]
-    summary = summary.reshape(ids.numel(), width).contiguous()
+    summary = summary.to(pages.summary.dtype).contiguous()
     with on(summary):
         _move_summary[ids.numel(),](
             pages.summary, pages.slabs, ids.contiguous(), summary,

@@ -13,8 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import Pages
-from ._dot import dot
-from ._launch import cdiv, check_dtype, dense_last, dot_size, on, power_of_two, processors, shared_memory
+from ._launch import (
+    cdiv,
+    check_dtype,
+    dense_last,
+    dot_size,
+    on,
+    power_of_two,
+    processors,
+    shared_memory,
+)
+from ._math import dot, narrow
 from ._slabs import KEYS, VALUES, page_offset
 
 _LOG2E = 1.4426950408889634
@@ -105,7 +114,7 @@ def _unit_blocks(
 
 @triton.jit
 def _unit_splits(blocks, TARGET: tl.constexpr, MIN_BLOCKS: tl.constexpr):
-    """Splits of each unit: splits of equal length over all units, at most TARGET + units of them."""
+    """Splits of each unit: of one length over all units, at most TARGET + units of them."""
     length = tl.maximum((tl.sum(blocks, 0) + TARGET - 1) // TARGET, MIN_BLOCKS)
     return (blocks + length - 1) // length
 
@@ -121,7 +130,7 @@ def _attend(q, k, v, seen, scale, high, total, acc):
     weights = tl.exp2(scores - base[:, None])
     decay = tl.exp2(high - base)
     total = total * decay + tl.sum(weights, 1)
-    acc = dot(weights.to(v.dtype), v, acc * decay[:, None])
+    acc = dot(narrow(weights, v.dtype), v, acc * decay[:, None])
     return new_high, total, acc
 
 
@@ -236,7 +245,9 @@ def _reduce(
         at = (first + start + i).to(tl.int64) * GROUP + g
         level = tl.load(lse + at, mask=mask, other=float("-inf"))
         parts = tl.load(
-            part + at[:, None] * DIM + d[None, :], mask=mask[:, None] & (d < DIM)[None, :], other=0.0
+            part + at[:, None] * DIM + d[None, :],
+            mask=mask[:, None] & (d < DIM)[None, :],
+            other=0.0,
         )
         new_high = tl.maximum(high, tl.max(level, 0))
         base = tl.where(new_high == float("-inf"), 0.0, new_high)
@@ -247,4 +258,4 @@ def _reduce(
         high = new_high
     acc = acc / tl.where(total > 0, total, 1.0)
     to = out + (unit.to(tl.int64) * GROUP + g) * DIM + d
-    tl.store(to, acc.to(out.dtype.element_ty), mask=d < DIM)
+    tl.store(to, narrow(acc, out.dtype.element_ty), mask=d < DIM)

@@ -40,7 +40,7 @@ class Budget(ABC):
 
 def keep_best(scores: Tensor, valid: Tensor, amount: Tensor) -> Tensor:
     """Marks the `amount` `[B, Hkv]` best valid tokens of each head; ties keep the later token."""
-    return rank(scores, valid) < amount[..., None]
+    return (rank(scores, valid) < amount[..., None]) & valid
 
 
 def rank(scores: Tensor, valid: Tensor) -> Tensor:

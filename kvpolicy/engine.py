@@ -112,7 +112,7 @@ def decode(
     """A layer of a decode call, one column after the other; see `CachePipeline.attend`."""
     layer, call, spec = state.layers[index], state.call, state.spec
     assert call is not None
-    columns = query.shape[2]
+    columns = 1 if call.valid is None else call.valid.shape[1]
     _check_input(state, "query", query, (state.batch, spec.heads, columns, spec.head_dim))
     for name, tensor in (("key", key), ("value", value)):
         _check_input(state, name, tensor, (state.batch, spec.kv_heads, columns, spec.head_dim))
@@ -278,15 +278,18 @@ def evict(state: CacheState, rows: list[bool]) -> None:
         keep = keep | ~torch.tensor(rows, device=keep.device)[:, None, None]
         keeps.append((layer, keep))
         del view, scores
-    on_rows = None
+    changed = [False] * state.batch
     for layer, keep in keeps:
-        compaction.drop(state, layer, keep)
-        if isinstance(layer.eviction, AtPromptEnd):
-            on_rows = torch.tensor(rows, device=keep.device)
-            compaction.forget_unmarked(layer, on_rows)
+        gone = compaction.drop(state, layer, keep)
+        changed = [was or n > 0 for was, n in zip(changed, gone, strict=True)]
+    for layer in state.layers:
+        if isinstance(layer.eviction, AtPromptEnd) and not layer.slides:
+            compaction.forget_unmarked(layer, torch.tensor(rows, device=layer.ring_flags.device))
+            changed = rows
     for row, on in enumerate(rows):
-        if on and keeps:
-            state.floor[row] = state.lengths[row]
+        if on:
+            state.checked[row] = state.lengths[row]
+            state.floor[row] = state.lengths[row] if changed[row] else state.floor[row]
     state.steps_reserved = 0
     for pool in state.pools.values():
         pool.trim()

@@ -104,6 +104,11 @@ class CachePipeline:
                 "decode: the prompt has not ended; call end_prompt(state) first so that "
                 f"{type(self.eviction).__name__} can act"
             )
+        if phase == "decode" and valid is None:
+            if any(n != 1 for n, on in zip(lengths, state.active, strict=True) if on):
+                raise ValueError(f"valid: wanted for a decode call that adds {list(lengths)}, got None")
+        elif valid is not None and (valid.ndim != 2 or valid.shape[0] != state.batch):
+            raise ValueError(f"valid: wanted [{state.batch}, T], got {list(valid.shape)}")
         engine.open_call(state, tuple(lengths), phase, valid)
 
     def attend(
@@ -133,10 +138,11 @@ class CachePipeline:
         """Closes the call: lengths become current and due evictions happen."""
         if state.call is None:
             raise PhaseError("commit: no call is open")
-        phase = state.call.phase
+        phase, added = state.call.phase, state.call.added
         engine.close_call(state)
         if phase == "prompt":
-            state.pending_end = not self.eviction.neutral
+            acts = not self.eviction.neutral
+            state.pending = [was or (acts and n > 0) for was, n in zip(state.pending, added, strict=True)]
         else:
             self.maintain(state)
 
@@ -149,16 +155,17 @@ class CachePipeline:
         if state.call is not None:
             raise PhaseError("end_prompt: a call is in flight; commit or abort it first")
         if state.pending_end:
-            engine.evict(state, [True] * state.batch)
-            state.pending_end = False
+            engine.evict(state, state.pending)
+            state.pending = [False] * state.batch
 
     def maintain(self, state: CacheState) -> None:
         """Evicts for sequences that have decoded another `interval` tokens, if the policy decodes."""
         if self.eviction.when != "decode" or self.eviction.neutral:
             return
+        interval = state.spec.interval
         due = [
-            on and length % state.spec.interval == 0 and length > floor
-            for on, length, floor in zip(state.active, state.lengths, state.floor, strict=True)
+            on and length // interval > checked // interval
+            for on, length, checked in zip(state.active, state.lengths, state.checked, strict=True)
         ]
         if any(due):
             engine.evict(state, due)

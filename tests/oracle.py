@@ -4,102 +4,151 @@ from __future__ import annotations
 
 import torch
 
+from kvpolicy import Adaptive, AtPromptEnd, TotalCap
 from kvpolicy.types import EvictionView, Write
 
 
 class Oracle:
-    def __init__(self, pipeline, layer, layers, q, k, v, k_pre, scale, page_size=16, slides=None):
-        self.pipe, self.layer, self.layers = pipeline, layer, layers
-        self.q, self.k, self.v = q, k, v  # [Hq, N, D], [Hkv, N, D]
-        self.scale, self.P = scale, page_size
-        self.W = slides or pipeline.window
-        self.slides, self.heads = slides is not None, k.shape[0]
-        self.group = q.shape[0] // k.shape[0]
-        n = k.shape[1]
-        cu = torch.tensor([0, n], dtype=torch.int32)
-        write = Write(k, v, torch.arange(n), cu, layer, range(self.heads), key_pre=k_pre)
-        self.admit = pipeline.admission.at(layer).admit(write)
-        mark = pipeline.eviction.at(layer).mark(write)
-        self.mark = torch.ones_like(self.admit) if mark is None else mark.clone()
-        self.n = 0
-        self.pages = [[] for _ in range(self.heads)]  # global tokens of each head, in position order
-        self.alive = [self.admit[h].tolist() for h in range(self.heads)]  # admitted and not evicted
-        self.evicted = [[] for _ in range(self.heads)]
-        self.read = None
+    """Every token ever seen, and for each KV head which of them are admitted and not evicted."""
 
-    def attend(self, i, h, at):
-        at = sorted(at)
-        s = (self.q[h, i].double() @ self.k[h // self.group, at].double().T) * self.scale
-        return s.softmax(-1) @ self.v[h // self.group, at].double()
+    def __init__(self, pipeline, spec, layer):
+        self.layer, self.spec, self.n = layer, spec, 0
+        self.heads, self.group, self.P = spec.kv_heads, spec.group, spec.page_size
+        self.slides = spec.slides(layer) is not None
+        self.W = spec.slides(layer) or pipeline.window
+        place = (spec.device, spec.dtype, "reference")
+        self.admission = pipeline.admission.place(*place).at(layer)
+        self.eviction = pipeline.eviction.place(*place).at(layer)
+        self.selection = pipeline.selection.at(layer)
+        empty = torch.zeros(spec.kv_heads, 0, spec.head_dim, dtype=spec.dtype)
+        self.q, self.k, self.v, self.pre = empty.repeat(spec.group, 1, 1), empty, empty, empty
+        self.alive = self.mark = torch.zeros(self.heads, 0, dtype=torch.bool)
+        self.evicted, self.read, self.slack = [0] * self.heads, None, 0.0
 
-    def near(self, i):
-        return set(range(max(0, i - self.W + 1), i + 1))
+    def pages(self, h):
+        """Global tokens of a head: admitted, not evicted, out of the window."""
+        return self.alive[h, : max(self.n - self.W, 0)].nonzero()[:, 0].tolist()
 
-    def promote(self):
-        for h in range(self.heads):
-            done = max([*self.pages[h], *self.evicted[h], -1])
-            new = range(done + 1, max(0, self.n - self.W))
-            self.pages[h] += [] if self.slides else [j for j in new if self.alive[h][j]]
+    def store(self, q, k, v, pre, prompt):
+        for name, new in (("q", q), ("k", k), ("v", v), ("pre", pre)):
+            setattr(self, name, torch.cat([getattr(self, name), new], 1))
+        old, self.n = self.n, self.k.shape[1]
+        cu = torch.tensor([0, self.n], dtype=torch.int32)
+        at = torch.arange(self.n)
+        write = Write(self.k, self.v, at, cu, self.layer, range(self.heads), key_pre=self.pre)
+        admit, mark = self.admission.admit(write), self.eviction.mark(write)
+        mark = torch.ones_like(admit) if mark is None or not prompt else mark
+        self.alive = torch.cat([self.alive, admit[:, old:] & (not self.slides)], 1)
+        self.mark = torch.cat([self.mark, mark[:, old:]], 1)
 
-    def prompt(self, count):
-        outs = []
-        for i in range(self.n, self.n + count):
-            rows = []
-            for h in range(self.q.shape[0]):
-                far = {j for j in range(i + 1) if self.alive[h // self.group][j]}
-                rows.append(self.attend(i, h, self.near(i) | (set() if self.slides else far)))
-            outs.append(torch.stack(rows))
-        self.n += count
-        self.promote()
-        return torch.stack(outs, 1) if outs else None  # [Hq, count, D]
+    def attend(self, at, visible):
+        """Queries `at` over `visible` [Hq, len(at), n]; also how far the plain formula errs."""
 
-    def decode(self):
-        i = self.n
-        for h in range(self.heads):
-            self.mark[h, i] = True
-        self.n += 1
-        self.promote()
-        rows, self.read = [], []
-        for h in range(self.q.shape[0]):
-            chosen = self.select(i, h)
-            self.read.append(sorted(chosen))
-            rows.append(self.attend(i, h, self.near(i) | chosen))
-        return torch.stack(rows)[:, None]
+        def formula(dtype):
+            k, v = (x.to(dtype).repeat_interleave(self.group, 0) for x in (self.k, self.v))
+            s = (self.q[:, at].to(dtype) @ k.mT).to(torch.promote_types(dtype, torch.float32))
+            s = (s * self.spec.softmax_scale).masked_fill(~visible, float("-inf"))
+            return s.softmax(-1).to(dtype) @ v
+
+        exact = formula(torch.float64)
+        error = (formula(self.spec.dtype).double() - exact).abs().max()
+        self.slack = max(self.slack, float(error))
+        return exact
+
+    def prompt(self, q, k, v, pre):
+        old = self.n
+        self.store(q, k, v, pre, prompt=True)
+        i, j = torch.arange(old, self.n)[:, None], torch.arange(self.n)
+        far = self.alive.repeat_interleave(self.group, 0)[:, None]
+        return self.attend(i[:, 0], (j <= i) & ((i - j < self.W) | far))
+
+    def decode(self, q, k, v, pre):
+        self.store(q, k, v, pre, prompt=False)
+        i = self.n - 1
+        visible = torch.zeros(self.q.shape[0], 1, self.n, dtype=torch.bool)
+        visible[:, :, max(0, i - self.W + 1) :] = True
+        self.read = [tokens for h in range(self.heads) for tokens in self.select(i, h)]
+        for h, tokens in enumerate(self.read):
+            visible[h, 0, tokens] = True
+        return self.attend([i], visible)
 
     def select(self, i, h):
-        policy, kv = self.pipe.selection.at(self.layer), h // self.group
-        tokens = self.pages[kv]
+        """Global tokens that the query at `i` reads of KV head `h`, for each query head."""
+        policy, tokens = self.selection, self.pages(h)
         pages = [tokens[a : a + self.P] for a in range(0, len(tokens), self.P)]
         if policy.neutral or self.slides or not pages:
-            return set(tokens)
-        members = range(kv * self.group, (kv + 1) * self.group) if policy.group != "each" else [h]
-        query = torch.stack([self.q[g, i] for g in members])[None, None]
-        scores = []
-        for page in pages:
-            keys = torch.zeros(1, self.P, self.k.shape[2], dtype=self.k.dtype)
-            keys[0, : len(page)] = self.k[kv, page]
-            summary = policy.summarize(keys, torch.arange(self.P)[None] < len(page))
-            s = policy.score(query, summary[None, None], torch.tensor([[[len(page)]]]))[0, 0, :, 0]
-            scores.append(float(s.mean() if policy.group == "mean" else s.max()))
-        budget, m = policy.pages(self.W, self.P), len(pages)
+            return [tokens] * self.group
+        counts, m = torch.tensor([len(page) for page in pages]), len(pages)
+        keys = torch.zeros(m, self.P, self.k.shape[2], dtype=self.k.dtype)
+        for page, at in zip(keys, pages, strict=True):
+            page[: len(at)] = self.k[h, at]
+        summary = policy.summarize(keys, torch.arange(self.P) < counts[:, None])
+        query = self.q[h * self.group : (h + 1) * self.group, i]
+        scores = policy.score(query[None, None], summary[None, None], counts[None, None])[0, 0]
+        if policy.group != "each":
+            scores = (scores.mean(0) if policy.group == "mean" else scores.amax(0))[None]
         sure = [*range(m - 1, max(m - 1 - policy.last, -1), -1), *range(min(policy.first, m))]
-        rest = sorted(set(range(m)) - set(sure), key=lambda p: (-scores[p], p))
-        order = list(dict.fromkeys([*sure, *rest]))[:budget]
-        return {j for p in order for j in pages[p]}
+        chosen = []
+        for s in scores.tolist():
+            rest = sorted(set(range(m)) - set(sure), key=lambda p: (-s[p], p))
+            order = list(dict.fromkeys([*sure, *rest]))[: policy.pages(self.W, self.P)]
+            chosen.append(sorted(j for p in order for j in pages[p]))
+        return chosen if policy.group == "each" else chosen * self.group
 
-    def view(self):
-        n, width, kv = self.n, max(map(len, self.pages)), self.heads
-        at = torch.zeros(kv, width, dtype=torch.long)
-        valid = torch.zeros(kv, width, dtype=torch.bool)
-        for h, tokens in enumerate(self.pages):
-            at[h, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-            valid[h, : len(tokens)] = True
-        pick = lambda x, index: x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))  # noqa: E731
-        recent, w = torch.arange(n - self.W, n), max(self.pipe.eviction.at(self.layer).queries, 1)
-        qs = torch.arange(n - w, n)
-        return EvictionView(
-            self.layer, pick(self.k, at)[None], pick(self.v, at)[None], at[None], valid[None],
+    def crop(self, count):
+        self.n -= count
+        for name in ("q", "k", "v", "pre", "alive", "mark"):
+            setattr(self, name, getattr(self, name)[:, : self.n])
+
+    def scores(self):
+        """What the eviction says of each head's global tokens: `[head][token] -> float`."""
+        pages = [self.pages(h) for h in range(self.heads)]
+        if not any(pages):
+            return [{} for _ in pages]
+        at = torch.tensor([p + [0] * (max(map(len, pages)) - len(p)) for p in pages])
+        valid = torch.tensor([[i < len(p) for i in range(at.shape[1])] for p in pages])
+        pick = lambda x: x.gather(1, at[..., None].expand(-1, -1, x.shape[2]))[None]  # noqa: E731
+        recent = torch.arange(self.n - self.W, self.n)
+        qs = torch.arange(self.n - max(self.eviction.queries, 1), self.n)
+        view = EvictionView(
+            self.layer, pick(self.k), pick(self.v), at[None], valid[None],
             (self.mark.gather(1, at) & valid)[None], self.k[:, recent.clamp(min=0)][None],
-            (recent >= 0)[None], torch.tensor([n]), self.scale, self.q[:, qs.clamp(min=0)][None],
-            (qs >= 0)[None],
+            (recent >= 0)[None], torch.tensor([self.n]), self.spec.softmax_scale,
+            self.q[:, qs.clamp(min=0)][None], (qs >= 0)[None],
         )  # fmt: skip
+        found = self.eviction.score(view)[0].tolist()
+        return [dict(zip(p, s, strict=False)) for p, s in zip(pages, found, strict=True)]
+
+
+def evict(layers):
+    """One eviction of a sequence, given by its layers; returns whether anything changed."""
+    scores = [None if o.slides or o.eviction.neutral else o.scores() for o in layers]
+    caps = None
+    if isinstance(layers[0].eviction.budget, TotalCap):
+        caps = layers[0].eviction.budget.lengths([[len(o.pages(h)) for h in range(o.heads)] for o in layers])
+    changed = False
+    for o, mine in zip(layers, scores, strict=True):
+        if mine is None:
+            continue
+        budget, best = o.eviction.budget, lambda s: sorted(s, key=lambda j: (-s[j], -j))
+        keep = [[j for j in best(s) if s[j] > float("-inf")] for s in mine]
+        if caps is not None:
+            keep = [k[:n] for k, n in zip(keep, caps[o.layer], strict=True)]
+        elif budget is not None:
+            n = budget.allowed(o.n, o.W, o.layer, o.spec.layers)
+            if isinstance(budget, Adaptive):
+                sure = [k[: int(budget.floor * n)] for k in keep]
+                rest = [(s[j], h, j) for h, s in enumerate(mine) for j in s if j not in sure[h]]
+                rest = sorted(rest, reverse=True)[: n * o.heads - sum(map(len, sure))]
+                keep = [k + [j for _, g, j in rest if g == h] for h, k in enumerate(sure)]
+            else:
+                keep = [k[:n] for k in keep]
+        for h, s in enumerate(mine):
+            gone = sorted(set(s) - set(keep[h]))
+            o.alive[h, gone] = False
+            o.evicted[h] += len(gone)
+            changed |= bool(gone)
+        if isinstance(o.eviction, AtPromptEnd):
+            o.alive[:, max(o.n - o.W, 0) :] &= o.mark[:, max(o.n - o.W, 0) :]
+            changed = True
+    return changed

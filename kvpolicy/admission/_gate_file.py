@@ -103,7 +103,7 @@ def write(path: Path, fields: Mapping[str, Tensor], metadata: dict[str, str]) ->
     for n in range(layers):
         for name, field in _NAMES.items():
             row = fields[field][n].detach()
-            # A copy: a view would drag the whole stack into the file.
+            # A copy, so that every tensor of the file has a storage of its own.
             state[_key(n, name)] = row.reshape(shapes.get(field, row.shape)).cpu().clone()
     if path.suffix == ".pt":
         torch.save(state, path)

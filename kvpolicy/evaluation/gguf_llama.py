@@ -73,7 +73,10 @@ def read_weights(reader: GGUFReader, config: LlamaConfig, dtype: torch.dtype) ->
     """Dequantized weights under the names of `LlamaForCausalLM`, cast to `dtype`."""
     from gguf import dequantize
 
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    heads = {
+        "attn_q": config.num_attention_heads,
+        "attn_k": _field(reader, "llama.attention.head_count_kv"),
+    }
     weights = {}
     for tensor in reader.tensors:
         weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))

@@ -47,7 +47,7 @@ class Frame:
         mark = "MESSAGE"
         chat = [{"role": "user", "content": mark}]
         text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        before, _, after = text.rpartition(mark)
+        before, _, after = str(text).rpartition(mark)
         object.__setattr__(self, "before", before)
         object.__setattr__(self, "after", after)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from . import gguf_llama
 
@@ -46,8 +46,9 @@ def load_smollm2(
     if not _is_complete(folder):
         _build(folder, dtype)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return model.to(device).eval(), tokenizer
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
+    return model.eval(), tokenizer
 
 
 def find_gguf() -> Path | None:

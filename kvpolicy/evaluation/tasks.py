@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import attrs
 from transformers import PreTrainedTokenizerBase
 
 from . import words
@@ -20,27 +19,8 @@ from .prompts import Example, Frame, Ids, Question, scatter, sentences
 TAIL = 300
 _CUE_TOKENS = 16
 _COPY_TOKENS = 24
+_MEMORIZE = "Some special magic numbers are hidden in the following text. Memorize them."
 _READ = "Read the text and remember the details."
-
-
-@attrs.frozen(kw_only=True)
-class Wording:
-    """How needles are said and asked for; `{thing}` and `{number}` are filled in."""
-
-    things: tuple[str, ...]
-    instruction: str
-    statement: str
-    question: str
-    lead: str
-
-
-NEEDLES = Wording(
-    things=words.EVALUATION_OBJECTS,
-    instruction="Some special magic numbers are hidden in the following text. Memorize them.",
-    statement=" The special magic number for the {thing} is {number}.",
-    question="What is the special magic number for the {thing} mentioned in the text?",
-    lead="The special magic number for the {thing} mentioned in the text is ",
-)
 
 
 def needles(
@@ -52,26 +32,25 @@ def needles(
     count: int = 8,
     digits: int = 7,
     seed: int = 0,
-    wording: Wording = NEEDLES,
 ) -> list[Example]:
-    """Numbers of made-up things, scattered in real text; one question for each."""
+    """Numbers of up to 8 made-up things, scattered in real text; one question for each."""
     frame, rng = Frame(tokenizer), random.Random(seed)
 
     def example() -> Example:
-        said = []
-        for thing in rng.sample(wording.things, count):
+        statements, questions = [], []
+        colours, things = rng.sample(words.COLOURS, count), rng.sample(words.THINGS, count)
+        for colour, thing in zip(colours, things, strict=True):
             number = str(rng.randrange(10 ** (digits - 1), 10**digits))
-            said.append({"thing": thing, "number": number})
-        statements = [frame.encode(wording.statement.format(**one)) for one in said]
-        questions = [
-            frame.ask(
-                wording.question.format(**one),
-                lead=wording.lead.format(**one),
-                answer=one["number"],
+            what = f"special magic number for the {colour} {thing}"
+            statements.append(frame.encode(f" The {what} is {number}."))
+            questions.append(
+                frame.ask(
+                    f"What is the {what} mentioned in the text?",
+                    lead=f"The {what} mentioned in the text is ",
+                    answer=number,
+                )
             )
-            for one in said
-        ]
-        return _scattered(frame, wording.instruction, text, length, statements, questions, rng)
+        return _scattered(frame, _MEMORIZE, text, length, statements, questions, rng)
 
     return [example() for _ in range(contexts)]
 
@@ -178,7 +157,7 @@ def copying(
     return [example() for _ in range(contexts)]
 
 
-#: What EVALUATION reports, by name: `TASKS[name](tokenizer, text, length=..., contexts=...)`.
+#: By name; call as `TASKS[name](tokenizer, text, length=..., contexts=...)`.
 TASKS: dict[str, Callable[..., list[Example]]] = {
     "eight needles": needles,
     "one needle": partial(needles, count=1),

@@ -1,17 +1,9 @@
-"""Made-up things to ask about. Training draws on other words than evaluation."""
+"""Made-up things to ask about; keep them out of training data."""
 
 from __future__ import annotations
 
-EVALUATION_OBJECTS = tuple(
-    f"{colour} {thing}"
-    for colour in ("amber", "silver", "crimson", "velvet", "copper", "ivory", "golden", "marble")
-    for thing in ("lantern", "compass", "violin", "teapot", "falcon", "mirror", "anchor", "locket")
-)
-TRAINING_OBJECTS = tuple(
-    f"{quality} {thing}"
-    for quality in ("wooden", "purple", "hollow", "frozen", "painted", "rusty", "glass", "woollen")
-    for thing in ("bridge", "helmet", "kettle", "engine", "ladder", "basket", "turtle", "trumpet")
-)
+COLOURS = ("amber", "silver", "crimson", "velvet", "copper", "ivory", "golden", "marble")
+THINGS = ("lantern", "compass", "violin", "teapot", "falcon", "mirror", "anchor", "locket")
 PEOPLE = (
     "Alice Brenner", "Boris Lindqvist", "Clara Nakamura", "Daniel Okafor", "Elena Petrova",
     "Felix Moreau", "Greta Santos", "Hassan Qureshi", "Ingrid Larsen", "Jonas Weber",

@@ -47,10 +47,6 @@ class SnapKV(Eviction):
         return self.observation
 
     def score(self, view: EvictionView) -> Tensor:
-        view = view._replace(  # the view may hold more queries, for another layer
-            queries=view.queries[:, :, -self.observation :],  # type: ignore[index]
-            query_valid=view.query_valid[:, -self.observation :],  # type: ignore[index]
-        )
         weights = self._weights(view)  # [B, Hkv, G, w, N]
         seen = view.query_valid.sum(-1).clamp(min=1)[:, None, None, None]  # type: ignore[union-attr]
         if self.group == "max" and self.normalize == "global":
@@ -59,6 +55,8 @@ class SnapKV(Eviction):
             mass = weights.sum(3) / seen
             mass = mass.amax(2) if self.group == "max" else mass.mean(2)
         mass = mass.masked_fill(~view.valid, 0.0)
+        if mass.shape[-1] == 0:  # pooling refuses to pool nothing
+            return mass
         half = self.kernel // 2
         if self.pooling == "avg":
             return F.avg_pool1d(mass, self.kernel, 1, half)

@@ -47,16 +47,16 @@ def view(state: CacheState, layer: LayerStore) -> EvictionView:
     )
 
 
-def drop(state: CacheState, layer: LayerStore, keep: Tensor) -> int:
-    """Keeps only the global tokens with `keep` `[B, Hkv, N]`; returns how many went."""
+def drop(state: CacheState, layer: LayerStore, keep: Tensor) -> list[int]:
+    """Keeps only the global tokens with `keep` `[B, Hkv, N]`; returns how many went, by sequence."""
     valid = torch.arange(keep.shape[2], device=keep.device) < layer.counts[..., None]
     keep = keep & valid
     after = keep.sum(-1, dtype=torch.int32)
     changed = after < layer.counts
     gone = layer.counts - after
-    total = int(gone.sum())
-    if not total:
-        return 0
+    total: list[int] = gone.sum(1).tolist()
+    if not any(total):
+        return total
     old = layer.table.clone()
     before = torch.where(changed, 0, layer.counts)
     # Kept tokens go to pages of their own: the old ones may be shared with a fork.

@@ -43,7 +43,10 @@ class PagePool:
         self.generation = 0  # rises when a buffer that captured graphs read has moved
         # Caches that use the pool, with the pages promised to each until it reserves again.
         self.holders: weakref.WeakKeyDictionary[CacheState, int] = weakref.WeakKeyDictionary()
+        self.orphans: list[Tensor] = []  # tables of caches that are gone, whose pages are still held
         self.extents = [self._extent(SLAB_PAGES)]
+        for null in self.extents[0][:2]:  # the reference reads it, with weight 0
+            null[0] = 0
         self.capacity = SLAB_PAGES
         self.top = torch.zeros(1, dtype=torch.int32, device=device)
         self.free = torch.zeros(SLAB_PAGES, dtype=torch.int32, device=device)
@@ -74,6 +77,8 @@ class PagePool:
     @property
     def available(self) -> int:
         """Free pages (reads the device)."""
+        while self.orphans:
+            self.release(self.orphans.pop().flatten())
         return int(self.top)
 
     @property
@@ -83,8 +88,13 @@ class PagePool:
 
     def promise(self, holder: CacheState, count: int) -> None:
         """Keeps `count` free pages for `holder`, beside those promised to others."""
+        before = self.holders.get(holder, 0)
         self.holders[holder] = 0
-        self.ensure(count)
+        try:
+            self.ensure(count)
+        except CapacityError:
+            self.holders[holder] = before
+            raise
         self.holders[holder] = count
 
     def ensure(self, count: int) -> None:
@@ -98,8 +108,9 @@ class PagePool:
                 f"{count} more pages wanted, {self.available} free and {self.used} in use of at most "
                 f"{self.limit}; raise the cap, admit less or add an eviction"
             )
-        missing = max(missing, self.capacity // 16)
+        # Whole slabs; growth by a sixteenth only where that is a slab or more.
         missing = -(-missing // SLAB_PAGES) * SLAB_PAGES
+        missing = max(missing, self.capacity // 16 // SLAB_PAGES * SLAB_PAGES)
         if self.limit is not None:
             missing = min(missing, self.limit + 1 - self.capacity)
         if self.moving:
@@ -176,7 +187,7 @@ class PagePool:
     def trim(self) -> None:
         """Gives memory back: moves pages to low ids and drops what then lies unused at the end."""
         live = self.used + sum(self.holders.values())
-        wanted = -(-(live + 1 + live // 20) // SLAB_PAGES) * SLAB_PAGES
+        wanted = (-(-(live + 1) // SLAB_PAGES) + live // 20 // SLAB_PAGES) * SLAB_PAGES
         if self.moving:
             capacity = wanted
         else:
@@ -194,10 +205,10 @@ class PagePool:
         self.refs[target] = self.refs[high]
         remap = torch.arange(self.capacity, dtype=torch.int32, device=self.device)
         remap[high] = target.int()
-        for state in list(self.holders):
-            for layer in state.layers:
-                if layer.pool is self:
-                    layer.table.copy_(remap[layer.table.long()])
+        holders = list(self.holders)  # none of them becomes an orphan below
+        tables = [x.table for state in holders for x in state.layers if x.pool is self]
+        for table in tables + self.orphans:
+            table.copy_(remap[table.long()])
         if self.moving:
             # An extent of its own, so that the larger storage is not kept alive.
             self.extents = [tuple(None if t is None else t[:capacity].clone() for t in self.extents[0])]  # type: ignore[list-item]

@@ -92,7 +92,7 @@ def report(state: CacheState) -> Report:
     ring = queries = 0
     for layer in state.layers:
         ring += _bytes(layer.ring_k, layer.ring_v, layer.ring_flags)
-        tables += _bytes(layer.table, layer.counts, layer.evicted)
+        tables += _bytes(layer.table, layer.counts, layer.evicted, layer.selected)
         queries += _bytes(layer.queries)
     for values in (state.lengths_on, state.active_on, state.cu_one):
         tables += _bytes(*values.values())

@@ -20,9 +20,13 @@ def abort(state: CacheState) -> None:
         for target, saved in zip(_undo_targets(layer), call.undo.get(layer.index, ()), strict=False):
             target.copy_(saved)
         if call.phase == "decode":
-            shrink(state, layer, _counts_at(state, layer))
+            shrink(state, layer, _counts_at(state, layer, max(call.added)))
         elif layer.index in call.before:
             shrink(state, layer, call.before[layer.index])
+    if call.phase == "decode" and not call.undo:
+        # Rings of layers that ran hold the new tokens in the oldest slots of the rollback.
+        ends = [n + t for n, t in zip(state.lengths, call.added, strict=True)]
+        state.reached = [max(pair) for pair in zip(state.reached, ends, strict=True)]
     state.sync_devices()
     state.steps_reserved = 0
 
@@ -50,29 +54,31 @@ def crop(state: CacheState, tokens: list[int]) -> None:
                 f"sequence {row}: an eviction at length {state.floor[row]} lies inside the last {count} "
                 "tokens; fork the cache before decoding to go back further"
             )
-        if count > state.spec.rollback and count < length:
+        lost = max(length, state.reached[row]) - length  # rollback that went into earlier ones
+        if count + lost > state.spec.rollback and 0 < count < length:
             raise RollbackError(
-                f"sequence {row}: {count} tokens are more than rollback={state.spec.rollback}; make the "
-                "cache with a larger rollback or fork it"
+                f"sequence {row}: {count} tokens are more than rollback={state.spec.rollback}"
+                f"{f' less {lost} since the longest length' if lost else ''}; make the cache with a "
+                "larger rollback or fork it"
             )
     if not any(tokens):
         return
+    reached = [max(pair) for pair in zip(state.reached, state.lengths, strict=True)]
     state.lengths = [n - t for n, t in zip(state.lengths, tokens, strict=True)]
+    state.reached = [r if n else 0 for r, n in zip(reached, state.lengths, strict=True)]
+    state.checked = [min(pair) for pair in zip(state.checked, state.lengths, strict=True)]
     state.sync_devices()
     state.steps_reserved = 0
     for layer in state.layers:
-        shrink(state, layer, _counts_at(state, layer))
+        shrink(state, layer, _counts_at(state, layer, max(tokens)))
 
 
-def _counts_at(state: CacheState, layer: LayerStore) -> Tensor:
-    """Global tokens whose position lies before the window of the current lengths."""
+def _counts_at(state: CacheState, layer: LayerStore, newest: int) -> Tensor:
+    """Global tokens before the window of the current lengths; at most `newest` a head are not."""
     if layer.slides:
         return layer.counts.clone()
     size = state.spec.page_size
-    # Only the last `rollback` tokens of a head can be newer, so its last pages suffice.
-    span = -(-state.spec.rollback // size) + 1
-    if any(length == 0 for length in state.lengths):
-        span = layer.table.shape[2]
+    span = min(-(-newest // size) + 1, layer.table.shape[2])
     held = (layer.counts + size - 1) // size
     column = (held[..., None] - span + torch.arange(span, device=held.device)).clamp(min=0)
     ids = layer.table.gather(2, column.long())

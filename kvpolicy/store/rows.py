@@ -27,6 +27,9 @@ def select_rows(state: CacheState, rows: Sequence[int]) -> CacheState:
     new.lengths = [state.lengths[r] if r >= 0 else 0 for r in rows]
     new.active = [state.active[r] if r >= 0 else True for r in rows]
     new.floor = [state.floor[r] if r >= 0 else 0 for r in rows]
+    new.reached = [state.reached[r] if r >= 0 else 0 for r in rows]
+    new.checked = [state.checked[r] if r >= 0 else 0 for r in rows]
+    new.pending = [state.pending[r] if r >= 0 else False for r in rows]
     new.sync_devices()
     # The new state holds its tables before any page is taken, so that nothing can fail in between.
     for layer in state.layers:
@@ -66,12 +69,14 @@ def adopt(state: CacheState, other: CacheState) -> None:
         mine.selected = None
     # The rows belong to `state` now: what is left of `other` must not give them back.
     other.layers = []
-    state.lengths, state.active, state.floor = other.lengths, other.active, other.floor
+    for name in ("lengths", "active", "floor", "reached", "checked", "pending"):
+        setattr(state, name, getattr(other, name))
     state.steps_reserved = 0
     for device, tensor in state.lengths_on.items():
         if tensor.shape != other.lengths_on[device].shape:
             state.lengths_on[device] = other.lengths_on[device]
             state.active_on[device] = other.active_on[device]
+            state.cu_one[device] = other.cu_one[device]
     state.sync_devices()
 
 

@@ -79,18 +79,25 @@ class CacheState:
         self.lengths: list[int] = [0] * batch
         self.active: list[bool] = [True] * batch
         self.floor: list[int] = [0] * batch  # length at the last eviction
+        self.reached: list[int] = [0] * batch  # rings lost what lies `rollback` before this length
+        self.checked: list[int] = [0] * batch  # length when an eviction was last considered
+        self.pending: list[bool] = [False] * batch  # prompts that have not ended
         self.lengths_on: dict[torch.device, Tensor] = {}
         self.active_on: dict[torch.device, Tensor] = {}
         self.cu_one: dict[torch.device, Tensor] = {}  # cu_seqlens of one token a sequence
         self.pools: dict[torch.device, PagePool] = {}
         self.call: Call | None = None
-        self.pending_end = False
         self.overshoot = 0
         self.steps_reserved = 0
 
     @property
     def batch(self) -> int:
         return len(self.lengths)
+
+    @property
+    def pending_end(self) -> bool:
+        """Whether a prompt-end eviction has yet to act."""
+        return any(self.pending)
 
     @property
     def generation(self) -> int:
@@ -162,17 +169,18 @@ class CacheState:
             layer.ring_flags.zero_()
             layer.selected = None
         self.lengths = [0] * self.batch
-        self.floor = [0] * self.batch
-        self.call, self.pending_end = None, False
+        self.floor, self.reached = [0] * self.batch, [0] * self.batch
+        self.checked, self.pending = [0] * self.batch, [False] * self.batch
+        self.call, self.steps_reserved = None, 0
         self.resume()
         for pool in self.pools.values():
+            pool.holders[self] = 0
             pool.trim()
 
     def __del__(self) -> None:
-        # Pages shared with a fork must return to the pool when this state goes.
+        # A fork may share the pool. Collectors run at any moment, so the pool takes the pages later.
         for layer in getattr(self, "layers", []):
-            if len(layer.pool.holders) > 1:
-                layer.pool.release(layer.table.flatten())
+            layer.pool.orphans.append(layer.table)
 
     def shell(self, batch: int) -> CacheState:
         """A state with the same sizes and pools and no layers yet."""
@@ -180,6 +188,7 @@ class CacheState:
         new.__dict__ = dict(self.__dict__)
         new.layers, new.call, new.steps_reserved = [], None, 0
         new.lengths, new.active, new.floor = [0] * batch, [True] * batch, [0] * batch
+        new.reached, new.checked, new.pending = [0] * batch, [0] * batch, [False] * batch
         new.lengths_on = {d: t.new_zeros(batch) for d, t in self.lengths_on.items()}
         new.active_on = {d: t.new_ones(batch) for d, t in self.active_on.items()}
         new.cu_one = {

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 if TYPE_CHECKING:
@@ -130,14 +132,20 @@ def attach_for_training(
             undo.callback(source.register_forward_hook(_stash(layer)).remove)
             setattr(module, _SLOT, layer)
             undo.callback(delattr, module, _SLOT)
-        if checkpointing and not model.is_gradient_checkpointing:
-            undo.callback(model.gradient_checkpointing_disable)
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        # Layers are checkpointed in training mode only; these families have no other dropout
-        # than that of attention, which the functions here do not apply.
-        model.train(checkpointing)
+        if checkpointing:
+            for decoder_layer in model.base_model.layers:
+                _checkpoint(decoder_layer)
+                undo.callback(delattr, decoder_layer, "forward")
+        model.eval()
         model.set_attn_implementation(NAME)
         yield AttachedModel(model, layers)
+
+
+def _checkpoint(layer: nn.Module) -> None:
+    # transformers' own switch needs training mode and changed its name; this is all it does.
+    layer.forward = partial(
+        checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+    )
 
 
 def _stash(layer: _Layer) -> Callable[[nn.Module, Any, Tensor], None]:

@@ -44,7 +44,7 @@ class TrainingMix:
     """A reproducible stream of batches: batch n of a rank depends on nothing but the seed.
 
     Args:
-        texts: documents.
+        texts: documents, as strings or as token ids.
         tokenizer: a tokenizer with or without a chat template.
         length: tokens of a sequence.
         kinds: share of each kind of sequence; names of MIX.
@@ -59,7 +59,7 @@ class TrainingMix:
         torch.Size([2, 4096])
     """
 
-    texts: Sequence[str] = attrs.field(repr=False)
+    texts: Sequence[str | list[int]] = attrs.field(repr=False)
     tokenizer: PreTrainedTokenizerBase = attrs.field(repr=False)
     length: int
     kinds: dict[Kind, float] = attrs.field(factory=lambda: dict(MIX))
@@ -71,7 +71,7 @@ class TrainingMix:
         unknown = set(self.kinds) - set(MIX)
         if unknown or not any(self.kinds.values()):
             raise ValueError(f"kinds must be of {sorted(MIX)}, got {self.kinds}")
-        tokens = [self._encode(text) for text in self.texts]
+        tokens = [self._encode(t) if isinstance(t, str) else t for t in self.texts]
         tokens = [ids for ids in tokens if len(ids) > self.length]
         if not tokens:
             raise ValueError(f"texts: none is longer than {self.length} tokens")
@@ -120,7 +120,8 @@ class TrainingMix:
             asked = self._encode(("\n\n" if n == 0 else "") + question)
             asked = (chat.turn if n else []) + asked + chat.tail
             reply = self._encode(answer)
-            if len(end) + len(asked) + len(reply) > self.length // 3:
+            # Most of a sequence is text; only a first question may take more room.
+            if len(end) + len(asked) + len(reply) > self.length // (3 if answered else 2):
                 break
             end += asked + reply
             answered += [False] * len(asked) + [True] * len(reply)

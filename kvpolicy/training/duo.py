@@ -17,6 +17,7 @@ import attrs
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
 
 from .attach import AttachedModel, attach_for_training, dense_attention
 from .data import TrainingMix
@@ -57,7 +58,7 @@ class TrainedPattern:
 
 def train_duo_attention(
     model: PreTrainedModel,
-    texts: Sequence[str] | TrainingMix,
+    texts: Sequence[str | list[int]] | TrainingMix,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     steps: int,
@@ -74,22 +75,24 @@ def train_duo_attention(
 
     Args:
         model: a Llama, Mistral, Qwen2 or Qwen3 causal language model, on its device.
-        texts: documents, or a ready stream of batches; "duo" needs kinds that have answers.
+        texts: documents (strings or token ids), or a ready stream of batches; "duo" needs
+            kinds that have answers.
         tokenizer: needed for documents.
         steps: optimiser steps.
         objective: "duo": weights start at 1 and are clamped, AdamW 0.02 with 20 % ramps up and
-            down, regulariser 0.05. "wgkv": sigmoid of 0, AdamW 0.2, regulariser 0.05 too unless
-            `lam` is given.
+            down, regulariser 0.05. "wgkv": sigmoid of 0, AdamW 0.2 with 10 %
+            warm-up and a cosine, regulariser 0.05.
         sink_size: first tokens that streaming heads see.
         recent_size: recent tokens that streaming heads see, the token itself included.
-        lam: weight of the mean head weight in the loss; 0.05 by default.
+        lam: weight of the mean head weight in the loss, instead of 0.05.
         length: tokens of a training sequence, for documents.
         batch_size: sequences a step.
         seed: of the data.
         checkpointing: recompute activations layer by layer.
 
     Raises:
-        ValueError: an unknown objective, or sizes that leave nothing to drop.
+        ValueError: an unknown objective, sizes that leave nothing to drop, or, for "duo", a batch
+            without answers.
     """
     if objective not in ("duo", "wgkv"):
         raise ValueError(f'objective must be "duo" or "wgkv", got {objective!r}')
@@ -111,13 +114,18 @@ def train_duo_attention(
     duo = objective == "duo"
     heads = nn.Parameter(torch.full(shape, 1.0 if duo else 0.0, device=model.device))
     optimizer = torch.optim.AdamW([heads], lr=0.02 if duo else 0.2, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: _ramps(n, steps))
+    if duo:
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: _ramps(n, steps))
+    else:
+        schedule = get_cosine_schedule_with_warmup(optimizer, int(0.1 * steps), steps)
     mask = _streaming_mask(mix.length, sink_size, recent_size, model.device)
 
     with attach_for_training(model, checkpointing=checkpointing) as attached:
         for step in range(steps):
             batch = mix.batch(step, batch_size)
             ids, answers = (t.to(model.device) for t in batch)
+            if duo and not bool(batch.answers.any()):
+                raise ValueError('texts: objective "duo" needs batches with answers, got none')
             if duo:
                 with torch.no_grad():
                     heads.clamp_(0, 1)

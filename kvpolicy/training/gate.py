@@ -74,9 +74,7 @@ class WriteGates(nn.Module):
         width = int(head_dim * expand)
         if width < 1:
             raise ValueError(f"expand must give at least one hidden unit, got {expand}")
-        self.layers = nn.ModuleList(
-            GatePredictor(kv_heads, head_dim, width) for _ in range(layers)
-        )
+        self.layers = nn.ModuleList(GatePredictor(kv_heads, head_dim, width) for _ in range(layers))
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, expand: float = 4.0) -> WriteGates:

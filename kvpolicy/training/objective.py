@@ -53,12 +53,14 @@ def gated_attention(
     """
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
+    # Under autocast RoPE may leave queries and keys in fp32.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if kernel == "dense":
         return _dense(query, key, value, log_gate, window, scale)
     if kernel == "flex":
-        return _compiled_flex()(query, key, value, log_gate, window, scale, _causal_blocks(
-            query.shape[2], query.device
-        ))
+        return _compiled_flex()(
+            query, key, value, log_gate, window, scale, _causal_blocks(query.shape[2], query.device)
+        )
     if kernel == "flash":
         from .flash import flash_gated
 
@@ -115,9 +117,7 @@ def _compiled_flex():
 def _causal_blocks(length: int, device: torch.device):
     from torch.nn.attention.flex_attention import create_block_mask
 
-    return create_block_mask(
-        lambda b, h, i, j: i >= j, None, None, length, length, device=device
-    )
+    return create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
 
 
 def memory_cost(gate: Tensor, window: int) -> Tensor:

@@ -49,9 +49,7 @@ def gated_forward(
         gate = gates.layers[layer](key_pre, key)
         seen.setdefault(layer, gate)  # a recomputed layer keeps the gate of its first run
         bias = log_gate(gate, threshold)
-        return gated_attention(
-            query, key, value, bias, window=window, scale=scale, kernel=kernel
-        )
+        return gated_attention(query, key, value, bias, window=window, scale=scale, kernel=kernel)
 
     hidden = model.hidden(input_ids, rule)
     if not seen:

@@ -14,15 +14,15 @@ class Task(NamedTuple):
     questions: tuple[tuple[str, str], ...]
 
 
-_MAKERS = "amber brass cobalt crimson ebony frosted gilded ivory jade lacquered linen marble "
-_MAKERS += "mossy olive pewter quilted russet sable scarlet tarnished umber velvet waxed woven"
-_OBJECTS = "abacus anvil barometer bellows compass decanter easel flute gyroscope hammock "
-_OBJECTS += "inkwell kettle lantern mandolin odometer pendulum quill rudder sextant telescope "
-_OBJECTS += "trunk umbrella violin wardrobe xylophone yoke zither"
+_MAKERS = "bamboo brass cobalt cerulean ebony frosted gilded indigo jade lacquered linen maple "
+_MAKERS += "mossy olive pewter quilted russet sable scarlet tarnished umber vermilion waxed woven"
+_OBJECTS = "abacus anvil barometer bellows cradle decanter easel flute gyroscope hammock "
+_OBJECTS += "inkwell keg lute mandolin odometer pendulum quill rudder sextant telescope "
+_OBJECTS += "trunk umbrella valise wardrobe xylophone yoke zither"
 _FIRST = "Ansel Brida Corwin Delphine Emeric Fenna Gustav Hedda Ivo Jorun Kasimir Liesl Milos "
 _FIRST += "Nerys Oswin Petra Quill Rosalba Stellan Tamsin Ulric Viola Wendel Xenia Yorick Zelda"
 _LAST = "Abernathy Brock Castellane Dunmore Eklund Farrow Grieve Holloway Ivarsen Jessop Kestrel "
-_LAST += "Lindqvist Marlowe Novak Ostrander Pell Quince Rusk Sorrel Thackeray Underhill Voss"
+_LAST += "Lowther Marlowe Nettle Ostrander Pell Quince Rusk Sorrel Thackeray Underhill Voss"
 _TRADES = "apothecary beekeeper cooper drummer engraver falconer glazier hatter joiner mason "
 _TRADES += "navigator potter roofer saddler tinsmith vintner weaver printer locksmith gardener"
 _TOWNS = "Aldermoor Brightwater Coldharbour Dunfallow Eastmarsh Fairhollow Greywick Highcombe "
@@ -54,9 +54,7 @@ def copy_question(cue: str, rng: random.Random) -> str:
 
 
 def _plain(rng: random.Random) -> Task:
-    intro = rng.choice(
-        ("Read this and sum it up.\n\n", "Here is a text to work through.\n\n", "")
-    )
+    intro = rng.choice(("Read this and sum it up.\n\n", "Here is a text to work through.\n\n", ""))
     asked = rng.choice(
         ("What is the text about?", "Give the main points of the text.", "Summarise the above.")
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from .controller import KeepController
 from .data import TrainingMix
 from .gate import WriteGates, model_fingerprint
 from .objective import Kernel, distillation_loss, kept_fraction, memory_cost
+from .run import Run
 from .student import Evaluation, evaluate_gates, gated_forward
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class TrainedGate:
 
 def train_write_gate(
     model: PreTrainedModel,
-    texts: Sequence[str] | TrainingMix,
+    texts: Sequence[str | list[int]] | TrainingMix,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     steps: int,
@@ -92,7 +92,7 @@ def train_write_gate(
 
     Args:
         model: a Llama, Mistral, Qwen2 or Qwen3 causal language model, on its device.
-        texts: documents, or a ready stream of batches.
+        texts: documents (strings or token ids), or a ready stream of batches.
         tokenizer: needed for documents.
         steps: optimiser steps.
         window: tokens of the local window W.
@@ -123,7 +123,8 @@ def train_write_gate(
     mix = _as_mix(texts, tokenizer, length, seed)
     if target_keep is not None and target_keep <= window / mix.length:
         raise ValueError(
-            f"target_keep must exceed window / length = {window / mix.length:.3g}, got {target_keep}"
+            f"target_keep must exceed window / length = {window / mix.length:.3g}, "
+            f"got {target_keep}"
         )
     accelerator = Accelerator(cpu=model.device.type == "cpu")
     rank = accelerator.process_index
@@ -135,7 +136,7 @@ def train_write_gate(
         steer.log_lam = math.log(start_lam)
     optimizer = torch.optim.AdamW(gates.parameters(), lr=lr, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(0.1 * steps), steps)
-    run = _Run(out_dir, main=accelerator.is_main_process)
+    run = Run(out_dir, main=accelerator.is_main_process)
     step = run.load(gates, optimizer, schedule, steer)
     keep = float("nan")
 
@@ -181,7 +182,7 @@ def train_write_gate(
 
 
 def _as_mix(
-    texts: Sequence[str] | TrainingMix,
+    texts: Sequence[str | list[int]] | TrainingMix,
     tokenizer: PreTrainedTokenizerBase | None,
     length: int,
     seed: int,
@@ -243,59 +244,3 @@ def _average_gradients(accelerator: Accelerator, gates: nn.Module) -> None:
     flat = accelerator.reduce(torch.cat([g.flatten() for g in grads]), "mean")
     for grad, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
         grad.copy_(mean.view_as(grad))
-
-
-class _Run:
-    """Metrics and the resumable state of one training run."""
-
-    def __init__(self, folder: str | Path | None, *, main: bool) -> None:
-        self._folder = None if folder is None else Path(folder)
-        self._main = main
-        if self._folder is not None and main:
-            self._folder.mkdir(parents=True, exist_ok=True)
-
-    def log(self, metrics: dict[str, Any]) -> None:
-        if self._folder is not None and self._main:
-            with (self._folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
-
-    def save(
-        self,
-        step: int,
-        gates: WriteGates,
-        optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
-        steer: KeepController | None,
-    ) -> None:
-        if self._folder is None or not self._main:
-            return
-        state = {
-            "step": step,
-            "gates": gates.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "controller": None if steer is None else attrs.asdict(steer),
-        }
-        partial = self._folder / "state.pt.partial"
-        torch.save(state, partial)
-        partial.replace(self._folder / "state.pt")  # an interrupted save leaves the old state
-
-    def load(
-        self,
-        gates: WriteGates,
-        optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
-        steer: KeepController | None,
-    ) -> int:
-        """Restore a saved run and return its step; 0 if there is none."""
-        path = None if self._folder is None else self._folder / "state.pt"
-        if path is None or not path.exists():
-            return 0
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        gates.load_state_dict(state["gates"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        if steer is not None and state["controller"] is not None:
-            for name, value in state["controller"].items():
-                setattr(steer, name, value)
-        return int(state["step"])

@@ -37,7 +37,9 @@ class Pool:
         """Replaces the contents by those of one extent."""
         size = self.pages.slab_pages
         for number, extent in enumerate(self.extents):
-            for own, new in zip(extent, (pages.k, pages.v, pages.meta, pages.summary), strict=False):
+            for own, new in zip(
+                extent, (pages.k, pages.v, pages.meta, pages.summary), strict=False
+            ):
                 own.copy_(new[number * size : (number + 1) * size])
 
 

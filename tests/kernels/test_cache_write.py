@@ -26,7 +26,11 @@ def stored(pool: Pool, table: torch.Tensor, counts: torch.Tensor) -> list[torch.
 
 @pytest.mark.parametrize(
     ("tokens", "dim", "dtype", "first"),
-    [(1, 64, torch.bfloat16, "low"), (65, 80, torch.float32, "high"), (37, 16, torch.float16, "low")],
+    [
+        (1, 64, torch.bfloat16, "low"),
+        (65, 80, torch.float32, "high"),
+        (37, 16, torch.float16, "low"),
+    ],
 )
 def test_append(tokens: int, dim: int, dtype: torch.dtype, first: str) -> None:
     pool = make_pool(40, 16, dim, dtype, slab_pages=16, first=first)
@@ -85,7 +89,9 @@ def test_decode_write_over_many_steps(
     for step in range(steps):
         if step == 7:
             active = torch.tensor([True, False, True], device=DEVICE)
-        key, value = (randn(batch, heads, dim, dtype=dtype, seed=100 + 2 * step + i) for i in (0, 1))
+        key, value = (
+            randn(batch, heads, dim, dtype=dtype, seed=100 + 2 * step + i) for i in (0, 1)
+        )
         bits = torch.randint(0, 4, (batch, heads), generator=torch.Generator().manual_seed(step))
         bits = bits.to(torch.uint8).to(DEVICE)
         cache_write.decode_write(
@@ -128,7 +134,17 @@ def test_decode_write_marks_and_empty_stack() -> None:
     active = torch.ones(1, dtype=torch.bool, device=DEVICE)
     before = pool.flat()
     cache_write.decode_write(
-        pool.pages, table, counts, *ring, flags, new, new, flags[:, :, 0].clone(), lengths, active, 2
+        pool.pages,
+        table,
+        counts,
+        *ring,
+        flags,
+        new,
+        new,
+        flags[:, :, 0].clone(),
+        lengths,
+        active,
+        2,
     )
     after = pool.flat()
     torch.testing.assert_close(after.k[1:], before.k[1:], rtol=0, atol=0, equal_nan=True)

@@ -9,7 +9,11 @@ from pool import DEVICE, fill_heads, make_pool, randn
 from kvpolicy import reference
 from kvpolicy.kernels import compact, page_io
 
-CASES = [(16, 80, torch.float32, "low"), (64, 64, torch.bfloat16, "high"), (16, 24, torch.float16, "low")]
+CASES = [
+    (16, 80, torch.float32, "low"),
+    (64, 64, torch.bfloat16, "high"),
+    (16, 24, torch.float16, "low"),
+]
 
 
 def assert_same(got: torch.Tensor, want: torch.Tensor) -> None:

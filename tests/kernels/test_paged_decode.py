@@ -86,7 +86,16 @@ def test_page_sizes_and_ragged_heads(page: int, first: str) -> None:
 
 @pytest.mark.parametrize(
     ("window", "slots", "length"),
-    [(1, 1, 0), (1, 1, 7), (4, 4, 2), (4, 4, 9), (5, 37, 4), (70, 102, 69), (70, 102, 300), (65, 65, 64)],
+    [
+        (1, 1, 0),
+        (1, 1, 7),
+        (4, 4, 2),
+        (4, 4, 9),
+        (5, 37, 4),
+        (70, 102, 69),
+        (70, 102, 300),
+        (65, 65, 64),
+    ],
 )
 def test_windows(window: int, slots: int, length: int) -> None:
     check([[0], [20]], group=2, dim=32, dtype=torch.float32, window=window, slots=slots,
@@ -117,7 +126,14 @@ def test_many_splits_agree_bit_for_bit_and_float64_is_refused() -> None:
     table, counts = fill_heads(pool, [[1200, 30]], seed=5)
     query = randn(1, 2, 32, dtype=torch.float16, seed=6)
     ring = randn(1, 2, 4, 32, dtype=torch.float16, seed=7)
-    rest = (ring, ring, torch.tensor([1300], device=DEVICE), torch.ones(1, device=DEVICE).bool(), 4, 0.2)
+    rest = (
+        ring,
+        ring,
+        torch.tensor([1300], device=DEVICE),
+        torch.ones(1, device=DEVICE).bool(),
+        4,
+        0.2,
+    )
     once, twice = (paged_decode(query, pool.pages, table, counts, *rest) for _ in range(2))
     assert torch.equal(once, twice)
     with pytest.raises(TypeError, match="query is torch.float64"):

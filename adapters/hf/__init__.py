@@ -1,0 +1,9 @@
+"""Hugging Face transformers: Llama, Mistral, Qwen2 and Qwen3 through public extension points."""
+
+from .attach import Attachment as Attachment
+from .attach import attach as attach
+from .attach import detach as detach
+from .cache import KVPolicyCache as KVPolicyCache
+from .cache import new_cache as new_cache
+from .spec import FAMILIES as FAMILIES
+from .spec import spec_of as spec_of

@@ -1,0 +1,198 @@
+"""The library's cache as a transformers Cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ...errors import PhaseError, RollbackError, UnsupportedError
+from ...pipeline import CachePipeline
+from ...store import CacheState, Report
+from ...store.rollback import crop
+from ...store.rows import adopt, select_rows
+from .plan import Plan
+from .spec import spec_of
+
+NAME = "kvpolicy"
+
+
+class KVRef:
+    """What `update` returns for keys and values: a handle that only our attention understands."""
+
+    def __init__(self, cache: KVPolicyCache, layer: int, key: Tensor, value: Tensor) -> None:
+        self.cache, self.layer, self.key, self.value = cache, layer, key, value
+
+    @property
+    def shape(self) -> Any:
+        raise PhaseError(
+            f"a KVPolicyCache needs the attention implementation {NAME!r}: run inside attach(model, pipeline)"
+        )
+
+
+class KVPolicyLayer(CacheLayerMixin):
+    """One layer's face towards transformers; everything is in the cache's state."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, cache: KVPolicyCache, index: int) -> None:
+        super().__init__()
+        self.cache, self.index = cache, index
+        self.is_initialized = True
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """The state is made by the model's first forward."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        ref = KVRef(self.cache, self.index, key_states, value_states)
+        return ref, ref
+
+    def get_seq_length(self) -> int:
+        return self.cache.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.columns + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def offload(self) -> None:
+        """Nothing: pages stay where they are."""
+
+    prefetch = offload
+
+
+class KVPolicyCache(Cache):
+    """A pipeline's cache for `model.generate` and `model(...)`, used inside `attach`.
+
+    Made by `new_cache`. `columns` counts the token columns that went through, padding and evicted
+    tokens included, as transformers wants it. A bare loop names the phase: forwards are the prompt
+    until `end_prompt()`, and decode from then on until `begin_prompt()`.
+    """
+
+    def __init__(self, model: nn.Module, pipeline: CachePipeline, **sizes: int) -> None:
+        self.pipeline, self.sizes = pipeline, sizes
+        self.spec = spec_of(model, **sizes)
+        self.state: CacheState | None = None
+        self.phase = "prompt"
+        self.boundary: int | None = None  # column where the prompt that `generate` announced ends
+        self.chunks: list[tuple[int, Tensor | None]] = []  # columns, and which of them are real
+        self.plan: Plan | None = None  # of the forward in flight
+        super().__init__(layers=[KVPolicyLayer(self, i) for i in range(self.spec.layers)])
+
+    @property
+    def columns(self) -> int:
+        return sum(n for n, _ in self.chunks)
+
+    def ensure_state(self, batch: int) -> CacheState:
+        """The state, made for `batch` sequences by the first forward."""
+        if self.state is None:
+            self.state = self.pipeline.init(self.spec, batch)
+        if self.state.batch != batch:
+            raise ValueError(
+                f"input_ids: the cache holds {self.state.batch} sequences, got a batch of {batch}"
+            )
+        return self.state
+
+    def saw(self, columns: int, valid: Tensor | None) -> None:
+        """Records the columns of a finished call; `valid` `[B, columns]` on the host."""
+        if valid is None and self.chunks and self.chunks[-1][1] is None:
+            self.chunks[-1] = (self.chunks[-1][0] + columns, None)
+        else:
+            self.chunks.append((columns, valid))
+
+    def begin_prompt(self, boundary: int | None = None) -> None:
+        """Says that the next columns are a prompt (a next turn), up to column `boundary` if known."""
+        self.phase, self.boundary = "prompt", boundary
+        if self.state is not None:
+            self.state.resume()
+
+    def end_prompt(self) -> None:
+        """Says that the prompt is complete: prompt-end evictions act, and decoding begins."""
+        self.phase, self.boundary = "decode", None
+        if self.state is not None:
+            self.pipeline.end_prompt(self.state)
+
+    def report(self) -> Report:
+        """What took effect and what it costs in bytes."""
+        if self.state is None:
+            raise PhaseError("report: nothing went through this cache yet")
+        return self.pipeline.report(self.state)
+
+    def fork(self, rows: Sequence[int] | None = None) -> KVPolicyCache:
+        """A cache that goes its own way; full pages are shared until either gives them up."""
+        new = object.__new__(KVPolicyCache)
+        new.__dict__.update(self.__dict__)
+        Cache.__init__(new, layers=[KVPolicyLayer(new, i) for i in range(self.spec.layers)])
+        rows = range(self.state.batch if self.state else 0) if rows is None else rows
+        new.state = None if self.state is None else select_rows(self.state, list(rows))
+        new.chunks = [(n, None if v is None else v[list(rows)]) for n, v in self.chunks]
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVPolicyCache:
+        return self.fork()
+
+    def crop(self, tokens: Any) -> None:
+        """Takes back columns: `-n` of them, or down to `n` in all (transformers' two conventions)."""
+        n = int(tokens)
+        drop = -n if n <= 0 else max(self.columns - n, 0)
+        if drop == 0 or self.state is None:
+            return
+        if drop > self.columns:
+            raise RollbackError(f"crop: the cache has seen {self.columns} columns, cannot drop {drop}")
+        chunks, counts, left = list(self.chunks), [0] * self.state.batch, drop
+        while left:
+            size, valid = chunks.pop()
+            cut = min(size, left)
+            left -= cut
+            for row in range(self.state.batch):
+                counts[row] += cut if valid is None else int(valid[row, size - cut :].sum())
+            if cut < size:
+                chunks.append((size - cut, None if valid is None else valid[:, : size - cut]))
+        crop(self.state, counts)
+        self.chunks = chunks
+
+    def reset(self) -> None:
+        """Empties the cache and gives its pages back."""
+        self.chunks, self.phase, self.boundary = [], "prompt", None
+        if self.state is not None:
+            self.state.reset()
+
+    def _select(self, rows: Tensor) -> None:
+        picked = [int(r) for r in rows.tolist()]
+        if self.state is not None:
+            adopt(self.state, select_rows(self.state, picked))
+        self.chunks = [(n, None if v is None else v[picked]) for n, v in self.chunks]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        batch = 0 if self.state is None else self.state.batch
+        self._select(torch.arange(batch).repeat_interleave(repeats))
+
+    def activate_past_recording(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to prepare: the ring keeps what `crop` needs."""
+
+
+def new_cache(model: nn.Module, pipeline: CachePipeline, **sizes: int) -> KVPolicyCache:
+    """An empty cache for `model`; `sizes`: `page_size`, `rollback`, `interval` of CacheSpec."""
+    if not isinstance(pipeline, CachePipeline):
+        raise TypeError(f"pipeline: wanted a CachePipeline, got {type(pipeline).__name__}")
+    unknown = set(sizes) - {"page_size", "rollback", "interval"}
+    if unknown:
+        raise UnsupportedError(f"new_cache: unknown sizes {sorted(unknown)}")
+    return KVPolicyCache(model, pipeline, **sizes)

@@ -1,0 +1,79 @@
+"""CacheSpec of a transformers model, and the modules that the adapter hooks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import UnsupportedError
+from ...spec import CacheSpec
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The decoder stack of a causal language model, through wrappers such as PEFT's."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.get_decoder() if hasattr(base, "get_decoder") else base
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """Attention modules in layer order; raises UnsupportedError for models that are not served."""
+    decoder = decoder_of(model)
+    family = getattr(decoder.config, "model_type", None)
+    if family not in FAMILIES:
+        raise UnsupportedError(
+            f"model: {type(model).__name__} has model_type {family!r}; the adapters serve {', '.join(FAMILIES)}"
+        )
+    found = [m for m in decoder.modules() if hasattr(m, "k_proj") and hasattr(m, "layer_idx")]
+    found.sort(key=lambda m: m.layer_idx)
+    if [m.layer_idx for m in found] != list(range(decoder.config.num_hidden_layers)):
+        raise UnsupportedError(
+            f"model: wanted {decoder.config.num_hidden_layers} attention layers, found {len(found)}"
+        )
+    return found
+
+
+def sliding_windows(model: nn.Module) -> tuple[int | None, ...]:
+    """The window of each layer that only slides, None for the others."""
+    config = decoder_of(model).config
+    if config.model_type == "mistral":
+        return (config.sliding_window,) * config.num_hidden_layers
+    return tuple(getattr(m, "sliding_window", None) for m in attention_modules(model))
+
+
+def head_dim_of(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def spec_of(
+    model: nn.Module,
+    *,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    **sizes: int,
+) -> CacheSpec:
+    """The cache sizes of `model`.
+
+    Head counts are the config's unless given: under tensor parallelism a rank holds fewer. `sizes`
+    passes `page_size`, `rollback` and `interval` on.
+    """
+    attention = attention_modules(model)
+    config = decoder_of(model).config
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    sliding = sliding_windows(model)
+    return CacheSpec(
+        layers=len(attention),
+        heads=heads or config.num_attention_heads,
+        kv_heads=kv_heads or config.num_key_value_heads,
+        head_dim=head_dim_of(config),
+        dtype=dtype or weight.dtype,
+        device=device or weight.device,
+        scale=attention[0].scaling,
+        sliding=sliding if any(w is not None for w in sliding) else (),
+        **sizes,
+    )

@@ -1,0 +1,136 @@
+"""The write gate of WG-KV: a small MLP per KV head on normalised keys.
+
+A token's score depends on nothing but the token: tiles have one shape and hidden units are summed
+chunk by chunk in one order, whether a call holds 1 token or 4096. Few tokens spread their chunks
+over programs of the same binary; a second kernel adds the chunks up.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import cdiv, check_dtype, dot_size, on, processors
+from ._math import dot, narrow
+
+_NORM_EPS = 1e-6
+_FINISH = 256  # tokens that one program of the second kernel finishes
+
+
+def write_gate(
+    key_pre: Tensor,
+    key: Tensor,
+    norm_pre: Tensor,
+    norm_post: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+) -> Tensor:
+    """Gate scores `[Hkv, T]` in [0, 1] and in the keys' dtype; see the reference."""
+    check_dtype("write_gate", "key", key)
+    check_dtype("write_gate", "w1", w1)
+    heads, tokens, dim = key.shape
+    hidden = w1.shape[1]
+    out = torch.empty(heads, tokens, dtype=key.dtype, device=key.device)
+    if tokens == 0:
+        return out
+    w1, b1, w2, b2 = (x.contiguous() for x in (w1, b1, w2, b2))
+    key_pre, key = _aligned(key_pre), _aligned(key)
+    rows, units, warps = _tile(dot_size(dim), max(key.element_size(), w1.element_size()))
+    chunks = cdiv(hidden, units)
+    partial = torch.empty(chunks, heads, tokens, dtype=torch.float32, device=key.device)
+    tiles = cdiv(tokens, rows)
+    # Enough programs to fill the device, each with as many chunks as that leaves.
+    each = max(1, min(chunks, chunks * tiles * heads // (2 * processors(key.device))))
+    with on(key):
+        _chunks[tiles, heads, cdiv(chunks, each)](
+            key_pre, key, norm_pre.contiguous(), norm_post.contiguous(), w1, b1, w2, partial,
+            tokens, heads, each,
+            key_pre.stride(0), key_pre.stride(1), key.stride(0), key.stride(1),
+            HIDDEN=hidden, CHUNKS=chunks, DIM=dim, DIM_PAD=dot_size(dim), EPS=_NORM_EPS,
+            ROWS=rows, UNITS=units, num_warps=warps, num_stages=1,
+        )  # fmt: skip
+        _finish[cdiv(tokens, _FINISH), heads](
+            partial, b2, out, tokens, heads, CHUNKS=chunks, ROWS=_FINISH, num_warps=4
+        )
+    return out
+
+
+def _aligned(key: Tensor) -> Tensor:
+    """The keys as the kernel always sees them: compiled once, for rows of whole 16 elements."""
+    key = F.pad(key, (0, -key.shape[2] % 16))
+    if key.stride(2) != 1 or key.stride(0) % 16 or key.stride(1) % 16:
+        key = key.contiguous()
+    return key if key.data_ptr() % 16 == 0 else key.clone()
+
+
+def _tile(dim: int, itemsize: int) -> tuple[int, int, int]:
+    """Tokens, hidden units and warps of a program; they depend on nothing that changes in a run."""
+    if itemsize == 4:
+        return (32, 32, 4) if dim <= 128 else (16, 16, 4)
+    return (128, 64, 8) if dim <= 128 else (64, 32, 8)
+
+
+@triton.jit
+def _normed(x, weight, dim: tl.constexpr, EPS: tl.constexpr, dtype: tl.constexpr):
+    """RMS norm in float32, rounded to the input's dtype before the weight is applied."""
+    wide = x.to(tl.float32)
+    scaled = wide * tl.rsqrt(tl.sum(wide * wide, 1) / dim + EPS)[:, None]
+    scaled = narrow(scaled, x.dtype).to(tl.float32) * weight.to(tl.float32)[None, :]
+    if weight.dtype == x.dtype:
+        scaled = narrow(scaled, x.dtype).to(tl.float32)
+    return narrow(scaled, dtype)
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "each"])
+def _chunks(
+    key_pre, key, norm_pre, norm_post, w1, b1, w2, partial, tokens, heads, each,
+    pre_h, pre_t, key_h, key_t,
+    HIDDEN: tl.constexpr, CHUNKS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    EPS: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    """Contribution of each chunk of hidden units to the logits: `[chunks, Hkv, T]`."""
+    h = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, DIM_PAD)
+    real = d < DIM
+    mask = (t < tokens)[:, None] & real[None, :]
+    weight = w1.dtype.element_ty
+    at_pre = key_pre + h * pre_h + t[:, None] * pre_t + d[None, :]
+    at_key = key + h * key_h + t[:, None] * key_t + d[None, :]
+    scale_pre = tl.load(norm_pre + d, mask=real, other=0.0)
+    scale_key = tl.load(norm_post + d, mask=real, other=0.0)
+    pre = _normed(tl.load(at_pre, mask=mask, other=0.0), scale_pre, DIM, EPS, weight)
+    post = _normed(tl.load(at_key, mask=mask, other=0.0), scale_key, DIM, EPS, weight)
+    w1 += h * (HIDDEN * 2 * DIM)
+    first = tl.program_id(2) * each
+    for chunk in range(first, tl.minimum(first + each, CHUNKS)):
+        unit = chunk * UNITS + tl.arange(0, UNITS)
+        at = w1 + unit[:, None] * (2 * DIM) + d[None, :]
+        there = (unit < HIDDEN)[:, None] & real[None, :]
+        zero = tl.zeros([ROWS, UNITS], tl.float32)
+        x = dot(pre, tl.trans(tl.load(at, mask=there, other=0.0)), zero)
+        x = dot(post, tl.trans(tl.load(at + DIM, mask=there, other=0.0)), x)
+        bias = tl.load(b1 + h * HIDDEN + unit, mask=unit < HIDDEN, other=0.0)
+        x += bias.to(tl.float32)[None, :]
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        last = tl.load(w2 + h * HIDDEN + unit, mask=unit < HIDDEN, other=0.0)
+        total = tl.sum(x * last.to(tl.float32)[None, :], 1)
+        tl.store(partial + (chunk * heads + h) * tokens + t, total, mask=t < tokens)
+
+
+@triton.jit(do_not_specialize=["tokens", "heads"])
+def _finish(partial, b2, out, tokens, heads, CHUNKS: tl.constexpr, ROWS: tl.constexpr):
+    h = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    mask = t < tokens
+    logit = tl.zeros([ROWS], tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        logit += tl.load(partial + (chunk * heads + h) * tokens + t, mask=mask, other=0.0)
+    logit += tl.load(b2 + h).to(tl.float32)
+    score = 1.0 / (1.0 + tl.exp(-logit))
+    tl.store(out + h * tokens + t, narrow(score, out.dtype.element_ty), mask=mask)

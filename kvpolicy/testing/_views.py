@@ -1,0 +1,101 @@
+"""Random stored tokens as an eviction sees them, and what must not matter in them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..types import EvictionView
+
+GARBAGE = 1e3  # a view holds zeros where nothing is valid; other finite values must do as well
+
+
+def random_view(
+    layer: int,
+    queries: int,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    window: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> EvictionView:
+    """Four sequences, the last all in its window; an empty head; zeros where not valid."""
+    rng = torch.Generator().manual_seed(seed * 1000 + layer)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng).to(dtype)
+
+    lengths = torch.tensor([window + 60, window + 31, window + 2, max(window // 2, 1)])
+    width = 48
+    outside = lengths - window  # positions that have left the window
+    # Every head holds a random subset of them, in rising order.
+    chosen = torch.rand(4, kv_heads, 60, generator=rng) < 0.7
+    chosen &= torch.arange(60) < outside[:, None, None]
+    chosen[2, 0] = False
+    counts = chosen.sum(-1).clamp(max=width)
+    order = chosen.int().sort(dim=-1, descending=True, stable=True).indices[..., :width]
+    valid = torch.arange(width) < counts[..., None]
+    marked = (torch.rand(valid.shape, generator=rng) < 0.5) & valid
+    recent = lengths[:, None] - window + torch.arange(window)
+    at = lengths[:, None] - queries + torch.arange(queries)
+    return EvictionView(
+        layer=layer,
+        keys=draw(4, kv_heads, width, head_dim).masked_fill(~valid[..., None], 0),
+        values=draw(4, kv_heads, width, head_dim).masked_fill(~valid[..., None], 0),
+        positions=order.masked_fill(~valid, 0),
+        valid=valid,
+        marked=marked,
+        recent_keys=draw(4, kv_heads, window, head_dim).masked_fill(
+            (recent < 0)[:, None, :, None], 0
+        ),
+        recent_valid=recent >= 0,
+        lengths=lengths,
+        scale=head_dim**-0.5,
+        queries=draw(4, kv_heads * group, queries, head_dim) if queries else None,
+        query_valid=at >= 0 if queries else None,
+    )
+
+
+def poisoned(view: EvictionView) -> EvictionView:
+    """Garbage wherever the view says that nothing is valid."""
+    hide = ~view.valid[..., None]
+    queries = view.queries
+    if queries is not None and view.query_valid is not None:
+        queries = queries.masked_fill(~view.query_valid[:, None, :, None], GARBAGE)
+    return view._replace(
+        keys=view.keys.masked_fill(hide, GARBAGE),
+        values=view.values.masked_fill(hide, GARBAGE),
+        positions=view.positions.masked_fill(~view.valid, 7),
+        marked=view.marked | ~view.valid,
+        recent_keys=view.recent_keys.masked_fill(~view.recent_valid[:, None, :, None], GARBAGE),
+        queries=queries,
+    )
+
+
+def widened(view: EvictionView, extra: int) -> EvictionView:
+    """The same tokens with `extra` more invalid slots."""
+    return view._replace(
+        keys=F.pad(view.keys, (0, 0, 0, extra)),
+        values=F.pad(view.values, (0, 0, 0, extra)),
+        positions=F.pad(view.positions, (0, extra)),
+        valid=F.pad(view.valid, (0, extra)),
+        marked=F.pad(view.marked, (0, extra)),
+    )
+
+
+def one_row(view: EvictionView, row: int) -> EvictionView:
+    """One sequence alone."""
+    part = slice(row, row + 1)
+    rows = {k: v[part] for k, v in view._asdict().items() if isinstance(v, Tensor)}
+    return view._replace(**rows)  # type: ignore[arg-type]
+
+
+def one_head(view: EvictionView, head: int) -> EvictionView:
+    """One KV head and its query heads alone."""
+    names = ("keys", "values", "positions", "valid", "marked", "recent_keys")
+    parts = {name: getattr(view, name)[:, head : head + 1] for name in names}
+    if view.queries is not None:
+        parts["queries"] = view.queries.chunk(view.keys.shape[1], 1)[head]
+    return view._replace(**parts)

@@ -1,0 +1,211 @@
+"""Checking an eviction."""
+
+from __future__ import annotations
+
+import torch
+
+from ..budget import Adaptive, Budget, Pyramid, TotalCap
+from ..eviction import Eviction
+from ..eviction._base import WHEN
+from ..pipeline import CachePipeline
+from ..spec import CacheSpec
+from ..store import CacheState
+from ..types import EvictionView
+from ._cache import decode, kept, prompt, random_data
+from ._common import ConformanceError, check_equal, check_tensor, check_value, require, run
+from ._views import one_head, one_row, poisoned, random_view, widened
+from .admission import check_decisions, check_needs, make_batch
+
+
+def check_eviction(
+    policy: Eviction,
+    *,
+    layers: int = 2,
+    kv_heads: int = 2,
+    group: int = 2,
+    head_dim: int = 16,
+    hidden: int = 24,
+    window: int | None = None,
+    tokens: int | None = None,
+    page_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    takes_effect: bool | None = None,
+    seed: int = 0,
+) -> None:
+    """Checks that an eviction scores what is stored and nothing else, and that memory is freed.
+
+    Properties: frozen, comparable, options, needs, runs, shape, dtype, device, inputs unchanged,
+    stateless, no NaN, invalid slots, batch, heads, and those of an admission for `mark`; in a
+    pipeline: cut, batch, window, frees pages, budget, neutral, takes effect. Runs on the CPU.
+
+    Args:
+        policy: the eviction.
+        layers: layers of the model; all are checked.
+        kv_heads: KV heads.
+        group: query heads per KV head.
+        head_dim: channels of a key.
+        hidden: channels of the attention input.
+        window: local window; default the policy's own, else 8.
+        tokens: prompt length in the pipeline; default a few pages more than the budget or window.
+        page_size: tokens in a page.
+        dtype: of keys, values and queries.
+        takes_effect: whether tokens must be evicted; by default, unless `neutral`.
+        seed: of the data.
+
+    Raises:
+        ConformanceError: a property is broken; the message names it.
+        ValueError: the policy does not fit the sizes.
+    """
+    check_value(policy, Eviction)
+    policy.check(layers, kv_heads, head_dim)
+    check_needs(policy, policy.needs)
+    placed = policy.place(torch.device("cpu"), dtype, "reference")
+    sizes = {"kv_heads": kv_heads, "head_dim": head_dim, "hidden": hidden}
+    if window is None:
+        window = policy.window or 8
+    for layer in range(layers):
+        at = placed.at(layer)
+        _options(at)
+        view = random_view(layer, at.queries, kv_heads, group, head_dim, window, dtype, seed)
+        _scores(at, view)
+        batch = make_batch(layer, 40, sizes, at.needs, dtype, seed)
+        if run(policy, at.mark, batch[0]) is not None:
+            check_decisions(at, at.mark, batch)  # type: ignore[arg-type]
+    spec = CacheSpec(
+        layers=layers, heads=kv_heads * group, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype,
+        page_size=page_size,
+    )  # fmt: skip
+    effect = takes_effect if takes_effect is not None else not policy.neutral
+    _pipeline(policy, spec, window, tokens, hidden, effect, seed)
+
+
+def _options(policy: Eviction) -> None:
+    wanted = f"when to be one of {', '.join(WHEN)}"
+    require(policy.when in WHEN, "options", policy, wanted, f"{policy.when!r}")
+    holds = isinstance(policy.queries, int) and policy.queries >= 0
+    require(holds, "options", policy, "queries from 0", f"{policy.queries!r}")
+    holds = policy.budget is None or isinstance(policy.budget, Budget)
+    require(holds, "options", policy, "budget to be None or a Budget", f"{policy.budget!r}")
+
+
+def _scores(policy: Eviction, view: EvictionView) -> None:
+    def call(view: EvictionView) -> torch.Tensor:
+        result = run(policy, policy.score, view)
+        check_tensor(policy, result, "score", tuple(view.valid.shape), view.keys)
+        wanted = "scores without NaN, in invalid slots too"
+        require(not result.isnan().any(), "no NaN", policy, wanted, "NaN")
+        return result.clone()
+
+    wanted, valid = call(view), view.valid
+    holds = not bool((wanted[valid] == float("inf")).any())
+    require(holds, "no NaN", policy, "finite scores or -inf", "inf")
+    check_equal("stateless", policy, call(view), wanted, "as in the first call")
+
+    hide = ~valid
+    clean = wanted.masked_fill(hide, 0.0)
+    result = call(poisoned(view)).masked_fill(hide, 0.0)
+    case = "whatever lies in slots, window and queries that are not valid"
+    check_equal("invalid slots", policy, result, clean, case)
+    result = call(widened(view, 7))[..., : valid.shape[2]].masked_fill(hide, 0.0)
+    check_equal("invalid slots", policy, result, clean, "however wide the view is padded")
+
+    for row in range(len(valid)):
+        result = call(one_row(view, row)).masked_fill(hide[row : row + 1], 0.0)
+        check_equal("batch", policy, result, clean[row : row + 1], f"for sequence {row} alone")
+    for head in range(valid.shape[1]):
+        part = slice(head, head + 1)
+        result = call(one_head(view, head)).masked_fill(hide[:, part], 0.0)
+        check_equal("heads", policy, result, clean[:, part], f"for KV head {head} alone")
+
+
+def _pipeline(
+    policy: Eviction,
+    spec: CacheSpec,
+    window: int,
+    tokens: int | None,
+    hidden: int,
+    effect: bool,
+    seed: int,
+) -> None:
+    pipeline = CachePipeline(eviction=policy, window=window, backend="reference")
+    size = spec.page_size
+    at = [policy.at(layer) for layer in range(spec.layers)]
+    if tokens is None:
+        tokens = max([window, *(_tokens(p.budget, spec, window) for p in at)]) + 4 * size - 5
+    steps = 2 * spec.interval if policy.when == "decode" else 2
+    data = random_data(spec, [tokens, max(tokens - size, 1)], steps, hidden, seed)
+    state = prompt(pipeline, data, tokens)
+    before = pipeline.report(state)
+    pipeline.end_prompt(state)
+    found, wanted = pipeline.report(state), kept(state, range(2))
+
+    for chunk in (max(tokens // 3, 1), 7):
+        other = prompt(pipeline, data, chunk)
+        pipeline.end_prompt(other)
+        case = f"the tokens kept as in one call, the prompt in calls of {chunk}"
+        _same_kept(policy, "cut", kept(other, range(2)), wanted, case)
+    for row in range(2):
+        other = prompt(pipeline, data.row(row), tokens)
+        pipeline.end_prompt(other)
+        case = f"the tokens kept as in the batch, for sequence {row} alone"
+        _same_kept(policy, "batch", kept(other, [0]), kept(state, [row]), case)
+    for positions, n in zip(wanted, _lengths(spec, data.lengths), strict=True):
+        recent = list(range(max(n - window, 0), n))
+        holds = positions[-len(recent) :] == recent
+        require(holds, "window", policy, "the local window kept", f"positions {positions[-5:]}")
+
+    evicted = sum(map(sum, found.evicted))
+    if policy.neutral:
+        require(not evicted, "neutral", policy, "nothing evicted", f"{evicted} tokens evicted")
+    if effect:
+        case = "tokens evicted (else say takes_effect=False)"
+        require(evicted > 0, "takes effect", policy, case, f"none of {tokens} tokens per head")
+    heads = 2 * spec.kv_heads * spec.layers
+    if evicted >= heads * size:
+        wanted_text = f"fewer bytes of pages than {before.pages}, {evicted} tokens having gone"
+        holds = found.pages < before.pages
+        require(holds, "frees pages", policy, wanted_text, f"{found.pages}")
+    _budget(pipeline, state, data.lengths, 0)
+    decode(pipeline, state, data)
+    if policy.when == "decode":
+        _budget(pipeline, state, state.lengths, spec.interval)
+
+
+def _lengths(spec: CacheSpec, lengths: list[int]) -> list[int]:
+    return [n for _ in range(spec.layers) for n in lengths for _ in range(spec.kv_heads)]
+
+
+def _same_kept(
+    policy: object, rule: str, found: list[list[int]], wanted: list[list[int]], case: str
+) -> None:
+    for a, b in zip(found, wanted, strict=True):
+        if a != b:
+            raise ConformanceError(rule, policy, case, f"{sorted(set(a) ^ set(b))} differing")
+
+
+def _tokens(budget: Budget | None, spec: CacheSpec, window: int) -> int:
+    """Tokens per head that a budget allows, 0 if it follows the length."""
+    if isinstance(budget, TotalCap):
+        return window + -(-budget.tokens // (spec.layers * spec.kv_heads))
+    while isinstance(budget, Adaptive | Pyramid):
+        budget = budget.base
+    return getattr(budget, "tokens", 0)
+
+
+def _budget(pipeline: CachePipeline, state: CacheState, lengths: list[int], slack: int) -> None:
+    """No layer, and no sequence under a TotalCap, holds more than its budget and `slack` a head."""
+    spec, policy = state.spec, pipeline.eviction
+    counts = torch.stack([layer.counts for layer in state.layers])
+    for row, length in enumerate(lengths):
+        for layer in range(spec.layers):
+            budget, held = policy.at(layer).budget, int(counts[layer, row].sum())
+            if budget is None:
+                continue
+            if isinstance(budget, TotalCap):
+                most, held = budget.tokens, int(counts[:, row].sum())
+                most += slack * spec.layers * spec.kv_heads
+            else:
+                allowed = budget.allowed(length, pipeline.window, layer, spec.layers)
+                most = (allowed + slack) * spec.kv_heads
+            wanted = f"at most {most} global tokens in layer {layer} of {length} seen"
+            require(held <= most, "budget", policy, wanted, f"{held}")

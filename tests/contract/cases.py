@@ -1,0 +1,189 @@
+"""Policies of every kind, sized so that each has something to do, and sizes of caches."""
+
+from __future__ import annotations
+
+import attrs
+import torch
+from hypothesis import strategies as st
+
+from kvpolicy import (
+    Adaptive,
+    AdmitAll,
+    AtPromptEnd,
+    CachePipeline,
+    CacheSpec,
+    DuoAttention,
+    KeepAll,
+    LocalAttention,
+    Pyramid,
+    Quest,
+    RandomGate,
+    Ratio,
+    SelectAll,
+    Selection,
+    SnapKV,
+    Tokens,
+    TotalCap,
+    WriteGate,
+    all_of,
+    any_of,
+    per_layer,
+)
+
+
+@attrs.frozen(kw_only=True)
+class LargestKey(Selection):
+    """A user's selection, without a fused op: pages by q . (largest key of each channel)."""
+
+    budget: Tokens
+    first: int = 0
+    last: int = 0
+    group: str = "max"
+
+    def summarize(self, keys, valid):
+        return keys.masked_fill(~valid[..., None], float("-inf")).amax(1)
+
+    def score(self, query, summary, counts):
+        summary = summary[:, :, None].float().masked_fill(counts[:, :, None, :, None] == 0, 0)
+        return (query[:, :, :, None].float() * summary).sum(-1)
+
+
+@attrs.frozen
+class Sizes:
+    """A spec with its window; `room` global tokens a head is more than every budget below."""
+
+    spec: CacheSpec
+    window: int
+
+    @property
+    def room(self):
+        return 3 * self.spec.page_size + 4
+
+    @property
+    def kept(self):
+        """Tokens of an eviction's budget: the window and more than two pages."""
+        return self.window + 2 * self.spec.page_size + 1
+
+    @property
+    def length(self):
+        """A prompt that leaves every policy something to do."""
+        return self.window + 2 * self.room + 8
+
+
+def gate(sizes, seed=0, window=None):
+    """A write gate with random weights that admits about half of the tokens."""
+    rng = torch.Generator().manual_seed(seed)
+    n, heads, dim, width = sizes.spec.layers, sizes.spec.kv_heads, sizes.spec.head_dim, 5
+    draw = lambda *shape: torch.randn(*shape, generator=rng)  # noqa: E731
+    return WriteGate(
+        norm_pre=1 + draw(n, dim) / 8,
+        norm_post=1 + draw(n, dim) / 8,
+        w1=draw(n, heads, width, 2 * dim) / dim**0.5,
+        b1=draw(n, heads, width) / 8,
+        w2=draw(n, heads, width),
+        b2=torch.zeros(n, heads),
+        threshold=0.5,
+        window=window,
+    )
+
+
+def duo(sizes):
+    """Every other head streams."""
+    full = [[(x + h) % 2 == 1 for h in range(sizes.spec.kv_heads)] for x in range(sizes.spec.layers)]
+    return DuoAttention(full_heads=full, sinks=sizes.room, window=sizes.window)
+
+
+def local(s):
+    return LocalAttention(window=s.window, sinks=s.room)
+
+
+ADMISSIONS = {
+    "all": lambda s: AdmitAll(),
+    "random": lambda s: RandomGate(sparsity=0.35, seed=3),
+    "local": local,
+    "duo": duo,
+    "gate": gate,
+    "any_of": lambda s: any_of(RandomGate(sparsity=0.5), local(s)),
+    "all_of": lambda s: all_of(RandomGate(sparsity=0.1), gate(s, seed=1), RandomGate(sparsity=0.2, seed=9)),
+    "per_layer": lambda s: per_layer(RandomGate(sparsity=0.3), {0: AdmitAll()}),
+}
+
+
+def quest(s, pages=1, **options):
+    return Quest(budget=s.window + 1 + (pages - 1) * s.spec.page_size, **options)
+
+
+SELECTIONS = {
+    "all": lambda s: SelectAll(),
+    "quest": quest,
+    "quest_mean": lambda s: quest(s, 2, group="mean"),
+    "quest_each": lambda s: quest(s, 2, group="each", last=0),
+    "quest_first": lambda s: quest(s, 2, group="max", first=1, last=1),
+    "user": lambda s: LargestKey(budget=Tokens(s.window + 1), group="each"),
+    "per_layer": lambda s: per_layer(quest(s, 1, last=0), {0: SelectAll()}),
+}
+
+
+def snap(budget, **options):
+    return SnapKV(budget=budget, observation=3, kernel=3, **options)
+
+
+def pyramid(s):
+    return Pyramid(Tokens(s.kept + 1), beta=4.0, observation=s.window + 1)
+
+
+def cap(s):
+    managed = sum(s.spec.slides(x) is None for x in range(s.spec.layers))
+    return TotalCap(managed * s.spec.kv_heads * (2 * s.spec.page_size + 2), drop=0.2)
+
+
+EVICTIONS = {
+    "none": lambda s: KeepAll(),
+    "tokens": lambda s: snap(s.kept),
+    "tokens_decode": lambda s: snap(s.kept, when="decode", group="max", pooling="max"),
+    "ratio": lambda s: snap(Ratio((s.kept + 0.5) / s.length), normalize="global", group="max"),
+    "adaptive": lambda s: snap(Adaptive(Tokens(s.kept)), when="decode"),
+    "pyramid": lambda s: snap(pyramid(s)),
+    "adaptive_pyramid": lambda s: snap(Adaptive(pyramid(s), floor=0.5)),
+    "cap": lambda s: snap(cap(s), normalize="global"),
+    "cap_decode": lambda s: snap(cap(s), when="decode"),
+    "at_end": lambda s: AtPromptEnd(RandomGate(sparsity=0.3, seed=5)),
+    "at_end_gate": lambda s: AtPromptEnd(gate(s, seed=2)),
+    "at_end_local": lambda s: AtPromptEnd(LocalAttention(window=s.window, sinks=s.room - 2)),
+    "per_layer": lambda s: per_layer(snap(s.kept), {0: AtPromptEnd(RandomGate(sparsity=0.2))}),
+}
+
+
+def build(sizes, admission="all", selection="all", eviction="none"):
+    """The pipeline of three named policies."""
+    return CachePipeline(
+        admission=ADMISSIONS[admission](sizes),
+        selection=SELECTIONS[selection](sizes),
+        eviction=EVICTIONS[eviction](sizes),
+        window=sizes.window,
+    )
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+@st.composite
+def caches(draw, dtypes=DTYPES, page_sizes=(1, 2, 4, 8, 16, 32), sliding=True):
+    """Sizes of caches, with windows around the rollback depth and off the powers of two."""
+    kv_heads = draw(st.integers(1, 3))
+    layers = draw(st.integers(2, 3))
+    rollback = draw(st.sampled_from([0, 1, 4, 9]))
+    window = draw(st.sampled_from([1, 2, 3, 7, 8, 13, 20]) | st.just(rollback + 1))
+    slides = draw(st.sampled_from([None, 1, 5, window + 3])) if sliding else None
+    spec = CacheSpec(
+        layers=layers + (slides is not None),
+        heads=kv_heads * draw(st.sampled_from([1, 3, 4, 5, 7, 8])),
+        kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([8, 12, 16, 24, 33, 40, 64])),
+        page_size=draw(st.sampled_from(page_sizes)),
+        rollback=rollback,
+        interval=draw(st.sampled_from([1, 3, 8])),
+        dtype=draw(st.sampled_from(dtypes)),
+        sliding=() if slides is None else (*[None] * layers, slides),
+    )
+    return Sizes(spec, window)

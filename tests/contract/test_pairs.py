@@ -1,0 +1,43 @@
+"""Every pair of policies of different slots works together and does something."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import ADMISSIONS, EVICTIONS, SELECTIONS, Sizes, build
+from driver import Run, random_cuts, stream
+
+from kvpolicy import CacheSpec
+
+PAIRS = [
+    *[(a, s, "none") for a in ADMISSIONS for s in SELECTIONS if "all" not in (a, s)],
+    *[(a, "all", e) for a in ADMISSIONS for e in EVICTIONS if a != "all" and e != "none"],
+    *[("all", s, e) for s in SELECTIONS for e in EVICTIONS if s != "all" and e != "none"],
+]
+
+
+def turns(run, rows, decoded, seed):
+    """Two turns of random cuts and single decoded tokens; the second prompt is short."""
+    for cut in random_cuts(rows, seed, max(rows)):
+        run.prompt(cut)
+    run.end_prompt()
+    for _ in range(decoded):
+        run.decode()
+    run.check()
+    run.check_effect()
+    run.prompt([5] * len(rows))
+    run.end_prompt()
+    run.decode()
+    run.check()
+
+
+@pytest.mark.parametrize("admission, selection, eviction", PAIRS)
+def test_pair(admission, selection, eviction):
+    spec = CacheSpec(
+        layers=2, heads=6, kv_heads=2, head_dim=8, page_size=4, interval=8, dtype=torch.float64
+    )
+    sizes = Sizes(spec, window=6)
+    pipeline = build(sizes, admission, selection, eviction)
+    rows = [sizes.length, sizes.length + 7]
+    streams = [stream(spec, n + 18, seed) for seed, n in enumerate(rows)]
+    turns(Run(pipeline, spec, streams), rows, 12, seed=len(admission) + len(eviction))

@@ -1,0 +1,136 @@
+"""Compiles every kernel for the named compute capabilities without a device; run by test_compile.
+
+Each op is called once on CPU tensors while launches are recorded instead of run; what was recorded
+is compiled with the specialisation that a launch would get. Prints a line for each kernel.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import triton
+from pool import make_pool
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kvpolicy.kernels import (
+    _launch,
+    cache_write,
+    compact,
+    page_io,
+    page_select,
+    paged_decode,
+    sparse_prefill,
+    write_gate,
+)
+from kvpolicy.types import Segments
+
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KB that one program may use
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
+launches: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
+
+
+def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    names = [p.name for p in self.params]
+    bound = dict(zip(names, args, strict=False))
+    bound |= {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+    launches.append((self, bound, kwargs))
+
+
+def compile_launch(kernel: Any, bound: dict[str, Any], options: dict[str, Any], cc: int) -> int:
+    """Compiles one recorded launch; returns its shared memory in bytes."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value, name = bound[parameter.name], parameter.name
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or (special and type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            kind = TYPES[value.base.dtype].removeprefix("*")
+            signature[name] = f"tensordesc<{kind}{list(value.block_shape)}>"
+        elif isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            attributes[index,] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if special and value % 16 == 0:
+                attributes[index,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
+    return compiled.metadata.shared
+
+
+def call_all(dim: int, page: int, dtype: torch.dtype) -> None:
+    """Calls every op once, as a model with 8 KV heads and 4 query heads each would."""
+    heads, group, slots, window, tokens = 8, 4, 288, 256, 320
+    pages = make_pool(4, page, dim, dtype, slab_pages=4, width=2 * dim).pages
+    table = torch.zeros(1, heads, 32, dtype=torch.int32)
+    counts = torch.full((1, heads), 5, dtype=torch.int32)
+    ring = torch.zeros(1, heads, slots, dim, dtype=dtype)
+    flags = torch.zeros(1, heads, slots, dtype=torch.uint8)
+    query = torch.zeros(1, heads * group, dim, dtype=dtype)
+    new = torch.zeros(1, heads, dim, dtype=dtype)
+    lengths, active = torch.full((1,), 400), torch.ones(1, dtype=torch.bool)
+    cache_write.decode_write(
+        pages, table, counts, ring, ring, flags, new, new, flags[:, :, 0].contiguous(), lengths,
+        active, window, True,
+    )  # fmt: skip
+    for selected in (None, torch.zeros(1, heads, 256, dtype=torch.int32)):
+        paged_decode.paged_decode(
+            query, pages, table, counts, ring, ring, lengths, active, window, 0.1, selected
+        )
+    for how in ("max", "each"):
+        page_select.quest_select(pages, table, counts, query, 256, how, 1, 1)
+    key = torch.zeros(heads, tokens, dim, dtype=dtype)
+    dest = torch.zeros(heads, tokens, dtype=torch.int32)
+    cache_write.append(pages, table, key, key, dest, dest, dest[0])
+    compact.move(pages, table, table, dest[None])
+    ids = table[0, 0]
+    page_io.read_pages(pages, ids)
+    page_io.copy_pages(pages, ids, ids)
+    page_io.write_summary(pages, ids, page_io.read_summary(pages, ids))
+    bounds = torch.tensor([0, tokens], dtype=torch.int32)
+    segments = Segments((0, tokens), (0, tokens), (0,), bounds, bounds, bounds[:1])
+    sparse_prefill.prefill_attention(
+        torch.zeros(heads * group, tokens, dim, dtype=dtype), key, key, dest.byte(), segments,
+        pages, table, counts, window, 0.1,
+    )  # fmt: skip
+    hidden = 512
+    write_gate.write_gate(
+        key, key, key[0, 0], key[0, 0], torch.zeros(heads, hidden, 2 * dim, dtype=dtype),
+        torch.zeros(heads, hidden, dtype=dtype), torch.zeros(heads, hidden, dtype=dtype),
+        torch.zeros(heads, dtype=dtype),
+    )  # fmt: skip
+
+
+def main(arguments: list[str]) -> None:
+    """Arguments: capability:head_dim:page_size:dtype, ..."""
+    triton.runtime.jit.JITFunction.run = record
+    for argument in arguments:
+        cc, dim, page, dtype = argument.split(":")
+        _launch.capability = lambda device, cc=cc: int(cc)
+        launches.clear()
+        call_all(int(dim), int(page), getattr(torch, dtype))
+        for kernel, bound, options in launches:
+            shared = compile_launch(kernel, bound, options, int(cc))
+            limit = SHARED[int(cc)] * 1024
+            print(f"{argument} {kernel.__name__} shared={shared}", flush=True)
+            if shared > limit:
+                sys.exit(f"{argument} {kernel.__name__}: {shared} bytes shared, {limit} there")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,47 @@
+"""Every kernel compiles for every supported device, within its shared memory, without one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def run(configuration: str, cache: Path) -> None:
+    # The interpreter's flag is read when triton is imported, so this needs a process of its own.
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(cache)
+    env["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
+    done = subprocess.run(
+        [sys.executable, str(HERE / "compile_kernels.py"), configuration],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    compiled = {line.split()[1] for line in done.stdout.splitlines()}
+    assert {
+        "_append",
+        "_attend",
+        "_chunks",
+        "_decode_write",
+        "_move",
+        "_split",
+        "_top_pages",
+    } <= compiled
+
+
+@pytest.mark.parametrize("configuration", ["86:128:16:bfloat16", "90:128:64:bfloat16"])
+def test_compiles(configuration: str, tmp_path: Path) -> None:
+    run(configuration, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dim", [64, 80, 256])
+@pytest.mark.parametrize("cc", [80, 86, 89, 90, 100])
+def test_compiles_elsewhere(cc: int, dim: int, dtype: str, tmp_path: Path) -> None:
+    run(f"{cc}:{dim}:16:{dtype}", tmp_path)

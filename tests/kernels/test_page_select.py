@@ -1,0 +1,82 @@
+"""Page choice: top_pages equals the reference, quest_select takes the pages of a float64 bound."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pool import DEVICE, fill_heads, make_pool, randn
+
+from kvpolicy import reference
+from kvpolicy.kernels import page_select
+
+CUDA = DEVICE.type == "cuda"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("width", "budget", "first", "last"),
+    [
+        (1, 1, 0, 0),
+        (7, 3, 1, 1),
+        (150, 9, 0, 2),
+        (150, 64, 4, 0),
+        (5, 8, 1, 1),
+        (20, 2, 1, 2),
+        (20, 2, 0, 5),
+        (9, 3, 4, 2),
+    ],
+)
+def test_top_pages(width: int, budget: int, first: int, last: int, dtype: torch.dtype) -> None:
+    size = 16
+    counts = torch.tensor(
+        [[width * size, 0], [max(width * size // 2 - 3, 0), 1]], dtype=torch.int32, device=DEVICE
+    )
+    scores = randn(2, 4, width, dtype=torch.float32, seed=width)
+    scores[:, 1] = scores[:, 1].round()  # many ties
+    scores[:, 2] *= -1e-30
+    scores[0, 3] = torch.tensor([0.0, -0.0], device=DEVICE).repeat(width)[:width]
+    scores = scores.to(dtype)
+    got = page_select.top_pages(scores, counts, size, budget, first, last)
+    want = reference.top_pages(scores, counts, size, budget, first, last)
+    assert got.dtype == torch.int32
+    assert torch.equal(got, want)
+
+
+def test_top_pages_over_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_select, "_MAX_BLOCK", 128)
+    counts = torch.tensor([[700 * 4 - 1]], dtype=torch.int32, device=DEVICE)
+    scores = randn(1, 1, 800, dtype=torch.float32, seed=1).round(decimals=1)
+    scores[..., 700:] = float("nan")
+    for budget in (5, 300):
+        got = page_select.top_pages(scores, counts, 4, budget, 2, 3)
+        assert torch.equal(got, reference.top_pages(scores.nan_to_num(), counts, 4, budget, 2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("group", ["max", "mean", "each"])
+@pytest.mark.parametrize(
+    ("heads", "dim", "first"), [(3, 80, "low"), (8, 64, "high"), (1, 16, "low")]
+)
+def test_quest_select(heads: int, dim: int, first: str, group: str, dtype: torch.dtype) -> None:
+    page, budget = 4, 5
+    lengths = [[71, 0], [9, 45]]
+    pool = make_pool(48, page, dim, dtype, slab_pages=16, width=2 * dim, first=first)
+    table, counts = fill_heads(pool, lengths, seed=2)
+    query = randn(2, 2 * heads, dim, dtype=dtype, seed=3)
+    got = page_select.quest_select(pool.pages, table, counts, query, budget, group, 1, 1)
+    extent = pool.flat().summary[table.long()].nan_to_num().double().view(2, 2, 1, -1, 2, dim)
+    q = query.double().view(2, 2, heads, 1, dim)
+    bound = torch.maximum(q * extent[..., 0, :], q * extent[..., 1, :]).sum(-1)
+    bound = {"max": bound.amax(2), "mean": bound.mean(2), "each": bound.flatten(1, 2)}[group]
+    want = reference.top_pages(bound, counts, page, budget, 1, 1)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("width", [6250, 70000])
+def test_many_pages_on_a_device(width: int) -> None:
+    counts = torch.tensor([[width * 16, width * 8 + 5]], dtype=torch.int32, device=DEVICE)
+    scores = randn(1, 8, width, dtype=torch.float32, seed=1)
+    got = page_select.top_pages(scores, counts, 16, 256, 1, 2)
+    assert torch.equal(got, reference.top_pages(scores, counts, 16, 256, 1, 2))

@@ -1,0 +1,81 @@
+"""write_gate: float64 within the budget, and scores that do not depend on the cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pool import DEVICE, NAN, assert_within_budget, randn
+
+from kvpolicy.kernels.write_gate import write_gate
+
+CUDA = DEVICE.type == "cuda"
+
+
+def weights(heads: int, dim: int, hidden: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    parts = [
+        1 + 0.2 * randn(dim, dtype=torch.float32, seed=1),
+        1 + 0.2 * randn(dim, dtype=torch.float32, seed=2),
+        randn(heads, hidden, 2 * dim, dtype=torch.float32, seed=3) * (2 * dim) ** -0.5,
+        0.1 * randn(heads, hidden, dtype=torch.float32, seed=4),
+        2 * randn(heads, hidden, dtype=torch.float32, seed=5) * hidden**-0.5,
+        randn(heads, dtype=torch.float32, seed=6),
+    ]
+    return [part.to(dtype) for part in parts]
+
+
+def oracle(pre, key, norm_pre, norm_post, w1, b1, w2, b2):
+    def norm(x, weight):
+        wide = x.float() if x.dtype != torch.float64 else x
+        wide = wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        return weight * wide.to(x.dtype)
+
+    x = torch.cat([norm(pre, norm_pre), norm(key, norm_post)], -1)
+    hidden = F.gelu(torch.einsum("htd,hmd->htm", x, w1) + b1[:, None])
+    return ((hidden * w2[:, None]).sum(-1) + b2[:, None]).sigmoid()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "dim", "hidden"),
+    [(1, 64, 100), (63, 80, 64), (65, 20, 33), (100, 128, 70), (3, 256, 40)],
+)
+def test_write_gate(tokens: int, dim: int, hidden: int, dtype: torch.dtype) -> None:
+    parts = weights(2, dim, hidden, dtype)
+    pre = randn(tokens, 2, dim, dtype=dtype, seed=7).transpose(0, 1)
+    key = 3 * randn(2, tokens, dim, dtype=dtype, seed=8)
+    got = write_gate(pre, key, *parts)
+    assert got.dtype == dtype
+    exact = oracle(*(x.double() for x in (pre, key, *parts)))
+    assert_within_budget(got, oracle(pre, key, *parts), exact)
+    assert exact.max() - exact.min() > 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scores_do_not_depend_on_the_cut(dtype: torch.dtype) -> None:
+    tokens, dim = (4096, 128) if CUDA else (67, 48)
+    parts = weights(2, dim, 160, dtype)
+    pre, key = (randn(2, tokens, dim, dtype=dtype, seed=s) for s in (7, 8))
+    whole = write_gate(pre, key, *parts)
+    cuts = [0, 1, 2, 35, tokens - 1, tokens]
+    cut = [
+        write_gate(pre[:, a:b], key[:, a:b], *parts) for a, b in zip(cuts, cuts[1:], strict=False)
+    ]
+    assert torch.equal(torch.cat(cut, 1), whole)
+    # Neither on the strides of the keys, nor on what other tokens hold.
+    across = key.transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(write_gate(pre, across, *parts), whole)
+    key[:, 1:] = NAN
+    assert torch.equal(write_gate(pre, key, *parts)[:, 0], whole[:, 0])
+
+
+def test_mixed_dtypes_no_tokens_and_float64() -> None:
+    parts = weights(1, 32, 20, torch.float32)
+    key = randn(1, 5, 32, dtype=torch.bfloat16, seed=9)
+    got = write_gate(key, key, *parts)
+    exact = oracle(*(x.double() for x in (key, key, *parts)))
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), exact, atol=4e-3, rtol=0)
+    assert write_gate(key[:, :0], key[:, :0], *parts).shape == (1, 0)
+    with pytest.raises(TypeError, match=r"key is torch\.float64"):
+        write_gate(key.double(), key.double(), *parts)

@@ -1,0 +1,101 @@
+"""Every wrong argument names itself and what was wanted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvpolicy.admission import DuoAttention, LocalAttention, RandomGate, WriteGate
+from kvpolicy.budget import Adaptive, Pyramid, Ratio, Tokens, TotalCap
+from kvpolicy.eviction import AtPromptEnd, SnapKV
+from kvpolicy.selection import Quest
+
+NAN = float("nan")
+FULL = ((True, False),)
+
+
+def gate(**kwargs):
+    weights = {
+        "norm_pre": torch.ones(1, 4),
+        "norm_post": torch.ones(1, 4),
+        "w1": torch.ones(1, 2, 3, 8),
+        "b1": torch.ones(1, 2, 3),
+        "w2": torch.ones(1, 2, 3),
+        "b2": torch.ones(1, 2),
+    }
+    return WriteGate(**weights | kwargs)
+
+
+TABLE = [
+    (LocalAttention, {"window": 0}, ValueError, "window: wanted at least 1, got 0"),
+    (LocalAttention, {"window": 8.0}, TypeError, "window: wanted an int .*8.0"),
+    (LocalAttention, {"sinks": -1}, ValueError, "sinks: wanted at least 0, got -1"),
+    (LocalAttention, {"sinks": True}, TypeError, "sinks: wanted an int .*True"),
+    (RandomGate, {"sparsity": 1.5}, ValueError, r"sparsity: wanted a number in \[0, 1\], got 1.5"),
+    (RandomGate, {"sparsity": NAN}, ValueError, "sparsity: .*got nan"),
+    (RandomGate, {"sparsity": "x"}, TypeError, "sparsity: wanted a number .*'x'"),
+    (RandomGate, {"sparsity": 0.5, "seed": 1.5}, TypeError, "'seed' must be .*int.*1.5"),
+    (gate, {"threshold": 1.1}, ValueError, "threshold: wanted .*got 1.1"),
+    (gate, {"threshold": NAN}, ValueError, "threshold: wanted .*got nan"),
+    (gate, {"threshold": None}, TypeError, "threshold: wanted .*got None"),
+    (gate, {"inclusive": 1}, TypeError, "'inclusive' must be .*bool"),
+    (gate, {"window": 0}, ValueError, "window: wanted at least 1, got 0"),
+    (gate, {"backend": "cuda"}, ValueError, "backend: wanted one of .*got 'cuda'"),
+    (gate, {"b2": [0.0]}, TypeError, "'b2' must be .*Tensor"),
+    (gate, {"w1": torch.ones(2, 3, 8)}, ValueError, r"w1, norm_pre: wanted shapes.*\(2, 3, 8\)"),
+    (gate, {"w1": torch.ones(1, 2, 3, 7)}, ValueError, r"w1: wanted .*\(1, 2, 3, 8\).*3, 7\)"),
+    (gate, {"b1": torch.ones(1, 2, 3).int()}, TypeError, "b1: wanted floats.*int32"),
+    (DuoAttention, {"full_heads": ()}, ValueError, "full_heads: wanted a row"),
+    (DuoAttention, {"full_heads": ((),)}, ValueError, "full_heads: wanted a row"),
+    (DuoAttention, {"full_heads": ((True,), (True, False))}, ValueError, "layer 0 has 1 .*1 has 2"),
+    (DuoAttention, {"full_heads": ((0.5,),)}, TypeError, "full_heads: wanted bools, got 0.5"),
+    (DuoAttention, {"full_heads": FULL, "sinks": -1}, ValueError, "sinks: wanted at least 0"),
+    (DuoAttention, {"full_heads": FULL, "window": 0}, ValueError, "window: wanted at least 1"),
+    (Quest, {"budget": 0}, ValueError, "tokens: wanted at least 1, got 0"),
+    (Quest, {"budget": Ratio(0.5)}, TypeError, "budget.*Tokens.*Ratio"),
+    (Quest, {"budget": True}, TypeError, "budget.*True"),
+    (Quest, {"budget": 64, "group": "sum"}, ValueError, "group: wanted one of .*got 'sum'"),
+    (Quest, {"budget": 64, "first": -1}, ValueError, "first: wanted at least 0, got -1"),
+    (Quest, {"budget": 64, "last": 0.5}, TypeError, "last: wanted an int .*0.5"),
+    (SnapKV, {"budget": 0}, ValueError, "tokens: wanted at least 1, got 0"),
+    (SnapKV, {"budget": 0.5}, TypeError, "budget: wanted a budget, got 0.5"),
+    (SnapKV, {"budget": 64, "when": "always"}, ValueError, "when: wanted one of .*'always'"),
+    (SnapKV, {"budget": 64, "observation": 0}, ValueError, "observation: wanted at least 1"),
+    (SnapKV, {"budget": 64, "kernel": 4}, ValueError, "kernel: wanted an odd number, got 4"),
+    (SnapKV, {"budget": 64, "kernel": -1}, ValueError, "kernel: wanted at least 1, got -1"),
+    (SnapKV, {"budget": 64, "pooling": "sum"}, ValueError, "pooling: wanted one of .*'sum'"),
+    (SnapKV, {"budget": 64, "group": "each"}, ValueError, "group: wanted one of .*'each'"),
+    (SnapKV, {"budget": 64, "normalize": 1}, ValueError, "normalize: wanted one of .*got 1"),
+    (AtPromptEnd, {"admission": SnapKV(budget=64)}, TypeError, "'admission' must be .*Admission"),
+    (Tokens, {"tokens": 2.0}, TypeError, "tokens: wanted an int .*2.0"),
+    (Ratio, {"ratio": 0}, ValueError, r"ratio: wanted a number in \(0, 1\], got 0"),
+    (Ratio, {"ratio": 1.01}, ValueError, "ratio: wanted .*got 1.01"),
+    (Adaptive, {"base": 64}, TypeError, "base: wanted a budget, got 64"),
+    (Adaptive, {"base": TotalCap(64)}, TypeError, "base: wanted a budget per head, got TotalCap"),
+    (Adaptive, {"base": Tokens(64), "floor": 1.2}, ValueError, "floor: wanted .*got 1.2"),
+    (Pyramid, {"base": "x"}, TypeError, "base: wanted a budget, got 'x'"),
+    (Pyramid, {"base": TotalCap(64)}, TypeError, "base: wanted a budget per head, got TotalCap"),
+    (Pyramid, {"base": Tokens(64), "beta": 0.5}, ValueError, "beta: wanted .*at least 1, got 0.5"),
+    (Pyramid, {"base": Tokens(64), "beta": NAN}, ValueError, "beta: wanted .*got nan"),
+    (Pyramid, {"base": Tokens(64), "beta": "x"}, TypeError, "beta: wanted .*got 'x'"),
+    (Pyramid, {"base": Tokens(64), "observation": -1}, ValueError, "observation: wanted at least"),
+    (TotalCap, {"tokens": 0}, ValueError, "tokens: wanted at least 1, got 0"),
+    (TotalCap, {"tokens": 9, "drop": 0}, ValueError, r"drop: wanted a number in \(0, 1\], got 0"),
+    (TotalCap, {"tokens": 9, "drop": "x"}, TypeError, "drop: wanted .*got 'x'"),
+]
+
+
+@pytest.mark.parametrize(("make", "kwargs", "error", "message"), TABLE)
+def test_a_wrong_argument_names_itself(make, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        make(**kwargs)
+
+
+@pytest.mark.parametrize("make", [LocalAttention, RandomGate, WriteGate, DuoAttention])
+def test_admissions_take_keywords_only(make):
+    with pytest.raises(TypeError, match="positional argument"):
+        make(1)
+
+
+def test_an_int_budget_is_tokens():
+    assert SnapKV(budget=64).budget == Quest(budget=64).budget == Tokens(64)

@@ -1,0 +1,118 @@
+"""The conformance kit rejects broken evictions by the name of what they break."""
+
+from __future__ import annotations
+
+import itertools
+
+import attrs
+import pytest
+import torch
+
+from kvpolicy import Tokens
+from kvpolicy.eviction import Eviction
+from kvpolicy.testing import ConformanceError, check_eviction
+
+CALLS = itertools.count()
+
+
+def norms(view):
+    return view.keys.norm(dim=-1)
+
+
+def score_nan(self, view):
+    return norms(view) / view.valid
+
+
+def score_inf(self, view):
+    return torch.where(view.positions < 4, float("inf"), norms(view))
+
+
+def score_without_heads(self, view):
+    return norms(view).mean(1)
+
+
+def score_bools(self, view):
+    return view.valid
+
+
+def score_in_place(self, view):
+    return view.keys.mul_(2).norm(dim=-1)
+
+
+def score_with_state(self, view):
+    return norms(view) + next(CALLS)
+
+
+def score_padding(self, view):
+    return norms(view) - norms(view).mean(-1, keepdim=True)
+
+
+def score_by_slot_count(self, view):
+    return norms(view) * view.valid.shape[-1]
+
+
+def score_invalid_queries(self, view):
+    return norms(view) + view.queries.mean((1, 2, 3))[:, None, None]
+
+
+def score_by_the_batch(self, view):
+    return norms(view) / view.lengths.max()
+
+
+def score_by_other_heads_too(self, view):
+    return norms(view) + (view.valid * norms(view)).amax((1, 2), keepdim=True)
+
+
+def score_unknown(self, view):
+    return view.queries.sum(-1)
+
+
+def score_norm(self, view):
+    return norms(view)
+
+
+def mark_ahead(self, write):
+    return write.key[..., 0].roll(-1, 1) > 0
+
+
+@attrs.frozen
+class Lenient(Tokens):
+    def keep(self, scores, valid, allowed):
+        return Tokens(self.tokens).keep(scores, valid, allowed + 3)
+
+
+NORM = {"budget": Tokens(40), "score": score_norm}
+
+
+def test_norm_passes():
+    check_eviction(attrs.frozen(type("Norm", (Eviction,), NORM))())
+
+
+@pytest.mark.parametrize(
+    ("members", "rule"),
+    [
+        ({"score": score_nan}, "no NaN"),
+        ({"score": score_inf}, "no NaN"),
+        ({"score": score_without_heads}, "shape"),
+        ({"score": score_bools}, "dtype"),
+        ({"score": score_in_place}, "inputs unchanged"),
+        ({"score": score_with_state}, "stateless"),
+        ({"score": score_padding}, "invalid slots"),
+        ({"score": score_by_slot_count}, "invalid slots"),
+        ({"score": score_invalid_queries, "queries": 32}, "invalid slots"),
+        ({"score": score_by_the_batch}, "batch"),
+        ({"score": score_by_other_heads_too}, "heads"),
+        ({"score": score_unknown}, "runs"),
+        ({"mark": mark_ahead}, "causal"),
+        ({"when": "sometimes"}, "options"),
+        ({"needs": {"key_pre"}}, "needs"),
+        ({"budget": Lenient(40)}, "budget"),
+        ({"budget": None}, "takes effect"),
+        ({"neutral": True}, "takes effect"),
+    ],
+    ids=lambda x: getattr(next(iter(x.values())), "__name__", str(x)) if isinstance(x, dict) else x,
+)
+def test_broken_eviction_is_rejected(members, rule):
+    policy = attrs.frozen(type("Broken", (Eviction,), {**NORM, **members}))()
+    with pytest.raises(ConformanceError, match=f"^Broken breaks '{rule}': wanted"):
+        check_eviction(policy, takes_effect=True)

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvpolicy.training import flash
+from kvpolicy.training.objective import (
+    distillation_loss,
+    gated_attention,
+    kept_fraction,
+    log_gate,
+    memory_cost,
+)
+
+
+@pytest.mark.parametrize(
+    ("length", "gate", "want"),
+    [
+        (512, 0.0, 0.846086),
+        (512, 0.5, 0.961521),
+        (4096, 0.0, 0.235672),
+        (4096, 0.5, 0.808918),
+        (32768, 0.0, 0.045704),
+        (32768, 0.5, 0.761426),
+        (4096, 1.0, 1.0),
+    ],
+)
+def test_memory_cost_known_values(length: int, gate: float, want: float) -> None:
+    cost = memory_cost(torch.full((2, 3, length), gate), 256)
+    assert cost.item() == pytest.approx(want, abs=2e-6)
+
+
+def test_memory_cost_ignores_the_last_window() -> None:
+    gate = torch.full((20,), 0.5, requires_grad=True)
+    memory_cost(gate, 8).backward()
+    assert gate.grad is not None
+    assert (gate.grad[-8:] == 0).all() and (gate.grad[:-8] > 0).all()
+
+
+def test_kept_fraction_counts_the_window_once() -> None:
+    gate = torch.tensor([0.9, 0.1, 0.2, 0.0, 0.9, 0.9])
+    assert kept_fraction(gate, window=2, threshold=0.1).item() == pytest.approx(4 / 6)
+    assert kept_fraction(gate, window=9, threshold=0.1).item() == 1.0
+
+
+def test_distillation_loss_is_the_mean_over_all_elements() -> None:
+    student, teacher = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
+    student[0, 0, 0] = 6.0
+    assert distillation_loss(student, teacher).item() == pytest.approx(36 / 24)
+
+
+def _inputs(length: int, group: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(length)
+
+    def normal(heads: int) -> Tensor:
+        x = torch.randn(2, heads, length, 16, generator=generator, dtype=torch.float64)
+        return x.requires_grad_()
+
+    gate = torch.rand(2, 2, length, generator=generator, dtype=torch.float64)
+    return normal(2 * group), normal(2), normal(2), gate
+
+
+def _oracle(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, window: int) -> Tensor:
+    """Weights g_j exp(s_ij) outside the window, one query at a time."""
+    group = query.shape[1] // key.shape[1]
+    rows = []
+    for i in range(query.shape[2]):
+        near = torch.arange(i + 1) > i - window
+        k, v, w = (t[:, :, : i + 1].repeat_interleave(group, 1) for t in (key, value, weight))
+        score = (query[:, :, i : i + 1] * k).sum(-1) * 0.3
+        part = score.exp() * torch.where(near, torch.ones_like(w), w)
+        rows.append((part[..., None] * v).sum(2) / part.sum(-1, keepdim=True))
+    return torch.stack(rows, 2)
+
+
+@pytest.mark.parametrize("window", [1, 5, 39, 40, 64])
+def test_dense_kernel_is_the_definition(window: int) -> None:
+    query, key, value, gate = _inputs(40)
+    got = gated_attention(query, key, value, log_gate(gate), window=window, scale=0.3)
+    torch.testing.assert_close(got, _oracle(query, key, value, gate, window))
+
+
+def test_hard_gate_is_the_exact_sparse_mask() -> None:
+    query, key, value, gate = _inputs(40)
+    got = gated_attention(query, key, value, log_gate(gate, 0.5), window=7, scale=0.3)
+    admitted = (gate > 0.5).double()
+    torch.testing.assert_close(got, _oracle(query, key, value, admitted, 7))
+
+
+def test_open_gates_are_dense_attention() -> None:
+    query, key, value, gate = _inputs(40)
+    got = gated_attention(query, key, value, log_gate(torch.ones_like(gate)), window=4, scale=0.3)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(got, want)
+
+
+def _plain_scores(q: Tensor, k: Tensor, scale: float, window: int | None) -> Tensor:
+    distance = torch.arange(q.shape[1])[:, None] - torch.arange(k.shape[1])
+    hidden = (distance < 0) | (distance >= (window or q.shape[1]))
+    return (torch.einsum("bihd,bjhd->bhij", q, k) * scale).masked_fill(hidden, -torch.inf)
+
+
+def _plain_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None):
+    k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v))
+    score = _plain_scores(q, k, scale, window)
+    out = torch.einsum("bhij,bjhd->bihd", score.softmax(-1), v)
+    return out, score.logsumexp(-1), (torch.zeros(1), torch.zeros(1))
+
+
+def _plain_backward(grad, q, k, v, out, lse, rng, scale, window):  # noqa: ANN001, ANN202
+    heads = k.shape[2]
+    k, v = (t.repeat_interleave(q.shape[2] // heads, 2) for t in (k, v))
+    p = (_plain_scores(q, k, scale, window) - lse[..., None]).exp()
+    inner = (grad * out).sum(-1).transpose(1, 2)[..., None]
+    ds = p * (torch.einsum("bihd,bjhd->bhij", grad, v) - inner) * scale
+    dk, dv = torch.einsum("bhij,bihd->bjhd", ds, q), torch.einsum("bhij,bihd->bjhd", p, grad)
+    dk, dv = (t.unflatten(2, (heads, -1)).sum(3) for t in (dk, dv))
+    return torch.einsum("bhij,bjhd->bihd", ds, k), dk, dv
+
+
+@pytest.mark.parametrize("window", [5, 39, 40, 64])
+def test_merged_flash_calls_equal_the_dense_kernel(
+    window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flash, "flash_forward", _plain_forward)
+    monkeypatch.setattr(flash, "flash_backward", _plain_backward)
+    query, key, value, gate = _inputs(40)
+    bias = log_gate(0.05 + 0.9 * gate).requires_grad_()
+    leaves = (query, key, value, bias)
+    probe = torch.randn(query.shape, generator=torch.Generator().manual_seed(1)).double()
+    results = []
+    for kernel in ("dense", "flash"):
+        out = gated_attention(*leaves, window=window, scale=0.3, kernel=kernel)  # type: ignore[arg-type]
+        results.append([out, *torch.autograd.grad((out * probe).sum(), leaves)])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)  # ln g passes fp32
+    assert window >= 40 or results[0][4].abs().max() > 1e-3
+
+
+def test_gated_attention_rejects_what_it_does_not_know() -> None:
+    query, key, value, gate = _inputs(4)
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        gated_attention(query, key, value, gate, window=0, scale=1.0)
+    with pytest.raises(ValueError, match="got 'eager'"):
+        gated_attention(query, key, value, gate, window=1, scale=1.0, kernel="eager")  # type: ignore[arg-type]
