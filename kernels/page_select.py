@@ -39,7 +39,7 @@ def quest_select(
     query, table, counts = dense_last(query), dense_last(table), dense_last(counts)
     out_heads = heads if group == "each" else kv_heads
     scores = torch.empty(batch, out_heads, width, dtype=torch.float32, device=query.device)
-    block = 64 if dot_size(dim) * query.element_size() <= 256 else 32
+    block = max(16, min(64, 16384 // (dot_size(dim) * query.element_size())))
     with on(query):
         _quest_scores[cdiv(width, block), kv_heads, batch](
             pages.summary, pages.slabs, table, counts, query, scores, width,

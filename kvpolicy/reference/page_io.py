@@ -27,7 +27,8 @@ def copy_pages(pages: Pages, source: Tensor, target: Tensor) -> None:
 def read_summary(pages: Pages, ids: Tensor) -> Tensor:
     """Summaries `[..., S]` of pages `ids` `[...]`."""
     assert pages.summary is not None
-    return pages.summary.index_select(0, ids.reshape(-1).long()).view(*ids.shape, -1)
+    flat = pages.summary.index_select(0, ids.reshape(-1).long())
+    return flat.view(*ids.shape, pages.summary.shape[1])
 
 
 def write_summary(pages: Pages, ids: Tensor, summary: Tensor) -> None:

@@ -103,7 +103,8 @@ class PagePool:
         missing = count - self.available
         if missing <= 0:
             return
-        if self.limit is not None and self.capacity - 1 + missing > self.limit:
+        most = self._most()
+        if most is not None and self.capacity + missing > most:
             raise CapacityError(
                 f"{count} more pages wanted, {self.available} free and {self.used} in use of at most "
                 f"{self.limit}; raise the cap, admit less or add an eviction"
@@ -111,8 +112,8 @@ class PagePool:
         # Whole slabs; growth by a sixteenth only where that is a slab or more.
         missing = -(-missing // SLAB_PAGES) * SLAB_PAGES
         missing = max(missing, self.capacity // 16 // SLAB_PAGES * SLAB_PAGES)
-        if self.limit is not None:
-            missing = min(missing, self.limit + 1 - self.capacity)
+        if most is not None:
+            missing = min(missing, most - self.capacity)
         if self.moving:
             self._grow_moving(missing)
         else:
@@ -120,6 +121,12 @@ class PagePool:
                 self._grow_appending(-(-min(missing, EXTENT_PAGES) // SLAB_PAGES) * SLAB_PAGES)
                 missing -= EXTENT_PAGES
         self._views()
+
+    def _most(self) -> int | None:
+        """Largest capacity that the limit allows; appended memory comes in whole slabs."""
+        if self.limit is None or self.moving:
+            return None if self.limit is None else self.limit + 1
+        return (self.limit + 1) // SLAB_PAGES * SLAB_PAGES
 
     def _grow_moving(self, count: int) -> None:
         old, new = self.extents[0], self._extent(self.capacity + count)

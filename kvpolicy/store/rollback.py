@@ -23,7 +23,8 @@ def abort(state: CacheState) -> None:
             shrink(state, layer, _counts_at(state, layer, max(call.added)))
         elif layer.index in call.before:
             shrink(state, layer, call.before[layer.index])
-    if call.phase == "decode" and not call.undo:
+    columns = 1 if call.valid is None else call.valid.shape[1]
+    if call.phase == "decode" and columns <= state.spec.rollback:  # more columns: rings were restored
         # Rings of layers that ran hold the new tokens in the oldest slots of the rollback.
         ends = [n + t for n, t in zip(state.lengths, call.added, strict=True)]
         state.reached = [max(pair) for pair in zip(state.reached, ends, strict=True)]

@@ -177,17 +177,19 @@ def _pipeline(
 ) -> None:
     pipeline = CachePipeline(selection=policy, window=window, backend="reference")
     dense = CachePipeline(window=window, backend="reference")
-    size, steps = spec.page_size, 3
+    size = spec.page_size
     budgets = [at.pages(window, size) if not at.neutral else PAGES for at in members]
 
-    low = window + size * min(budgets) - steps
+    full = window + size * min(budgets)
+    steps = min(3, full - 1)
+    low = full - steps
     data = random_data(spec, [low, max(low // 2, 1)], steps, 1, seed)
-    outs, full = (decode(p, prompt(p, data, low), data) for p in (pipeline, dense))
-    for result, wanted in zip(outs, full, strict=True):
+    outs, wants = (decode(p, prompt(p, data, low), data) for p in (pipeline, dense))
+    for result, wanted in zip(outs, wants, strict=True):
         case = "as in dense attention, the budget holding all"
         check_equal("dense", policy, result, wanted, case)
 
-    length = window + size * (max(budgets) + 4) - 5
+    length = window + size * (max(budgets) + 4) - size // 3
     data = random_data(spec, [length, length - size], steps, 1, seed + 1)
     state, other = prompt(pipeline, data, length), prompt(pipeline, data, size + 3)
     outs, cut = decode(pipeline, state, data), decode(pipeline, other, data)

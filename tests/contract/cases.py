@@ -57,7 +57,7 @@ class Sizes:
 
     @property
     def room(self):
-        return 3 * self.spec.page_size + 4
+        return 3 * self.spec.page_size + 10
 
     @property
     def kept(self):
@@ -80,8 +80,8 @@ def gate(sizes, seed=0, window=None):
         norm_post=1 + draw(n, dim) / 8,
         w1=draw(n, heads, width, 2 * dim) / dim**0.5,
         b1=draw(n, heads, width) / 8,
-        w2=draw(n, heads, width),
-        b2=torch.zeros(n, heads),
+        w2=(out := draw(n, heads, width)),
+        b2=-0.3 * out.sum(-1),  # the mean of gelu over normal numbers
         threshold=0.5,
         window=window,
     )

@@ -1,0 +1,96 @@
+"""What holds for caches that share a pool after every step, read from the buffers alone."""
+
+from __future__ import annotations
+
+import gc
+import types
+from collections import Counter
+
+import torch
+
+from kvpolicy import Admission, Eviction, Selection
+
+
+def check_pool(states):
+    """Every page is free or referenced, once for each table entry that names it."""
+    pool = next(iter(states[0].pools.values()))
+    available = pool.available
+    free = pool.free[:available].tolist()
+    assert len(set(free)) == available and 0 not in free
+    named = Counter()
+    for state in states:
+        for layer in state.layers:
+            size, width = state.spec.page_size, layer.table.shape[2]
+            held = -(-layer.counts // size)
+            used = torch.arange(width) < held[..., None]
+            assert (layer.table[used] > 0).all() and not layer.table[~used].any()
+            assert not layer.slides or not used.any()
+            named.update(layer.table[used].tolist())
+            partial = layer.table.gather(2, (layer.counts // size).clamp(max=width - 1)[..., None].long())
+            partial = partial[..., 0][layer.counts % size > 0].long()
+            assert (pool.refs[partial] == 1).all()
+    refs = {page: n for page, n in enumerate(pool.refs.tolist()) if n}
+    assert refs == named
+    assert set(named) | set(free) == set(range(1, pool.capacity))
+    assert not set(named) & set(free)
+
+
+def check_summaries(state):
+    """Every page's summary is that of the keys it holds."""
+    size = state.spec.page_size
+    for layer in state.layers:
+        if layer.selection.neutral or layer.slides:
+            continue
+        held = (layer.counts[..., None] - size * torch.arange(layer.table.shape[2])).clamp(0, size)
+        ids, counts = layer.table[held > 0], held[held > 0]
+        keys = state.ops.read_pages(layer.pool.pages, ids)[0]
+        want = layer.selection.summarize(keys, torch.arange(size) < counts[:, None])
+        got = state.ops.read_summary(layer.pool.pages, ids)
+        assert torch.equal(got[:, : want.shape[1]], want)
+
+
+def reachable_bytes(state):
+    """Bytes of every storage that a collector finds from `state`, policies' weights left out."""
+    skip = (type, types.ModuleType, types.FunctionType, Admission, Selection, Eviction)
+    storages, seen, queue = {}, set(), [state]
+    while queue:
+        thing = queue.pop()
+        if id(thing) in seen or isinstance(thing, skip):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, torch.Tensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        else:
+            queue.extend(gc.get_referents(thing))
+    return sum(storages.values())
+
+
+def check_report(pipeline, state):
+    """The report's bytes are those of the storages, category by category."""
+    report, spec = pipeline.report(state), state.spec
+    pool = next(iter(state.pools.values()))
+    assert report.total == reachable_bytes(state)
+    item, wide = torch.tensor([], dtype=spec.dtype).element_size(), spec.head_dim
+    assert report.pages == pool.used * 2 * spec.page_size * wide * item
+    assert report.positions == pool.used * spec.page_size * 4
+    width, dtype = pool.summary or (0, spec.dtype)
+    assert report.summaries == pool.used * width * dtype.itemsize
+    unused = pool.capacity - pool.used
+    page = spec.page_size * (2 * wide * item + 4) + width * dtype.itemsize
+    assert report.reserved == unused * page
+    slots = [layer.window + spec.rollback for layer in state.layers]
+    assert report.ring == sum(state.batch * spec.kv_heads * n * (2 * wide * item + 1) for n in slots)
+    queries = [
+        0 if x.slides or not x.eviction.queries else x.eviction.queries + spec.rollback
+        for x in state.layers
+    ]
+    assert report.queries == sum(state.batch * spec.heads * n * wide * item for n in queries)
+    assert report.tokens == sum(state.lengths)
+
+
+def check_states(pipeline, states):
+    check_pool(states)
+    for state in states:
+        check_summaries(state)
+        check_report(pipeline, state)

@@ -1,0 +1,284 @@
+"""The page pool alone: taking, sharing, growing both ways, trimming, the limit."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from kvpolicy import CacheSpec, CapacityError, RandomGate
+from kvpolicy.pipeline import CachePipeline
+from kvpolicy.store.pages import SLAB_PAGES, PagePool
+from kvpolicy.store.rows import select_rows
+
+SIZE, DIM = 4, 16
+
+
+class Holder:
+    """What a pool knows of a cache: layers with tables."""
+
+    def __init__(self, pool, table):
+        self.layers = [self]
+        self.pool, self.table = pool, table
+
+
+def make(moving, summary=True):
+    return PagePool(
+        page_size=SIZE,
+        head_dim=DIM,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        summary=(2 * DIM, torch.float32) if summary else None,
+        moving=moving,
+    )
+
+
+@pytest.fixture(params=[True, False], ids=["moving", "appending"])
+def pool(request):
+    return make(request.param)
+
+
+def locate(pool, page):
+    """Views of a page's k, v, meta and summary, found as kernels do: through the slab table."""
+    if pool.moving:
+        return [t[page] for t in (pool.pages.k, pool.pages.v, pool.pages.meta, pool.pages.summary)]
+    views = []
+    for column, first in enumerate((pool.pages.k, pool.pages.v, pool.pages.meta, pool.pages.summary)):
+        start = int(pool.slabs[page // SLAB_PAGES, column]) * 16 * first.element_size()
+        address = first.data_ptr() + start + page % SLAB_PAGES * first[0].numel() * first.element_size()
+        owner = next(
+            t[column]
+            for t in pool.extents
+            if 0 <= address - t[column].data_ptr() < t[column].numel() * t[column].element_size()
+        )
+        at = (address - owner.data_ptr()) // (first[0].numel() * first.element_size())
+        views.append(owner[at])
+    return views
+
+
+def write(pool, ids):
+    """Marks each page with its own number."""
+    for page in ids.tolist():
+        for view in locate(pool, page):
+            view.fill_(page)
+
+
+def read(pool, page):
+    """The number that all four stores of a page agree on."""
+    (number,) = {float(x) for view in locate(pool, page) for x in view.flatten()}
+    return number
+
+
+def free(pool):
+    return pool.free[: pool.available].tolist()
+
+
+def assert_counts(pool, held):
+    assert sorted(free(pool) + list(held)) == list(range(1, pool.capacity))
+    assert {p for p in range(pool.capacity) if pool.refs[p] > 0} == set(held)
+    assert pool.used == len(held)
+
+
+def test_take_gives_each_page_once(pool):
+    first, second = pool.take(10), pool.take(20)
+    ids = [*first.tolist(), *second.tolist()]
+    assert len(set(ids)) == 30 and 0 not in ids
+    assert first.dtype == torch.int32
+    assert_counts(pool, ids)
+
+
+def test_release_frees_the_last_holder_only(pool):
+    ids = pool.take(3)
+    pool.share(torch.cat([ids[:2], ids[:1], torch.zeros(2, dtype=torch.int32)]))
+    assert pool.refs[ids.long()].tolist() == [3, 2, 1]
+    pool.release(torch.cat([ids, torch.zeros(3, dtype=torch.int32)]))
+    assert_counts(pool, ids[:2].tolist())
+    pool.release(torch.stack([ids[0], ids[1], ids[0]]))
+    assert_counts(pool, [])
+    assert pool.refs[0] == 0
+
+
+def test_growth_keeps_contents(pool):
+    old = pool.take(SLAB_PAGES - 1)
+    write(pool, old)
+    where = [t.data_ptr() for t in pool.extents[0]]
+    new = pool.take(3 * SLAB_PAGES)
+    write(pool, new)
+    every = torch.cat([old, new]).tolist()
+    assert len(set(every)) == len(every) == 4 * SLAB_PAGES - 1
+    assert [read(pool, page) for page in every] == every
+    assert_counts(pool, every)
+    if not pool.moving:
+        assert [t.data_ptr() for t in pool.extents[0]] == where
+        assert pool.generation > 0  # the table of slabs was too small
+
+
+def test_growth_reserves_little(pool):
+    while pool.used < 4000:
+        pool.take(37)
+        assert pool.available <= max(pool.used // 10, SLAB_PAGES)
+
+
+@pytest.mark.parametrize("kept", [0, 1, SLAB_PAGES, 5 * SLAB_PAGES + 3])
+def test_trim_moves_pages_and_gives_memory_back(pool, kept):
+    for _ in range(8):  # several extents, so that appended memory can go in pieces
+        pool.take(SLAB_PAGES)
+    ids = (pool.refs > 0).nonzero()[:, 0].int()
+    write(pool, ids)
+    stay = ids[len(ids) - kept :]
+    table = torch.zeros(1, kept + 1, dtype=torch.int32)
+    table[0, :kept] = stay
+    pool.share(stay)
+    holder, other = Holder(pool, table), Holder(pool, table.clone())
+    pool.holders.update({holder: 0, other: 0})
+    pool.release(ids[: len(ids) - kept])
+    before = pool.capacity
+    pool.trim()
+    assert pool.capacity < before or kept > 5 * SLAB_PAGES
+    assert pool.available <= max(kept // 10, SLAB_PAGES)
+    assert all(t is None or t.shape[0] == t.untyped_storage().nbytes() // t[0].nbytes for t in pool.extents[0])
+    assert sum(e[0].shape[0] for e in pool.extents) == pool.capacity
+    assert torch.equal(holder.table, other.table)
+    assert holder.table[0, kept] == 0
+    assert [read(pool, page) for page in holder.table[0, :kept].tolist()] == stay.tolist()
+    assert_counts(pool, holder.table[0, :kept].tolist())
+    assert all(pool.refs[page] == 2 for page in holder.table[0, :kept].tolist())
+
+
+def test_trim_leaves_promised_pages(pool):
+    holder = Holder(pool, torch.zeros(1, 1, dtype=torch.int32))
+    pool.promise(holder, 150)
+    pool.trim()
+    assert pool.available >= 150
+    pool.holders[holder] = 0
+    pool.trim()
+    assert pool.capacity == SLAB_PAGES
+
+
+def test_grown_again_after_trim(pool):
+    holder = Holder(pool, pool.take(5 * SLAB_PAGES)[None])
+    pool.holders[holder] = 0
+    pool.release(holder.table[0, 3:])
+    holder.table = holder.table[:, :3].clone()
+    write(pool, holder.table[0])
+    numbers = holder.table[0].tolist()
+    pool.trim()
+    new = pool.take(4 * SLAB_PAGES)
+    write(pool, new)
+    assert [read(pool, page) for page in holder.table[0].tolist()] == numbers
+    assert [read(pool, page) for page in new.tolist()] == new.tolist()
+    assert_counts(pool, [*holder.table[0].tolist(), *new.tolist()])
+
+
+def test_promises_add_up(pool):
+    one, two = (Holder(pool, torch.zeros(1, 1, dtype=torch.int32)) for _ in range(2))
+    pool.promise(one, 40)
+    pool.promise(two, 50)
+    assert pool.available >= 90
+    pool.take(30)  # a third party
+    assert pool.available >= 90
+    pool.promise(one, 10)  # replaces the promise of 40
+    assert sum(pool.holders.values()) == 60
+    del two
+    gc.collect()
+    assert sum(pool.holders.values()) == 10
+
+
+def snapshot(pool):
+    pages = {page: read(pool, page) for page in range(1, pool.capacity) if pool.refs[page] > 0}
+    return pool.capacity, free(pool), pool.refs.tolist(), dict(pool.holders), pages
+
+
+def test_limit_raises_and_changes_nothing(pool):
+    pool.limit = 2 * SLAB_PAGES + 5
+    most = pool.limit if pool.moving else 2 * SLAB_PAGES - 1  # whole slabs are appended
+    write(pool, pool.take(most - 10))
+    holder = Holder(pool, torch.zeros(1, 1, dtype=torch.int32))
+    pool.promise(holder, 4)
+    before = snapshot(pool)
+    for fails in (lambda: pool.take(7), lambda: pool.ensure(7), lambda: pool.promise(holder, 11)):
+        with pytest.raises(CapacityError, match=f"at most {pool.limit}"):
+            fails()
+        assert snapshot(pool) == before
+    assert pool.take(6).numel() == 6
+    pool.promise(holder, 4)
+    assert pool.used + pool.available == most == pool.capacity - 1
+
+
+def state_of(rows, steps, **sizes):
+    """A cache of random tokens, with the calls that fill it."""
+    spec = CacheSpec(layers=2, heads=2, kv_heads=2, head_dim=DIM, page_size=SIZE, **sizes)
+    pipeline = CachePipeline(admission=RandomGate(sparsity=0.2), window=3)
+    state = pipeline.init(spec, rows)
+    call(pipeline, state, "prompt", steps)
+    return pipeline, state
+
+
+def call(pipeline, state, phase, count):
+    pipeline.begin(state, [count] * state.batch, phase)
+    shape = (2, count * state.batch, DIM) if phase == "prompt" else (state.batch, 2, count, DIM)
+    for layer in range(2):
+        pipeline.attend(state, layer, *(torch.randn(shape) for _ in range(3)))
+    pipeline.commit(state)
+
+
+def test_a_cap_stops_calls_before_anything_is_stored():
+    pipeline, state = state_of(2, 40)
+    pool = next(iter(state.pools.values()))
+    pool.limit = pool.used + 4
+    kept = [state.kept(1, row, 0).tolist() for row in range(2)]
+    used = pool.used
+    with pytest.raises(CapacityError):
+        for _ in range(3 * SIZE * 2):
+            call(pipeline, state, "decode", 1)
+            kept, used = [state.kept(1, row, 0).tolist() for row in range(2)], pool.used
+    assert state.call is None
+    with pytest.raises(CapacityError):
+        call(pipeline, state, "prompt", 60)
+    pipeline.abort(state)
+    assert [state.kept(1, row, 0).tolist() for row in range(2)] == kept
+    assert pool.used == used
+    call(pipeline, state, "prompt", 1)
+
+
+def test_forks_share_full_pages_and_give_them_back():
+    pipeline, state = state_of(2, 40)
+    pool = next(iter(state.pools.values()))
+    used = pool.used
+    full = sum(int((layer.counts // SIZE).sum()) for layer in state.layers)
+    fork = select_rows(state, [0, 1])
+    assert int((pool.refs > 1).sum()) == full
+    assert pool.used == 2 * used - full
+    assert pipeline.report(state).shared_pages == full
+    del fork
+    assert pool.used == used
+    assert int((pool.refs > 1).sum()) == 0
+
+
+def test_forks_in_reference_cycles_give_pages_back():
+    pipeline, state = state_of(1, 40)
+    pool = next(iter(state.pools.values()))
+    used = pool.used
+    fork = select_rows(state, [0])
+    call(pipeline, fork, "prompt", 20)
+    fork.cycle = fork
+    del fork
+    gc.collect()
+    assert pool.used == used
+    assert_counts(pool, {int(p) for layer in state.layers for p in layer.table.flatten() if p})
+
+
+def test_promises_of_forks_do_not_overlap():
+    """What one fork was promised for decoding is not given to another."""
+    pipeline, state = state_of(1, 40, interval=8)
+    forks = [state, *(select_rows(state, [0]) for _ in range(3))]
+    pool = next(iter(state.pools.values()))
+    for fork in forks:
+        call(pipeline, fork, "decode", 1)
+    pool.limit = pool.capacity - 1
+    for _ in range(7):
+        for fork in forks:
+            call(pipeline, fork, "decode", 1)
+    kept = [[fork.kept(0, 0, h).tolist() for h in range(2)] for fork in forks]
+    assert kept == [kept[0]] * 4
