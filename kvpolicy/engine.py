@@ -243,13 +243,16 @@ def select(state: CacheState, layer: LayerStore, query: Tensor) -> Tensor | None
     return state.ops.top_pages(scores, layer.counts, size, budget, policy.first, policy.last)
 
 
-def evict(state: CacheState, rows: list[bool]) -> None:
-    """One eviction for the sequences `rows`; all scores come before the first drop."""
+def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
+    """One eviction for the sequences `rows`; all scores come before the first drop.
+
+    While `decoding`, only layers whose policy evicts then take part.
+    """
     keeps: list[tuple[LayerStore, Tensor]] = []
     targets = _capped_lengths(state, rows)
     for layer in state.layers:
         policy = layer.eviction
-        if layer.slides or policy.neutral:
+        if layer.slides or policy.neutral or (decoding and policy.when != "decode"):
             continue
         allowed = None
         if policy.budget is not None and not isinstance(policy.budget, TotalCap):

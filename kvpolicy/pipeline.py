@@ -15,7 +15,7 @@ from .admission import Admission, AdmitAll
 from .backend import BACKENDS, ops, resolve
 from .budget import TotalCap
 from .errors import PhaseError
-from .eviction import AtPromptEnd, Eviction, KeepAll
+from .eviction import Eviction, KeepAll
 from .selection import SelectAll, Selection
 from .spec import CacheSpec
 from .store import CacheState, Report
@@ -59,9 +59,11 @@ class CachePipeline:
     def _resolve_window(self) -> int:
         if not isinstance(self.window, int) or isinstance(self.window, bool) or self.window < 0:
             raise ValueError(f"window: wanted an int of at least 1, got {self.window!r}")
-        named = {"window": self.window or None, "admission": self.admission.window}
-        if isinstance(self.eviction, AtPromptEnd):
-            named["eviction"] = self.eviction.admission.window
+        named = {
+            "window": self.window or None,
+            "admission": self.admission.window,
+            "eviction": self.eviction.window,
+        }
         given = {name: value for name, value in named.items() if value is not None}
         if len(set(given.values())) > 1:
             found = ", ".join(f"{name} says {value}" for name, value in given.items())
@@ -72,13 +74,15 @@ class CachePipeline:
         """An empty cache for `batch` sequences. Raises ValueError if a policy does not fit `spec`."""
         if batch < 1:
             raise ValueError(f"batch: wanted at least 1, got {batch}")
-        total_heads = spec.kv_heads + spec.head_offset
-        self.admission.check(spec.layers, total_heads, spec.head_dim)
-        self.eviction.check(spec.layers, total_heads, spec.head_dim)
+        for slot in (self.admission, self.selection, self.eviction):
+            slot.check(spec.layers, spec.model_kv_heads, spec.head_dim)
         for layer in range(spec.layers):
             for policy in (self.selection.at(layer), self.eviction.at(layer)):
                 _check_budget(policy, self.window)
-        return allocate(self, spec, batch, ops(resolve(self.backend, spec.device)))
+        backend = ops(resolve(self.backend, spec.device))
+        return allocate(
+            spec, batch, backend, self.window, self.admission, self.selection, self.eviction
+        )
 
     def begin(
         self,
@@ -168,7 +172,7 @@ class CachePipeline:
             for on, length, checked in zip(state.active, state.lengths, state.checked, strict=True)
         ]
         if any(due):
-            engine.evict(state, due)
+            engine.evict(state, due, decoding=True)
 
     def report(self, state: CacheState) -> Report:
         """What took effect and what it costs in bytes."""

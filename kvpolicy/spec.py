@@ -21,7 +21,7 @@ class CacheSpec:
     """Sizes of one model's cache.
 
     `heads` and `kv_heads` are those present on this rank; `head_offset` is the global id of the first
-    KV head. `scale` multiplies q.k (default `head_dim ** -0.5`). `sliding` gives, per layer, the
+    KV head and `all_kv_heads` the model's number of them (default: all are here). `scale` multiplies q.k (default `head_dim ** -0.5`). `sliding` gives, per layer, the
     window of layers that only slide and None for the others. `page_size` is in tokens, `rollback`
     the number of tokens that `crop` can take back, `interval` the number of decoded tokens between
     two evaluations of caps and decode-time evictions.
@@ -38,7 +38,8 @@ class CacheSpec:
     page_size: int = attrs.field(default=16, validator=positive)
     rollback: int = attrs.field(default=32, validator=attrs.validators.ge(0))
     interval: int = attrs.field(default=16, validator=positive)
-    head_offset: int = 0
+    head_offset: int = attrs.field(default=0, validator=attrs.validators.ge(0))
+    all_kv_heads: int | None = None
 
     def __attrs_post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -50,6 +51,11 @@ class CacheSpec:
     def group(self) -> int:
         """Query heads per KV head."""
         return self.heads // self.kv_heads
+
+    @property
+    def model_kv_heads(self) -> int:
+        """KV heads of the whole model, over all ranks."""
+        return self.kv_heads + self.head_offset if self.all_kv_heads is None else self.all_kv_heads
 
     @property
     def softmax_scale(self) -> float:

@@ -123,15 +123,16 @@ class Oracle:
 def evict(layers):
     """One eviction of a sequence, given by its layers; returns whether anything changed."""
     scores = [None if o.slides or o.eviction.neutral else o.scores() for o in layers]
-    caps = None
-    if isinstance(layers[0].eviction.budget, TotalCap):
-        caps = layers[0].eviction.budget.lengths([[len(o.pages(h)) for h in range(o.heads)] for o in layers])
+    caps, cap = None, layers[0].eviction.budget
+    if isinstance(cap, TotalCap):
+        caps = cap.lengths([[len(o.pages(h)) for h in range(o.heads)] for o in layers])
     changed = False
     for o, mine in zip(layers, scores, strict=True):
         if mine is None:
             continue
-        budget, best = o.eviction.budget, lambda s: sorted(s, key=lambda j: (-s[j], -j))
-        keep = [[j for j in best(s) if s[j] > float("-inf")] for s in mine]
+        budget = o.eviction.budget
+        best = [sorted(s.items(), key=lambda item: (-item[1], -item[0])) for s in mine]
+        keep = [[j for j, score in items if score > float("-inf")] for items in best]
         if caps is not None:
             keep = [k[:n] for k, n in zip(keep, caps[o.layer], strict=True)]
         elif budget is not None:

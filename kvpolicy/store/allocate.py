@@ -6,16 +6,26 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..admission._base import Admission
+from ..eviction._base import Eviction
+from ..selection._base import Selection
 from ..spec import CacheSpec
 from .pages import PagePool
 from .state import CacheState, LayerStore, _bucket
 
 if TYPE_CHECKING:
     from ..backend import Ops
-    from ..pipeline import CachePipeline
 
 
-def allocate(pipeline: CachePipeline, spec: CacheSpec, batch: int, ops: Ops) -> CacheState:
+def allocate(
+    spec: CacheSpec,
+    batch: int,
+    ops: Ops,
+    window: int,
+    admission: Admission,
+    selection: Selection,
+    eviction: Eviction,
+) -> CacheState:
     """A CacheState with placed policies, rings and one page pool; no pages are in use."""
     state = CacheState(spec, ops, batch)
     device = spec.device
@@ -27,24 +37,24 @@ def allocate(pipeline: CachePipeline, spec: CacheSpec, batch: int, ops: Ops) -> 
         head_dim=spec.head_dim,
         dtype=spec.dtype,
         device=device,
-        summary=_summary_size(pipeline, spec),
+        summary=_summary_size(selection, spec),
         moving=ops.backend == "reference",
     )
     state.pools[device] = pool
     pool.holders[state] = 0
-    admission = pipeline.admission.place(device, spec.dtype, ops.backend)
-    eviction = pipeline.eviction.place(device, spec.dtype, ops.backend)
+    admission = admission.place(device, spec.dtype, ops.backend)
+    eviction = eviction.place(device, spec.dtype, ops.backend)
 
     def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(batch, *shape, dtype=dtype, device=device)
 
     for index in range(spec.layers):
         slides = spec.slides(index)
-        window = pipeline.window if slides is None else slides
-        slots, heads = window + spec.rollback, spec.kv_heads
+        near = window if slides is None else slides
+        slots, heads = near + spec.rollback, spec.kv_heads
         layer = LayerStore(
             index=index,
-            window=window,
+            window=near,
             slides=slides is not None,
             ring_k=zeros(heads, slots, spec.head_dim, dtype=spec.dtype),
             ring_v=zeros(heads, slots, spec.head_dim, dtype=spec.dtype),
@@ -54,7 +64,7 @@ def allocate(pipeline: CachePipeline, spec: CacheSpec, batch: int, ops: Ops) -> 
             evicted=zeros(heads, dtype=torch.int64),
             pool=pool,
             admission=admission.at(index),
-            selection=pipeline.selection.at(index),
+            selection=selection.at(index),
             eviction=eviction.at(index),
         )
         if layer.eviction.queries and not layer.slides:
@@ -65,13 +75,13 @@ def allocate(pipeline: CachePipeline, spec: CacheSpec, batch: int, ops: Ops) -> 
     return state
 
 
-def _summary_size(pipeline: CachePipeline, spec: CacheSpec) -> tuple[int, torch.dtype] | None:
+def _summary_size(policy: Selection, spec: CacheSpec) -> tuple[int, torch.dtype] | None:
     """Width and dtype of a page summary: the widest over layers, tried on an empty page."""
     found: tuple[int, torch.dtype] | None = None
     keys = torch.zeros(1, spec.page_size, spec.head_dim, dtype=spec.dtype)
     valid = torch.ones(1, spec.page_size, dtype=torch.bool)
     for layer in range(spec.layers):
-        selection = pipeline.selection.at(layer)
+        selection = policy.at(layer)
         if selection.neutral:
             continue
         summary = selection.summarize(keys, valid)

@@ -92,10 +92,9 @@ class PagePool:
         self.holders[holder] = 0
         try:
             self.ensure(count)
-        except CapacityError:
+            before = count
+        finally:
             self.holders[holder] = before
-            raise
-        self.holders[holder] = count
 
     def ensure(self, count: int) -> None:
         """Grows until `count` pages are free and not promised; unchanged CapacityError at the limit."""
@@ -124,9 +123,9 @@ class PagePool:
 
     def _most(self) -> int | None:
         """Largest capacity that the limit allows; appended memory comes in whole slabs."""
-        if self.limit is None or self.moving:
-            return None if self.limit is None else self.limit + 1
-        return (self.limit + 1) // SLAB_PAGES * SLAB_PAGES
+        if self.limit is None:
+            return None
+        return self.limit + 1 if self.moving else (self.limit + 1) // SLAB_PAGES * SLAB_PAGES
 
     def _grow_moving(self, count: int) -> None:
         old, new = self.extents[0], self._extent(self.capacity + count)
@@ -218,7 +217,8 @@ class PagePool:
             table.copy_(remap[table.long()])
         if self.moving:
             # An extent of its own, so that the larger storage is not kept alive.
-            self.extents = [tuple(None if t is None else t[:capacity].clone() for t in self.extents[0])]  # type: ignore[list-item]
+            kept_pages = (None if t is None else t[:capacity].clone() for t in self.extents[0])
+            self.extents = [tuple(kept_pages)]  # type: ignore[list-item]
             self.free, self.refs = self.free[:capacity].clone(), self.refs[:capacity].clone()
         else:
             self.extents = self.extents[:kept]
@@ -229,13 +229,6 @@ class PagePool:
         self._views()
 
     def _ops_copy(self, source: Tensor, target: Tensor) -> None:
-        if not source.numel():
-            return
-        if self.moving:
-            for store in self.extents[0]:
-                if store is not None:
-                    store[target] = store[source]
-            return
         starts = [0]
         for extent in self.extents:
             starts.append(starts[-1] + extent[0].shape[0])

@@ -89,7 +89,9 @@ def gate(sizes, seed=0, window=None):
 
 def duo(sizes):
     """Every other head streams."""
-    full = [[(x + h) % 2 == 1 for h in range(sizes.spec.kv_heads)] for x in range(sizes.spec.layers)]
+    full = [
+        [(x + h) % 2 == 1 for h in range(sizes.spec.kv_heads)] for x in range(sizes.spec.layers)
+    ]
     return DuoAttention(full_heads=full, sinks=sizes.room, window=sizes.window)
 
 
@@ -104,7 +106,9 @@ ADMISSIONS = {
     "duo": duo,
     "gate": gate,
     "any_of": lambda s: any_of(RandomGate(sparsity=0.5), local(s)),
-    "all_of": lambda s: all_of(RandomGate(sparsity=0.1), gate(s, seed=1), RandomGate(sparsity=0.2, seed=9)),
+    "all_of": lambda s: all_of(
+        RandomGate(sparsity=0.1), gate(s, seed=1), RandomGate(sparsity=0.2, seed=9)
+    ),
     "per_layer": lambda s: per_layer(RandomGate(sparsity=0.3), {0: AdmitAll()}),
 }
 

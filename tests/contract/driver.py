@@ -6,9 +6,8 @@ import copy
 import random
 
 import torch
+from contents import contents
 from oracle import Oracle, evict
-
-from kvpolicy.types import ADMITTED, MARKED, POSITION_MASK
 
 
 def stream(spec, length, seed):
@@ -29,6 +28,17 @@ def stream(spec, length, seed):
 
 def piece(tokens, start, stop):
     return [tuple(x[:, start:stop] for x in layer) for layer in tokens]
+
+
+def random_cuts(rows, seed, longest):
+    """Calls of random sizes, 0 included."""
+    rng, left, calls = random.Random(seed), list(rows), []
+    while any(left):
+        now = [min(n, rng.randint(0, longest)) for n in left]
+        left = [n - c for n, c in zip(left, now, strict=True)]
+        if any(now):
+            calls.append(now)
+    return calls
 
 
 class Run:
@@ -78,7 +88,7 @@ class Run:
             self.pending = [p or n > 0 for p, n in zip(self.pending, counts, strict=True)]
 
     def decode(self, valid=None, fail_at=None):
-        """A decode call: one token for every sequence, or the real tokens of `valid` `[row][column]`."""
+        """A decode call: a token for every sequence, or the real ones of `valid` `[row][column]`."""
         rows, named = range(len(self.streams)), valid is not None
         valid = valid if named else [[True]] * len(rows)
         mask = torch.tensor(valid)
@@ -162,7 +172,7 @@ class Run:
             self.floor[row] = self.at[row]
 
     def check(self):
-        """Lengths, kept sets, evicted counts, page contents and rings against the oracle, bit by bit."""
+        """Lengths, kept sets, evicted counts, pages and rings against the oracle, bit by bit."""
         assert self.state.lengths == self.at
         for values in self.state.lengths_on.values():
             assert values.tolist() == self.at
@@ -196,68 +206,3 @@ class Run:
         if not pipe.selection.neutral:
             stored = [sum(x) / len(x) for x in report.stored]
             assert any(sum(report.read[x]) / len(report.read[x]) < stored[x] for x in managed)
-
-
-def contents(state, layer, row):
-    """What each head of a sequence holds: page contents with summaries, visible ring, queries."""
-    store, size = state.layers[layer], state.spec.page_size
-    length = state.lengths[row]
-    near = torch.arange(max(length - store.window, 0), length) % store.ring_k.shape[2]
-    heads = []
-    for h in range(state.spec.kv_heads):
-        count = int(store.counts[row, h])
-        ids = store.table[row, h, : -(-count // size)]
-        k, v, meta = state.ops.read_pages(store.pool.pages, ids)
-        flags, meta = store.ring_flags[row, h, near], meta.flatten()[:count]
-        head = {
-            "at": meta & POSITION_MASK,
-            "mark": meta > POSITION_MASK,
-            "k": k.flatten(0, 1)[:count],
-            "v": v.flatten(0, 1)[:count],
-            "ring_k": store.ring_k[row, h, near],
-            "ring_v": store.ring_v[row, h, near],
-            "admitted": (flags & ADMITTED) > 0,
-            "marked": (flags & MARKED) > 0,
-        }
-        if store.pool.summary is not None and not store.selection.neutral and not store.slides:
-            head["summary"] = state.ops.read_summary(store.pool.pages, ids)
-        if store.queries is not None:
-            last = torch.arange(max(length - store.eviction.queries, 0), length)
-            head["queries"] = store.queries[row][:, last % store.queries.shape[2]]
-        heads.append(head)
-    return heads
-
-
-def digest(state):
-    """Everything that decides what comes next, as plain lists; unused memory left out."""
-    rows = range(state.batch)
-    tensors = [
-        [{n: t.tolist() for n, t in head.items()} for head in contents(state, layer, row)]
-        for layer in range(state.spec.layers)
-        for row in rows
-    ]
-    counters = [(x.counts.tolist(), x.evicted.tolist()) for x in state.layers]
-    on_device = [x.tolist() for d in (state.lengths_on, state.active_on) for x in d.values()]
-    hosts = (state.lengths, state.active, state.floor, state.checked, state.pending)
-    return repr((tensors, counters, on_device, hosts))
-
-
-def cuts(rows, chunk):
-    """Calls that bring `rows` tokens in, at most `chunk[row]` at a time."""
-    left, calls = list(rows), []
-    while any(left):
-        now = [min(n, c) for n, c in zip(left, chunk, strict=True)]
-        left = [n - c for n, c in zip(left, now, strict=True)]
-        calls.append(now)
-    return calls
-
-
-def random_cuts(rows, seed, longest):
-    """Calls of random sizes, 0 included."""
-    rng, left, calls = random.Random(seed), list(rows), []
-    while any(left):
-        now = [min(n, rng.randint(0, longest)) for n in left]
-        left = [n - c for n, c in zip(left, now, strict=True)]
-        if any(now):
-            calls.append(now)
-    return calls

@@ -26,7 +26,9 @@ def check_pool(states):
             assert (layer.table[used] > 0).all() and not layer.table[~used].any()
             assert not layer.slides or not used.any()
             named.update(layer.table[used].tolist())
-            partial = layer.table.gather(2, (layer.counts // size).clamp(max=width - 1)[..., None].long())
+            partial = layer.table.gather(
+                2, (layer.counts // size).clamp(max=width - 1)[..., None].long()
+            )
             partial = partial[..., 0][layer.counts % size > 0].long()
             assert (pool.refs[partial] == 1).all()
     refs = {page: n for page, n in enumerate(pool.refs.tolist()) if n}
@@ -80,7 +82,9 @@ def check_report(pipeline, state):
     page = spec.page_size * (2 * wide * item + 4) + width * dtype.itemsize
     assert report.reserved == unused * page
     slots = [layer.window + spec.rollback for layer in state.layers]
-    assert report.ring == sum(state.batch * spec.kv_heads * n * (2 * wide * item + 1) for n in slots)
+    assert report.ring == sum(
+        state.batch * spec.kv_heads * n * (2 * wide * item + 1) for n in slots
+    )
     queries = [
         0 if x.slides or not x.eviction.queries else x.eviction.queries + spec.rollback
         for x in state.layers

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import ADMISSIONS, EVICTIONS, SELECTIONS, build, caches
-from driver import Run, contents, random_cuts, stream
+from contents import contents
+from driver import Run, random_cuts, stream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,7 +37,9 @@ def assert_same(one, other, rows=None):
     """Two caches hold the same: kept sets, page contents, summaries, rings, queries, bit by bit."""
     for row in rows or range(one.state.batch):
         for layer in range(one.spec.layers):
-            pair = zip(contents(one.state, layer, row), contents(other.state, layer, row), strict=True)
+            pair = zip(
+                contents(one.state, layer, row), contents(other.state, layer, row), strict=True
+            )
             for h, (a, b) in enumerate(pair):
                 assert a.keys() == b.keys()
                 for name in a:
@@ -68,7 +71,10 @@ def test_neutral_is_dense_causal_attention(sizes, seed):
     for layer, (q, k, v, _) in enumerate(tokens):
         slides = spec.slides(layer) or length
         mask = (at <= at[:, None]) & (at[:, None] - at < slides)
-        full = [x.double().repeat_interleave(n, 0)[None] for x, n in ((q, 1), (k, spec.group), (v, spec.group))]
+        full = [
+            x.double().repeat_interleave(n, 0)[None]
+            for x, n in ((q, 1), (k, spec.group), (v, spec.group))
+        ]
         exact = F.scaled_dot_product_attention(*full, attn_mask=mask, scale=spec.softmax_scale)[0]
         low = [x.to(spec.dtype) for x in full]
         eager = F.scaled_dot_product_attention(*low, attn_mask=mask, scale=spec.softmax_scale)[0]

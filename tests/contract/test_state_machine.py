@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 from cases import Sizes, build
-from driver import Run, digest, stream
+from contents import digest
+from driver import Run, stream
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -45,7 +46,7 @@ few = st.lists(st.integers(0, 14), min_size=4, max_size=4)
 
 
 class Life(RuleBasedStateMachine):
-    """`runs` are caches of one pool, each beside its oracles; `reached` is a cache's longest length."""
+    """`runs` are caches of one pool beside their oracles; `reached` is a row's longest length."""
 
     @initialize(names=st.sampled_from(PIPELINES), rows=st.integers(1, 3))
     def make(self, names, rows):
@@ -69,7 +70,7 @@ class Life(RuleBasedStateMachine):
         run.prompt([max(min(n, LENGTH - 20 - at), 0) for n, at in zip(counts, run.at, strict=True)])
 
     def ready(self, run, valid):
-        """A decode call has to wait for the prompt's end and must not outgrow the tokens at hand."""
+        """Ends the prompt; whether tokens are left for a decode call."""
         if run.state.pending_end:
             run.end_prompt()
         return max(run.at) + len(valid[0]) <= LENGTH
@@ -90,7 +91,11 @@ class Life(RuleBasedStateMachine):
             if self.ready(run, [[True]]):
                 run.decode()
 
-    @rule(which=caches, valid=st.lists(st.integers(0, 255), min_size=4, max_size=4), columns=st.integers(1, 8))
+    @rule(
+        which=caches,
+        valid=st.lists(st.integers(0, 255), min_size=4, max_size=4),
+        columns=st.integers(1, 8),
+    )
     def verify(self, which, valid, columns):
         run = self.pick(which)
         valid = [[bool(bits >> c & 1) for c in range(columns)] for bits in valid[: run.state.batch]]
@@ -115,7 +120,11 @@ class Life(RuleBasedStateMachine):
             pairs = zip(run.reached, run.at, counts, run.state.active, strict=True)
             run.reached = [max(r, at + n * on) for r, at, n, on in pairs]
 
-    @rule(which=caches, columns=st.integers(1, 7), counts=st.lists(st.integers(0, 4), min_size=4, max_size=4))
+    @rule(
+        which=caches,
+        columns=st.integers(1, 7),
+        counts=st.lists(st.integers(0, 4), min_size=4, max_size=4),
+    )
     def draft(self, which, columns, counts):
         """Assisted decoding: a verify call, and the refused tokens are taken back."""
         run = self.pick(which)

@@ -7,10 +7,8 @@ import gc
 import pytest
 import torch
 
-from kvpolicy import CacheSpec, CapacityError, RandomGate
-from kvpolicy.pipeline import CachePipeline
+from kvpolicy import CapacityError
 from kvpolicy.store.pages import SLAB_PAGES, PagePool
-from kvpolicy.store.rows import select_rows
 
 SIZE, DIM = 4, 16
 
@@ -42,18 +40,17 @@ def pool(request):
 def locate(pool, page):
     """Views of a page's k, v, meta and summary, found as kernels do: through the slab table."""
     if pool.moving:
-        return [t[page] for t in (pool.pages.k, pool.pages.v, pool.pages.meta, pool.pages.summary)]
+        return [store[page] for store in pool.extents[0]]
     views = []
-    for column, first in enumerate((pool.pages.k, pool.pages.v, pool.pages.meta, pool.pages.summary)):
+    for column, first in enumerate(pool.extents[0]):
         start = int(pool.slabs[page // SLAB_PAGES, column]) * 16 * first.element_size()
-        address = first.data_ptr() + start + page % SLAB_PAGES * first[0].numel() * first.element_size()
+        address = first.data_ptr() + start + page % SLAB_PAGES * first[0].nbytes
         owner = next(
             t[column]
             for t in pool.extents
-            if 0 <= address - t[column].data_ptr() < t[column].numel() * t[column].element_size()
+            if 0 <= address - t[column].data_ptr() < t[column].nbytes
         )
-        at = (address - owner.data_ptr()) // (first[0].numel() * first.element_size())
-        views.append(owner[at])
+        views.append(owner[(address - owner.data_ptr()) // first[0].nbytes])
     return views
 
 
@@ -137,7 +134,7 @@ def test_trim_moves_pages_and_gives_memory_back(pool, kept):
     pool.trim()
     assert pool.capacity < before or kept > 5 * SLAB_PAGES
     assert pool.available <= max(kept // 10, SLAB_PAGES)
-    assert all(t is None or t.shape[0] == t.untyped_storage().nbytes() // t[0].nbytes for t in pool.extents[0])
+    assert all(t.nbytes == t.untyped_storage().nbytes() for t in pool.extents[0])
     assert sum(e[0].shape[0] for e in pool.extents) == pool.capacity
     assert torch.equal(holder.table, other.table)
     assert holder.table[0, kept] == 0
@@ -204,81 +201,3 @@ def test_limit_raises_and_changes_nothing(pool):
     assert pool.take(6).numel() == 6
     pool.promise(holder, 4)
     assert pool.used + pool.available == most == pool.capacity - 1
-
-
-def state_of(rows, steps, **sizes):
-    """A cache of random tokens, with the calls that fill it."""
-    spec = CacheSpec(layers=2, heads=2, kv_heads=2, head_dim=DIM, page_size=SIZE, **sizes)
-    pipeline = CachePipeline(admission=RandomGate(sparsity=0.2), window=3)
-    state = pipeline.init(spec, rows)
-    call(pipeline, state, "prompt", steps)
-    return pipeline, state
-
-
-def call(pipeline, state, phase, count):
-    pipeline.begin(state, [count] * state.batch, phase)
-    shape = (2, count * state.batch, DIM) if phase == "prompt" else (state.batch, 2, count, DIM)
-    for layer in range(2):
-        pipeline.attend(state, layer, *(torch.randn(shape) for _ in range(3)))
-    pipeline.commit(state)
-
-
-def test_a_cap_stops_calls_before_anything_is_stored():
-    pipeline, state = state_of(2, 40)
-    pool = next(iter(state.pools.values()))
-    pool.limit = pool.used + 4
-    kept = [state.kept(1, row, 0).tolist() for row in range(2)]
-    used = pool.used
-    with pytest.raises(CapacityError):
-        for _ in range(3 * SIZE * 2):
-            call(pipeline, state, "decode", 1)
-            kept, used = [state.kept(1, row, 0).tolist() for row in range(2)], pool.used
-    assert state.call is None
-    with pytest.raises(CapacityError):
-        call(pipeline, state, "prompt", 60)
-    pipeline.abort(state)
-    assert [state.kept(1, row, 0).tolist() for row in range(2)] == kept
-    assert pool.used == used
-    call(pipeline, state, "prompt", 1)
-
-
-def test_forks_share_full_pages_and_give_them_back():
-    pipeline, state = state_of(2, 40)
-    pool = next(iter(state.pools.values()))
-    used = pool.used
-    full = sum(int((layer.counts // SIZE).sum()) for layer in state.layers)
-    fork = select_rows(state, [0, 1])
-    assert int((pool.refs > 1).sum()) == full
-    assert pool.used == 2 * used - full
-    assert pipeline.report(state).shared_pages == full
-    del fork
-    assert pool.used == used
-    assert int((pool.refs > 1).sum()) == 0
-
-
-def test_forks_in_reference_cycles_give_pages_back():
-    pipeline, state = state_of(1, 40)
-    pool = next(iter(state.pools.values()))
-    used = pool.used
-    fork = select_rows(state, [0])
-    call(pipeline, fork, "prompt", 20)
-    fork.cycle = fork
-    del fork
-    gc.collect()
-    assert pool.used == used
-    assert_counts(pool, {int(p) for layer in state.layers for p in layer.table.flatten() if p})
-
-
-def test_promises_of_forks_do_not_overlap():
-    """What one fork was promised for decoding is not given to another."""
-    pipeline, state = state_of(1, 40, interval=8)
-    forks = [state, *(select_rows(state, [0]) for _ in range(3))]
-    pool = next(iter(state.pools.values()))
-    for fork in forks:
-        call(pipeline, fork, "decode", 1)
-    pool.limit = pool.capacity - 1
-    for _ in range(7):
-        for fork in forks:
-            call(pipeline, fork, "decode", 1)
-    kept = [[fork.kept(0, 0, h).tolist() for h in range(2)] for fork in forks]
-    assert kept == [kept[0]] * 4
