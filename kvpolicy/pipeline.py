@@ -171,8 +171,7 @@ class CachePipeline:
             on and length // interval > checked // interval
             for on, length, checked in zip(state.active, state.lengths, state.checked, strict=True)
         ]
-        if any(due):
-            engine.evict(state, due, decoding=True)
+        return rows if any(rows) else []
 
     def report(self, state: CacheState) -> Report:
         """What took effect and what it costs in bytes."""

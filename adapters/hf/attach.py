@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...engine import close_call
 from ...errors import PhaseError, UnsupportedError
 from ...pipeline import CachePipeline
 from ...store.rollback import abort
@@ -42,6 +43,8 @@ class Attachment:
         self.decoder = decoder
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.lock = threading.Lock()
+        self.idle: dict[int, KVPolicyCache] = {}  # private caches with a captured graph, by batch
+        self.decoding = "not yet"  # how the last generate decoded, and why not captured
         self.previous = self.base.config._attn_implementation
         self.original = model.generate
         self.base.set_attn_implementation(NAME)
@@ -170,6 +173,9 @@ def close_forward(cache: KVPolicyCache, failed: bool) -> None:
     assert plan is not None and state is not None
     if failed:
         abort(state)
+        return
+    if cache.capturing:
+        close_call(state)
         return
     cache.pipeline.commit(state)
     valid = plan.valid

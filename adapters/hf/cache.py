@@ -88,6 +88,10 @@ class KVPolicyCache(Cache):
         self.boundary: int | None = None  # column where the prompt that `generate` announced ends
         self.chunks: list[tuple[int, Tensor | None]] = []  # columns, and which of them are real
         self.plan: Plan | None = None  # of the forward in flight
+        self.graph: Any = None  # CapturedStep of this cache's buffers
+        self.captures = 0
+        self.capturing = False
+        self.decoding = "not yet"  # how the last generate decoded: "captured" or "eager: reason"
         super().__init__(layers=[KVPolicyLayer(self, i) for i in range(self.spec.layers)])
 
     @property
@@ -110,6 +114,12 @@ class KVPolicyCache(Cache):
             self.chunks[-1] = (self.chunks[-1][0] + columns, None)
         else:
             self.chunks.append((columns, valid))
+
+    def forget_columns(self, count: int) -> None:
+        """Uncounts trailing columns that stored nothing."""
+        size, valid = self.chunks[-1]
+        assert valid is None and size >= count
+        self.chunks[-1] = (size - count, None)
 
     def begin_prompt(self, boundary: int | None = None) -> None:
         """Says that the next columns are a prompt (a next turn), up to column `boundary` if known."""
@@ -137,6 +147,7 @@ class KVPolicyCache(Cache):
         rows = range(self.state.batch if self.state else 0) if rows is None else rows
         new.state = None if self.state is None else select_rows(self.state, list(rows))
         new.chunks = [(n, None if v is None else v[list(rows)]) for n, v in self.chunks]
+        new.graph, new.captures = None, 0
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVPolicyCache:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .cache import KVPolicyCache
+from .capture import Stepper
 
 
 def decode_loop(
@@ -22,44 +23,54 @@ def decode_loop(
 ) -> Any:
     """Greedy or sampled decoding of `input_ids` `[B, S]`.
 
-    transformers has validated and prepared everything; sequences that have ended store nothing more.
+    transformers has validated and prepared everything. Sequences that have ended store nothing
+    more. On a GPU the host looks at the stop flag one step late, so that it never waits for the
+    device: the step launched meanwhile stores nothing and its token is dropped.
     """
     cache: KVPolicyCache = model_kwargs["past_key_values"]
-    wanted = generation_config.return_dict_in_generate
-    scores: list[Tensor] | None = [] if wanted and generation_config.output_scores else None
-    raw: list[Tensor] | None = [] if wanted and generation_config.output_logits else None
-    logits = model._prefill(input_ids, generation_config, model_kwargs).logits
-    position = _next_position(model_kwargs, input_ids)
-    stepper = Stepper(model, cache, position)
-    unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-    pad = generation_config._pad_token_tensor
+    config, wanted = generation_config, generation_config.return_dict_in_generate
+    scores: list[Tensor] | None = [] if wanted and config.output_scores else None
+    raw: list[Tensor] | None = [] if wanted and config.output_logits else None
+    logits = model._prefill(input_ids, config, model_kwargs).logits
+    batch, prompt = input_ids.shape
+    room = max(config.max_length - prompt, 1)
+    stepper = Stepper(model, cache, _next_position(model_kwargs, input_ids), room)
+    ids = input_ids.new_zeros(batch, prompt + room + 1)
+    ids[:, :prompt] = input_ids
+    unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
+    pad = config._pad_token_tensor
+    late = _LateFlags(stepper.captured, kvp_streamer)
+    length = prompt
     while True:
         last = logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-        processed = logits_processor(input_ids, last)
+        processed = logits_processor(ids[:, :length], last)
+        token = _choose(processed, config.do_sample)
+        if pad is not None:
+            token = torch.where(unfinished, token, pad.to(token.device))
+        ids[:, length] = token
+        length += 1
         if scores is not None:
             scores.append(processed)
         if raw is not None:
             raw.append(last)
-        token = _choose(processed, generation_config.do_sample)
-        if pad is not None:
-            token = torch.where(unfinished, token, pad.to(token.device))
-        input_ids = torch.cat([input_ids, token[:, None]], -1)
-        if kvp_streamer is not None:
-            kvp_streamer.put(token.cpu())
-        alive = unfinished & ~stopping_criteria(input_ids, scores)
-        if not bool(alive.any()):
+        alive = unfinished & ~stopping_criteria(ids[:, :length], scores)
+        stopped = late.stopped(alive, token)
+        if stopped or length == ids.shape[1] - 1:
             break
-        logits = stepper.step(token, unfinished)
+        # A row is active for the token that it sampled before it ended; nothing is when all ended.
+        logits = stepper.step(token, unfinished & alive.any())
         unfinished = alive
+    extra = late.finish()
+    length -= extra
     stepper.finish()
-    if kvp_streamer is not None:
-        kvp_streamer.end()
+    if extra:
+        cache.forget_columns(extra)
     if not wanted:
-        return input_ids
+        return ids[:, :length]
     return GenerateDecoderOnlyOutput(
-        sequences=input_ids,
-        scores=None if scores is None else tuple(scores),
-        logits=None if raw is None else tuple(raw),
+        sequences=ids[:, :length],
+        scores=None if scores is None else tuple(scores[: len(scores) - extra]),
+        logits=None if raw is None else tuple(raw[: len(raw) - extra]),
         past_key_values=cache,
     )
 
@@ -78,28 +89,55 @@ def _next_position(model_kwargs: dict[str, Any], input_ids: Tensor) -> Tensor:
     return mask.long().sum(1, keepdim=True)
 
 
-class Stepper:
-    """Runs one decoded token after another."""
+class _LateFlags:
+    """Tells the host that every sequence has ended, and gives a streamer its tokens.
 
-    def __init__(self, model: Any, cache: KVPolicyCache, position: Tensor) -> None:
-        self.model, self.cache, self.position = model, cache, position
+    With `late` both come through pinned memory one step after the device has them; without it the
+    host waits.
+    """
 
-    def step(self, token: Tensor, unfinished: Tensor) -> Tensor:
-        """Logits `[B, 1, V]` after feeding `token` `[B]`; ended rows feed padding and store nothing."""
-        state = self.cache.state
-        assert state is not None
-        active = unfinished.tolist()
-        if active != state.active:
-            state.finish([row for row, on in enumerate(active) if not on])
-        out = self.model(
-            input_ids=token[:, None],
-            position_ids=self.position,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self.position = self.position + 1
-        return out.logits
+    def __init__(self, late: bool, streamer: Any) -> None:
+        self.late, self.streamer = late, streamer
+        self.pending: tuple[Tensor, Tensor, Any] | None = None
+        self.extra = 0
 
-    def finish(self) -> None:
-        """Called once when decoding has ended."""
+    def stopped(self, alive: Tensor, token: Tensor) -> bool:
+        """Whether all sequences had ended: now, or with `late` at the step before."""
+        if not self.late:
+            self._put(token)
+            return not bool(alive.any())
+        before, self.pending = self.pending, self._send(alive, token)
+        if before is None:
+            return False
+        if not self._receive(before):
+            self.extra = 1
+            self.pending = None
+            return True
+        return False
+
+    def finish(self) -> int:
+        """Ends the stream; the number of tokens that were sampled after everything had ended."""
+        if self.pending is not None:
+            self._receive(self.pending)
+        if self.streamer is not None:
+            self.streamer.end()
+        return self.extra
+
+    def _send(self, alive: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Any]:
+        flag = torch.empty(1, dtype=torch.bool, pin_memory=True)
+        flag.copy_(alive.any(), non_blocking=True)
+        held = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
+        held.copy_(token, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return flag, held, event
+
+    def _receive(self, sent: tuple[Tensor, Tensor, Any]) -> bool:
+        flag, held, event = sent
+        event.synchronize()
+        self._put(held)
+        return bool(flag.item())
+
+    def _put(self, token: Tensor) -> None:
+        if self.streamer is not None:
+            self.streamer.put(token.cpu())

@@ -165,6 +165,15 @@ class PagePool:
         self._push(new)
         self.capacity += count
 
+    def presize(self, pages: int) -> None:
+        """Makes free stack and slab table long enough for `pages`, so that growth moves nothing."""
+        if pages + SLAB_PAGES > self.free.numel():
+            size = pages + SLAB_PAGES
+            self.free, self.refs = _widened(self.free, size), _widened(self.refs, size)
+            self.slabs = _widened(self.slabs, max(-(-size // SLAB_PAGES), self.slabs.shape[0]))
+            self.generation += 1
+            self._views()
+
     def take(self, count: int) -> Tensor:
         """Takes `count` pages, int32 ids `[count]`, growing if needed."""
         self.ensure(count)

@@ -129,14 +129,17 @@ class CacheState:
 
     def reserve(self, tokens: int) -> None:
         """Widens page tables to hold sequences of `tokens`, so that decoding need not."""
-        width = -(-tokens // self.spec.page_size)
+        width, wider = -(-tokens // self.spec.page_size), False
         for layer in self.layers:
             have = layer.table.shape[2]
             if not layer.slides and width > have:
                 wide = layer.table.new_zeros(*layer.table.shape[:2], _bucket(width))
                 wide[:, :, :have] = layer.table
-                layer.table = wide
+                layer.table, wider = wide, True
                 layer.pool.generation += 1
+        for pool in self.pools.values():
+            if wider and not pool.moving:
+                pool.presize(sum(x.table.numel() for x in self.layers if x.pool is pool))
 
     def reserve_pages(self, steps: int) -> None:
         """Makes sure that `steps` decoded tokens a sequence find a page each time one is needed."""

@@ -88,7 +88,7 @@ class Run:
             self.pending = [p or n > 0 for p, n in zip(self.pending, counts, strict=True)]
 
     def decode(self, valid=None, fail_at=None):
-        """A decode call: a token for every sequence, or the real ones of `valid` `[row][column]`."""
+        """A decode call: a token for every sequence, or the real ones of `valid[row][column]`."""
         rows, named = range(len(self.streams)), valid is not None
         valid = valid if named else [[True]] * len(rows)
         mask = torch.tensor(valid)

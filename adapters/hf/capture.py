@@ -1,0 +1,127 @@
+"""One decode step as a CUDA graph: captured once for a cache, replayed for every token."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import KVPolicyCache
+
+WARM_UP = 2  # eager steps before capture: kernels compile, workspaces are allocated
+
+
+def why_not(model: Any, cache: KVPolicyCache) -> str | None:
+    """Why decoding cannot be captured, or None if it can."""
+    state = cache.state
+    assert state is not None
+    if state.spec.device.type != "cuda":
+        return f"the model is on {state.spec.device}; only CUDA devices capture"
+    if state.ops.backend != "triton":
+        return f"the {state.ops.backend} backend synchronises with the host"
+    devices = {p.device for p in model.parameters()}
+    if len(devices) > 1:
+        return f"the model is spread over {len(devices)} devices"
+    return None
+
+
+class CapturedStep:
+    """The graph of `tokens [B, 1], positions [B, 1] -> logits [B, 1, V]` on one cache's buffers."""
+
+    def __init__(self, model: Any, cache: KVPolicyCache, tokens: Tensor, positions: Tensor) -> None:
+        state = cache.state
+        assert state is not None
+        self.model = model
+        self.tokens, self.positions = tokens.clone(), positions.clone()
+        self.generation = state.generation
+        # Capturing runs the host's bookkeeping once although nothing is computed.
+        host = copy.copy(state.lengths), state.steps_reserved, list(cache.chunks)
+        self.graph = torch.cuda.CUDAGraph()
+        cache.capturing = True
+        try:
+            torch.cuda.synchronize()
+            with torch.cuda.graph(self.graph):
+                self.logits = run(model, cache, self.tokens, self.positions)
+        finally:
+            cache.capturing = False
+            state.lengths, state.steps_reserved, cache.chunks = host
+
+    def replay(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Logits of one step; the tensor is overwritten by the next one."""
+        self.tokens.copy_(tokens)
+        self.positions.copy_(positions)
+        self.graph.replay()
+        return self.logits
+
+
+def run(model: Any, cache: KVPolicyCache, tokens: Tensor, positions: Tensor) -> Tensor:
+    """Logits `[B, 1, V]` of one eager step."""
+    return model(
+        input_ids=tokens,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits
+
+
+class Stepper:
+    """Feeds one token after another, by a graph where that is possible.
+
+    `cache.decoding` says which: "captured", or "eager" with the reason.
+    """
+
+    def __init__(self, model: Any, cache: KVPolicyCache, position: Tensor, room: int) -> None:
+        state = cache.state
+        assert state is not None
+        self.model, self.cache, self.position = model, cache, position
+        self.reason = why_not(model, cache)
+        self.captured = self.reason is None
+        cache.decoding = "captured" if self.captured else f"eager: {self.reason}"
+        state.reserve(max(state.lengths) + room)
+        self.eager_steps = 0
+
+    def step(self, token: Tensor, active: Tensor) -> Tensor:
+        """Logits `[B, 1, V]` after feeding `token` `[B]`; rows not `active` `[B]` store nothing."""
+        if not self.captured:
+            state = self.cache.state
+            assert state is not None
+            rows = active.tolist()
+            if rows != state.active:
+                state.finish([row for row, on in enumerate(rows) if not on])
+            logits = run(self.model, self.cache, token[:, None], self.position)
+        else:
+            logits = self._captured(token[:, None], active)
+        self.position = self.position + 1
+        return logits
+
+    def _captured(self, tokens: Tensor, active: Tensor) -> Tensor:
+        cache, state = self.cache, self.cache.state
+        assert state is not None
+        for device in state.active_on:
+            state.active_on[device].copy_(active)
+        if self.eager_steps < WARM_UP and cache.graph is None:
+            self.eager_steps += 1
+            return run(self.model, cache, tokens, self.position)
+        if state.steps_reserved < 1:
+            state.reserve_pages(state.spec.interval)
+        if cache.graph is None or cache.graph.generation != state.generation:
+            cache.graph = CapturedStep(self.model, cache, tokens, self.position)
+            cache.captures += 1
+        logits = cache.graph.replay(tokens, self.position)
+        # What commit does on the host, the device part is in the graph.
+        state.lengths = [n + 1 for n in state.lengths]
+        state.steps_reserved -= 1
+        cache.saw(1, None)
+        if cache.pipeline.due(state):
+            state.sync_host()
+            cache.pipeline.maintain(state)
+        return logits
+
+    def finish(self) -> None:
+        """Called once when decoding has ended: the host learns which rows ended when."""
+        state = self.cache.state
+        if self.captured and state is not None:
+            state.sync_host()
