@@ -164,10 +164,16 @@ class CachePipeline:
 
     def maintain(self, state: CacheState) -> None:
         """Evicts for sequences that have decoded another `interval` tokens, if the policy decodes."""
+        due = self.due(state)
+        if due:
+            engine.evict(state, due, decoding=True)
+
+    def due(self, state: CacheState) -> list[bool]:
+        """The sequences for which `maintain` would evict now; empty if there is none."""
         if self.eviction.when != "decode" or self.eviction.neutral:
-            return
+            return []
         interval = state.spec.interval
-        due = [
+        rows = [
             on and length // interval > checked // interval
             for on, length, checked in zip(state.active, state.lengths, state.checked, strict=True)
         ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from pool import DEVICE, assert_within_budget, fill_heads, make_pool, randn
@@ -87,8 +89,10 @@ def test_a_step_captures_without_syncs_and_replays_bit_for_bit() -> None:
 
     step()  # compiles
     rewind()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():  # torch says that the mode is a prototype
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
         eager = [[x.clone() for x in step()] for _ in range(20)]
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,236 @@
+"""What a cache will cost, from sizes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from ...admission import Admission, AdmitAll, DuoAttention, LocalAttention, RandomGate
+from ...backend import resolve
+from ...budget import TotalCap
+from ...eviction import AtPromptEnd
+from ...pipeline import CachePipeline
+from ...spec import CacheSpec
+from ...store.allocate import _summary_size
+from ...store.pages import SLAB_PAGES
+from ...store.state import _bucket
+from ...types import Write
+from .spec import spec_of
+
+# Decisions that follow from layer, head and position, so that tokens can be counted exactly.
+_BY_POSITION = (AdmitAll, DuoAttention, LocalAttention, RandomGate)
+
+
+@attrs.frozen(kw_only=True)
+class FitReport:
+    """Bytes that a model and a cache need after a prompt of `tokens` tokens a sequence.
+
+    `pages` hold the global tokens that are left once the prompt has ended, `prompt_pages` those
+    before a prompt-end eviction; `reserved` is the most that stays allocated beside them. `ring` is
+    the local window with its rollback slots; `positions` and `summaries` belong to the pages,
+    `tables` are page tables, counters and free stack, `queries` the observation windows. `weights`
+    are the model's, `gates` the policies' own. `full` are K and V of all tokens, which is what an
+    ordinary cache holds. `kept` is the fraction of tokens in the cache, window included.
+    Activations are not counted.
+    """
+
+    tokens: int
+    batch: int
+    kept: float
+    pages: int
+    prompt_pages: int
+    reserved: int
+    ring: int
+    positions: int
+    summaries: int
+    tables: int
+    queries: int
+    gates: int
+    weights: int
+    full: int
+
+    @property
+    def cache(self) -> int:
+        """Everything that grows with tokens or sequences."""
+        parts = (self.pages, self.reserved, self.ring, self.positions, self.summaries)
+        return sum(parts) + self.tables + self.queries
+
+    @property
+    def total(self) -> int:
+        """Weights, gates and cache."""
+        return self.weights + self.gates + self.cache
+
+    @property
+    def full_total(self) -> int:
+        """Weights and an ordinary cache."""
+        return self.weights + self.full
+
+    @property
+    def saving(self) -> float:
+        """The fraction of `full_total` that is not needed; negative if more is needed."""
+        return 1 - self.total / self.full_total
+
+
+def fit_report(
+    config_or_model: Any,
+    tokens: int,
+    admitted: float | None = None,
+    pipeline: CachePipeline | None = None,
+    batch: int = 1,
+    dtype: torch.dtype | None = None,
+    **sizes: int,
+) -> FitReport:
+    """Plans memory without running anything.
+
+    Args:
+        config_or_model: a transformers config (nothing is downloaded or allocated) or a model.
+        tokens: real tokens of each sequence.
+        admitted: fraction of the tokens that learned decisions admit; the same for every head.
+            Needed unless the pipeline's decisions follow from positions.
+        pipeline: default dense.
+        batch: sequences.
+        dtype: of weights and cache; default the model's or config's own.
+        sizes: `page_size`, `rollback`, `interval` of the cache.
+
+    Raises:
+        ValueError: `admitted` is missing or out of range, a size is less than 1, or a policy does
+            not fit the model.
+
+    Example:
+        `fit_report(AutoConfig.from_pretrained(name), 100_000, admitted=0.2).total / 2**30`
+    """
+    for name, value in (("tokens", tokens), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"{name}: wanted at least 1, got {value}")
+    if admitted is not None and not 0 <= admitted <= 1:
+        raise ValueError(f"admitted: wanted a fraction in [0, 1], got {admitted}")
+    pipeline = CachePipeline() if pipeline is None else pipeline
+    model, device = _model(config_or_model, dtype)
+    spec = spec_of(model, dtype=dtype, device=device, **sizes)
+    for slot in (pipeline.admission, pipeline.selection, pipeline.eviction):
+        slot.check(spec.layers, spec.model_kv_heads, spec.head_dim)
+
+    written, left = _global_tokens(pipeline, spec, tokens, admitted)
+    size, item = spec.page_size, spec.dtype.itemsize
+    pages, prompt_pages = (batch * int(((x + size - 1) // size).sum()) for x in (left, written))
+    page_bytes = 2 * size * spec.head_dim * item
+    summary = _summary_size(pipeline.selection, spec)
+    summary_bytes = 0 if summary is None else summary[0] * summary[1].itemsize
+    managed = [n for n in range(spec.layers) if spec.slides(n) is None]
+    # Growth comes in slabs; while decoding, every head may hold a promised page as well.
+    spare = max(SLAB_PAGES, pages // 16) + SLAB_PAGES + batch * len(managed) * spec.kv_heads
+    windows = [spec.slides(n) or pipeline.window for n in range(spec.layers)]
+    seen = sum(min(tokens, w) for w in windows) * spec.kv_heads
+    return FitReport(
+        tokens=tokens,
+        batch=batch,
+        kept=(int(left.sum()) + seen) / (tokens * spec.layers * spec.kv_heads),
+        pages=pages * page_bytes,
+        prompt_pages=prompt_pages * page_bytes,
+        reserved=spare * (page_bytes + 4 * size + summary_bytes),
+        ring=batch * _ring(spec, windows),
+        positions=pages * size * 4,
+        summaries=pages * summary_bytes,
+        tables=_tables(pipeline, spec, tokens, batch, pages + spare),
+        queries=batch * _queries(pipeline, spec, managed),
+        gates=sum(t.numel() for p in (pipeline.admission, pipeline.eviction) for t in _tensors(p))
+        * item,
+        weights=sum(p.numel() for p in model.parameters()) * item,
+        full=batch * spec.layers * spec.kv_heads * tokens * 2 * spec.head_dim * item,
+    )
+
+
+def _model(config_or_model: Any, dtype: torch.dtype | None) -> tuple[nn.Module, torch.device]:
+    """A model to read sizes from, and the device that it would run on."""
+    if isinstance(config_or_model, nn.Module):
+        return config_or_model, next(config_or_model.parameters()).device
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        dtype = dtype or config_or_model.dtype or torch.bfloat16
+        model = AutoModelForCausalLM.from_config(config_or_model, dtype=dtype)
+    return model, torch.device("cuda")
+
+
+def _global_tokens(
+    pipeline: CachePipeline, spec: CacheSpec, tokens: int, admitted: float | None
+) -> tuple[Tensor, Tensor]:
+    """Global tokens `[L, Hkv]` of a sequence: written, and left when the prompt has ended."""
+    shape = (spec.layers, spec.kv_heads)
+    written, left = (torch.zeros(shape, dtype=torch.long) for _ in range(2))
+    for layer in range(spec.layers):
+        if spec.slides(layer) is not None:
+            continue
+        far = max(tokens - pipeline.window, 0)
+        eviction = pipeline.eviction.at(layer)
+        written[layer] = _count(pipeline.admission.at(layer), spec, layer, far, admitted)
+        left[layer] = written[layer]
+        if isinstance(eviction, AtPromptEnd):
+            inner = _count(eviction.admission, spec, layer, far, admitted)
+            left[layer] = torch.minimum(written[layer], inner)
+        elif eviction.budget is not None and not isinstance(eviction.budget, TotalCap):
+            most = eviction.budget.allowed(tokens, pipeline.window, layer, spec.layers)
+            left[layer] = written[layer].clamp(max=most)
+    if isinstance(pipeline.eviction.budget, TotalCap):
+        left = torch.tensor(pipeline.eviction.budget.lengths(written.tolist()))
+    return written, left
+
+
+def _count(
+    admission: Admission, spec: CacheSpec, layer: int, far: int, admitted: float | None
+) -> Tensor:
+    """Tokens `[Hkv]` that each head of a layer admits of the first `far`."""
+    if isinstance(admission, _BY_POSITION):
+        keys = torch.zeros(1).expand(spec.kv_heads, far, spec.head_dim)
+        bounds = torch.tensor([0, far], dtype=torch.int32)
+        write = Write(keys, keys, torch.arange(far), bounds, layer, range(spec.kv_heads))
+        return admission.admit(write).sum(1)
+    if admitted is None:
+        raise ValueError(
+            f"admitted: wanted the fraction of tokens that {type(admission).__name__} admits, "
+            "which depends on the text; got None"
+        )
+    return torch.full((spec.kv_heads,), round(admitted * far))
+
+
+def _ring(spec: CacheSpec, windows: list[int]) -> int:
+    slot = 2 * spec.head_dim * spec.dtype.itemsize + 1  # keys, values and a byte of flags
+    return sum(w + spec.rollback for w in windows) * spec.kv_heads * slot
+
+
+def _queries(pipeline: CachePipeline, spec: CacheSpec, managed: list[int]) -> int:
+    wanted = [pipeline.eviction.at(n).queries for n in managed]
+    slots = sum(n + spec.rollback for n in wanted if n)
+    return slots * spec.heads * spec.head_dim * spec.dtype.itemsize
+
+
+def _tables(
+    pipeline: CachePipeline, spec: CacheSpec, tokens: int, batch: int, capacity: int
+) -> int:
+    """Page tables, counts, evicted, lengths; the pool's free stack, counts of holders and slabs."""
+    rows = batch * spec.kv_heads
+    width = _bucket(-(-tokens // spec.page_size))
+    widths = [width if spec.slides(n) is None else 1 for n in range(spec.layers)]
+    per_head = rows * sum(4 * w + 4 + 8 for w in widths)
+    per_sequence = batch * (8 + 1) + 4 * (batch + 1)
+    if resolve(pipeline.backend, spec.device) == "reference":
+        return per_head + per_sequence + 8 * capacity
+    # Kernels want a free stack and a slab table that never move: they are as long as the tables.
+    longest = max(rows * sum(w for w in widths if w > 1) + SLAB_PAGES, capacity)
+    return per_head + per_sequence + 8 * longest + 32 * (longest // SLAB_PAGES + 1)
+
+
+def _tensors(policy: Any) -> Iterator[Tensor]:
+    """Every tensor inside a policy, through combinators and per-layer maps."""
+    if isinstance(policy, Tensor):
+        yield policy
+    elif isinstance(policy, tuple):
+        for member in policy:
+            yield from _tensors(member)
+    elif attrs.has(type(policy)):
+        for field in attrs.fields(type(policy)):
+            yield from _tensors(getattr(policy, field.name))

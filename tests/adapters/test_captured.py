@@ -1,0 +1,188 @@
+"""Captured decoding on a GPU: the same numbers, no host syncs, nothing captured twice, real memory."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from kvpolicy import (
+    AdmitAll,
+    CachePipeline,
+    CacheSpec,
+    LocalAttention,
+    Quest,
+    RandomGate,
+    SnapKV,
+)
+from kvpolicy.adapters.hf import attach, capture
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+PIPELINES = {
+    "neutral": CachePipeline(window=16),
+    "local": CachePipeline(admission=LocalAttention(window=16, sinks=4)),
+    "gate": CachePipeline(admission=RandomGate(sparsity=0.5), window=16),
+    "quest": CachePipeline(admission=RandomGate(sparsity=0.3), selection=Quest(budget=48), window=16),
+    "each": CachePipeline(selection=Quest(budget=48, group="each"), window=16),
+    "snapkv": CachePipeline(eviction=SnapKV(budget=40, observation=8, when="decode"), window=16),
+    "all": CachePipeline(
+        admission=RandomGate(sparsity=0.3),
+        selection=Quest(budget=32),
+        eviction=SnapKV(budget=40, observation=8, when="decode"),
+        window=16,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=3,
+        num_attention_heads=8, num_key_value_heads=2, head_dim=64, max_position_embeddings=4096,
+        initializer_range=0.1, bos_token_id=None, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to("cuda").eval()
+
+
+def prompt(batch: int = 2, columns: int = 150) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 512, (batch, columns), generator=g).cuda()
+    mask = torch.ones_like(ids)
+    mask[0, :40] = 0
+    return ids, mask
+
+
+OPTIONS = {"max_new_tokens": 70, "do_sample": False}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_captured_equals_eager_bit_for_bit(model, name, dtype, monkeypatch) -> None:
+    model.to(dtype)
+    ids, mask = prompt()
+    options = {**OPTIONS, "return_dict_in_generate": True, "output_logits": True}
+    with attach(model, PIPELINES[name]) as attachment:
+        captured = model.generate(ids, attention_mask=mask, **options)
+        assert attachment.decoding == "captured"
+        monkeypatch.setattr(capture, "why_not", lambda *a: "for comparison")
+        eager = model.generate(ids, attention_mask=mask, **options)
+        assert attachment.decoding.startswith("eager")
+    assert torch.equal(captured.sequences, eager.sequences)
+    for a, b in zip(captured.logits, eager.logits, strict=True):
+        assert torch.equal(a, b)
+    assert captured.past_key_values.state.lengths == eager.past_key_values.state.lengths
+    model.float()
+
+
+def test_neutral_equals_plain_generation(model) -> None:
+    ids, mask = prompt()
+    plain = model.generate(ids, attention_mask=mask, past_key_values=DynamicCache(), **OPTIONS)
+    with attach(model, PIPELINES["neutral"]):
+        ours = model.generate(ids, attention_mask=mask, **OPTIONS)
+    assert torch.equal(plain, ours)
+
+
+def test_a_second_generate_captures_nothing(model) -> None:
+    ids, mask = prompt()
+    with attach(model, PIPELINES["all"]) as attachment:
+        first = model.generate(ids, attention_mask=mask, **OPTIONS)
+        cache = attachment.idle[2]
+        captures = cache.captures
+        second = model.generate(ids, attention_mask=mask, **OPTIONS)
+        assert attachment.idle[2] is cache and cache.captures == captures == 1
+    assert torch.equal(first, second)
+
+
+def test_decoding_does_not_sync(model) -> None:
+    ids, mask = prompt()
+    with attach(model, PIPELINES["quest"]) as attachment, torch.no_grad():
+        cache = attachment.new_cache()
+        cache.begin_prompt()
+        out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+        cache.end_prompt()
+        stepper = capture.Stepper(model, cache, mask.sum(1, keepdim=True), room=64)
+        active = torch.ones(2, dtype=torch.bool, device="cuda")
+        token = out.logits[:, -1].argmax(-1)
+        for _ in range(4):
+            token = stepper.step(token, active)[:, -1].argmax(-1)
+        cache.state.reserve_pages(16)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(16):
+                token = stepper.step(token, active)[:, -1].argmax(-1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_streamer_and_end_of_sequence(model) -> None:
+    class Collect:
+        def __init__(self) -> None:
+            self.tokens: list[torch.Tensor] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.tokens.append(value.clone())
+
+        def end(self) -> None:
+            self.tokens.append(torch.tensor([-1]))
+
+    ids = prompt(1)[0]
+    plain = model.generate(ids, **OPTIONS)
+    stop = int(plain[0, ids.shape[1] + 30])
+    plain = model.generate(ids, eos_token_id=stop, **OPTIONS)
+    seen = Collect()
+    with attach(model, PIPELINES["neutral"]):
+        ours = model.generate(ids, eos_token_id=stop, streamer=seen, **OPTIONS)
+    assert torch.equal(plain, ours)
+    streamed = torch.cat([t.flatten() for t in seen.tokens])
+    assert streamed[:-1].tolist()[-(ours.shape[1] - ids.shape[1]) :] == ours[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("admission", [AdmitAll(), LocalAttention(window=256), RandomGate(sparsity=0.75)])
+def test_memory_allocated_is_what_the_report_claims(admission) -> None:
+    spec = CacheSpec(layers=4, heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    pipeline = CachePipeline(admission=admission)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    state = pipeline.init(spec, 1)
+    for start in range(0, 32768, 8192):
+        pipeline.begin(state, [8192], "prompt")
+        for layer in range(4):
+            q = torch.randn(32, 8192, 128, dtype=torch.bfloat16, device="cuda")
+            k, v = (torch.randn(8, 8192, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+            pipeline.attend(state, layer, q, k, v)
+        pipeline.commit(state)
+    del q, k, v
+    report = pipeline.report(state)
+    allocated = torch.cuda.memory_allocated() - before
+    assert abs(allocated - report.total) <= 0.02 * report.total + (1 << 20), (start, allocated, report)
+    assert report.reserved <= max(0.1 * report.kv, 2 << 20)
+
+
+def test_eviction_frees_device_memory() -> None:
+    spec = CacheSpec(layers=4, heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    pipeline = CachePipeline(eviction=SnapKV(budget=2048))
+    state = pipeline.init(spec, 1)
+    pipeline.begin(state, [16384], "prompt")
+    for layer in range(4):
+        q = torch.randn(32, 16384, 128, dtype=torch.bfloat16, device="cuda")
+        k, v = (torch.randn(8, 16384, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        pipeline.attend(state, layer, q, k, v)
+    pipeline.commit(state)
+    del q, k, v
+    gc.collect()
+    before, claimed = torch.cuda.memory_allocated(), pipeline.report(state).total
+    pipeline.end_prompt(state)
+    fell = before - torch.cuda.memory_allocated()
+    told = claimed - pipeline.report(state).total
+    assert told > 0.8 * claimed and abs(fell - told) <= 0.02 * claimed, (fell, told)
