@@ -286,7 +286,7 @@ def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
         gone = compaction.drop(state, layer, keep)
         changed = [was or n > 0 for was, n in zip(changed, gone, strict=True)]
     for layer in state.layers:
-        if isinstance(layer.eviction, AtPromptEnd) and not layer.slides:
+        if isinstance(layer.eviction, AtPromptEnd) and not (layer.slides or decoding):
             compaction.forget_unmarked(layer, torch.tensor(rows, device=layer.ring_flags.device))
             changed = rows
     for row, on in enumerate(rows):

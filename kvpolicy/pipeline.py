@@ -74,15 +74,19 @@ class CachePipeline:
         """An empty cache for `batch` sequences. Raises ValueError if a policy does not fit `spec`."""
         if batch < 1:
             raise ValueError(f"batch: wanted at least 1, got {batch}")
+        self.check(spec)
+        backend = ops(resolve(self.backend, spec.device))
+        return allocate(
+            spec, batch, backend, self.window, self.admission, self.selection, self.eviction
+        )
+
+    def check(self, spec: CacheSpec) -> None:
+        """Raises ValueError if a policy does not fit `spec`."""
         for slot in (self.admission, self.selection, self.eviction):
             slot.check(spec.layers, spec.model_kv_heads, spec.head_dim)
         for layer in range(spec.layers):
             for policy in (self.selection.at(layer), self.eviction.at(layer)):
                 _check_budget(policy, self.window)
-        backend = ops(resolve(self.backend, spec.device))
-        return allocate(
-            spec, batch, backend, self.window, self.admission, self.selection, self.eviction
-        )
 
     def begin(
         self,

@@ -120,9 +120,12 @@ class Oracle:
         return [dict(zip(p, s, strict=False)) for p, s in zip(pages, found, strict=True)]
 
 
-def evict(layers):
+def evict(layers, decoding=False):
     """One eviction of a sequence, given by its layers; returns whether anything changed."""
-    scores = [None if o.slides or o.eviction.neutral else o.scores() for o in layers]
+    idle = [
+        o.slides or o.eviction.neutral or (decoding and o.eviction.when != "decode") for o in layers
+    ]
+    scores = [None if off else o.scores() for o, off in zip(layers, idle, strict=True)]
     caps, cap = None, layers[0].eviction.budget
     if isinstance(cap, TotalCap):
         caps = cap.lengths([[len(o.pages(h)) for h in range(o.heads)] for o in layers])

@@ -5,5 +5,7 @@ from .attach import attach as attach
 from .attach import detach as detach
 from .cache import KVPolicyCache as KVPolicyCache
 from .cache import new_cache as new_cache
+from .fit import FitReport as FitReport
+from .fit import fit_report as fit_report
 from .spec import FAMILIES as FAMILIES
 from .spec import spec_of as spec_of

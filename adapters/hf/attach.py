@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...engine import close_call
 from ...errors import PhaseError, UnsupportedError
 from ...pipeline import CachePipeline
-from ...store.rollback import abort
+from ...spec import CacheSpec
 from . import attention as attention
 from .attention import HIDDEN, PRE
 from .cache import NAME, KVPolicyCache, new_cache
+from .forward import POSITIONAL, Crossing, close_forward, inputs_of, open_forward, true_positions
 from .generate import generate
-from .plan import Plan, plan_decode, plan_prompt
 from .spec import attention_modules, decoder_of
 
-_ATTACHED: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()
+# The model's hooks keep its attachment alive; nothing here keeps the model alive.
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class Attachment:
@@ -36,17 +40,22 @@ class Attachment:
             raise TypeError(f"pipeline: wanted a CachePipeline, got {type(pipeline).__name__}")
         layers = attention_modules(model)
         decoder = decoder_of(model)
-        if decoder in _ATTACHED:
+        if _attached(decoder) is not None:
             raise PhaseError("attach: the model has a pipeline attached already; detach it first")
         self.model, self.pipeline, self.sizes = model, pipeline, sizes
-        new_cache(model, pipeline, **sizes)  # policies that do not fit fail here
+        self.spec = new_cache(model, pipeline, **sizes).spec
+        pipeline.check(self.spec)
         self.decoder = decoder
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()  # of owner
+        self.owner: threading.Thread | None = None
+        self.held = False  # by a generate in progress
+        self.cache: KVPolicyCache | None = None  # of the forward in flight
+        self.crossing: Crossing | None = None
         self.idle: dict[int, KVPolicyCache] = {}  # private caches with a captured graph, by batch
         self.decoding = "not yet"  # how the last generate decoded, and why not captured
         self.previous = self.base.config._attn_implementation
-        self.original = model.generate
+        self.original, self.replaced = model.generate, model.__dict__.get("generate")
         self.base.set_attn_implementation(NAME)
         self.handles = [
             decoder.register_forward_pre_hook(self._open, with_kwargs=True),
@@ -63,7 +72,7 @@ class Attachment:
                     module.register_forward_pre_hook(_keep_hidden, with_kwargs=True)
                 )
         model.generate = functools.wraps(self.original)(functools.partial(generate, self))
-        _ATTACHED[decoder] = self
+        _ATTACHED[decoder] = weakref.ref(self)
 
     def __enter__(self) -> Attachment:
         return self
@@ -73,13 +82,15 @@ class Attachment:
 
     def detach(self) -> None:
         """Restores the model to the letter; calling it twice does nothing."""
-        if _ATTACHED.get(self.decoder) is not self:
+        if _attached(self.decoder) is not self:
             return
         del _ATTACHED[self.decoder]
         for handle in self.handles:
             handle.remove()
         self.base.set_attn_implementation(self.previous)
         del self.model.__dict__["generate"]
+        if self.replaced is not None:
+            self.model.__dict__["generate"] = self.replaced
         for module in attention_modules(self.model):
             module.__dict__.pop(PRE, None)
             module.__dict__.pop(HIDDEN, None)
@@ -99,91 +110,95 @@ class Attachment:
             )
         if given.pipeline is not self.pipeline and given.pipeline != self.pipeline:
             raise ValueError("past_key_values: the cache belongs to another pipeline")
+        if _shape(given.spec) != _shape(self.spec):
+            raise ValueError("past_key_values: the cache was made for another model")
         return given
 
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[None]:
+        """Holds the model for this thread; another's forward or generate raises meanwhile."""
+        self._claim()
+        outer, self.held = self.held, True
+        try:
+            yield
+        finally:
+            self.held = outer
+            self._release()
+
+    def _claim(self) -> None:
+        me = threading.current_thread()
+        with self.lock:
+            if self.owner not in (None, me) and self.owner.is_alive():
+                raise PhaseError(
+                    "the attached model is running in another thread; attach a copy of it"
+                )
+            self.owner = me
+        self._take_back()  # an interrupt skips forward hooks and leaves its forward open
+
+    def _release(self) -> None:
+        if not self.held:
+            self.owner = None
+
+    def _take_back(self) -> None:
+        """Undoes the forward in flight, if there is one."""
+        cache, self.cache = self.cache, None
+        crossing, self.crossing = self.crossing, None
+        if cache is not None and cache.plan is not None:
+            close_forward(cache, failed=True)
+        if crossing is not None:
+            crossing.undo()
+
     def _open(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.lock.acquire(blocking=False):
-            raise PhaseError("the attached model is running in another thread; attach a copy of it")
+        self._claim()
         try:
             if decoder.training and torch.is_grad_enabled():
                 raise UnsupportedError(
-                    "an attached model serves inference only; detach it to train, or call model.eval()"
+                    "an attached model serves inference only; detach it to train, or call "
+                    "model.eval()"
                 )
+            kwargs = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
             cache = self.cache_for(kwargs.get("past_key_values"))
-            ids = kwargs.get("inputs_embeds")
-            ids = ids if ids is not None else kwargs.get("input_ids", args[0] if args else None)
-            mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-            open_forward(cache, ids.shape[0], ids.shape[1], mask)
             kwargs["past_key_values"] = cache
-            return args, kwargs
+            ids, crossing = inputs_of(kwargs), None
+            if Crossing.needed(cache, ids.shape[1]):
+                crossing = Crossing(decoder, cache, kwargs)
+                self._claim()
+                kwargs, self.crossing = crossing.rest, crossing
+                ids = inputs_of(kwargs)
+            open_forward(cache, *ids.shape[:2], kwargs.get("attention_mask"))
+            self.cache = cache
+            if cache.counts_positions or kwargs.get("position_ids") is None:
+                kwargs["position_ids"] = true_positions(cache, ids.device)
+            return (), kwargs
         except BaseException:
-            self.lock.release()
+            self._take_back()
+            self._release()
             raise
 
     def _close(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        cache = kwargs.get("past_key_values")
-        if not isinstance(cache, KVPolicyCache) or cache.plan is None:
-            return  # the forward failed before it opened
+    ) -> Any:
+        if self.owner is not threading.current_thread() or self.cache is None:
+            return None  # the forward failed before it opened
         try:
-            close_forward(cache, failed=output is None)
+            if output is None:
+                self._take_back()
+                return None
+            cache, self.cache = self.cache, None
+            crossing, self.crossing = self.crossing, None
+            close_forward(cache, failed=False)
+            return None if crossing is None else crossing.finish(output)
         finally:
-            self.lock.release()
+            self._release()
 
 
-def open_forward(cache: KVPolicyCache, batch: int, columns: int, mask: Tensor | None) -> None:
-    """Plans a forward and opens the call on the cache's state."""
-    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-        raise UnsupportedError(
-            "attention_mask: wanted a 2D mask of real tokens [B, columns]; custom 4D masks are not served"
-        )
-    state = cache.ensure_state(batch)
-    mask = None if mask is None else mask[:, -columns:]
-    if mask is not None and mask.shape != (batch, columns):
-        raise ValueError(
-            f"attention_mask: wanted at least [{batch}, {columns}], got {list(mask.shape)}"
-        )
-    if cache.phase == "prompt":
-        if cache.boundary is not None and cache.columns + columns > cache.boundary:
-            _crossing(cache, cache.columns + columns - cache.boundary)
-        plan, lengths = plan_prompt(batch, columns, mask)
-        cache.pipeline.begin(state, lengths, "prompt")
-    else:
-        plan, lengths, valid = plan_decode(batch, columns, mask)
-        cache.pipeline.begin(state, lengths, "decode", valid=valid)
-    cache.plan = plan
+def _shape(spec: CacheSpec) -> tuple[int, ...]:
+    return spec.layers, spec.heads, spec.kv_heads, spec.head_dim
 
 
-def _crossing(cache: KVPolicyCache, extra: int) -> None:
-    """Candidate tokens in the prompt's forward: the same thing only if phases do not matter."""
-    pipeline = cache.pipeline
-    if not (pipeline.selection.neutral and pipeline.eviction.neutral):
-        raise UnsupportedError(
-            f"assisted decoding puts {extra} candidate tokens into the prompt's forward, where "
-            f"{type(pipeline.selection).__name__} and {type(pipeline.eviction).__name__} would act "
-            "differently; use an admission only, or plain decoding"
-        )
-
-
-def close_forward(cache: KVPolicyCache, failed: bool) -> None:
-    """Commits the call, or takes it back."""
-    plan, cache.plan = cache.plan, None
-    state = cache.state
-    assert plan is not None and state is not None
-    if failed:
-        abort(state)
-        return
-    if cache.capturing:
-        close_call(state)
-        return
-    cache.pipeline.commit(state)
-    valid = plan.valid
-    if plan.decode and not all(state.active):
-        valid = torch.tensor(state.active)[:, None].expand(plan.batch, plan.decode)
-    cache.saw(plan.prompt + plan.decode, valid)
-    if cache.phase == "prompt" and cache.boundary is not None and cache.columns >= cache.boundary:
-        cache.end_prompt()
+def _attached(decoder: nn.Module) -> Attachment | None:
+    found = _ATTACHED.get(decoder)
+    return None if found is None else found()
 
 
 def _keep(slot: dict[str, Any], module: nn.Module, args: Any, output: Tensor) -> None:
@@ -206,7 +221,7 @@ def attach(model: nn.Module, pipeline: CachePipeline, **sizes: int) -> Attachmen
 
 def detach(model: nn.Module) -> None:
     """Takes the pipeline off `model`."""
-    attachment = _ATTACHED.get(decoder_of(model))
+    attachment = _attached(decoder_of(model))
     if attachment is None:
         raise PhaseError("detach: no pipeline is attached to this model")
     attachment.detach()

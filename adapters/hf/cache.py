@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,8 @@ class KVRef:
     @property
     def shape(self) -> Any:
         raise PhaseError(
-            f"a KVPolicyCache needs the attention implementation {NAME!r}: run inside attach(model, pipeline)"
+            f"a KVPolicyCache needs the attention implementation {NAME!r}: run inside "
+            "attach(model, pipeline)"
         )
 
 
@@ -43,8 +45,15 @@ class KVPolicyLayer(CacheLayerMixin):
 
     def __init__(self, cache: KVPolicyCache, index: int) -> None:
         super().__init__()
-        self.cache, self.index = cache, index
+        # Weak: a cycle would keep a dropped cache's pages until the collector happens to run.
+        self._cache, self.index = weakref.ref(cache), index
         self.is_initialized = True
+
+    @property
+    def cache(self) -> KVPolicyCache:
+        cache = self._cache()
+        assert cache is not None
+        return cache
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """The state is made by the model's first forward."""
@@ -88,6 +97,8 @@ class KVPolicyCache(Cache):
         self.boundary: int | None = None  # column where the prompt that `generate` announced ends
         self.chunks: list[tuple[int, Tensor | None]] = []  # columns, and which of them are real
         self.plan: Plan | None = None  # of the forward in flight
+        self.counts_positions = False  # whether the real tokens seen give position ids
+        self.recording = False  # columns may be taken back before the next forward
         self.graph: Any = None  # CapturedStep of this cache's buffers
         self.captures = 0
         self.capturing = False
@@ -100,8 +111,8 @@ class KVPolicyCache(Cache):
 
     def ensure_state(self, batch: int) -> CacheState:
         """The state, made for `batch` sequences by the first forward."""
-        if self.state is None:
-            self.state = self.pipeline.init(self.spec, batch)
+        if self.state is None or (not self.chunks and self.state.batch != batch):
+            self.state, self.graph = self.pipeline.init(self.spec, batch), None
         if self.state.batch != batch:
             raise ValueError(
                 f"input_ids: the cache holds {self.state.batch} sequences, got a batch of {batch}"
@@ -122,8 +133,9 @@ class KVPolicyCache(Cache):
         self.chunks[-1] = (size - count, None)
 
     def begin_prompt(self, boundary: int | None = None) -> None:
-        """Says that the next columns are a prompt (a next turn), up to column `boundary` if known."""
-        self.phase, self.boundary = "prompt", boundary
+        """Says that the next columns are a prompt (or turn), up to column `boundary` if given."""
+        self.phase, self.boundary, self.recording = "prompt", boundary, False
+        self.counts_positions = False
         if self.state is not None:
             self.state.resume()
 
@@ -154,13 +166,15 @@ class KVPolicyCache(Cache):
         return self.fork()
 
     def crop(self, tokens: Any) -> None:
-        """Takes back columns: `-n` of them, or down to `n` in all (transformers' two conventions)."""
+        """Takes back columns: `-n` of them, or down to `n` in all, as transformers has both."""
         n = int(tokens)
         drop = -n if n <= 0 else max(self.columns - n, 0)
         if drop == 0 or self.state is None:
             return
         if drop > self.columns:
-            raise RollbackError(f"crop: the cache has seen {self.columns} columns, cannot drop {drop}")
+            raise RollbackError(
+                f"crop: the cache has seen {self.columns} columns, cannot drop {drop}"
+            )
         chunks, counts, left = list(self.chunks), [0] * self.state.batch, drop
         while left:
             size, valid = chunks.pop()
@@ -173,9 +187,17 @@ class KVPolicyCache(Cache):
         crop(self.state, counts)
         self.chunks = chunks
 
+    def restore(self, before: KVPolicyCache) -> None:
+        """Goes back to what `fork` gave, in place; `before` is spent."""
+        self.chunks, self.phase, self.boundary = before.chunks, before.phase, before.boundary
+        if before.state is None:
+            self.state = self.graph = None
+        else:
+            adopt(self.state, before.state)
+
     def reset(self) -> None:
         """Empties the cache and gives its pages back."""
-        self.chunks, self.phase, self.boundary = [], "prompt", None
+        self.chunks, self.phase, self.boundary, self.recording = [], "prompt", None, False
         if self.state is not None:
             self.state.reset()
 
@@ -196,7 +218,8 @@ class KVPolicyCache(Cache):
         self._select(torch.arange(batch).repeat_interleave(repeats))
 
     def activate_past_recording(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to prepare: the ring keeps what `crop` needs."""
+        """Assisted decoding begins: evictions wait until rejected candidates are taken back."""
+        self.recording = True
 
 
 def new_cache(model: nn.Module, pipeline: CachePipeline, **sizes: int) -> KVPolicyCache:

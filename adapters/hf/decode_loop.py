@@ -31,10 +31,12 @@ def decode_loop(
     config, wanted = generation_config, generation_config.return_dict_in_generate
     scores: list[Tensor] | None = [] if wanted and config.output_scores else None
     raw: list[Tensor] | None = [] if wanted and config.output_logits else None
+    if kvp_streamer is not None:
+        kvp_streamer.put(input_ids.cpu())  # a streamer expects the prompt first
     logits = model._prefill(input_ids, config, model_kwargs).logits
     batch, prompt = input_ids.shape
     room = max(config.max_length - prompt, 1)
-    stepper = Stepper(model, cache, _next_position(model_kwargs, input_ids), room)
+    stepper = Stepper(model, cache, _next_position(model_kwargs, cache, input_ids.device), room)
     ids = input_ids.new_zeros(batch, prompt + room + 1)
     ids[:, :prompt] = input_ids
     unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
@@ -81,12 +83,14 @@ def _choose(scores: Tensor, sample: bool) -> Tensor:
     return torch.multinomial(scores.softmax(-1), 1).squeeze(1)
 
 
-def _next_position(model_kwargs: dict[str, Any], input_ids: Tensor) -> Tensor:
+def _next_position(
+    model_kwargs: dict[str, Any], cache: KVPolicyCache, device: torch.device
+) -> Tensor:
     """Position ids `[B, 1]` of the first generated token."""
-    mask = model_kwargs.get("attention_mask")
-    if mask is None or mask.ndim != 2:
-        return torch.full_like(input_ids[:, :1], input_ids.shape[1])
-    return mask.long().sum(1, keepdim=True)
+    if not cache.counts_positions:
+        return model_kwargs["position_ids"][:, -1:] + 1
+    assert cache.state is not None
+    return torch.tensor(cache.state.lengths, device=device)[:, None]
 
 
 class _LateFlags:

@@ -25,6 +25,14 @@ from .spec import spec_of
 _BY_POSITION = (AdmitAll, DuoAttention, LocalAttention, RandomGate)
 
 
+@attrs.frozen
+class _Learned(Admission):
+    """Stands for any learned admission."""
+
+    def admit(self, write: Write) -> Tensor:
+        raise NotImplementedError
+
+
 @attrs.frozen(kw_only=True)
 class FitReport:
     """Bytes that a model and a cache need after a prompt of `tokens` tokens a sequence.
@@ -89,16 +97,16 @@ def fit_report(
     Args:
         config_or_model: a transformers config (nothing is downloaded or allocated) or a model.
         tokens: real tokens of each sequence.
-        admitted: fraction of the tokens that learned decisions admit; the same for every head.
-            Needed unless the pipeline's decisions follow from positions.
-        pipeline: default dense.
+        admitted: fraction of the tokens that a learned admission admits, the same for every head.
+        pipeline: what is written and dropped; by default an admission of the fraction `admitted`
+            (all, if that is not given) and the default window.
         batch: sequences.
         dtype: of weights and cache; default the model's or config's own.
         sizes: `page_size`, `rollback`, `interval` of the cache.
 
     Raises:
-        ValueError: `admitted` is missing or out of range, a size is less than 1, or a policy does
-            not fit the model.
+        ValueError: `admitted` is out of range, or missing for a learned admission, or given where
+            decisions follow from positions; a size is less than 1; a policy does not fit.
 
     Example:
         `fit_report(AutoConfig.from_pretrained(name), 100_000, admitted=0.2).total / 2**30`
@@ -108,13 +116,16 @@ def fit_report(
             raise ValueError(f"{name}: wanted at least 1, got {value}")
     if admitted is not None and not 0 <= admitted <= 1:
         raise ValueError(f"admitted: wanted a fraction in [0, 1], got {admitted}")
-    pipeline = CachePipeline() if pipeline is None else pipeline
+    if pipeline is None:
+        pipeline = CachePipeline(admission=_Learned())
+        admitted = 1.0 if admitted is None else admitted
     model, device = _model(config_or_model, dtype)
     spec = spec_of(model, dtype=dtype, device=device, **sizes)
     for slot in (pipeline.admission, pipeline.selection, pipeline.eviction):
         slot.check(spec.layers, spec.model_kv_heads, spec.head_dim)
 
-    written, left = _global_tokens(pipeline, spec, tokens, admitted)
+    _check_admitted(pipeline, spec, admitted)
+    written, left = _global_tokens(pipeline, spec, tokens, admitted or 0.0)
     size, item = spec.page_size, spec.dtype.itemsize
     pages, prompt_pages = (batch * int(((x + size - 1) // size).sum()) for x in (left, written))
     page_bytes = 2 * size * spec.head_dim * item
@@ -156,8 +167,25 @@ def _model(config_or_model: Any, dtype: torch.dtype | None) -> tuple[nn.Module, 
     return model, torch.device("cuda")
 
 
+def _check_admitted(pipeline: CachePipeline, spec: CacheSpec, admitted: float | None) -> None:
+    deciding = [pipeline.admission.at(n) for n in range(spec.layers)]
+    evictions = [pipeline.eviction.at(n) for n in range(spec.layers)]
+    deciding += [x.admission for x in evictions if isinstance(x, AtPromptEnd)]
+    learned = [type(p).__name__ for p in deciding if not isinstance(p, _BY_POSITION)]
+    if learned and admitted is None:
+        raise ValueError(
+            f"admitted: wanted the fraction of tokens that {learned[0]} admits, got None; it "
+            "depends on the text"
+        )
+    if not learned and admitted is not None:
+        raise ValueError(
+            f"admitted: what {type(deciding[0]).__name__} admits follows from positions; wanted "
+            f"None, got {admitted}"
+        )
+
+
 def _global_tokens(
-    pipeline: CachePipeline, spec: CacheSpec, tokens: int, admitted: float | None
+    pipeline: CachePipeline, spec: CacheSpec, tokens: int, admitted: float
 ) -> tuple[Tensor, Tensor]:
     """Global tokens `[L, Hkv]` of a sequence: written, and left when the prompt has ended."""
     shape = (spec.layers, spec.kv_heads)
@@ -180,20 +208,14 @@ def _global_tokens(
     return written, left
 
 
-def _count(
-    admission: Admission, spec: CacheSpec, layer: int, far: int, admitted: float | None
-) -> Tensor:
+def _count(admission: Admission, spec: CacheSpec, layer: int, far: int, admitted: float) -> Tensor:
     """Tokens `[Hkv]` that each head of a layer admits of the first `far`."""
     if isinstance(admission, _BY_POSITION):
         keys = torch.zeros(1).expand(spec.kv_heads, far, spec.head_dim)
         bounds = torch.tensor([0, far], dtype=torch.int32)
-        write = Write(keys, keys, torch.arange(far), bounds, layer, range(spec.kv_heads))
+        heads = range(spec.head_offset, spec.head_offset + spec.kv_heads)
+        write = Write(keys, keys, torch.arange(far), bounds, layer, heads)
         return admission.admit(write).sum(1)
-    if admitted is None:
-        raise ValueError(
-            f"admitted: wanted the fraction of tokens that {type(admission).__name__} admits, "
-            "which depends on the text; got None"
-        )
     return torch.full((spec.kv_heads,), round(admitted * far))
 
 

@@ -14,9 +14,8 @@ from ...store import CacheState
 class Plan:
     """How the columns of one forward map to the pipeline's packed or decode layout.
 
-    `prompt` and `decode` are numbers of columns; a forward that crosses the end of a prompt (the first
-    verify call of assisted decoding) has both. `index` `[T]` picks the real tokens of the prompt
-    columns out of `[B * prompt]`; None when all are real.
+    `prompt` and `decode` are numbers of columns; one of them is 0. `index` `[T]` picks the real
+    tokens of the prompt columns out of `[B * prompt]`; None when all are real.
     """
 
     batch: int

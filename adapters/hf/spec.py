@@ -25,7 +25,8 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     family = getattr(decoder.config, "model_type", None)
     if family not in FAMILIES:
         raise UnsupportedError(
-            f"model: {type(model).__name__} has model_type {family!r}; the adapters serve {', '.join(FAMILIES)}"
+            f"model: {type(model).__name__} has model_type {family!r}; the adapters serve "
+            f"{', '.join(FAMILIES)}"
         )
     found = [m for m in decoder.modules() if hasattr(m, "k_proj") and hasattr(m, "layer_idx")]
     found.sort(key=lambda m: m.layer_idx)
@@ -48,32 +49,41 @@ def head_dim_of(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def _shard(weight: Any) -> tuple[int, int]:
+    """Which part of a tensor-parallel weight's rows this rank holds, and of how many."""
+    for axis, placement in enumerate(getattr(weight, "placements", ())):
+        if placement.is_shard(0) and weight.device_mesh.size(axis) > 1:
+            return weight.device_mesh.get_local_rank(axis), weight.device_mesh.size(axis)
+    return 0, 1
+
+
 def spec_of(
     model: nn.Module,
     *,
-    heads: int | None = None,
-    kv_heads: int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     **sizes: int,
 ) -> CacheSpec:
-    """The cache sizes of `model`.
+    """The cache sizes of `model`; under tensor parallelism those of this rank's heads.
 
-    Head counts are the config's unless given: under tensor parallelism a rank holds fewer. `sizes`
-    passes `page_size`, `rollback` and `interval` on.
+    `sizes` passes `page_size`, `rollback` and `interval` on.
     """
     attention = attention_modules(model)
     config = decoder_of(model).config
     weight = next(p for p in model.parameters() if p.is_floating_point())
     sliding = sliding_windows(model)
+    part, parts = _shard(attention[0].k_proj.weight)
+    kv_heads = config.num_key_value_heads // parts
     return CacheSpec(
         layers=len(attention),
-        heads=heads or config.num_attention_heads,
-        kv_heads=kv_heads or config.num_key_value_heads,
+        heads=config.num_attention_heads // parts,
+        kv_heads=kv_heads,
         head_dim=head_dim_of(config),
         dtype=dtype or weight.dtype,
         device=device or weight.device,
         scale=attention[0].scaling,
         sliding=sliding if any(w is not None for w in sliding) else (),
+        head_offset=part * kv_heads,
+        all_kv_heads=config.num_key_value_heads,
         **sizes,
     )

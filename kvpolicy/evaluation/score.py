@@ -155,11 +155,14 @@ def score_example(
     if not question_in_prompt:
         session.end_prompt()
     return tuple(
-        _answer(session.fork(), question, question_in_prompt) for question in example.questions
+        ask(session.fork(), question, question_in_prompt=question_in_prompt)
+        for question in example.questions
     )
 
 
-def _answer(session: Session, question: Question, question_in_prompt: bool) -> AnswerScore:
+@torch.no_grad()
+def ask(session: Session, question: Question, *, question_in_prompt: bool = True) -> AnswerScore:
+    """Asks one question in a session that holds its context, and goes on with it."""
     asked = torch.tensor(question.question_ids)
     if question_in_prompt:
         logits = session.prefill(asked)

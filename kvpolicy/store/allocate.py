@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import attrs
 import torch
 
 from ..admission._base import Admission
@@ -27,8 +28,9 @@ def allocate(
     eviction: Eviction,
 ) -> CacheState:
     """A CacheState with placed policies, rings and one page pool; no pages are in use."""
+    device = torch.empty(0, device=spec.device).device  # "cuda" becomes the current device
+    spec = attrs.evolve(spec, device=device)
     state = CacheState(spec, ops, batch)
-    device = spec.device
     state.lengths_on[device] = torch.zeros(batch, dtype=torch.int64, device=device)
     state.active_on[device] = torch.ones(batch, dtype=torch.bool, device=device)
     state.cu_one[device] = torch.arange(batch + 1, dtype=torch.int32, device=device)

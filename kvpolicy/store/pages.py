@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .state import CacheState
 
 SLAB_PAGES = 64
-EXTENT_PAGES = 8192  # largest single allocation, so that trimming gives memory back in small pieces
+EXTENT_PAGES = 1024  # a single allocation is at most this or 1/32 of the pool: trimming drops whole ones
 UNIT = 16  # elements; slab offsets are multiples of it
 
 
@@ -117,8 +117,9 @@ class PagePool:
             self._grow_moving(missing)
         else:
             while missing > 0:
-                self._grow_appending(-(-min(missing, EXTENT_PAGES) // SLAB_PAGES) * SLAB_PAGES)
-                missing -= EXTENT_PAGES
+                largest = max(EXTENT_PAGES, self.capacity // 32 // SLAB_PAGES * SLAB_PAGES)
+                self._grow_appending(-(-min(missing, largest) // SLAB_PAGES) * SLAB_PAGES)
+                missing -= largest
         self._views()
 
     def _most(self) -> int | None:
@@ -207,7 +208,7 @@ class PagePool:
             capacity = wanted
         else:
             capacity, kept = self.extents[0][0].shape[0], 1
-            while capacity < wanted:
+            while capacity < wanted and kept < len(self.extents):
                 capacity += self.extents[kept][0].shape[0]
                 kept += 1
         if capacity >= self.capacity:

@@ -155,6 +155,10 @@ EVICTIONS = {
     "at_end_gate": lambda s: AtPromptEnd(gate(s, seed=2)),
     "at_end_local": lambda s: AtPromptEnd(LocalAttention(window=s.window, sinks=s.room - 2)),
     "per_layer": lambda s: per_layer(snap(s.kept), {0: AtPromptEnd(RandomGate(sparsity=0.2))}),
+    "per_layer_decode": lambda s: per_layer(snap(s.kept, when="decode"), {0: snap(s.kept)}),
+    "per_layer_mixed": lambda s: per_layer(
+        snap(s.kept, when="decode"), {0: AtPromptEnd(RandomGate(sparsity=0.2))}
+    ),
 }
 
 
@@ -168,6 +172,11 @@ def build(sizes, admission="all", selection="all", eviction="none"):
     )
 
 
+NAMES = (sorted(ADMISSIONS), sorted(SELECTIONS), sorted(EVICTIONS))
+# Scores of SnapKV are sums of exponentials: in float64 the order of summation decides nothing.
+EXACT = (torch.float64,)
+SMALL = (1, 2, 4, 8)
+seeds = st.integers(0, 2**16)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 

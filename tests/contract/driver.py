@@ -41,6 +41,16 @@ def random_cuts(rows, seed, longest):
     return calls
 
 
+def streams_of(sizes, rows, extra, seed):
+    return [stream(sizes.spec, n + extra, 100 * seed + row) for row, n in enumerate(rows)]
+
+
+def feed(run, rows, seed, longest):
+    for cut in random_cuts(rows, seed, longest):
+        run.prompt(cut)
+    run.end_prompt()
+
+
 class Run:
     """A cache beside one oracle per sequence and layer.
 
@@ -112,7 +122,7 @@ class Run:
             step = self.spec.interval
             for row, old in enumerate(before):
                 if self.state.active[row] and self.at[row] // step > old // step:
-                    self.evict(row)
+                    self.evict(row, decoding=True)
 
     def columns(self, row, layer, valid):
         """A row's tokens in its real columns and garbage in the others."""
@@ -167,8 +177,8 @@ class Run:
                 self.evict(row)
         self.pending = [0] * len(self.pending)
 
-    def evict(self, row):
-        if self.oracles[row] is not None and evict(self.oracles[row]):
+    def evict(self, row, decoding=False):
+        if self.oracles[row] is not None and evict(self.oracles[row], decoding):
             self.floor[row] = self.at[row]
 
     def check(self):

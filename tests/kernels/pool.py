@@ -136,10 +136,13 @@ def randn(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def assert_within_budget(got: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """The kernel's error against float64 is at most twice the eager one's, plus rounding."""
+    """The kernel's error against float64 is at most twice the eager one's, plus rounding.
+
+    Rounding is one unit for the result and one for the reduction over splits.
+    """
     assert got.shape == exact.shape
     assert torch.isfinite(got).all()
-    rounding = torch.finfo(got.dtype).eps * exact.abs().max().item()
+    rounding = 2 * torch.finfo(got.dtype).eps * exact.abs().max().item()
     error = (got.double() - exact).abs().max().item()
     allowed = 2 * (eager.double() - exact).abs().max().item() + rounding
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"

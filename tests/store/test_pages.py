@@ -201,3 +201,22 @@ def test_limit_raises_and_changes_nothing(pool):
     assert pool.take(6).numel() == 6
     pool.promise(holder, 4)
     assert pool.used + pool.available == most == pool.capacity - 1
+
+
+def test_a_cache_may_go_while_pages_move(pool, monkeypatch):
+    """A collector may run inside `trim`; the pages of what it collects are freed all the same."""
+    pool.take(5 * SLAB_PAGES)
+    ids = (pool.refs > 0).nonzero()[:, 0].int()
+    gone, stays = (Holder(pool, ids[None, -n:][:, :10].clone()) for n in (10, 20))
+    pool.holders.update({gone: 0, stays: 0})
+    pool.release(ids[:-20])
+    move = pool._ops_copy
+
+    def collect(source, target):
+        move(source, target)
+        pool.holders.pop(gone)
+        pool.orphans.append(gone.table)
+
+    monkeypatch.setattr(pool, "_ops_copy", collect)
+    pool.trim()
+    assert_counts(pool, stays.table.flatten().tolist())

@@ -1,0 +1,133 @@
+"""One forward of an attached model: planned before its first layer, committed after its last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...engine import close_call
+from ...errors import UnsupportedError
+from ...store.rollback import abort
+from .cache import KVPolicyCache
+from .plan import plan_decode, plan_prompt
+
+POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values")  # a decoder's first
+
+
+def inputs_of(kwargs: dict[str, Any]) -> Tensor:
+    """Token ids or embeddings `[B, S, ...]` of a decoder's forward."""
+    found = kwargs.get("inputs_embeds")
+    found = kwargs.get("input_ids") if found is None else found
+    if found is None:
+        raise ValueError("input_ids: wanted token ids, or inputs_embeds, got neither")
+    return found
+
+
+def open_forward(cache: KVPolicyCache, batch: int, columns: int, mask: Tensor | None) -> None:
+    """Plans a forward and opens the call on the cache's state."""
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        raise UnsupportedError(
+            "attention_mask: wanted a 2D mask of real tokens [B, columns]; custom 4D masks are not "
+            "served"
+        )
+    mask = None if mask is None else mask[:, -columns:]
+    if mask is not None and mask.shape != (batch, columns):
+        raise ValueError(
+            f"attention_mask: wanted at least [{batch}, {columns}], got {list(mask.shape)}"
+        )
+    state = cache.ensure_state(batch)
+    if cache.phase == "prompt":
+        plan, lengths = plan_prompt(batch, columns, mask)
+        cache.pipeline.begin(state, lengths, "prompt")
+    else:
+        if cache.recording:  # what was due at the last commit: candidates are taken back by now
+            cache.pipeline.maintain(state)
+        plan, lengths, valid = plan_decode(batch, columns, mask)
+        cache.pipeline.begin(state, lengths, "decode", valid=valid)
+    cache.plan = plan
+
+
+def true_positions(cache: KVPolicyCache, device: torch.device) -> Tensor:
+    """Position ids `[B, S]` of the open forward: each sequence's real tokens from 0."""
+    state, plan = cache.state, cache.plan
+    assert state is not None and plan is not None
+    start = state.lengths_on[next(iter(state.lengths_on))].to(device)[:, None]
+    columns = plan.prompt + plan.decode
+    if plan.valid is None:
+        return start + torch.arange(columns, device=device)
+    return (start - 1 + plan.valid.to(device).long().cumsum(1)).clamp(min=0)
+
+
+def close_forward(cache: KVPolicyCache, failed: bool) -> None:
+    """Commits the call, or takes it back."""
+    plan, cache.plan = cache.plan, None
+    state = cache.state
+    assert plan is not None and state is not None
+    if failed:
+        abort(state)
+        if not cache.chunks:
+            cache.state = cache.graph = None  # as before the first forward
+        return
+    if cache.capturing:
+        close_call(state)
+        return
+    valid = plan.valid
+    if plan.decode and not all(state.active):
+        active = torch.tensor(state.active)[:, None].expand(plan.batch, plan.decode)
+        valid = active if valid is None else valid & active
+    if plan.decode and cache.recording:
+        close_call(state)
+    else:
+        cache.pipeline.commit(state)
+    cache.saw(plan.prompt + plan.decode, valid)
+    if cache.phase == "prompt" and cache.boundary is not None and cache.columns >= cache.boundary:
+        cache.end_prompt()
+
+
+class Crossing:
+    """A forward that goes on past the end of the prompt: candidate tokens of assisted decoding.
+
+    It runs as two, so that the prompt ends in between. `finish` joins their outputs; `undo` takes
+    the prompt's forward back.
+    """
+
+    def __init__(self, decoder: nn.Module, cache: KVPolicyCache, kwargs: dict[str, Any]) -> None:
+        assert cache.boundary is not None
+        self.cache, self.before = cache, cache.fork()
+        head = cache.boundary - cache.columns
+        extra = inputs_of(kwargs).shape[1] - head
+        first, self.rest = dict(kwargs), dict(kwargs)
+        for name in ("input_ids", "inputs_embeds", "position_ids"):
+            if kwargs.get(name) is not None:
+                first[name], self.rest[name] = kwargs[name][:, :head], kwargs[name][:, head:]
+        if kwargs.get("attention_mask") is not None:
+            first["attention_mask"] = kwargs["attention_mask"][:, :-extra]
+        try:
+            self.head = decoder(**first)
+        except BaseException:
+            self.undo()
+            raise
+
+    @staticmethod
+    def needed(cache: KVPolicyCache, columns: int) -> bool:
+        return (
+            cache.phase == "prompt"
+            and cache.boundary is not None
+            and cache.columns < cache.boundary < cache.columns + columns
+        )
+
+    def finish(self, output: Any) -> Any:
+        """The output of one forward over all columns."""
+        head = self.head
+        output.last_hidden_state = torch.cat([head.last_hidden_state, output.last_hidden_state], 1)
+        if getattr(output, "hidden_states", None) is not None:
+            output.hidden_states = tuple(
+                torch.cat(pair, 1)
+                for pair in zip(head.hidden_states, output.hidden_states, strict=True)
+            )
+        return output
+
+    def undo(self) -> None:
+        self.cache.restore(self.before)

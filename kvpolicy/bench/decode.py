@@ -1,0 +1,183 @@
+"""Attention of a decoded token over ragged pages, all of them or those that Quest picks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..store.pages import PagePool
+from .context import Bench, Case, check
+from .data import ragged, stored, tokens_of
+from .rows import CheckFailed, Goal, Row
+from .timing import captured_ms, sets_for
+
+HEADS, KV_HEADS = 32, 8
+TARGETS = {8_000: 16e-3, 25_000: 34e-3, 100_000: 111e-3, 400_000: 430e-3}  # ms
+QUEST_BUDGET = 4096
+
+
+class Layer:
+    """Buffer sets of one layer: tables over one pool, and a ring and a query for each set."""
+
+    def __init__(self, bench: Bench, mean: int, page: int, quest: int = 0) -> None:
+        self.heads, self.kv_heads = bench.pick(HEADS, 4), bench.pick(KV_HEADS, 2)
+        self.dim, self.window = bench.pick(128, 32), bench.pick(256, 16)
+        self.lengths = ragged(mean, self.kv_heads)
+        self.bytes = 4 * self.dim * (sum(self.lengths) + self.kv_heads * self.window)
+        if quest:  # summaries, and the pages that are read
+            pages = sum(-(-n // page) for n in self.lengths)
+            self.bytes = 4 * self.dim * (pages + self.kv_heads * quest)
+        count = bench.pick(sets_for(self.bytes), 2)
+        self.pool, self.tables = stored(
+            bench, [self.lengths] * count, page, self.dim, summaries=bool(quest)
+        )
+        slots = self.window + 32
+        shape = (1, self.kv_heads, slots, self.dim)
+        self.rings = [(bench.randn(*shape), bench.randn(*shape)) for _ in self.tables]
+        self.queries = [bench.randn(1, self.heads, self.dim) for _ in self.tables]
+        self.now = torch.tensor([2 * mean + self.window], device=bench.device)
+        self.active = torch.ones(1, dtype=torch.bool, device=bench.device)
+
+    @property
+    def pages(self) -> Any:
+        return self.pool.pages
+
+    def attend(self, index: int, selected: Tensor | None = None) -> Tensor:
+        from ..kernels.paged_decode import paged_decode
+
+        return paged_decode(
+            self.queries[index], self.pages, *self.tables[index], *self.rings[index], self.now,
+            self.active, self.window, self.dim**-0.5, selected,
+        )  # fmt: skip
+
+    def choose(self, index: int, budget: int) -> Tensor:
+        from ..kernels.page_select import quest_select
+
+        table, counts = self.tables[index]
+        return quest_select(self.pages, table, counts, self.queries[index], budget, "max", 0, 1)
+
+    def check(self, name: str, index: int, selected: Tensor | None = None) -> None:
+        """Compares the shortest and the longest head with float64."""
+        out = self.attend(index, selected)
+        table, group = self.tables[index][0], self.heads // self.kv_heads
+        page, slots = self.pool.page_size, self.window + 32
+        back = (int(self.now) - torch.arange(slots, device=out.device)) % slots
+        ring = [x[0] for x in self.rings[index]]
+        for head in (0, self.kv_heads - 1):
+            used = -(-self.lengths[head] // page)
+            k, v, _ = tokens_of(self.pool, table[0, head, :used], self.lengths[head])
+            if selected is not None:
+                chosen = selected[0, head][selected[0, head] >= 0].long()
+                token = (chosen[:, None] * page + torch.arange(page, device=out.device)).flatten()
+                token = token[token < self.lengths[head]]
+                k, v = k[token], v[token]
+            k, v = (
+                torch.cat([x, r[head][back < self.window]]).double()
+                for x, r in zip((k, v), ring, strict=True)
+            )
+            q = self.queries[index][0, head * group : (head + 1) * group].double()
+            exact = (q @ k.T * self.dim**-0.5).softmax(-1) @ v
+            check(f"{name} head {head}", out[0, head * group : (head + 1) * group], exact)
+
+
+def ragged_decode(bench: Bench, case: str, mean: int, page: int) -> Iterator[Row]:
+    """Ragged paged decode inside a graph."""
+    layer = Layer(bench, bench.pick(mean, 40 + mean // 10_000), page)
+    for index in range(min(2, len(layer.tables))):
+        layer.check(case, index)
+    calls = _calls(layer.attend, len(layer.tables))
+    ms = captured_ms(calls, bench.device)
+    bench.shared["decode", mean, page] = ms
+    goals = [Goal(what="us", wanted=1e3 * TARGETS[mean], got=1e3 * ms)]
+    other = bench.shared.get(("decode", mean, 64))
+    if page == 16 and other is not None:
+        goals.append(Goal(what="of page 64", wanted=1.05, got=ms / other))
+    yield Row(
+        group="decode", name=case, value=1e3 * ms, unit="us", rate=layer.bytes / ms / 1e9,
+        rate_unit="TB/s", floor=1e3 * bench.floor_ms(moved=layer.bytes), goals=tuple(goals),
+        shape=f"{layer.heads}/{layer.kv_heads} heads of {layer.lengths[0]}-{layer.lengths[-1]}",
+        baseline="" if other is None or page == 64 else f"{ms / other:.3f}x page 64",
+        note=f"captured, {len(calls)} buffer sets",
+    )  # fmt: skip
+
+
+def quest(bench: Bench, case: str) -> Iterator[Row]:
+    """Quest: page scores, the best pages and attention over them, in one graph."""
+    mean, page = bench.pick(100_000, 320), 16
+    budget = bench.pick(QUEST_BUDGET, 80)
+    layer = Layer(bench, mean, page, quest=budget)
+    count = -(-(budget - layer.window) // page)
+    for index in range(min(2, len(layer.tables))):
+        selected = layer.choose(index, count)
+        _check_choice(layer, index, selected)
+        layer.check(case, index, selected)
+    sets = len(layer.tables)
+    choose = captured_ms(_calls(lambda i: layer.choose(i, count), sets), bench.device)
+    both = captured_ms(
+        _calls(lambda i: layer.attend(i, layer.choose(i, count)), sets), bench.device
+    )
+    full = captured_ms(_calls(layer.attend, sets), bench.device)
+    yield Row(
+        group="quest", name=case, value=1e3 * both, unit="us", rate=layer.bytes / both / 1e9,
+        rate_unit="TB/s", floor=1e3 * bench.floor_ms(moved=layer.bytes),
+        goals=(
+            Goal(what="us", wanted=32, got=1e3 * both),
+            Goal(what="of full decode", wanted=1 / 3, got=both / full),
+        ),
+        shape=f"{layer.kv_heads} heads of {layer.lengths[0]}-{layer.lengths[-1]}, budget {budget}",
+        baseline=f"{full / both:.2f}x full decode {1e3 * full:.4g} us",
+        note=f"scores and top-k {1e3 * choose:.4g} us, captured, {sets} buffer sets",
+    )  # fmt: skip
+
+
+def _check_choice(layer: Layer, index: int, selected: Tensor) -> None:
+    """No page left out may score more than one taken, rounding apart."""
+    table, group = layer.tables[index][0], layer.heads // layer.kv_heads
+    for head in (0, layer.kv_heads - 1):
+        used = -(-layer.lengths[head] // layer.pool.page_size)
+        summary = _summaries(layer.pool, table[0, head, :used])
+        low, high = summary.double().chunk(2, -1)
+        q = layer.queries[index][0, head * group : (head + 1) * group, None].double()
+        scores = torch.maximum(q * low, q * high).sum(-1).amax(0)
+        chosen = selected[0, head].long()
+        taken = torch.zeros_like(scores, dtype=torch.bool)
+        taken[chosen[chosen >= 0]] = True
+        wanted = min(selected.shape[2], used)
+        sure = scores.clone()
+        sure[-1] = float("inf")
+        slack = 1e-2 * float(scores.abs().max())
+        wrong = int(taken.sum()) != wanted or not bool(taken[-1])
+        if wanted < used:
+            wrong = wrong or float(sure[taken].min()) < float(sure[~taken].max()) - slack
+        if wrong:
+            raise CheckFailed(f"quest head {head}: not the best pages; not timed")
+
+
+def _summaries(pool: PagePool, ids: Tensor) -> Tensor:
+    found = tokens_of(pool, ids, ids.numel() * pool.page_size)[2]
+    assert found is not None
+    return found
+
+
+def _calls(call: Callable[[int], Any], sets: int) -> list[Callable[[], Any]]:
+    return [functools.partial(call, index) for index in range(sets)]
+
+
+def cases(bench: Bench) -> list[Case]:
+    found = []
+    for mean in (100_000, 400_000, 25_000, 8_000):
+        for page in (64, 16):
+            name = f"{mean // 1000}K page {page}"
+            run = functools.partial(_ragged_case, name, mean, page)
+            found.append(Case(group="decode", name=name, run=run, seconds=6))
+    name = "100K budget 4096"
+    found.append(Case(group="quest", name=name, run=lambda b: quest(b, name), seconds=8))
+    return found
+
+
+def _ragged_case(name: str, mean: int, page: int, bench: Bench) -> Iterator[Row]:
+    return ragged_decode(bench, name, mean, page)

@@ -1,0 +1,253 @@
+"""Attention of a prompt: the sparse kernel, the dense ones, and everything admitted."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import attrs
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..types import ADMITTED, Segments
+from .context import Bench, Case, check
+from .data import segments, stored
+from .rows import Goal, Row
+from .timing import median_ms
+
+HEADS, KV_HEADS, PAGE = 32, 8, 16
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Problem:
+    """Queries from `start` to `tokens`, with the tokens that left the window stored in pages."""
+
+    tokens: int
+    start: int
+    window: int
+    query: Tensor  # [Hq, Tq, D]
+    key: Tensor  # [Hkv, tokens, D]
+    value: Tensor
+    admitted: Tensor  # bool [Hkv, tokens]
+    recent: tuple[Tensor, Tensor, Tensor]  # keys, values and flags from the ring's first token on
+    segments: Segments
+    pages: Any
+    table: Tensor
+    counts: Tensor
+
+    @property
+    def scale(self) -> float:
+        return self.query.shape[2] ** -0.5
+
+    def pairs(self) -> int:
+        """Visible (query, key) pairs of all query heads."""
+        group = self.query.shape[0] // self.key.shape[0]
+        at = torch.arange(self.start, self.tokens)
+        near = int((at + 1).clamp(max=self.window).sum()) * self.query.shape[0]
+        j = torch.arange(self.tokens, device=self.admitted.device)
+        sees = (self.tokens - torch.maximum(j + self.window, torch.tensor(self.start))).clamp(min=0)
+        return near + group * int((self.admitted * sees).sum())
+
+    def check(self, name: str, out: Tensor) -> None:
+        """Compares rows at the beginning, in the middle and at the end with float64."""
+        if not bool(torch.isfinite(out).all()):
+            check(name, out, torch.zeros_like(out))
+        count, group = out.shape[1], out.shape[0] // self.key.shape[0]
+        size = min(32, count)
+        for first in {0, (count - size) // 2, count - size}:
+            i = torch.arange(first, first + size, device=out.device)[:, None] + self.start
+            j = torch.arange(int(i[-1]) + 1, device=out.device)
+            for head in (0, out.shape[0] - 1):
+                row = self.admitted[head // group, : j.numel()]
+                seen = (j <= i) & ((i - j < self.window) | row)
+                k, v = (x[head // group, : j.numel()].double() for x in (self.key, self.value))
+                scores = self.query[head, first : first + size].double() @ k.T * self.scale
+                exact = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v
+                check(f"{name} head {head} query {first}", out[head, first : first + size], exact)
+
+
+def problem(bench: Bench, tokens: int, rates: list[float], dim: int, start: int = 0) -> Problem:
+    """Random tokens of one sequence; head h admits a fraction `rates[h]` of them."""
+    from ..kernels import cache_write
+
+    heads, kv_heads = bench.pick(HEADS, 4), len(rates)
+    window = bench.pick(256, 16)
+    # As they leave a projection: [T, H, D], seen as [H, T, D].
+    query = bench.randn(tokens - start, heads, dim).transpose(0, 1)
+    key, value = (bench.randn(tokens, kv_heads, dim).transpose(0, 1) for _ in range(2))
+    rate = torch.tensor(rates, device=bench.device)[:, None]
+    admitted = torch.rand(kv_heads, tokens, device=bench.device) < rate
+    gone = admitted & (torch.arange(tokens, device=bench.device) < tokens - window)
+    held = gone.sum(1).tolist()
+    pool, [(table, counts)] = stored(bench, [[max(n, 1) for n in held]], PAGE, dim)
+    counts.copy_(gone.sum(1))
+    dest = torch.where(gone, gone.cumsum(1) - 1, -1).int()
+    at = torch.arange(tokens, dtype=torch.int32, device=bench.device)
+    cache_write.append(
+        pool.pages, table, key, value, at.expand(kv_heads, -1), dest, torch.zeros_like(at)
+    )
+    first = max(start - window, 0)
+    flags = admitted.to(torch.uint8) * ADMITTED
+    recent = [x[:, first:].contiguous() if first else x for x in (key, value, flags)]
+    return Problem(
+        tokens=tokens, start=start, window=window, query=query, key=key, value=value,
+        admitted=admitted, recent=(recent[0], recent[1], recent[2]), pages=pool.pages, table=table,
+        counts=counts, segments=segments(bench, start, tokens - start, tokens - first),
+    )  # fmt: skip
+
+
+def dense_calls(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], Any]]:
+    """Dense causal kernels on `[H, T, D]`: those that can be imported, by name."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    calls: dict[str, Callable[[], Any]] = {}
+    try:
+        flash = importlib.import_module("fa3_fwd_interface")
+        calls["FA3"] = lambda: flash.flash_attn_func(q, k, v, causal=True)
+    except ImportError:
+        pass
+    kinds = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FA2": SDPBackend.FLASH_ATTENTION}
+    for name, kind in kinds.items() if query.is_cuda else [("SDPA", SDPBackend.MATH)]:
+        calls[name] = functools.partial(_sdpa, kind, query[None], key[None], value[None])
+    return calls
+
+
+def _sdpa(kind: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    with sdpa_kernel(kind):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+def dense_ms(bench: Bench, tokens: int, dim: int) -> dict[str, float]:
+    """Times of the dense kernels at a length, measured once a run."""
+    key = ("dense", tokens, dim)
+    if key not in bench.shared:
+        heads, kv_heads = bench.pick(HEADS, 4), bench.pick(KV_HEADS, 2)
+        q = bench.randn(tokens, heads, dim).transpose(0, 1)
+        k, v = (bench.randn(tokens, kv_heads, dim).transpose(0, 1) for _ in range(2))
+        found = bench.shared[key] = {}
+        for name, call in dense_calls(q, k, v).items():
+            try:
+                found[name] = median_ms([call], bench.device)
+            except RuntimeError as error:  # a kernel that does not take these shapes
+                bench.say(f"dense {name}: {str(error).splitlines()[0]}")
+    return bench.shared[key]
+
+
+def dense_flops(bench: Bench, tokens: int, dim: int) -> float:
+    return 4.0 * dim * bench.pick(HEADS, 4) * tokens * (tokens + 1) / 2
+
+
+def _row(bench: Bench, case: str, p: Problem, ms: float, **more: Any) -> Row:
+    heads, queries, dim = p.query.shape
+    flops = 4.0 * dim * p.pairs()
+    held = int(p.counts.sum()) + p.recent[0].shape[0] * p.recent[0].shape[1]
+    moved = 2.0 * (2 * p.query.numel() + 2 * held * dim)
+    return Row(
+        group="prefill", name=case, value=ms, rate=flops / ms / 1e9, rate_unit="TFLOP/s",
+        shape=f"{queries} of {p.tokens} tokens, {heads}/{p.key.shape[0]} heads, D={dim}",
+        floor=bench.floor_ms(flops, moved), **more,
+    )  # fmt: skip
+
+
+def sparse(
+    bench: Bench, case: str, tokens: int, rates: list[float], dim: int, wanted: float
+) -> Iterator[Row]:
+    """The tile kernel on gathered rows; the gather is timed apart."""
+    from ..kernels import sparse_prefill as kernel
+
+    p = problem(bench, tokens, rates, dim)
+    shared = kernel.shared_memory(bench.device)
+    tile = kernel.choose_tile(kernel.dot_size(dim), p.query.element_size(), shared)
+    gather = lambda: kernel.gather(p.segments, p.pages, p.table, p.counts, p.window, tile)  # noqa: E731
+    far = gather()
+    attend = lambda: kernel.attend(  # noqa: E731
+        p.query, *p.recent, p.segments, p.counts, far, p.window, p.scale, tile
+    )
+    p.check(case, attend())
+    ms = median_ms([attend], bench.device)
+    dense = dense_ms(bench, tokens, dim)
+    rate = 4.0 * dim * p.pairs() / ms / 1e9
+    goals = [Goal(what="TFLOP/s", wanted=wanted, got=rate, at_most=False)] if wanted else []
+    if dim == bench.pick(64, 16) and "FA3" in dense:
+        own = dense_flops(bench, tokens, dim) / dense["FA3"] / 1e9
+        goals.append(Goal(what="TFLOP/s of FA3", wanted=0.85, got=rate / own, at_most=False))
+    if case == "131K 25%":
+        for name, times in {"FA3": 3.5, "cuDNN": 4.2, "FA2": 7.0}.items():
+            if name in dense:
+                got = dense[name] / ms
+                goals.append(Goal(what=f"x {name}", wanted=times, got=got, at_most=False))
+    against = ", ".join(f"{t / ms:.2f}x {name} {t:.4g} ms" for name, t in dense.items())
+    yield _row(bench, case, p, ms, goals=tuple(goals), baseline=against)
+    moved = 2.0 * 2 * 2 * int(p.counts.sum()) * dim
+    took = median_ms([gather], bench.device)
+    yield Row(
+        group="prefill", name=f"{case}: gather", value=took, rate=moved / took / 1e9,
+        rate_unit="TB/s", floor=bench.floor_ms(moved=moved), note="inside end-to-end times",
+    )  # fmt: skip
+
+
+def last_chunk(bench: Bench, case: str) -> Iterator[Row]:
+    """The last chunk of a long prompt, with the gather of its page prefix."""
+    from ..kernels import sparse_prefill as kernel
+
+    tokens, queries = bench.pick(131072, 192), bench.pick(8192, 64)
+    p = problem(bench, tokens, [0.25] * bench.pick(KV_HEADS, 2), bench.pick(128, 32), tokens - queries)
+    call = lambda: kernel.prefill_attention(  # noqa: E731
+        p.query, *p.recent, p.segments, p.pages, p.table, p.counts, p.window, p.scale
+    )
+    p.check(case, call())
+    ms = median_ms([call], bench.device)
+    rate = 4.0 * p.query.shape[2] * p.pairs() / ms / 1e9
+    goal = Goal(what="TFLOP/s", wanted=560, got=rate, at_most=False)
+    yield _row(bench, case, p, ms, goals=(goal,), note="gather included")
+
+
+def everything(bench: Bench, case: str) -> Iterator[Row]:
+    """Everything admitted: the call that the cache makes, against the dense kernels alone."""
+    from ..kernels import dense_prefill as kernel
+
+    tokens, dim = bench.pick(131072, 96), bench.pick(128, 32)
+    kv_heads = bench.pick(KV_HEADS, 2)
+    p = problem(bench, tokens, [1.0] * kv_heads, dim)
+    call = lambda: kernel.dense_prefill(  # noqa: E731
+        p.query, *p.recent[:2], p.segments, p.pages, p.table, p.scale
+    )
+    p.check(case, call())
+    ms = median_ms([call], bench.device)
+    dense = dense_ms(bench, tokens, dim)
+    name, best = min(dense.items(), key=lambda item: item[1])
+    goal = Goal(what=f"rate of {name}", wanted=0.95, got=best / ms, at_most=False)
+    yield _row(bench, case, p, ms, goals=(goal,), baseline=f"{best / ms:.3f}x {name} {best:.4g} ms")
+
+
+def cases(bench: Bench) -> list[Case]:
+    long, short = bench.pick(131072, 192), bench.pick(32768, 96)
+    dim, kv_heads = bench.pick(128, 32), bench.pick(KV_HEADS, 2)
+    full = kv_heads // 4 or 1
+    duo = [1.0] * full + [0.02] * (kv_heads - full)
+    plan = [
+        ("131K 25%", long, [0.25] * kv_heads, dim, 600),
+        ("131K 10%", long, [0.1] * kv_heads, dim, 560),
+        ("32K 25%", short, [0.25] * kv_heads, dim, 540),
+        ("32K 10%", short, [0.1] * kv_heads, dim, 0),
+        ("Duo shape 131K", long, duo, dim, 540),
+        ("head_dim 64 131K 25%", long, [0.25] * kv_heads, bench.pick(64, 16), 0),
+    ]
+    found = [
+        Case(group="prefill", name=name, run=functools.partial(_sparse_case, name, *rest))
+        for name, *rest in plan
+    ]
+    chunk = "last 8K chunk of 131K 25%"
+    found.insert(3, Case(group="prefill", name=chunk, run=lambda b: last_chunk(b, chunk)))
+    every = "everything admitted 131K"
+    found.append(Case(group="prefill", name=every, run=lambda b: everything(b, every)))
+    return found
+
+
+def _sparse_case(
+    name: str, tokens: int, rates: list[float], dim: int, wanted: float, bench: Bench
+) -> Iterator[Row]:
+    return sparse(bench, name, tokens, rates, dim, wanted)

@@ -1,0 +1,261 @@
+"""What attach changes, what detach restores, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib.util
+import weakref
+
+import pytest
+import torch
+import transformers
+from models import SIZES, gate, pipelines, prompt, tiny
+from transformers import DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from kvpolicy import CachePipeline, PhaseError, UnsupportedError
+from kvpolicy.adapters.hf import attach, detach, new_cache, spec_of
+
+PIPELINE = CachePipeline(window=5)
+
+
+def snapshot(model):
+    """Everything about a model that attaching could change."""
+    hooks = [name for name in model.__dict__ if "hook" in name]
+    found = {}
+    for name, module in model.named_modules():
+        found[name] = (
+            {key: id(value) for key, value in module.__dict__.items()},
+            {key: copy.copy(module.__dict__[key]) for key in hooks},
+            {key: id(value) for key, value in vars(type(module)).items()},
+        )
+    return found, copy.deepcopy(model.config.__dict__), copy.deepcopy(model.generation_config)
+
+
+def test_detach_restores_the_model(model):
+    before = snapshot(model)
+    attachment = attach(model, pipelines()["gate"])
+    assert snapshot(model) != before
+    model.generate(**prompt([9]), max_new_tokens=3)
+    attachment.detach()
+    assert snapshot(model) == before
+    attachment.detach()
+    attach(model, PIPELINE)
+    detach(model)
+    assert snapshot(model) == before
+    with pytest.raises(PhaseError, match="no pipeline is attached"):
+        detach(model)
+
+
+def test_an_exception_inside_restores_the_model(llama):
+    before = snapshot(llama)
+    with pytest.raises(KeyError), attach(llama, pipelines()["gate"]):
+        llama.model.layers[1].self_attn.o_proj.register_forward_hook(fail := Failing(KeyError()))
+        llama.generate(**prompt([9]), max_new_tokens=3)
+    llama.model.layers[1].self_attn.o_proj._forward_hooks.clear()
+    assert fail.count == 1
+    assert snapshot(llama) == before
+
+
+class Failing:
+    def __init__(self, error):
+        self.error, self.count = error, 0
+
+    def __call__(self, *args):
+        self.count += 1
+        raise self.error
+
+
+def test_a_failing_attach_changes_nothing(llama):
+    before = snapshot(llama)
+    with pytest.raises(ValueError, match="WriteGate|layers"):
+        attach(llama, CachePipeline(admission=gate(layers=3)))
+    with pytest.raises(TypeError, match="pipeline: wanted a CachePipeline"):
+        attach(llama, gate())
+    with pytest.raises(UnsupportedError, match="unknown sizes"):
+        attach(llama, PIPELINE, pages=3)
+    assert snapshot(llama) == before
+
+
+def test_a_wrapped_generate_comes_back(llama):
+    llama.generate = own = lambda *args, **kwargs: "own"
+    with attach(llama, PIPELINE):
+        assert llama.generate is not own
+    assert llama.generate is own
+
+
+def test_second_attach(llama):
+    with attach(llama, PIPELINE), pytest.raises(PhaseError, match="detach it first"):
+        attach(llama, PIPELINE)
+    with attach(llama, PIPELINE):
+        pass
+
+
+def test_nothing_keeps_a_dropped_model():
+    model = tiny()
+    attach(model, PIPELINE)
+    model.generate(**prompt([9]), max_new_tokens=3)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_other_models_are_refused():
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=50)
+    model = transformers.GPT2LMHeadModel(config)
+    before = snapshot(model)
+    with pytest.raises(UnsupportedError, match="gpt2.*llama, mistral, qwen2, qwen3"):
+        attach(model, PIPELINE)
+    assert snapshot(model) == before
+
+
+def test_a_cache_without_attach(llama):
+    cache = new_cache(llama, PIPELINE)
+    for run, options in ((llama.generate, {"max_new_tokens": 3}), (llama, {})):
+        with pytest.raises(PhaseError, match=r"inside attach\(model, pipeline\)"):
+            run(**prompt([9]), past_key_values=cache, **options)
+
+
+@pytest.mark.parametrize(
+    "options, error, match",
+    [
+        ({"past_key_values": DynamicCache()}, TypeError, "wanted a KVPolicyCache.*DynamicCache"),
+        ({"use_cache": False}, UnsupportedError, "use_cache=False"),
+        ({"custom_generate": lambda *a, **k: None}, UnsupportedError, "custom_generate"),
+        ({"prompt_lookup_num_tokens": 2}, ValueError, "batch_size = 1"),
+    ],
+)
+def test_refused_by_generate(llama, options, error, match):
+    with attach(llama, PIPELINE):
+        with pytest.raises(error, match=match):
+            llama.generate(**prompt([9, 9]), max_new_tokens=3, **options)
+        llama.generate(**prompt([9, 9]), max_new_tokens=3)
+
+
+def test_refused_by_forward(llama):
+    inputs = prompt([9, 9])
+    square = torch.ones(2, 1, 9, 9, dtype=torch.bool)
+    with attach(llama, PIPELINE):
+        for options, error, match in (
+            ({**inputs, "past_key_values": DynamicCache()}, TypeError, "DynamicCache"),
+            ({**inputs, "attention_mask": square}, UnsupportedError, "2D mask"),
+            ({**inputs, "attention_mask": torch.ones(2, 4)}, ValueError, "at least"),
+            ({"attention_mask": torch.ones(2, 9)}, ValueError, "input_ids"),
+        ):
+            with pytest.raises(error, match=match):
+                llama(**options)
+        wanted = llama(**inputs).logits
+        assert torch.equal(llama(**inputs, use_cache=False).logits, wanted)
+
+
+def test_a_cache_of_something_else(llama):
+    other = CachePipeline(window=6)
+    with attach(llama, PIPELINE):
+        with pytest.raises(ValueError, match="another pipeline"):
+            llama.generate(**prompt([9]), past_key_values=new_cache(llama, other))
+        with pytest.raises(ValueError, match="another model"):
+            llama(**prompt([9]), past_key_values=new_cache(tiny(layers=3), PIPELINE))
+
+
+def test_guidance_needs_phases(llama):
+    options = {"guidance_scale": 1.5, "max_new_tokens": 3}
+    with (
+        attach(llama, pipelines()["quest"]),
+        pytest.raises(UnsupportedError, match="guidance_scale"),
+    ):
+        llama.generate(**prompt([9]), **options)
+
+
+@torch.enable_grad()
+def test_gradients_are_refused(llama):
+    with attach(llama, PIPELINE):
+        llama.train()
+        with pytest.raises(UnsupportedError, match="inference only"):
+            llama(**prompt([9]))
+        llama.eval()
+        logits = llama(**prompt([9])).logits
+        with pytest.raises(UnsupportedError, match="detach it to compute gradients"):
+            logits.sum().backward()
+    llama(**prompt([9])).logits.sum().backward()
+
+
+def test_a_shared_config_is_noticed():
+    """Attention names live in the config: a second model of that config object must not run."""
+    model = tiny()
+    other = type(model)(model.config).eval()
+    plain = other(**prompt([9])).logits
+    with attach(model, PIPELINE), pytest.raises(UnsupportedError, match="copy of that config"):
+        other(**prompt([9]))
+    assert torch.equal(other(**prompt([9])).logits, plain)
+
+
+def test_two_models_at_once(llama, qwen3):
+    plain = [m.generate(**prompt([9]), max_new_tokens=5) for m in (llama, qwen3)]
+    with attach(llama, PIPELINE), attach(qwen3, pipelines()["gate"]):
+        assert torch.equal(llama.generate(**prompt([9]), max_new_tokens=5), plain[0])
+        qwen3.generate(**prompt([9]), max_new_tokens=5)
+    assert torch.equal(qwen3.generate(**prompt([9]), max_new_tokens=5), plain[1])
+
+
+def test_registered_names_stay_out_of_the_way(llama):
+    with attach(llama, PIPELINE):
+        name = llama.config._attn_implementation
+        assert name in ALL_MASK_ATTENTION_FUNCTIONS
+        assert not any(word in name for word in ("flash", "sdpa", "flex", "paged|", "/", ":"))
+
+
+def test_spec(model):
+    spec = spec_of(model, **SIZES)
+    assert (spec.layers, spec.heads, spec.kv_heads, spec.head_dim) == (2, 4, 2, 16)
+    assert spec.softmax_scale == model.model.layers[0].self_attn.scaling
+    wanted = {"mistral": (6, 6), "qwen2": (), "llama": (), "qwen3": ()}[model.config.model_type]
+    if getattr(model.config, "use_sliding_window", False):
+        wanted = (None, 6)
+    assert spec.sliding == wanted
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+def test_peft(llama):
+    import peft
+
+    wrapped = peft.get_peft_model(llama, peft.LoraConfig(target_modules=["q_proj", "k_proj"]))
+    check_wrapped(wrapped.eval())
+
+
+class Wrapper(torch.nn.Module):
+    """What PEFT's models look like from outside."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def get_base_model(self):
+        return self.base
+
+    def generate(self, *args, **kwargs):
+        return self.base.generate(*args, **kwargs)
+
+    def forward(self, *args, **kwargs):
+        return self.base(*args, **kwargs)
+
+
+def test_wrapped(qwen3):
+    check_wrapped(Wrapper(qwen3))
+
+
+def check_wrapped(model):
+    inputs = prompt([12, 9])
+    plain = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    before = snapshot_of_wrapped(model)
+    with attach(model, PIPELINE) as attachment:
+        assert torch.equal(plain, model.generate(**inputs, max_new_tokens=6, do_sample=False))
+        assert attachment.decoding.startswith("eager")
+        with pytest.raises(PhaseError, match="detach it first"):
+            attach(model.get_base_model(), PIPELINE)
+    assert snapshot_of_wrapped(model) == before
+
+
+def snapshot_of_wrapped(model):
+    return snapshot(model.get_base_model()), dict(model.__dict__)

@@ -1,0 +1,45 @@
+"""The end of a prompt: decoding waits for it, and what it drops is freed."""
+
+from __future__ import annotations
+
+import pytest
+from cases import EVICTIONS, EXACT, NAMES, SMALL, build, caches, seeds
+from driver import Run, streams_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvpolicy import PhaseError
+
+
+@pytest.mark.parametrize("eviction", [name for name in EVICTIONS if name != "none"])
+@settings(max_examples=3)
+@given(sizes=caches(dtypes=EXACT, page_sizes=SMALL), seed=seeds)
+def test_decoding_waits_for_the_prompt_end(eviction, sizes, seed):
+    rows = [sizes.length]
+    run = Run(build(sizes, eviction=eviction), sizes.spec, streams_of(sizes, rows, 1, seed))
+    run.prompt(rows)
+    with pytest.raises(PhaseError, match="end_prompt"):
+        run.decode()
+    run.end_prompt()
+    run.decode()
+    run.check()
+    run.check_effect()
+
+
+@settings(max_examples=20)
+@given(caches(dtypes=EXACT, page_sizes=SMALL), st.tuples(*map(st.sampled_from, NAMES)), seeds)
+def test_memory_is_freed(sizes, names, seed):
+    """Pages in use are those that the stored tokens fill; reserved ones stay few."""
+    pipeline = build(sizes, *names)
+    rows = [sizes.length, sizes.length + 6]
+    run = Run(pipeline, sizes.spec, streams_of(sizes, rows, 9, seed), oracle=False)
+    run.prompt(rows)
+    before = pipeline.report(run.state)
+    run.end_prompt()
+    after, pool = pipeline.report(run.state), next(iter(run.state.pools.values()))
+    size = sizes.spec.page_size
+    filled = sum(int((-(-layer.counts // size)).sum()) for layer in run.state.layers)
+    assert pool.used == filled
+    assert pool.available <= max(filled // 10, 64)
+    if not pipeline.eviction.neutral:
+        assert after.pages < before.pages
