@@ -10,7 +10,6 @@ after each step says what the cache holds.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +17,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-import kvpolicy
 from kvpolicy import CachePipeline, Quest, RandomGate, SnapKV, WriteGate
 from kvpolicy.adapters.hf import KVPolicyCache, attach, new_cache
 from kvpolicy.evaluation.tiny import tiny_llama
+from kvpolicy.pretrained import path
 
-GATE = "smollm2-135m-instruct-w64-keep25.safetensors"
+GATE = "smollm2-135m-instruct-w64-keep25"
 QUESTIONS = (
     "What is an expression statement?",
     "Which statement raises an exception?",
@@ -78,8 +77,7 @@ class Talk:
 def pipeline_for(smollm2: bool, budget: int) -> CachePipeline:
     """A gate writes, Quest reads, SnapKV holds every head to a budget."""
     if smollm2:
-        folder = Path(kvpolicy.__file__).parent / "pretrained"
-        gate: Any = WriteGate.from_pretrained(folder, GATE)
+        gate: Any = WriteGate.from_pretrained(path(GATE))
     else:
         gate = RandomGate(sparsity=0.5)
     return CachePipeline(

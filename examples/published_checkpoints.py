@@ -2,7 +2,7 @@
 
     python examples/published_checkpoints.py llama --text book.txt
     python examples/published_checkpoints.py qwen --text book.txt --tokens 100000
-    python examples/published_checkpoints.py llama --duo attn_patterns/Meta-Llama-3.1-8B-Instruct/NAME
+    python examples/published_checkpoints.py llama --text book.txt --duo PATTERN
     python examples/published_checkpoints.py llama --dry-run    # tiny model, random files, CPU
 
 Needs a GPU and access to the hub. Gates are files of the repository WG-KV/checkpoints; patterns

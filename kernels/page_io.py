@@ -17,7 +17,7 @@ _CHUNK = 2048  # elements of k and of v that one program moves
 def read_pages(pages: Pages, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Contents of pages `ids` (any shape `[...]`): k, v `[..., P, D]` and meta `[..., P]`."""
     size, dim = pages.k.shape[1:]
-    flat = ids.reshape(-1)
+    flat = ids.reshape(-1).contiguous()  # a reshaped column keeps its stride
     k, v = (torch.empty(*ids.shape, size, dim, dtype=x.dtype, device=x.device) for x in pages[:2])
     meta = torch.empty(*ids.shape, size, dtype=pages.meta.dtype, device=pages.meta.device)
     if flat.numel():
@@ -111,7 +111,7 @@ def read_summary(pages: Pages, ids: Tensor) -> Tensor:
     """Summaries `[..., S]` of pages `ids` `[...]`."""
     assert pages.summary is not None
     width = pages.summary.shape[1]
-    flat = ids.reshape(-1)
+    flat = ids.reshape(-1).contiguous()  # a reshaped column keeps its stride
     out = torch.empty(*ids.shape, width, dtype=pages.summary.dtype, device=ids.device)
     if flat.numel():
         with on(out):

@@ -17,7 +17,6 @@ BACKENDS = ("auto", "reference", "triton")
 _KERNELS = {
     "append": "cache_write",
     "decode_write": "cache_write",
-    "move": "compact",
     "dense_prefill": "dense_prefill",
     "copy_pages": "page_io",
     "read_pages": "page_io",

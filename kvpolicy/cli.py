@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +24,7 @@ app = typer.Typer(
 SMOLLM2 = "smollm2"
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """dtypes of a cache."""
 
     bfloat16 = "bfloat16"
@@ -32,7 +32,7 @@ class Dtype(str, Enum):
     float32 = "float32"
 
 
-class Objective(str, Enum):
+class Objective(StrEnum):
     """Objectives of pattern training."""
 
     duo = "duo"

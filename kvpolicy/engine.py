@@ -1,14 +1,12 @@
-"""What happens in a call: decide, write, choose, attend, drop."""
+"""What happens in a call: decide, write, choose, attend."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .budget import TotalCap, keep_best
 from .eviction import AtPromptEnd
 from .reference.page_select import combine_group
-from .store import compaction
 from .store.dual_cache import (
     layer_segments,
     recent,
@@ -241,73 +239,6 @@ def select(state: CacheState, layer: LayerStore, query: Tensor) -> Tensor | None
         )
     scores = combine_group(scores, policy.group)
     return state.ops.top_pages(scores, layer.counts, size, budget, policy.first, policy.last)
-
-
-def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
-    """One eviction for the sequences `rows`; all scores come before the first drop.
-
-    While `decoding`, only layers whose policy evicts then take part.
-    """
-    keeps: list[tuple[LayerStore, Tensor]] = []
-    targets = _capped_lengths(state, rows)
-    for layer in state.layers:
-        policy = layer.eviction
-        if layer.slides or policy.neutral or (decoding and policy.when != "decode"):
-            continue
-        allowed = None
-        if policy.budget is not None and not isinstance(policy.budget, TotalCap):
-            allowed = [
-                policy.budget.allowed(length, layer.window, layer.index, state.spec.layers)
-                if on
-                else 0
-                for length, on in zip(state.lengths, rows, strict=True)
-            ]
-        if not int(layer.counts.max()):
-            continue
-        view = compaction.view(state, layer)
-        scores = policy.score(view)
-        if scores.shape != view.valid.shape or bool(scores.isnan().any()):
-            raise ValueError(
-                f"{type(policy).__name__}.score: wanted {list(view.valid.shape)} without NaN, got "
-                f"{list(scores.shape)}{' with NaN' if scores.isnan().any() else ''}"
-            )
-        keep = view.valid & (scores > float("-inf"))
-        if targets is not None:
-            amount = torch.tensor([row[layer.index] for row in targets], device=keep.device)
-            keep = keep & keep_best(scores, view.valid, amount)
-        elif allowed is not None and policy.budget is not None:
-            amount = torch.tensor(allowed, device=keep.device)
-            keep = keep & policy.budget.keep(scores, view.valid, amount)
-        keep = keep | ~torch.tensor(rows, device=keep.device)[:, None, None]
-        keeps.append((layer, keep))
-        del view, scores
-    changed = [False] * state.batch
-    for layer, keep in keeps:
-        gone = compaction.drop(state, layer, keep)
-        changed = [was or n > 0 for was, n in zip(changed, gone, strict=True)]
-    for layer in state.layers:
-        if isinstance(layer.eviction, AtPromptEnd) and not (layer.slides or decoding):
-            compaction.forget_unmarked(layer, torch.tensor(rows, device=layer.ring_flags.device))
-            changed = rows
-    for row, on in enumerate(rows):
-        if on:
-            state.checked[row] = state.lengths[row]
-            state.floor[row] = state.lengths[row] if changed[row] else state.floor[row]
-    state.steps_reserved = 0
-    for pool in state.pools.values():
-        pool.trim()
-
-
-def _capped_lengths(state: CacheState, rows: list[bool]) -> list[list[list[int]]] | None:
-    """Tokens that TotalCap leaves, `[row][layer][head]`; None without such a cap."""
-    capped = [x for x in state.layers if isinstance(x.eviction.budget, TotalCap)]
-    if not capped:
-        return None
-    budget = capped[0].eviction.budget
-    assert isinstance(budget, TotalCap)
-    counts = [layer.counts.tolist() for layer in state.layers]
-    per_row = [[layer[row] for layer in counts] for row in range(state.batch)]
-    return [budget.lengths(c) if on else c for c, on in zip(per_row, rows, strict=True)]
 
 
 def _heads(state: CacheState) -> range:

@@ -13,8 +13,9 @@ from . import engine
 from ._validate import one_of
 from .admission import Admission, AdmitAll
 from .backend import BACKENDS, ops, resolve
-from .budget import TotalCap
-from .errors import PhaseError
+from .budget import Adaptive, TotalCap
+from .errors import PhaseError, UnsupportedError
+from .evicting import evict
 from .eviction import Eviction, KeepAll
 from .selection import SelectAll, Selection
 from .spec import CacheSpec
@@ -81,12 +82,14 @@ class CachePipeline:
         )
 
     def check(self, spec: CacheSpec) -> None:
-        """Raises ValueError if a policy does not fit `spec`."""
+        """Raises ValueError or UnsupportedError if a policy does not fit `spec`."""
         for slot in (self.admission, self.selection, self.eviction):
             slot.check(spec.layers, spec.model_kv_heads, spec.head_dim)
         for layer in range(spec.layers):
             for policy in (self.selection.at(layer), self.eviction.at(layer)):
                 _check_budget(policy, self.window)
+            if spec.kv_heads < spec.model_kv_heads:
+                _check_shard(self.eviction.at(layer))
 
     def begin(
         self,
@@ -98,8 +101,9 @@ class CachePipeline:
         """Opens a call that adds `lengths[b]` real tokens to each sequence.
 
         `phase` is "prompt" (queries read all that is visible) or "decode" (every query selects for
-        itself). A decode call of several columns names its real tokens by `valid` `[B, T]`. Reserves
-        what decoding needs, so that capacity errors come before any layer writes.
+        itself). A decode call of several columns names its real tokens by `valid` `[B, T]`. Evicts if
+        that is due, and reserves what decoding needs, so that capacity errors come before any layer
+        writes.
         """
         if phase not in PHASES:
             raise ValueError(f"phase: wanted one of {', '.join(PHASES)}, got {phase!r}")
@@ -117,6 +121,7 @@ class CachePipeline:
                 raise ValueError(f"valid: wanted for a decode call that adds {list(lengths)}, got None")
         elif valid is not None and (valid.ndim != 2 or valid.shape[0] != state.batch):
             raise ValueError(f"valid: wanted [{state.batch}, T], got {list(valid.shape)}")
+        self.maintain(state)
         engine.open_call(state, tuple(lengths), phase, valid)
 
     def attend(
@@ -143,15 +148,19 @@ class CachePipeline:
         return attend(state, layer, query, key, value, key_pre, hidden)
 
     def commit(self, state: CacheState) -> None:
-        """Closes the call: lengths become current and due evictions happen."""
+        """Closes the call: lengths become current, and evictions that are due happen.
+
+        After a decode call of several columns they wait for the next `begin`, so that refused
+        candidates can be taken back by `crop`. One that a cap stops stays due as well.
+        """
         if state.call is None:
             raise PhaseError("commit: no call is open")
-        phase, added = state.call.phase, state.call.added
+        phase, added, valid = state.call.phase, state.call.added, state.call.valid
         engine.close_call(state)
         if phase == "prompt":
             acts = not self.eviction.neutral
             state.pending = [was or (acts and n > 0) for was, n in zip(state.pending, added, strict=True)]
-        else:
+        elif valid is None:
             self.maintain(state)
 
     def abort(self, state: CacheState) -> None:
@@ -163,14 +172,14 @@ class CachePipeline:
         if state.call is not None:
             raise PhaseError("end_prompt: a call is in flight; commit or abort it first")
         if state.pending_end:
-            engine.evict(state, state.pending)
+            evict(state, state.pending)
             state.pending = [False] * state.batch
 
     def maintain(self, state: CacheState) -> None:
         """Evicts for sequences that have decoded another `interval` tokens, if the policy decodes."""
         due = self.due(state)
         if due:
-            engine.evict(state, due, decoding=True)
+            evict(state, due, decoding=True)
 
     def due(self, state: CacheState) -> list[bool]:
         """The sequences for which `maintain` would evict now; empty if there is none."""
@@ -178,14 +187,27 @@ class CachePipeline:
             return []
         interval = state.spec.interval
         rows = [
-            on and length // interval > checked // interval
-            for on, length, checked in zip(state.active, state.lengths, state.checked, strict=True)
+            on and not pending and length // interval > checked // interval
+            for on, pending, length, checked in zip(
+                state.active, state.pending, state.lengths, state.checked, strict=True
+            )
         ]
         return rows if any(rows) else []
 
     def report(self, state: CacheState) -> Report:
         """What took effect and what it costs in bytes."""
         return report(state)
+
+
+def _check_shard(eviction: Eviction) -> None:
+    budget: Any = eviction.budget
+    while budget is not None:
+        if isinstance(budget, Adaptive | TotalCap):
+            raise UnsupportedError(
+                f"{type(eviction).__name__}.budget: {type(budget).__name__} shares tokens between "
+                "KV heads, but a tensor-parallel rank sees only its own"
+            )
+        budget = getattr(budget, "base", None)
 
 
 def _check_budget(policy: Any, window: int) -> None:

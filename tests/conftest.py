@@ -26,6 +26,11 @@ settings.register_profile(
 settings.load_profile("suite")
 torch.set_num_threads(1)
 
+# torch remembers its constructors at the first use of a device context: now, before `poisoned`
+# replaces some, or models meant for the meta device would take real memory.
+with torch.device("meta"):
+    torch.empty(0)
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:

@@ -27,7 +27,7 @@ LAYERS = (
 )
 POLICIES = ("admission", "selection", "eviction")
 # Programs and experiments on real models; everything else outside adapters is the core.
-OUTSIDE_CORE = ("adapters", "training", "evaluation", "cli")
+OUTSIDE_CORE = ("adapters", "bench", "training", "evaluation", "cli")
 
 
 def run_fresh(code: str, cwd: Path = ROOT) -> str:

@@ -35,7 +35,7 @@ class Attachment:
     instance attribute, `generate`; `detach` takes exactly these back.
     """
 
-    def __init__(self, model: nn.Module, pipeline: CachePipeline, **sizes: int) -> None:
+    def __init__(self, model: Any, pipeline: CachePipeline, **sizes: int) -> None:
         if not isinstance(pipeline, CachePipeline):
             raise TypeError(f"pipeline: wanted a CachePipeline, got {type(pipeline).__name__}")
         layers = attention_modules(model)
@@ -46,7 +46,7 @@ class Attachment:
         self.spec = new_cache(model, pipeline, **sizes).spec
         pipeline.check(self.spec)
         self.decoder = decoder
-        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.lock = threading.Lock()  # of owner
         self.owner: threading.Thread | None = None
         self.held = False  # by a generate in progress
@@ -165,7 +165,7 @@ class Attachment:
                 self._claim()
                 kwargs, self.crossing = crossing.rest, crossing
                 ids = inputs_of(kwargs)
-            open_forward(cache, *ids.shape[:2], kwargs.get("attention_mask"))
+            open_forward(cache, ids.shape[0], ids.shape[1], kwargs.get("attention_mask"))
             self.cache = cache
             if cache.counts_positions or kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = true_positions(cache, ids.device)

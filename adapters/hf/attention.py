@@ -35,7 +35,7 @@ def attention(
         )
     cache = key.cache
     state, plan = cache.state, cache.plan
-    if plan is None:
+    if plan is None or state is None:
         raise PhaseError("attention outside a forward of the attached model's decoder")
     batch, _, columns, dim = query.shape
     kv_heads = key.key.shape[1]

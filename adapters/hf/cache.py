@@ -91,7 +91,7 @@ class KVPolicyCache(Cache):
 
     def __init__(self, model: nn.Module, pipeline: CachePipeline, **sizes: int) -> None:
         self.pipeline, self.sizes = pipeline, sizes
-        self.spec = spec_of(model, **sizes)
+        self.spec = spec_of(model, **dict[str, Any](sizes))
         self.state: CacheState | None = None
         self.phase = "prompt"
         self.boundary: int | None = None  # column where the prompt that `generate` announced ends
@@ -193,6 +193,7 @@ class KVPolicyCache(Cache):
         if before.state is None:
             self.state = self.graph = None
         else:
+            assert self.state is not None
             adopt(self.state, before.state)
 
     def reset(self) -> None:

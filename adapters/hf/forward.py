@@ -77,11 +77,14 @@ def close_forward(cache: KVPolicyCache, failed: bool) -> None:
     if plan.decode and not all(state.active):
         active = torch.tensor(state.active)[:, None].expand(plan.batch, plan.decode)
         valid = active if valid is None else valid & active
-    if plan.decode and cache.recording:
-        close_call(state)
-    else:
-        cache.pipeline.commit(state)
-    cache.saw(plan.prompt + plan.decode, valid)
+    try:
+        if plan.decode and cache.recording:
+            close_call(state)
+        else:
+            cache.pipeline.commit(state)
+    finally:
+        if state.call is None:  # an eviction may fail after the tokens are in
+            cache.saw(plan.prompt + plan.decode, valid)
     if cache.phase == "prompt" and cache.boundary is not None and cache.columns >= cache.boundary:
         cache.end_prompt()
 

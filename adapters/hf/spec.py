@@ -13,13 +13,13 @@ from ...spec import CacheSpec
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
-def decoder_of(model: nn.Module) -> nn.Module:
+def decoder_of(model: Any) -> Any:
     """The decoder stack of a causal language model, through wrappers such as PEFT's."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return base.get_decoder() if hasattr(base, "get_decoder") else base
 
 
-def attention_modules(model: nn.Module) -> list[nn.Module]:
+def attention_modules(model: nn.Module) -> list[Any]:
     """Attention modules in layer order; raises UnsupportedError for models that are not served."""
     decoder = decoder_of(model)
     family = getattr(decoder.config, "model_type", None)

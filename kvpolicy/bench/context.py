@@ -31,7 +31,10 @@ class Bench:
     def measure_ceilings(self) -> list[Row]:
         """Sets `copy_rate` and `flop_rate`."""
         self.copy_rate, self.flop_rate = ceilings(self.device, self.quick)
-        rates = {"device copy": (self.copy_rate, "TB/s"), "bf16 product": (self.flop_rate, "TFLOP/s")}
+        rates = {
+            "device copy": (self.copy_rate, "TB/s"),
+            "bf16 product": (self.flop_rate, "TFLOP/s"),
+        }
         return [
             Row(group="ceilings", name=name, unit="", rate=rate / 1e12, rate_unit=unit)
             for name, (rate, unit) in rates.items()
@@ -62,15 +65,17 @@ def check(name: str, got: torch.Tensor, exact: torch.Tensor, limit: float = LIMI
     """Raises CheckFailed unless the relative error of `got` against `exact` is below `limit`."""
     error = float((got.double() - exact.double()).norm() / exact.double().norm())
     if not error < limit:
-        raise CheckFailed(f"{name}: relative error {error:.2e}, wanted below {limit:.0e}; not timed")
+        raise CheckFailed(
+            f"{name}: relative error {error:.2e}, wanted below {limit:.0e}; not timed"
+        )
 
 
 @attrs.frozen(kw_only=True)
 class Case:
-    """A benchmark: what it is called, about how many seconds it takes, and the function."""
+    """A benchmark: its name, the function, about how many seconds it takes; low `rank`s run first."""
 
     group: str
     name: str
     run: Callable[[Bench], Iterable[Row]]
     seconds: float = 10.0
-    needs_cuda: bool = False
+    rank: int = 50

@@ -19,8 +19,8 @@ class Goal:
     @property
     def verdict(self) -> str:
         """ "met", "short" (missed by at most 10 %) or "missed"."""
-        ratio = self.got / self.wanted if self.at_most else self.wanted / max(self.got, 1e-30)
-        return "met" if ratio <= 1 else "short" if ratio <= 1.1 else "missed"
+        low, high = (self.got, self.wanted) if self.at_most else (self.wanted, self.got)
+        return "met" if low <= high else "short" if low <= 1.1 * high else "missed"
 
     def __str__(self) -> str:
         sign = "<=" if self.at_most else ">="

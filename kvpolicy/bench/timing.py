@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 ROTATE = 256 << 20  # bytes that the buffer sets of a timed call cover together
+FLUSH = 1 << 30
 Call = Callable[[], Any]
 
 
@@ -22,21 +23,29 @@ def sets_for(bytes_of_one: int) -> int:
 def median_ms(
     calls: Sequence[Call], device: torch.device, before: Call | None = None, budget: float = 600.0
 ) -> float:
-    """Median milliseconds of one call after a warm-up; `before` runs untimed before each."""
-    one = _one_event if device.type == "cuda" else _one_clock
-    first = [one(call, before) for call in calls]
-    second = one(calls[0], before)
-    least = 3 if second > 100 else 10
-    repeats = least if device.type == "cpu" else int(budget / max(second, 1e-3))
-    repeats = 1 if device.type == "cpu" and first[0] > 20 else min(max(repeats, least), 100)
-    return statistics.median(one(call, before) for call in islice(cycle(calls), repeats))
+    """Median milliseconds of one call after a warm-up; `before` runs untimed before each.
+
+    `budget` is about how many milliseconds to spend. Without a GPU every call runs once.
+    """
+    if device.type != "cuda":
+        return statistics.median(_one_clock(call, before) for call in calls)
+    # Written before each call: empties the L2, and keeps the device busy while the host launches.
+    flush = torch.empty(FLUSH, dtype=torch.uint8, device=device)
+    for call in calls:
+        _one_event(call, before, flush)
+    once = _one_event(calls[0], before, flush)
+    repeats = min(max(int(budget / once), 3 if once > 100 else 10), 100)
+    return statistics.median(
+        _one_event(call, before, flush) for call in islice(cycle(calls), repeats)
+    )
 
 
-def _one_event(call: Call, before: Call | None) -> float:
+def _one_event(call: Call, before: Call | None, flush: torch.Tensor) -> float:
     if before is not None:
         before()
     torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.zero_()
     start.record()
     call()
     end.record()

@@ -56,6 +56,15 @@ class PlainSession:
         twin._cache = copy.deepcopy(self._cache)
         return twin
 
+    def held_bytes(self) -> int:
+        """Bytes of the cached keys and values."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._cache.layers)
+
+    def tokens_read(self) -> float:
+        """Tokens per head that the last decoded token read: all."""
+        return float(self._cache.get_seq_length())
+
+    @torch.no_grad()
     def _run(self, ids: Tensor, logits_to_keep: int) -> Tensor:
         ids = ids.to(self._model.device)[None]
         out = self._model(input_ids=ids, past_key_values=self._cache, logits_to_keep=logits_to_keep)

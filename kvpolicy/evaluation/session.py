@@ -45,8 +45,6 @@ class PipelineSession:
 
     def step(self, ids: Tensor) -> Tensor:
         """Append generated tokens `[T]`; logits `[T, vocabulary]`."""
-        if self._cache.phase == "prompt":
-            self._cache.end_prompt()
         return self._run(ids, logits_to_keep=0)
 
     def fork(self) -> PipelineSession:
@@ -55,14 +53,19 @@ class PipelineSession:
         twin._model, twin._cache = self._model, self._cache.fork()
         return twin
 
-    def trim(self) -> None:
-        """Gives back the memory that forks, now gone, had used."""
-        for pool in self.state.pools.values():
-            pool.trim()
-
     def report(self) -> Report:
         """What took effect and what it costs in bytes, forks that are alive included."""
         return self._cache.report()
+
+    def held_bytes(self) -> int:
+        """All bytes of the cache, after giving back what forks that are gone had used."""
+        for pool in self.state.pools.values():
+            pool.trim()
+        return self.report().total
+
+    def tokens_read(self) -> float:
+        """Tokens per head that the last decoded token read."""
+        return self.report().mean_read
 
     @torch.no_grad()
     def _run(self, ids: Tensor, logits_to_keep: int) -> Tensor:

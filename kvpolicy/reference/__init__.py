@@ -2,7 +2,6 @@
 
 from .cache_write import append as append
 from .cache_write import decode_write as decode_write
-from .compact import move as move
 from .dense_prefill import dense_prefill as dense_prefill
 from .page_io import copy_pages as copy_pages
 from .page_io import read_pages as read_pages

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..types import ADMITTED, MARKED, POSITION_BITS, POSITION_MASK, EvictionView
-from .dual_cache import _give_pages, summarize
+from .dual_cache import _ceil, summarize
 from .state import CacheState, LayerStore
 
 
@@ -47,32 +49,56 @@ def view(state: CacheState, layer: LayerStore) -> EvictionView:
     )
 
 
-def drop(state: CacheState, layer: LayerStore, keep: Tensor) -> list[int]:
-    """Keeps only the global tokens with `keep` `[B, Hkv, N]`; returns how many went, by sequence."""
-    valid = torch.arange(keep.shape[2], device=keep.device) < layer.counts[..., None]
-    keep = keep & valid
-    after = keep.sum(-1, dtype=torch.int32)
-    changed = after < layer.counts
-    gone = layer.counts - after
-    total: list[int] = gone.sum(1).tolist()
-    if not any(total):
-        return total
-    old = layer.table.clone()
-    before = torch.where(changed, 0, layer.counts)
-    # Kept tokens go to pages of their own: the old ones may be shared with a fork.
-    layer.table.masked_fill_(changed[..., None], 0)
-    try:
-        _give_pages(state, layer, before, torch.where(changed, after, layer.counts))
-    except Exception:
-        layer.table.copy_(old)
-        raise
-    dest = torch.where(keep & changed[..., None], keep.cumsum(-1, dtype=torch.int32) - 1, -1)
-    state.ops.move(layer.pool.pages, old, layer.table, dest.int())
-    layer.counts.copy_(torch.where(changed, after, layer.counts))
-    layer.evicted.add_(gone)
-    layer.pool.release(old[changed])
-    summarize(state, layer, before, torch.where(changed, after, 0))
-    return total
+class Drop(NamedTuple):
+    """A drop that is decided but not done: `keep` `[B, Hkv, N]`, `counts` `[B, Hkv]` afterwards.
+
+    `own` `[B, Hkv, M]` marks pages that kept tokens move into and that other heads hold too: they
+    are replaced by `takes` new ones. `gone` are the tokens that go, by sequence.
+    """
+
+    layer: LayerStore
+    keep: Tensor
+    counts: Tensor
+    own: Tensor
+    takes: int
+    gone: list[int]
+
+
+def plan(state: CacheState, layer: LayerStore, keep: Tensor) -> Drop:
+    """What it takes to keep only the global tokens with `keep` `[B, Hkv, N]`; changes nothing."""
+    keep = keep & (torch.arange(keep.shape[2], device=keep.device) < layer.counts[..., None])
+    counts = keep.sum(-1, dtype=torch.int32)
+    column = torch.arange(layer.table.shape[2], device=keep.device)
+    stays = column < _ceil(counts, state.spec.page_size)[..., None]
+    shared = layer.pool.refs[layer.table.long()] > 1
+    own = stays & shared & (counts < layer.counts)[..., None]
+    gone: list[int] = (layer.counts - counts).sum(1).tolist()
+    return Drop(layer, keep, counts, own, int(own.sum()), gone)
+
+
+def drop(state: CacheState, planned: Drop) -> None:
+    """Keeps the planned tokens, closes the gaps in place and frees pages; `secure` comes before."""
+    layer, keep, counts = planned.layer, planned.keep, planned.counts
+    size, old, device = state.spec.page_size, layer.table.clone(), keep.device
+    changed = counts < layer.counts
+    column = torch.arange(old.shape[2], device=device)
+    leaves = planned.own | (changed[..., None] & (column >= _ceil(counts, size)[..., None]))
+    layer.table.masked_fill_(leaves, 0)
+    if planned.takes:
+        layer.table[planned.own] = layer.pool.take(planned.takes)
+    dest = torch.where(keep & changed[..., None], keep.cumsum(-1, dtype=torch.int32) - 1, -1).int()
+    for row, gone in enumerate(planned.gone):
+        if not gone:
+            continue
+        # Read before written: tokens move to lower places, partly within the same pages.
+        used = old[row, :, : keep.shape[2] // size]
+        k, v, meta = (x.flatten(1, 2) for x in state.ops.read_pages(layer.pool.pages, used))
+        rows = torch.full((k.shape[1],), row, dtype=torch.int32, device=device)
+        state.ops.append(layer.pool.pages, layer.table, k, v, meta, dest[row], rows)
+    layer.evicted.add_(layer.counts - counts)
+    layer.counts.copy_(counts)
+    layer.pool.release(old[leaves])
+    summarize(state, layer, torch.zeros_like(counts), torch.where(changed, counts, 0))
 
 
 def forget_unmarked(layer: LayerStore, rows: Tensor) -> None:

@@ -20,7 +20,8 @@ def abort(state: CacheState) -> None:
         for target, saved in zip(_undo_targets(layer), call.undo.get(layer.index, ()), strict=False):
             target.copy_(saved)
         if call.phase == "decode":
-            shrink(state, layer, _counts_at(state, layer, max(call.added)))
+            before = state.lengths_on[layer.ring_k.device]
+            shrink(state, layer, _counts_at(state, layer, before, max(call.added)))
         elif layer.index in call.before:
             shrink(state, layer, call.before[layer.index])
     columns = 1 if call.valid is None else call.valid.shape[1]
@@ -64,18 +65,24 @@ def crop(state: CacheState, tokens: list[int]) -> None:
             )
     if not any(tokens):
         return
+    counts, takes = [], dict.fromkeys(state.pools.values(), 0)
+    for layer in state.layers:
+        lengths = state.lengths_on[layer.ring_k.device]
+        after = lengths - torch.tensor(tokens, device=lengths.device)
+        counts.append(_counts_at(state, layer, after, max(tokens)))
+        takes[layer.pool] += _shared_partial(layer, counts[-1], counts[-1] < layer.counts)[0].numel()
+    state.secure(takes)
     reached = [max(pair) for pair in zip(state.reached, state.lengths, strict=True)]
     state.lengths = [n - t for n, t in zip(state.lengths, tokens, strict=True)]
     state.reached = [r if n else 0 for r, n in zip(reached, state.lengths, strict=True)]
     state.checked = [min(pair) for pair in zip(state.checked, state.lengths, strict=True)]
     state.sync_devices()
-    state.steps_reserved = 0
-    for layer in state.layers:
-        shrink(state, layer, _counts_at(state, layer, max(tokens)))
+    for layer, after in zip(state.layers, counts, strict=True):
+        shrink(state, layer, after)
 
 
-def _counts_at(state: CacheState, layer: LayerStore, newest: int) -> Tensor:
-    """Global tokens before the window of the current lengths; at most `newest` a head are not."""
+def _counts_at(state: CacheState, layer: LayerStore, lengths: Tensor, newest: int) -> Tensor:
+    """Global tokens before the window of `lengths` `[B]`; at most `newest` a head are not."""
     if layer.slides:
         return layer.counts.clone()
     size = state.spec.page_size
@@ -88,8 +95,8 @@ def _counts_at(state: CacheState, layer: LayerStore, newest: int) -> Tensor:
     # Clamped columns repeat page 0 of the head; count each column once.
     once = torch.ones_like(column, dtype=torch.bool)
     once[..., 1:] = column[..., 1:] != column[..., :-1]
-    lengths = state.lengths_on[layer.ring_k.device].view(-1, 1, 1, 1)
-    newer = (index < layer.counts[..., None, None]) & once[..., None] & (at >= lengths - layer.window)
+    near = at >= lengths.view(-1, 1, 1, 1) - layer.window
+    newer = (index < layer.counts[..., None, None]) & once[..., None] & near
     return layer.counts - newer.sum((-1, -2), dtype=torch.int32)
 
 
@@ -113,15 +120,22 @@ def shrink(state: CacheState, layer: LayerStore, counts: Tensor) -> None:
 
 def own_partial(state: CacheState, layer: LayerStore, heads: Tensor) -> None:
     """Gives `heads` (bool `[B, Hkv]`) a copy of their partial page where it is shared."""
-    b, h = heads.nonzero(as_tuple=True)
-    if not b.numel():
-        return
-    m = (layer.counts[b, h] // state.spec.page_size).long()
-    ids = layer.table[b, h, m]
-    shared = layer.pool.pages.refs[ids.long()] > 1
-    if bool(shared.any()):
-        b, h, m, ids = b[shared], h[shared], m[shared], ids[shared]
-        fresh = layer.pool.take(ids.numel())
+    b, h, m, ids = _shared_partial(layer, layer.counts, heads)
+    if b.numel():
+        fresh = layer.pool.take(b.numel())
         state.ops.copy_pages(layer.pool.pages, ids, fresh)
         layer.table[b, h, m] = fresh
         layer.pool.release(ids)
+
+
+def _shared_partial(layer: LayerStore, counts: Tensor, heads: Tensor) -> tuple[Tensor, ...]:
+    """Sequence, head, column and id of the page where `heads` end that hold `counts` `[B, Hkv]` tokens.
+
+    Only pages that are partly filled then and that other heads hold too.
+    """
+    size = layer.pool.page_size
+    b, h = (heads & (counts % size > 0)).nonzero(as_tuple=True)
+    m = (counts[b, h] // size).long()
+    ids = layer.table[b, h, m]
+    shared = layer.pool.refs[ids.long()] > 1
+    return b[shared], h[shared], m[shared], ids[shared]

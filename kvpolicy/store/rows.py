@@ -43,7 +43,7 @@ def select_rows(state: CacheState, rows: Sequence[int]) -> CacheState:
         copied.pool.share(copied.table.flatten())
         new.layers.append(copied)
     for layer in new.layers:
-        own_partial(new, layer, layer.counts % new.spec.page_size > 0)
+        own_partial(new, layer, layer.counts > 0)
     return new
 
 

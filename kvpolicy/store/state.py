@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import attrs
@@ -87,7 +88,6 @@ class CacheState:
         self.cu_one: dict[torch.device, Tensor] = {}  # cu_seqlens of one token a sequence
         self.pools: dict[torch.device, PagePool] = {}
         self.call: Call | None = None
-        self.overshoot = 0
         self.steps_reserved = 0
 
     @property
@@ -151,6 +151,17 @@ class CacheState:
                     need = need + _pages(layer.counts + steps, size) - _pages(layer.counts, size)
             pool.promise(self, int(need.sum()) if isinstance(need, Tensor) else 0)
         self.steps_reserved = steps
+
+    def secure(self, pages: Mapping[PagePool, int]) -> None:
+        """Makes sure that so many pages can be taken at once, those promised for decoding among them.
+
+        Raises CapacityError with nothing changed.
+        """
+        for pool, count in pages.items():
+            pool.promise(self, count)
+        for pool in pages:
+            pool.holders[self] = 0
+        self.steps_reserved = 0
 
     def kept(self, layer: int, row: int, head: int) -> Tensor:
         """Positions of the tokens that a head still holds, global ones and the window's, rising."""

@@ -73,7 +73,10 @@ class Dense:
 
     def kept(self, layer, head):
         oracle = self.oracles[layer]
-        return [*([] if oracle.slides else oracle.pages(head)), *range(max(oracle.n - oracle.W, 0), oracle.n)]
+        return [
+            *([] if oracle.slides else oracle.pages(head)),
+            *range(max(oracle.n - oracle.W, 0), oracle.n),
+        ]
 
 
 def _sliding(config):

@@ -22,6 +22,7 @@ PIPELINE = CachePipeline(window=5)
 
 def snapshot(model):
     """Everything about a model that attaching could change."""
+    model._can_set_attn_implementation()  # transformers keeps the answer on the class
     hooks = [name for name in model.__dict__ if "hook" in name]
     found = {}
     for name, module in model.named_modules():

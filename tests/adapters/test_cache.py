@@ -9,7 +9,7 @@ import torch
 from models import SIZES, pipelines, prompt, tiny
 
 from kvpolicy import CachePipeline, PhaseError, RollbackError
-from kvpolicy.adapters.hf import attach, new_cache
+from kvpolicy.adapters.hf import attach
 
 PIPELINE = CachePipeline(window=5)
 
@@ -155,7 +155,9 @@ def test_bare_loop_counts_real_positions(qwen3):
         ids = torch.cat([first["input_ids"][1, 4:], second["input_ids"][1, 2:]])[None]
         wanted = qwen3(ids, past_key_values=alone).logits
         for layer in range(2):
-            rings = [c.state.layers[layer].ring_k[row, :, :7] for c, row in ((cache, 1), (alone, 0))]
+            rings = [
+                c.state.layers[layer].ring_k[row, :, :7] for c, row in ((cache, 1), (alone, 0))
+            ]
             assert torch.allclose(*rings, atol=1e-5)
     assert torch.allclose(out[1, -1], wanted[0, -1], atol=1e-4)
 

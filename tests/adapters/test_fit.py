@@ -24,11 +24,6 @@ from kvpolicy import (
 from kvpolicy.adapters.hf import attach, fit_report, new_cache
 from kvpolicy.evaluation.tiny import tiny_llama
 
-# torch remembers its constructors at the first use of a device context: now, before fixtures
-# replace some, or the 8B model below would not stay on the meta device.
-with torch.device("meta"):
-    torch.empty(0)
-
 DUO = DuoAttention(full_heads=[[True, False], [False, False]], sinks=20, window=32)
 PIPELINES = {
     "dense": CachePipeline(window=32),

@@ -114,7 +114,9 @@ def test_rows_end_at_different_times(model):
     inputs = prompt([12, 9, 12])
     free = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     ends = [int(free[0, 14]), int(free[1, 17])]
-    plain, ours = both(model, PIPELINES["acting"], **inputs, max_new_tokens=12, eos_token_id=ends, **DICT)
+    plain, ours = both(
+        model, PIPELINES["acting"], **inputs, max_new_tokens=12, eos_token_id=ends, **DICT
+    )
     assert torch.equal(plain.sequences, ours.sequences)
     assert (plain.sequences == 0)[:, 12:].any()
     assert len(plain.scores) == len(ours.scores)
@@ -127,7 +129,11 @@ def test_stopping_criteria(llama):
             return torch.full(ids.shape[:1], done, dtype=torch.bool)
 
     plain, ours = both(
-        llama, PIPELINES["window"], **prompt([9, 12]), max_new_tokens=12, stopping_criteria=[After()]
+        llama,
+        PIPELINES["window"],
+        **prompt([9, 12]),
+        max_new_tokens=12,
+        stopping_criteria=[After()],
     )
     assert torch.equal(plain, ours) and ours.shape[1] == 15
 

@@ -162,13 +162,14 @@ EVICTIONS = {
 }
 
 
-def build(sizes, admission="all", selection="all", eviction="none"):
+def build(sizes, admission="all", selection="all", eviction="none", backend="auto"):
     """The pipeline of three named policies."""
     return CachePipeline(
         admission=ADMISSIONS[admission](sizes),
         selection=SELECTIONS[selection](sizes),
         eviction=EVICTIONS[eviction](sizes),
         window=sizes.window,
+        backend=backend,
     )
 
 

@@ -77,6 +77,7 @@ class Run:
 
     def prompt(self, counts, fail_at=None):
         """A prompt call; `fail_at` names the layer before which it breaks off."""
+        self.maintain()
         self.pipeline.begin(self.state, counts, "prompt")
         spans = list(zip(self.streams, self.at, counts, strict=True))
         for layer in range(self.spec.layers):
@@ -84,7 +85,7 @@ class Run:
                 raise InterruptedError
             parts = [piece(s, at, at + n)[layer] for s, at, n in spans]
             q, k, v, pre = (torch.cat(x, 1) for x in zip(*parts, strict=True))
-            out = self.pipeline.attend(self.state, layer, q, k, v, key_pre=pre)
+            out = self.attend(layer, q, k, v, pre)
             if fail_at is None:
                 outs = out.split(list(counts), 1)
                 for row, (n, part, got) in enumerate(zip(counts, parts, outs, strict=True)):
@@ -102,7 +103,7 @@ class Run:
         rows, named = range(len(self.streams)), valid is not None
         valid = valid if named else [[True]] * len(rows)
         mask = torch.tensor(valid)
-        before = self.at
+        self.maintain()
         counts = [sum(v) if on else 0 for v, on in zip(valid, self.state.active, strict=True)]
         lengths = [sum(v) for v in valid]
         self.pipeline.begin(self.state, lengths, "decode", valid=mask if named else None)
@@ -111,18 +112,23 @@ class Run:
                 raise InterruptedError
             columns = [self.columns(row, layer, valid[row]) for row in rows]
             q, k, v, pre = (torch.stack(x) for x in zip(*columns, strict=True))
-            out = self.pipeline.attend(self.state, layer, q, k, v, key_pre=pre)
+            out = self.attend(layer, q, k, v, pre)
             if fail_at is None:
                 self.compare_decode(layer, out, valid)
         if fail_at is not None:
             raise InterruptedError
         self.pipeline.commit(self.state)
         self.advance(counts)
-        if self.pipeline.eviction.when == "decode" and not self.pipeline.eviction.neutral:
-            step = self.spec.interval
-            for row, old in enumerate(before):
-                if self.state.active[row] and self.at[row] // step > old // step:
-                    self.evict(row, decoding=True)
+        if not named:
+            self.maintain()
+
+    def maintain(self):
+        """Evictions that are due: at once after single tokens, else before the next call."""
+        step, policy = self.spec.interval, self.pipeline.eviction
+        for row, at in enumerate(self.at):
+            acts = policy.when == "decode" and not policy.neutral and self.state.active[row]
+            if acts and not self.pending[row] and at // step > self.checked[row] // step:
+                self.evict(row, decoding=True)
 
     def columns(self, row, layer, valid):
         """A row's tokens in its real columns and garbage in the others."""
@@ -178,6 +184,7 @@ class Run:
         self.pending = [0] * len(self.pending)
 
     def evict(self, row, decoding=False):
+        self.checked[row] = self.at[row]
         if self.oracles[row] is not None and evict(self.oracles[row], decoding):
             self.floor[row] = self.at[row]
 
@@ -192,6 +199,7 @@ class Run:
                 near = list(range(max(oracle.n - oracle.W, 0), oracle.n))
                 assert store.evicted[row].tolist() == oracle.evicted
                 for h, head in enumerate(contents(self.state, layer, row)):
+                    head = {name: x.cpu() for name, x in head.items()}
                     at = oracle.pages(h)
                     assert self.state.kept(layer, row, h).tolist() == at + near, (layer, row, h)
                     assert head["at"].tolist() == at

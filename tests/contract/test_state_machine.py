@@ -112,6 +112,8 @@ class Life(RuleBasedStateMachine):
             return
         if max(run.at) + max(counts) > LENGTH:
             return
+        run.maintain()
+        self.pipeline.maintain(run.state)
         before = digest(run.state)
         with pytest.raises(InterruptedError):
             run.decode(valid, layer) if decodes else run.prompt(counts, layer)
@@ -156,6 +158,7 @@ class Life(RuleBasedStateMachine):
         for row, n in enumerate(counts):
             run.reached[row] = max(run.reached[row], run.at[row]) if run.at[row] > n else 0
             run.at[row] -= n
+            run.checked[row] = min(run.checked[row], run.at[row]) if n else run.checked[row]
             run.streams = list(run.streams)
             run.streams[row] = self.resume(run.streams[row], run.at[row]) if n else run.streams[row]
             for oracle in run.oracles[row]:
@@ -173,7 +176,7 @@ class Life(RuleBasedStateMachine):
         """`run` with the sequences `rows` (-1: an empty one) in `state`."""
         new = copy.copy(run)
         new.state = state
-        for name in ("at", "pending", "floor", "reached"):
+        for name in ("at", "pending", "floor", "checked", "reached"):
             setattr(new, name, [getattr(run, name)[r] if r >= 0 else 0 for r in rows])
         new.streams = [run.streams[r] if r >= 0 else self.fresh() for r in rows]
         new.oracles = [copy.deepcopy(run.oracles[r]) if r >= 0 else run.new_row() for r in rows]

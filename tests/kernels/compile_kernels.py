@@ -19,7 +19,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kvpolicy.kernels import (
     _launch,
     cache_write,
-    compact,
     page_io,
     page_select,
     paged_decode,
@@ -97,7 +96,6 @@ def call_all(dim: int, page: int, dtype: torch.dtype) -> None:
     key = torch.zeros(heads, tokens, dim, dtype=dtype)
     dest = torch.zeros(heads, tokens, dtype=torch.int32)
     cache_write.append(pages, table, key, key, dest, dest, dest[0])
-    compact.move(pages, table, table, dest[None])
     ids = table[0, 0]
     page_io.read_pages(pages, ids)
     page_io.copy_pages(pages, ids, ids)

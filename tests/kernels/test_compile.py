@@ -28,7 +28,6 @@ def run(configuration: str, cache: Path) -> None:
         "_attend",
         "_chunks",
         "_decode_write",
-        "_move",
         "_split",
         "_top_pages",
     } <= compiled

@@ -1,4 +1,4 @@
-"""Page reads, copies and summaries against the reference; compaction too."""
+"""Page reads, copies and summaries against the reference."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from pool import DEVICE, fill_heads, make_pool, randn
 
 from kvpolicy import reference
-from kvpolicy.kernels import compact, page_io
+from kvpolicy.kernels import page_io
 
 CASES = [
     (16, 80, torch.float32, "low"),
@@ -51,23 +51,3 @@ def test_no_pages() -> None:
     assert page_io.read_summary(pool.pages, none).shape == (2, 0, 32)
     page_io.copy_pages(pool.pages, none[0], none[1])
     page_io.write_summary(pool.pages, none[0], torch.zeros(0, 32, device=DEVICE))
-
-
-@pytest.mark.parametrize(("page", "dim", "dtype", "first"), CASES)
-def test_move(page: int, dim: int, dtype: torch.dtype, first: str) -> None:
-    pool = make_pool(24, page, dim, dtype, slab_pages=8, first=first)
-    lengths = [[page + 3, 0], [2 * page, 1]]
-    source, counts = fill_heads(pool, lengths, seed=3)
-    tokens = source.shape[2] * page
-    kept = torch.rand(2, 2, tokens, generator=torch.Generator().manual_seed(4)) < 0.5
-    kept &= torch.arange(tokens) < counts.cpu()[..., None]
-    dest = torch.where(kept, kept.cumsum(-1) - 1, -1).int().to(DEVICE)
-    height = int(pool.pages.top)
-    target = pool.pages.free[height - 12 : height].view(2, 2, 3)
-    want = pool.flat()
-    reference.move(want, source, target, dest)
-    compact.move(pool.pages, source, target, dest)
-    got = pool.flat()
-    for name in ("k", "v", "meta"):
-        assert_same(getattr(got, name), getattr(want, name))
-    assert kept.any() and not torch.isnan(got.k[target[0, 0, 0], 0]).any()

@@ -1,0 +1,114 @@
+"""Results as JSON, as a Markdown table, as plots and as a compact table on the terminal."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .context import Bench
+from .rows import Row
+
+_WIDTHS = (9, 30, 13, 14, 9)
+
+
+def machine(bench: Bench) -> dict[str, Any]:
+    """Where the numbers come from."""
+    cuda = bench.device.type == "cuda"
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "quick": bench.quick,
+        "copy_bytes_per_s": bench.copy_rate,
+        "bf16_flop_per_s": bench.flop_rate,
+    }
+    for name in ("triton", "transformers"):
+        if importlib.util.find_spec(name) is not None:
+            found[name] = importlib.import_module(name).__version__
+    return found
+
+
+def write_results(out: Path, bench: Bench, rows: list[Row]) -> None:
+    """Writes `results.json` and `results.md`."""
+    out.mkdir(parents=True, exist_ok=True)
+    about = machine(bench)
+    text = json.dumps({"machine": about, "rows": [row.as_dict() for row in rows]}, indent=1)
+    (out / "results.json").write_text(text + "\n", encoding="utf-8")
+    (out / "results.md").write_text(markdown(about, rows), encoding="utf-8")
+
+
+def number(value: float | None, unit: str = "") -> str:
+    return "" if value is None else f"{value:.4g} {unit}".strip()
+
+
+def markdown(about: dict[str, Any], rows: list[Row]) -> str:
+    """One table; goals with their verdicts."""
+    lines = [
+        ", ".join(f"{key} {value}" for key, value in about.items()),
+        "",
+        "| group | benchmark | shape | measured | rate | floor | target: found | same run | how |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        cells = [
+            row.group, row.name, row.shape, number(row.value, row.unit),
+            number(row.rate, row.rate_unit), number(row.floor, row.unit),
+            "; ".join(map(str, row.goals)), row.baseline, row.error or row.note,
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def print_table(rows: list[Row]) -> None:
+    """At most 80 lines: name, measured, rate, floor, goals, comparison."""
+    shown = rows if len(rows) <= 77 else [row for row in rows if row.goals or row.error][:77]
+    heads = ("group", "benchmark", "measured", "rate", "floor")
+    print(
+        "  ".join(head.ljust(width) for head, width in zip(heads, _WIDTHS, strict=True))
+        + "  target"
+    )
+    for row in shown:
+        cells = (
+            row.group, row.name, number(row.value, row.unit), number(row.rate, row.rate_unit),
+            number(row.floor),
+        )  # fmt: skip
+        text = "  ".join(
+            cell[:width].ljust(width) for cell, width in zip(cells, _WIDTHS, strict=True)
+        )
+        rest = [row.error] if row.error else [*map(str, row.goals), row.baseline]
+        print(f"{text}  {'; '.join(part for part in rest if part)}"[:200].rstrip())
+    verdicts = [goal.verdict for row in rows for goal in row.goals]
+    counts = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in ("met", "short", "missed"))
+    print(f"goals: {counts}; rows without result: {sum(bool(row.error) for row in rows)}")
+
+
+def draw(out: Path, rows: list[Row]) -> None:
+    """A picture for each group and unit, `group-unit.png`: measured times with their floors."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    for group in dict.fromkeys(row.group for row in rows if row.value is not None):
+        for unit in dict.fromkeys(r.unit for r in rows if r.group == group and r.value is not None):
+            mine = [r for r in rows if r.group == group and r.value is not None and r.unit == unit]
+            figure, axis = plt.subplots(figsize=(7, 1 + 0.4 * len(mine)), layout="constrained")
+            at = range(len(mine))
+            axis.barh(at, [r.value or 0.0 for r in mine], color="tab:blue", label="measured")
+            floors = [(y, r.floor) for y, r in zip(at, mine, strict=True) if r.floor]
+            if floors:
+                axis.plot(
+                    [f for _, f in floors], [y for y, _ in floors], "k|", ms=12, label="floor"
+                )
+            axis.set_yticks(at, [r.name for r in mine])
+            axis.invert_yaxis()
+            axis.set_xlabel(unit)
+            axis.set_title(group)
+            axis.legend(frameon=False)
+            figure.savefig(out / f"{group}-{unit.split()[0]}.png", dpi=120)
+            plt.close(figure)

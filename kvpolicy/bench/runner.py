@@ -1,0 +1,101 @@
+"""Runs benchmarks within a time limit; one that fails costs its own rows only."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import attrs
+import torch
+
+from ..errors import BackendError
+from .context import Bench, Case
+from .output import draw, print_table, write_results
+from .rows import CheckFailed, Row
+
+GROUPS = ("prefill", "decode", "quest", "write", "snapkv", "model", "launches")
+_MODULES = ("prefill", "decode", "write", "snapkv", "model", "launches")
+
+
+def run(
+    names: Sequence[str] = (),
+    *,
+    out: str | os.PathLike[str] = "bench/out",
+    quick: bool = False,
+    seconds: float = 540.0,
+) -> list[Row]:
+    """Checks and times, writes `results.json`, `results.md` and plots to `out`, prints a table.
+
+    Args:
+        names: groups (see GROUPS) or parts of case names; all by default.
+        out: folder for the results; it is made if needed.
+        quick: tiny shapes, which also run without a GPU (kernels interpreted).
+        seconds: benchmarks that would end later are not started; the important ones come first.
+
+    Raises:
+        BackendError: there is no CUDA device and `quick` is not set.
+        ValueError: a name matches no benchmark.
+    """
+    if not torch.cuda.is_available():
+        if not quick:
+            raise BackendError("bench: wanted a CUDA device, found none; quick=True needs none")
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    bench = Bench(quick, seconds)
+    chosen = choose(bench, names)
+    rows = bench.measure_ceilings()
+    for number, case in enumerate(chosen, 1):
+        title = f"{case.group}: {case.name}"
+        bench.say(f"{number}/{len(chosen)} {title}")
+        needed = bench.pick(case.seconds, 1.0)
+        if bench.left() < needed:
+            text = f"not started: {max(bench.left(), 0):.0f} s left, about {needed:.0f} s needed"
+            rows.append(Row(group=case.group, name=case.name, error=text))
+            continue
+        rows += attempt(bench, case)
+        write_results(Path(out), bench, rows)
+    write_results(Path(out), bench, rows)
+    try:
+        draw(Path(out), rows)
+    except Exception as error:  # pictures must not cost the numbers
+        bench.say(f"no plots: {type(error).__name__}: {error}")
+    print_table(rows)
+    return rows
+
+
+def choose(bench: Bench, names: Sequence[str]) -> list[Case]:
+    """The cases that `names` ask for, important ones first."""
+    modules = [importlib.import_module(f".{name}", __package__) for name in _MODULES]
+    found: list[Case] = sorted(
+        (case for module in modules for case in module.cases(bench)), key=lambda case: case.rank
+    )
+    for name in names:
+        if not any(_named(case, name) for case in found):
+            raise ValueError(
+                f"names: wanted one of {', '.join(GROUPS)} or part of a name, got {name!r}"
+            )
+    return [case for case in found if not names or any(_named(case, name) for name in names)]
+
+
+def _named(case: Case, name: str) -> bool:
+    return name == case.group if name in GROUPS else name in f"{case.group}: {case.name}"
+
+
+def attempt(bench: Bench, case: Case) -> list[Row]:
+    """The case's rows; an error becomes a row after those that were finished."""
+    rows: list[Row] = []
+    try:
+        for row in case.run(bench):
+            # Tiny shapes say nothing about goals.
+            rows.append(attrs.evolve(row, goals=()) if bench.quick else row)
+    except Exception as error:  # any failure: the other benchmarks still count
+        text = str(error).strip().splitlines() or [""]
+        kind = "" if isinstance(error, CheckFailed) else f"{type(error).__name__}: "
+        rows.append(Row(group=case.group, name=case.name, error=f"{kind}{text[0]}"[:300]))
+        bench.say(f"  failed: {rows[-1].error}")
+    gc.collect()
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return rows

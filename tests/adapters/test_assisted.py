@@ -1,0 +1,134 @@
+"""Assisted decoding with everything else a pipeline may do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dense import Dense, follow
+from models import SIZES, pipelines, prompt, tiny
+from test_forward import Break, Fault, Refusing, digest
+
+from kvpolicy import CachePipeline, SnapKV
+from kvpolicy.adapters.hf import attach
+
+GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+MODES = {
+    "lookup": lambda: {"prompt_lookup_num_tokens": 3},
+    "assistant": lambda: {"assistant_model": tiny("llama")},  # its own drafts, mostly accepted
+    "stranger": lambda: {"assistant_model": tiny("llama", seed=5)},  # mostly rejected
+}
+
+
+def inputs():
+    """A prompt that repeats itself, so that lookup finds candidates in its first forward."""
+    return {"input_ids": prompt([11])["input_ids"].repeat(1, 3)}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["striped", "gate", "quest", "snapkv", "gate-quest-snapkv"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2-sliding"])
+def test_equals_plain_decoding(kind, name, mode):
+    model, pipeline = tiny(kind), pipelines()[name]
+    with attach(model, pipeline, **SIZES) as attachment:
+        plain, ours = attachment.new_cache(), attachment.new_cache()
+        options = {**inputs(), "max_new_tokens": 24, **GREEDY}
+        wanted = model.generate(**options, past_key_values=plain)
+        out = model.generate(**options, past_key_values=ours, **MODES[mode]())
+    assert torch.equal(out.sequences, wanted.sequences)
+    for a, b in zip(out.logits, wanted.logits, strict=True):
+        assert (a - b).abs().max() < 1e-3
+    assert abs(ours.columns - plain.columns) <= 1
+    for layer in range(2):
+        for head in range(2):
+            kept = [c.state.kept(layer, 0, head)[:-8].tolist() for c in (plain, ours)]
+            shared = min(map(len, kept))
+            assert kept[0][:shared] == kept[1][:shared]
+
+
+def test_matches_the_oracle(llama):
+    pipeline = pipelines()["gate-quest-snapkv"]
+    with attach(llama, pipeline, **SIZES):
+        out = llama.generate(**inputs(), max_new_tokens=16, prompt_lookup_num_tokens=3, **GREEDY)
+    dense = Dense(llama, pipeline, **SIZES)
+    wanted = follow(dense, inputs()["input_ids"][0], out.sequences[0, 33:])
+    assert (torch.cat(out.logits) - wanted).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_evictions_while_decoding(llama, mode):
+    """They wait until rejected candidates are gone, and keep their budget."""
+    eviction = SnapKV(budget=14, observation=4, when="decode")
+    with attach(llama, CachePipeline(eviction=eviction, window=5), **SIZES) as attachment:
+        cache = attachment.new_cache()
+        llama.generate(
+            **inputs(), past_key_values=cache, max_new_tokens=40, **GREEDY, **MODES[mode]()
+        )
+        held = max(len(cache.state.kept(layer, 0, head)) for layer in (0, 1) for head in (0, 1))
+    assert held <= 14 + 2 * SIZES["interval"] + 20
+    assert cache.columns > 33 + 30
+    assert sum(map(sum, cache.report().evicted)) > 4 * 25
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_hidden_states_of_a_crossing(llama, hidden):
+    options = {**inputs(), "max_new_tokens": 8, "prompt_lookup_num_tokens": 3, **GREEDY}
+    plain = llama.generate(**options, output_hidden_states=hidden)
+    with attach(llama, CachePipeline(window=5)):
+        out = llama.generate(**options, output_hidden_states=hidden)
+    assert torch.equal(plain.sequences, out.sequences)
+    if hidden:
+        for a, b in zip(plain.hidden_states, out.hidden_states, strict=True):
+            assert all(torch.allclose(x, y, atol=1e-3) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("name", ["gate", "snapkv"])
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_failing_crossing(llama, nth, name, begun):
+    """A fault before or after the end of the prompt leaves the cache as it was."""
+    ids = inputs()["input_ids"]
+    with attach(llama, pipelines()[name], **SIZES) as attachment:
+        runs = []
+        for broken in (False, True):
+            cache = attachment.new_cache()
+            if begun:
+                llama(ids[:, :10], past_key_values=cache)
+            cache.begin_prompt(33)
+            part = torch.cat([ids[:, cache.columns :], ids[:, :4]], 1)
+            before = digest(cache)
+            if broken:
+                Break(llama, nth)
+                with pytest.raises(Fault):
+                    llama(part, past_key_values=cache)
+                assert digest(cache) == before
+                assert attachment.owner is None and attachment.crossing is None
+            logits = llama(part, past_key_values=cache).logits
+            assert logits.shape[1] == part.shape[1]
+            runs.append((logits, digest(cache)))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert runs[0][1] == runs[1][1]
+
+
+def test_a_failing_eviction_at_a_crossing(llama):
+    ids = inputs()["input_ids"]
+    with attach(llama, CachePipeline(eviction=Refusing(length=33), window=5)) as attachment:
+        cache = attachment.new_cache()
+        llama(ids[:, :10], past_key_values=cache)
+        cache.begin_prompt(33)
+        before = digest(cache)
+        with pytest.raises(Fault):
+            llama(torch.cat([ids[:, 10:], ids[:, :4]], 1), past_key_values=cache)
+        assert digest(cache) == before
+        assert attachment.owner is None
+
+
+def test_padding_before_a_crossing(llama):
+    pipeline = pipelines()["gate-quest-snapkv"]
+    ids = inputs()["input_ids"]
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1)
+    mask = (torch.arange(37) >= 4).long()[None]
+    options = {"max_new_tokens": 12, "do_sample": False, "prompt_lookup_num_tokens": 3}
+    with attach(llama, pipeline, **SIZES):
+        wanted = llama.generate(ids, **options)
+        out = llama.generate(padded, attention_mask=mask, **options)
+    assert torch.equal(out[:, 4:], wanted)

@@ -1,0 +1,259 @@
+"""One forward of an attached model: all or nothing, one thread, no waiting for the device."""
+
+from __future__ import annotations
+
+import threading
+
+import attrs
+import pytest
+import torch
+from models import SIZES, pipelines, prompt, tiny
+
+from kvpolicy import Admission, CachePipeline, Eviction, PhaseError
+from kvpolicy.adapters.hf import attach, new_cache
+from kvpolicy.testing._spy import watch
+
+PIPELINE = CachePipeline(window=5)
+
+
+def digest(cache):
+    """Everything a cache holds that a later call can see."""
+    state, found = cache.state, [cache.phase, list(map(str, cache.chunks))]
+    if state is None:
+        return found
+    found += map(list, (state.lengths, state.active, state.pending, state.floor, state.checked))
+    found += [t.tolist() for t in (*state.lengths_on.values(), *state.active_on.values())]
+    slots = [range(max(n - layer.window, 0), n) for layer in state.layers for n in state.lengths]
+    for layer, rows in zip(
+        state.layers, zip(*[iter(slots)] * state.batch, strict=True), strict=True
+    ):
+        for row, near in enumerate(rows):
+            at = torch.tensor(list(near), dtype=torch.long) % layer.ring_k.shape[2]
+            found += [
+                x[row][:, at].tolist() for x in (layer.ring_k, layer.ring_v, layer.ring_flags)
+            ]
+            for head, count in enumerate(layer.counts[row].tolist()):
+                ids = layer.table[row, head, : -(-count // 4)]
+                pages = state.ops.read_pages(layer.pool.pages, ids)
+                found += [page.flatten(0, 1)[:count].tolist() for page in pages]
+    return found
+
+
+class Fault(Exception):
+    pass
+
+
+class Break:
+    """Raises in the last layer once, at its `nth` call."""
+
+    def __init__(self, model, nth=1, error=Fault):
+        self.left, self.error = nth, error
+        module = model.model.layers[-1].self_attn.o_proj
+        self.handle = module.register_forward_pre_hook(self)
+
+    def __call__(self, *args):
+        self.left -= 1
+        if self.left == 0:
+            self.handle.remove()
+            raise self.error("broken on purpose")
+
+
+def step(model, cache, ids, mask=None):
+    return model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+
+
+@pytest.mark.parametrize("error", [Fault, KeyboardInterrupt])
+@pytest.mark.parametrize("name", ["striped", "snapkv", "all"])
+@pytest.mark.parametrize("when", ["first", "chunk", "decode"])
+def test_a_failing_layer(llama, name, when, error):
+    pipeline, inputs = pipelines()[name], prompt([33, 21])
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    with attach(llama, pipeline, **SIZES) as attachment:
+        caches = attachment.new_cache(), attachment.new_cache()
+        for cache in caches:
+            if when != "first":
+                step(llama, cache, ids[:, :20], mask[:, :20])
+            if when == "decode":
+                step(llama, cache, ids[:, 20:], mask[:, 20:])
+                cache.end_prompt()
+        part = {"first": slice(0, 33), "chunk": slice(20, 33), "decode": slice(32, 33)}[when]
+        before = digest(caches[0])
+        Break(llama, error=error)
+        with pytest.raises(error):
+            step(llama, caches[0], ids[:, part], mask[:, part])
+        if error is Fault:
+            assert digest(caches[0]) == before
+            assert attachment.owner is None
+        again = step(llama, caches[0], ids[:, part], mask[:, part])
+        assert torch.equal(again, step(llama, caches[1], ids[:, part], mask[:, part]))
+        assert digest(caches[0]) == digest(caches[1])
+
+
+@pytest.mark.parametrize("nth", [1, 2, 5])
+def test_a_failing_generate(llama, nth):
+    inputs = prompt([33, 21])
+    pipeline = pipelines()["all"]
+    with attach(llama, pipeline, **SIZES) as attachment:
+        wanted = llama.generate(**inputs, max_new_tokens=8, do_sample=False)
+        Break(llama, nth)
+        with pytest.raises(Fault):
+            llama.generate(**inputs, max_new_tokens=8, do_sample=False)
+        assert attachment.owner is None and not attachment.held
+        assert torch.equal(wanted, llama.generate(**inputs, max_new_tokens=8, do_sample=False))
+
+
+def test_another_batch_after_a_failure(llama):
+    with attach(llama, PIPELINE) as attachment:
+        cache = attachment.new_cache()
+        Break(llama)
+        with pytest.raises(Fault):
+            step(llama, cache, prompt([9, 9])["input_ids"])
+        step(llama, cache, prompt([9])["input_ids"])
+
+
+def test_an_error_in_open_releases_the_model(llama):
+    cache = new_cache(llama, CachePipeline(window=6))
+    with attach(llama, PIPELINE) as attachment:
+        for bad in (cache, object()):
+            with pytest.raises((TypeError, ValueError)):
+                step(llama, bad, prompt([9])["input_ids"])
+            assert attachment.owner is None
+        done = []
+        thread = threading.Thread(target=lambda: done.append(llama(prompt([9])["input_ids"])))
+        thread.start()
+        thread.join()
+        assert done
+
+
+@attrs.frozen(kw_only=True)
+class Refusing(Eviction):
+    """Fails when it should score sequences of `length` tokens."""
+
+    length: int
+    when: str = "decode"
+
+    def score(self, view):
+        if int(view.lengths.max()) == self.length:
+            raise Fault("no score")
+        return torch.zeros_like(view.valid, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("length", [20, 24])
+def test_a_failing_eviction(llama, length):
+    """At the end of the prompt, and while decoding: the tokens are in, and counted."""
+    pipeline = CachePipeline(eviction=Refusing(length=length), window=5)
+    with attach(llama, pipeline, **SIZES) as attachment:
+        cache = attachment.new_cache()
+        with pytest.raises(Fault):
+            llama.generate(**prompt([20]), past_key_values=cache, max_new_tokens=12)
+        assert cache.columns == cache.state.lengths[0] == length
+        assert attachment.owner is None
+
+
+def test_end_prompt_is_asked_for(llama):
+    """A decode call with an eviction of the prompt still to come has no meaning."""
+    with attach(llama, pipelines()["snapkv"]) as attachment:
+        cache = attachment.new_cache()
+        step(llama, cache, prompt([20])["input_ids"])
+        cache.phase = "decode"
+        with pytest.raises(PhaseError, match="end_prompt"):
+            step(llama, cache, prompt([1])["input_ids"])
+        cache.end_prompt()
+        step(llama, cache, prompt([1])["input_ids"])
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["same cache", "own cache"])
+@pytest.mark.parametrize("entry", ["forward", "generate"])
+def test_second_thread(llama, entry, same):
+    """The one that came first goes on undisturbed."""
+    ids = prompt([20])["input_ids"]
+    inside, leave, caught = threading.Event(), threading.Event(), []
+    with attach(llama, PIPELINE, **SIZES) as attachment:
+        wanted = step(llama, attachment.new_cache(), ids)
+        cache = attachment.new_cache()
+
+        def wait(*args):
+            if threading.current_thread() is first:
+                inside.set()
+                assert leave.wait(30)
+
+        def work():
+            with torch.no_grad():
+                found.append(step(llama, cache, ids))
+
+        found, first = [], threading.Thread(target=work)
+        handle = llama.model.layers[1].register_forward_pre_hook(wait)
+        first.start()
+        assert inside.wait(30)
+        mine = cache if same else attachment.new_cache()
+        with pytest.raises(PhaseError, match="another thread") as caught:
+            if entry == "forward":
+                step(llama, mine, ids)
+            else:
+                llama.generate(ids, past_key_values=mine, max_new_tokens=2)
+        leave.set()
+        first.join()
+        handle.remove()
+        assert caught and torch.equal(found[0], wanted)
+        assert cache.state.lengths == [20]
+        step(llama, attachment.new_cache(), ids)
+
+
+def test_generate_holds_the_model(llama):
+    """Between two forwards of a generate no other thread gets in."""
+    caught = []
+
+    class Meanwhile:
+        def put(self, value):
+            thread = threading.Thread(target=self.other)
+            thread.start()
+            thread.join()
+
+        def other(self):
+            try:
+                llama(prompt([9])["input_ids"])
+            except PhaseError as error:
+                caught.append(error)
+
+        def end(self):
+            pass
+
+    with attach(llama, PIPELINE):
+        llama.generate(**prompt([9]), max_new_tokens=3, streamer=Meanwhile())
+        assert len(caught) == 4
+        llama(prompt([9])["input_ids"])
+
+
+@attrs.frozen(kw_only=True)
+class Always(Admission):
+    """Not neutral, and without a host sync of its own."""
+
+    window: int | None = 5
+
+    def admit(self, write):
+        return torch.ones_like(write.key[..., 0], dtype=torch.bool)
+
+
+def test_decode_forward_waits_for_nothing(monkeypatch):
+    """The adapter's part of a decode step: all but the backend's ops."""
+    model = tiny("qwen3")
+    pipeline = CachePipeline(admission=Always())
+    with attach(model, pipeline, **SIZES) as attachment:
+        cache = attachment.new_cache()
+        step(model, cache, prompt([33])["input_ids"])
+        cache.end_prompt()
+        token = prompt([1])["input_ids"]
+        step(model, cache, token)
+        state = cache.state
+        state.reserve(100)
+        state.reserve_pages(16)
+        quiet = type("Quiet", (), {"backend": "reference"})()
+        quiet.decode_write = lambda *args, **kwargs: None
+        quiet.paged_decode = lambda query, *args, **kwargs: torch.zeros_like(query)[:, :]
+        state.ops = quiet
+        with watch() as seen:
+            step(model, cache, token)
+        with watch() as control:
+            step(model, cache, token, torch.ones_like(token))
+    assert seen.syncs == []
+    assert control.syncs  # a mask on the device has to be read

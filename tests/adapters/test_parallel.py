@@ -1,0 +1,69 @@
+"""Tensor parallelism: two ranks see their own heads and decide as one process does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny
+from parallel import generate
+
+from kvpolicy import Adaptive, CachePipeline, Pyramid, SnapKV, Tokens, TotalCap, UnsupportedError
+from kvpolicy.adapters.hf import attach, spec_of
+
+
+@pytest.mark.slow
+def test_two_ranks(tmp_path, qwen3):
+    qwen3.save_pretrained(tmp_path)
+    ranks = []
+    for rank in ("0", "1"):
+        env = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        command = [sys.executable, Path(__file__).with_name("parallel.py"), tmp_path, rank]
+        ranks.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    for rank in ranks:
+        _, said = rank.communicate(timeout=300)
+        assert rank.returncode == 0, said
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for name in parts[0]:
+        tokens, kept = generate(qwen3, name)
+        assert all(torch.equal(part[name][0], tokens) for part in parts)
+        assert parts[0][name][1] + parts[1][name][1] == kept
+
+
+class Sharded(torch.nn.Module):
+    """A weight that says, as a DTensor does, which rows this rank holds."""
+
+    def __init__(self, placements, mesh):
+        super().__init__()
+        self.weight = type("Weight", (), {"placements": placements, "device_mesh": mesh})()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_head_counts_come_from_the_weights(rank):
+    class Mesh:
+        def size(self, axis):
+            return (1, 2)[axis]
+
+        def get_local_rank(self, axis):
+            return (0, rank)[axis]
+
+    from torch.distributed.tensor import Replicate, Shard
+
+    model = tiny()
+    for layer in model.model.layers:
+        layer.self_attn.k_proj = Sharded((Replicate(), Shard(0)), Mesh())
+    spec = spec_of(model)
+    assert (spec.heads, spec.kv_heads, spec.head_offset) == (2, 1, rank)
+    assert spec.model_kv_heads == 2
+    for budget in (
+        Adaptive(base=Tokens(tokens=14)),
+        TotalCap(tokens=40),
+        Pyramid(base=Adaptive(base=Tokens(tokens=14))),
+    ):
+        with pytest.raises(UnsupportedError, match="between KV heads"):
+            attach(model, CachePipeline(eviction=SnapKV(budget=budget, observation=4), window=5))
