@@ -106,7 +106,7 @@ def _pipeline(
         raise ValueError("gate, duo: wanted at most one admission, got both")
     if not any((window, gate, duo, quest, snapkv)):
         return None
-    from . import CachePipeline, DuoAttention, Quest, SnapKV, WriteGate
+    from . import CachePipeline, DuoAttention, Quest, SnapKV, Tokens, WriteGate
 
     policies: dict[str, Any] = {}
     if gate:
@@ -114,9 +114,9 @@ def _pipeline(
     if duo:
         policies["admission"] = DuoAttention.from_pretrained(duo, sparsity=sparsity)
     if quest:
-        policies["selection"] = Quest(budget=quest)
+        policies["selection"] = Quest(budget=Tokens(quest))
     if snapkv:
-        policies["eviction"] = SnapKV(budget=snapkv)
+        policies["eviction"] = SnapKV(budget=Tokens(snapkv))
     return CachePipeline(window=window, **policies)
 
 
@@ -266,7 +266,7 @@ def _load(name: str, device: str | None) -> tuple[Any, Any]:
         return load_smollm2(device=device)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
 
 

@@ -65,14 +65,12 @@ def check(name: str, got: torch.Tensor, exact: torch.Tensor, limit: float = LIMI
     """Raises CheckFailed unless the relative error of `got` against `exact` is below `limit`."""
     error = float((got.double() - exact.double()).norm() / exact.double().norm())
     if not error < limit:
-        raise CheckFailed(
-            f"{name}: relative error {error:.2e}, wanted below {limit:.0e}; not timed"
-        )
+        raise CheckFailed(f"{name}: relative error {error:.2e}, wanted < {limit:.0e}; not timed")
 
 
 @attrs.frozen(kw_only=True)
 class Case:
-    """A benchmark: its name, the function, about how many seconds it takes; low `rank`s run first."""
+    """A benchmark: its name and function, roughly its seconds, and its place (low runs first)."""
 
     group: str
     name: str

@@ -173,11 +173,8 @@ def cases(bench: Bench) -> list[Case]:
         for page in (64, 16):
             name = f"{mean // 1000}K page {page}"
             run = functools.partial(_ragged_case, name, mean, page)
-            found.append(
-                Case(
-                    group="decode", name=name, run=run, seconds=6, rank=1 if mean == 100_000 else 40
-                )
-            )
+            rank = 1 if mean == 100_000 else 40
+            found.append(Case(group="decode", name=name, run=run, seconds=6, rank=rank))
     name = "100K budget 4096"
     found.append(Case(group="quest", name=name, run=lambda b: quest(b, name), seconds=8, rank=30))
     return found

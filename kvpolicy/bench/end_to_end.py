@@ -60,7 +60,8 @@ def rows(bench: Bench, kind: str, nominal: int, batch: int, eager: bool) -> Iter
         group="model", name=f"{name}: TPOT", value=found.tpot, floor=floor, goals=tuple(tpot),
         shape=f"{found.steps} steps, {found.decoding}",
         baseline=_ratio(other, against and against.tpot, found.tpot, "ms"),
-        note="" if found.eager is None else f"eager {found.eager:.2f} ms",
+        note=f"{found.captures} captures"
+        + ("" if found.eager is None else f", eager {found.eager:.2f} ms"),
     )  # fmt: skip
     yield _memory(bench, name, found, batch, config)
     if found.counts:

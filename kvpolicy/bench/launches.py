@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from ..budget import Tokens
 from ..pipeline import CachePipeline
-from ..selection import Quest
+from ..selection import Quest, SelectAll
 from ..spec import CacheSpec
 from ..store import CacheState
 from .context import Bench, Case
@@ -43,8 +44,10 @@ def interpreted_launches() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def profiled() -> Iterator[Counter[str]]:
-    """Counts, filled on exit: kernels, copies and reads (copies to the host) on the device, syncs and
-    graph launches on the host."""
+    """Counts, filled on exit.
+
+    On the device kernels, copies and reads (copies to the host); on the host syncs and graphs.
+    """
     counts: Counter[str] = Counter()
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
@@ -104,8 +107,8 @@ def launches(bench: Bench, case: str, quest: bool) -> Iterator[Row]:
     kv_heads, dim, window = bench.pick(8, 2), bench.pick(128, 32), bench.pick(256, 16)
     layers = bench.pick(LAYERS, 2)
     gate = random_gate(layers, kv_heads, bench.pick(512, 32), dim, window, bench.device)
-    chosen = {"selection": Quest(budget=bench.pick(1024, 48))} if quest else {}
-    pipeline = CachePipeline(admission=gate, backend="triton", **chosen)  # type: ignore[arg-type]
+    selection = Quest(budget=Tokens(bench.pick(1024, 48))) if quest else SelectAll()
+    pipeline = CachePipeline(admission=gate, selection=selection, backend="triton")
     spec = CacheSpec(
         layers=layers, heads=4 * kv_heads, kv_heads=kv_heads, head_dim=dim, dtype=bench.dtype,
         device=bench.device,

@@ -10,6 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from ..budget import Tokens
 from ..pipeline import CachePipeline
 from ..selection import Quest
 from .context import Bench
@@ -25,16 +26,16 @@ def build(bench: Bench) -> Any:
     if "model" not in bench.shared:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        full = dict(
+        full: dict[str, Any] = dict(
             vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
             num_attention_heads=32, num_key_value_heads=8, head_dim=128,
         )  # fmt: skip
-        tiny = dict(
+        tiny: dict[str, Any] = dict(
             vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, head_dim=16,
         )  # fmt: skip
         config = LlamaConfig(
-            **bench.pick(full, tiny), max_position_embeddings=1 << 20, rope_theta=500000.0,
+            **bench.pick(full, tiny), max_position_embeddings=1 << 20,
             bos_token_id=None, eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
         before = torch.get_default_dtype()
@@ -60,7 +61,7 @@ def pipelines(bench: Bench, kind: str, tokens: int) -> CachePipeline:
     admission = FixedFraction.of(gate, FRACTION, tokens + 2 * STEPS)
     if kind == "gate":
         return CachePipeline(admission=admission)
-    return CachePipeline(admission=admission, selection=Quest(budget=bench.pick(4096, 24)))
+    return CachePipeline(admission=admission, selection=Quest(budget=Tokens(bench.pick(4096, 24))))
 
 
 @attrs.define

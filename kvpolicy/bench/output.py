@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,23 +69,21 @@ def print_table(rows: list[Row]) -> None:
     """At most 80 lines: name, measured, rate, floor, goals, comparison."""
     shown = rows if len(rows) <= 77 else [row for row in rows if row.goals or row.error][:77]
     heads = ("group", "benchmark", "measured", "rate", "floor")
-    print(
-        "  ".join(head.ljust(width) for head, width in zip(heads, _WIDTHS, strict=True))
-        + "  target"
-    )
+    print(_columns(heads) + "  target: found; same run")
     for row in shown:
         cells = (
             row.group, row.name, number(row.value, row.unit), number(row.rate, row.rate_unit),
             number(row.floor),
         )  # fmt: skip
-        text = "  ".join(
-            cell[:width].ljust(width) for cell, width in zip(cells, _WIDTHS, strict=True)
-        )
         rest = [row.error] if row.error else [*map(str, row.goals), row.baseline]
-        print(f"{text}  {'; '.join(part for part in rest if part)}"[:200].rstrip())
+        print(f"{_columns(cells)}  {'; '.join(part for part in rest if part)}"[:200].rstrip())
     verdicts = [goal.verdict for row in rows for goal in row.goals]
     counts = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in ("met", "short", "missed"))
     print(f"goals: {counts}; rows without result: {sum(bool(row.error) for row in rows)}")
+
+
+def _columns(cells: Iterable[str]) -> str:
+    return "  ".join(x[:width].ljust(width) for x, width in zip(cells, _WIDTHS, strict=True))
 
 
 def draw(out: Path, rows: list[Row]) -> None:

@@ -172,11 +172,10 @@ def everything(bench: Bench, case: str) -> Iterator[Row]:
     tokens, dim = bench.pick(131072, 96), bench.pick(128, 32)
     kv_heads = bench.pick(KV_HEADS, 2)
     p = problem(bench, tokens, [1.0] * kv_heads, dim)
-    call = (
-        lambda: kernel.dense_prefill(  # noqa: E731
-            p.query, *p.recent[:2], p.segments, p.pages, p.table, p.scale
-        )
-    )
+
+    def call() -> Tensor:
+        return kernel.dense_prefill(p.query, *p.recent[:2], p.segments, p.pages, p.table, p.scale)
+
     p.check(case, call())
     ms = median_ms([call], bench.device)
     dense = dense_ms(bench, tokens, dim)
@@ -190,7 +189,7 @@ def cases(bench: Bench) -> list[Case]:
     dim, kv_heads = bench.pick(128, 32), bench.pick(KV_HEADS, 2)
     full = kv_heads // 4 or 1
     duo = [1.0] * full + [0.02] * (kv_heads - full)
-    plan = [
+    plan: list[tuple[Any, ...]] = [
         ("131K 25%", long, [0.25] * kv_heads, dim, 600),
         ("131K 10%", long, [0.1] * kv_heads, dim, 560),
         ("32K 25%", short, [0.25] * kv_heads, dim, 540),

@@ -17,7 +17,7 @@ from .output import draw, print_table, write_results
 from .rows import CheckFailed, Row
 
 GROUPS = ("prefill", "decode", "quest", "write", "snapkv", "model", "launches")
-_MODULES = ("prefill", "decode", "write", "snapkv", "model", "launches")
+_MODULES = ("prefill", "decode", "write", "snapkv", "end_to_end", "launches")
 
 
 def run(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from ..budget import Tokens
 from ..eviction import SnapKV
 from ..pipeline import CachePipeline
 from ..spec import CacheSpec
@@ -69,10 +70,10 @@ def exact_scores(policy: SnapKV, view: EvictionView) -> torch.Tensor:
 
 
 def snapkv(bench: Bench, case: str) -> Iterator[Row]:
-    """View and scores of one layer, times the layers of the model; peak scratch beside the cache."""
+    """View and scores of one layer, times the model's layers; peak scratch beside the cache."""
     heads, kv_heads = bench.pick(32, 4), bench.pick(8, 2)
     held, window = bench.pick(100_000, 300), bench.pick(256, 16)
-    policy = SnapKV(budget=bench.pick(32768, 64), observation=window)
+    policy = SnapKV(budget=Tokens(bench.pick(32768, 64)), observation=window)
     pipeline = CachePipeline(eviction=policy, window=window, backend="triton")
     state = full_state(bench, pipeline, heads, kv_heads, held)
     layer, dim = state.layers[0], state.spec.head_dim
@@ -96,7 +97,7 @@ def snapkv(bench: Bench, case: str) -> Iterator[Row]:
     moved = LAYERS * 2.0 * dim * kv_heads * held
     yield Row(
         group="snapkv", name=case, value=ms, rate=flops / ms / 1e9, rate_unit="TFLOP/s",
-        floor=bench.floor_ms(flops, moved), shape=f"{held} stored a head, w={window}, {LAYERS} layers",
+        floor=bench.floor_ms(flops, moved), shape=f"{held} stored a head, w={window}, x{LAYERS}",
         goals=(
             Goal(what="ms", wanted=60, got=ms),
             Goal(what="scratch MB", wanted=256, got=scratch / 1e6),

@@ -78,7 +78,7 @@ def captured_ms(calls: Sequence[Call], device: torch.device) -> float:
 
 
 def ceilings(device: torch.device, quick: bool) -> tuple[float, float]:
-    """Measured copy rate (bytes a second, read and written) and bf16 matrix rate (FLOP a second)."""
+    """Measured copy rate (bytes/s, read and written) and bf16 matrix rate (FLOP/s)."""
     size = 1 << (12 if quick else 31)
     source = torch.empty(size, dtype=torch.uint8, device=device).random_(256)
     target = torch.empty_like(source)

@@ -15,6 +15,7 @@ from ..adapters.hf.spec import decoder_of
 from ..pipeline import CachePipeline
 from ..store import Report
 from .lost_mass import LostMass, observed, read_by_last_token
+from .prompts import token_ids
 from .score import PlainSession
 from .session import PipelineSession
 
@@ -99,7 +100,7 @@ def compare(
     Raises:
         ValueError: the text is shorter than `continuation + 1` tokens, or has no tokenizer.
     """
-    ids = _ids(text, tokenizer)
+    ids = token_ids(text, tokenizer)
     if continuation < 1 or chunk < 1:
         raise ValueError(f"continuation, chunk: wanted at least 1, got {continuation}, {chunk}")
     if len(ids) <= continuation:
@@ -155,17 +156,6 @@ def effects(pipeline: CachePipeline, report: Report) -> tuple[Effect, ...]:
 def _mean(rows: list[list[float]]) -> float:
     values = [x for row in rows for x in row]
     return sum(values) / len(values)
-
-
-def _ids(text: str | Sequence[int] | Tensor, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
-    if isinstance(text, str):
-        if tokenizer is None:
-            raise ValueError("tokenizer: wanted one for a text, got None")
-        text = tokenizer(text, verbose=False).input_ids
-    ids = torch.as_tensor(text)
-    if ids.ndim != 1 or ids.is_floating_point():
-        raise ValueError(f"text: wanted token ids [N], got {ids.dtype} {list(ids.shape)}")
-    return ids
 
 
 def _decode(

@@ -71,9 +71,10 @@ class KeptMap:
             f"{html.escape(piece)}</span>"
             for i, piece in enumerate(self.pieces)
         ]
+        held = f"{self.fraction:.1%} of {tokens:,} tokens"
         page = _PAGE.substitute(
             title=html.escape(title),
-            says=f"{layers} layers x {heads} KV heads hold {self.fraction:.1%} of {tokens:,} tokens",
+            says=f"{layers} layers x {heads} KV heads hold {held}",
             text="".join(spans),
             scale=", ".join(picture.SCALE),
             held=json.dumps(_rows(self.held)),

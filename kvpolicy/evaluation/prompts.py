@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import attrs
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 Ids = tuple[int, ...]
@@ -105,3 +107,21 @@ def scatter(sentences: Sequence[Ids], inserts: Sequence[Ids], tail: int, rng: ra
     return tuple(
         token for i, sentence in enumerate(sentences) for token in (*chosen.get(i, ()), *sentence)
     )
+
+
+def token_ids(
+    text: str | Sequence[int] | Tensor, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Tensor:
+    """Token ids `[N]` of ids or of a text.
+
+    Raises:
+        ValueError: a text came without a tokenizer, or what came is not a row of ids.
+    """
+    if isinstance(text, str):
+        if tokenizer is None:
+            raise ValueError("tokenizer: wanted one for a text, got None")
+        text = tokenizer(text, verbose=False).input_ids
+    ids = torch.as_tensor(text)
+    if ids.ndim != 1 or not len(ids) or ids.is_floating_point():
+        raise ValueError(f"text: wanted token ids [N], got {ids.dtype} {list(ids.shape)}")
+    return ids

@@ -130,6 +130,11 @@ class Run:
             if acts and not self.pending[row] and at // step > self.checked[row] // step:
                 self.evict(row, decoding=True)
 
+    def attend(self, layer, *tensors):
+        """The pipeline's attention on its device, the result on the host."""
+        q, k, v, pre = (x.to(self.spec.device) for x in tensors)
+        return self.pipeline.attend(self.state, layer, q, k, v, key_pre=pre).cpu()
+
     def columns(self, row, layer, valid):
         """A row's tokens in its real columns and garbage in the others."""
         real, at = self.streams[row][layer], self.at[row]

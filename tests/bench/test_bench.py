@@ -1,0 +1,142 @@
+"""The benchmark on tiny shapes: it checks before it times, isolates failures, and keeps time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvpolicy import BackendError
+from kvpolicy.bench import run, runner, timing
+from kvpolicy.bench.context import Bench, Case, check
+from kvpolicy.bench.prefill import Problem, problem
+from kvpolicy.bench.rows import CheckFailed, Goal, Row
+from kvpolicy.kernels import paged_decode
+
+CUDA = torch.cuda.is_available()
+ONE_OF_EACH = ["32K 25%", "everything admitted", "8K page 16", "write", "snapkv", "gate 100K"]
+
+
+@pytest.fixture
+def bench() -> Bench:
+    found = Bench(quick=True, seconds=60)
+    found.copy_rate = found.flop_rate = 1e9
+    return found
+
+
+def test_quick_run_writes_results(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = run(ONE_OF_EACH, out=tmp_path, quick=True, seconds=600)
+    assert not [row.error for row in rows if row.error]
+    assert {row.group for row in rows} == {
+        "ceilings", "prefill", "decode", "write", "snapkv", "model",
+    }  # fmt: skip
+    assert all(row.value and row.value > 0 for row in rows if row.group != "ceilings")
+    timed = [row for row in rows if row.unit in ("ms", "us", "s") and "gather" not in row.name]
+    assert all(row.floor and row.floor > 0 for row in timed)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert [row["name"] for row in found["rows"]] == [row.name for row in rows]
+    assert found["machine"]["quick"] is True
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    assert len(lines) == len(rows) + 4
+    assert len({line.count("|") for line in lines[2:]}) == 1
+    assert {path.name for path in tmp_path.glob("*.png")} >= {"prefill-ms.png", "decode-us.png"}
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1].startswith("goals:")
+    assert printed[-len(rows) - 2].startswith("group")
+
+
+@pytest.mark.slow
+def test_every_benchmark_runs_quickly(tmp_path: Path) -> None:
+    rows = run(out=tmp_path, quick=True, seconds=1200)
+    assert not [(row.name, row.error) for row in rows if row.error]
+    assert {row.group for row in rows} == {"ceilings", *runner.GROUPS}
+
+
+def test_a_wrong_kernel_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = paged_decode.paged_decode
+    monkeypatch.setattr(paged_decode, "paged_decode", lambda *a, **k: right(*a, **k) * 1.02)
+    rows = run(["decode: 8K page 16", "everything"], out=tmp_path, quick=True, seconds=600)
+    wrong = [row for row in rows if row.group == "decode"]
+    assert [row.value for row in wrong] == [None]
+    assert "relative error" in wrong[0].error
+    assert [row.error for row in rows if row.group == "prefill"] == [""]
+
+
+def test_a_failure_keeps_finished_rows(bench: Bench) -> None:
+    def breaks(bench: Bench):
+        yield Row(group="decode", name="first", value=1.0)
+        raise RuntimeError("no room\nfor this")
+
+    rows = runner.attempt(bench, Case(group="decode", name="both", run=breaks))
+    assert [(row.name, row.value, row.error) for row in rows] == [
+        ("first", 1.0, ""),
+        ("both", None, "RuntimeError: no room"),
+    ]
+
+
+def test_nothing_starts_after_the_limit(tmp_path: Path) -> None:
+    rows = run(["model", "launches"], out=tmp_path, quick=True, seconds=0.0)
+    rest = [row for row in rows if row.group != "ceilings"]
+    assert rest and all("not started" in row.error for row in rest)
+
+
+def test_important_benchmarks_come_first(bench: Bench) -> None:
+    names = [f"{case.group}: {case.name}" for case in runner.choose(bench, [])]
+    assert names[:3] == ["prefill: 131K 25%", "decode: 100K page 64", "decode: 100K page 16"]
+    assert names[3].startswith("model: gate 100K")
+
+
+def test_unknown_names_are_refused(bench: Bench) -> None:
+    with pytest.raises(ValueError, match="got 'nothing'"):
+        runner.choose(bench, ["decode", "nothing"])
+
+
+@pytest.mark.skipif(CUDA, reason="needs a machine without a GPU")
+def test_full_shapes_want_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="quick"):
+        run(out=tmp_path)
+
+
+@pytest.mark.parametrize("start", [0, 40, 75])
+def test_visible_pairs_are_counted(bench: Bench, start: int) -> None:
+    p: Problem = problem(bench, 80, [0.4, 0.0], 16, start)
+    i, j = torch.arange(start, 80)[:, None], torch.arange(80)
+    seen = (j <= i) & ((i - j < p.window) | p.admitted.cpu()[:, None])
+    group = p.query.shape[0] // 2
+    assert p.pairs() == group * int(seen.sum())
+
+
+@pytest.mark.parametrize("broken", ["nan", "shift"])
+def test_check_refuses(bench: Bench, broken: str) -> None:
+    p = problem(bench, 70, [0.5, 0.5], 16)
+    wide = [x.repeat_interleave(2, 0).double() for x in (p.key, p.value, p.admitted)]
+    i, j = torch.arange(70)[:, None], torch.arange(70)
+    seen = (j <= i) & ((i - j < p.window) | wide[2][:, None].bool())
+    scores = (p.query.double() @ wide[0].mT * p.scale).masked_fill(~seen, float("-inf"))
+    out = (scores.softmax(-1) @ wide[1]).to(p.query.dtype)
+    p.check("right", out)
+    out = out.roll(1, 2) if broken == "shift" else out.index_fill(1, torch.tensor([33]), torch.nan)
+    with pytest.raises(CheckFailed, match="not timed"):
+        p.check("wrong", out)
+
+
+def test_goals() -> None:
+    found = [Goal(what="", wanted=10, got=got).verdict for got in (10, 10.5, 12)]
+    assert found == ["met", "short", "missed"]
+    found = [Goal(what="", wanted=10, got=got, at_most=False).verdict for got in (10, 9.5, 8)]
+    assert found == ["met", "short", "missed"]
+    assert [Goal(what="", wanted=0, got=got).verdict for got in (0, 1)] == ["met", "missed"]
+
+
+def test_buffer_sets_exceed_the_cache() -> None:
+    assert timing.sets_for(1 << 20) * (1 << 20) >= 256 << 20
+    assert timing.sets_for(1 << 30) == 1
+
+
+def test_relative_error_is_of_the_norm() -> None:
+    exact = torch.ones(100)
+    check("fine", exact + 0.009, exact)
+    with pytest.raises(CheckFailed):
+        check("off", exact + 0.011, exact)
