@@ -15,7 +15,7 @@ from .store.dual_cache import (
     write_ring,
     write_token,
 )
-from .store.state import Call, CacheState, LayerStore
+from .store.state import CacheState, Call, LayerStore
 from .types import ADMITTED, MARKED, Write
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import attrs
-import torch
 from torch import Tensor
 
 from . import engine
@@ -21,11 +20,19 @@ from .selection import SelectAll, Selection
 from .spec import CacheSpec
 from .store import CacheState, Report
 from .store.allocate import allocate
-from .store.rollback import abort
 from .store.report import report
+from .store.rollback import abort
 
 DEFAULT_WINDOW = 256
 PHASES = ("prompt", "decode")
+
+
+def _a(kind: type) -> Any:
+    return attrs.validators.instance_of(kind)
+
+
+def _or_zero(window: int | None) -> int:
+    return 0 if window is None else window
 
 
 @attrs.frozen(kw_only=True)
@@ -40,16 +47,10 @@ class CachePipeline:
         `CachePipeline(admission=gate, selection=Quest(budget=1024), eviction=SnapKV(budget=4096))`
     """
 
-    admission: Admission = attrs.field(
-        factory=AdmitAll, validator=attrs.validators.instance_of(Admission)
-    )
-    selection: Selection = attrs.field(
-        factory=SelectAll, validator=attrs.validators.instance_of(Selection)
-    )
-    eviction: Eviction = attrs.field(
-        factory=KeepAll, validator=attrs.validators.instance_of(Eviction)
-    )
-    window: int = attrs.field(default=None, converter=attrs.converters.default_if_none(0))
+    admission: Admission = attrs.field(factory=AdmitAll, validator=_a(Admission))
+    selection: Selection = attrs.field(factory=SelectAll, validator=_a(Selection))
+    eviction: Eviction = attrs.field(factory=KeepAll, validator=_a(Eviction))
+    window: int = attrs.field(default=None, converter=_or_zero)
     backend: str = attrs.field(default="auto", validator=one_of(*BACKENDS))
 
     def __attrs_post_init__(self) -> None:
@@ -72,7 +73,7 @@ class CachePipeline:
         return next(iter(given.values()), DEFAULT_WINDOW)
 
     def init(self, spec: CacheSpec, batch: int = 1) -> CacheState:
-        """An empty cache for `batch` sequences. Raises ValueError if a policy does not fit `spec`."""
+        """An empty cache for `batch` sequences; ValueError if a policy does not fit `spec`."""
         if batch < 1:
             raise ValueError(f"batch: wanted at least 1, got {batch}")
         self.check(spec)
@@ -101,9 +102,9 @@ class CachePipeline:
         """Opens a call that adds `lengths[b]` real tokens to each sequence.
 
         `phase` is "prompt" (queries read all that is visible) or "decode" (every query selects for
-        itself). A decode call of several columns names its real tokens by `valid` `[B, T]`. Evicts if
-        that is due, and reserves what decoding needs, so that capacity errors come before any layer
-        writes.
+        itself). A decode call of several columns names its real tokens by `valid` `[B, T]`. Evicts
+        if that is due, and reserves what decoding needs, so that capacity errors come before any
+        layer writes.
         """
         if phase not in PHASES:
             raise ValueError(f"phase: wanted one of {', '.join(PHASES)}, got {phase!r}")
@@ -118,7 +119,9 @@ class CachePipeline:
             )
         if phase == "decode" and valid is None:
             if any(n != 1 for n, on in zip(lengths, state.active, strict=True) if on):
-                raise ValueError(f"valid: wanted for a decode call that adds {list(lengths)}, got None")
+                raise ValueError(
+                    f"valid: wanted for a decode call that adds {list(lengths)}, got None"
+                )
         elif valid is not None and (valid.ndim != 2 or valid.shape[0] != state.batch):
             raise ValueError(f"valid: wanted [{state.batch}, T], got {list(valid.shape)}")
         self.maintain(state)
@@ -137,10 +140,11 @@ class CachePipeline:
     ) -> Tensor:
         """One layer of the open call: decides, writes, attends.
 
-        Prompt calls are packed: `query` `[Hq, T, D]`, `key`, `value`, `key_pre` `[Hkv, T, D]`, `hidden`
-        `[T, hidden]`, sequence after sequence, real tokens only; returns `[Hq, T, D]`. Decode calls
-        are `[B, Hq, T, D]` and `[B, Hkv, T, D]`, `hidden` `[B, T, hidden]`; returns `[B, Hq, T, D]`, zeros
-        where a token is not real. Keys are after RoPE at their true positions.
+        Prompt calls are packed: `query` `[Hq, T, D]`, `key`, `value`, `key_pre` `[Hkv, T, D]`,
+        `hidden` `[T, hidden]`, sequence after sequence, real tokens only; returns `[Hq, T, D]`.
+        Decode calls are `[B, Hq, T, D]` and `[B, Hkv, T, D]`, `hidden` `[B, T, hidden]`; returns
+        `[B, Hq, T, D]`, zeros where a token is not real. Keys are after RoPE at their true
+        positions.
         """
         if state.call is None:
             raise PhaseError("attend: no call is open; call begin(state, lengths, phase) first")
@@ -159,7 +163,9 @@ class CachePipeline:
         engine.close_call(state)
         if phase == "prompt":
             acts = not self.eviction.neutral
-            state.pending = [was or (acts and n > 0) for was, n in zip(state.pending, added, strict=True)]
+            state.pending = [
+                was or (acts and n > 0) for was, n in zip(state.pending, added, strict=True)
+            ]
         elif valid is None:
             self.maintain(state)
 
@@ -176,7 +182,7 @@ class CachePipeline:
             state.pending = [False] * state.batch
 
     def maintain(self, state: CacheState) -> None:
-        """Evicts for sequences that have decoded another `interval` tokens, if the policy decodes."""
+        """Evicts for sequences that decoded another `interval` tokens, if the policy does."""
         due = self.due(state)
         if due:
             evict(state, due, decoding=True)
@@ -219,6 +225,6 @@ def _check_budget(policy: Any, window: int) -> None:
     tokens = getattr(budget, "tokens", None)
     if tokens is not None and tokens < window + 1:
         raise ValueError(
-            f"{type(policy).__name__}.budget: wanted at least window + 1 = {window + 1} tokens (budgets "
-            f"include the window), got {tokens}"
+            f"{type(policy).__name__}.budget: wanted at least window + 1 = {window + 1} tokens "
+            f"(budgets include the window), got {tokens}"
         )

@@ -8,9 +8,13 @@ import torch
 from ._validate import positive
 
 
-def _sliding(instance: CacheSpec, attribute: attrs.Attribute, value: tuple[int | None, ...]) -> None:
+def _sliding(
+    instance: CacheSpec, attribute: attrs.Attribute, value: tuple[int | None, ...]
+) -> None:
     if value and len(value) != instance.layers:
-        raise ValueError(f"sliding: wanted one entry for each of {instance.layers} layers, got {len(value)}")
+        raise ValueError(
+            f"sliding: wanted one entry for each of {instance.layers} layers, got {len(value)}"
+        )
     for window in value:
         if window is not None and window < 1:
             raise ValueError(f"sliding: wanted None or a window of at least 1, got {window}")
@@ -20,11 +24,12 @@ def _sliding(instance: CacheSpec, attribute: attrs.Attribute, value: tuple[int |
 class CacheSpec:
     """Sizes of one model's cache.
 
-    `heads` and `kv_heads` are those present on this rank; `head_offset` is the global id of the first
-    KV head and `all_kv_heads` the model's number of them (default: all are here). `scale` multiplies q.k (default `head_dim ** -0.5`). `sliding` gives, per layer, the
-    window of layers that only slide and None for the others. `page_size` is in tokens, `rollback`
-    the number of tokens that `crop` can take back, `interval` the number of decoded tokens between
-    two evaluations of caps and decode-time evictions.
+    `heads` and `kv_heads` are those present on this rank; `head_offset` is the global id of the
+    first KV head and `all_kv_heads` the model's number of them (default: all are here). `scale`
+    multiplies q.k (default `head_dim ** -0.5`). `sliding` gives, per layer, the window of layers
+    that only slide and None for the others. `page_size` is in tokens, `rollback` the number of
+    tokens that `crop` can take back, `interval` the number of decoded tokens between two
+    evaluations of caps and decode-time evictions.
     """
 
     layers: int = attrs.field(validator=positive)
@@ -43,7 +48,9 @@ class CacheSpec:
 
     def __attrs_post_init__(self) -> None:
         if self.heads % self.kv_heads:
-            raise ValueError(f"heads: wanted a multiple of kv_heads={self.kv_heads}, got {self.heads}")
+            raise ValueError(
+                f"heads: wanted a multiple of kv_heads={self.kv_heads}, got {self.heads}"
+            )
         if self.page_size & (self.page_size - 1):
             raise ValueError(f"page_size: wanted a power of two, got {self.page_size}")
 

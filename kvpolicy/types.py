@@ -15,11 +15,11 @@ MARKED = 2  # bit 1: kept by a decision taken at write time for the prompt's end
 class Write(NamedTuple):
     """New tokens of one layer, packed over sequences, as an admission sees them.
 
-    `key`, `value` are `[Hkv, T, D]` (keys after RoPE), `positions` `[T]` int64 counts real tokens of
-    each sequence from 0, `cu_seqlens` `[B + 1]` int32 delimits sequences in T. `heads` are the
-    global ids of the KV heads present (all of them without tensor parallelism). `key_pre`
-    `[Hkv, T, D]` (keys before RoPE) and `hidden` `[T, hidden]` (attention input) are given only if
-    the policy's `needs` names them.
+    `key`, `value` are `[Hkv, T, D]` (keys after RoPE), `positions` `[T]` int64 counts real tokens
+    of each sequence from 0, `cu_seqlens` `[B + 1]` int32 delimits sequences in T. `heads` are the
+    global ids of the KV heads present (all of them without tensor parallelism). `key_pre` `[Hkv, T,
+    D]` (keys before RoPE) and `hidden` `[T, hidden]` (attention input) are given only if the
+    policy's `needs` names them.
     """
 
     key: Tensor

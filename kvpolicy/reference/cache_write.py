@@ -19,8 +19,8 @@ def append(
 ) -> None:
     """Stores tokens in pages that the table already names.
 
-    `key`, `value` `[Hkv, T, D]`, `meta` `[Hkv, T]`; token t of head h becomes global token `dest[h, t]`
-    (`[Hkv, T]` int32, -1: not stored) of sequence `rows[t]`. `table` `[B, Hkv, M]`.
+    `key`, `value` `[Hkv, T, D]`, `meta` `[Hkv, T]`; token t of head h becomes global token `dest[h,
+    t]` (`[Hkv, T]` int32, -1: not stored) of sequence `rows[t]`. `table` `[B, Hkv, M]`.
     """
     size = pages.k.shape[1]
     head, token = (dest >= 0).nonzero(as_tuple=True)
@@ -47,47 +47,70 @@ def decode_write(
     window: int,
     minmax: bool = False,
 ) -> None:
-    """Writes one decoded token a sequence; the token that leaves the window is promoted if admitted.
+    """Writes one decoded token a sequence; the one that leaves the window is promoted if admitted.
 
-    `key`, `value` `[B, Hkv, D]` and `flags` `[B, Hkv]` uint8 go to ring slot `lengths % slots`; ring
-    tensors are `[B, Hkv, slots, D]` and `[B, Hkv, slots]`. `lengths` `[B]` counts the tokens before
-    this one. Rows that are not `active` `[B]` write nothing. A full last page makes its head take
-    one from the free stack. `minmax` extends the page's summary (minimum and maximum key).
+    `key`, `value` `[B, Hkv, D]` and `flags` `[B, Hkv]` uint8 go to ring slot `lengths % slots`;
+    ring tensors are `[B, Hkv, slots, D]` and `[B, Hkv, slots]`. `lengths` `[B]` counts the tokens
+    before this one. Rows that are not `active` `[B]` write nothing. A full last page makes its head
+    take one from the free stack. `minmax` extends the page's summary (minimum and maximum key).
     """
-    batch, heads, slots, dim = ring_k.shape
-    size = pages.k.shape[1]
-    row = torch.arange(batch, device=ring_k.device)
-    leaving = lengths - window
-    out = leaving.clamp(min=0) % slots
-    out_flags = ring_flags[row, :, out]
-    promote = ((out_flags & ADMITTED) > 0) & (active & (leaving >= 0))[:, None]
-    b, h = promote.nonzero(as_tuple=True)
-    if b.numel():
-        count = counts[b, h].long()
-        fresh = (count % size == 0).nonzero().squeeze(1)
-        if fresh.numel():
-            take_pages(pages, table, b[fresh], h[fresh], count[fresh] // size)
-        page = table[b, h, count // size].long()
-        slot = page * size + count % size
-        promoted = ring_k[b, h, out[b]]
-        pages.k.view(-1, dim)[slot] = promoted
-        pages.v.view(-1, dim)[slot] = ring_v[b, h, out[b]]
-        mark = ((out_flags[b, h] & MARKED) > 0).int() << POSITION_BITS
-        pages.meta.view(-1)[slot] = leaving[b].int() | mark
-        counts[b, h] += 1
-        if minmax:
-            assert pages.summary is not None
-            extent = pages.summary[page].view(-1, 2, dim)
-            first = (count % size == 0)[:, None]
-            low = torch.where(first, promoted, torch.minimum(extent[:, 0], promoted))
-            high = torch.where(first, promoted, torch.maximum(extent[:, 1], promoted))
-            pages.summary[page] = torch.cat([low, high], -1)
-    if not bool(active.all()):
-        row, key, value, flags = row[active], key[active], value[active], flags[active]
-    slot = (lengths % slots)[row]
-    ring_k[row, :, slot] = key
-    ring_v[row, :, slot] = value
-    ring_flags[row, :, slot] = flags
+    slots = ring_k.shape[2]
+    # Plain ints and rows: tensors of one token are all dispatch.
+    for row, (length, on) in enumerate(zip(lengths.tolist(), active.tolist(), strict=True)):
+        if not on:
+            continue
+        if length >= window:
+            out = (length - window) % slots
+            leaving = (ring_k[row, :, out], ring_v[row, :, out], ring_flags[row, :, out])
+            _promote(pages, table, counts, row, *leaving, length - window, minmax)
+        slot = length % slots
+        ring_k[row, :, slot] = key[row]
+        ring_v[row, :, slot] = value[row]
+        ring_flags[row, :, slot] = flags[row]
+
+
+def _promote(
+    pages: Pages,
+    table: Tensor,
+    counts: Tensor,
+    row: int,
+    key: Tensor,
+    value: Tensor,
+    flags: Tensor,
+    position: int,
+    minmax: bool,
+) -> None:
+    """Appends a sequence's leaving token to the pages of the heads that admitted it."""
+    size, dim = pages.k.shape[1:]
+    bits = flags.tolist()
+    h = [head for head, bit in enumerate(bits) if bit & ADMITTED]
+    if not h:
+        return
+    held, heads = counts[row].tolist(), torch.tensor(h, device=key.device)
+    full = [head for head in h if held[head] % size == 0]
+    if full:
+        b = torch.full((len(full),), row, device=key.device)
+        at = [held[head] // size for head in full]
+        fresh = torch.tensor([full, at], device=key.device)
+        take_pages(pages, table, b, fresh[0], fresh[1])
+    column = torch.tensor([held[head] // size for head in h], device=key.device)
+    offset = torch.tensor([held[head] % size for head in h], device=key.device)
+    page = table[row, heads, column].long()
+    slot = page * size + offset
+    key, value = key[heads], value[heads]
+    pages.k.view(-1, dim).index_copy_(0, slot, key)
+    pages.v.view(-1, dim).index_copy_(0, slot, value)
+    meta = [position | ((bits[head] & MARKED) > 0) << POSITION_BITS for head in h]
+    meta_on = torch.tensor(meta, dtype=torch.int32, device=key.device)
+    pages.meta.view(-1).index_copy_(0, slot, meta_on)
+    counts[row, heads] += 1
+    if minmax:
+        assert pages.summary is not None
+        extent = pages.summary[page].view(-1, 2, dim)
+        first = (offset == 0)[:, None]
+        low = torch.where(first, key, torch.minimum(extent[:, 0], key))
+        high = torch.where(first, key, torch.maximum(extent[:, 1], key))
+        pages.summary[page] = torch.cat([low, high], -1)
 
 
 def take_pages(pages: Pages, table: Tensor, b: Tensor, h: Tensor, index: Tensor) -> None:

@@ -20,10 +20,10 @@ def quest_select(
 ) -> Tensor:
     """Quest's choice: pages by the upper bound of q.k inside them.
 
-    `query` `[B, Hq, D]`, `table` `[B, Hkv, M]`, `counts` `[B, Hkv]`; the score of a page is the sum over
-    channels of max(q * min, q * max), combined over a group's query heads by `group`: "max", "mean"
-    or "each" (a choice per query head). See `top_pages` for the rest and the result
-    `[B, Hkv or Hq, budget]`.
+    `query` `[B, Hq, D]`, `table` `[B, Hkv, M]`, `counts` `[B, Hkv]`; the score of a page is the sum
+    over channels of max(q * min, q * max), combined over a group's query heads by `group`: "max",
+    "mean" or "each" (a choice per query head). See `top_pages` for the rest and the result `[B, Hkv
+    or Hq, budget]`.
     """
     assert pages.summary is not None
     batch, kv_heads = counts.shape
@@ -48,9 +48,9 @@ def top_pages(
 ) -> Tensor:
     """The `budget` best pages of each head, always including the first and last ones.
 
-    `scores` `[B, Hs, M]` with Hs = Hkv or Hq, `counts` `[B, Hkv]` tokens. Of the budget, `last` trailing
-    and then `first` leading pages are taken for certain. Ties go to the lower page. Returns
-    `[B, Hs, budget]` int32 page numbers within the head in rising order, padded with -1.
+    `scores` `[B, Hs, M]` with Hs = Hkv or Hq, `counts` `[B, Hkv]` tokens. Of the budget, `last`
+    trailing and then `first` leading pages are taken for certain. Ties go to the lower page.
+    Returns `[B, Hs, budget]` int32 page numbers within the head in rising order, padded with -1.
     """
     batch, heads, width = scores.shape
     held = (counts + page_size - 1) // page_size

@@ -26,11 +26,11 @@ def prefill_attention(
 ) -> Tensor:
     """Exact attention over {j <= i : i - j < window or admitted[j]}.
 
-    `query` `[Hq, Tq, D]`; `key`, `value` `[Hkv, Tk, D]` and `flags` `[Hkv, Tk]` uint8 are the recent tokens
-    (ring, then new ones) packed as `segments` says. `table` `[B, Hkv, M]` and `counts` `[B, Hkv]` name the
-    global tokens, in position order, including those that leave the window in this call. A tile of
-    queries starting at position s reads global tokens before s - window + 1 without a mask, and
-    recent ones from there on with it. Returns `[Hq, Tq, D]`.
+    `query` `[Hq, Tq, D]`; `key`, `value` `[Hkv, Tk, D]` and `flags` `[Hkv, Tk]` uint8 are the
+    recent tokens (ring, then new ones) packed as `segments` says. `table` `[B, Hkv, M]` and
+    `counts` `[B, Hkv]` name the global tokens, in position order, including those that leave the
+    window in this call. A tile of queries starting at position s reads global tokens before s -
+    window + 1 without a mask, and recent ones from there on with it. Returns `[Hq, Tq, D]`.
     """
     kv_heads, dim = key.shape[0], key.shape[2]
     out = torch.empty(query.shape[1], query.shape[0], dim, dtype=query.dtype, device=query.device)
@@ -53,7 +53,11 @@ def prefill_attention(
             before = far_at < tile - window + 1
             width = int(before.sum(-1).max()) if used else 0
             mask = torch.cat(
-                [before[:, None, :width].expand(-1, stop - tile, -1), seen.expand(kv_heads, -1, -1)], -1
+                [
+                    before[:, None, :width].expand(-1, stop - tile, -1),
+                    seen.expand(kv_heads, -1, -1),
+                ],
+                -1,
             )
             k = torch.cat([far_k[:, :width], key[:, near]], 1)
             v = torch.cat([far_v[:, :width], value[:, near]], 1)

@@ -94,7 +94,7 @@ def _summary_size(policy: Selection, spec: CacheSpec) -> tuple[int, torch.dtype]
             )
         if found is not None and found[1] != summary.dtype:
             raise ValueError(
-                f"selection: summaries of different layers have dtypes {found[1]} and {summary.dtype}"
+                f"selection: summaries have different dtypes: {found[1]} and {summary.dtype}"
             )
         found = (max(summary.shape[1], found[0] if found else 0), summary.dtype)
     return found

@@ -30,7 +30,9 @@ def view(state: CacheState, layer: LayerStore) -> EvictionView:
         w = layer.eviction.queries
         at = torch.arange(-w, 0, device=device) + lengths[:, None]
         index_q = (at % layer.queries.shape[2])[:, None, :, None]
-        queries = layer.queries.gather(2, index_q.expand(-1, layer.queries.shape[1], -1, layer.queries.shape[3]))
+        queries = layer.queries.gather(
+            2, index_q.expand(-1, layer.queries.shape[1], -1, layer.queries.shape[3])
+        )
         query_valid = at >= 0
     hide = ~valid[..., None]
     return EvictionView(

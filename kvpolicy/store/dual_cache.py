@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ..types import ADMITTED, POSITION_BITS, Segments
-from .state import Call, CacheState, LayerStore
+from .state import CacheState, LayerStore
 
 
 def segments(state: CacheState, device: torch.device) -> Segments:
-    """The current prompt call's segments on a device; recents are the ring's tokens and the new ones."""
+    """The open prompt call's segments on a device; recents are the ring's tokens and new ones."""
     call = state.call
     assert call is not None
     if device not in call.segments:
@@ -42,7 +42,7 @@ def layer_segments(state: CacheState, layer: LayerStore) -> Segments:
 
 
 def recent(layer: LayerStore, seg: Segments, new: Tensor, ring: Tensor) -> Tensor:
-    """New tokens `[Hkv, T, ...]` preceded, per sequence, by those of the ring `[B, Hkv, slots, ...]`."""
+    """New tokens `[Hkv, T, ...]` preceded, per sequence, by the ring's `[B, Hkv, slots, ...]`."""
     if seg.cu_q == seg.cu_k:
         return new
     parts = []
@@ -100,7 +100,7 @@ def _places(seg: Segments, device: torch.device) -> tuple[Tensor, Tensor, Tensor
 
 
 def _give_pages(state: CacheState, layer: LayerStore, before: Tensor, after: Tensor) -> None:
-    """Takes pages for heads that grow from `before` to `after` tokens and names them in the table."""
+    """Takes pages for heads that grow from `before` to `after` tokens, into the table."""
     size = state.spec.page_size
     have, want = _ceil(before, size), _ceil(after, size)
     column = torch.arange(layer.table.shape[2], device=before.device)
@@ -121,7 +121,9 @@ def summarize(state: CacheState, layer: LayerStore, before: Tensor, after: Tenso
     touched = (column >= (before // size)[..., None]) & (column < _ceil(after, size)[..., None])
     b, h, m = touched.nonzero(as_tuple=True)
     if b.numel():
-        refresh_summary(state, layer, layer.table[b, h, m], (after[b, h] - m * size).clamp(max=size))
+        refresh_summary(
+            state, layer, layer.table[b, h, m], (after[b, h] - m * size).clamp(max=size)
+        )
 
 
 def refresh_summary(state: CacheState, layer: LayerStore, ids: Tensor, counts: Tensor) -> None:
@@ -185,7 +187,7 @@ def write_token(
     lengths: Tensor,
     active: Tensor,
 ) -> None:
-    """Writes one decoded token a sequence: `key`, `value` `[B, Hkv, D]`, `flags` `[B, Hkv]` uint8."""
+    """Writes a decoded token a sequence: `key`, `value` `[B, Hkv, D]`, `flags` `[B, Hkv]` uint8."""
     fused = layer.selection.fused == "quest_select"
     pages = layer.pool.pages
     ring = (layer.ring_k, layer.ring_v, layer.ring_flags)
@@ -210,5 +212,3 @@ def write_token(
 
 def _ceil(counts: Tensor, size: int) -> Tensor:
     return (counts + size - 1) // size
-
-

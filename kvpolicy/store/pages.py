@@ -15,15 +15,18 @@ if TYPE_CHECKING:
     from .state import CacheState
 
 SLAB_PAGES = 64
-EXTENT_PAGES = 1024  # a single allocation is at most this or 1/32 of the pool: trimming drops whole ones
+EXTENT_PAGES = (
+    1024  # a single allocation is at most this or 1/32 of the pool: trimming drops whole ones
+)
 UNIT = 16  # elements; slab offsets are multiples of it
 
 
 class PagePool:
     """Pages of one device, shared by all layers and by forked caches.
 
-    With `moving` growth the pool is one extent that is reallocated (the reference reads pages by plain
-    indexing); otherwise growth appends extents and nothing moves, so captured graphs stay valid.
+    With `moving` growth the pool is one extent that is reallocated (the reference reads pages by
+    plain indexing); otherwise growth appends extents and nothing moves, so captured graphs stay
+    valid.
     """
 
     def __init__(
@@ -43,7 +46,9 @@ class PagePool:
         self.generation = 0  # rises when a buffer that captured graphs read has moved
         # Caches that use the pool, with the pages promised to each until it reserves again.
         self.holders: weakref.WeakKeyDictionary[CacheState, int] = weakref.WeakKeyDictionary()
-        self.orphans: list[Tensor] = []  # tables of caches that are gone, whose pages are still held
+        self.orphans: list[
+            Tensor
+        ] = []  # tables of caches that are gone, whose pages are still held
         self.extents = [self._extent(SLAB_PAGES)]
         for null in self.extents[0][:2]:  # the reference reads it, with weight 0
             null[0] = 0
@@ -66,7 +71,12 @@ class PagePool:
     def _views(self) -> None:
         first = self.extents[0]
         self.pages = Pages(
-            *first, slabs=self.slabs, slab_pages=SLAB_PAGES, free=self.free, top=self.top, refs=self.refs
+            *first,
+            slabs=self.slabs,
+            slab_pages=SLAB_PAGES,
+            free=self.free,
+            top=self.top,
+            refs=self.refs,
         )
 
     def _push(self, ids: Tensor) -> None:
@@ -97,7 +107,7 @@ class PagePool:
             self.holders[holder] = before
 
     def ensure(self, count: int) -> None:
-        """Grows until `count` pages are free and not promised; unchanged CapacityError at the limit."""
+        """Grows until `count` pages are free and not promised; CapacityError at the limit."""
         count += sum(self.holders.values())
         missing = count - self.available
         if missing <= 0:
@@ -105,8 +115,8 @@ class PagePool:
         most = self._most()
         if most is not None and self.capacity + missing > most:
             raise CapacityError(
-                f"{count} more pages wanted, {self.available} free and {self.used} in use of at most "
-                f"{self.limit}; raise the cap, admit less or add an eviction"
+                f"{count} more pages wanted, {self.available} free and {self.used} in use of at "
+                f"most {self.limit}; raise the cap, admit less or add an eviction"
             )
         # Whole slabs; growth by a sixteenth only where that is a slab or more.
         missing = -(-missing // SLAB_PAGES) * SLAB_PAGES
@@ -162,7 +172,9 @@ class PagePool:
             self.free, self.refs = _widened(self.free, size), _widened(self.refs, size)
             self.generation += 1
         self.refs[self.capacity : self.capacity + count] = 0
-        new = torch.arange(self.capacity, self.capacity + count, dtype=torch.int32, device=self.device)
+        new = torch.arange(
+            self.capacity, self.capacity + count, dtype=torch.int32, device=self.device
+        )
         self._push(new)
         self.capacity += count
 

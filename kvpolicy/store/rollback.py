@@ -17,7 +17,9 @@ def abort(state: CacheState) -> None:
     if call is None:
         return
     for layer in state.layers:
-        for target, saved in zip(_undo_targets(layer), call.undo.get(layer.index, ()), strict=False):
+        for target, saved in zip(
+            _undo_targets(layer), call.undo.get(layer.index, ()), strict=False
+        ):
             target.copy_(saved)
         if call.phase == "decode":
             before = state.lengths_on[layer.ring_k.device]
@@ -25,7 +27,9 @@ def abort(state: CacheState) -> None:
         elif layer.index in call.before:
             shrink(state, layer, call.before[layer.index])
     columns = 1 if call.valid is None else call.valid.shape[1]
-    if call.phase == "decode" and columns <= state.spec.rollback:  # more columns: rings were restored
+    if (
+        call.phase == "decode" and columns <= state.spec.rollback
+    ):  # more columns: rings were restored
         # Rings of layers that ran hold the new tokens in the oldest slots of the rollback.
         ends = [n + t for n, t in zip(state.lengths, call.added, strict=True)]
         state.reached = [max(pair) for pair in zip(state.reached, ends, strict=True)]
@@ -53,15 +57,15 @@ def crop(state: CacheState, tokens: list[int]) -> None:
             raise ValueError(f"tokens: sequence {row} holds {length} tokens, cannot drop {count}")
         if count and length - count < state.floor[row]:
             raise RollbackError(
-                f"sequence {row}: an eviction at length {state.floor[row]} lies inside the last {count} "
-                "tokens; fork the cache before decoding to go back further"
+                f"sequence {row}: an eviction at length {state.floor[row]} lies inside the last "
+                f"{count} tokens; fork the cache before decoding to go back further"
             )
         lost = max(length, state.reached[row]) - length  # rollback that went into earlier ones
         if count + lost > state.spec.rollback and 0 < count < length:
             raise RollbackError(
                 f"sequence {row}: {count} tokens are more than rollback={state.spec.rollback}"
-                f"{f' less {lost} since the longest length' if lost else ''}; make the cache with a "
-                "larger rollback or fork it"
+                f"{f' less {lost} since the longest length' if lost else ''}; make the cache "
+                "with a larger rollback or fork it"
             )
     if not any(tokens):
         return
@@ -70,7 +74,9 @@ def crop(state: CacheState, tokens: list[int]) -> None:
         lengths = state.lengths_on[layer.ring_k.device]
         after = lengths - torch.tensor(tokens, device=lengths.device)
         counts.append(_counts_at(state, layer, after, max(tokens)))
-        takes[layer.pool] += _shared_partial(layer, counts[-1], counts[-1] < layer.counts)[0].numel()
+        takes[layer.pool] += _shared_partial(layer, counts[-1], counts[-1] < layer.counts)[
+            0
+        ].numel()
     state.secure(takes)
     reached = [max(pair) for pair in zip(state.reached, state.lengths, strict=True)]
     state.lengths = [n - t for n, t in zip(state.lengths, tokens, strict=True)]
@@ -129,7 +135,7 @@ def own_partial(state: CacheState, layer: LayerStore, heads: Tensor) -> None:
 
 
 def _shared_partial(layer: LayerStore, counts: Tensor, heads: Tensor) -> tuple[Tensor, ...]:
-    """Sequence, head, column and id of the page where `heads` end that hold `counts` `[B, Hkv]` tokens.
+    """Sequence, head, column and id of the page where `heads` with `counts` `[B, Hkv]` tokens end.
 
     Only pages that are partly filled then and that other heads hold too.
     """

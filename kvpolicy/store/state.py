@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 class LayerStore:
     """One layer: a ring of recent tokens, a page table per head, and the layer's placed policies.
 
-    `ring_k`, `ring_v` `[B, Hkv, slots, D]`, `ring_flags` `[B, Hkv, slots]` uint8: position p is in slot
-    `p % slots`. `table` `[B, Hkv, M]` int32, `counts` `[B, Hkv]` int32 global tokens, `evicted` `[B, Hkv]`
-    int64. `queries` `[B, Hq, slots', D]` are the recent queries an eviction asked for. `selected` is
-    what the last decoded token read.
+    `ring_k`, `ring_v` `[B, Hkv, slots, D]`, `ring_flags` `[B, Hkv, slots]` uint8: position p is in
+    slot `p % slots`. `table` `[B, Hkv, M]` int32, `counts` `[B, Hkv]` int32 global tokens,
+    `evicted` `[B, Hkv]` int64. `queries` `[B, Hq, slots', D]` are the recent queries an eviction
+    asked for. `selected` is what the last decoded token read.
     """
 
     index: int
@@ -70,8 +70,8 @@ class Call:
 class CacheState:
     """The cache of one batch; made by `CachePipeline.init`.
 
-    `lengths` counts the real tokens of each sequence on the host; `lengths_on` holds the same on every
-    device in use. Policies never keep state: everything that changes is here.
+    `lengths` counts the real tokens of each sequence on the host; `lengths_on` holds the same on
+    every device in use. Policies never keep state: everything that changes is here.
     """
 
     def __init__(self, spec: CacheSpec, ops: Ops, batch: int) -> None:
@@ -145,7 +145,7 @@ class CacheState:
         """Makes sure that `steps` decoded tokens a sequence find a page each time one is needed."""
         size = self.spec.page_size
         for device, pool in self.pools.items():
-            need = 0
+            need: Tensor | int = 0
             for layer in self.layers:
                 if not layer.slides and layer.ring_k.device == device:
                     need = need + _pages(layer.counts + steps, size) - _pages(layer.counts, size)
@@ -153,7 +153,7 @@ class CacheState:
         self.steps_reserved = steps
 
     def secure(self, pages: Mapping[PagePool, int]) -> None:
-        """Makes sure that so many pages can be taken at once, those promised for decoding among them.
+        """Makes sure that so many pages can be taken at once, those promised for decoding included.
 
         Raises CapacityError with nothing changed.
         """
@@ -192,7 +192,8 @@ class CacheState:
             pool.trim()
 
     def __del__(self) -> None:
-        # A fork may share the pool. Collectors run at any moment, so the pool takes the pages later.
+        # A fork may share the pool. Collectors run at any moment, so the pool takes the pages
+        # later.
         for layer in getattr(self, "layers", []):
             layer.pool.orphans.append(layer.table)
 

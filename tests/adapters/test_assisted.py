@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from dense import Dense, follow
+from faults import Break, Fault, Refusing, digest
 from models import SIZES, pipelines, prompt, tiny
-from test_forward import Break, Fault, Refusing, digest
 
 from kvpolicy import CachePipeline, SnapKV
 from kvpolicy.adapters.hf import attach

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import gc
-import importlib.util
 import weakref
 
 import pytest
 import torch
 import transformers
+from faults import snapshot
 from models import SIZES, gate, pipelines, prompt, tiny
 from transformers import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -18,20 +17,6 @@ from kvpolicy import CachePipeline, PhaseError, UnsupportedError
 from kvpolicy.adapters.hf import attach, detach, new_cache, spec_of
 
 PIPELINE = CachePipeline(window=5)
-
-
-def snapshot(model):
-    """Everything about a model that attaching could change."""
-    model._can_set_attn_implementation()  # transformers keeps the answer on the class
-    hooks = [name for name in model.__dict__ if "hook" in name]
-    found = {}
-    for name, module in model.named_modules():
-        found[name] = (
-            {key: id(value) for key, value in module.__dict__.items()},
-            {key: copy.copy(module.__dict__[key]) for key in hooks},
-            {key: id(value) for key, value in vars(type(module)).items()},
-        )
-    return found, copy.deepcopy(model.config.__dict__), copy.deepcopy(model.generation_config)
 
 
 def test_detach_restores_the_model(model):
@@ -52,9 +37,9 @@ def test_detach_restores_the_model(model):
 def test_an_exception_inside_restores_the_model(llama):
     before = snapshot(llama)
     with pytest.raises(KeyError), attach(llama, pipelines()["gate"]):
-        llama.model.layers[1].self_attn.o_proj.register_forward_hook(fail := Failing(KeyError()))
+        llama.model.layers[1].self_attn.v_proj.register_forward_hook(fail := Failing(KeyError()))
         llama.generate(**prompt([9]), max_new_tokens=3)
-    llama.model.layers[1].self_attn.o_proj._forward_hooks.clear()
+    llama.model.layers[1].self_attn.v_proj._forward_hooks.clear()
     assert fail.count == 1
     assert snapshot(llama) == before
 
@@ -215,48 +200,3 @@ def test_spec(model):
     if getattr(model.config, "use_sliding_window", False):
         wanted = (None, 6)
     assert spec.sliding == wanted
-
-
-@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
-def test_peft(llama):
-    import peft
-
-    wrapped = peft.get_peft_model(llama, peft.LoraConfig(target_modules=["q_proj", "k_proj"]))
-    check_wrapped(wrapped.eval())
-
-
-class Wrapper(torch.nn.Module):
-    """What PEFT's models look like from outside."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base = base
-
-    def get_base_model(self):
-        return self.base
-
-    def generate(self, *args, **kwargs):
-        return self.base.generate(*args, **kwargs)
-
-    def forward(self, *args, **kwargs):
-        return self.base(*args, **kwargs)
-
-
-def test_wrapped(qwen3):
-    check_wrapped(Wrapper(qwen3))
-
-
-def check_wrapped(model):
-    inputs = prompt([12, 9])
-    plain = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-    before = snapshot_of_wrapped(model)
-    with attach(model, PIPELINE) as attachment:
-        assert torch.equal(plain, model.generate(**inputs, max_new_tokens=6, do_sample=False))
-        assert attachment.decoding.startswith("eager")
-        with pytest.raises(PhaseError, match="detach it first"):
-            attach(model.get_base_model(), PIPELINE)
-    assert snapshot_of_wrapped(model) == before
-
-
-def snapshot_of_wrapped(model):
-    return snapshot(model.get_base_model()), dict(model.__dict__)

@@ -169,7 +169,7 @@ def test_guidance(llama):
 
 def test_padding_in_the_middle(llama, qwen3):
     for model in (llama, qwen3):
-        inputs, more = prompt([12, 7]), prompt([5, 3], seed=2)
+        inputs, more = prompt([12, 7]), prompt([3, 5], seed=2)
         pipeline = PIPELINES["window"]
         with attach(model, pipeline) as attachment:
             cache = attachment.new_cache()

@@ -1,0 +1,162 @@
+"""Regression guards that need neither a GPU nor a clock: launches, visited tiles, allocations."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kvpolicy import CachePipeline, CacheSpec, LocalAttention, Quest
+from kvpolicy.bench.context import Bench
+from kvpolicy.bench.gates import random_gate
+from kvpolicy.bench.launches import decode_state, interpreted_launches, step
+from kvpolicy.bench.prefill import problem
+from kvpolicy.kernels import sparse_prefill as sparse
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts interpreted launches")
+
+LAYERS, DIM, HEADS, WINDOW = 2, 32, 2, 16
+SPEC = CacheSpec(layers=LAYERS, heads=2 * HEADS, kv_heads=HEADS, head_dim=DIM)
+GATE = random_gate(LAYERS, HEADS, 32, DIM, WINDOW, torch.device("cpu"))
+WRITE, ATTEND = ["_decode_write"], ["_split", "_reduce"]
+DECIDE, SELECT = ["_chunks", "_finish"], ["_quest_scores", "_top_pages"]
+
+
+def make(backend: str = "triton", **parts: Any) -> CachePipeline:
+    window = None if "admission" in parts else WINDOW
+    return CachePipeline(window=window, backend=backend, **parts)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "wanted"),
+    [
+        (make(), WRITE + ATTEND),
+        (make(admission=LocalAttention(window=WINDOW, sinks=4)), WRITE + ATTEND),
+        (make(admission=GATE), DECIDE + WRITE + ATTEND),
+        (make(admission=GATE, selection=Quest(budget=32)), DECIDE + WRITE + SELECT + ATTEND),
+    ],
+    ids=["dense", "local", "gate", "gate + quest"],
+)
+def test_triton_launches_of_a_decode_layer(pipeline: CachePipeline, wanted: list[str]) -> None:
+    state, token = decode_state(pipeline, SPEC, 48)
+    with interpreted_launches() as launched:
+        step(pipeline, state, token)
+    assert launched == wanted * LAYERS
+
+
+@pytest.mark.parametrize(("tokens", "rates"), [(2048, [0.25]), (1024, [1.0]), (1024, [0.0])])
+@pytest.mark.parametrize("start", [0, 700])
+def test_prefill_visits_few_pairs_in_vain(
+    tokens: int, rates: list[float], start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(quick=True, seconds=60)
+    p = problem(bench, tokens, rates, 16, start)
+    tile = sparse.Tile(64, 32, 4, 2)
+    monkeypatch.setattr(sparse, "choose_tile", lambda *_: tile)
+    steps, original = Counter(), sparse._step
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        steps["all"] += 1
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(sparse, "_step", counted)
+    sparse.prefill_attention(
+        p.query, *p.recent, p.segments, p.pages, p.table, p.counts, p.window, p.scale
+    )
+    visited = steps["all"] * tile.queries * tile.keys
+    # A tile may waste one block of far keys, and of the band a block at each end and the triangle.
+    tiles = p.query.shape[0] * -(-(tokens - start) // tile.queries)
+    waste = tiles * tile.queries * (3 * tile.keys + tile.queries)
+    assert p.pairs() <= visited <= p.pairs() + waste
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the storages that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        made = {_storage(x): x for x in tree_leaves(out) if isinstance(x, torch.Tensor)}
+        self.bytes += sum(
+            x.untyped_storage().nbytes() for key, x in made.items() if key not in given
+        )
+        return out
+
+
+def _storage(x: torch.Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+def allocated(pipeline: CachePipeline, prompt: int) -> int:
+    state, token = decode_state(pipeline, SPEC, prompt)
+    step(pipeline, state, token)
+    with Allocations() as found:
+        step(pipeline, state, token)
+    return found.bytes
+
+
+@pytest.mark.parametrize("selection", [{}, {"selection": Quest(budget=64)}], ids=["all", "quest"])
+def test_a_decode_step_of_the_reference_allocates_little(selection: dict[str, Any]) -> None:
+    pipeline = make("reference", **selection)
+    short, long = allocated(pipeline, 200), allocated(pipeline, 1400)
+    stored = LAYERS * HEADS * 2 * DIM * 4  # bytes of keys and values a token
+    # It copies the pages that it reads (or only summaries) once, beside scores.
+    most = 0.4 if selection else 1.5
+    assert long - short <= most * 1200 * stored
+    assert short <= 3 * (200 + WINDOW + SPEC.rollback) * stored
+
+
+def test_a_decode_step_of_the_kernels_allocates_the_same_at_any_length(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from triton.runtime.interpreter import GridExecutor
+
+    # Kernels are left out: the interpreter copies tensors, a device does not.
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *a, **k: None)
+    pipeline = make(admission=GATE)
+    sizes = []
+    for prompt in (100, 2000):
+        state, token = decode_state(pipeline, SPEC, prompt)
+        with Allocations() as found:
+            step(pipeline, state, token)
+        sizes.append(found.bytes)
+    assert sizes[0] == sizes[1] <= 64 << 10
+
+
+class Launches(TorchDispatchMode):
+    """Operations that a device would run as kernels of their own."""
+
+    VIEWS = {"empty", "empty_like", "view", "alias", "detach", "t", "unsqueeze", "squeeze"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in self.VIEWS | {"_unsafe_view", "empty_strided"}:
+            self.names[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_torch_adds_few_launches_to_a_decode_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import GridExecutor
+
+    pipeline = make(admission=GATE)
+    state, token = decode_state(pipeline, SPEC, 48)
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *a, **k: None)
+    with Launches() as found:
+        pipeline.begin(state, [1], "decode")
+        before = sum(found.names.values())
+        for layer in range(LAYERS):
+            pipeline.attend(state, layer, **token)
+        print(found.names)
+    assert (sum(found.names.values()) - before) / LAYERS <= 2
