@@ -62,7 +62,8 @@ def write_gate(
 
 def _aligned(key: Tensor) -> Tensor:
     """The keys as the kernel always sees them: compiled once, for rows of whole 16 elements."""
-    key = F.pad(key, (0, -key.shape[2] % 16))
+    if key.shape[2] % 16:  # padding by nothing would still copy
+        key = F.pad(key, (0, -key.shape[2] % 16))
     if key.stride(2) != 1 or key.stride(0) % 16 or key.stride(1) % 16:
         key = key.contiguous()
     return key if key.data_ptr() % 16 == 0 else key.clone()

@@ -1,4 +1,4 @@
-"""The command `kvpolicy`: planning memory, training gates and patterns, benchmarks."""
+"""The command `kvpolicy`: planning memory, training, evaluation, benchmarks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from .evaluation.command import evaluate
 
 if TYPE_CHECKING:
     from .pipeline import CachePipeline
@@ -248,6 +250,9 @@ def bench(
         rows = run(names or [], out=str(out), quick=quick, seconds=seconds)
     if any(row.error for row in rows):
         raise typer.Exit(1)
+
+
+app.command()(evaluate)
 
 
 def _check_suffix(out: Path) -> None:

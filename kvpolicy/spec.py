@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import attrs
 import torch
 
 from ._validate import positive
+
+
+def _windows(value: Iterable[int | None]) -> tuple[int | None, ...]:
+    return tuple(value)
 
 
 def _sliding(
@@ -39,7 +45,9 @@ class CacheSpec:
     dtype: torch.dtype = torch.float32
     device: torch.device = attrs.field(default=torch.device("cpu"), converter=torch.device)
     scale: float | None = None
-    sliding: tuple[int | None, ...] = attrs.field(default=(), converter=tuple, validator=_sliding)
+    sliding: tuple[int | None, ...] = attrs.field(
+        default=(), converter=_windows, validator=_sliding
+    )
     page_size: int = attrs.field(default=16, validator=positive)
     rollback: int = attrs.field(default=32, validator=attrs.validators.ge(0))
     interval: int = attrs.field(default=16, validator=positive)

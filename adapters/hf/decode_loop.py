@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -70,9 +70,10 @@ def decode_loop(
     if not wanted:
         return ids[:, :length]
     return GenerateDecoderOnlyOutput(
-        sequences=ids[:, :length],
-        scores=None if scores is None else tuple(scores[: len(scores) - extra]),
-        logits=None if raw is None else tuple(raw[: len(raw) - extra]),
+        # transformers annotates these as LongTensor and tuples of one.
+        sequences=cast(Any, ids[:, :length]),
+        scores=cast(Any, None if scores is None else tuple(scores[: len(scores) - extra])),
+        logits=cast(Any, None if raw is None else tuple(raw[: len(raw) - extra])),
         past_key_values=cache,
     )
 

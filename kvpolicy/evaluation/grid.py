@@ -31,9 +31,8 @@ class Variant:
     """A composition of one family at one cache size.
 
     `build` makes its pipeline for a room; None says that the family cannot be that small. The room
-    is what the variant named `matches` held, or else the fraction `keep` of all tokens.
-    `question_seen` tells whether the question belongs to the prompt, so that what happens at its
-    end knows it; such numbers stand apart.
+    is what the variant named `matches` held, or else the fraction `keep` of all tokens. Without
+    `question_in_prompt` the prompt ends before the question, so that an eviction does not know it.
     """
 
     name: str
@@ -41,7 +40,7 @@ class Variant:
     build: Callable[[Room], CachePipeline | None]
     matches: str | None = None
     keep: float = 1.0
-    question_seen: bool = False
+    question_in_prompt: bool = True
     core: bool = True
     prompt_only: bool = True  # all it does happens in prompts, so that loss can be measured there
 
@@ -92,7 +91,7 @@ def variants(
                     build=build,
                     matches=matches,
                     keep=keep,
-                    question_seen=family == "SnapKV, question seen",
+                    question_in_prompt=family != "SnapKV",
                     core=family in ("local", "random", "DuoAttention"),
                     prompt_only=family in ("local", "random", "DuoAttention"),
                 )
@@ -102,9 +101,7 @@ def variants(
     return found
 
 
-def cells(
-    tasks: Sequence[str], lengths: Sequence[int], rows: Sequence[Variant]
-) -> list[Cell]:
+def cells(tasks: Sequence[str], lengths: Sequence[int], rows: Sequence[Variant]) -> list[Cell]:
     """All cells, the most informative first."""
 
     def rank(cell: Cell) -> tuple[object, ...]:
@@ -138,7 +135,9 @@ def _matched(
 
     def local(room: Room) -> CachePipeline | None:
         near = round(room.tokens) - SINKS
-        return CachePipeline(admission=LocalAttention(window=near, sinks=SINKS)) if near > 0 else None
+        return (
+            CachePipeline(admission=LocalAttention(window=near, sinks=SINKS)) if near > 0 else None
+        )
 
     def random(room: Room) -> CachePipeline | None:
         far = (room.tokens - window) / (room.seen - window)
@@ -165,7 +164,11 @@ def _matched(
 
     def quest(room: Room) -> CachePipeline | None:
         budget = round(room.tokens)
-        return CachePipeline(window=window, selection=Quest(budget=budget)) if budget > window else None
+        return (
+            CachePipeline(window=window, selection=Quest(budget=budget))
+            if budget > window
+            else None
+        )
 
     found: dict[str, Callable[[Room], CachePipeline | None]] = {"local": local}
     if duo is not None:
@@ -207,7 +210,6 @@ def _compositions(
             family="composition, question seen" if evicts else "composition",
             build=build(selects, evicts),
             matches=matches,
-            question_seen=evicts,
             core=False,
             prompt_only=False,
         )

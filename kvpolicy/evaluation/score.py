@@ -181,10 +181,11 @@ def ask(session: Session, question: Question, *, question_in_prompt: bool = True
     rows = [logits]
     for token in question.answer_ids[:-1]:
         rows.append(session.step(torch.tensor([token]))[-1])
-    return _grade(rows, question.answer_ids)
+    return grade(rows, question.answer_ids)
 
 
-def _grade(rows: Sequence[Tensor], answer_ids: tuple[int, ...]) -> AnswerScore:
+def grade(rows: Sequence[Tensor], answer_ids: tuple[int, ...]) -> AnswerScore:
+    """The score of an answer from the logits `[vocabulary]` before each of its tokens."""
     logits = torch.stack(list(rows)).float().cpu()
     right = torch.log_softmax(logits, -1).gather(1, torch.tensor(answer_ids)[:, None])
     return AnswerScore(

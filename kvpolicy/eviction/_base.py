@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._validate import one_of
-from ..budget import Budget, is_budget, tokens_from_int
+from ..budget import Budget
 from ..types import EvictionView, Write
 
 WHEN = ("prompt_end", "decode")
@@ -65,11 +65,6 @@ class KeepAll(Eviction):
 
     def score(self, view: EvictionView) -> Tensor:
         return torch.zeros_like(view.valid, dtype=torch.float32)
-
-
-def budget_field() -> Any:
-    """The `budget` of an eviction: a Budget, or an int that becomes Tokens."""
-    return attrs.field(converter=tokens_from_int, validator=is_budget)
 
 
 def when_field() -> Any:

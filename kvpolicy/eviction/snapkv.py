@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._validate import one_of, positive
-from ..budget import Budget
+from ..budget import Budget, is_budget, tokens_from_int
 from ..types import EvictionView
-from ._base import Eviction, budget_field, when_field
+from ._base import Eviction, when_field
 
 
 def _odd(instance: SnapKV, attribute: attrs.Attribute, value: int) -> None:
@@ -34,7 +34,7 @@ class SnapKV(Eviction):
         `CachePipeline(eviction=SnapKV(budget=1024, when="decode"))`
     """
 
-    budget: Budget = budget_field()
+    budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
     when: str = when_field()
     observation: int = attrs.field(default=32, validator=positive)
     kernel: int = attrs.field(default=5, validator=_odd)

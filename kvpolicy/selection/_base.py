@@ -9,7 +9,7 @@ import attrs
 from torch import Tensor
 
 from .._validate import not_negative, one_of
-from ..budget import Tokens, tokens_from_int
+from ..budget import Tokens
 
 GROUPS = ("max", "mean", "each")
 
@@ -73,11 +73,6 @@ class SelectAll(Selection):
 
     def score(self, query: Tensor, summary: Tensor, counts: Tensor) -> Tensor:
         return query.new_zeros(*query.shape[:3], summary.shape[2])
-
-
-def budget_field() -> Any:
-    """The `budget` of a selection: Tokens, or an int that becomes one."""
-    return attrs.field(converter=tokens_from_int, validator=attrs.validators.instance_of(Tokens))
 
 
 def group_field() -> Any:

@@ -6,8 +6,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..budget import Tokens
-from ._base import Selection, budget_field, group_field, pages_field
+from ..budget import Tokens, tokens_from_int
+from ._base import Selection, group_field, pages_field
 
 
 @attrs.frozen(kw_only=True)
@@ -23,7 +23,9 @@ class Quest(Selection):
         `CachePipeline(selection=Quest(budget=1024))`
     """
 
-    budget: Tokens = budget_field()
+    budget: Tokens = attrs.field(
+        converter=tokens_from_int, validator=attrs.validators.instance_of(Tokens)
+    )
     first: int = pages_field(0)
     last: int = pages_field(1)
     group: str = group_field()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +69,7 @@ def _attention(
     else:
         assert key_pre is not None
         pre = key_pre.view(*key_pre.shape[:2], -1, key.shape[-1]).transpose(1, 2)
-        out = layer.rule(module.layer_idx, query, key, value, pre, scale)
+        out = layer.rule(cast(int, module.layer_idx), query, key, value, pre, scale)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -115,7 +115,8 @@ def attach_for_training(
         TypeError: the model's layers have no `self_attn.k_proj`.
     """
     AttentionInterface.register(NAME, _attention)
-    modules = [layer.self_attn for layer in model.base_model.layers]
+    decoder_layers: Any = model.base_model.layers
+    modules = [layer.self_attn for layer in decoder_layers]
     if not all(hasattr(module, "k_proj") for module in modules):
         raise TypeError(f"{type(model).__name__} has no self_attn.k_proj to read keys from")
     implementation, was_training = model.config._attn_implementation, model.training
@@ -133,7 +134,7 @@ def attach_for_training(
             setattr(module, _SLOT, layer)
             undo.callback(delattr, module, _SLOT)
         if checkpointing:
-            for decoder_layer in model.base_model.layers:
+            for decoder_layer in decoder_layers:
                 _checkpoint(decoder_layer)
                 undo.callback(delattr, decoder_layer, "forward")
         model.eval()

@@ -7,9 +7,9 @@ teach it to keep what a later question may need.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import attrs
 import torch
@@ -101,7 +101,7 @@ class TrainingMix:
         size = rng.randint(24, 64)
         passage = self._text(size, rng)
         cue = rng.randint(8, 20)
-        text = self.tokenizer.decode
+        text: Callable[[list[int]], Any] = self.tokenizer.decode
         task = tasks.Task(
             tasks.copy_intro(rng),
             (),
@@ -155,9 +155,9 @@ def _chat_parts(tokenizer: PreTrainedTokenizerBase) -> _Chat:
         return _Chat([], encode("\nAnswer: "), encode("\n"))
     user, reply = "\x01USER\x01", "\x01REPLY\x01"
     messages = [{"role": "user", "content": user}]
-    once = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    once: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": user}]
-    twice = tokenizer.apply_chat_template(messages, tokenize=False)
+    twice: Any = tokenizer.apply_chat_template(messages, tokenize=False)
     head, tail = once.split(user)
     turn = twice.split(reply)[1].split(user)[0]
     return _Chat(encode(head), encode(tail), encode(turn))

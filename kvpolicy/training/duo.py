@@ -9,7 +9,7 @@ counts every token.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -163,7 +163,7 @@ def _streaming_mask(length: int, sink: int, recent: int, device: torch.device) -
     return (distance >= 0) & ((distance < recent) | (position[None, :] < sink))
 
 
-def _recorder(full: dict[int, Tensor]):
+def _recorder(full: dict[int, Tensor]) -> Callable[..., Tensor]:
     """Dense attention that keeps each layer's output for the student."""
 
     def rule(

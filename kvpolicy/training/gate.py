@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,9 +53,10 @@ class GatePredictor(nn.Module):
                 [self.pre_key_norm(key_pre.float()), self.post_key_norm(key_post.float())], -1
             )
             # A grouped 1x1 convolution is a batched matmul over heads, which is faster.
+            bias1, bias2 = cast(Tensor, self.conv1.bias), cast(Tensor, self.conv2.bias)
             first = self.conv1.weight.view(self.kv_heads, self.width, 2 * self.head_dim)
-            hidden = keys @ first.mT + self.conv1.bias.view(self.kv_heads, 1, self.width)
-            logit = (F.gelu(hidden) * self.conv2.weight.mT).sum(-1) + self.conv2.bias[:, None]
+            hidden = keys @ first.mT + bias1.view(self.kv_heads, 1, self.width)
+            logit = (F.gelu(hidden) * self.conv2.weight.mT).sum(-1) + bias2[:, None]
             return logit.sigmoid().clamp(min=FLOOR)
 
 
@@ -133,7 +134,8 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         config.hidden_size,
         config.vocab_size,
     )
-    weight = model.base_model.layers[0].self_attn.k_proj.weight
+    layers: Any = model.base_model.layers
+    weight = layers[0].self_attn.k_proj.weight
     bits = weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
     digest = hashlib.sha256(repr(shape).encode())
     digest.update(bits.numpy().tobytes())

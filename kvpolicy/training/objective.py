@@ -5,6 +5,7 @@ Source: WG-KV (EMCLab-Sinica/WG-KV), `src/modeling_layers.py` and `scripts/train
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Literal
 
@@ -103,18 +104,19 @@ def _flex(
     def far_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return score + torch.where(i - j >= window, log_gate[b, h // group, j], 0.0)
 
-    return flex_attention(
+    attend: Callable[..., Tensor] = flex_attention  # its overloads know literals only
+    return attend(
         query, key, value, score_mod=far_bias, block_mask=blocks, scale=scale, enable_gqa=True
     )
 
 
 @lru_cache(maxsize=1)
-def _compiled_flex():
+def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(_flex, dynamic=False)
 
 
 @lru_cache(maxsize=8)
-def _causal_blocks(length: int, device: torch.device):
+def _causal_blocks(length: int, device: torch.device) -> object:
     from torch.nn.attention.flex_attention import create_block_mask
 
     return create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -101,7 +101,9 @@ def evaluate_gates(
         wanted = ids[:, 1:][answers[:, 1:]]
         asked += wanted.numel()
         for hidden, full in ((student.hidden, False), (teacher, True)):
-            picked = head(hidden[:, :-1][answers[:, 1:]].to(head.weight.dtype)).argmax(-1)
+            picked = head(
+                hidden[:, :-1][answers[:, 1:]].to(cast(Tensor, head.weight).dtype)
+            ).argmax(-1)
             right = int((picked == wanted).sum())
             hits, hits_full = (hits, hits_full + right) if full else (hits + right, hits_full)
     nan = float("nan")

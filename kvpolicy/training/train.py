@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 import torch
@@ -144,7 +144,7 @@ def train_write_gate(
         while step < min(steps, stop_after or steps):
             began = time.perf_counter()
             ids = mix.batch(step, batch_size, rank=rank).input_ids.to(model.device)
-            weight = lam if steer is None else steer.lam
+            weight = cast(float, lam if steer is None else steer.lam)
             loss, cost, gate = _losses(attached, gates, ids, window, kernel)
             optimizer.zero_grad(set_to_none=True)
             (loss + weight * cost).backward()

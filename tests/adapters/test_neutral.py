@@ -182,6 +182,7 @@ def test_padding_in_the_middle(llama, qwen3):
             options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
             whole = model.generate(ids, past_key_values=cache.fork(), **options)
             tail = model.generate(ids[:, 15:], past_key_values=cache, **options)
+        assert cache.get_seq_length() == whole.shape[1] - 1 > max(cache.state.lengths)
         plain = model.generate(ids, **options)
         assert torch.equal(plain, whole)
         assert torch.equal(plain[:, 15:], tail)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,13 +49,12 @@ def test_triton_launches_of_a_decode_layer(pipeline: CachePipeline, wanted: list
     assert launched == wanted * LAYERS
 
 
-@pytest.mark.parametrize(("tokens", "rates"), [(2048, [0.25]), (1024, [1.0]), (1024, [0.0])])
-@pytest.mark.parametrize("start", [0, 700])
+@pytest.mark.parametrize(("start", "rate"), [(0, 0.25), (192, 0.25), (192, 1.0), (0, 0.0)])
 def test_prefill_visits_few_pairs_in_vain(
-    tokens: int, rates: list[float], start: int, monkeypatch: pytest.MonkeyPatch
+    start: int, rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench = Bench(quick=True, seconds=60)
-    p = problem(bench, tokens, rates, 16, start)
+    p = problem(Bench(quick=True, seconds=60), 384, [rate], 16, start)
+    p = attrs.evolve(p, query=p.query[:1])
     tile = sparse.Tile(64, 32, 4, 2)
     monkeypatch.setattr(sparse, "choose_tile", lambda *_: tile)
     steps, original = Counter(), sparse._step
@@ -68,8 +68,8 @@ def test_prefill_visits_few_pairs_in_vain(
         p.query, *p.recent, p.segments, p.pages, p.table, p.counts, p.window, p.scale
     )
     visited = steps["all"] * tile.queries * tile.keys
-    # A tile may waste one block of far keys, and of the band a block at each end and the triangle.
-    tiles = p.query.shape[0] * -(-(tokens - start) // tile.queries)
+    # A tile may waste one block of far keys, and of the band a block at each end and a triangle.
+    tiles = (384 - start) // tile.queries
     waste = tiles * tile.queries * (3 * tile.keys + tile.queries)
     assert p.pairs() <= visited <= p.pairs() + waste
 
@@ -134,7 +134,8 @@ def test_a_decode_step_of_the_kernels_allocates_the_same_at_any_length(
 class Launches(TorchDispatchMode):
     """Operations that a device would run as kernels of their own."""
 
-    VIEWS = {"empty", "empty_like", "view", "alias", "detach", "t", "unsqueeze", "squeeze"}
+    # Allocations; fill_ is how the test session poisons them.
+    FREE = {"empty", "empty_like", "empty_strided", "fill_", "_unsafe_view"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,7 +143,7 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if not func.is_view and name not in self.VIEWS | {"_unsafe_view", "empty_strided"}:
+        if not func.is_view and name not in self.FREE:
             self.names[name] += 1
         return func(*args, **(kwargs or {}))
 
@@ -158,5 +159,5 @@ def test_torch_adds_few_launches_to_a_decode_layer(monkeypatch: pytest.MonkeyPat
         before = sum(found.names.values())
         for layer in range(LAYERS):
             pipeline.attend(state, layer, **token)
-        print(found.names)
+    # The comparison with the threshold, and flags out of decisions.
     assert (sum(found.names.values()) - before) / LAYERS <= 2
