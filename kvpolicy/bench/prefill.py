@@ -10,7 +10,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..types import ADMITTED, Segments
+from ..store.pages import PagePool
+from ..types import ADMITTED, Pages, Segments
 from .context import Bench, Case, check
 from .data import segments, stored
 from .dense import HEADS, KV_HEADS, dense_flops, dense_ms
@@ -33,9 +34,13 @@ class Problem:
     admitted: Tensor  # bool [Hkv, tokens]
     recent: tuple[Tensor, Tensor, Tensor]  # keys, values and flags from the ring's first token on
     segments: Segments
-    pages: Any
+    pool: PagePool  # owns the extents behind `pages`
     table: Tensor
     counts: Tensor
+
+    @property
+    def pages(self) -> Pages:
+        return self.pool.pages
 
     @property
     def scale(self) -> float:
@@ -93,7 +98,7 @@ def problem(bench: Bench, tokens: int, rates: list[float], dim: int, start: int 
     recent = [x[:, first:].contiguous() if first else x for x in (key, value, flags)]
     return Problem(
         tokens=tokens, start=start, window=window, query=query, key=key, value=value,
-        admitted=admitted, recent=(recent[0], recent[1], recent[2]), pages=pool.pages, table=table,
+        admitted=admitted, recent=(recent[0], recent[1], recent[2]), pool=pool, table=table,
         counts=counts, segments=segments(bench, start, tokens - start, tokens - first),
     )  # fmt: skip
 

@@ -1,0 +1,182 @@
+"""The command's cells: batched questions score as single ones, sizes match, runs resume."""
+
+from __future__ import annotations
+
+import json
+import string
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+from typer.testing import CliRunner  # noqa: E402
+
+from kvpolicy import CachePipeline, LocalAttention, Quest, SnapKV  # noqa: E402
+from kvpolicy.adapters.hf import attach  # noqa: E402
+from kvpolicy.cli import app  # noqa: E402
+from kvpolicy.evaluation import cell, grid, long_text, results  # noqa: E402
+from kvpolicy.evaluation.prompts import Example, Question  # noqa: E402
+from kvpolicy.evaluation.score import score  # noqa: E402
+from kvpolicy.evaluation.session import PipelineSession  # noqa: E402
+from kvpolicy.evaluation.tiny import tiny_llama  # noqa: E402
+
+CHAT = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}~"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with a tokenizer of characters, and a text."""
+    root = tmp_path_factory.mktemp("evaluate")
+    tiny_llama().save_pretrained(root / "model")
+    vocabulary = {c: i for i, c in enumerate(string.printable)}
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    raw.decoder = tokenizers.decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=CHAT)
+    tokenizer.save_pretrained(root / "model")
+    names = [a + b + c for a in "abcdefgh" for b in "aeiou" for c in "klmnprst"]
+    (root / "texts").mkdir()
+    text = "\n\n".join(f"The {name} went home. It saw many a {name}ing." for name in names)
+    (root / "texts" / "one.txt").write_text(text)
+    return root
+
+
+@pytest.fixture(scope="module")
+def examples():
+    generator = torch.Generator().manual_seed(2)
+
+    def ids(count):
+        return tuple(torch.randint(0, 512, (count,), generator=generator).tolist())
+
+    sizes = ((5, 4), (9, 1), (7, 6))
+    return [
+        Example(context_ids=ids(90), questions=tuple(Question(ids(q), ids(a)) for q, a in sizes))
+        for _ in range(2)
+    ]
+
+
+@pytest.mark.parametrize("in_prompt", [True, False])
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        CachePipeline(admission=LocalAttention(window=16, sinks=2)),
+        CachePipeline(window=16, selection=Quest(budget=48)),
+        CachePipeline(window=16, eviction=SnapKV(budget=40, observation=8)),
+    ],
+    ids=["local", "quest", "snapkv"],
+)
+def test_questions_asked_together_score_as_alone(pipeline, in_prompt, examples):
+    model = tiny_llama()
+    with attach(model, pipeline):
+        alone = score(
+            lambda: PipelineSession(model, pipeline), examples, question_in_prompt=in_prompt
+        )
+    row = cell.answer(model, pipeline, examples, question_in_prompt=in_prompt)
+    for at, context in enumerate(alone.answers):
+        likelihood = sum(a.log_likelihood for a in context) / len(context)
+        assert row["log_likelihood"][at] == pytest.approx(likelihood, abs=1e-4)
+        accuracy = sum(a.token_accuracy for a in context) / len(context)
+        assert row["accuracy"][at] == pytest.approx(accuracy)
+    assert row["seen_tokens"] == 96
+    held = {"LocalAttention": 18, "Quest": 96, "SnapKV": 41 if in_prompt else 46}
+    policies = (pipeline.admission, pipeline.selection, pipeline.eviction)
+    name = next(type(p).__name__ for p in policies if not p.neutral)
+    assert row["held_tokens"] == held[name]
+    assert row["read_tokens"] <= (48 if name == "Quest" else row["held_tokens"])
+
+
+def test_hit_tokens_repeat_a_trigram_that_is_far():
+    far = 6
+    #                    0  1  2  3  4  5  6  7  8  9 10 11 12 13
+    ids = torch.tensor([1, 2, 3, 4, 5, 6, 1, 2, 3, 9, 8, 1, 2, 3])
+    assert long_text.hit_tokens(ids, far).nonzero().flatten().tolist() == []
+    assert long_text.hit_tokens(ids, 5).nonzero().flatten().tolist() == [8]
+    assert long_text.hit_tokens(ids, 4).nonzero().flatten().tolist() == [8, 13]
+
+
+def test_losses_are_those_of_one_forward(monkeypatch):
+    model, ids = tiny_llama(), torch.arange(70) * 11 % 512
+    monkeypatch.setattr(long_text, "_CHUNK", 16)
+    row = cell.read_text(model, CachePipeline(window=8), [ids])
+    with torch.no_grad():
+        want = model(ids[None], labels=ids[None]).loss.item()
+    assert row["loss"] == [pytest.approx(want, abs=1e-4)] and row["hit_loss"] == []
+    assert row["held_tokens"] == row["seen_tokens"] == 69
+
+
+def test_the_most_informative_cells_come_first():
+    rows = grid.variants([], None, [0.25], 64)
+    tasks, lengths = ["key-value", "eight needles", "loss"], [1024, 2048, 4096]
+    found = grid.cells(tasks, lengths, rows)
+    first = [cell.key for cell in found[:6]]
+    assert first == [
+        ("eight needles", length, name)
+        for length in (2048, 4096)
+        for name in ("full", "local 25%", "random 25%")
+    ]
+    assert {cell.variant.name for cell in found if cell.task == "loss"} == {n for _, _, n in first}
+    assert len(found) == 2 * 3 * len(rows) + 3 * 3
+    ranks = {cell.key: at for at, cell in enumerate(found)}
+    assert ranks["eight needles", 2048, "SnapKV 25%"] < ranks["key-value", 1024, "full"]
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.6])
+def test_matched_families_hold_what_their_room_says(keep, examples):
+    room = grid.Room(keep * 96, 96)
+    for row in grid.variants([], None, [keep], 16)[1:]:
+        got = cell.answer(
+            tiny_llama(), row.build(room), examples, question_in_prompt=row.question_in_prompt
+        )
+        size = "read_tokens" if row.family.startswith("Quest") else "held_tokens"
+        slack = 9 if row.family.startswith(("Quest", "random", "SnapKV")) else 1
+        assert got[size] == pytest.approx(room.tokens, abs=slack), row.name
+        assert row.build(grid.Room(2, 96)) is None
+
+
+def call(folder, out, *arguments, code=0):
+    options = [
+        "evaluate", folder / "model", "--texts", folder / "texts", "--out", out, "--window", 16,
+        "--device", "cpu", "--dtype", "float32", "--keep", 0.5, "--keep", 0.03,
+        "--task", "copy", "--task", "loss", "--length", 420, *arguments,
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, [str(x) for x in options], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_a_run_is_boxed_resumed_and_summarized(folder, tmp_path):
+    sizes = ("--contexts", 2)
+    said = call(folder, tmp_path, *sizes, "--minutes", 0).stdout
+    assert "0 cells, 16 left" in said
+    said = call(folder, tmp_path, *sizes, "--minutes", 5).stdout
+    assert "16 cells, 0 left" in said and said.count("copy, 420: ") == 11
+    lines = (tmp_path / "cells.jsonl").read_text().splitlines()
+    rows = {(r["task"], r["variant"]): r for r in map(json.loads, lines)}
+    assert len(rows) == len(lines) == 16
+    full, local = rows["copy", "full"], rows["copy", "local 50%"]
+    assert full["held_tokens"] == full["seen_tokens"] > 420
+    assert local["held_tokens"] == 210 and local["bytes"] < full["bytes"]
+    assert len(full["accuracy"]) == 2
+    assert "skipped" in rows["copy", "random 3%"] and "skipped" not in rows["copy", "random 50%"]
+    assert rows["loss", "full"]["hit_loss"]
+
+    text = (tmp_path / "results.md").read_text()
+    accuracy = results.estimate(local["accuracy"])
+    assert f"| local 50% | {210 / local['seen_tokens']:.1%} |" in text and str(accuracy) in text
+    for name in ("copy.png", "loss.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 16
+
+    # What an interrupted run left is measured again, the rest is not.
+    (tmp_path / "cells.jsonl").write_text("\n".join(lines[:15]) + "\n" + lines[15][:20])
+    said = call(folder, tmp_path, *sizes, "--minutes", 5).stdout
+    assert "16 cells, 0 left" in said and said.count(", 420: ") == 1
+    wrong = call(folder, tmp_path, "--contexts", 3, code=1).stderr
+    assert wrong.startswith("error: out: ") and "another contexts: 2" in wrong
+
+
+def test_unknown_tasks_are_named(folder, tmp_path):
+    wrong = call(folder, tmp_path, "--task", "chess", code=1).stderr
+    assert wrong.startswith("error: task: wanted ") and "chess" in wrong
