@@ -35,7 +35,9 @@ class CacheSpec:
     multiplies q.k (default `head_dim ** -0.5`). `sliding` gives, per layer, the window of layers
     that only slide and None for the others. `page_size` is in tokens, `rollback` the number of
     tokens that `crop` can take back, `interval` the number of decoded tokens between two
-    evaluations of caps and decode-time evictions.
+    decode-time evictions. `max_bytes` caps the pages of a cache and its forks, used and reserved
+    (keys, values, positions, summaries; rings and tables come on top): what would exceed it raises
+    CapacityError and changes nothing. Tokens are capped by an eviction's budget.
     """
 
     layers: int = attrs.field(validator=positive)
@@ -53,6 +55,9 @@ class CacheSpec:
     interval: int = attrs.field(default=16, validator=positive)
     head_offset: int = attrs.field(default=0, validator=attrs.validators.ge(0))
     all_kv_heads: int | None = None
+    max_bytes: int | None = attrs.field(
+        default=None, validator=attrs.validators.optional(positive)
+    )
 
     def __attrs_post_init__(self) -> None:
         if self.heads % self.kv_heads:

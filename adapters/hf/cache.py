@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from .plan import Plan
 from .spec import spec_of
 
 NAME = "kvpolicy"
+SIZES = ("page_size", "rollback", "interval", "max_bytes")  # of CacheSpec, as a caller may choose
 
 
 class KVRef:
@@ -90,7 +92,7 @@ class KVPolicyCache(Cache):
     """
 
     def __init__(self, model: nn.Module, pipeline: CachePipeline, **sizes: int) -> None:
-        self.pipeline, self.sizes = pipeline, sizes
+        self.pipeline, self.sizes, self.model = pipeline, sizes, weakref.ref(model)
         self.spec = spec_of(model, **dict[str, Any](sizes))
         self.state: CacheState | None = None
         self.phase = "prompt"
@@ -202,6 +204,15 @@ class KVPolicyCache(Cache):
         if self.state is not None:
             self.state.reset()
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the cache to a safetensors file, for `load_cache`; only pages in use are written.
+
+        Raises PhaseError before the first forward and during one.
+        """
+        from .persist import save_cache
+
+        save_cache(self, path)
+
     def _select(self, rows: Tensor) -> None:
         picked = [int(r) for r in rows.tolist()]
         if self.state is not None:
@@ -224,10 +235,12 @@ class KVPolicyCache(Cache):
 
 
 def new_cache(model: nn.Module, pipeline: CachePipeline, **sizes: int) -> KVPolicyCache:
-    """An empty cache for `model`; `sizes`: `page_size`, `rollback`, `interval` of CacheSpec."""
+    """An empty cache for `model`; `sizes`: those of CacheSpec that `SIZES` names."""
     if not isinstance(pipeline, CachePipeline):
         raise TypeError(f"pipeline: wanted a CachePipeline, got {type(pipeline).__name__}")
-    unknown = set(sizes) - {"page_size", "rollback", "interval"}
+    unknown = set(sizes) - set(SIZES)
     if unknown:
-        raise UnsupportedError(f"new_cache: unknown sizes {sorted(unknown)}")
+        raise UnsupportedError(
+            f"new_cache: unknown sizes {sorted(unknown)}; wanted {', '.join(SIZES)}"
+        )
     return KVPolicyCache(model, pipeline, **sizes)

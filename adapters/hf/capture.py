@@ -81,7 +81,7 @@ class Stepper:
         self.captured = self.reason is None
         cache.decoding = "captured" if self.captured else f"eager: {self.reason}"
         state.reserve(max(state.lengths) + room)
-        self.eager_steps = 0
+        self.eager_steps, self.room = 0, room
 
     def step(self, token: Tensor, active: Tensor) -> Tensor:
         """Logits `[B, 1, V]` after feeding `token` `[B]`; rows not `active` `[B]` store nothing."""
@@ -95,6 +95,7 @@ class Stepper:
         else:
             logits = self._captured(token[:, None], active)
         self.position = self.position + 1
+        self.room = max(self.room - 1, 0)
         return logits
 
     def _captured(self, tokens: Tensor, active: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ class Stepper:
             self.eager_steps += 1
             return run(self.model, cache, tokens, self.position)
         if state.steps_reserved < 1:
-            state.reserve_pages(state.spec.interval)
+            state.reserve_pages(state.horizon(self.room))
         if cache.graph is None or cache.graph.generation != state.generation:
             cache.graph = CapturedStep(self.model, cache, tokens, self.position)
             cache.captures += 1
@@ -116,7 +117,7 @@ class Stepper:
         state.steps_reserved -= 1
         cache.saw(1, None)
         if cache.pipeline.due(state):
-            state.sync_host()
+            state.sync_host()  # rows that ended meanwhile are not due
             cache.pipeline.maintain(state)
         return logits
 

@@ -68,7 +68,7 @@ def rows(bench: Bench, kind: str, nominal: int, batch: int, eager: bool) -> Iter
         syncs = found.counts.get("syncs", 0) / PROFILED
         yield Row(
             group="model", name=f"{name}: launches", unit="kernels a step",
-            value=found.counts["kernels"] / PROFILED, extra=found.counts,
+            value=found.counts.get("kernels", 0) / PROFILED, extra=found.counts,
             goals=(Goal(what="syncs a step", wanted=0, got=syncs),),
             note=f"{found.counts.get('graphs', 0) / PROFILED:.2f} graph launches a step",
         )  # fmt: skip

@@ -53,8 +53,11 @@ class Store:
                 )
         else:
             path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-        lines = self._cells.read_text(encoding="utf-8").splitlines() if self._cells.exists() else []
-        return [row for line in lines if (row := _parse(line)) is not None]
+        text = self._cells.read_text(encoding="utf-8") if self._cells.exists() else ""
+        if text and not text.endswith("\n"):  # an interrupted run left half a line
+            text = text[: text.rfind("\n") + 1]
+            self._cells.write_text(text, encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
 
     def add(self, row: Row) -> None:
         """Appends the row of a finished cell."""
@@ -180,11 +183,3 @@ def _error(values: Sequence[float]) -> float:
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _parse(line: str) -> Row | None:
-    """A row; None for a line that an interrupted run left half written."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None

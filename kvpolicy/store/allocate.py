@@ -42,6 +42,8 @@ def allocate(
         summary=_summary_size(selection, spec),
         moving=ops.backend == "reference",
     )
+    if spec.max_bytes is not None:
+        pool.cap(spec.max_bytes)
     state.pools[device] = pool
     pool.holders[state] = 0
     admission = admission.place(device, spec.dtype, ops.backend)

@@ -96,6 +96,20 @@ class PagePool:
         """Pages that some head holds (reads the device)."""
         return self.capacity - 1 - self.available
 
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page: keys, values, positions and summary."""
+        return sum(x[0].nbytes for x in self.extents[0] if x is not None)
+
+    def cap(self, max_bytes: int) -> None:
+        """Limits the pool to `max_bytes`, the null page included."""
+        least = SLAB_PAGES * self.page_bytes
+        if max_bytes < least:
+            raise ValueError(
+                f"max_bytes: wanted at least {least}, the first {SLAB_PAGES} pages, got {max_bytes}"
+            )
+        self.limit = max_bytes // self.page_bytes - 1
+
     def promise(self, holder: CacheState, count: int) -> None:
         """Keeps `count` free pages for `holder`, beside those promised to others."""
         before = self.holders.get(holder, 0)
@@ -123,14 +137,15 @@ class PagePool:
         missing = max(missing, self.capacity // 16 // SLAB_PAGES * SLAB_PAGES)
         if most is not None:
             missing = min(missing, most - self.capacity)
-        if self.moving:
-            self._grow_moving(missing)
-        else:
-            while missing > 0:
+        try:
+            if self.moving:
+                self._grow_moving(missing)
+            while missing > 0 and not self.moving:
                 largest = max(EXTENT_PAGES, self.capacity // 32 // SLAB_PAGES * SLAB_PAGES)
                 self._grow_appending(-(-min(missing, largest) // SLAB_PAGES) * SLAB_PAGES)
                 missing -= largest
-        self._views()
+        finally:
+            self._views()  # of what was allocated before the device's memory ran out
 
     def _most(self) -> int | None:
         """Largest capacity that the limit allows; appended memory comes in whole slabs."""
@@ -143,12 +158,13 @@ class PagePool:
         for source, target in zip(old, new, strict=True):
             if source is not None and target is not None:
                 target[: self.capacity] = source
+        self._lengthen(count)
         self.extents = [new]
         self._add_ids(count)
 
     def _grow_appending(self, count: int) -> None:
         extent = self._extent(count)
-        self.extents.append(extent)
+        self._lengthen(count)
         first = self.capacity // SLAB_PAGES
         rows = count // SLAB_PAGES
         if first + rows > self.slabs.shape[0]:
@@ -164,13 +180,17 @@ class PagePool:
             step = SLAB_PAGES * base[0].numel() // UNIT
             starts.append(offset + step * torch.arange(rows, dtype=torch.int64))
         self.slabs[first : first + rows] = torch.stack(starts, 1).to(self.device)
+        self.extents.append(extent)
         self._add_ids(count)
 
-    def _add_ids(self, count: int) -> None:
+    def _lengthen(self, count: int) -> None:
+        """Makes room for `count` more pages in free stack and reference counts."""
         if self.capacity + count > self.free.numel():
             size = self.capacity + count if self.moving else 2 * (self.capacity + count)
             self.free, self.refs = _widened(self.free, size), _widened(self.refs, size)
             self.generation += 1
+
+    def _add_ids(self, count: int) -> None:
         self.refs[self.capacity : self.capacity + count] = 0
         new = torch.arange(
             self.capacity, self.capacity + count, dtype=torch.int32, device=self.device
@@ -182,8 +202,9 @@ class PagePool:
         """Makes free stack and slab table long enough for `pages`, so that growth moves nothing."""
         if pages + SLAB_PAGES > self.free.numel():
             size = pages + SLAB_PAGES
+            slabs = _widened(self.slabs, max(-(-size // SLAB_PAGES), self.slabs.shape[0]))
             self.free, self.refs = _widened(self.free, size), _widened(self.refs, size)
-            self.slabs = _widened(self.slabs, max(-(-size // SLAB_PAGES), self.slabs.shape[0]))
+            self.slabs = slabs
             self.generation += 1
             self._views()
 

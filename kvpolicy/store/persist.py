@@ -83,22 +83,22 @@ def load(
         CapacityError: the pages are more than `spec.max_bytes` allows.
     """
     header, tensors = _read(path)
-    if header.get("format") != FORMAT:
+    if header.get("format") != FORMAT or not header.keys() >= {"model", "pipeline", "spec", "notes"}:
         raise ValueError(f"path: {path} is no cache of format {FORMAT}")
     checksum = header.pop("checksum", "")
     if tensors_hash(tensors, header) != checksum:
         raise ValueError(f"path: {path} was altered: its checksum does not match")
     _check_origin(header, pipeline, spec, fingerprint)
     batch = tensors["lengths"].numel() if "lengths" in tensors else 0
-    if batch < 1:
-        raise ValueError(f"path: {path} is altered: it names no sequences")
-    _check_shape(tensors, "0.ring_flags", (batch, spec.kv_heads, None))
+    for layer in range(spec.layers):
+        slots = (spec.slides(layer) or pipeline.window) + spec.rollback
+        _check(tensors, f"{layer}.ring_k", (batch, spec.kv_heads, slots, spec.head_dim), spec.dtype)
     state = pipeline.init(spec, batch)
     for name in _HOST:
-        _check_shape(tensors, name, (batch,))
+        _check(tensors, name, (batch,), torch.int64)
         values = tensors[name].tolist()
-        if tensors[name].dtype != torch.int64 or not all(0 <= x <= POSITION_MASK for x in values):
-            raise ValueError(f"path: {path} is altered: {name} is out of range")
+        if not all(0 <= x <= POSITION_MASK for x in values):
+            raise ValueError(f"path: altered: {name} is out of range")
         setattr(state, name, [bool(x) for x in values] if name in ("active", "pending") else values)
     state.sync_devices()
     for layer in state.layers:
@@ -152,11 +152,11 @@ def _packed(state: CacheState, layer: LayerStore) -> dict[str, Tensor]:
     ids, place = table.unique(return_inverse=True)
     first = int(ids.numel() > 0 and ids[0] == 0)
     k, v, meta = state.ops.read_pages(layer.pool.pages, ids[first:])
-    held = torch.zeros(ids.numel(), dtype=torch.int32, device=ids.device)
+    held = torch.zeros_like(ids)
     size = state.spec.page_size
     column = torch.arange(table.shape[2], device=table.device)
     tokens = (layer.counts[..., None] - size * column).clamp(0, size)
-    held[place.flatten()] = tokens.flatten()
+    held[place.flatten()] = tokens.flatten().to(held)
     # Slots beyond a page's tokens hold leftovers.
     unused = torch.arange(size, device=ids.device) >= held[first:, None]
     return {
@@ -167,33 +167,36 @@ def _packed(state: CacheState, layer: LayerStore) -> dict[str, Tensor]:
     }
 
 
-def _check_shape(tensors: Mapping[str, Tensor], name: str, shape: tuple[int | None, ...]) -> None:
-    found = list(tensors[name].shape) if name in tensors else None
-    if found is None or len(found) != len(shape) or any(
-        want is not None and want != got for want, got in zip(shape, found, strict=True)
-    ):
-        wanted = ["any" if n is None else n for n in shape]
-        raise ValueError(f"path: altered: {name} is {found}, wanted {wanted}")
+def _check(
+    tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    tensor = tensors.get(name)
+    if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
+        got = None if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+        raise ValueError(f"path: altered: {name}: wanted {dtype} {list(shape)}, got {got}")
 
 
 def _fill(state: CacheState, layer: LayerStore, tensors: Mapping[str, Tensor]) -> None:
     """Writes one layer's tensors into an empty cache."""
+    here, spec = f"{layer.index}.", state.spec
     for name in _LAYER:
         target = getattr(layer, name)
         if target is not None:
-            _check_shape(tensors, f"{layer.index}.{name}", tuple(target.shape))
-            target.copy_(tensors[f"{layer.index}.{name}"])
+            _check(tensors, here + name, tuple(target.shape), target.dtype)
+            target.copy_(tensors[here + name])
     if layer.slides:
         return
-    size, dim, width = state.spec.page_size, state.spec.head_dim, _columns(state)
-    _check_shape(tensors, f"{layer.index}.table", (*layer.table.shape[:2], width))
-    table = tensors[f"{layer.index}.table"]
-    pages = tensors[f"{layer.index}.k"].shape[0] if f"{layer.index}.k" in tensors else 0
-    for name, rest in (("k", (size, dim)), ("v", (size, dim)), ("meta", (size,))):
-        _check_shape(tensors, f"{layer.index}.{name}", (pages, *rest))
-    used = torch.arange(width) < -(-tensors[f"{layer.index}.counts"] // size)[..., None]
-    known = table.unique().tolist()
-    if not torch.equal(used, table > 0) or [n for n in known if n] != list(range(1, pages + 1)):
+    size, width = spec.page_size, _columns(state)
+    _check(tensors, here + "table", (*layer.table.shape[:2], width), torch.int32)
+    table, counts = tensors[here + "table"], tensors[here + "counts"]
+    pages = int(table.max()) if table.numel() else 0
+    for name in ("k", "v"):
+        _check(tensors, here + name, (pages, size, spec.head_dim), spec.dtype)
+    _check(tensors, here + "meta", (pages, size), torch.int32)
+    most = (torch.tensor(state.lengths) - layer.window).clamp(min=0)[:, None]
+    used = torch.arange(width) < -(-counts // size)[..., None]
+    fits = torch.equal(used, table > 0) and bool(((counts >= 0) & (counts <= most)).all())
+    if not fits or not torch.equal(table[used].unique(), torch.arange(1, pages + 1)):
         raise ValueError(f"path: altered: the page table of layer {layer.index} does not fit")
     state.reserve(max(state.lengths))
     if not pages:
@@ -204,7 +207,7 @@ def _fill(state: CacheState, layer: LayerStore, tensors: Mapping[str, Tensor]) -
     layer.table[:, :, :width] = numbers[table.to(device).long()]
     holders = torch.bincount(table.flatten(), minlength=pages + 1)[1:]
     layer.pool.refs[ids.long()] = holders.to(device).int()
-    k, v, meta = (tensors[f"{layer.index}.{name}"].to(device) for name in ("k", "v", "meta"))
+    k, v, meta = (tensors[here + name].to(device) for name in ("k", "v", "meta"))
     slots = torch.arange(pages * size, dtype=torch.int32, device=device)[None]
     state.ops.append(
         layer.pool.pages, ids[None, None], k.flatten(0, 1)[None], v.flatten(0, 1)[None],

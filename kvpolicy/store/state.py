@@ -152,6 +152,18 @@ class CacheState:
             pool.promise(self, int(need.sum()) if isinstance(need, Tensor) else 0)
         self.steps_reserved = steps
 
+    def horizon(self, most: int) -> int:
+        """Decoded tokens to reserve for at once: `interval`, or up to `most` for 5 % of the pages.
+
+        Reserving reads the device, so a long horizon keeps the host out of decoding.
+        """
+        steps = most
+        for pool in self.pools.values():
+            heads = sum(x.counts.numel() for x in self.layers if x.pool is pool and not x.slides)
+            if heads:
+                steps = min(steps, pool.used // (20 * heads) * self.spec.page_size)
+        return max(steps, self.spec.interval)
+
     def secure(self, pages: Mapping[PagePool, int]) -> None:
         """Makes sure that so many pages can be taken at once, those promised for decoding included.
 

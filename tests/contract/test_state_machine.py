@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import tempfile
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from invariants import check_states
 
 from kvpolicy import CacheSpec, RollbackError
+from kvpolicy.store import load, save
 from kvpolicy.store.rollback import crop
 from kvpolicy.store.rows import adopt, select_rows
 
@@ -219,6 +222,16 @@ class Life(RuleBasedStateMachine):
         rows = [-1] * run.state.batch
         self.runs[self.runs.index(run)] = self.rearranged(run, rows, run.state)
 
+    @rule(which=caches)
+    def save_and_load(self, which):
+        """A saved cache goes on in place of the old one."""
+        run = self.pick(which)
+        with tempfile.TemporaryDirectory() as folder:
+            save(run.state, f"{folder}/cache", self.pipeline, fingerprint="model")
+            state, _, _ = load(f"{folder}/cache", self.pipeline, SPEC, fingerprint="model")
+        assert digest(state) == digest(run.state)
+        run.state = state
+
     @invariant()
     def holds(self):
         for run in getattr(self, "runs", []):
@@ -226,8 +239,13 @@ class Life(RuleBasedStateMachine):
             assert run.state.floor == run.floor
             assert [bool(p) for p in run.pending] == run.state.pending
         if getattr(self, "runs", []):
-            check_states(self.pipeline, [run.state for run in self.runs])
+            pools = [next(iter(run.state.pools.values())) for run in self.runs]
+            for pool in set(pools):
+                same = [run for run, own in zip(self.runs, pools, strict=True) if own is pool]
+                check_states(self.pipeline, [run.state for run in same])
 
 
-Life.TestCase.settings = settings(max_examples=80, stateful_step_count=25)
+# More lives by hand: KVPOLICY_LIVES=2000 python -m pytest tests/contract/test_state_machine.py
+LIVES = int(os.environ.get("KVPOLICY_LIVES", "80"))
+Life.TestCase.settings = settings(max_examples=LIVES, stateful_step_count=25)
 TestLife = Life.TestCase

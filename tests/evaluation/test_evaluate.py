@@ -160,7 +160,7 @@ def test_a_run_is_boxed_resumed_and_summarized(folder, tmp_path):
     assert local["held_tokens"] == 210 and local["bytes"] < full["bytes"]
     assert len(full["accuracy"]) == 2
     assert "skipped" in rows["copy", "random 3%"] and "skipped" not in rows["copy", "random 50%"]
-    assert rows["loss", "full"]["hit_loss"]
+    assert len(rows["loss", "full"]["loss"]) == 2
 
     text = (tmp_path / "results.md").read_text()
     accuracy = results.estimate(local["accuracy"])
@@ -173,6 +173,7 @@ def test_a_run_is_boxed_resumed_and_summarized(folder, tmp_path):
     (tmp_path / "cells.jsonl").write_text("\n".join(lines[:15]) + "\n" + lines[15][:20])
     said = call(folder, tmp_path, *sizes, "--minutes", 5).stdout
     assert "16 cells, 0 left" in said and said.count(", 420: ") == 1
+    assert call(folder, tmp_path, *sizes).stdout.count(", 420: ") == 0
     wrong = call(folder, tmp_path, "--contexts", 3, code=1).stderr
     assert wrong.startswith("error: out: ") and "another contexts: 2" in wrong
 
