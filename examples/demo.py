@@ -16,11 +16,21 @@ import time
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kvpolicy import CachePipeline, DuoAttention, LocalAttention, Quest, SnapKV, WriteGate
+from kvpolicy import (
+    Adaptive,
+    CachePipeline,
+    DuoAttention,
+    LocalAttention,
+    Quest,
+    SnapKV,
+    Tokens,
+    WriteGate,
+)
 from kvpolicy.evaluation import kept_map, tasks, texts
 from kvpolicy.evaluation.comparison import Composition, Run, compare, speed_ratio, work_of
 from kvpolicy.evaluation.smollm2 import load_smollm2
@@ -28,10 +38,13 @@ from kvpolicy.pretrained import path
 
 PLAIN, FULL, LOCAL, GATE = "plain transformers", "full", "local", "write gate"
 GATE_FILE, DUO_FOLDER = "smollm2-135m-instruct-w64-keep25", "duo-smollm2-135m-instruct"
-QUEST = Quest(budget=192)  # the gate's window of 64 and 8 pages of 16 tokens
-SNAPKV = SnapKV(budget=256, observation=32)  # includes the window
+READ, KEPT = 384, 256  # tokens per head, the gate's window of 64 included
+QUEST = Quest(budget=READ)
+# A wide pool keeps all digits of a number of which the question attends to one.
+SNAPKV = SnapKV(budget=Adaptive(Tokens(KEPT)), observation=32, kernel=15, pooling="max")
 LEAST_GAP, LEAST_SPEED = 0.5, 0.8
 ROUND_TOKENS = 8
+LOG_WIDTH = 104
 
 
 def compositions() -> list[Composition]:
@@ -50,7 +63,7 @@ def compositions() -> list[Composition]:
     except FileNotFoundError:
         rows.append(Composition(name="DuoAttention", missing="no head pattern of this model here"))
     else:
-        detail = f"half the heads full; {duo.sinks} sinks + {duo.window}"
+        detail = f"half the heads; {duo.sinks} sinks + {duo.window}"
         rows.append(
             Composition(name="DuoAttention", detail=detail, pipeline=CachePipeline(admission=duo))
         )
@@ -66,10 +79,10 @@ def compositions() -> list[Composition]:
         CachePipeline(admission=gate, selection=QUEST, eviction=SNAPKV),
     )
     details = (
-        f"learned; window {gate.window}",
-        f"reads at most {QUEST.budget.tokens}",
-        "keeps at most 256",
-        "keeps 256, reads 192",
+        f"learned, window {gate.window}",
+        f"reads at most {READ} per head",
+        f"keeps {KEPT} per head on average",
+        "both",
     )
     return rows + [
         Composition(name=name, detail=detail, pipeline=pipeline)
@@ -81,11 +94,18 @@ def table(rows: list[Composition], runs: list[Run]) -> Table:
     """One row a composition."""
     done = {run.composition.name: run for run in runs}
     full = done[FULL].held_bytes
-    out = Table(title="SmolLM2-135M-Instruct, fp32, CPU", title_style="bold")
+    out = Table(title="SmolLM2-135M-Instruct, fp32, CPU", title_style="bold", box=box.SIMPLE_HEAD)
     out.add_column("composition", no_wrap=True)
-    out.add_column("what it does", style="dim", no_wrap=True)
-    for name in ("answer tokens right", "exact", "cache MB", "of full", "read/step", "tokens/s"):
-        out.add_column(name, justify="right")
+    out.add_column("what it does", style="dim", ratio=1)
+    for name in (
+        "answer\ntokens right",
+        "exact",
+        "cache\nMB",
+        "of\nfull",
+        "read\n/step",
+        "tokens\n/s",
+    ):
+        out.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         if row.missing:
             out.add_row(row.name, row.missing)
@@ -126,6 +146,8 @@ def failures(runs: list[Run]) -> list[str]:
 def main() -> int:
     args = parse_args()
     console, began = Console(), time.perf_counter()
+    if not console.is_terminal:
+        console = Console(width=LOG_WIDTH)
     torch.set_num_threads(min(torch.get_num_threads(), args.threads))
     console.print("loading SmolLM2-135M-Instruct (the first time takes some seconds more)")
     model, tokenizer = load_smollm2(torch.float32)
@@ -158,9 +180,9 @@ def main() -> int:
     questions = sum(len(example.questions) for example in examples)
     console.print(
         f"{questions} questions about {len(examples)} documents of {args.length} tokens; standard "
-        "errors are over documents.\nThe question ends the prompt, so SnapKV has it in its observation "
-        "window. Bytes are all that the first\ndocument's cache holds after its first question and "
-        f"{ROUND_TOKENS * args.rounds} generated tokens; reads are per head.",
+        "errors are over documents. The question ends the prompt, so SnapKV has it in its observation "
+        "window. MB are all that the first document's cache holds after its first question and "
+        f"{ROUND_TOKENS * args.rounds} generated tokens; tokens read are per head.",
         style="dim",
     )
     gate = next((run for run in runs if run.composition.name == GATE), None)

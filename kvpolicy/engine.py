@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._inputs import check_input
 from .eviction import AtPromptEnd
 from .reference.page_select import combine_group
 from .store.dual_cache import (
@@ -25,7 +26,7 @@ def open_call(
     """Reserves tables and, for decoding, pages; then marks the call as open."""
     if phase == "decode":
         lengths = tuple(n if on else 0 for n, on in zip(lengths, state.active, strict=True))
-    state.reserve(max((a + b for a, b in zip(state.lengths, lengths, strict=True)), default=0))
+    state.reserve(max(a + b for a, b in zip(state.lengths, lengths, strict=True)))
     steps = max(lengths, default=0)
     if phase == "prompt":
         for pool in state.pools.values():
@@ -66,9 +67,9 @@ def prompt(
     layer, call = state.layers[index], state.call
     assert call is not None
     tokens = sum(call.added)
-    _check_input(state, "query", query, (state.spec.heads, tokens, state.spec.head_dim))
+    check_input(state, index, "query", query, (state.spec.heads, tokens, state.spec.head_dim))
     for name, tensor in (("key", key), ("value", value)):
-        _check_input(state, name, tensor, (state.spec.kv_heads, tokens, state.spec.head_dim))
+        check_input(state, index, name, tensor, (state.spec.kv_heads, tokens, state.spec.head_dim))
     seg = layer_segments(state, layer)
     if tokens == 0:
         return query.clone()
@@ -111,9 +112,11 @@ def decode(
     layer, call, spec = state.layers[index], state.call, state.spec
     assert call is not None
     columns = 1 if call.valid is None else call.valid.shape[1]
-    _check_input(state, "query", query, (state.batch, spec.heads, columns, spec.head_dim))
+    check_input(state, index, "query", query, (state.batch, spec.heads, columns, spec.head_dim))
     for name, tensor in (("key", key), ("value", value)):
-        _check_input(state, name, tensor, (state.batch, spec.kv_heads, columns, spec.head_dim))
+        check_input(
+            state, index, name, tensor, (state.batch, spec.kv_heads, columns, spec.head_dim)
+        )
     device = layer.ring_k.device
     lengths, active = state.lengths_on[device], state.active_on[device]
     if columns > spec.rollback and index not in call.undo:
@@ -243,10 +246,3 @@ def select(state: CacheState, layer: LayerStore, query: Tensor) -> Tensor | None
 
 def _heads(state: CacheState) -> range:
     return range(state.spec.head_offset, state.spec.head_offset + state.spec.kv_heads)
-
-
-def _check_input(state: CacheState, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}: wanted {list(shape)}, got {list(tensor.shape)}")
-    if tensor.dtype != state.spec.dtype:
-        raise TypeError(f"{name}: wanted {state.spec.dtype}, got {tensor.dtype}")

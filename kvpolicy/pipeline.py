@@ -9,6 +9,7 @@ import attrs
 from torch import Tensor
 
 from . import engine
+from ._inputs import check_call, check_complete, check_layer
 from ._validate import one_of
 from .admission import Admission, AdmitAll
 from .backend import BACKENDS, ops, resolve
@@ -24,7 +25,6 @@ from .store.report import report
 from .store.rollback import abort
 
 DEFAULT_WINDOW = 256
-PHASES = ("prompt", "decode")
 
 
 def _a(kind: type) -> Any:
@@ -106,24 +106,7 @@ class CachePipeline:
         if that is due, and reserves what decoding needs, so that capacity errors come before any
         layer writes.
         """
-        if phase not in PHASES:
-            raise ValueError(f"phase: wanted one of {', '.join(PHASES)}, got {phase!r}")
-        if state.call is not None:
-            raise PhaseError("begin: a call is in flight already; commit or abort it first")
-        if len(lengths) != state.batch or any(n < 0 for n in lengths):
-            raise ValueError(f"lengths: wanted {state.batch} numbers from 0, got {list(lengths)}")
-        if phase == "decode" and state.pending_end:
-            raise PhaseError(
-                "decode: the prompt has not ended; call end_prompt(state) first so that "
-                f"{type(self.eviction).__name__} can act"
-            )
-        if phase == "decode" and valid is None:
-            if any(n != 1 for n, on in zip(lengths, state.active, strict=True) if on):
-                raise ValueError(
-                    f"valid: wanted for a decode call that adds {list(lengths)}, got None"
-                )
-        elif valid is not None and (valid.ndim != 2 or valid.shape[0] != state.batch):
-            raise ValueError(f"valid: wanted [{state.batch}, T], got {list(valid.shape)}")
+        check_call(state, lengths, phase, valid)
         self.maintain(state)
         engine.open_call(state, tuple(lengths), phase, valid)
 
@@ -146,10 +129,11 @@ class CachePipeline:
         `[B, Hq, T, D]`, zeros where a token is not real. Keys are after RoPE at their true
         positions.
         """
-        if state.call is None:
-            raise PhaseError("attend: no call is open; call begin(state, lengths, phase) first")
-        attend = engine.prompt if state.call.phase == "prompt" else engine.decode
-        return attend(state, layer, query, key, value, key_pre, hidden)
+        call = check_layer(state, layer)
+        attend = engine.prompt if call.phase == "prompt" else engine.decode
+        out = attend(state, layer, query, key, value, key_pre, hidden)
+        call.done.add(layer)
+        return out
 
     def commit(self, state: CacheState) -> None:
         """Closes the call: lengths become current, and evictions that are due happen.
@@ -157,16 +141,14 @@ class CachePipeline:
         After a decode call of several columns they wait for the next `begin`, so that refused
         candidates can be taken back by `crop`. One that a cap stops stays due as well.
         """
-        if state.call is None:
-            raise PhaseError("commit: no call is open")
-        phase, added, valid = state.call.phase, state.call.added, state.call.valid
+        call = check_complete(state)
         engine.close_call(state)
-        if phase == "prompt":
+        if call.phase == "prompt":
             acts = not self.eviction.neutral
             state.pending = [
-                was or (acts and n > 0) for was, n in zip(state.pending, added, strict=True)
+                was or (acts and n > 0) for was, n in zip(state.pending, call.added, strict=True)
             ]
-        elif valid is None:
+        elif call.valid is None:
             self.maintain(state)
 
     def abort(self, state: CacheState) -> None:

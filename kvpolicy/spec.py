@@ -55,9 +55,7 @@ class CacheSpec:
     interval: int = attrs.field(default=16, validator=positive)
     head_offset: int = attrs.field(default=0, validator=attrs.validators.ge(0))
     all_kv_heads: int | None = None
-    max_bytes: int | None = attrs.field(
-        default=None, validator=attrs.validators.optional(positive)
-    )
+    max_bytes: int | None = attrs.field(default=None, validator=attrs.validators.optional(positive))
 
     def __attrs_post_init__(self) -> None:
         if self.heads % self.kv_heads:

@@ -16,7 +16,7 @@ class Oracle:
         self.heads, self.group, self.P = spec.kv_heads, spec.group, spec.page_size
         self.slides = spec.slides(layer) is not None
         self.W = spec.slides(layer) or pipeline.window
-        place = (spec.device, spec.dtype, "reference")
+        place = (torch.device("cpu"), spec.dtype, "reference")
         self.admission = pipeline.admission.place(*place).at(layer)
         self.eviction = pipeline.eviction.place(*place).at(layer)
         self.selection = pipeline.selection.at(layer)

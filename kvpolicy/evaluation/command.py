@@ -63,6 +63,7 @@ def evaluate(
             raise ValueError(f"dtype: wanted one of {', '.join(DTYPES)}, got {dtype!r}")
         language_model, tokenizer = cli._load(model, device)
         language_model.to(getattr(torch, dtype))
+        keeps = keep or [0.25, 0.1]
         settings = {
             "model": model,
             "contexts": contexts,
@@ -70,6 +71,9 @@ def evaluate(
             "seed": seed,
             "window": window,
             "dtype": dtype,
+            "gate": [str(file) for file in gate or []],
+            "duo": None if duo is None else str(duo),
+            "keep": keeps,
         }
         store = Store(out)
         runner = Runner(
@@ -83,7 +87,7 @@ def evaluate(
             rows=store.open(settings),
             say=typer.echo,
         )
-        found = _variants(model, gate or [], duo, keep or [0.25, 0.1], window)
+        found = _variants(model, gate or [], duo, keeps, window)
         runner.run(tasks, lengths, found)
         title = f"{model}, {dtype}, {language_model.device.type}"
         store.summarize(runner.rows, title)
@@ -141,10 +145,13 @@ class Runner:
             "variant": variant.name,
             "family": variant.family,
         }
+        try:
+            prompts = self._prompts(cell.task, cell.length)
+        except ValueError as error:  # the text or the length does not do for this task
+            return {**row, "skipped": str(error)}
         pipeline = variant.build(self._room(cell))
         if pipeline is None:
             return {**row, "skipped": "cannot be this small"}
-        prompts = self._prompts(cell.task, cell.length)
         if cell.task == LOSS:
             return row | read_text(self.model, pipeline, prompts, check=self._check)
         known = variant.question_in_prompt
@@ -165,7 +172,9 @@ class Runner:
         wanted = (cell.task, cell.length, cell.variant.matches)
         for row in self.rows:
             if (row["task"], row["length"], row["variant"]) == wanted:
-                return Room(row["held_tokens"], row["seen_tokens"])
+                return Room(
+                    row["held_tokens"], row["seen_tokens"], row["seen_tokens"] - cell.length
+                )
         return Room(cell.variant.keep * cell.length, cell.length)
 
     def _prompts(self, task: str, length: int) -> list[Any]:
@@ -206,11 +215,11 @@ def _text(folder: Path | None, read: Callable[[Path], list[str]]) -> str:
 
 
 def _said(row: dict[str, Any]) -> str:
-    from .results import estimate
+    from .results import shown
 
     place = f"{row['task']}, {row['length']}: {row['variant']}"
     if "skipped" in row:
         return f"{place}: {row['skipped']}"
     score = "accuracy" if "accuracy" in row else "loss"
     size = row["held_tokens"] / row["seen_tokens"]
-    return f"{place}: {score} {estimate(row[score])}, cache {size:.1%}, {row['seconds']:.0f} s"
+    return f"{place}: {score} {shown(row[score])}, cache {size:.1%}, {row['seconds']:.0f} s"

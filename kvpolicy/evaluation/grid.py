@@ -20,10 +20,14 @@ CORE_LENGTHS = (2048, 4096)
 
 @attrs.frozen
 class Room:
-    """What a cache may hold: `tokens` of the `seen` ones per head, window included."""
+    """What a cache may hold: `tokens` of the `seen` ones per head, window included.
+
+    `asked` of the tokens seen came after the context.
+    """
 
     tokens: float
     seen: float
+    asked: float = 0.0
 
 
 @attrs.frozen(kw_only=True)
@@ -75,14 +79,11 @@ def variants(
     found = [Variant(name=FULL, family=FULL, build=lambda room: CachePipeline(window=window))]
     sizes: list[tuple[str, str | None, float]]
     if gates:
-        sizes = [(name, f"gate {name}", 1.0) for name, _ in gates]
+        sizes = [(f"(gate {name})", f"gate {name}", 1.0) for name, _ in gates]
     else:
         sizes = [(f"{keep:.0%}", None, keep) for keep in keeps]
-    for (name, matches, keep), (_, gate) in zip(
-        sizes, gates or [("", None)] * len(sizes), strict=True
-    ):
-        if gate is not None:
-            found.append(Variant(name=f"gate {name}", family="write gate", build=_fixed(gate)))
+    found += [Variant(name=f"gate {n}", family="write gate", build=_fixed(g)) for n, g in gates]
+    for name, matches, keep in sizes:
         for family, build in _matched(duo, window).items():
             found.append(
                 Variant(
@@ -104,7 +105,7 @@ def variants(
 def cells(tasks: Sequence[str], lengths: Sequence[int], rows: Sequence[Variant]) -> list[Cell]:
     """All cells, the most informative first."""
 
-    def rank(cell: Cell) -> tuple[object, ...]:
+    def rank(cell: Cell) -> tuple[int, ...]:
         known = cell.task in CORE_TASKS and cell.length in CORE_LENGTHS
         tier = 0 if known and cell.variant.core else 1 if known or cell.task == LOSS else 2
         return (
@@ -121,7 +122,7 @@ def cells(tasks: Sequence[str], lengths: Sequence[int], rows: Sequence[Variant])
         for row in rows
         if task != LOSS or row.prompt_only
     ]
-    return sorted(found, key=rank)  # type: ignore[arg-type]
+    return sorted(found, key=rank)
 
 
 def _fixed(gate: WriteGate) -> Callable[[Room], CachePipeline]:
@@ -154,6 +155,9 @@ def _matched(
             return None
         return CachePipeline(admission=DuoAttention.from_pretrained(duo, sparsity=1 - full))
 
+    def before_question(room: Room) -> CachePipeline | None:
+        return snapkv(Room(room.tokens - room.asked, room.seen))
+
     def snapkv(room: Room) -> CachePipeline | None:
         budget = round(room.tokens)
         if budget <= window:
@@ -176,8 +180,8 @@ def _matched(
     found |= {
         "random": random,
         "SnapKV, question seen": snapkv,
-        "SnapKV": snapkv,
-        "Quest, reading": quest,
+        "SnapKV": before_question,
+        "Quest": quest,
     }
     return found
 

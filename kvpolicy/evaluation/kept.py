@@ -114,7 +114,7 @@ def kept_map(
         raise ValueError(f"ids: the cache saw {state.lengths[0]} tokens, got {len(tokens)} ids")
     return KeptMap(
         ids=tokens,
-        pieces=tuple(tokenizer.decode([token]) for token in tokens),
+        pieces=tuple(str(tokenizer.decode([token])) for token in tokens),
         held=picture.kept(state),
         windows=tuple(layer.window for layer in state.layers),
     )

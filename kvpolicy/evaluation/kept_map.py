@@ -59,7 +59,7 @@ def draw(
     from matplotlib.figure import Figure
 
     colours = LinearSegmentedColormap.from_list("kept", SCALE)
-    pieces = [tokenizer.decode([i]) for i in example.context_ids]
+    pieces = [str(tokenizer.decode([i])) for i in example.context_ids]
     spans = answer_spans(tokenizer, example)
     share = held.float().mean((0, 1))
 
@@ -74,7 +74,7 @@ def draw(
         fontsize=11.5,
         color=MUTED,
     )
-    text = figure.add_axes((0.045, 0.60, 0.91, 0.30))
+    text = figure.add_axes((0.045, 0.595, 0.91, 0.28))
     _text(text, pieces, share, spans, colours)
     above = figure.add_axes((0.085, 0.505, 0.80, 0.055))
     _profile(above, share, spans)
@@ -96,6 +96,8 @@ def _text(
     while start > 0 and room > 0:
         start -= 1
         room -= len(pieces[start])
+    # The colours end where few tokens outside the window go beyond.
+    most = max(float(share[share < 1].quantile(0.99)) if bool((share < 1).any()) else 1.0, 0.05)
     inside = {i for begin, end in spans for i in range(begin, end)}
     size = 72 * 13 * 0.91 / LINE_CHARS / 0.602  # points; a character is 0.602 em wide
     row = column = 0
@@ -105,7 +107,7 @@ def _text(
             row, column = row + 1, 0
         if row == LINES:
             break
-        level = float(share[i])
+        level = min(float(share[i]) / most, 1.0)
         box = Rectangle((column, row), len(piece), 0.86, color=colours(level), linewidth=0)
         axes.add_patch(box)
         if i in inside:
@@ -123,22 +125,12 @@ def _text(
     axes.set(xlim=(0, LINE_CHARS), ylim=(LINES, -0.05))
     axes.axis("off")
     for step in range(5):
-        axes.add_patch(
-            Rectangle(
-                (LINE_CHARS - 15 + 3 * step, -0.62), 3, 0.3, color=colours(step / 4), clip_on=False
-            )
-        )
-    axes.text(
-        LINE_CHARS - 16,
-        -0.47,
-        "kept by no head",
-        ha="right",
-        va="center",
-        fontsize=9.5,
-        color=MUTED,
-    )
-    axes.text(LINE_CHARS, -0.85, "by all", ha="right", va="center", fontsize=9.5, color=MUTED)
-    axes.text(0, -0.47, "answers are underlined", va="center", fontsize=9.5, color=ACCENT)
+        at = (LINE_CHARS - 27 + 3 * step, -0.66)
+        axes.add_patch(Rectangle(at, 3, 0.34, color=colours(step / 4), clip_on=False))
+    small = {"va": "center", "fontsize": 9.5, "color": MUTED}
+    axes.text(LINE_CHARS - 28, -0.49, "kept by no head", ha="right", **small)
+    axes.text(LINE_CHARS, -0.49, f"by {most:.0%} or more", ha="right", **small)
+    axes.text(0, -0.49, "answers are underlined", **{**small, "color": ACCENT})
 
 
 def _profile(axes: Any, share: Tensor, spans: Sequence[tuple[int, int]]) -> None:

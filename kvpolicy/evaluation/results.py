@@ -22,7 +22,7 @@ _COLOURS = {
     "DuoAttention": "#8a5fa8",
     "SnapKV": "#7fb8b8",
     "SnapKV, question seen": "#2f8089",
-    "Quest, reading": "#5b8c3a",
+    "Quest": "#5b8c3a",
     "write gate": ACCENT,
     "composition": INK,
     "composition, question seen": "#0f4c5c",
@@ -84,13 +84,23 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean=statistics.fmean(values), standard_error=spread / math.sqrt(len(values)))
 
 
+def shown(values: Sequence[float]) -> str:
+    """Mean and standard error, as far as there are any."""
+    found = estimate(values)
+    if math.isnan(found.standard_error):
+        return "" if math.isnan(found.mean) else f"{found.mean:.3f}"
+    return str(found)
+
+
 def table(rows: Sequence[Row], title: str) -> str:
     """Markdown, one table a task and length."""
     out = [f"# {title}", ""]
     for task, length in dict.fromkeys((row["task"], row["length"]) for row in rows):
         here = [row for row in rows if (row["task"], row["length"]) == (task, length)]
         scores = ("loss", "hit_loss") if task == LOSS else ("accuracy", "exact", "log_likelihood")
-        names = ["composition", "cache", "read", "MB", *(s.replace("_", " ") for s in scores), "n"]
+        full = next((row[scores[0]] for row in here if row["variant"] == FULL), [])
+        names = ["composition", "cache", "read", "MB"]
+        names += [*(score.replace("_", " ") for score in scores), f"{scores[0]} - full", "n"]
         out += [f"## {task}, {length} tokens", "", _line(names)]
         out.append(_line(["---", *["---:"] * (len(names) - 1)]))
         for row in here:
@@ -104,7 +114,8 @@ def table(rows: Sequence[Row], title: str) -> str:
                         f"{row['held_tokens'] / row['seen_tokens']:.1%}",
                         f"{row['read_tokens'] / row['seen_tokens']:.1%}",
                         f"{row['bytes'] / 1e6:.2f}",
-                        *(str(estimate(row[score])) for score in scores),
+                        *(shown(row[score]) for score in scores),
+                        shown([a - b for a, b in zip(row[scores[0]], full, strict=False)]),
                         str(len(row[scores[0]])),
                     ]
                 )
@@ -115,16 +126,18 @@ def table(rows: Sequence[Row], title: str) -> str:
 
 _NOTE = (
     "Cache: tokens held per head, local window included, of all tokens seen; read: those that the "
-    "last token read. MB: all bytes of the cache. Means over contexts ± their standard errors; n "
-    "contexts. SnapKV evicts when the prompt ends: before the question, or after it where the name "
-    "says that it has seen it; numbers of the two kinds do not compare. All others answer alike "
-    "either way."
+    "last token read. A gate's name in brackets: made to hold, for Quest to read, as much as that "
+    "gate. MB: all bytes of the cache. Means over n contexts ± their standard errors; the "
+    "difference from full attention is paired by context. SnapKV evicts when the prompt ends: "
+    "before the question, or after it where the name says that it has seen it; numbers of the two "
+    "kinds do not compare. All others answer alike either way."
 )
 
 
 def plot(path: Path, task: str, rows: Sequence[Row]) -> None:
     """Saves the score against the normalised cache size, a panel a length."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
     rows = [row for row in rows if row["task"] == task and "skipped" not in row]
     lengths = sorted({row["length"] for row in rows})
@@ -142,7 +155,7 @@ def plot(path: Path, task: str, rows: Sequence[Row]) -> None:
                 if row["family"] == family
             )
             if family == FULL:
-                axes.axhline(points[0][1], color=INK, linestyle=":", label=FULL)
+                axes.axhline(points[0][1], color=INK, linestyle=":", label=family)
                 continue
             seen = family.endswith("question seen")
             axes.errorbar(
@@ -153,10 +166,12 @@ def plot(path: Path, task: str, rows: Sequence[Row]) -> None:
                 marker="s" if seen else "o",
                 markersize=5,
                 capsize=2,
-                label=family,
+                label="Quest (tokens read)" if family == "Quest" else family,
             )
         axes.set_title(f"{length} tokens", color=INK)
-        axes.set_xlabel("part of the cache, window included", color=MUTED)
+        axes.set_xlabel("cache held per head, window included", color=MUTED)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_xlim(left=0)
         axes.set_facecolor(PAPER)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("nats on hit tokens" if task == LOSS else "answer tokens right")
@@ -165,8 +180,8 @@ def plot(path: Path, task: str, rows: Sequence[Row]) -> None:
         for axes in panels
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(list(handles.values()), list(handles), loc="outside right", frameon=False)
-    figure.suptitle(task, color=INK)
+    figure.legend(list(handles.values()), list(handles), loc="outside right upper", frameon=False)
+    figure.suptitle(task, color=INK, weight="bold")
     figure.savefig(path, dpi=130, facecolor=PAPER)
 
 

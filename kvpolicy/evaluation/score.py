@@ -9,7 +9,7 @@ import copy
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import attrs
 import torch
@@ -58,7 +58,8 @@ class PlainSession:
 
     def held_bytes(self) -> int:
         """Bytes of the cached keys and values."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._cache.layers)
+        layers: list[Any] = self._cache.layers
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
     def tokens_read(self) -> float:
         """Tokens per head that the last decoded token read: all."""

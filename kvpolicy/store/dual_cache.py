@@ -65,7 +65,7 @@ def write_prompt(
     """
     call = state.call
     assert call is not None
-    call.before[layer.index] = layer.counts.clone()
+    call.before.setdefault(layer.index, layer.counts.clone())
     if layer.slides:
         return
     device = key.device

@@ -31,9 +31,9 @@ def tensors_hash(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> st
     return digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def _bytes(tensor: Tensor) -> Any:
     flat = tensor.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy()
 
 
 def _described(value: Any) -> Any:

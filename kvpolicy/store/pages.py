@@ -10,15 +10,14 @@ from torch import Tensor
 
 from ..errors import CapacityError
 from ..types import Pages
+from .extents import SLAB_PAGES, Extent, copy_between, slab_starts, widened
 
 if TYPE_CHECKING:
     from .state import CacheState
 
-SLAB_PAGES = 64
 EXTENT_PAGES = (
     1024  # a single allocation is at most this or 1/32 of the pool: trimming drops whole ones
 )
-UNIT = 16  # elements; slab offsets are multiples of it
 
 
 class PagePool:
@@ -60,7 +59,7 @@ class PagePool:
         self._push(torch.arange(1, SLAB_PAGES, dtype=torch.int32, device=device))
         self._views()
 
-    def _extent(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _extent(self, count: int) -> Extent:
         shape = (count, self.page_size)
         make = lambda *s, dtype: torch.empty(*s, dtype=dtype, device=self.device)  # noqa: E731
         k = make(*shape, self.head_dim, dtype=self.dtype)
@@ -168,18 +167,11 @@ class PagePool:
         first = self.capacity // SLAB_PAGES
         rows = count // SLAB_PAGES
         if first + rows > self.slabs.shape[0]:
-            self.slabs = _widened(self.slabs, 2 * (first + rows))
+            self.slabs = widened(self.slabs, 2 * (first + rows))
             self.generation += 1
-        starts = []
-        for base, new in zip(self.extents[0], extent, strict=True):
-            if base is None or new is None:
-                starts.append(torch.zeros(rows, dtype=torch.int64))
-                continue
-            # Allocations are aligned to more than UNIT elements of 4 bytes or less.
-            offset = (new.data_ptr() - base.data_ptr()) // (base.element_size() * UNIT)
-            step = SLAB_PAGES * base[0].numel() // UNIT
-            starts.append(offset + step * torch.arange(rows, dtype=torch.int64))
-        self.slabs[first : first + rows] = torch.stack(starts, 1).to(self.device)
+        self.slabs[first : first + rows] = slab_starts(self.extents[0], extent, rows).to(
+            self.device
+        )
         self.extents.append(extent)
         self._add_ids(count)
 
@@ -187,7 +179,7 @@ class PagePool:
         """Makes room for `count` more pages in free stack and reference counts."""
         if self.capacity + count > self.free.numel():
             size = self.capacity + count if self.moving else 2 * (self.capacity + count)
-            self.free, self.refs = _widened(self.free, size), _widened(self.refs, size)
+            self.free, self.refs = widened(self.free, size), widened(self.refs, size)
             self.generation += 1
 
     def _add_ids(self, count: int) -> None:
@@ -202,8 +194,8 @@ class PagePool:
         """Makes free stack and slab table long enough for `pages`, so that growth moves nothing."""
         if pages + SLAB_PAGES > self.free.numel():
             size = pages + SLAB_PAGES
-            slabs = _widened(self.slabs, max(-(-size // SLAB_PAGES), self.slabs.shape[0]))
-            self.free, self.refs = _widened(self.free, size), _widened(self.refs, size)
+            slabs = widened(self.slabs, max(-(-size // SLAB_PAGES), self.slabs.shape[0]))
+            self.free, self.refs = widened(self.free, size), widened(self.refs, size)
             self.slabs = slabs
             self.generation += 1
             self._views()
@@ -272,21 +264,4 @@ class PagePool:
         self._views()
 
     def _ops_copy(self, source: Tensor, target: Tensor) -> None:
-        starts = [0]
-        for extent in self.extents:
-            starts.append(starts[-1] + extent[0].shape[0])
-        bounds = torch.tensor(starts[1:], device=self.device)
-        from_extent = torch.bucketize(source, bounds, right=True)
-        to_extent = torch.bucketize(target, bounds, right=True)
-        for i in from_extent.unique().tolist():
-            for j in to_extent.unique().tolist():
-                pair = (from_extent == i) & (to_extent == j)
-                for old, new in zip(self.extents[i], self.extents[j], strict=True):
-                    if old is not None and new is not None:
-                        new[target[pair] - starts[j]] = old[source[pair] - starts[i]]
-
-
-def _widened(tensor: Tensor, size: int) -> Tensor:
-    wide = tensor.new_zeros(size, *tensor.shape[1:])
-    wide[: tensor.shape[0]] = tensor
-    return wide
+        copy_between(self.extents, source, target)

@@ -83,16 +83,21 @@ def load(
         CapacityError: the pages are more than `spec.max_bytes` allows.
     """
     header, tensors = _read(path)
-    if header.get("format") != FORMAT or not header.keys() >= {"model", "pipeline", "spec", "notes"}:
+    if header.get("format") != FORMAT or not header.keys() >= {
+        "model",
+        "pipeline",
+        "spec",
+        "notes",
+    }:
         raise ValueError(f"path: {path} is no cache of format {FORMAT}")
     checksum = header.pop("checksum", "")
     if tensors_hash(tensors, header) != checksum:
         raise ValueError(f"path: {path} was altered: its checksum does not match")
     _check_origin(header, pipeline, spec, fingerprint)
     batch = tensors["lengths"].numel() if "lengths" in tensors else 0
-    for layer in range(spec.layers):
-        slots = (spec.slides(layer) or pipeline.window) + spec.rollback
-        _check(tensors, f"{layer}.ring_k", (batch, spec.kv_heads, slots, spec.head_dim), spec.dtype)
+    for index in range(spec.layers):
+        slots = (spec.slides(index) or pipeline.window) + spec.rollback
+        _check(tensors, f"{index}.ring_k", (batch, spec.kv_heads, slots, spec.head_dim), spec.dtype)
     state = pipeline.init(spec, batch)
     for name in _HOST:
         _check(tensors, name, (batch,), torch.int64)

@@ -65,6 +65,7 @@ class Call:
     undo: dict[int, tuple[Tensor, ...]] = attrs.field(factory=dict)
     before: dict[int, Tensor] = attrs.field(factory=dict)  # page counts before the call, by layer
     valid: Tensor | None = None  # [B, T] bool, for decode calls
+    done: set[int] = attrs.field(factory=set)  # layers that ran
 
 
 class CacheState:

@@ -1,0 +1,251 @@
+"""Memory that runs out: whichever allocation fails, the cache is as it was and goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import attrs
+import pytest
+import torch
+from cases import Sizes, build
+from contents import digest
+from driver import Run, stream
+from invariants import check_states
+
+from kvpolicy import CachePipeline, CacheSpec, CapacityError
+from kvpolicy.store import pages
+from kvpolicy.store.pages import PagePool
+from kvpolicy.store.rollback import crop
+from kvpolicy.store.rows import adopt, select_rows
+
+SPEC = CacheSpec(
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    page_size=2,
+    rollback=9,
+    interval=4,
+    dtype=torch.float64,
+    sliding=(None, 3, None),
+)
+TRIPLES = [
+    ("all", "quest", "none"),
+    ("gate", "user", "tokens_decode"),
+    ("random", "all", "at_end"),
+    ("any_of", "quest_first", "adaptive"),
+]
+
+
+class Memory:
+    """Memory that runs out: after `count` pages, or `count` allocations on the device."""
+
+    def __init__(self, monkeypatch, kind):
+        self.patch, self.kind, self.left = monkeypatch, kind, None
+        for owner, name in ((PagePool, "_extent"), (pages, "widened")):
+            monkeypatch.setattr(owner, name, self.failing(getattr(owner, name)))
+
+    def failing(self, function):
+        def call(*args):
+            if self.left is not None:
+                self.left -= 1
+                if self.left < 0:
+                    raise torch.OutOfMemoryError("no memory")
+            return function(*args)
+
+        return call
+
+    @contextlib.contextmanager
+    def only(self, state, count):
+        pool = next(iter(state.pools.values()))
+        if self.kind == "device":
+            self.left = count
+            yield
+            self.left = None
+            return
+        hidden, real = pool.available - count, PagePool.available.fget
+        with self.patch.context() as patch:
+            if hidden > 0:
+                patch.setattr(PagePool, "available", property(lambda self: real(self) - hidden))
+                patch.setattr(pool, "limit", pool.used)
+                patch.setattr(pool, "_most", lambda: 0)
+            yield
+
+
+@pytest.fixture(params=["pages", "device"])
+def memory(request, monkeypatch):
+    return Memory(monkeypatch, request.param)
+
+
+def run_of(names, rows, extra=40):
+    sizes = Sizes(SPEC, window=4)
+    lengths = [sizes.length + 3 * row for row in range(rows)]
+    run = Run(build(sizes, *names), SPEC, [stream(SPEC, n + extra, n) for n in lengths])
+    return run, lengths
+
+
+def until_it_works(run, memory, act, undo=lambda: None, others=()):
+    """Tries `act` with 0, 1, 2, ... allocations; returns how often it failed.
+
+    From 9 on in steps of 9.
+    """
+    for tried in itertools.count():
+        before, failed = digest(run.state), False
+        with memory.only(run.state, tried if tried < 9 else 9 * (tried - 8)):
+            try:
+                result = act()
+            except (CapacityError, torch.OutOfMemoryError):
+                failed = True
+        if not failed:
+            return tried, result
+        undo()
+        assert digest(run.state) == before
+        check_states(run.pipeline, [run.state, *others])
+
+
+@pytest.mark.parametrize("names", TRIPLES, ids="-".join)
+def test_prompt_end_and_decode(names, memory):
+    """Every call that a cache serves, started from a pool that must grow."""
+    run, lengths = run_of(names, rows=2)
+    pipeline, state = run.pipeline, run.state
+    tried = 0
+    for cut in ([lengths[0], 5], [0, lengths[1] - 5]):
+        spans = list(zip(run.streams, run.at, cut, strict=True))
+
+        def prompt(cut=cut, spans=spans):
+            pipeline.begin(state, cut, "prompt")
+            for layer in range(SPEC.layers):
+                parts = [tuple(x[:, at : at + n] for x in s[layer]) for s, at, n in spans]
+                q, k, v, pre = (torch.cat(x, 1) for x in zip(*parts, strict=True))
+                pipeline.attend(state, layer, q, k, v, key_pre=pre)
+            pipeline.abort(state)
+
+        tried += until_it_works(run, memory, prompt, lambda: pipeline.abort(state))[0]
+        run.prompt(cut)
+    tried += until_it_works(run, memory, lambda: pipeline.end_prompt(state))[0]
+    run.end_prompt()
+    run.check()
+    for _ in range(2 * SPEC.interval):
+        state.steps_reserved = 0
+        tried += until_it_works(run, memory, lambda: begin_and_abort(pipeline, state))[0]
+        run.decode()
+    run.check()
+    assert tried > (10 if memory.kind == "pages" else 2)
+
+
+def begin_and_abort(pipeline, state):
+    pipeline.begin(state, [1] * state.batch, "decode")
+    pipeline.abort(state)
+
+
+@pytest.mark.parametrize("names", TRIPLES, ids="-".join)
+def test_forks(names, memory):
+    """Copies, crops into shared pages, and evictions of shared pages take memory."""
+    run, lengths = run_of(names, rows=2)
+    run.prompt(lengths)
+    run.end_prompt()
+    for _ in range(3):
+        run.decode()
+    while run.state.layers[0].counts[0, 0] % 2:
+        run.decode()
+    tried, fork = until_it_works(run, memory, lambda: select_rows(run.state, [0, 1]))
+    assert tried or memory.kind == "device"
+    twin = run.copy(fork)
+    twin.streams = [stream(SPEC, n + 40, 7 * n) for n in lengths]
+    for row, at in enumerate(run.at):
+        for layer in range(SPEC.layers):
+            pairs = zip(run.streams[row][layer], twin.streams[row][layer], strict=True)
+            twin.streams[row][layer] = tuple(torch.cat([a[:, :at], b[:, at:]], 1) for a, b in pairs)
+    drop = [min(3, at - floor) for at, floor in zip(run.at, run.floor, strict=True)]
+    before = digest(fork)
+    tried = until_it_works(run, memory, lambda: crop(run.state, drop), others=[fork])[0]
+    assert tried or names[2] != "none" or memory.kind == "device"
+    assert digest(fork) == before
+    run.at = [at - n for at, n in zip(run.at, drop, strict=True)]
+    for row, n in enumerate(drop):
+        run.checked[row] = min(run.checked[row], run.at[row])
+        for oracle in run.oracles[row]:
+            oracle.crop(n)
+    for _ in range(2 * SPEC.interval):
+        run.decode()
+        twin.decode()
+    run.check()
+    twin.check()
+    adopt(run.state, select_rows(run.state, [0, 1]))
+    check_states(run.pipeline, [run.state, twin.state])
+
+
+def test_an_eviction_of_shared_pages_may_fail(monkeypatch):
+    """A due eviction that memory stops stays due, and acts before the next token."""
+    memory = Memory(monkeypatch, "pages")
+    run, lengths = run_of(("all", "quest", "tokens_decode"), rows=1)
+    run.prompt(lengths)
+    run.end_prompt()
+    while (run.at[0] + 1) % SPEC.interval:
+        run.decode()
+    fork = select_rows(run.state, [0])
+    spare = select_rows(run.state, [0])  # its pages keep the commit below from finding any
+    before = digest(fork)
+    pipeline, state = run.pipeline, run.state
+    pipeline.begin(state, [1], "decode")
+    for layer in range(SPEC.layers):
+        columns = run.columns(0, layer, [True])
+        q, k, v, pre = (x[None] for x in columns)
+        pipeline.attend(state, layer, q, k, v, key_pre=pre)
+    with memory.only(state, 0), pytest.raises(CapacityError):
+        pipeline.commit(state)
+    assert state.call is None and state.lengths[0] == run.at[0] + 1
+    assert pipeline.due(state) == [True]
+    at = run.at[0]
+    for layer, oracle in enumerate(run.oracles[0]):
+        oracle.decode(*(x[:, at : at + 1] for x in run.streams[0][layer]))
+    run.advance([1])
+    with memory.only(state, 0), pytest.raises(CapacityError):
+        pipeline.begin(state, [1], "decode")
+    assert state.call is None
+    run.decode()
+    run.check()
+    assert digest(fork) == digest(spare) == before
+
+
+def test_an_eviction_at_the_cap_needs_no_page():
+    """Kept tokens move together in place: a full pool can always be made smaller."""
+    run, lengths = run_of(("all", "all", "tokens"), rows=2)
+    run.prompt(lengths)
+    pool = next(iter(run.state.pools.values()))
+    pool.limit = pool.used
+    used = pool.used
+    run.end_prompt()
+    assert pool.used < used
+    run.check()
+
+
+def test_a_byte_cap_holds_at_every_step():
+    """Pages in use and reserved stay below `max_bytes`; calls that cannot, change nothing."""
+    page = 2 * (2 * 8 * 8 + 4)
+    spec = attrs.evolve(SPEC, max_bytes=150 * page)
+    pipeline = CachePipeline(window=4)
+    run = Run(pipeline, spec, [stream(spec, 200, 1)])
+
+    def held():
+        report = pipeline.report(run.state)
+        return report.pages + report.reserved + report.positions + report.summaries
+
+    run.prompt([30])
+    with pytest.raises(CapacityError, match="at most 149.*raise the cap"):
+        for _ in range(170):
+            run.decode()
+            assert held() <= spec.max_bytes
+    assert run.at[0] > 4 + 149 // 4 * 2 - spec.interval
+    run.check()
+    with pytest.raises(CapacityError):
+        run.prompt([60])
+    pipeline.abort(run.state)
+    run.check()
+    assert held() <= spec.max_bytes
+
+
+def test_a_cap_below_the_first_pages():
+    with pytest.raises(ValueError, match="max_bytes: wanted at least .* got 1000"):
+        CachePipeline(window=4).init(attrs.evolve(SPEC, max_bytes=1000))
