@@ -180,8 +180,8 @@ def main() -> int:
     questions = sum(len(example.questions) for example in examples)
     console.print(
         f"{questions} questions about {len(examples)} documents of {args.length} tokens; standard "
-        "errors are over documents. The question ends the prompt, so SnapKV has it in its observation "
-        "window. MB are all that the first document's cache holds after its first question and "
+        "errors are over documents. The question ends the prompt, so SnapKV has it in its "
+        "observation window. MB are all that the first document's cache holds after its first question and "
         f"{ROUND_TOKENS * args.rounds} generated tokens; tokens read are per head.",
         style="dim",
     )
