@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import attrs
 import torch
@@ -21,19 +21,27 @@ from .dual_cache import summarize
 from .fingerprint import pipeline_fingerprint, tensors_hash
 from .state import CacheState, LayerStore
 
-if TYPE_CHECKING:
-    from ..pipeline import CachePipeline
-
 FORMAT = "kvpolicy-cache-1"
 _HOST = ("lengths", "active", "floor", "reached", "checked", "pending")
 _LAYER = ("ring_k", "ring_v", "ring_flags", "counts", "evicted", "queries")
 _FREE = ("device", "max_bytes")  # sizes that a loaded cache may differ in
 
 
+class Pipeline(Protocol):
+    """What saving and loading need of a CachePipeline, which lies above the store."""
+
+    admission: Any
+    selection: Any
+    eviction: Any
+    window: int
+
+    def init(self, spec: CacheSpec, batch: int = 1) -> CacheState: ...
+
+
 def save(
     state: CacheState,
     path: str | os.PathLike[str],
-    pipeline: CachePipeline,
+    pipeline: Pipeline,
     *,
     fingerprint: str = "",
     extra: Mapping[str, Tensor] | None = None,
@@ -70,7 +78,7 @@ def save(
 
 
 def load(
-    path: str | os.PathLike[str], pipeline: CachePipeline, spec: CacheSpec, *, fingerprint: str = ""
+    path: str | os.PathLike[str], pipeline: Pipeline, spec: CacheSpec, *, fingerprint: str = ""
 ) -> tuple[CacheState, dict[str, Tensor], dict[str, str]]:
     """The cache in a file, with the `extra` tensors and the `notes` saved beside it.
 
@@ -125,7 +133,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tenso
 
 
 def _check_origin(
-    header: Mapping[str, str], pipeline: CachePipeline, spec: CacheSpec, fingerprint: str
+    header: Mapping[str, str], pipeline: Pipeline, spec: CacheSpec, fingerprint: str
 ) -> None:
     theirs, ours = json.loads(header["spec"]), _sizes(spec)
     for name, value in ours.items():
