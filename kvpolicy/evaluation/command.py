@@ -32,7 +32,8 @@ def evaluate(
         Path | None, typer.Option(help="A folder of .txt files; default Python's manual.")
     ] = None,
     gate: Annotated[
-        list[Path] | None, typer.Option(help="Write gates; default those shipped for smollm2.")
+        list[Path] | None,
+        typer.Option(help="Write gates, the largest cache first; default: smollm2's."),
     ] = None,
     duo: Annotated[
         Path | None, typer.Option(help="A DuoAttention pattern; default that for smollm2.")

@@ -30,10 +30,14 @@ _FREE = ("device", "max_bytes")  # sizes that a loaded cache may differ in
 class Pipeline(Protocol):
     """What saving and loading need of a CachePipeline, which lies above the store."""
 
-    admission: Any
-    selection: Any
-    eviction: Any
-    window: int
+    @property
+    def admission(self) -> Any: ...
+    @property
+    def selection(self) -> Any: ...
+    @property
+    def eviction(self) -> Any: ...
+    @property
+    def window(self) -> int: ...
 
     def init(self, spec: CacheSpec, batch: int = 1) -> CacheState: ...
 
