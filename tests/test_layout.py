@@ -164,10 +164,11 @@ def test_core_does_not_know_transformers_or_adapters(graph):
 
 
 def test_only_kernels_import_triton(graph):
+    """And the benchmark that counts their launches."""
     bad = [
         f"{name} imports {target}"
         for name, targets in graph.items()
-        if part_of(name) != "kernels"
+        if part_of(name) != "kernels" and name != "kvpolicy.bench.launches"
         for target in targets
         if target.split(".")[0] == "triton"
     ]

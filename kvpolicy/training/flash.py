@@ -47,10 +47,10 @@ class _FlashGated(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, log_gate, out, lse, *rng = ctx.saved_tensors
         window, scale, dim = ctx.window, ctx.scale, q.shape[-1]
-        grad = grad.contiguous()
+        grad = grads[0].contiguous()
         dq, dk, dv = flash_backward(grad, q, k, v, out, lse, rng, scale, window)
         dgate = torch.zeros_like(log_gate)
         left = q.shape[1] - window
