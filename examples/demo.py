@@ -44,6 +44,7 @@ QUEST = Quest(budget=READ)
 SNAPKV = SnapKV(budget=Adaptive(Tokens(KEPT)), observation=32, kernel=15, pooling="max")
 LEAST_GAP, LEAST_SPEED = 0.5, 0.8
 ROUND_TOKENS = 8
+SEED = 7  # of the documents; the budgets above were chosen on those of seed 0
 LOG_WIDTH = 104
 
 
@@ -152,7 +153,7 @@ def main() -> int:
     console.print("loading SmolLM2-135M-Instruct (the first time takes some seconds more)")
     model, tokenizer = load_smollm2(torch.float32)
     text = texts.python_topics()
-    examples = tasks.needles(tokenizer, text, length=args.length, contexts=args.contexts)
+    examples = tasks.needles(tokenizer, text, length=args.length, contexts=args.contexts, seed=SEED)
     rows = compositions()
     with Progress(
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),
@@ -181,8 +182,8 @@ def main() -> int:
     console.print(
         f"{questions} questions about {len(examples)} documents of {args.length} tokens; standard "
         "errors are over documents. The question ends the prompt, so SnapKV has it in its "
-        "observation window. MB are all that the first document's cache holds after its first question and "
-        f"{ROUND_TOKENS * args.rounds} generated tokens; tokens read are per head.",
+        "observation window. MB are all that the first document's cache holds after its first "
+        f"question and {ROUND_TOKENS * args.rounds} generated tokens; tokens read are per head.",
         style="dim",
     )
     gate = next((run for run in runs if run.composition.name == GATE), None)
