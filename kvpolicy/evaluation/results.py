@@ -98,7 +98,8 @@ def table(rows: Sequence[Row], title: str) -> str:
     for task, length in dict.fromkeys((row["task"], row["length"]) for row in rows):
         here = [row for row in rows if (row["task"], row["length"]) == (task, length)]
         scores = ("loss", "hit_loss") if task == LOSS else ("accuracy", "exact", "log_likelihood")
-        full: list[float] = next((row.get(scores[0], []) for row in here if row["variant"] == FULL), [])
+        found = (row.get(scores[0], []) for row in here if row["variant"] == FULL)
+        full: list[float] = next(found, [])
         names = ["composition", "cache", "read", "MB"]
         names += [*(score.replace("_", " ") for score in scores), f"{scores[0]} - full", "n"]
         out += [f"## {task}, {length} tokens", "", _line(names)]

@@ -177,7 +177,6 @@ def test_memory_allocated_is_what_the_report_claims(admission) -> None:
     report = pipeline.report(state)
     allocated = torch.cuda.memory_allocated() - before
     assert abs(allocated - report.total) <= 0.02 * report.total + (1 << 20), (
-        start,
         allocated,
         report,
     )
