@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-slow lint bench clean
 
 setup: $(STAMP)
 
@@ -23,7 +23,11 @@ demo: setup
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/demo.py
 
 test: setup
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 -q -m "not slow"
+
+# The compile matrix, a million decoded tokens, tensor parallelism: about half an hour.
+test-slow: setup
+	$(BIN)/python -m pytest -n 2 -q -m slow
 
 lint: setup
 	$(BIN)/ruff check .

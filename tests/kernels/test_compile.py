@@ -33,9 +33,9 @@ def run(configuration: str, cache: Path) -> None:
     } <= compiled
 
 
-@pytest.mark.parametrize("configuration", ["86:128:16:bfloat16", "90:128:64:bfloat16"])
-def test_compiles(configuration: str, tmp_path: Path) -> None:
-    run(configuration, tmp_path)
+@pytest.mark.parametrize("cc", [80, 86, 89, 90, 100])
+def test_compiles(cc: int, tmp_path: Path) -> None:
+    run(f"{cc}:128:{64 if cc == 90 else 16}:bfloat16", tmp_path)
 
 
 @pytest.mark.slow
