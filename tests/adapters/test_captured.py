@@ -17,6 +17,7 @@ from kvpolicy import (
     Quest,
     RandomGate,
     SnapKV,
+    WriteGate,
 )
 from kvpolicy.adapters.hf import attach, capture
 
@@ -25,7 +26,18 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+
+def write_gate(layers: int = 3, heads: int = 2, dim: int = 64, width: int = 32) -> WriteGate:
+    """Random weights; the threshold is near the median of their scores."""
+    g = torch.Generator().manual_seed(0)
+    shapes = {"w1": (width, 2 * dim), "b1": (width,), "w2": (width,), "b2": ()}
+    weights = {n: torch.randn(layers, heads, *s, generator=g) / 8 for n, s in shapes.items()}
+    norm = torch.ones(layers, dim)
+    return WriteGate(norm_pre=norm, norm_post=norm, threshold=0.5, window=16, **weights)
+
+
 PIPELINES = {
+    "write_gate": CachePipeline(admission=write_gate(), selection=Quest(budget=48)),
     "neutral": CachePipeline(window=16),
     "local": CachePipeline(admission=LocalAttention(window=16, sinks=4)),
     "gate": CachePipeline(admission=RandomGate(sparsity=0.5), window=16),
