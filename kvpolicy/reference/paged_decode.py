@@ -35,17 +35,29 @@ def paged_decode(
         table, counts = table.repeat_interleave(repeat, 1), counts.repeat_interleave(repeat, 1)
         ring_k, ring_v = ring_k.repeat_interleave(repeat, 1), ring_v.repeat_interleave(repeat, 1)
         kv_heads = selected.shape[1]
+    run = 0
     if selected is None:
         used = -(-int(counts.max()) // size)
         ids = table[:, :, :used]
         start = torch.arange(used, device=table.device) * size
+        first, run, stride = _run(ids)
     else:
         ids = table.gather(2, selected.clamp(min=0).long())
         # An unselected entry starts past every count, so none of its tokens is valid.
         start = torch.where(selected >= 0, selected * size, torch.iinfo(torch.int32).max - size)
-    flat = ids.reshape(-1)
-    k = pages.k.index_select(0, flat).view(batch, kv_heads, ids.shape[2] * size, dim)
-    v = pages.v.index_select(0, flat).view(batch, kv_heads, ids.shape[2] * size, dim)
+    # Keys and values in up to three parts: pages that lie in a row, other pages, the ring.
+    parts = [(ring_k, ring_v)]
+    if ids.shape[2] > run:
+        flat = ids[:, :, run:].reshape(-1)
+        shape = (batch, kv_heads, (ids.shape[2] - run) * size, dim)
+        gathered = (x.index_select(0, flat).view(shape) for x in (pages.k, pages.v))
+        parts.insert(0, tuple(gathered))
+    if run:
+        page = size * dim
+        shape = (batch, kv_heads, run * size, dim)
+        strides = (kv_heads * stride * page, stride * page, dim, 1)
+        lying = (x.as_strided(shape, strides, first * page) for x in (pages.k, pages.v))
+        parts.insert(0, tuple(lying))
     token = start[..., None] + torch.arange(size, device=table.device)
     token = token.expand(batch, kv_heads, -1, size).flatten(2)
     back = (lengths[:, None] - torch.arange(slots, device=table.device)).remainder_(slots)
@@ -54,9 +66,29 @@ def paged_decode(
     hidden = torch.cat([token < counts[..., None], near], -1).logical_not_()[:, :, None]
 
     q = query.view(batch, kv_heads, -1, dim)
-    scores = torch.cat([q @ k.transpose(2, 3), q @ ring_k.transpose(2, 3)], -1)
+    scores = torch.cat([q @ k.transpose(2, 3) for k, _ in parts], -1)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).mul_(scale)
-    weights = scores.masked_fill_(hidden, float("-inf")).softmax(-1).to(v.dtype)
-    out = weights[..., : k.shape[2]] @ v + weights[..., k.shape[2] :] @ ring_v
+    weights = scores.masked_fill_(hidden, float("-inf")).softmax(-1).to(ring_v.dtype)
+    shares = weights.split([v.shape[2] for _, v in parts], -1)
+    out = sum(share @ v for share, (_, v) in zip(shares, parts, strict=True))
     out = out.view(batch, -1, dim)
     return out if bool(active.all()) else out * active[:, None, None]
+
+
+def _run(ids: Tensor) -> tuple[int, int, int]:
+    """First page, length and stride of the rows of pages that a prompt left, head after head.
+
+    The first `length` pages of head i (counted over sequences) are `first + i * stride` and on, so
+    that they can be read where they lie. Length 0 if there are none, or if heads are ragged.
+    """
+    rows = ids.flatten(0, 1)
+    if rows.numel() == 0:
+        return 0, 0, 0
+    heads, width = rows.shape
+    first = int(rows[0, 0])
+    stride = int(rows[1, 0]) - first if heads > 1 else width
+    wanted = torch.arange(heads, device=ids.device)[:, None] * stride + first
+    wanted = wanted + torch.arange(width, device=ids.device)
+    same = (rows == wanted).all(0).tolist()
+    run = same.index(False) if False in same else width
+    return first, max(min(run, stride), 0), stride

@@ -204,7 +204,9 @@ class PagePool:
         """Takes `count` pages, int32 ids `[count]`, growing if needed."""
         self.ensure(count)
         top = int(self.top) - count
-        ids = self.free[top : top + count].clone()
+        if self.moving and count > 1:  # rising ids, which the reference can read without a copy
+            self.free[: top + count] = self.free[: top + count].sort(descending=True).values
+        ids = self.free[top : top + count].flip(0)
         self.top.fill_(top)
         self.refs[ids.long()] = 1
         if self.moving:  # unused slots stay finite, see the reference's take_pages
