@@ -50,14 +50,14 @@ def paged_decode(
     if ids.shape[2] > run:
         flat = ids[:, :, run:].reshape(-1)
         shape = (batch, kv_heads, (ids.shape[2] - run) * size, dim)
-        gathered = (x.index_select(0, flat).view(shape) for x in (pages.k, pages.v))
-        parts.insert(0, tuple(gathered))
+        gathered = [x.index_select(0, flat).view(shape) for x in (pages.k, pages.v)]
+        parts.insert(0, (gathered[0], gathered[1]))
     if run:
         page = size * dim
         shape = (batch, kv_heads, run * size, dim)
         strides = (kv_heads * stride * page, stride * page, dim, 1)
-        lying = (x.as_strided(shape, strides, first * page) for x in (pages.k, pages.v))
-        parts.insert(0, tuple(lying))
+        lying = [x.as_strided(shape, strides, first * page) for x in (pages.k, pages.v)]
+        parts.insert(0, (lying[0], lying[1]))
     token = start[..., None] + torch.arange(size, device=table.device)
     token = token.expand(batch, kv_heads, -1, size).flatten(2)
     back = (lengths[:, None] - torch.arange(slots, device=table.device)).remainder_(slots)
