@@ -79,11 +79,14 @@ def decode_write(
     ring_flags: Tensor,
     key: Tensor,
     value: Tensor,
-    flags: Tensor,
+    flags: Tensor | None,
     lengths: Tensor,
     active: Tensor,
     window: int,
     minmax: bool = False,
+    bits: int = 0,
+    query: Tensor | None = None,
+    queries: Tensor | None = None,
 ) -> None:
     """Writes one decoded token a sequence and promotes the one that leaves; see the reference.
 
@@ -98,8 +101,16 @@ def decode_write(
         ring_k=ring_k,
         ring_v=ring_v,
         ring_flags=ring_flags,
+        queries=ring_k if queries is None else queries,
     )
-    key, value, flags = dense_last(key), dense_last(value), dense_last(flags)
+    key, value = dense_last(key), dense_last(value)
+    # What is absent is not read: any tensor with as many dimensions stands for it.
+    decided, group = flags is not None, 0
+    flags = counts if flags is None else flags
+    if query is None or queries is None:
+        query, queries = key, ring_k
+    else:
+        query, group = dense_last(query), query.shape[1] // heads
     summary = pages.summary
     if minmax and (summary is None or summary.shape[1] != 2 * dim):
         raise ValueError(f"decode_write: minmax wants summaries [n, {2 * dim}] in pages.summary")
@@ -107,25 +118,31 @@ def decode_write(
         _decode_write[batch, heads](
             pages.k, pages.v, pages.meta, summary if minmax else pages.k, pages.slabs,
             pages.free, pages.top, pages.refs, table, counts, ring_k, ring_v, ring_flags,
-            key, value, flags, lengths, active, window,
+            key, value, flags, query, queries, lengths, active, window, queries.shape[2],
             table.stride(0), table.stride(1), counts.stride(0),
             ring_k.stride(0), ring_k.stride(1), ring_k.stride(2),
             ring_v.stride(0), ring_v.stride(1), ring_v.stride(2),
             ring_flags.stride(0), ring_flags.stride(1),
-            key.stride(0), key.stride(1), value.stride(0), value.stride(1), flags.stride(0),
+            key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+            flags.stride(0), flags.stride(1), query.stride(0), query.stride(1),
+            queries.stride(0), queries.stride(1), queries.stride(2),
             SLAB_PAGES=pages.slab_pages, PAGE=pages.k.shape[1], SLOTS=slots, DIM=dim,
-            DIM_PAD=power_of_two(dim), MINMAX=minmax, num_warps=1,
+            DIM_PAD=power_of_two(dim), MINMAX=minmax, DECIDED=decided, BITS=bits,
+            GROUP=group, num_warps=1,
         )  # fmt: skip
 
 
 @triton.jit
 def _decode_write(
     pages_k, pages_v, pages_meta, summary, slabs, free, top, refs, table, counts,
-    ring_k, ring_v, ring_flags, key, value, flags, lengths, active, window,
-    table_b, table_h, counts_b, ring_k_b, ring_k_h, ring_k_s, ring_v_b, ring_v_h, ring_v_s,
-    ring_flags_b, ring_flags_h, key_b, key_h, value_b, value_h, flags_b,
+    ring_k, ring_v, ring_flags, key, value, flags, query, queries, lengths, active, window,
+    query_slots, table_b, table_h, counts_b,
+    ring_k_b, ring_k_h, ring_k_s, ring_v_b, ring_v_h, ring_v_s,
+    ring_flags_b, ring_flags_h, key_b, key_h, value_b, value_h, flags_b, flags_h,
+    query_b, query_h, queries_b, queries_h, queries_s,
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr, MINMAX: tl.constexpr,
+    DIM_PAD: tl.constexpr, MINMAX: tl.constexpr, DECIDED: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
@@ -141,7 +158,9 @@ def _decode_write(
     out = tl.maximum(leaving, 0) % SLOTS
     new_k = tl.load(key + b * key_b + h * key_h + d, mask=real, other=0.0)
     new_v = tl.load(value + b * value_b + h * value_h + d, mask=real, other=0.0)
-    new_flags = tl.load(flags + b * flags_b + h)
+    new_flags = tl.full([], BITS, tl.uint8)
+    if DECIDED:
+        new_flags |= tl.load(flags + b * flags_b + h * flags_h)
     out_flags = tl.load(ring_flags + out)
     if (leaving >= 0) & ((out_flags & _ADMITTED) != 0):
         held = counts + b * counts_b + h
@@ -188,3 +207,8 @@ def _decode_write(
     tl.store(ring_k + into.to(tl.int64) * ring_k_s, new_k, mask=real)
     tl.store(ring_v + into.to(tl.int64) * ring_v_s, new_v, mask=real)
     tl.store(ring_flags + into, new_flags)
+    for g in tl.static_range(GROUP):
+        at = h * GROUP + g
+        row = tl.load(query + b * query_b + at * query_h + d, mask=real, other=0.0)
+        seen = (length % query_slots).to(tl.int64) * queries_s
+        tl.store(queries + b * queries_b + at * queries_h + seen + d, row, mask=real)

@@ -16,7 +16,7 @@ from ..types import Write
 from . import _gate_file
 from ._base import Admission
 from ._files import find_file
-from ._threshold import exceeds
+from ._threshold import rounded
 
 WEIGHTS = ("norm_pre", "norm_post", "w1", "b1", "w2", "b2")
 
@@ -141,6 +141,13 @@ class WriteGate(Admission):
 
     def scores(self, write: Write) -> Tensor:
         """Gate values `[Hkv, T]` in [0, 1], in the keys' dtype."""
+        return self._gate(write)
+
+    def admit(self, write: Write) -> Tensor:
+        limit = rounded(self.threshold, write.key.dtype)
+        return self._gate(write, limit=limit, inclusive=self.inclusive)
+
+    def _gate(self, write: Write, **decide: Any) -> Tensor:
         if write.key_pre is None:
             raise ValueError("write.key_pre: WriteGate reads keys before RoPE, got None")
         rows = slice(write.heads.start, write.heads.stop)
@@ -154,10 +161,8 @@ class WriteGate(Admission):
             self.b1[n, rows],
             self.w2[n, rows],
             self.b2[n, rows],
+            **decide,
         )
-
-    def admit(self, write: Write) -> Tensor:
-        return exceeds(self.scores(write), self.threshold, self.inclusive)
 
     def check(self, layers: int, kv_heads: int, head_dim: int) -> None:
         model = {"layers": layers, "kv_heads": kv_heads, "head_dim": head_dim}

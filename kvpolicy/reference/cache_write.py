@@ -41,69 +41,83 @@ def decode_write(
     ring_flags: Tensor,
     key: Tensor,
     value: Tensor,
-    flags: Tensor,
+    flags: Tensor | None,
     lengths: Tensor,
     active: Tensor,
     window: int,
     minmax: bool = False,
+    bits: int = 0,
+    query: Tensor | None = None,
+    queries: Tensor | None = None,
 ) -> None:
     """Writes one decoded token a sequence; the one that leaves the window is promoted if admitted.
 
-    `key`, `value` `[B, Hkv, D]` and `flags` `[B, Hkv]` uint8 go to ring slot `lengths % slots`;
-    ring tensors are `[B, Hkv, slots, D]` and `[B, Hkv, slots]`. `lengths` `[B]` counts the tokens
-    before this one. Rows that are not `active` `[B]` write nothing. A full last page makes its head
-    take one from the free stack. `minmax` extends the page's summary (minimum and maximum key).
+    `key`, `value` `[B, Hkv, D]` and flags go to ring slot `lengths % slots`; ring tensors are
+    `[B, Hkv, slots, D]` and `[B, Hkv, slots]`. The flags are `bits` and, if given, those of `flags`
+    `[B, Hkv]` uint8. `lengths` `[B]` counts the tokens before this one. Rows that are not `active`
+    `[B]` write nothing. A full last page makes its head take one from the free stack. `minmax`
+    extends the page's summary (minimum and maximum key). `query` `[B, Hq, D]`, if given, goes to
+    slot `lengths % slots'` of the observed `queries` `[B, Hq, slots', D]`.
     """
     slots = ring_k.shape[2]
     # Plain ints and rows: tensors of one token are all dispatch.
     for row, (length, on) in enumerate(zip(lengths.tolist(), active.tolist(), strict=True)):
         if not on:
             continue
+        k, v, f = ring_k[row], ring_v[row], ring_flags[row]
         if length >= window:
             out = (length - window) % slots
-            leaving = (ring_k[row, :, out], ring_v[row, :, out], ring_flags[row, :, out])
-            _promote(pages, table, counts, row, *leaving, length - window, minmax)
+            leaving = k.select(1, out), v.select(1, out), f.select(1, out)
+            _promote(pages, table[row], counts[row], *leaving, length - window, minmax)
         slot = length % slots
-        ring_k[row, :, slot] = key[row]
-        ring_v[row, :, slot] = value[row]
-        ring_flags[row, :, slot] = flags[row]
+        k.select(1, slot).copy_(key[row])
+        v.select(1, slot).copy_(value[row])
+        if flags is None:
+            f.select(1, slot).fill_(bits)
+        else:
+            f.select(1, slot).copy_(flags[row] | bits)
+        if query is not None and queries is not None:
+            queries[row].select(1, length % queries.shape[2]).copy_(query[row])
 
 
 def _promote(
     pages: Pages,
     table: Tensor,
     counts: Tensor,
-    row: int,
     key: Tensor,
     value: Tensor,
     flags: Tensor,
     position: int,
     minmax: bool,
 ) -> None:
-    """Appends a sequence's leaving token to the pages of the heads that admitted it."""
+    """Appends a sequence's leaving token to the pages of the heads that admitted it.
+
+    `table` `[Hkv, M]` and `counts` `[Hkv]` are the sequence's.
+    """
     size, dim = pages.k.shape[1:]
-    bits = flags.tolist()
+    bits, held = flags.tolist(), counts.tolist()
     h = [head for head, bit in enumerate(bits) if bit & ADMITTED]
     if not h:
         return
-    held, heads = counts[row].tolist(), torch.tensor(h, device=key.device)
     full = [head for head in h if held[head] % size == 0]
     if full:
-        b = torch.full((len(full),), row, device=key.device)
-        at = [held[head] // size for head in full]
-        fresh = torch.tensor([full, at], device=key.device)
-        take_pages(pages, table, b, fresh[0], fresh[1])
-    column = torch.tensor([held[head] // size for head in h], device=key.device)
-    offset = torch.tensor([held[head] % size for head in h], device=key.device)
-    page = table[row, heads, column].long()
+        fresh = torch.tensor([full, [held[head] // size for head in full]], device=key.device)
+        take_pages(pages, table, fresh[0], fresh[1])
+    columns, offsets = [held[head] // size for head in h], [held[head] % size for head in h]
+    meta = [position | ((bits[head] & MARKED) > 0) << POSITION_BITS for head in h]
+    where = torch.tensor([h, columns, offsets, meta], device=key.device)
+    heads, column, offset, at = where.unbind()
+    page = table[heads, column].long()
     slot = page * size + offset
-    key, value = key[heads], value[heads]
+    if len(h) < len(bits):
+        key, value = key[heads], value[heads]
     pages.k.view(-1, dim).index_copy_(0, slot, key)
     pages.v.view(-1, dim).index_copy_(0, slot, value)
-    meta = [position | ((bits[head] & MARKED) > 0) << POSITION_BITS for head in h]
-    meta_on = torch.tensor(meta, dtype=torch.int32, device=key.device)
-    pages.meta.view(-1).index_copy_(0, slot, meta_on)
-    counts[row, heads] += 1
+    pages.meta.view(-1).index_copy_(0, slot, at.int())
+    if len(h) < len(bits):
+        counts[heads] += 1
+    else:
+        counts += 1
     if minmax:
         assert pages.summary is not None
         extent = pages.summary[page].view(-1, 2, dim)
@@ -113,16 +127,16 @@ def _promote(
         pages.summary[page] = torch.cat([low, high], -1)
 
 
-def take_pages(pages: Pages, table: Tensor, b: Tensor, h: Tensor, index: Tensor) -> None:
-    """Takes a page from the free stack for each `table[b, h, index]` and clears it.
+def take_pages(pages: Pages, table: Tensor, head: Tensor, index: Tensor) -> None:
+    """Takes a page from the free stack for each `table[head, index]` and clears it.
 
     Clearing keeps unused slots finite: masked weights are exactly 0 and 0 x NaN is NaN.
     """
-    top = int(pages.top) - b.numel()
+    top = int(pages.top) - head.numel()
     if top < 0:
         raise RuntimeError("the free stack is empty: capacity must be reserved before decoding")
-    ids = pages.free[top : top + b.numel()].long()
-    table[b, h, index] = ids.int()
+    ids = pages.free[top : top + head.numel()].long()
+    table[head, index] = ids.int()
     pages.top.fill_(top)
     pages.refs[ids] = 1
     pages.k[ids] = 0

@@ -19,13 +19,16 @@ def write_gate(
     b1: Tensor,
     w2: Tensor,
     b2: Tensor,
+    limit: float | None = None,
+    inclusive: bool = False,
 ) -> Tensor:
-    """Gate scores of tokens, in [0, 1] and in the keys' dtype.
+    """Gate scores of tokens, in [0, 1] and in the keys' dtype, or decisions about them.
 
     `key_pre`, `key` `[Hkv, T, D]` (before and after RoPE), `norm_pre`, `norm_post` `[D]`,
     `w1` `[Hkv, m, 2D]`, `b1` `[Hkv, m]`, `w2` `[Hkv, m]`, `b2` `[Hkv]`; returns `[Hkv, T]`.
     g = sigmoid(w2 . gelu(w1 [n(key_pre); n(key)] + b1) + b2) with RMS norms n and the exact GELU
-    (WG-KV, src/modeling_layers.py).
+    (WG-KV, src/modeling_layers.py). With a `limit`, a number of the keys' dtype, the result is
+    bool: g > limit (`inclusive`: g >= limit), g rounded to the keys' dtype first.
     """
     heads, tokens, dim = key.shape
     x = torch.cat([_norm(key_pre, norm_pre), _norm(key, norm_post)], -1)
@@ -35,7 +38,10 @@ def write_gate(
     w = w1[:, None].expand(-1, tiles, -1, -1).transpose(2, 3)
     hidden = F.gelu(torch.matmul(x, w) + b1[:, None, None])
     logit = (hidden * w2[:, None, None]).sum(-1) + b2[:, None, None]
-    return logit.sigmoid().flatten(1)[:, :tokens].to(key.dtype)
+    scores = logit.sigmoid().flatten(1)[:, :tokens].to(key.dtype)
+    if limit is None:
+        return scores
+    return scores >= limit if inclusive else scores > limit
 
 
 def _norm(x: Tensor, weight: Tensor) -> Tensor:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from kvpolicy import CachePipeline, CacheSpec, LocalAttention, Quest
+from kvpolicy import AtPromptEnd, CachePipeline, CacheSpec, LocalAttention, Quest, SnapKV
 from kvpolicy.bench.context import Bench
 from kvpolicy.bench.gates import random_gate
-from kvpolicy.bench.launches import decode_state, interpreted_launches, step
+from kvpolicy.bench.launches import decode_state, step
 from kvpolicy.bench.prefill import problem
 from kvpolicy.kernels import sparse_prefill as sparse
+from kvpolicy.store.dual_cache import layer_segments, write_prompt
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts interpreted launches")
 
@@ -25,28 +28,92 @@ SPEC = CacheSpec(layers=LAYERS, heads=2 * HEADS, kv_heads=HEADS, head_dim=DIM)
 GATE = random_gate(LAYERS, HEADS, 32, DIM, WINDOW, torch.device("cpu"))
 WRITE, ATTEND = ["_decode_write"], ["_split", "_reduce"]
 DECIDE, SELECT = ["_chunks", "_finish"], ["_quest_scores", "_top_pages"]
+OBSERVER = SnapKV(budget=400, observation=8, when="decode")
 
 
 def make(backend: str = "triton", **parts: Any) -> CachePipeline:
-    window = None if "admission" in parts else WINDOW
-    return CachePipeline(window=window, backend=backend, **parts)
+    named = {"admission", "eviction"} & set(parts)
+    return CachePipeline(window=None if named else WINDOW, backend=backend, **parts)
+
+
+class Launches(TorchDispatchMode):
+    """Names of Triton kernels, and of torch operations that a device would run as kernels."""
+
+    # Allocations; fill_ is how the test session poisons them.
+    FREE = {"empty", "empty_like", "empty_strided", "new_empty", "fill_", "_unsafe_view"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in self.FREE:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def launches() -> Iterator[list[str]]:
+    """All launches inside; what the interpreter does to run a kernel does not count."""
+    from triton.runtime.interpreter import GridExecutor
+
+    found, original = Launches(), GridExecutor.__call__
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found.names.append(self.fn.__name__)
+        with _disable_current_modes():
+            return original(self, *args, **kwargs)
+
+    GridExecutor.__call__ = counted
+    try:
+        with found:
+            yield found.names
+    finally:
+        GridExecutor.__call__ = original
 
 
 @pytest.mark.parametrize(
     ("pipeline", "wanted"),
     [
         (make(), WRITE + ATTEND),
-        (make(admission=LocalAttention(window=WINDOW, sinks=4)), WRITE + ATTEND),
+        (make(admission=LocalAttention(window=WINDOW, sinks=4)), ["lt", *WRITE, *ATTEND]),
+        (make(eviction=AtPromptEnd(GATE)), WRITE + ATTEND),
         (make(admission=GATE), DECIDE + WRITE + ATTEND),
         (make(admission=GATE, selection=Quest(budget=32)), DECIDE + WRITE + SELECT + ATTEND),
+        (make(admission=GATE, eviction=OBSERVER), DECIDE + WRITE + ATTEND),
+        (
+            make(admission=GATE, selection=Quest(budget=32), eviction=OBSERVER),
+            DECIDE + WRITE + SELECT + ATTEND,
+        ),
     ],
-    ids=["dense", "local", "gate", "gate + quest"],
+    ids=["dense", "local", "at end", "gate", "gate + quest", "gate + snapkv", "all three"],
 )
-def test_triton_launches_of_a_decode_layer(pipeline: CachePipeline, wanted: list[str]) -> None:
+def test_launches_of_a_decode_layer(pipeline: CachePipeline, wanted: list[str]) -> None:
     state, token = decode_state(pipeline, SPEC, 48)
-    with interpreted_launches() as launched:
-        step(pipeline, state, token)
+    pipeline.begin(state, [1], "decode")
+    with launches() as launched:
+        for layer in range(LAYERS):
+            pipeline.attend(state, layer, **token)
     assert launched == wanted * LAYERS
+    assert len(wanted) <= (5 if pipeline.selection.neutral else 7)
+
+
+def test_writing_a_prompt_keeps_nothing_as_long_as_the_prompt() -> None:
+    tokens, most = 1600, 10
+    pipeline = make(admission=GATE)
+    state = pipeline.init(SPEC)
+    pipeline.begin(state, [tokens], "prompt")
+    layer = state.layers[0]
+    segments = layer_segments(state, layer)
+    layer.pool.ensure(2 * HEADS * tokens // SPEC.page_size)  # growing allocates
+    key, value = torch.randn(2, HEADS, tokens, DIM)
+    flags = torch.randint(2, (HEADS, tokens), dtype=torch.uint8)
+    with Allocations() as made, launches() as launched:
+        write_prompt(state, layer, segments, key, value, flags)
+    assert {"_count", "_scan", "_store"} <= set(launched) and len(launched) <= most
+    assert int(layer.counts.sum()) == int(flags[:, : tokens - WINDOW].sum())
+    assert made.bytes <= HEADS * tokens
 
 
 @pytest.mark.parametrize(("start", "rate"), [(0, 0.25), (192, 0.25), (192, 1.0), (0, 0.0)])
@@ -119,8 +186,15 @@ def test_a_decode_step_of_the_kernels_allocates_the_same_at_any_length(
 ) -> None:
     from triton.runtime.interpreter import GridExecutor
 
-    # Kernels are left out: the interpreter copies tensors, a device does not.
-    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *a, **k: None)
+    original = GridExecutor.__call__
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self.fn.__name__ in ("_count", "_scan"):
+            original(self, *args, **kwargs)
+
+    # Kernels are left out, but for those whose result sizes the pool: the interpreter copies
+    # tensors, a device does not.
+    monkeypatch.setattr(GridExecutor, "__call__", counting)
     pipeline = make(admission=GATE)
     sizes = []
     for prompt in (100, 2000):
@@ -129,35 +203,3 @@ def test_a_decode_step_of_the_kernels_allocates_the_same_at_any_length(
             step(pipeline, state, token)
         sizes.append(found.bytes)
     assert sizes[0] == sizes[1] <= 64 << 10
-
-
-class Launches(TorchDispatchMode):
-    """Operations that a device would run as kernels of their own."""
-
-    # Allocations; fill_ is how the test session poisons them.
-    FREE = {"empty", "empty_like", "empty_strided", "fill_", "_unsafe_view"}
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if not func.is_view and name not in self.FREE:
-            self.names[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def test_torch_adds_few_launches_to_a_decode_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    from triton.runtime.interpreter import GridExecutor
-
-    pipeline = make(admission=GATE)
-    state, token = decode_state(pipeline, SPEC, 48)
-    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *a, **k: None)
-    with Launches() as found:
-        pipeline.begin(state, [1], "decode")
-        before = sum(found.names.values())
-        for layer in range(LAYERS):
-            pipeline.attend(state, layer, **token)
-    # The comparison with the threshold, and flags out of decisions.
-    assert (sum(found.names.values()) - before) / LAYERS <= 2

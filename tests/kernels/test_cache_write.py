@@ -122,6 +122,39 @@ def test_decode_write_over_many_steps(
                 torch.testing.assert_close(pages.summary[id_], bounds, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("bits", [0, MARKED, ADMITTED | MARKED])
+def test_decode_write_flags_and_queries(given: bool, bits: int) -> None:
+    batch, heads, group, slots, dim = 3, 2, 3, 4, 20
+    pool = make_pool(4, 4, dim, torch.float16, slab_pages=4)
+    table = torch.zeros(batch, heads, 2, dtype=torch.int32, device=DEVICE)
+    counts = torch.zeros(batch, heads, dtype=torch.int32, device=DEVICE)
+    ring = [torch.zeros(batch, heads, slots, dim, dtype=torch.float16, device=DEVICE)] * 2
+    flags = torch.full((batch, heads, slots), 7, dtype=torch.uint8, device=DEVICE)
+    key = randn(batch, heads, dim, dtype=torch.float16, seed=1)
+    # Decisions as an admission returns them: [Hkv, B], seen as [B, Hkv].
+    decided = torch.tensor([[1, 0, 1], [0, 1, 1]], dtype=torch.uint8, device=DEVICE).T
+    query = randn(heads * group, batch, dim, dtype=torch.float16, seed=2).transpose(0, 1)
+    queries = torch.full((batch, heads * group, 5, dim), 9, dtype=torch.float16, device=DEVICE)
+    lengths = torch.tensor([0, 3, 13], device=DEVICE)
+    active = torch.tensor([True, False, True], device=DEVICE)
+    for write, pages in (
+        (cache_write.decode_write, pool.pages),
+        (reference.decode_write, pool.flat()),
+    ):
+        out, seen = flags.clone(), queries.clone()
+        write(
+            pages, table, counts, *(x.clone() for x in ring), out, key, key,
+            decided if given else None, lengths, active, 20, bits=bits, query=query, queries=seen,
+        )  # fmt: skip
+        for b in (0, 1, 2):
+            expected, wanted = flags[b].clone(), queries[b].clone()
+            if active[b]:
+                expected[:, lengths[b] % slots] = (decided[b] if given else 0) | bits
+                wanted[:, lengths[b] % 5] = query[b]
+            assert torch.equal(out[b], expected) and torch.equal(seen[b], wanted)
+
+
 def test_decode_write_marks_and_empty_stack() -> None:
     pool = make_pool(4, 4, 16, torch.float32, slab_pages=4)
     pool.pages.top.fill_(0)

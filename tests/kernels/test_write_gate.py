@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from pool import DEVICE, NAN, assert_within_budget, randn
 
-from kvpolicy.kernels.write_gate import write_gate
+from kvpolicy import reference
+from kvpolicy.kernels.write_gate import _gelu, write_gate
 
 CUDA = DEVICE.type == "cuda"
 
@@ -67,6 +70,43 @@ def test_scores_do_not_depend_on_the_cut(dtype: torch.dtype) -> None:
     assert torch.equal(write_gate(pre, across, *parts), whole)
     key[:, 1:] = NAN
     assert torch.equal(write_gate(pre, key, *parts)[:, 0], whole[:, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_decisions_are_scores_above_the_limit(dtype: torch.dtype) -> None:
+    parts = weights(2, 32, 40, dtype)
+    key = randn(2, 70, 32, dtype=dtype, seed=7)
+    scores = write_gate(key, key, *parts)
+    limit = scores[1, 13].item()
+    strict, loose = (write_gate(key, key, *parts, limit, inclusive) for inclusive in (False, True))
+    assert strict.dtype == loose.dtype == torch.bool
+    assert torch.equal(strict, scores > limit) and torch.equal(loose, scores >= limit)
+    assert strict.any() and not strict.all() and not torch.equal(strict, loose)
+    assert strict.view(torch.uint8).max() == 1  # flags are the bytes of decisions
+    alone = [write_gate(key[:, n : n + 1], key[:, n : n + 1], *parts, limit) for n in (0, 13, 69)]
+    assert torch.equal(torch.cat(alone, 1), strict[:, [0, 13, 69]])
+    assert not write_gate(key, key, *parts, 1.0).any()
+    assert write_gate(key[:, :0], key[:, :0], *parts, limit).dtype == torch.bool
+    mine = reference.write_gate(key, key, *parts)
+    for inclusive, wanted in ((False, mine > limit), (True, mine >= limit)):
+        assert torch.equal(reference.write_gate(key, key, *parts, limit, inclusive), wanted)
+
+
+@triton.jit
+def _gelus(x, out, like, N: tl.constexpr):
+    n = tl.arange(0, N)
+    tl.store(out + n, _gelu(tl.load(x + n), like.dtype.element_ty))
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 3e-7), (torch.bfloat16, 7e-7)])
+def test_gelu(dtype: torch.dtype, error: float) -> None:
+    x = torch.cat([torch.linspace(-9, 9, 3 << 10), torch.logspace(-4, 6, 512)])
+    x = torch.cat([x, -x[-512:]]).to(DEVICE)
+    out = torch.empty_like(x)
+    _gelus[1,](x, out, torch.empty(1, dtype=dtype, device=DEVICE), N=4096)
+    exact = F.gelu(x.double())
+    # Above 3 the rounding of the result is larger than the error.
+    assert ((out.double() - exact).abs() <= error + 1.2e-7 * exact.abs()).all()
 
 
 def test_mixed_dtypes_no_tokens_and_float64() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpolicy.admission import WriteGate
-from kvpolicy.admission._threshold import exceeds, rounded
+from kvpolicy.admission._threshold import rounded
 
 
 def make_gate(layers=2, heads=3, dim=16, width=24, dtype=torch.float32, **kwargs):
@@ -105,15 +105,19 @@ def test_bf16_scores_meet_a_bf16_threshold(make_write, inclusive, wanted):
     assert gate.admit(write).tolist() == [[w, w] for w in wanted]
 
 
-def test_threshold_is_strict_by_default_and_in_fp32():
-    scores = torch.tensor([0.1, 0.10000001, 0.0999999])
-    assert exceeds(scores, 0.1).tolist() == [False, True, False]
-    assert exceeds(scores, 0.1, inclusive=True).tolist() == [True, True, False]
-
-
-def test_threshold_serves_log_scores():
-    scores = torch.tensor([-4.5, -4.0, -3.9], dtype=torch.float16)
-    assert exceeds(scores, -4.0).tolist() == [False, False, True]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_score_at_the_threshold_is_admitted_only_inclusively(make_write, dtype):
+    write = make_write(tokens=40, kv_heads=2, dim=64, dtype=dtype)
+    gate = make_gate(heads=2, dim=64).place(torch.device("cpu"), dtype, "reference")
+    scores = gate.scores(write)
+    limit = scores[1, 7].item()
+    strict, loose = (
+        attrs.evolve(gate, threshold=limit, inclusive=inclusive).admit(write)
+        for inclusive in (False, True)
+    )
+    assert strict.dtype == loose.dtype == torch.bool
+    assert torch.equal(strict, scores > limit) and torch.equal(loose, scores >= limit)
+    assert loose[1, 7] and not strict[1, 7] and strict.any() and not strict.all()
 
 
 @settings(deadline=None, derandomize=True)

@@ -1,0 +1,162 @@
+"""Writing a prompt call's tokens: those admitted that have left the window when it ends.
+
+Admitted tokens are counted tile by tile and the counts summed up along each head; then every tile
+knows where its tokens go, and nothing as long as the prompt is kept on the way.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..types import ADMITTED, MARKED, POSITION_BITS, Pages, Segments
+from ._launch import cdiv, check_dense, dense_last, on, power_of_two
+from ._slabs import KEYS, META, VALUES, page_offset
+
+_ADMITTED = tl.constexpr(ADMITTED)
+_MARKED = tl.constexpr(MARKED)
+_POSITION_BITS = tl.constexpr(POSITION_BITS)
+_TOKENS = 64  # of a tile, which one program stores
+_TILES = 16  # that one program counts
+_SCAN = 1024  # tiles that are summed up at once
+
+
+def count_leaving(
+    flags: Tensor, counts: Tensor, segments: Segments, window: int, page_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts after the call, pages to take and each tile's first index; see the reference."""
+    check_dense("count_leaving", counts=counts)
+    batch, heads = counts.shape
+    longest = max(b - a for a, b in pairwise(segments.cu_k))
+    tiles = max(cdiv(longest - window, _TOKENS), 1)
+    flags = dense_last(flags)
+    after, fresh = (torch.empty_like(counts) for _ in range(2))
+    ranks = counts.new_empty(batch, heads, tiles)
+    with on(flags):
+        _count[cdiv(tiles, _TILES), heads, batch](
+            flags, segments.cu_k_dev, ranks, tiles, window, flags.stride(0),
+            TOKENS=_TOKENS, TILES=_TILES, num_warps=4,
+        )  # fmt: skip
+        _scan[heads, batch](
+            ranks, counts, after, fresh, tiles, counts.stride(0), after.stride(0),
+            PAGE=page_size, TILES=_SCAN, num_warps=4,
+        )  # fmt: skip
+    return after, fresh, ranks
+
+
+@triton.jit
+def _count(
+    flags, cu_k, ranks, tiles, window, flags_h, TOKENS: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
+    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    first = tl.load(cu_k + b)
+    leaving = tl.load(cu_k + b + 1) - first - window
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    i = tile[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
+    bits = tl.load(flags + h * flags_h + first + i, mask=i < leaving, other=0)
+    stored = tl.sum((bits & _ADMITTED).to(tl.int32), 1)
+    ranks += (b * tl.num_programs(1) + h) * tiles
+    tl.store(ranks + tile, stored, mask=tile < tiles)
+
+
+@triton.jit
+def _scan(
+    ranks, counts, after, fresh, tiles, counts_b, after_b, PAGE: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
+    """Turns a head's counts by tile into the index of each tile's first token."""
+    h, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    ranks += (b * tl.num_programs(0) + h) * tiles
+    held = tl.load(counts + b * counts_b + h)
+    total = held
+    for start in range(0, tiles, TILES):
+        tile = start + tl.arange(0, TILES)
+        stored = tl.load(ranks + tile, mask=tile < tiles, other=0)
+        tl.store(ranks + tile, total + tl.cumsum(stored, 0) - stored, mask=tile < tiles)
+        total += tl.sum(stored, 0)
+    tl.store(after + b * after_b + h, total)
+    pages = (total + PAGE - 1) // PAGE - (held + PAGE - 1) // PAGE
+    tl.store(fresh + b * after_b + h, pages)
+
+
+def write_leaving(
+    pages: Pages,
+    table: Tensor,
+    counts: Tensor,
+    key: Tensor,
+    value: Tensor,
+    flags: Tensor,
+    segments: Segments,
+    window: int,
+    ids: Tensor,
+    fresh: Tensor,
+    ranks: Tensor,
+) -> None:
+    """Stores what `count_leaving` counted and names the new pages in the table; see the reference.
+
+    A program stores the tokens of one tile and head.
+    """
+    check_dense("write_leaving", table=table, counts=counts)
+    key, value, flags = dense_last(key), dense_last(value), dense_last(flags)
+    batch, heads, tiles = ranks.shape
+    dim, width = key.shape[2], power_of_two(key.shape[2])
+    with on(pages.k):
+        _store[tiles, heads, batch](
+            pages.k, pages.v, pages.meta, pages.slabs, table, counts, key, value, flags,
+            segments.cu_q_dev, segments.cu_k_dev, segments.start_dev, ids, fresh, ranks, window,
+            table.stride(0), table.stride(1), counts.stride(0), key.stride(0), key.stride(1),
+            value.stride(0), value.stride(1), flags.stride(0),
+            SLAB_PAGES=pages.slab_pages, PAGE=pages.k.shape[1], DIM=dim, DIM_PAD=width,
+            TOKENS=_TOKENS, ROWS=power_of_two(batch * heads),
+            num_warps=4 if width * key.element_size() <= 256 else 8,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store(
+    pages_k, pages_v, pages_meta, slabs, table, counts, key, value, flags,
+    cu_q, cu_k, starts, ids, fresh, ranks, window,
+    table_b, table_h, counts_b, key_h, key_t, value_h, value_t, flags_h,
+    SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    tile, tiles = tl.program_id(0), tl.num_programs(0)
+    h, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    b = tl.program_id(2).to(tl.int64)
+    first = tl.load(cu_k + b)
+    span = tl.load(cu_k + b + 1) - first
+    if tile * TOKENS >= span - window:
+        return
+    i = tile * TOKENS + tl.arange(0, TOKENS)
+    t = (first + i).to(tl.int64)
+    d = tl.arange(0, DIM_PAD)
+    bits = tl.load(flags + h * flags_h + t, mask=i < span - window, other=0).to(tl.int32)
+    stored = (bits & _ADMITTED) != 0
+    mask = stored[:, None] & (d < DIM)[None, :]
+    # Before the search for pages, so that both are in flight together.
+    k = tl.load(key + h * key_h + t[:, None] * key_t + d[None, :], mask=mask, other=0.0)
+    v = tl.load(value + h * value_h + t[:, None] * value_t + d[None, :], mask=mask, other=0.0)
+    row = (b * heads + h).to(tl.int32)
+    index = tl.load(ranks + row.to(tl.int64) * tiles + tile) + tl.cumsum(stored.to(tl.int32), 0) - 1
+    column, slot = index // PAGE, index % PAGE
+    # New pages go to heads in order, to each those that it takes.
+    r = tl.arange(0, ROWS)
+    given = tl.sum(tl.load(fresh + r, mask=r < row, other=0), 0)
+    have = (tl.load(counts + b * counts_b + h) + PAGE - 1) // PAGE
+    new = stored & (column >= have)
+    entry = table + b * table_b + h * table_h + column
+    page = tl.load(entry, mask=stored & (column < have), other=0)
+    page += tl.load(ids + (given + column - have), mask=new, other=0)
+    tl.store(entry, page, mask=new & (slot == 0))
+    to = slot[:, None] * DIM + d[None, :]
+    at_k = page_offset(slabs, page, KEYS, SLAB_PAGES, PAGE * DIM)
+    tl.store(pages_k + at_k[:, None] + to, k, mask=mask)
+    at_v = page_offset(slabs, page, VALUES, SLAB_PAGES, PAGE * DIM)
+    tl.store(pages_v + at_v[:, None] + to, v, mask=mask)
+    position = tl.load(starts + b) + tl.load(cu_q + b + 1) - tl.load(cu_q + b) - span + i
+    meta = position | ((bits & _MARKED) != 0).to(tl.int32) << _POSITION_BITS
+    at_meta = page_offset(slabs, page, META, SLAB_PAGES, PAGE)
+    tl.store(pages_meta + at_meta + slot, meta, mask=stored)
