@@ -3,6 +3,10 @@
 A launch has a fixed number of programs. Each derives the same plan from the lengths on the device:
 the blocks of all heads (ring first, then pages) are cut into splits of about equal size, so that
 ragged heads keep every multiprocessor busy to the end, and program i takes split i.
+
+An address in a page takes two loads, page id and slab, before the key itself. Both run ahead of the
+loop over blocks, in registers: the pipeliner would otherwise give them the stages that keys and
+values need to be in flight.
 """
 
 from __future__ import annotations
@@ -24,12 +28,17 @@ from ._launch import (
     shared_memory,
 )
 from ._math import dot, narrow
-from ._slabs import KEYS, VALUES, page_offset
+from ._overlap import await_before, dependent, let_next, overlaps
+from ._slabs import KEYS, VALUES, slab_start
 
 _LOG2E = 1.4426950408889634
+_BLOCK = 64  # tokens, where their keys and values are not more bytes than this:
+_STAGE = 32768
+_STAGES = 3  # blocks that are multiplied or on their way
+_WARPS = 4
 _WAVES = 2  # programs a multiprocessor should get
-_MIN_SPLIT = 256  # tokens; smaller splits cost more in the reduction than they gain
-_PARTS = 16  # partial results that the reduction reads at once
+_MIN_SPLIT = 128  # tokens; smaller splits cost more in the reduction than they gain
+_PARTS = 64  # partial results that the reduction reads at once
 
 
 def paged_decode(
@@ -70,6 +79,7 @@ def paged_decode(
         RING_BLOCKS=cdiv(slots, block), BLOCK=block,
         PICKED=-1 if selected is None else selected.shape[2] * size,
         TARGET=target, MIN_BLOCKS=cdiv(_MIN_SPLIT, block), GROUP=group, DIM=dim,
+        OVERLAP=overlaps(query.device),
     )  # fmt: skip
     with on(query):
         _split[programs,](
@@ -80,43 +90,90 @@ def paged_decode(
             ring_v.stride(0), ring_v.stride(1), ring_v.stride(2),
             picked.stride(0), picked.stride(1),
             **plan, SLAB_PAGES=pages.slab_pages, PAGE=size, SLOTS=slots,
-            GROUP_PAD=dot_size(group), DIM_PAD=dot_size(dim), STAGES=stages, num_warps=4,
+            GROUP_PAD=dot_size(group), DIM_PAD=dot_size(dim), num_warps=_WARPS, num_stages=stages,
         )  # fmt: skip
         _reduce[units, group](
             part, lse, counts, active, out, counts.stride(0),
             **plan, PARTS=_PARTS, DIM_PAD=power_of_two(dim), num_warps=4,
+            **dependent(query.device),
         )  # fmt: skip
     return out
 
 
 def _tile(dim: int, itemsize: int, shared: int) -> tuple[int, int]:
-    """Tokens a block and pipeline stages: about 32 KB of keys and values a stage."""
-    block = max(16, min(64, 16384 // (dim * itemsize)))
+    """Tokens a block and pipeline stages, of which one less is held in shared memory."""
+    block = max(16, min(_BLOCK, _STAGE // (2 * dim * itemsize)))
     stage = 2 * block * dim * itemsize
-    return block, 3 if 3 * stage + 8192 <= shared else 2
+    return block, min(_STAGES, 1 + (shared - 16384) // stage)
 
 
 @triton.jit
-def _unit_blocks(
-    counts, active, counts_b, unit, UNITS: tl.constexpr, HEADS: tl.constexpr,
+def _plan(
+    counts, active, counts_b, units, UNITS: tl.constexpr, HEADS: tl.constexpr,
     REPEAT: tl.constexpr, RING_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PICKED: tl.constexpr,
+    TARGET: tl.constexpr, MIN_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of each unit (a head of a sequence): those of its ring, then those of its pages."""
-    b = (unit // HEADS).to(tl.int64)
-    runs = tl.load(active + b, mask=unit < UNITS, other=0) != 0
+    """Tokens, blocks and splits of each unit (a head of a sequence), as this and `_reduce` see it.
+
+    Blocks are those of the unit's ring, then those of its pages. Splits have one length over all
+    units, rounded; there are at most TARGET + UNITS of them.
+    """
+    b = (units // HEADS).to(tl.int64)
+    runs = tl.load(active + b, mask=units < UNITS, other=0) != 0
+    held = tl.load(counts + b * counts_b + (units % HEADS) // REPEAT, mask=units < UNITS, other=0)
     if PICKED >= 0:
-        blocks = unit * 0 + (RING_BLOCKS + (PICKED + BLOCK - 1) // BLOCK)
+        blocks = units * 0 + (RING_BLOCKS + (PICKED + BLOCK - 1) // BLOCK)
     else:
-        held = tl.load(counts + b * counts_b + (unit % HEADS) // REPEAT, mask=runs, other=0)
         blocks = RING_BLOCKS + (held + BLOCK - 1) // BLOCK
-    return tl.where(runs, blocks, 0)
+    blocks = tl.where(runs, blocks, 0)
+    whole = tl.maximum(tl.sum(blocks, 0), 1).to(tl.int64)
+    share = ((blocks.to(tl.int64) * TARGET + whole - 1) // whole).to(tl.int32)
+    return held, blocks, tl.minimum(share, (blocks + MIN_BLOCKS - 1) // MIN_BLOCKS)
 
 
 @triton.jit
-def _unit_splits(blocks, TARGET: tl.constexpr, MIN_BLOCKS: tl.constexpr):
-    """Splits of each unit: of one length over all units, at most TARGET + units of them."""
-    length = tl.maximum((tl.sum(blocks, 0) + TARGET - 1) // TARGET, MIN_BLOCKS)
-    return (blocks + length - 1) // length
+def _find(
+    table, picked, block, count, n,
+    BLOCK: tl.constexpr, PAGE: tl.constexpr, PICKED: tl.constexpr,
+):  # fmt: skip
+    """Pages of a block's tokens and how many tokens of each are seen.
+
+    One of each where a page holds the whole block, else one for every token. How many are seen is
+    said of picked pages only; none of a page that was not picked.
+    """
+    place = block * BLOCK // PAGE if PAGE % BLOCK == 0 else (block * BLOCK + n) // PAGE
+    if PICKED >= 0:
+        page = tl.load(picked + place, mask=place * PAGE < PICKED, other=-1)
+        room = tl.where(page >= 0, count - page * PAGE, -1)
+        held = tl.load(table + page, mask=room > 0, other=0)
+    else:
+        room = block * 0
+        held = tl.load(table + place, mask=place * PAGE < count, other=0)
+    return held, room
+
+
+@triton.jit
+def _place(
+    slabs, page, room, block, count, n, BLOCK: tl.constexpr, PAGE: tl.constexpr,
+    SLAB_PAGES: tl.constexpr, PICKED: tl.constexpr,
+):  # fmt: skip
+    """Slabs of a block's pages, each page's number in its slab; place of tokens, whether seen."""
+    slab_k = slab_start(slabs, page, KEYS, SLAB_PAGES)
+    slab_v = slab_start(slabs, page, VALUES, SLAB_PAGES)
+    at = (block * BLOCK + n) % PAGE
+    if PAGE % BLOCK == 0:
+        at = block * BLOCK % PAGE + n
+    seen = at < room if PICKED >= 0 else block * BLOCK + n < count
+    return slab_k, slab_v, page % SLAB_PAGES, at, seen
+
+
+@triton.jit
+def _rows(store, slab, nth, at, d, DIM: tl.constexpr, PAGE: tl.constexpr):
+    """Addresses of tokens `at` of a page or of one page each."""
+    start = slab * 16 + nth.to(tl.int64) * (PAGE * DIM)
+    if len(start.shape) == 1:
+        start = start[:, None]
+    return store + start + (at * DIM)[:, None] + d[None, :]
 
 
 @triton.jit
@@ -144,23 +201,29 @@ def _split(
     RING_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PICKED: tl.constexpr, TARGET: tl.constexpr,
     MIN_BLOCKS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, SLOTS: tl.constexpr,
-    GROUP_PAD: tl.constexpr, DIM_PAD: tl.constexpr, STAGES: tl.constexpr,
+    GROUP_PAD: tl.constexpr, DIM_PAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    let_next(OVERLAP)
     program = tl.program_id(0)
     units = tl.arange(0, UNITS_PAD)
-    blocks = _unit_blocks(
-        counts, active, counts_b, units, UNITS, HEADS, REPEAT, RING_BLOCKS, BLOCK, PICKED
-    )
-    splits = _unit_splits(blocks, TARGET, MIN_BLOCKS)
-    unit = tl.sum((tl.cumsum(splits, 0) <= program).to(tl.int32), 0)
-    if unit >= UNITS:
-        return
-    mine = units == unit
-    split = program - tl.sum(tl.where(units < unit, splits, 0), 0)
+    # Needed after the plan, loaded beside it.
+    stands = tl.load(lengths + units // HEADS, mask=units < UNITS, other=0).to(tl.int32)
+    held, blocks, splits = _plan(
+        counts, active, counts_b, units, UNITS, HEADS, REPEAT, RING_BLOCKS, BLOCK, PICKED, TARGET,
+        MIN_BLOCKS,
+    )  # fmt: skip
+    ends = tl.cumsum(splits, 0)
+    mine = (ends - splits <= program) & (program < ends)
+    unit = tl.sum((ends <= program).to(tl.int32), 0)
+    split = program - tl.sum(tl.where(mine, ends - splits, 0), 0)
     of = tl.sum(tl.where(mine, splits, 0), 0)
     here = tl.sum(tl.where(mine, blocks, 0), 0)
-    low = split * here // of
-    high = (split + 1) * here // of
+    count = tl.sum(tl.where(mine, held, 0), 0)
+    length = tl.sum(tl.where(mine, stands, 0), 0)
+    if unit >= UNITS:
+        return
+    low = split * (here // of) + tl.minimum(split, here % of)
+    high = low + here // of + (split < here % of).to(tl.int32)
 
     b = (unit // HEADS).to(tl.int64)
     head = (unit % HEADS).to(tl.int64)
@@ -169,6 +232,13 @@ def _split(
     d = tl.arange(0, DIM_PAD)
     real = d < DIM
     n = tl.arange(0, BLOCK)
+    table += b * table_b + kv_head * table_h
+    picked += b * picked_b + head * picked_h
+    # Pages are found two blocks ahead, where they lie one. What a block leaves to the next are new
+    # values, never those that it got itself: a loop that passes on its arguments is not pipelined.
+    first = tl.maximum(low - RING_BLOCKS, 0)
+    page, room = _find(table, picked, first, count, n, BLOCK, PAGE, PICKED)
+    next_page, next_room = _find(table, picked, first + 1, count, n, BLOCK, PAGE, PICKED)
     q = tl.load(
         query + b * query_b + (head * GROUP + g[:, None]) * query_h + d[None, :],
         mask=(g < GROUP)[:, None] & real[None, :],
@@ -178,10 +248,9 @@ def _split(
     total = tl.zeros([GROUP_PAD], tl.float32)
     acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
 
-    length = tl.load(lengths + b).to(tl.int32)
     ring_k += b * ring_k_b + kv_head * ring_k_h
     ring_v += b * ring_v_b + kv_head * ring_v_h
-    for block in tl.range(low, tl.minimum(high, RING_BLOCKS), num_stages=STAGES):
+    for block in range(low, tl.minimum(high, RING_BLOCKS)):
         slot = block * BLOCK + n
         back = (length - slot + SLOTS) % SLOTS
         seen = (slot < SLOTS) & (back < window) & (back <= length)
@@ -191,25 +260,18 @@ def _split(
         v = tl.load(ring_v + at * ring_v_s + d[None, :], mask=mask, other=0.0)
         top, total, acc = _attend(q, k, v, seen, scale, top, total, acc)
 
-    count = tl.load(counts + b * counts_b + kv_head)
-    table += b * table_b + kv_head * table_h
-    picked += b * picked_b + head * picked_h
-    for block in tl.range(tl.maximum(low, RING_BLOCKS), high, num_stages=STAGES):
-        token = (block - RING_BLOCKS) * BLOCK + n
-        if PICKED >= 0:
-            page = tl.load(picked + token // PAGE, mask=token < PICKED, other=-1)
-            seen = (page >= 0) & (page * PAGE + token % PAGE < count)
-        else:
-            page = token // PAGE
-            seen = token < count
-        held = tl.load(table + page, mask=seen, other=0)
-        at = ((token % PAGE) * DIM)[:, None] + d[None, :]
+    slab_k, slab_v, nth, at, seen = _place(
+        slabs, page, room, first, count, n, BLOCK, PAGE, SLAB_PAGES, PICKED
+    )
+    for block in range(first, high - RING_BLOCKS):
         mask = seen[:, None] & real[None, :]
-        from_k = page_offset(slabs, held, KEYS, SLAB_PAGES, PAGE * DIM)
-        from_v = page_offset(slabs, held, VALUES, SLAB_PAGES, PAGE * DIM)
-        k = tl.load(pages_k + from_k[:, None] + at, mask=mask, other=0.0)
-        v = tl.load(pages_v + from_v[:, None] + at, mask=mask, other=0.0)
+        k = tl.load(_rows(pages_k, slab_k, nth, at, d, DIM, PAGE), mask=mask, other=0.0)
+        v = tl.load(_rows(pages_v, slab_v, nth, at, d, DIM, PAGE), mask=mask, other=0.0)
         top, total, acc = _attend(q, k, v, seen, scale, top, total, acc)
+        slab_k, slab_v, nth, at, seen = _place(
+            slabs, next_page, next_room, block + 1, count, n, BLOCK, PAGE, SLAB_PAGES, PICKED
+        )
+        next_page, next_room = _find(table, picked, block + 2, count, n, BLOCK, PAGE, PICKED)
 
     keep = g < GROUP
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
@@ -224,17 +286,19 @@ def _reduce(
     UNITS: tl.constexpr, UNITS_PAD: tl.constexpr, HEADS: tl.constexpr, REPEAT: tl.constexpr,
     RING_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PICKED: tl.constexpr, TARGET: tl.constexpr,
     MIN_BLOCKS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
-    PARTS: tl.constexpr, DIM_PAD: tl.constexpr,
+    PARTS: tl.constexpr, DIM_PAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     unit = tl.program_id(0)
     g = tl.program_id(1)
     units = tl.arange(0, UNITS_PAD)
-    blocks = _unit_blocks(
-        counts, active, counts_b, units, UNITS, HEADS, REPEAT, RING_BLOCKS, BLOCK, PICKED
-    )
-    splits = _unit_splits(blocks, TARGET, MIN_BLOCKS)
+    # The plan rests on what was there before `_split` started.
+    _, _, splits = _plan(
+        counts, active, counts_b, units, UNITS, HEADS, REPEAT, RING_BLOCKS, BLOCK, PICKED, TARGET,
+        MIN_BLOCKS,
+    )  # fmt: skip
     first = tl.sum(tl.where(units < unit, splits, 0), 0)
     of = tl.sum(tl.where(units == unit, splits, 0), 0)
+    await_before(OVERLAP)
     d = tl.arange(0, DIM_PAD)
     i = tl.arange(0, PARTS)
     high = float("-inf")

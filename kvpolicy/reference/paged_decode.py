@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..types import Pages
 
@@ -40,7 +41,7 @@ def paged_decode(
         used = -(-int(counts.max()) // size)
         ids = table[:, :, :used]
         start = torch.arange(used, device=table.device) * size
-        first, run, stride = _run(ids)
+        first, run, stride = _run(table, used)
     else:
         ids = table.gather(2, selected.clamp(min=0).long())
         # An unselected entry starts past every count, so none of its tokens is valid.
@@ -58,29 +59,62 @@ def paged_decode(
         strides = (kv_heads * stride * page, stride * page, dim, 1)
         lying = [x.as_strided(shape, strides, first * page) for x in (pages.k, pages.v)]
         parts.insert(0, (lying[0], lying[1]))
-    token = start[..., None] + torch.arange(size, device=table.device)
-    token = token.expand(batch, kv_heads, -1, size).flatten(2)
-    back = (lengths[:, None] - torch.arange(slots, device=table.device)).remainder_(slots)
-    near = back < (lengths + 1).clamp_(max=window)[:, None]
-    near = near[:, None].expand(-1, kv_heads, -1)
-    hidden = torch.cat([token < counts[..., None], near], -1).logical_not_()[:, :, None]
 
     q = query.view(batch, kv_heads, -1, dim)
     scores = torch.cat([q @ k.transpose(2, 3) for k, _ in parts], -1)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).mul_(scale)
-    weights = scores.masked_fill_(hidden, float("-inf")).softmax(-1).to(ring_v.dtype)
+    tokens = scores.shape[3] - slots
+    held = counts[0].tolist() if batch == 1 and selected is None else []
+    if held and held == held[:1] * kv_heads:
+        # One sequence with even heads: what is hidden is the pages' end and a part of the ring.
+        scores[..., held[0] : tokens] = float("-inf")
+        _hide_in_ring(scores[..., tokens:], int(lengths), window)
+    else:
+        token = start[..., None] + torch.arange(size, device=table.device)
+        token = token.expand(batch, kv_heads, -1, size).flatten(2)
+        back = (lengths[:, None] - torch.arange(slots, device=table.device)).remainder_(slots)
+        near = back < (lengths + 1).clamp_(max=window)[:, None]
+        near = near[:, None].expand(-1, kv_heads, -1)
+        hidden = torch.cat([token < counts[..., None], near], -1).logical_not_()[:, :, None]
+        scores.masked_fill_(hidden, float("-inf"))
+    weights = scores.softmax(-1).to(ring_v.dtype)
     shares = weights.split([v.shape[2] for _, v in parts], -1)
     out = sum(share @ v for share, (_, v) in zip(shares, parts, strict=True))
     out = out.view(batch, -1, dim)
     return out if bool(active.all()) else out * active[:, None, None]
 
 
-def _run(ids: Tensor) -> tuple[int, int, int]:
+def _hide_in_ring(scores: Tensor, length: int, window: int) -> None:
+    """Hides the slots `[..., slots]` outside the window that ends at position `length`."""
+    slots = scores.shape[-1]
+    low = (length + 1) % slots
+    high = low + slots - min(window, length + 1)
+    scores[..., low:high] = float("-inf")
+    if high > slots:
+        scores[..., : high - slots] = float("-inf")
+
+
+# Tables change once in `page_size` tokens: the last answer for each, with the version it is for.
+_RUNS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _run(table: Tensor, used: int) -> tuple[int, int, int]:
     """First page, length and stride of the rows of pages that a prompt left, head after head.
 
-    The first `length` pages of head i (counted over sequences) are `first + i * stride` and on, so
-    that they can be read where they lie. Length 0 if there are none, or if heads are ragged.
+    Looks at the first `used` pages of each head of `table` `[B, Hkv, M]`. The first `length` of
+    head i (counted over sequences) are `first + i * stride` and on, so that they can be read where
+    they lie. Length 0 if there are none, or if heads are ragged.
     """
+    if table.is_inference():  # such tensors have no version
+        return _find_run(table[:, :, :used])
+    version = (table._version, used)
+    before = _RUNS.get(table)
+    if before is None or before[0] != version:
+        before = _RUNS[table] = (version, _find_run(table[:, :, :used]))
+    return before[1]
+
+
+def _find_run(ids: Tensor) -> tuple[int, int, int]:
     rows = ids.flatten(0, 1)
     if rows.numel() == 0:
         return 0, 0, 0

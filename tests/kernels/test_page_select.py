@@ -42,14 +42,49 @@ def test_top_pages(width: int, budget: int, first: int, last: int, dtype: torch.
     assert torch.equal(got, want)
 
 
-def test_top_pages_over_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("budget", "first", "last"), [(5, 2, 3), (300, 2, 3), (4, 0, 300), (200, 0, 0), (3, 3, 2)]
+)
+def test_top_pages_over_several_blocks(
+    budget: int, first: int, last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(page_select, "_MAX_BLOCK", 128)
     counts = torch.tensor([[700 * 4 - 1]], dtype=torch.int32, device=DEVICE)
     scores = randn(1, 1, 800, dtype=torch.float32, seed=1).round(decimals=1)
     scores[..., 700:] = float("nan")
-    for budget in (5, 300):
-        got = page_select.top_pages(scores, counts, 4, budget, 2, 3)
-        assert torch.equal(got, reference.top_pages(scores.nan_to_num(), counts, 4, budget, 2, 3))
+    got = page_select.top_pages(scores, counts, 4, budget, first, last)
+    want = reference.top_pages(scores.nan_to_num(), counts, 4, budget, first, last)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_top_pages_of_any_scores(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(high: int) -> int:
+        return int(torch.randint(high, (), generator=generator))
+
+    width, size = 1 + draw(300), 1 + draw(5)
+    budget, first, last = 1 + draw(40), draw(6), draw(6)
+    counts = torch.randint(width * size + 1, (2, 2), generator=generator).int().to(DEVICE)
+    kinds = torch.tensor([0.0, -0.0, 1e-40, -1e30, 3e38, float("inf"), -float("inf")])
+    scores = torch.randn(2, 4, width, generator=generator) * 10.0 ** draw(9)
+    special = kinds[torch.randint(len(kinds), scores.shape, generator=generator)]
+    rare = torch.rand(scores.shape, generator=generator) < 0.1 * draw(10)
+    scores = torch.where(rare, special, scores).to(DEVICE)
+    got = page_select.top_pages(scores, counts, size, budget, first, last)
+    assert torch.equal(got, reference.top_pages(scores, counts, size, budget, first, last))
+
+
+@pytest.mark.parametrize("better", [0, 12_000])
+def test_a_full_block_of_equal_scores(better: int) -> None:
+    width = page_select._MAX_BLOCK
+    counts = torch.tensor([[width]], dtype=torch.int32, device=DEVICE)
+    scores = torch.ones(1, 1, width, device=DEVICE)
+    scores[..., :better] = 2
+    got = page_select.top_pages(scores, counts, 1, width - 1, 0, 1)
+    pages = list(range(width - 2)) + [width - 1]
+    assert got[0, 0].tolist() == pages
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pool import DEVICE, NAN, assert_within_budget, fill_heads, make_pool, randn
 
+from kvpolicy.kernels import paged_decode as module
 from kvpolicy.kernels.paged_decode import paged_decode
 
 CUDA = DEVICE.type == "cuda"
@@ -79,7 +80,9 @@ def test_groups_and_dims(group: int, dim: int, dtype: torch.dtype) -> None:
     check([[65, 0], [1, 17]], group=group, dim=dim, dtype=dtype)
 
 
-@pytest.mark.parametrize(("page", "first"), [(4, "low"), (16, "high"), (64, "low"), (128, "high")])
+@pytest.mark.parametrize(
+    ("page", "first"), [(4, "low"), (16, "high"), (48, "low"), (64, "low"), (128, "high")]
+)
 def test_page_sizes_and_ragged_heads(page: int, first: str) -> None:
     check([[0, 700, 63]], group=2, dim=32, dtype=torch.bfloat16, page=page, first=first)
 
@@ -108,7 +111,7 @@ def test_inactive_rows_are_zero() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("page", [4, 16, 64])
+@pytest.mark.parametrize("page", [4, 16, 64, 128])
 def test_selected_pages(page: int, dtype: torch.dtype) -> None:
     selected = torch.tensor([[[0, 2, 4, -1], [-1, -1, -1, -1]]], dtype=torch.int32, device=DEVICE)
     check([[page * 5 - 1, 0]], group=3, dim=48, dtype=dtype, page=page, selected=selected)
@@ -119,6 +122,34 @@ def test_selected_per_query_head() -> None:
         [[[0, -1], [1, 2], [2, -1], [0, 1]], [[0, -1], [-1, 0], [0, -1], [-1, -1]]], device=DEVICE
     ).int()
     check([[40, 35], [3, 12]], group=2, dim=64, dtype=torch.float32, selected=selected)
+
+
+@pytest.mark.parametrize("processors", [1, 3, 17])
+def test_any_number_of_splits(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "processors", lambda device: processors)
+    check([[900, 1, 130], [0, 70, 64], [5, 333, 0]], group=2, dim=32, dtype=torch.float32,
+          page=16, window=70, slots=102, active=[True, False, True])  # fmt: skip
+
+
+def test_blocks_of_a_long_head_go_to_all_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits have one length but for a block, though the blocks do not divide by the programs."""
+    monkeypatch.setattr(module, "processors", lambda device: 8)
+    ran: dict[str, torch.Tensor] = {}
+
+    def reduce(part, lse, *rest, **options):
+        ran["lse"] = lse
+
+    monkeypatch.setattr(module, "_reduce", {(1, 1): reduce})
+    pool = make_pool(130, 16, 32, torch.float32, slab_pages=32)
+    table, counts = fill_heads(pool, [[2048]], seed=5)
+    ring = randn(1, 1, 4, 32, dtype=torch.float32, seed=7)
+    query = torch.zeros(1, 1, 32, device=DEVICE)
+    lengths = torch.tensor([2048], device=DEVICE)
+    paged_decode(
+        query, pool.pages, table, counts, ring, ring, lengths, lengths > 0, 4, 1.0
+    )  # fmt: skip
+    tokens = ran["lse"][:15, 0].exp2()  # a query of zeros: the sum of weights counts tokens
+    assert tokens.round().tolist() == [4 + 128, 192, 192] + 12 * [128]
 
 
 def test_many_splits_agree_bit_for_bit_and_float64_is_refused() -> None:
