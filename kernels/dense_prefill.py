@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-from functools import lru_cache
-from types import ModuleType
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..types import Pages, Segments
-from ._launch import capability, cdiv, check_dtype, dot_size, shared_memory
+from ._flash import find_flash
+from ._launch import cdiv, check_dtype
 from .page_io import read_pages
-from .sparse_prefill import attend, choose_tile
+from .sparse_prefill import attend, tile_of
 
 _ORDER = [
     SDPBackend.CUDNN_ATTENTION,
@@ -35,8 +32,8 @@ def dense_prefill(
 ) -> Tensor:
     """Causal attention where every token is stored `[Hq, Tq, D]`; see the reference.
 
-    FlashAttention-3 runs where `fa3_fwd_interface` can be imported and the device is of Hopper's
-    kind; else torch's fused attention for whole prompts and the tile kernel for later chunks.
+    FlashAttention-3 runs where it is installed and takes these queries (Hopper devices only);
+    else torch's fused attention for whole prompts and the tile kernel for later chunks.
     """
     check_dtype("dense_prefill", "query", query)
     dim, size = key.shape[2], pages.k.shape[1]
@@ -56,19 +53,10 @@ def dense_prefill(
     return out.transpose(0, 1)
 
 
-@lru_cache
-def _flash() -> ModuleType | None:
-    try:
-        return importlib.import_module("fa3_fwd_interface")
-    except ImportError:
-        return None
-
-
 def _causal(query: Tensor, key: Tensor, value: Tensor, start: int, scale: float) -> Tensor:
     """Queries at positions start, start + 1, ... over keys from position 0 on. `[Hq, T, D]`."""
-    flash = _flash() if query.is_cuda else None
-    half = query.dtype != torch.float32
-    if flash is not None and half and capability(query.device) == 90 and query.shape[2] % 8 == 0:
+    flash = find_flash(query)
+    if flash is not None:
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
         out = flash.flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
         out = out[0] if isinstance(out, tuple) else out
@@ -97,7 +85,6 @@ def _tiles(query: Tensor, key: Tensor, value: Tensor, start: int, scale: float) 
     numbers = torch.tensor([*bounds[0], *bounds[1], start], dtype=torch.int32, device=query.device)
     segments = Segments(*bounds, numbers[:2], numbers[2:4], numbers[4:])
     flags = torch.zeros(1, key.shape[1], dtype=torch.uint8, device=key.device)
-    tile = choose_tile(dot_size(query.shape[2]), query.element_size(), shared_memory(query.device))
     counts = numbers[:1].expand(1, key.shape[0])
     return attend(
         query,
@@ -109,5 +96,5 @@ def _tiles(query: Tensor, key: Tensor, value: Tensor, start: int, scale: float) 
         None,
         1 << 30,
         scale,
-        tile,
+        tile_of(query),
     )

@@ -7,46 +7,32 @@ recent keys from there on, with the exact mask where the tile needs one.
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..types import ADMITTED, POSITION_MASK, Pages, Segments
-from ._launch import cdiv, check_dtype, dense_last, dot_size, on, power_of_two, shared_memory
+from ..types import ADMITTED, Pages, Segments
+from ._flash import find_varlen
+from ._launch import check_dtype, dense_last, dot_size, on, power_of_two, shared_memory
 from ._math import dot, narrow
-from ._slabs import KEYS, META, VALUES, page_offset
+from .prefill_gather import (
+    ROWS,
+    Far,
+    Plan,
+    Rectangles,
+    Tile,
+    first_row,
+    gather,
+    lengths,
+    row_tiles,
+    tile_count,
+)
 
+LOG2E = 1.4426950408889634
 _ADMITTED = tl.constexpr(ADMITTED)
-_POSITION_MASK = tl.constexpr(POSITION_MASK)
-_LOG2E = 1.4426950408889634
-_ROWS = 128  # a head's gathered rows start at, and are padded with zeros to, a multiple of this
-_LIMITS = 128  # tiles that one program of the limit kernel serves
-
-
-class Far(NamedTuple):
-    """Gathered global tokens: rows `[N, D]` of all heads, and what each tile of a head may read.
-
-    `limits` `[Hkv, tiles]` counts the head's rows before the tile's window.
-    """
-
-    k: Tensor
-    v: Tensor
-    limits: Tensor
-
-
-class Tile(NamedTuple):
-    """Queries and keys of a tile, warps and pipeline stages; how gathered rows are loaded."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-    descriptors: bool = False
+_LOG2E = tl.constexpr(LOG2E)
 
 
 def prefill_attention(
@@ -63,15 +49,18 @@ def prefill_attention(
 ) -> Tensor:
     """Attention over {j <= i : i - j < window or admitted[j]} `[Hq, Tq, D]`; see the reference.
 
-    Waits for the device once, to learn how many rows the gathered tokens need.
+    Waits for the device once, to learn how many rows the gathered tokens need. Long prompts on a
+    Hopper device with FlashAttention-3 leave it the rows that whole blocks of queries see. Whether
+    they do depends on the whole call: results with and without it agree within the error budget
+    (one more rounding to the query's dtype), not bit for bit.
     """
     check_dtype("prefill_attention", "query", query)
-    dim = query.shape[2]
-    tile = choose_tile(dot_size(dim), query.element_size(), shared_memory(query.device))
+    tile = tile_of(query)
     far = None
-    reach = max(start + n for start, n in zip(segments.start, _lengths(segments), strict=True))
+    reach = max(start + n for start, n in zip(segments.start, lengths(segments), strict=True))
     if counts.numel() and reach > window:
-        far = gather(segments, pages, table, counts, window, tile)
+        rectangles, group = choose_rectangles(query), query.shape[0] // key.shape[0]
+        far = gather(segments, pages, table, counts, window, tile, rectangles, group)
     return attend(query, key, value, flags, segments, counts, far, window, scale, tile)
 
 
@@ -89,48 +78,15 @@ def choose_tile(dim: int, itemsize: int, shared: int) -> Tile:
     return Tile(128, 64, 8, 2) if dim <= 128 else Tile(64, 32, 8, 2)
 
 
-def _lengths(segments: Segments) -> list[int]:
-    """Queries of each sequence."""
-    return [b - a for a, b in pairwise(segments.cu_q)]
+def tile_of(query: Tensor) -> Tile:
+    """The tile for these queries on their device."""
+    return choose_tile(dot_size(query.shape[2]), query.element_size(), shared_memory(query.device))
 
 
-def _tile_count(segments: Segments, tile: Tile) -> int:
-    """Tiles over all sequences."""
-    return sum(cdiv(n, tile.queries) for n in _lengths(segments))
-
-
-def gather(
-    segments: Segments, pages: Pages, table: Tensor, counts: Tensor, window: int, tile: Tile
-) -> Far | None:
-    """The global tokens of all heads in contiguous rows; None if there are none."""
-    batch, heads = counts.shape
-    table, counts = dense_last(table), counts.contiguous()
-    held = [n for row in counts.tolist() for n in row]
-    longest = max(held)
-    if longest == 0 or not any(_lengths(segments)):
-        return None
-    size, dim = pages.k.shape[1:]
-    rows = sum(cdiv(n, _ROWS) for n in held) * _ROWS
-    tiles = _tile_count(segments, tile)
-    k = torch.empty(rows, dim, dtype=pages.k.dtype, device=pages.k.device)
-    v = torch.empty_like(k)
-    at = torch.empty(rows, dtype=torch.int32, device=k.device)
-    limits = torch.empty(heads, tiles, dtype=torch.int32, device=k.device)
-    most = cdiv(max(_lengths(segments)), tile.queries)
-    with on(k):
-        _gather[cdiv(longest, _ROWS) * (_ROWS // 32), batch * heads](
-            pages.k, pages.v, pages.meta, pages.slabs, table, counts, k, v, at,
-            table.stride(0), table.stride(1),
-            HEADS=heads, UNITS_PAD=power_of_two(batch * heads), SLAB_PAGES=pages.slab_pages,
-            PAGE=size, DIM=dim, DIM_PAD=power_of_two(dim), ROWS=_ROWS, BLOCK=32, num_warps=4,
-        )  # fmt: skip
-        _limits[cdiv(most, _LIMITS), batch * heads](
-            at, counts, segments.cu_q_dev, segments.start_dev, limits, window, tiles,
-            longest.bit_length(), BATCH=batch, BATCH_PAD=power_of_two(batch), HEADS=heads,
-            UNITS_PAD=power_of_two(batch * heads), QUERIES=tile.queries, ROWS=_ROWS,
-            BLOCK=_LIMITS, num_warps=4,
-        )  # fmt: skip
-    return Far(k, v, limits)
+def choose_rectangles(query: Tensor) -> Rectangles | None:
+    """Rectangles for FlashAttention-3, where it is present and takes these queries."""
+    attend_rectangles = find_varlen(query)
+    return None if attend_rectangles is None else Rectangles(attend_rectangles)
 
 
 def attend(
@@ -145,17 +101,24 @@ def attend(
     scale: float,
     tile: Tile,
 ) -> Tensor:
-    """The tile kernel on gathered rows and recent keys. Returns `[Hq, Tq, D]`."""
+    """Rectangles if planned, then the tile kernel on the other rows and recent keys.
+
+    Returns `[Hq, Tq, D]`.
+    """
     heads, total, dim = query.shape
     batch = len(segments.start)
     out = torch.empty(total, heads, dim, dtype=query.dtype, device=query.device)
-    tiles = _tile_count(segments, tile)
+    tiles = tile_count(segments, tile.queries)
     if not tiles:
         return out.transpose(0, 1)
     query, key, value = dense_last(query), dense_last(key), dense_last(value)
     flags, counts = dense_last(flags), counts.contiguous()
     units = batch * key.shape[0]
-    far_k, far_v, limits = far or (key, value, counts)
+    far_k, far_v, limits, plan = far or (key, value, counts, None)
+    taken, begun, lse = limits, out, out
+    if plan is not None:
+        taken = plan.taken
+        begun, lse = _rectangles(query, far_k, far_v, plan, segments, scale, tile)
     # A descriptor's rows are whole units of 16 bytes.
     descriptors = far is not None and tile.descriptors and dim * query.element_size() % 16 == 0
     if descriptors:
@@ -163,92 +126,73 @@ def attend(
         far_k, far_v = (TensorDescriptor.from_tensor(rows, shape) for rows in (far_k, far_v))
     with on(query):
         _attend[heads, tiles](
-            query, key, value, flags, far_k, far_v, limits, counts, out,
-            segments.cu_q_dev, segments.cu_k_dev, segments.start_dev, window, scale * _LOG2E, tiles,
+            query, key, value, flags, far_k, far_v, limits, counts, taken, begun, lse, out,
+            segments.cu_q_dev, segments.cu_k_dev, segments.start_dev, window, scale * LOG2E, tiles,
             query.stride(0), query.stride(1), key.stride(0), key.stride(1),
             value.stride(0), value.stride(1), flags.stride(0), out.stride(1), out.stride(0),
             BATCH=batch, BATCH_PAD=power_of_two(batch), KV_HEADS=key.shape[0],
-            GROUP=heads // key.shape[0], UNITS_PAD=power_of_two(units), ROWS=_ROWS,
-            HAS_FAR=far is not None, DESCRIPTORS=descriptors, DIM=dim, DIM_PAD=dot_size(dim),
-            QUERIES=tile.queries, KEYS_=tile.keys, STAGES=tile.stages, num_warps=tile.warps,
+            GROUP=heads // key.shape[0], UNITS_PAD=power_of_two(units), ROWS=ROWS,
+            HAS_FAR=far is not None, BEGUN=plan is not None, DESCRIPTORS=descriptors, DIM=dim,
+            DIM_PAD=dot_size(dim), QUERIES=tile.queries, KEYS_=tile.keys, STAGES=tile.stages,
+            num_warps=tile.warps,
         )  # fmt: skip
     return out.transpose(0, 1)
 
 
-@triton.jit
-def _first_row(counts, unit, UNITS_PAD: tl.constexpr, ROWS: tl.constexpr):
-    """Where the rows of a unit (a head of a sequence) start."""
-    units = tl.arange(0, UNITS_PAD)
-    held = tl.load(counts + units, mask=units < unit, other=0)
-    return tl.sum(((held + ROWS - 1) // ROWS * ROWS).to(tl.int64), 0)
+def _rectangles(
+    query: Tensor, k: Tensor, v: Tensor, plan: Plan, segments: Segments, scale: float, tile: Tile
+) -> tuple[Tensor, Tensor]:
+    """Outputs `[Hkv * Tq, G, D]` and natural log-sum-exps `[G, Hkv * Tq]` over the planned rows."""
+    heads, total, dim = query.shape
+    kv_heads, tiles = plan.taken.shape
+    # One sequence for each rectangle wants the queries of a KV head in successive rows.
+    folded = torch.empty(
+        kv_heads * total, heads // kv_heads, dim, dtype=query.dtype, device=query.device
+    )
+    batch = len(segments.start)
+    with on(query):
+        _fold[heads, tiles](
+            query, folded, plan.taken, segments.cu_q_dev, tiles, query.stride(0), query.stride(1),
+            BATCH=batch, BATCH_PAD=power_of_two(batch), GROUP=heads // kv_heads, DIM=dim,
+            DIM_PAD=power_of_two(dim), QUERIES=tile.queries, num_warps=4,
+        )  # fmt: skip
+    cu_q, cu_k, used_q, used_k = plan.bounds
+    return plan.attend(
+        folded, k[:, None], v[:, None], cu_q, cu_k, used_q[:-1], used_k[:-1],
+        plan.queries, plan.rows, scale,
+    )  # fmt: skip
 
 
 @triton.jit
-def _row_tiles(cu_q, BATCH: tl.constexpr, BATCH_PAD: tl.constexpr, QUERIES: tl.constexpr):
-    """Tiles of each sequence."""
-    b = tl.arange(0, BATCH_PAD)
-    low = tl.load(cu_q + b, mask=b < BATCH, other=0)
-    high = tl.load(cu_q + b + 1, mask=b < BATCH, other=0)
-    return (high - low + QUERIES - 1) // QUERIES
-
-
-@triton.jit
-def _gather(
-    pages_k, pages_v, pages_meta, slabs, table, counts, k, v, at, table_b, table_h,
-    HEADS: tl.constexpr, UNITS_PAD: tl.constexpr, SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+def _fold(
+    query, folded, taken, cu_q, tiles, query_h, query_t,
+    BATCH: tl.constexpr, BATCH_PAD: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    unit = tl.program_id(1)
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    count = tl.load(counts + unit)
-    padded = (count + ROWS - 1) // ROWS * ROWS
-    if tl.program_id(0) * BLOCK >= padded:
+    """Copies the tiles that have a rectangle: `[Hq, T, D]` to `[Hkv * T, G, D]`."""
+    head = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    kv_head = head // GROUP
+    if tl.load(taken + kv_head * tiles + tile) == 0:
         return
-    b = (unit // HEADS).to(tl.int64)
-    h = (unit % HEADS).to(tl.int64)
+    b, local = _find_tile(cu_q, tile, BATCH, BATCH_PAD, QUERIES)
+    q0 = tl.load(cu_q + b)
+    length = tl.load(cu_q + b + 1) - q0
+    m = local * QUERIES + tl.arange(0, QUERIES)
     d = tl.arange(0, DIM_PAD)
-    there = n < count
-    page = tl.load(table + b * table_b + h * table_h + n // PAGE, mask=there, other=0)
-    slot = n % PAGE
-    mask = there[:, None] & (d < DIM)[None, :]
-    inside = slot[:, None] * DIM + d[None, :]
-    from_k = page_offset(slabs, page, KEYS, SLAB_PAGES, PAGE * DIM)
-    from_v = page_offset(slabs, page, VALUES, SLAB_PAGES, PAGE * DIM)
-    from_meta = page_offset(slabs, page, META, SLAB_PAGES, PAGE)
-    row = _first_row(counts, unit, UNITS_PAD, ROWS) + n
-    to = row[:, None] * DIM + d[None, :]
-    real = (d < DIM)[None, :] & (n < padded)[:, None]
-    tl.store(k + to, tl.load(pages_k + from_k[:, None] + inside, mask=mask, other=0.0), mask=real)
-    tl.store(v + to, tl.load(pages_v + from_v[:, None] + inside, mask=mask, other=0.0), mask=real)
-    meta = tl.load(pages_meta + from_meta + slot, mask=there, other=0)
-    tl.store(at + row, meta & _POSITION_MASK, mask=there)
+    row = (q0 + m).to(tl.int64)
+    to = ((kv_head * tl.load(cu_q + BATCH) + row) * GROUP + head % GROUP) * DIM
+    mask = (m < length)[:, None] & (d < DIM)[None, :]
+    q = tl.load(query + head * query_h + row[:, None] * query_t + d[None, :], mask=mask)
+    tl.store(folded + to[:, None] + d[None, :], q, mask=mask)
 
 
 @triton.jit
-def _limits(
-    at, counts, cu_q, start, limits, window, tiles, steps,
-    BATCH: tl.constexpr, BATCH_PAD: tl.constexpr, HEADS: tl.constexpr, UNITS_PAD: tl.constexpr,
-    QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """For each tile of a head, its rows before the window of the tile's first query (bisection)."""
-    unit = tl.program_id(1)
-    b = unit // HEADS
-    batch = tl.arange(0, BATCH_PAD)
-    own = _row_tiles(cu_q, BATCH, BATCH_PAD, QUERIES)
-    before = tl.sum(tl.where(batch < b, own, 0), 0)
-    mine = tl.sum(tl.where(batch == b, own, 0), 0)
-    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    cut = tl.load(start + b) + tile * QUERIES - window + 1
-    at += _first_row(counts, unit, UNITS_PAD, ROWS)
-    low = tl.zeros([BLOCK], tl.int32)
-    high = low + tl.load(counts + unit)
-    for _ in range(0, steps):
-        middle = (low + high) // 2
-        open_ = low < high
-        less = tl.load(at + middle, mask=open_, other=0) < cut
-        low = tl.where(open_ & less, middle + 1, low)
-        high = tl.where(open_ & (less == 0), middle, high)
-    tl.store(limits + (unit % HEADS) * tiles + before + tile, low, mask=tile < mine)
+def _find_tile(cu_q, tile, BATCH: tl.constexpr, BATCH_PAD: tl.constexpr, QUERIES: tl.constexpr):
+    """The sequence of a tile, and the tile's number in it."""
+    own = row_tiles(cu_q, BATCH, BATCH_PAD, QUERIES)
+    b = tl.sum((tl.cumsum(own, 0) <= tile).to(tl.int32), 0)
+    return b, tile - tl.sum(tl.where(tl.arange(0, BATCH_PAD) < b, own, 0), 0)
 
 
 @triton.jit
@@ -281,19 +225,18 @@ def _rows(base, offsets, d, DIM: tl.constexpr, DIM_PAD: tl.constexpr):
 
 @triton.jit
 def _attend(
-    query, key, value, flags, far_k, far_v, limits, counts, out, cu_q, cu_k, start, window, scale,
-    tiles, query_h, query_t, key_h, key_t, value_h, value_t, flags_h, out_h, out_t,
+    query, key, value, flags, far_k, far_v, limits, counts, taken, begun, lse, out,
+    cu_q, cu_k, start, window, scale, tiles,
+    query_h, query_t, key_h, key_t, value_h, value_t, flags_h, out_h, out_t,
     BATCH: tl.constexpr, BATCH_PAD: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    UNITS_PAD: tl.constexpr, ROWS: tl.constexpr, HAS_FAR: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr, QUERIES: tl.constexpr, KEYS_: tl.constexpr, STAGES: tl.constexpr,
+    UNITS_PAD: tl.constexpr, ROWS: tl.constexpr, HAS_FAR: tl.constexpr, BEGUN: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, QUERIES: tl.constexpr,
+    KEYS_: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     tile = tiles - 1 - tl.program_id(1)  # the longest tiles first
     kv_head = head // GROUP
-    own = _row_tiles(cu_q, BATCH, BATCH_PAD, QUERIES)
-    b = tl.sum((tl.cumsum(own, 0) <= tile).to(tl.int32), 0)
-    local = tile - tl.sum(tl.where(tl.arange(0, BATCH_PAD) < b, own, 0), 0)
+    b, local = _find_tile(cu_q, tile, BATCH, BATCH_PAD, QUERIES)
     q0 = tl.load(cu_q + b)
     length = tl.load(cu_q + b + 1) - q0
     k0 = tl.load(cu_k + b)
@@ -316,10 +259,23 @@ def _attend(
     if HAS_FAR:
         limit = tl.load(limits + kv_head * tiles + tile)
         unit = b * KV_HEADS + kv_head.to(tl.int32)
-        far = _first_row(counts, unit, UNITS_PAD, ROWS)
+        far = first_row(counts, unit, UNITS_PAD, ROWS)
+        done = 0
+        if BEGUN:
+            # A normalised output is a weighted sum whose weights add up to 1 at the top `lse`.
+            done = tl.load(taken + kv_head * tiles + tile)
+            total_q = tl.load(cu_q + BATCH)
+            at_m = kv_head * total_q + row + m
+            started = local * QUERIES + m < tl.where(done > 0, length, 0)
+            at_lse = (head % GROUP) * KV_HEADS * total_q + at_m
+            top = tl.load(lse + at_lse, mask=started, other=float("-inf")) * _LOG2E
+            total = tl.where(started, 1.0, 0.0)
+            at_acc = (at_m * GROUP + head % GROUP)[:, None] * DIM + d[None, :]
+            acc = tl.load(begun + at_acc, mask=started[:, None] & (d < DIM)[None, :], other=0.0)
+            acc = acc.to(tl.float32)
         inside = n[:, None] * DIM + d[None, :]
         whole = limit // KEYS_ * KEYS_
-        for at in tl.range(0, whole, KEYS_, num_stages=STAGES):
+        for at in tl.range(done, whole, KEYS_, num_stages=STAGES):
             if DESCRIPTORS:
                 k = far_k.load([(far + at).to(tl.int32), 0])
                 v = far_v.load([(far + at).to(tl.int32), 0])

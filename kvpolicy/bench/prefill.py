@@ -115,23 +115,61 @@ def _row(bench: Bench, case: str, p: Problem, ms: float, **more: Any) -> Row:
     )  # fmt: skip
 
 
+def _gather(p: Problem, rectangles: Any) -> Any:
+    from ..kernels.sparse_prefill import gather, tile_of
+
+    group, tile = p.query.shape[0] // p.key.shape[0], tile_of(p.query)
+    return gather(p.segments, p.pages, p.table, p.counts, p.window, tile, rectangles, group)
+
+
+def _attend(p: Problem, far: Any) -> Tensor:
+    from ..kernels.sparse_prefill import attend, tile_of
+
+    more = p.window, p.scale, tile_of(p.query)
+    return attend(p.query, *p.recent, p.segments, p.counts, far, *more)
+
+
+def _ways(p: Problem) -> dict[str, Any]:
+    """Rectangles of each way that is present, the one that the library takes first."""
+    from ..kernels import sparse_prefill as kernel
+
+    own = kernel.choose_rectangles(p.query)
+    if own is None:
+        return {"Triton alone": None}
+    ways = {"FA3 rectangles": own._replace(average=0, work=0), "Triton alone": None}
+    far = _gather(p, own)
+    return ways if far is not None and far.plan is not None else dict(reversed(ways.items()))
+
+
 def sparse(
     bench: Bench, case: str, tokens: int, rates: list[float], dim: int, wanted: float
 ) -> Iterator[Row]:
-    """The tile kernel on gathered rows; the gather is timed apart."""
-    from ..kernels import sparse_prefill as kernel
-
+    """Attention to gathered rows by every way present; the gather is timed apart."""
     p = problem(bench, tokens, rates, dim)
-    shared = kernel.shared_memory(bench.device)
-    tile = kernel.choose_tile(kernel.dot_size(dim), p.query.element_size(), shared)
-    gather = lambda: kernel.gather(p.segments, p.pages, p.table, p.counts, p.window, tile)  # noqa: E731
-    far = gather()
-    attend = lambda: kernel.attend(  # noqa: E731
-        p.query, *p.recent, p.segments, p.counts, far, p.window, p.scale, tile
-    )
-    p.check(case, attend())
-    ms = median_ms([attend], bench.device)
     dense = dense_ms(bench, tokens, dim)
+    for other, (way, rectangles) in enumerate(_ways(p).items()):
+        gather = functools.partial(_gather, p, rectangles)
+        attend = functools.partial(_attend, p, gather())
+        p.check(f"{case}, {way}", attend())
+        ms = median_ms([attend], bench.device)
+        if other:
+            yield _row(bench, f"{case}: {way}", p, ms, note="not what the library takes here")
+            continue
+        goals = _goals(bench, case, p, ms, wanted, dense)
+        against = ", ".join(f"{t / ms:.2f}x {name} {t:.4g} ms" for name, t in dense.items())
+        yield _row(bench, case, p, ms, goals=goals, baseline=against, note=way)
+        moved = 2.0 * 2 * 2 * int(p.counts.sum()) * dim
+        took = median_ms([gather], bench.device)
+        yield Row(
+            group="prefill", name=f"{case}: gather", value=took, rate=moved / took / 1e9,
+            rate_unit="TB/s", floor=bench.floor_ms(moved=moved), note="inside end-to-end times",
+        )  # fmt: skip
+
+
+def _goals(
+    bench: Bench, case: str, p: Problem, ms: float, wanted: float, dense: dict[str, float]
+) -> tuple[Goal, ...]:
+    tokens, dim = p.query.shape[1:]
     rate = 4.0 * dim * p.pairs() / ms / 1e9
     goals = [Goal(what="TFLOP/s", wanted=wanted, got=rate, at_most=False)] if wanted else []
     if dim == bench.pick(64, 16) and "FA3" in dense:
@@ -142,14 +180,7 @@ def sparse(
             if name in dense:
                 got = dense[name] / ms
                 goals.append(Goal(what=f"x {name}", wanted=times, got=got, at_most=False))
-    against = ", ".join(f"{t / ms:.2f}x {name} {t:.4g} ms" for name, t in dense.items())
-    yield _row(bench, case, p, ms, goals=tuple(goals), baseline=against)
-    moved = 2.0 * 2 * 2 * int(p.counts.sum()) * dim
-    took = median_ms([gather], bench.device)
-    yield Row(
-        group="prefill", name=f"{case}: gather", value=took, rate=moved / took / 1e9,
-        rate_unit="TB/s", floor=bench.floor_ms(moved=moved), note="inside end-to-end times",
-    )  # fmt: skip
+    return tuple(goals)
 
 
 def last_chunk(bench: Bench, case: str) -> Iterator[Row]:
@@ -160,14 +191,18 @@ def last_chunk(bench: Bench, case: str) -> Iterator[Row]:
     p = problem(
         bench, tokens, [0.25] * bench.pick(KV_HEADS, 2), bench.pick(128, 32), tokens - queries
     )
-    call = lambda: kernel.prefill_attention(  # noqa: E731
+    whole = lambda: kernel.prefill_attention(  # noqa: E731
         p.query, *p.recent, p.segments, p.pages, p.table, p.counts, p.window, p.scale
     )
-    p.check(case, call())
-    ms = median_ms([call], bench.device)
-    rate = 4.0 * p.query.shape[2] * p.pairs() / ms / 1e9
-    goal = Goal(what="TFLOP/s", wanted=560, got=rate, at_most=False)
-    yield _row(bench, case, p, ms, goals=(goal,), note="gather included")
+    for other, (way, rectangles) in enumerate(_ways(p).items()):
+        parts = lambda rectangles=rectangles: _attend(p, _gather(p, rectangles))  # noqa: E731
+        call = parts if other else whole
+        p.check(f"{case}, {way}", call())
+        ms = median_ms([call], bench.device)
+        rate = 4.0 * p.query.shape[2] * p.pairs() / ms / 1e9
+        goals = () if other else (Goal(what="TFLOP/s", wanted=560, got=rate, at_most=False),)
+        name = f"{case}: {way}" if other else case
+        yield _row(bench, name, p, ms, goals=goals, note=f"{way}, gather included")
 
 
 def everything(bench: Bench, case: str) -> Iterator[Row]:
@@ -175,8 +210,7 @@ def everything(bench: Bench, case: str) -> Iterator[Row]:
     from ..kernels import dense_prefill as kernel
 
     tokens, dim = bench.pick(131072, 96), bench.pick(128, 32)
-    kv_heads = bench.pick(KV_HEADS, 2)
-    p = problem(bench, tokens, [1.0] * kv_heads, dim)
+    p = problem(bench, tokens, [1.0] * bench.pick(KV_HEADS, 2), dim)
 
     def call() -> Tensor:
         return kernel.dense_prefill(p.query, *p.recent[:2], p.segments, p.pages, p.table, p.scale)
@@ -204,19 +238,13 @@ def cases(bench: Bench) -> list[Case]:
     ]
     found = [
         Case(
-            group="prefill", name=name, run=functools.partial(_sparse_case, name, *rest),
-            rank=0 if name == "131K 25%" else 40,
+            group="prefill", name=name, rank=0 if name == "131K 25%" else 40,
+            run=functools.partial(sparse, case=name, tokens=n, rates=rates, dim=d, wanted=wanted),
         )
-        for name, *rest in plan
+        for name, n, rates, d, wanted in plan
     ]  # fmt: skip
     chunk = "last 8K chunk of 131K 25%"
     found.insert(3, Case(group="prefill", name=chunk, run=lambda b: last_chunk(b, chunk), rank=40))
     every = "everything admitted 131K"
     found.append(Case(group="prefill", name=every, run=lambda b: everything(b, every), rank=41))
     return found
-
-
-def _sparse_case(
-    name: str, tokens: int, rates: list[float], dim: int, wanted: float, bench: Bench
-) -> Iterator[Row]:
-    return sparse(bench, name, tokens, rates, dim, wanted)

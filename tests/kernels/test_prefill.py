@@ -98,7 +98,6 @@ def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
         queries, keys, descriptors = request.param
         small = sparse.Tile(queries, keys, 4, 2, descriptors)
         monkeypatch.setattr(sparse, "choose_tile", lambda *_: small)
-        monkeypatch.setattr(dense, "choose_tile", lambda *_: small)
 
 
 @pytest.mark.parametrize("window", [1, 7, 40, 63, 64, 65])

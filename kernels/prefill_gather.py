@@ -1,0 +1,272 @@
+"""Global tokens of a prompt call in contiguous rows, and which of them queries read without a mask.
+
+Each tile of queries reads the rows before its window. Blocks of many tiles may leave the rows that
+all of their queries see to a dense kernel: rectangles of queries and rows.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..types import POSITION_MASK, Pages, Segments
+from ._flash import Attend
+from ._launch import cdiv, dense_last, on, power_of_two
+from ._slabs import KEYS, META, VALUES, page_offset
+
+_POSITION_MASK = tl.constexpr(POSITION_MASK)
+ROWS = 128  # a head's gathered rows start at, and are padded with zeros to, a multiple of this
+_LIMITS = 128  # tiles that one program of the limit kernel serves
+
+
+class Tile(NamedTuple):
+    """Queries and keys of a tile, warps and pipeline stages; how gathered rows are loaded."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    descriptors: bool = False
+
+
+class Rectangles(NamedTuple):
+    """A dense kernel for rectangles, and which ones it gets.
+
+    Blocks of `queries` are whole tiles of FlashAttention-3 (128 or 192 queries): 1536 keeps the
+    rows that a tile adds to its rectangle few, and the K and V that run at a time shared by many
+    tiles. It reads whole blocks of up to `spare` keys: so many rows before the end of a head's rows
+    are left over, that no sequence touches another's.
+
+    On an H200 it reaches 607 to 627 TFLOP/s where the tile kernel reaches 515, and costs four more
+    trips of a query through memory (its copy, and the rectangle's output): even at about 1400 rows
+    a query, or 700 once the queries are copied. Hence `least` rows for a rectangle; `average` rows
+    a query and `work` (queries times rows, about 1 ms) for a call.
+    """
+
+    attend: Attend
+    queries: int = 1536
+    spare: int = 192
+    least: int = 1024
+    average: int = 1536
+    work: int = 1 << 30
+
+
+class Plan(NamedTuple):
+    """Rectangles of a call.
+
+    `taken` `[Hkv, tiles]` counts the rows that a tile's rectangle has read. `bounds` `[4, n + 1]`
+    int32 holds first query, first row, queries and rows of each, queries counted over KV heads as
+    in `[Hkv * Tq]`; an empty one has no queries.
+    """
+
+    attend: Attend
+    taken: Tensor
+    bounds: Tensor
+    queries: int
+    rows: int
+
+
+class Far(NamedTuple):
+    """Gathered global tokens: rows `[N, D]` of all heads, and what each tile of a head may read.
+
+    `limits` `[Hkv, tiles]` counts the head's rows before the tile's window.
+    """
+
+    k: Tensor
+    v: Tensor
+    limits: Tensor
+    plan: Plan | None = None
+
+
+def lengths(segments: Segments) -> list[int]:
+    """Queries of each sequence."""
+    return [b - a for a, b in pairwise(segments.cu_q)]
+
+
+def tile_count(segments: Segments, queries: int) -> int:
+    """Tiles over all sequences."""
+    return sum(cdiv(n, queries) for n in lengths(segments))
+
+
+def gather(
+    segments: Segments,
+    pages: Pages,
+    table: Tensor,
+    counts: Tensor,
+    window: int,
+    tile: Tile,
+    rectangles: Rectangles | None = None,
+    group: int = 1,
+) -> Far | None:
+    """The global tokens of all heads in contiguous rows; None if there are none.
+
+    Plans `rectangles` where they pay; `group` query heads share a KV head.
+    """
+    batch, heads = counts.shape
+    table, counts = dense_last(table), counts.contiguous()
+    each = counts.tolist()
+    held = [n for row in each for n in row]
+    longest = max(held)
+    if longest == 0 or not any(lengths(segments)):
+        return None
+    size, dim = pages.k.shape[1:]
+    rows = sum(cdiv(n, ROWS) for n in held) * ROWS
+    tiles = tile_count(segments, tile.queries)
+    k = torch.empty(rows, dim, dtype=pages.k.dtype, device=pages.k.device)
+    v = torch.empty_like(k)
+    at = torch.empty(rows, dtype=torch.int32, device=k.device)
+    limits = torch.empty(heads, tiles, dtype=torch.int32, device=k.device)
+    plan, blocks = None, 0
+    if rectangles is not None and _pays(rectangles, segments, each, window, group):
+        blocks = tile_count(segments, rectangles.queries)
+        bounds = torch.empty(4, heads * blocks + 1, dtype=torch.int32, device=k.device)
+        most = min(rectangles.queries, max(lengths(segments)))
+        plan = Plan(rectangles.attend, torch.empty_like(limits), bounds, most, longest)
+    most = cdiv(max(lengths(segments)), tile.queries)
+    with on(k):
+        _gather[cdiv(longest, ROWS) * (ROWS // 32), batch * heads](
+            pages.k, pages.v, pages.meta, pages.slabs, table, counts, k, v, at,
+            table.stride(0), table.stride(1),
+            HEADS=heads, UNITS_PAD=power_of_two(batch * heads), SLAB_PAGES=pages.slab_pages,
+            PAGE=size, DIM=dim, DIM_PAD=power_of_two(dim), ROWS=ROWS, BLOCK=32, num_warps=4,
+        )  # fmt: skip
+        _limits[cdiv(most, _LIMITS), batch * heads](
+            at, counts, segments.cu_q_dev, segments.start_dev, limits,
+            plan.taken if plan else limits, plan.bounds if plan else limits, window, tiles,
+            blocks, rows, longest.bit_length(), BATCH=batch, BATCH_PAD=power_of_two(batch),
+            HEADS=heads, UNITS_PAD=power_of_two(batch * heads), QUERIES=tile.queries,
+            KEYS_=tile.keys, ROWS=ROWS, SPAN=rectangles.queries if rectangles and plan else 0,
+            SPARE=rectangles.spare if rectangles and plan else 0,
+            LEAST=rectangles.least if rectangles and plan else 0, BLOCK=_LIMITS, num_warps=4,
+        )  # fmt: skip
+    return Far(k, v, limits, plan)
+
+
+def _pays(
+    rectangles: Rectangles, segments: Segments, held: list[list[int]], window: int, group: int
+) -> bool:
+    """Whether rectangles take enough work, if each head's tokens lie evenly over its sequence."""
+    work = 0.0
+    for start, n, counts in zip(segments.start, lengths(segments), held, strict=True):
+        end = start + n - window
+        for count in counts if end > 0 else []:
+            density = count / end
+            # Queries past the first `low` positions beyond the window find `least` rows.
+            low = min(max(start - window, rectangles.least / max(density, 1e-9)), end)
+            work += density * (end * end - low * low) / 2 * group
+    queries = segments.cu_q[-1] * len(held[0]) * group
+    return work >= max(rectangles.average * queries, rectangles.work)
+
+
+@triton.jit
+def first_row(counts, unit, UNITS_PAD: tl.constexpr, ROWS: tl.constexpr):
+    """Where the rows of a unit (a head of a sequence) start."""
+    units = tl.arange(0, UNITS_PAD)
+    held = tl.load(counts + units, mask=units < unit, other=0)
+    return tl.sum(((held + ROWS - 1) // ROWS * ROWS).to(tl.int64), 0)
+
+
+@triton.jit
+def row_tiles(cu_q, BATCH: tl.constexpr, BATCH_PAD: tl.constexpr, QUERIES: tl.constexpr):
+    """Tiles of each sequence."""
+    b = tl.arange(0, BATCH_PAD)
+    low = tl.load(cu_q + b, mask=b < BATCH, other=0)
+    high = tl.load(cu_q + b + 1, mask=b < BATCH, other=0)
+    return (high - low + QUERIES - 1) // QUERIES
+
+
+@triton.jit
+def _gather(
+    pages_k, pages_v, pages_meta, slabs, table, counts, k, v, at, table_b, table_h,
+    HEADS: tl.constexpr, UNITS_PAD: tl.constexpr, SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    unit = tl.program_id(1)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    count = tl.load(counts + unit)
+    padded = (count + ROWS - 1) // ROWS * ROWS
+    if tl.program_id(0) * BLOCK >= padded:
+        return
+    b = (unit // HEADS).to(tl.int64)
+    h = (unit % HEADS).to(tl.int64)
+    d = tl.arange(0, DIM_PAD)
+    there = n < count
+    page = tl.load(table + b * table_b + h * table_h + n // PAGE, mask=there, other=0)
+    slot = n % PAGE
+    mask = there[:, None] & (d < DIM)[None, :]
+    inside = slot[:, None] * DIM + d[None, :]
+    from_k = page_offset(slabs, page, KEYS, SLAB_PAGES, PAGE * DIM)
+    from_v = page_offset(slabs, page, VALUES, SLAB_PAGES, PAGE * DIM)
+    from_meta = page_offset(slabs, page, META, SLAB_PAGES, PAGE)
+    row = first_row(counts, unit, UNITS_PAD, ROWS) + n
+    to = row[:, None] * DIM + d[None, :]
+    real = (d < DIM)[None, :] & (n < padded)[:, None]
+    tl.store(k + to, tl.load(pages_k + from_k[:, None] + inside, mask=mask, other=0.0), mask=real)
+    tl.store(v + to, tl.load(pages_v + from_v[:, None] + inside, mask=mask, other=0.0), mask=real)
+    meta = tl.load(pages_meta + from_meta + slot, mask=there, other=0)
+    tl.store(at + row, meta & _POSITION_MASK, mask=there)
+
+
+@triton.jit
+def _rows_before(at, count, cut, steps):
+    """How many of a head's rows have a position before each cut (bisection)."""
+    low = tl.zeros_like(cut)
+    high = low + count
+    for _ in range(0, steps):
+        middle = (low + high) // 2
+        open_ = low < high
+        less = tl.load(at + middle, mask=open_, other=0) < cut
+        low = tl.where(open_ & less, middle + 1, low)
+        high = tl.where(open_ & (less == 0), middle, high)
+    return low
+
+
+@triton.jit
+def _limits(
+    at, counts, cu_q, start, limits, taken, bounds, window, tiles, blocks, rows, steps,
+    BATCH: tl.constexpr, BATCH_PAD: tl.constexpr, HEADS: tl.constexpr, UNITS_PAD: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS_: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
+    SPARE: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """For each tile of a head, its rows before the window of the tile's first query."""
+    unit = tl.program_id(1)
+    b = unit // HEADS
+    h = unit % HEADS
+    batch = tl.arange(0, BATCH_PAD)
+    own = row_tiles(cu_q, BATCH, BATCH_PAD, QUERIES)
+    before = tl.sum(tl.where(batch < b, own, 0), 0)
+    mine = tl.sum(tl.where(batch == b, own, 0), 0)
+    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    far = first_row(counts, unit, UNITS_PAD, ROWS)
+    at += far
+    count = tl.load(counts + unit)
+    cut = tl.load(start + b) - window + 1
+    there = tile < mine
+    limit = _rows_before(at, count, cut + tile * QUERIES, steps)
+    tl.store(limits + h * tiles + before + tile, limit, mask=there)
+    if SPAN:
+        block = tile * QUERIES // SPAN
+        shared = _rows_before(at, count, cut + block * SPAN, steps)
+        shared = tl.maximum(tl.minimum(shared, count - SPARE), 0) // KEYS_ * KEYS_
+        shared = tl.where(shared < LEAST, 0, shared)
+        tl.store(taken + h * tiles + before + tile, shared, mask=there)
+        spans = row_tiles(cu_q, BATCH, BATCH_PAD, SPAN)
+        to = bounds + h * blocks + tl.sum(tl.where(batch < b, spans, 0), 0) + block
+        first = there & (block * SPAN == tile * QUERIES)
+        q0 = tl.load(cu_q + b)
+        length = tl.load(cu_q + b + 1) - q0
+        total = tl.load(cu_q + BATCH)
+        queries = tl.where(shared > 0, tl.minimum(length - block * SPAN, SPAN), 0)
+        stride = HEADS * blocks + 1
+        tl.store(to, h * total + q0 + block * SPAN, mask=first)
+        tl.store(to + stride, tl.zeros_like(block) + far.to(tl.int32), mask=first)
+        tl.store(to + 2 * stride, queries, mask=first)
+        tl.store(to + 3 * stride, shared, mask=first)
+        if (unit == 0) & (tl.program_id(0) == 0):
+            tl.store(bounds + HEADS * blocks, HEADS * total)
+            tl.store(bounds + stride + HEADS * blocks, rows)
