@@ -53,6 +53,32 @@ def _read_pages(
         tl.store(meta + n * PAGE + s, read_meta, mask=s < PAGE)
 
 
+def read_meta(pages: Pages, ids: Tensor) -> Tensor:
+    """Meta `[..., P]` of pages `ids` `[...]`, without their keys and values."""
+    size = pages.meta.shape[1]
+    flat = ids.reshape(-1).contiguous()  # a reshaped column keeps its stride
+    meta = torch.empty(*ids.shape, size, dtype=pages.meta.dtype, device=pages.meta.device)
+    if flat.numel():
+        with on(meta):
+            _read_meta[flat.numel(),](
+                pages.meta, pages.slabs, flat, meta,
+                SLAB_PAGES=pages.slab_pages, PAGE=size, PAGE_PAD=power_of_two(size), num_warps=1,
+            )  # fmt: skip
+    return meta
+
+
+@triton.jit
+def _read_meta(
+    pages_meta, slabs, ids, meta,
+    SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, PAGE_PAD: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    s = tl.arange(0, PAGE_PAD)
+    start = page_offset(slabs, tl.load(ids + n), META, SLAB_PAGES, PAGE)
+    read = tl.load(pages_meta + start + s, mask=s < PAGE, other=0)
+    tl.store(meta + n * PAGE + s, read, mask=s < PAGE)
+
+
 def copy_pages(pages: Pages, source: Tensor, target: Tensor) -> None:
     """Copies k, v, meta and summary of pages `source` `[N]` to pages `target` `[N]`.
 

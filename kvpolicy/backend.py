@@ -17,15 +17,20 @@ BACKENDS = ("auto", "reference", "triton")
 _KERNELS = {
     "append": "cache_write",
     "decode_write": "cache_write",
+    "read_tokens": "compact",
     "dense_prefill": "dense_prefill",
     "copy_pages": "page_io",
+    "read_meta": "page_io",
     "read_pages": "page_io",
     "read_summary": "page_io",
     "write_summary": "page_io",
     "quest_select": "page_select",
     "top_pages": "page_select",
     "paged_decode": "paged_decode",
+    "count_leaving": "prompt_write",
+    "write_leaving": "prompt_write",
     "prefill_attention": "sparse_prefill",
+    "window_scores": "window_scores",
     "write_gate": "write_gate",
 }
 

@@ -40,24 +40,19 @@ class Budget(ABC):
 
 def keep_best(scores: Tensor, valid: Tensor, amount: Tensor) -> Tensor:
     """Marks the `amount` `[B, Hkv]` best valid tokens of each head; ties keep the later token."""
-    return (rank(scores, valid) < amount[..., None]) & valid
-
-
-def rank(scores: Tensor, valid: Tensor) -> Tensor:
-    """Place of each token within its head, 0 the best; invalid tokens come last."""
     length = scores.shape[-1]
     if length == 0:
-        return torch.zeros_like(scores, dtype=torch.long)
-    worst = scores.masked_fill(~valid, float("-inf")).flip(-1)
-    # Two stable sorts: by score, then valid before invalid, so that a valid -inf still counts.
-    order = worst.sort(dim=-1, descending=True, stable=True).indices
-    order = order.gather(
-        -1,
-        valid.flip(-1).gather(-1, order).int().sort(dim=-1, descending=True, stable=True).indices,
-    )
-    place = torch.empty_like(order)
-    place.scatter_(-1, order, torch.arange(length, device=order.device).expand_as(order))
-    return place.flip(-1).masked_fill(~valid, length)
+        return valid.clone()
+    amount = torch.minimum(amount, valid.sum(-1))[..., None]
+    worst = scores.masked_fill(~valid, float("-inf"))
+    # The score of the last token that stays; those above it stay, and the latest of its equals.
+    ordered = worst.sort(dim=-1, descending=True).values
+    border = ordered.gather(-1, (amount - 1).clamp(min=0).expand(*scores.shape[:-1], 1))
+    above = (worst > border) & valid
+    equal = (worst == border) & valid
+    later = equal.int().flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)  # equals from here on
+    stays = equal & (later <= amount - above.sum(-1, keepdim=True))
+    return above | stays
 
 
 def is_budget(instance: Any, attribute: attrs.Attribute, value: Any) -> None:

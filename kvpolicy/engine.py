@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import caps
 from ._inputs import check_input
-from .eviction import AtPromptEnd
+from .deciding import decide, decide_prompt
 from .reference.page_select import combine_group
 from .store.dual_cache import (
     layer_segments,
@@ -17,7 +18,7 @@ from .store.dual_cache import (
     write_token,
 )
 from .store.state import CacheState, Call, LayerStore
-from .types import ADMITTED, MARKED, Write
+from .types import Write
 
 
 def open_call(
@@ -29,11 +30,12 @@ def open_call(
     state.reserve(max(a + b for a, b in zip(state.lengths, lengths, strict=True)))
     steps = max(lengths, default=0)
     if phase == "prompt":
+        caps.before_prompt(state, lengths)
         for pool in state.pools.values():
             pool.holders[state] = 0
         state.steps_reserved = 0
     elif state.steps_reserved < steps:
-        state.reserve_pages(max(steps, state.spec.interval))
+        caps.reserve(state, steps, max(steps, state.spec.interval))
     state.call = Call(phase=phase, added=lengths, valid=valid)
 
 
@@ -82,13 +84,15 @@ def prompt(
     write = Write(
         key, value, positions, seg.cu_q_dev, index, _heads(state), key_pre=key_pre, hidden=hidden
     )
-    flags = decide(layer, write, prompt=True)
+    flags = decide_prompt(layer, write)
     k = recent(layer, seg, key, layer.ring_k)
     v = recent(layer, seg, value, layer.ring_v)
     f = recent(layer, seg, flags, layer.ring_flags)
     write_prompt(state, layer, seg, k, v, f)
     scale, pages = state.spec.softmax_scale, layer.pool.pages
-    if layer.admission.neutral and not layer.slides and not any(state.floor):
+    # Dense kernels take one sequence after the other, which pays for whole prompts only.
+    alone = state.batch == 1 or not any(state.lengths)
+    if layer.admission.neutral and not layer.slides and not any(state.floor) and alone:
         out = state.ops.dense_prefill(query, k, v, seg, pages, layer.table, scale)
     else:
         out = state.ops.prefill_attention(
@@ -167,8 +171,9 @@ def _decode_token(
         key_pre=None if key_pre is None else key_pre.transpose(0, 1),
         hidden=hidden,
     )
-    flags = decide(layer, write, prompt=False).transpose(0, 1)
-    write_token(state, layer, query, key, value, flags, lengths, active)
+    decided, bits = decide(layer, write)
+    flags = None if decided is None else decided.transpose(0, 1)
+    write_token(state, layer, query, key, value, flags, bits, lengths, active)
     layer.selected = select(state, layer, query)
     return state.ops.paged_decode(
         query,
@@ -183,39 +188,6 @@ def _decode_token(
         state.spec.softmax_scale,
         selected=layer.selected,
     )
-
-
-def decide(layer: LayerStore, write: Write, prompt: bool) -> Tensor:
-    """Flags uint8 `[Hkv, T]` of new tokens: the admission's bit and the eviction's mark."""
-    shape = write.key.shape[:2]
-    if layer.slides:
-        return torch.zeros(shape, dtype=torch.uint8, device=write.key.device)
-    if layer.admission.neutral:
-        flags = torch.full(shape, ADMITTED, dtype=torch.uint8, device=write.key.device)
-    else:
-        flags = _decision(layer.admission, layer.admission.admit(write), write).to(torch.uint8)
-    if isinstance(layer.eviction, AtPromptEnd) or not layer.eviction.neutral:
-        # Generated tokens are not the prompt's and always keep the mark.
-        mark = layer.eviction.mark(write) if prompt else None
-        if mark is not None:
-            flags = flags | (_decision(layer.eviction, mark, write).to(torch.uint8) * MARKED)
-        else:
-            flags = flags | MARKED
-    return flags
-
-
-def _decision(policy: object, decision: Tensor, write: Write) -> Tensor:
-    shape = write.key.shape[:2]
-    if not isinstance(decision, Tensor) or decision.dtype != torch.bool or decision.shape != shape:
-        got = (
-            f"{decision.dtype} {list(decision.shape)}"
-            if isinstance(decision, Tensor)
-            else type(decision).__name__
-        )
-        raise ValueError(
-            f"{type(policy).__name__}: wanted a bool tensor {list(shape)} of decisions, got {got}"
-        )
-    return decision
 
 
 def select(state: CacheState, layer: LayerStore, query: Tensor) -> Tensor | None:

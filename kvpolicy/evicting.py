@@ -2,62 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
 from .budget import TotalCap, keep_best
-from .eviction import AtPromptEnd, Eviction
+from .eviction import AtPromptEnd
 from .store import compaction
 from .store.compaction import Drop
 from .store.state import CacheState, LayerStore
-from .types import EvictionView
 
 
 def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
     """One eviction for the sequences `rows`.
 
-    While `decoding`, only layers whose policy evicts then take part. All scores come before the
-    first drop, and so does every page that a drop takes: a policy that raises, or a cap, leaves the
-    cache as it was.
+    While `decoding`, only layers whose policy evicts then take part. All scores and new page
+    summaries come before the first drop, and so does every page that a drop takes: a policy that
+    raises, or a cap, leaves the cache as it was.
     """
-    drops: list[Drop] = []
+    layers = [
+        x
+        for x in state.layers
+        if not (x.slides or x.eviction.neutral or (decoding and x.eviction.when != "decode"))
+    ]
+    keeps = []
     targets = _capped_lengths(state, rows)
-    for layer in state.layers:
-        policy = layer.eviction
-        if layer.slides or policy.neutral or (decoding and policy.when != "decode"):
-            continue
-        allowed = _allowed(state, layer, rows)
-        if not int(layer.counts.max()):
-            continue
-        view = compaction.view(state, layer)
-        scores = _scores(policy, view)
-        keep = view.valid & (scores > float("-inf"))
+    allowed = {x.index: _allowed(state, x, rows) for x in layers}
+    for layer, scores, valid in _rated(state, layers):
+        keep = valid & (scores > float("-inf"))
+        budget, limit = layer.eviction.budget, allowed[layer.index]
         if targets is not None:
             amount = torch.tensor([row[layer.index] for row in targets], device=keep.device)
-            keep = keep & keep_best(scores, view.valid, amount)
-        elif allowed is not None and policy.budget is not None:
-            keep = keep & policy.budget.keep(scores, view.valid, allowed)
-        keep = keep | ~torch.tensor(rows, device=keep.device)[:, None, None]
-        drops.append(compaction.plan(state, layer, keep))
-        del view, scores
+            keep = keep & keep_best(scores, valid, amount)
+        elif budget is not None and limit is not None:
+            keep = keep & budget.keep(scores, valid, limit)
+        if not all(rows):
+            keep = keep | ~torch.tensor(rows, device=keep.device)[:, None, None]
+        keeps.append((layer, keep))
+    _drop(state, compaction.plan(state, keeps))
+    for layer in state.layers:
+        if isinstance(layer.eviction, AtPromptEnd) and not (layer.slides or decoding):
+            compaction.forget_unmarked(layer, torch.tensor(rows, device=layer.ring_flags.device))
+            _raise_floor(state, rows)
+    for row, on in enumerate(rows):
+        if on:
+            state.checked[row] = state.lengths[row]
+
+
+def _drop(state: CacheState, drops: list[Drop]) -> list[int]:
+    """Does what was planned; CapacityError comes first. Returns the tokens dropped, by sequence."""
     takes = dict.fromkeys(state.pools.values(), 0)
     for drop in drops:
         takes[drop.layer.pool] += drop.takes
     state.secure(takes)
-    changed = [False] * state.batch
+    compaction.drop(state, drops)
+    gone = [0] * state.batch
     for drop in drops:
-        compaction.drop(state, drop)
-        changed = [was or n > 0 for was, n in zip(changed, drop.gone, strict=True)]
-    for layer in state.layers:
-        if isinstance(layer.eviction, AtPromptEnd) and not (layer.slides or decoding):
-            compaction.forget_unmarked(layer, torch.tensor(rows, device=layer.ring_flags.device))
-            changed = rows
-    for row, on in enumerate(rows):
-        if on:
-            state.checked[row] = state.lengths[row]
-            state.floor[row] = state.lengths[row] if changed[row] else state.floor[row]
+        gone = [a + b for a, b in zip(gone, drop.gone, strict=True)]
+    _raise_floor(state, [n > 0 for n in gone])
     for pool in state.pools.values():
         pool.trim()
+    return gone
+
+
+def _raise_floor(state: CacheState, rows: list[bool]) -> None:
+    """Tokens of `rows` are gone for good: `crop` cannot go back to before now."""
+    state.floor = [
+        length if on else old
+        for on, length, old in zip(rows, state.lengths, state.floor, strict=True)
+    ]
 
 
 def _allowed(state: CacheState, layer: LayerStore, rows: list[bool]) -> Tensor | None:
@@ -72,17 +86,50 @@ def _allowed(state: CacheState, layer: LayerStore, rows: list[bool]) -> Tensor |
     return torch.tensor(allowed, device=layer.counts.device)
 
 
-def _scores(policy: Eviction, view: EvictionView) -> Tensor:
-    wanted = f"{type(policy).__name__}.score: wanted floats {list(view.valid.shape)} without NaN"
-    scores = policy.score(view)
+def _rated(
+    state: CacheState, layers: Sequence[LayerStore]
+) -> Iterator[tuple[LayerStore, Tensor, Tensor]]:
+    """Each layer that holds global tokens with `score(state, layer, ...)`.
+
+    NaN among any scores raises when all layers are through, so that the host waits once.
+    """
+    names, nan = [], []
+    for layer, most in zip(layers, compaction.longest(layers), strict=True):
+        if most:
+            scores, valid = score(state, layer, most)
+            names.append(type(layer.eviction).__name__)
+            nan.append(scores.isnan().any())
+            yield layer, scores, valid
+    if nan:
+        found = torch.stack([x.to(nan[0].device) for x in nan]).tolist()
+        for name, bad in zip(names, found, strict=True):
+            if bad:
+                raise ValueError(f"{name}.score: wanted floats without NaN, got NaN among them")
+
+
+def score(state: CacheState, layer: LayerStore, most: int) -> tuple[Tensor, Tensor]:
+    """Scores `[B, Hkv, N]` of a layer's global tokens by its eviction, and which slots hold one.
+
+    `most` is the largest number of global tokens of a head. A fused eviction reads the pages
+    itself; any other one sees a view of them.
+    """
+    policy, size = layer.eviction, state.spec.page_size
+    table, valid = compaction.held(layer, most, size)
+    if policy.fused is not None:
+        name, options = policy.fused
+        scores = getattr(state.ops, name)(
+            layer.pool.pages, table, layer.counts, layer.ring_k, layer.queries,
+            state.lengths_on[table.device], layer.window, state.spec.softmax_scale, **options,
+        )  # fmt: skip
+    else:
+        scores = policy.score(compaction.view(state, layer, most))
+    wanted = f"{type(policy).__name__}.score: wanted floats {list(valid.shape)} without NaN"
     if not isinstance(scores, Tensor) or not scores.dtype.is_floating_point:
         got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
         raise TypeError(f"{wanted}, got {got}")
-    if scores.shape != view.valid.shape:
+    if scores.shape != valid.shape:
         raise ValueError(f"{wanted}, got {list(scores.shape)}")
-    if bool(scores.isnan().any()):
-        raise ValueError(f"{wanted}, got NaN among them")
-    return scores
+    return scores, valid
 
 
 def _capped_lengths(state: CacheState, rows: list[bool]) -> list[list[list[int]]] | None:
@@ -92,6 +139,22 @@ def _capped_lengths(state: CacheState, rows: list[bool]) -> list[list[list[int]]
         return None
     budget = capped[0].eviction.budget
     assert isinstance(budget, TotalCap)
-    counts = [layer.counts.tolist() for layer in state.layers]
+    device = state.layers[0].counts.device
+    counts = torch.stack([layer.counts.to(device) for layer in state.layers]).tolist()
     per_row = [[layer[row] for layer in counts] for row in range(state.batch)]
     return [budget.lengths(c) if on else c for c, on in zip(per_row, rows, strict=True)]
+
+
+def shrink_to(state: CacheState, targets: list[list[list[int]]]) -> list[int]:
+    """Leaves the best `targets[row][i][head]` global tokens in the i-th layer that policies manage.
+
+    All or nothing, as `evict`. Returns the tokens dropped, by sequence.
+    """
+    layers = [x for x in state.layers if not x.slides]
+    places = {x.index: place for place, x in enumerate(layers)}
+    keeps = []
+    for layer, scores, valid in _rated(state, layers):
+        best = [row[places[layer.index]] for row in targets]
+        amount = torch.tensor(best, device=scores.device)
+        keeps.append((layer, keep_best(scores, valid, amount)))
+    return _drop(state, compaction.plan(state, keeps))

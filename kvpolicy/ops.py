@@ -17,9 +17,9 @@ def _dispatch(name: str, probe: Tensor, *args: Any, **kwargs: Any) -> Any:
     return getattr(ops(resolve("auto", probe.device)), name)(*args, **kwargs)
 
 
-def write_gate(key_pre: Tensor, key: Tensor, *args: Tensor) -> Tensor:
-    """Gate scores `[Hkv, T]`; see `kvpolicy.reference.write_gate`."""
-    return _dispatch("write_gate", key, key_pre, key, *args)
+def write_gate(key_pre: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Gate scores or decisions `[Hkv, T]`; see `kvpolicy.reference.write_gate`."""
+    return _dispatch("write_gate", key, key_pre, key, *args, **kwargs)
 
 
 def prefill_attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:

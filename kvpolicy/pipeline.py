@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from . import engine
+from . import caps, engine
 from ._inputs import check_call, check_complete, check_layer
 from ._validate import one_of
 from .admission import Admission, AdmitAll
@@ -89,8 +89,23 @@ class CachePipeline:
         for layer in range(spec.layers):
             for policy in (self.selection.at(layer), self.eviction.at(layer)):
                 _check_budget(policy, self.window)
+            self._check_caps(spec, layer)
             if spec.kv_heads < spec.model_kv_heads:
                 _check_shard(self.eviction.at(layer))
+
+    def _check_caps(self, spec: CacheSpec, layer: int) -> None:
+        evicts = spec.at_cap == "evict" and spec.slides(layer) is None
+        if evicts and self.eviction.at(layer).neutral:
+            raise ValueError(
+                f"at_cap: 'evict' wants an eviction that scores tokens, got {self.eviction} for "
+                f"layer {layer}"
+            )
+        least = self.window + (spec.interval if evicts else 1)
+        if spec.max_tokens is not None and spec.max_tokens < least:
+            raise ValueError(
+                f"max_tokens: wanted at least {least} (the window of {self.window} and "
+                f"{'interval' if evicts else 'one'} more), got {spec.max_tokens}"
+            )
 
     def begin(
         self,
@@ -103,8 +118,8 @@ class CachePipeline:
 
         `phase` is "prompt" (queries read all that is visible) or "decode" (every query selects for
         itself). A decode call of several columns names its real tokens by `valid` `[B, T]`. Evicts
-        if that is due, and reserves what decoding needs, so that capacity errors come before any
-        layer writes.
+        if that is due or a cap asks for it, and reserves what decoding needs, so that capacity
+        errors come before any layer writes.
         """
         check_call(state, lengths, phase, valid)
         self.maintain(state)
@@ -144,6 +159,7 @@ class CachePipeline:
         call = check_complete(state)
         engine.close_call(state)
         if call.phase == "prompt":
+            caps.after_prompt(state)
             acts = not self.eviction.neutral
             state.pending = [
                 was or (acts and n > 0) for was, n in zip(state.pending, call.added, strict=True)
@@ -168,6 +184,16 @@ class CachePipeline:
         due = self.due(state)
         if due:
             evict(state, due, decoding=True)
+
+    def reserve(self, state: CacheState, steps: int) -> None:
+        """Lets the next `steps` decode calls of one token run without reading the device.
+
+        For loops that replay a captured step. Evicts first where the spec's `at_cap` says so;
+        raises CapacityError where no step fits.
+        """
+        if state.call is not None:
+            raise PhaseError("reserve: a call is in flight; commit or abort it first")
+        caps.reserve(state, 1, steps)
 
     def due(self, state: CacheState) -> list[bool]:
         """The sequences for which `maintain` would evict now; empty if there is none."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import attrs
 import torch
 
-from ._validate import positive
+from ._validate import one_of, positive
 
 
 def _windows(value: Iterable[int | None]) -> tuple[int | None, ...]:
@@ -35,9 +35,13 @@ class CacheSpec:
     multiplies q.k (default `head_dim ** -0.5`). `sliding` gives, per layer, the window of layers
     that only slide and None for the others. `page_size` is in tokens, `rollback` the number of
     tokens that `crop` can take back, `interval` the number of decoded tokens between two
-    decode-time evictions. `max_bytes` caps the pages of a cache and its forks, used and reserved
-    (keys, values, positions, summaries; rings and tables come on top): what would exceed it raises
-    CapacityError and changes nothing. Tokens are capped by an eviction's budget.
+    decode-time evictions.
+
+    `max_bytes` caps the pages of a cache and its forks, used and reserved (keys, values, positions,
+    summaries; rings and tables come on top). `max_tokens` caps the tokens of every KV head of a
+    sequence, the window included. What a call would write beyond a cap raises CapacityError and
+    changes nothing (`at_cap="raise"`), or the pipeline's eviction first makes room for it, whatever
+    its own budget ("evict"; see `kvpolicy.caps`).
     """
 
     layers: int = attrs.field(validator=positive)
@@ -56,6 +60,10 @@ class CacheSpec:
     head_offset: int = attrs.field(default=0, validator=attrs.validators.ge(0))
     all_kv_heads: int | None = None
     max_bytes: int | None = attrs.field(default=None, validator=attrs.validators.optional(positive))
+    max_tokens: int | None = attrs.field(
+        default=None, validator=attrs.validators.optional(positive)
+    )
+    at_cap: str = attrs.field(default="raise", validator=one_of("raise", "evict"))
 
     def __attrs_post_init__(self) -> None:
         if self.heads % self.kv_heads:

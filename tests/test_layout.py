@@ -185,7 +185,13 @@ def packaged_files() -> set[str]:
 
 def _shipped(path: Path) -> str:
     inside = path.relative_to(ROOT)
-    data = "pretrained" in inside.parts and path.suffix in {".safetensors", ".tsv", ".json", ".pt"}
+    data = "pretrained" in inside.parts and path.suffix in {
+        ".safetensors",
+        ".tsv",
+        ".json",
+        ".pt",
+        ".md",
+    }
     is_shipped = path.is_file() and (path.suffix == ".py" or path.name == "py.typed" or data)
     return inside.as_posix() if is_shipped else ""
 

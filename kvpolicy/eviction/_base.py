@@ -29,6 +29,8 @@ class Eviction(ABC):
     when: str = "prompt_end"
     queries: int = 0
     needs: frozenset[str] = frozenset()  # extra inputs of `mark`, as for an admission
+    # Name and options of the op that gives what `score` says straight from the pages.
+    fused: tuple[str, dict[str, Any]] | None = None
 
     @property
     def neutral(self) -> bool:

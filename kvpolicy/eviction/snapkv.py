@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import attrs
 import torch
 import torch.nn.functional as F
@@ -45,6 +47,11 @@ class SnapKV(Eviction):
     @property
     def queries(self) -> int:  # type: ignore[override]
         return self.observation
+
+    @property
+    def fused(self) -> tuple[str, dict[str, Any]]:  # type: ignore[override]
+        names = ("observation", "kernel", "pooling", "group", "normalize")
+        return "window_scores", {name: getattr(self, name) for name in names}
 
     def score(self, view: EvictionView) -> Tensor:
         weights = self._weights(view)  # [B, Hkv, G, w, N]

@@ -2,13 +2,18 @@
 
 from .cache_write import append as append
 from .cache_write import decode_write as decode_write
+from .compact import read_tokens as read_tokens
 from .dense_prefill import dense_prefill as dense_prefill
 from .page_io import copy_pages as copy_pages
+from .page_io import read_meta as read_meta
 from .page_io import read_pages as read_pages
 from .page_io import read_summary as read_summary
 from .page_io import write_summary as write_summary
 from .page_select import quest_select as quest_select
 from .page_select import top_pages as top_pages
 from .paged_decode import paged_decode as paged_decode
+from .prompt_write import count_leaving as count_leaving
+from .prompt_write import write_leaving as write_leaving
 from .sparse_prefill import prefill_attention as prefill_attention
+from .window_scores import window_scores as window_scores
 from .write_gate import write_gate as write_gate

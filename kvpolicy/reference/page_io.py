@@ -16,6 +16,11 @@ def read_pages(pages: Pages, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return k, v, meta
 
 
+def read_meta(pages: Pages, ids: Tensor) -> Tensor:
+    """Meta `[..., P]` of pages `ids` `[...]`, without their keys and values."""
+    return pages.meta.index_select(0, ids.reshape(-1).long()).view(*ids.shape, -1)
+
+
 def copy_pages(pages: Pages, source: Tensor, target: Tensor) -> None:
     """Copies k, v, meta and summary of pages `source` `[N]` to pages `target` `[N]`."""
     source, target = source.long(), target.long()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
-from ..types import ADMITTED, POSITION_BITS, Segments
+from ..reference.prompt_write import places
+from ..types import Segments
+from .limits import check_tokens
 from .state import CacheState, LayerStore
 
 
@@ -45,15 +49,18 @@ def recent(layer: LayerStore, seg: Segments, new: Tensor, ring: Tensor) -> Tenso
     """New tokens `[Hkv, T, ...]` preceded, per sequence, by the ring's `[B, Hkv, slots, ...]`."""
     if seg.cu_q == seg.cu_k:
         return new
-    parts = []
-    for row, start in enumerate(seg.start):
-        q0, q1 = seg.cu_q[row : row + 2]
-        old = seg.cu_k[row + 1] - seg.cu_k[row] - (q1 - q0)
-        if old:
-            slot = torch.arange(start - old, start, device=new.device) % ring.shape[2]
-            parts.append(ring[row].index_select(1, slot))
-        parts.append(new[:, q0:q1])
-    return torch.cat(parts, 1)
+    slots = ring.shape[2]
+    if len(seg.start) == 1:
+        end = seg.start[0]
+        slot = torch.arange(end - seg.cu_k[1] + seg.cu_q[1], end, device=new.device) % slots
+        return torch.cat([ring[0].index_select(1, slot), new], 1)
+    # A fixed number of launches for any number of sequences.
+    rows, at, _ = places(seg, new.device)
+    start = seg.start_dev.long()[rows]
+    held = rows * slots + at % slots
+    fresh = len(seg.start) * slots + seg.cu_q_dev.long()[rows] + at - start
+    source = torch.cat([ring.transpose(0, 1).flatten(1, 2), new], 1)
+    return source.index_select(1, torch.where(at < start, held, fresh))
 
 
 def write_prompt(
@@ -65,51 +72,21 @@ def write_prompt(
     """
     call = state.call
     assert call is not None
-    call.before.setdefault(layer.index, layer.counts.clone())
-    if layer.slides:
-        return
-    device = key.device
-    rows, at, ends = _places(seg, device)
-    admitted = ((flags & ADMITTED) > 0) & (at < ends - layer.window)
-    running = torch.nn.functional.pad(admitted.int().cumsum(1, dtype=torch.int32), (1, 0))
-    base = running[:, seg.cu_k_dev.long()]  # [Hkv, B + 1]
-    added = (base[:, 1:] - base[:, :-1]).T
-    if not int(added.sum()):
-        return
     before = layer.counts.clone()
-    after = before + added
-    _give_pages(state, layer, before, after)
-    index = before.T[:, rows] + running[:, 1:] - 1 - base[:, rows]
-    dest = torch.where(admitted, index, -1).int()
-    meta = at.int() | ((flags.int() >> 1) & 1) << POSITION_BITS
-    state.ops.append(layer.pool.pages, layer.table, key, value, meta, dest, rows.int())
+    call.before.setdefault(layer.index, before)
+    if layer.slides or max(b - a for a, b in pairwise(seg.cu_k)) <= layer.window:
+        return
+    pool, rest = layer.pool, (flags, seg, layer.window)
+    after, fresh, ranks = state.ops.count_leaving(
+        flags, before, seg, layer.window, state.spec.page_size
+    )
+    # The host waits for this number, because only it can make the pool grow.
+    new = sum(sum(row) for row in fresh.tolist())
+    check_tokens(state, layer, after)
+    ids = pool.take(new) if new else fresh.new_empty(0)
+    state.ops.write_leaving(pool.pages, layer.table, before, key, value, *rest, ids, fresh, ranks)
     layer.counts.copy_(after)
     summarize(state, layer, before, after)
-
-
-def _places(seg: Segments, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Sequence, position and the sequence's new length, `[Tk]` each."""
-    cu = seg.cu_k_dev.long()
-    spans = cu[1:] - cu[:-1]
-    rows = torch.repeat_interleave(
-        torch.arange(len(seg.start), device=device), spans, output_size=seg.cu_k[-1]
-    )
-    ends = seg.start_dev.long() + seg.cu_q_dev[1:].long() - seg.cu_q_dev[:-1].long()
-    at = torch.arange(seg.cu_k[-1], device=device) - cu[1:][rows] + ends[rows]
-    return rows, at, ends[rows]
-
-
-def _give_pages(state: CacheState, layer: LayerStore, before: Tensor, after: Tensor) -> None:
-    """Takes pages for heads that grow from `before` to `after` tokens, into the table."""
-    size = state.spec.page_size
-    have, want = _ceil(before, size), _ceil(after, size)
-    column = torch.arange(layer.table.shape[2], device=before.device)
-    fresh = (column >= have[..., None]) & (column < want[..., None])
-    count = int((want - have).sum())
-    if count:
-        ids = layer.pool.take(count)
-        order = (fresh.flatten().cumsum(0) - 1).clamp(min=0)
-        layer.table.copy_(torch.where(fresh, ids[order].view(fresh.shape), layer.table))
 
 
 def summarize(state: CacheState, layer: LayerStore, before: Tensor, after: Tensor) -> None:
@@ -130,6 +107,11 @@ def refresh_summary(state: CacheState, layer: LayerStore, ids: Tensor, counts: T
     """Computes the summaries of pages `ids` `[N]` holding `counts` `[N]` tokens."""
     keys = state.ops.read_pages(layer.pool.pages, ids)[0]
     valid = torch.arange(keys.shape[1], device=ids.device) < counts[:, None]
+    state.ops.write_summary(layer.pool.pages, ids, summary_of(layer, keys, valid))
+
+
+def summary_of(layer: LayerStore, keys: Tensor, valid: Tensor) -> Tensor:
+    """What the selection says of pages: keys `[N, P, D]` and valid `[N, P]` to `[N, S]`."""
     summary = layer.selection.summarize(keys, valid)
     if summary.ndim != 2 or summary.shape[0] != keys.shape[0]:
         raise ValueError(
@@ -137,8 +119,7 @@ def refresh_summary(state: CacheState, layer: LayerStore, ids: Tensor, counts: T
             f"{list(summary.shape)}"
         )
     width = layer.pool.pages.summary.shape[1]  # type: ignore[union-attr]
-    summary = torch.nn.functional.pad(summary, (0, width - summary.shape[1]))
-    state.ops.write_summary(layer.pool.pages, ids, summary)
+    return torch.nn.functional.pad(summary, (0, width - summary.shape[1]))
 
 
 def write_ring(
@@ -150,14 +131,7 @@ def write_ring(
     ring = (layer.ring_k, layer.ring_v, layer.ring_flags)
     if any(state.lengths) and layer.index not in call.undo:
         call.undo[layer.index] = tuple(t.clone() for t in ring)
-    slots = layer.ring_k.shape[2]
-    for row, start in enumerate(seg.start):
-        q0, q1 = seg.cu_q[row : row + 2]
-        new = min(q1 - q0, slots)
-        if new:
-            slot = torch.arange(start + q1 - q0 - new, start + q1 - q0, device=key.device) % slots
-            for target, source in zip(ring, (key, value, flags), strict=True):
-                target[row].index_copy_(1, slot, source[:, q1 - new : q1])
+    _keep_last(ring, (key, value, flags), seg)
 
 
 def write_queries(state: CacheState, layer: LayerStore, seg: Segments, query: Tensor) -> None:
@@ -168,13 +142,34 @@ def write_queries(state: CacheState, layer: LayerStore, seg: Segments, query: Te
     assert call is not None
     if any(state.lengths) and layer.index in call.undo and len(call.undo[layer.index]) == 3:
         call.undo[layer.index] = (*call.undo[layer.index], layer.queries.clone())
-    slots = layer.queries.shape[2]
-    for row, start in enumerate(seg.start):
-        q0, q1 = seg.cu_q[row : row + 2]
-        new = min(q1 - q0, slots)
-        if new:
-            slot = torch.arange(start + q1 - q0 - new, start + q1 - q0, device=query.device) % slots
-            layer.queries[row].index_copy_(1, slot, query[:, q1 - new : q1])
+    _keep_last((layer.queries,), (query,), seg)
+
+
+def _keep_last(rings: tuple[Tensor, ...], news: tuple[Tensor, ...], seg: Segments) -> None:
+    """Writes the last new tokens `[H, T, ...]` of each sequence to rings `[B, H, slots, ...]`.
+
+    A token at position p is in slot p % slots.
+    """
+    slots = rings[0].shape[2]
+    if len(seg.start) == 1:
+        after, new = seg.start[0] + seg.cu_q[1], min(seg.cu_q[1], slots)
+        slot = torch.arange(after - new, after, device=rings[0].device) % slots
+        for ring, tokens in zip(rings, news, strict=True):
+            ring[0].index_copy_(1, slot, tokens[:, seg.cu_q[1] - new :])
+        return
+    if seg.cu_q[-1] == 0:
+        return
+    # A fixed number of launches for any number of sequences.
+    cu, start = seg.cu_q_dev.long(), seg.start_dev.long()[:, None]
+    first = cu[:-1, None]
+    end = start + cu[1:, None] - first
+    at = end - 1 - (end - 1 - torch.arange(slots, device=start.device)) % slots  # [B, slots]
+    fresh = at >= start
+    index = torch.where(fresh, first + at - start, 0)
+    for ring, tokens in zip(rings, news, strict=True):
+        written = tokens[:, index].transpose(0, 1)
+        mask = fresh.view(len(fresh), 1, slots, *[1] * (ring.ndim - 3))
+        ring.copy_(torch.where(mask, written, ring))
 
 
 def write_token(
@@ -183,17 +178,22 @@ def write_token(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    flags: Tensor,
+    flags: Tensor | None,
+    bits: int,
     lengths: Tensor,
     active: Tensor,
 ) -> None:
-    """Writes a decoded token a sequence: `key`, `value` `[B, Hkv, D]`, `flags` `[B, Hkv]` uint8."""
+    """Writes a decoded token a sequence: `key`, `value` `[B, Hkv, D]`, `flags` `[B, Hkv]` uint8.
+
+    `bits` are those of every head's flags.
+    """
     fused = layer.selection.fused == "quest_select"
     pages = layer.pool.pages
     ring = (layer.ring_k, layer.ring_v, layer.ring_flags)
     state.ops.decode_write(
         pages, layer.table, layer.counts, *ring, key, value, flags, lengths, active, layer.window,
-        minmax=fused and not layer.slides,
+        minmax=fused and not layer.slides, bits=bits,
+        query=None if layer.queries is None else query, queries=layer.queries,
     )  # fmt: skip
     if not (fused or layer.selection.neutral or layer.slides):
         # The page that may have been touched is the last one of each head.
@@ -202,12 +202,6 @@ def write_token(
         ids = layer.table.gather(2, last[..., None])[..., 0]
         held = (layer.counts - last.int() * size).flatten()
         refresh_summary(state, layer, ids.flatten(), held)
-    if layer.queries is not None:
-        slot = (lengths % layer.queries.shape[2]).view(-1, 1, 1, 1).expand(-1, *query.shape[1:], 1)
-        slot = slot.transpose(2, 3)
-        old = layer.queries.gather(2, slot)
-        new = torch.where(active.view(-1, 1, 1, 1), query[:, :, None], old)
-        layer.queries.scatter_(2, slot, new)
 
 
 def _ceil(counts: Tensor, size: int) -> Tensor:

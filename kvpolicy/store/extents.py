@@ -33,12 +33,16 @@ def copy_between(extents: list[Extent], source: Tensor, target: Tensor) -> None:
     bounds = torch.tensor(starts[1:], device=source.device)
     from_extent = torch.bucketize(source, bounds, right=True)
     to_extent = torch.bucketize(target, bounds, right=True)
-    for i in from_extent.unique().tolist():
-        for j in to_extent.unique().tolist():
-            pair = (from_extent == i) & (to_extent == j)
-            for old, new in zip(extents[i], extents[j], strict=True):
-                if old is not None and new is not None:
-                    new[target[pair] - starts[j]] = old[source[pair] - starts[i]]
+    pair = from_extent * len(extents) + to_extent
+    order = pair.sort(stable=True).indices
+    pairs, counts = pair.unique(return_counts=True)
+    amounts = counts.tolist()
+    parts = zip(source[order].split(amounts), target[order].split(amounts), strict=True)
+    for code, (old_ids, new_ids) in zip(pairs.tolist(), parts, strict=True):
+        i, j = divmod(code, len(extents))
+        for old, new in zip(extents[i], extents[j], strict=True):
+            if old is not None and new is not None:
+                new.index_copy_(0, new_ids - starts[j], old.index_select(0, old_ids - starts[i]))
 
 
 def widened(tensor: Tensor, size: int) -> Tensor:

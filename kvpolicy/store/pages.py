@@ -109,6 +109,14 @@ class PagePool:
             )
         self.limit = max_bytes // self.page_bytes - 1
 
+    @property
+    def room(self) -> int | None:
+        """Pages that can still be taken, growth included and those promised left out."""
+        most = self._most()
+        if most is None:
+            return None
+        return self.available + most - self.capacity - sum(self.holders.values())
+
     def promise(self, holder: CacheState, count: int) -> None:
         """Keeps `count` free pages for `holder`, beside those promised to others."""
         before = self.holders.get(holder, 0)
@@ -121,9 +129,8 @@ class PagePool:
 
     def ensure(self, count: int) -> None:
         """Grows until `count` pages are free and not promised; CapacityError at the limit."""
-        count += sum(self.holders.values())
-        missing = count - self.available
-        if missing <= 0:
+        missing = count + sum(self.holders.values()) - self.available
+        if count == 0 or missing <= 0:
             return
         most = self._most()
         if most is not None and self.capacity + missing > most:

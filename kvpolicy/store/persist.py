@@ -19,12 +19,11 @@ from ..spec import CacheSpec
 from ..types import POSITION_MASK
 from .dual_cache import summarize
 from .fingerprint import pipeline_fingerprint, tensors_hash
-from .state import CacheState, LayerStore
+from .state import HOST, CacheState, LayerStore
 
 FORMAT = "kvpolicy-cache-1"
-_HOST = ("lengths", "active", "floor", "reached", "checked", "pending")
 _LAYER = ("ring_k", "ring_v", "ring_flags", "counts", "evicted", "queries")
-_FREE = ("device", "max_bytes")  # sizes that a loaded cache may differ in
+_FREE = ("device", "max_bytes", "max_tokens", "at_cap")  # what a loaded cache may differ in
 
 
 class Pipeline(Protocol):
@@ -58,7 +57,7 @@ def save(
     """
     if state.call is not None:
         raise PhaseError("save: a call is in flight; commit or abort it first")
-    tensors = {name: torch.tensor([int(x) for x in getattr(state, name)]) for name in _HOST}
+    tensors = {name: torch.tensor([int(x) for x in getattr(state, name)]) for name in HOST}
     for layer in state.layers:
         found = {name: getattr(layer, name) for name in _LAYER} | _packed(state, layer)
         named = {f"{layer.index}.{name}": x for name, x in found.items() if x is not None}
@@ -111,7 +110,7 @@ def load(
         slots = (spec.slides(index) or pipeline.window) + spec.rollback
         _check(tensors, f"{index}.ring_k", (batch, spec.kv_heads, slots, spec.head_dim), spec.dtype)
     state = pipeline.init(spec, batch)
-    for name in _HOST:
+    for name in HOST:
         _check(tensors, name, (batch,), torch.int64)
         values = tensors[name].tolist()
         if not all(0 <= x <= POSITION_MASK for x in values):

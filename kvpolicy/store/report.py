@@ -23,7 +23,8 @@ class Report:
     Lists are `[layer][head]`, summed or averaged over sequences. `admitted` is the fraction of seen
     tokens admitted (None: the layer only slides, policies do not apply), `stored` the mean tokens
     held per sequence with the window, `evicted` the tokens dropped, `read` the mean tokens that the
-    last decoded token read.
+    last decoded token read. `overshoot` is the most tokens by which a head came to exceed
+    `max_tokens` during a prompt call, `cap_evicted` the tokens dropped because a cap was reached.
     """
 
     pages: int
@@ -40,6 +41,8 @@ class Report:
     read: list[list[float]]
     sliding_layers: list[int]
     shared_pages: int
+    overshoot: int
+    cap_evicted: int
 
     @property
     def total(self) -> int:
@@ -111,6 +114,8 @@ def report(state: CacheState) -> Report:
         read=[_read(state, x) for x in state.layers],
         sliding_layers=[x.index for x in state.layers if x.slides],
         shared_pages=shared,
+        overshoot=max(state.overshoot),
+        cap_evicted=sum(state.cap_evicted),
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import PhaseError
 from .rollback import own_partial
-from .state import CacheState, LayerStore
+from .state import HOST, CacheState, LayerStore
 
 
 def select_rows(state: CacheState, rows: Sequence[int]) -> CacheState:
@@ -30,6 +30,8 @@ def select_rows(state: CacheState, rows: Sequence[int]) -> CacheState:
     new.reached = [state.reached[r] if r >= 0 else 0 for r in rows]
     new.checked = [state.checked[r] if r >= 0 else 0 for r in rows]
     new.pending = [state.pending[r] if r >= 0 else False for r in rows]
+    new.overshoot = [state.overshoot[r] if r >= 0 else 0 for r in rows]
+    new.cap_evicted = [state.cap_evicted[r] if r >= 0 else 0 for r in rows]
     new.sync_devices()
     # The new state holds its tables before any page is taken, so that nothing can fail in between.
     for layer in state.layers:
@@ -69,7 +71,7 @@ def adopt(state: CacheState, other: CacheState) -> None:
         mine.selected = None
     # The rows belong to `state` now: what is left of `other` must not give them back.
     other.layers = []
-    for name in ("lengths", "active", "floor", "reached", "checked", "pending"):
+    for name in HOST:
         setattr(state, name, getattr(other, name))
     state.steps_reserved = 0
     for device, tensor in state.lengths_on.items():

@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from ..types import Segments
 
 
+# Lists of a CacheState with one entry a sequence, on the host.
+HOST = (
+    "lengths", "active", "floor", "reached", "checked", "pending", "overshoot", "cap_evicted",
+)  # fmt: skip
+
+
 @attrs.define(eq=False)
 class LayerStore:
     """One layer: a ring of recent tokens, a page table per head, and the layer's placed policies.
@@ -84,6 +90,8 @@ class CacheState:
         self.reached: list[int] = [0] * batch  # rings lost what lies `rollback` before this length
         self.checked: list[int] = [0] * batch  # length when an eviction was last considered
         self.pending: list[bool] = [False] * batch  # prompts that have not ended
+        self.overshoot: list[int] = [0] * batch  # most tokens of a head above `max_tokens`
+        self.cap_evicted: list[int] = [0] * batch  # tokens dropped because a cap was reached
         self.lengths_on: dict[torch.device, Tensor] = {}
         self.active_on: dict[torch.device, Tensor] = {}
         self.cu_one: dict[torch.device, Tensor] = {}  # cu_seqlens of one token a sequence
@@ -126,6 +134,7 @@ class CacheState:
     def resume(self) -> None:
         """Makes every sequence active again, for a next turn."""
         self.active = [True] * self.batch
+        self.steps_reserved = 0
         self.sync_devices()
 
     def reserve(self, tokens: int) -> None:
@@ -144,14 +153,20 @@ class CacheState:
 
     def reserve_pages(self, steps: int) -> None:
         """Makes sure that `steps` decoded tokens a sequence find a page each time one is needed."""
-        size = self.spec.page_size
-        for device, pool in self.pools.items():
+        for pool, count in self.pages_for(steps).items():
+            pool.promise(self, count)
+        self.steps_reserved = steps
+
+    def pages_for(self, steps: int) -> dict[PagePool, int]:
+        """Pages that `steps` decoded tokens a sequence may need (reads the device)."""
+        size, found = self.spec.page_size, {}
+        for pool in self.pools.values():
             need: Tensor | int = 0
             for layer in self.layers:
-                if not layer.slides and layer.ring_k.device == device:
+                if not layer.slides and layer.pool is pool:
                     need = need + _pages(layer.counts + steps, size) - _pages(layer.counts, size)
-            pool.promise(self, int(need.sum()) if isinstance(need, Tensor) else 0)
-        self.steps_reserved = steps
+            found[pool] = int(need.sum()) if isinstance(need, Tensor) else 0
+        return found
 
     def horizon(self, most: int) -> int:
         """Decoded tokens to reserve for at once: `interval`, or up to `most` for 5 % of the pages.
@@ -198,6 +213,7 @@ class CacheState:
         self.lengths = [0] * self.batch
         self.floor, self.reached = [0] * self.batch, [0] * self.batch
         self.checked, self.pending = [0] * self.batch, [False] * self.batch
+        self.overshoot, self.cap_evicted = [0] * self.batch, [0] * self.batch
         self.call, self.steps_reserved = None, 0
         self.resume()
         for pool in self.pools.values():
@@ -217,6 +233,7 @@ class CacheState:
         new.layers, new.call, new.steps_reserved = [], None, 0
         new.lengths, new.active, new.floor = [0] * batch, [True] * batch, [0] * batch
         new.reached, new.checked, new.pending = [0] * batch, [0] * batch, [False] * batch
+        new.overshoot, new.cap_evicted = [0] * batch, [0] * batch
         new.lengths_on = {d: t.new_zeros(batch) for d, t in self.lengths_on.items()}
         new.active_on = {d: t.new_ones(batch) for d, t in self.active_on.items()}
         new.cu_one = {

@@ -89,7 +89,7 @@ def one_row(view: EvictionView, row: int) -> EvictionView:
     """One sequence alone."""
     part = slice(row, row + 1)
     rows = {k: v[part] for k, v in view._asdict().items() if isinstance(v, Tensor)}
-    return view._replace(**rows)  # type: ignore[arg-type]
+    return view._replace(**rows)
 
 
 def one_head(view: EvictionView, head: int) -> EvictionView:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from ..budget import Adaptive, Budget, Pyramid, TotalCap
+from ..evicting import score
 from ..eviction import Eviction
 from ..eviction._base import WHEN
 from ..pipeline import CachePipeline
 from ..spec import CacheSpec
 from ..store import CacheState
+from ..store.compaction import longest, view
 from ..types import EvictionView
 from ._cache import decode, kept, prompt, random_data
 from ._common import ConformanceError, check_equal, check_tensor, check_value, require, run
@@ -36,7 +38,8 @@ def check_eviction(
 
     Properties: frozen, comparable, options, needs, runs, shape, dtype, device, inputs unchanged,
     stateless, no NaN, invalid slots, batch, heads, and those of an admission for `mark`; in a
-    pipeline: cut, batch, window, frees pages, budget, neutral, takes effect. Runs on the CPU.
+    pipeline: fused, cut, batch, window, frees pages, budget, neutral, takes effect. Runs on the
+    CPU.
 
     Args:
         policy: the eviction.
@@ -136,6 +139,7 @@ def _pipeline(
     data = random_data(spec, [tokens, max(tokens - size, 1)], steps, hidden, seed)
     state = prompt(pipeline, data, tokens)
     before = pipeline.report(state)
+    _fused(state)
     pipeline.end_prompt(state)
     found, wanted = pipeline.report(state), kept(state, range(2))
 
@@ -169,6 +173,19 @@ def _pipeline(
     decode(pipeline, state, data)
     if policy.when == "decode":
         _budget(pipeline, state, state.lengths, spec.interval)
+
+
+def _fused(state: CacheState) -> None:
+    """An op that scores straight from the pages says what `score` says."""
+    for layer, most in zip(state.layers, longest(state.layers), strict=True):
+        policy = layer.eviction
+        if policy.fused is None or not most:
+            continue
+        got, valid = run(policy, score, state, layer, most)
+        wanted = policy.score(view(state, layer, most)).masked_fill(~valid, 0.0)
+        case = f"from {policy.fused[0]}, as from score"
+        got = got.masked_fill(~valid, 0.0)
+        check_equal("fused", policy, got.to(wanted.dtype), wanted, case)
 
 
 def _lengths(spec: CacheSpec, lengths: list[int]) -> list[int]:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from kvpolicy import BackendError
-from kvpolicy.bench import run, runner, timing
+from kvpolicy.bench import end_to_end, plots, prefill, run, runner, timing
 from kvpolicy.bench.context import Bench, Case, check
+from kvpolicy.bench.model import SHAPES, Setting
 from kvpolicy.bench.prefill import Problem, problem
 from kvpolicy.bench.rows import CheckFailed, Goal, Row
 from kvpolicy.kernels import paged_decode
 
 CUDA = torch.cuda.is_available()
-ONE_OF_EACH = ["32K 25%", "everything admitted", "8K page 16", "write", "snapkv", "gate 100K"]
+ONE_OF_EACH = ["32K 25%", "everything admitted", "8K page 16", "write", "snapkv", "gate, 100K"]
 
 
 @pytest.fixture
@@ -41,7 +43,9 @@ def test_quick_run_writes_results(tmp_path: Path, capsys: pytest.CaptureFixture)
     lines = (tmp_path / "results.md").read_text().splitlines()
     assert len(lines) == len(rows) + 4
     assert len({line.count("|") for line in lines[2:]}) == 1
-    assert {path.name for path in tmp_path.glob("*.png")} >= {"prefill-ms.png", "decode-us.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} >= {
+        "prefill-ms.png", "decode-us.png", "model-over-context.png", "model-over-stored.png",
+    }  # fmt: skip
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1].startswith("goals:")
     assert printed[-len(rows) - 2].startswith("group")
@@ -85,7 +89,54 @@ def test_nothing_starts_after_the_limit(tmp_path: Path) -> None:
 def test_important_benchmarks_come_first(bench: Bench) -> None:
     names = [f"{case.group}: {case.name}" for case in runner.choose(bench, [])]
     assert names[:3] == ["prefill: 131K 25%", "decode: 100K page 64", "decode: 100K page 16"]
-    assert names[3].startswith("model: gate 100K")
+    assert names[3].startswith("model: gate, 100K")
+
+
+def test_every_target_has_a_setting() -> None:
+    planned = {end_to_end.FIRST, *end_to_end.PLAN}
+    assert len(planned) == len(end_to_end.PLAN) + 1
+    for table in (end_to_end.TTFT, end_to_end.TPOT):
+        for shape, goals in table.items():
+            assert {end_to_end.GATE(tokens=n, shape=shape) for n in goals} <= planned
+    assert {end_to_end.GATE(tokens=32_000, batch=n) for n in end_to_end.BATCHED} <= planned
+
+
+@pytest.mark.parametrize(
+    "setting, prompt",
+    [
+        (end_to_end.GATE(tokens=100_000), 4.43),
+        (end_to_end.DENSE(tokens=100_000), 7.15),
+        (end_to_end.GATE(tokens=400_000), 33.9),
+    ],
+)
+def test_estimates_cover_what_was_measured(setting: Setting, prompt: float) -> None:
+    """Prompt and 350 steps in seconds, measured with uncompiled layers; not twice as much."""
+    assert prompt + 4 < end_to_end.seconds(setting) < 2 * prompt + 20
+
+
+def test_curves_hold_points_and_floors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import matplotlib.pyplot as plt
+
+    lines: list[tuple[str, list[float], list[float]]] = []
+    monkeypatch.setattr(plt, "close", lambda figure: lines.extend(
+        (axis.get_ylabel(), list(line.get_xdata()), list(line.get_ydata()))
+        for axis in figure.axes for line in axis.lines
+    ))  # fmt: skip
+    rows = [
+        Row(
+            group="model", name="", value=10.0 * n, unit="ms", floor=7.0 * n,
+            extra={"what": "TPOT", "shape": SHAPES[0], "policy": "gate", "tokens": 100_000 * n,
+                   "batch": 1, "fraction": 0.25, "stored": n},
+        )
+        for n in (2, 1)
+    ]  # fmt: skip
+    plots.draw(tmp_path, rows)
+    assert ("TPOT [ms]", [100.0, 200.0], [10.0, 20.0]) in lines
+    assert ("TPOT [ms]", [100.0, 200.0], [7.0, 14.0]) in lines
+    names = {path.name for path in tmp_path.glob("*.png")}
+    assert names == {
+        f"model-{x}.png" for x in ("ms", "over-context", "over-fraction", "over-stored")
+    }
 
 
 def test_unknown_names_are_refused(bench: Bench) -> None:
@@ -140,3 +191,25 @@ def test_relative_error_is_of_the_norm() -> None:
     check("fine", exact + 0.009, exact)
     with pytest.raises(CheckFailed):
         check("off", exact + 0.011, exact)
+
+
+def test_both_ways_of_a_prompt_are_measured(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvpolicy.kernels import sparse_prefill
+    from kvpolicy.kernels.prefill_gather import Rectangles
+
+    def dense(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(len(q))
+        return q, q[..., 0].T.float()
+
+    calls: list[int] = []
+    own = Rectangles(dense, least=1000, average=0, work=0)
+    monkeypatch.setattr(sparse_prefill, "choose_rectangles", lambda query: own)
+    monkeypatch.setattr(prefill, "median_ms", lambda calls, device: 1.0)
+    rows = list(prefill.sparse(bench, "own", 48, [0.3, 0.3], 16, 540))
+    assert [row.name for row in rows] == ["own", "own: gather", "own: Triton alone"]
+    assert calls and [len(row.goals) for row in rows] == [1, 0, 0]
+    calls.clear()
+    own = own._replace(work=1 << 30)
+    rows = list(prefill.last_chunk(bench, "chunk"))
+    assert [row.name for row in rows] == ["chunk", "chunk: FA3 rectangles"]
+    assert calls and [len(row.goals) for row in rows] == [1, 0]

@@ -37,6 +37,40 @@ def contents(state, layer, row):
     return heads
 
 
+class Held:
+    """One layer of a cache on the host, all heads at once, to be compared with oracles."""
+
+    def __init__(self, state, layer):
+        store, size = state.layers[layer], state.spec.page_size
+        self.state, self.layer = state, layer
+        self.counts, self.evicted = store.counts.tolist(), store.evicted.tolist()
+        most = -(-max(max(row) for row in self.counts) // size)
+        k, v, meta = state.ops.read_pages(store.pool.pages, store.table[:, :, :most])
+        self.k, self.v, self.meta = (x.cpu().flatten(2, 3) for x in (k, v, meta))
+        self.ring = [x.cpu() for x in (store.ring_k, store.ring_v, store.ring_flags)]
+
+    def check(self, row, oracle):
+        pages = [oracle.pages(h) for h in range(oracle.heads)]
+        assert self.counts[row] == [len(at) for at in pages], (self.layer, row)
+        assert self.evicted[row] == oracle.evicted
+        heads = torch.tensor([h for h, at in enumerate(pages) for _ in at], dtype=torch.long)
+        slot = torch.tensor([i for at in pages for i in range(len(at))], dtype=torch.long)
+        at = torch.tensor(sum(pages, []), dtype=torch.long)
+        meta = self.meta[row][heads, slot]
+        assert torch.equal(meta & POSITION_MASK, at.int()), (self.layer, row)
+        assert torch.equal(self.k[row][heads, slot], oracle.k[heads, at])
+        assert torch.equal(self.v[row][heads, slot], oracle.v[heads, at])
+        near = torch.arange(max(oracle.n - oracle.W, 0), oracle.n)
+        ring_k, ring_v, flags = (x[row][:, near % x.shape[2]] for x in self.ring)
+        assert torch.equal(ring_k, oracle.k[:, near]) and torch.equal(ring_v, oracle.v[:, near])
+        if not oracle.slides:
+            assert torch.equal((flags & ADMITTED) > 0, oracle.alive[:, near])
+            if not oracle.eviction.neutral:
+                assert torch.equal(meta > POSITION_MASK, oracle.mark[heads, at])
+        h = oracle.n % oracle.heads
+        assert self.state.kept(self.layer, row, h).tolist() == pages[h] + near.tolist()
+
+
 def digest(state):
     """Everything that decides what comes next, as plain lists; unused memory left out."""
     rows = range(state.batch)

@@ -12,7 +12,10 @@ from kvpolicy import Admission, Eviction, Selection
 
 
 def check_pool(states):
-    """Every page is free or referenced, once for each table entry that names it."""
+    """Every page is free or referenced, once for each table entry that names it.
+
+    Returns the pages that several heads share.
+    """
     pool = next(iter(states[0].pools.values()))
     available = pool.available
     free = pool.free[:available].tolist()
@@ -22,7 +25,7 @@ def check_pool(states):
         for layer in state.layers:
             size, width = state.spec.page_size, layer.table.shape[2]
             held = -(-layer.counts // size)
-            used = torch.arange(width) < held[..., None]
+            used = torch.arange(width, device=held.device) < held[..., None]
             assert (layer.table[used] > 0).all() and not layer.table[~used].any()
             assert not layer.slides or not used.any()
             named.update(layer.table[used].tolist())
@@ -35,6 +38,7 @@ def check_pool(states):
     assert refs == named
     assert set(named) | set(free) == set(range(1, pool.capacity))
     assert not set(named) & set(free)
+    return sum(n > 1 for n in named.values())
 
 
 def check_summaries(state):
@@ -43,10 +47,11 @@ def check_summaries(state):
     for layer in state.layers:
         if layer.selection.neutral or layer.slides:
             continue
-        held = (layer.counts[..., None] - size * torch.arange(layer.table.shape[2])).clamp(0, size)
+        column = torch.arange(layer.table.shape[2], device=layer.counts.device)
+        held = (layer.counts[..., None] - size * column).clamp(0, size)
         ids, counts = layer.table[held > 0], held[held > 0]
         keys = state.ops.read_pages(layer.pool.pages, ids)[0]
-        want = layer.selection.summarize(keys, torch.arange(size) < counts[:, None])
+        want = layer.selection.summarize(keys, column.new_tensor(range(size)) < counts[:, None])
         got = state.ops.read_summary(layer.pool.pages, ids)
         assert torch.equal(got[:, : want.shape[1]], want)
 

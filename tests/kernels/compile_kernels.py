@@ -19,12 +19,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kvpolicy.kernels import (
     _launch,
     cache_write,
+    compact,
     page_io,
     page_select,
     paged_decode,
+    prompt_write,
     sparse_prefill,
+    window_scores,
     write_gate,
 )
+from kvpolicy.kernels.prefill_gather import Rectangles
 from kvpolicy.types import Segments
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KB that one program may use
@@ -85,7 +89,7 @@ def call_all(dim: int, page: int, dtype: torch.dtype) -> None:
     lengths, active = torch.full((1,), 400), torch.ones(1, dtype=torch.bool)
     cache_write.decode_write(
         pages, table, counts, ring, ring, flags, new, new, flags[:, :, 0].contiguous(), lengths,
-        active, window, True,
+        active, window, True, 2, query, torch.zeros(1, heads * group, 64, dim, dtype=dtype),
     )  # fmt: skip
     for selected in (None, torch.zeros(1, heads, 256, dtype=torch.int32)):
         paged_decode.paged_decode(
@@ -98,15 +102,32 @@ def call_all(dim: int, page: int, dtype: torch.dtype) -> None:
     cache_write.append(pages, table, key, key, dest, dest, dest[0])
     ids = table[0, 0]
     page_io.read_pages(pages, ids)
+    page_io.read_meta(pages, ids)
+    compact.read_tokens(pages, table, dest[None])
     page_io.copy_pages(pages, ids, ids)
     page_io.write_summary(pages, ids, page_io.read_summary(pages, ids))
     bounds = torch.tensor([0, tokens], dtype=torch.int32)
     segments = Segments((0, tokens), (0, tokens), (0,), bounds, bounds, bounds[:1])
-    sparse_prefill.prefill_attention(
-        torch.zeros(heads * group, tokens, dim, dtype=dtype), key, key, dest.byte(), segments,
-        pages, table, counts, window, 0.1,
-    )  # fmt: skip
+    rectangles = Rectangles(lambda q, *_: (q, q[..., 0].T.float()), average=0, work=0)
+    after, fresh, ranks = prompt_write.count_leaving(dest.byte(), counts, segments, window, page)
+    prompt_write.write_leaving(
+        pages, table, counts, key, key, dest.byte(), segments, window, ids, fresh, ranks
+    )
+    for found in (None, rectangles):
+        sparse_prefill.choose_rectangles = lambda query, found=found: found
+        sparse_prefill.prefill_attention(
+            torch.zeros(heads * group, tokens, dim, dtype=dtype), key, key, dest.byte(), segments,
+            pages, table, counts, window, 0.1,
+        )  # fmt: skip
     hidden = 512
+    observed = torch.zeros(1, heads * group, 288, dim, dtype=dtype)
+    for how, norm, count in (
+        ("mean", "visible", 256), ("max", "visible", 32), ("max", "global", 300),
+    ):  # fmt: skip
+        window_scores.window_scores(
+            pages, table, counts, ring, observed, lengths, window, 0.1, observation=count,
+            kernel=5, pooling="avg", group=how, normalize=norm,
+        )  # fmt: skip
     write_gate.write_gate(
         key, key, key[0, 0], key[0, 0], torch.zeros(heads, hidden, 2 * dim, dtype=dtype),
         torch.zeros(heads, hidden, dtype=dtype), torch.zeros(heads, hidden, dtype=dtype),

@@ -27,8 +27,13 @@ def run(configuration: str, cache: Path) -> None:
         "_append",
         "_attend",
         "_chunks",
+        "_column_sums",
         "_decode_write",
+        "_fold",
+        "_read_tokens",
+        "_row_sums",
         "_split",
+        "_store",
         "_top_pages",
     } <= compiled
 

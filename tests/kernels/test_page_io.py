@@ -30,6 +30,7 @@ def test_page_io(page: int, dim: int, dtype: torch.dtype, first: str) -> None:
         page_io.read_pages(pool.pages, ids), reference.read_pages(want, ids), strict=True
     ):
         assert_same(got, expected)
+    assert_same(page_io.read_meta(pool.pages, ids), reference.read_meta(want, ids))
     assert_same(page_io.read_summary(pool.pages, ids), reference.read_summary(want, ids))
     new = randn(4, 2 * dim, dtype=torch.float32, seed=2)
     into = torch.tensor([2, 0, 9, 5], device=DEVICE)
@@ -48,6 +49,7 @@ def test_no_pages() -> None:
     none = torch.zeros(2, 0, dtype=torch.int32, device=DEVICE)
     k, _, meta = page_io.read_pages(pool.pages, none)
     assert k.shape == (2, 0, 16, 16) and meta.shape == (2, 0, 16)
+    assert page_io.read_meta(pool.pages, none).shape == (2, 0, 16)
     assert page_io.read_summary(pool.pages, none).shape == (2, 0, 32)
     page_io.copy_pages(pool.pages, none[0], none[1])
     page_io.write_summary(pool.pages, none[0], torch.zeros(0, 32, device=DEVICE))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpolicy.budget import Adaptive, Pyramid, Ratio, Tokens, TotalCap, keep_best, rank
+from kvpolicy.budget import Adaptive, Pyramid, Ratio, Tokens, TotalCap, keep_best
 
 INF = float("inf")
 
@@ -43,20 +43,6 @@ def test_keep_best_is_a_sort(data, amounts):
     for n, amount in enumerate(amounts):
         wanted = best_by_hand(scores[n], valid[n], amount)
         assert kept[n].nonzero().flatten().tolist() == sorted(wanted)
-
-
-@settings(deadline=None, derandomize=True)
-@given(data=heads())
-def test_rank_is_the_place_in_a_sort(data):
-    scores, valid, length = data
-    places = rank(
-        torch.tensor(scores).view(4, 1, length),
-        torch.tensor(valid, dtype=torch.bool).view(4, 1, length),
-    )
-    for n in range(4):
-        order = best_by_hand(scores[n], valid[n], length)
-        wanted = [order.index(i) if i in order else length for i in range(length)]
-        assert places[n, 0].tolist() == wanted
 
 
 def test_budget_keep_gives_each_head_its_share():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvpolicy import Tokens
-from kvpolicy.eviction import Eviction
+from kvpolicy.eviction import Eviction, SnapKV
 from kvpolicy.testing import ConformanceError, check_eviction
 
 CALLS = itertools.count()
@@ -103,6 +103,7 @@ def test_norm_passes():
         ({"score": score_by_the_batch}, "batch"),
         ({"score": score_by_other_heads_too}, "heads"),
         ({"score": score_unknown}, "runs"),
+        ({"queries": 4, "fused": SnapKV(budget=40, observation=4).fused}, "fused"),
         ({"mark": mark_ahead}, "causal"),
         ({"when": "sometimes"}, "options"),
         ({"needs": {"key_pre"}}, "needs"),

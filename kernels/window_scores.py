@@ -1,0 +1,343 @@
+"""SnapKV's scores straight from pages: log-sum-exps of the observed queries, then column sums.
+
+The observed queries of a group are rows of one product. The first pass keeps a tile of rows and
+streams a fixed split of the keys past it; the parts of a row are added in one order. The second
+pass keeps a block of keys, streams all rows past it and sums their weights. Splits and blocks
+depend on nothing but a head's own length, so a head scores the same in any batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..types import POSITION_MASK, Pages
+from ._launch import cdiv, check_dtype, dense_last, dot_size, on, shared_memory
+from ._math import dot
+from ._slabs import KEYS, META, page_offset
+
+_POSITION_MASK = tl.constexpr(POSITION_MASK)
+_LOG2E = 1.4426950408889634
+_SPLIT = 2048  # keys that one program of the first pass looks at
+_PARTS = 16  # partial sums that are added at once
+_MEAN, _MAX, _EACH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+class Tile(NamedTuple):
+    """Rows or keys that a program holds, and how many of the other it streams at once."""
+
+    held: int
+    streamed: int
+    warps: int
+    stages: int
+
+
+def choose_tile(dim: int, itemsize: int, shared: int) -> Tile:
+    """The tile for a padded head_dim; where memory allows two programs run beside each other."""
+    if itemsize == 4:
+        return Tile(64, 32, 4, 2) if dim <= 128 else Tile(32, 32, 4, 2)
+    if dim <= 128:
+        return Tile(128, 64, 8, 3)
+    if shared >= 128 << 10:
+        return Tile(128, 64, 8, 3 if shared >= 200 << 10 else 2)
+    return Tile(64, 32, 4, 3)
+
+
+def window_scores(
+    pages: Pages,
+    table: Tensor,
+    counts: Tensor,
+    ring_k: Tensor,
+    ring_q: Tensor,
+    lengths: Tensor,
+    window: int,
+    scale: float,
+    *,
+    observation: int,
+    kernel: int,
+    pooling: str,
+    group: str,
+    normalize: str,
+) -> Tensor:
+    """Scores `[B, Hkv, M * P]` by the weights of the last queries; see the reference."""
+    check_dtype("window_scores", "ring_q", ring_q)
+    batch, kv_heads, slots, dim = ring_k.shape
+    heads, query_slots = ring_q.shape[1:3]
+    units, groups, size = batch * kv_heads, heads // kv_heads, pages.k.shape[1]
+    width, rows = table.shape[2] * size, groups * observation
+    mass = torch.empty(batch, kv_heads, width, dtype=torch.float32, device=ring_q.device)
+    if not mass.numel():
+        return mass
+    table, counts = dense_last(table), dense_last(counts)
+    ring_k, ring_q = dense_last(ring_k), dense_last(ring_q)
+    tile = choose_tile(dot_size(dim), ring_q.element_size(), shared_memory(ring_q.device))
+    mode = 0 if group == "mean" else 2 if normalize == "global" else 1
+    near = int(normalize == "visible")
+    parts = cdiv(width, _SPLIT) + near
+    part = torch.empty(units, parts, rows, dtype=torch.float32, device=ring_q.device)
+    lse = torch.empty(units, rows, dtype=torch.float32, device=ring_q.device)
+    sizes = dict(
+        SLAB_PAGES=pages.slab_pages, PAGE=size, KV_HEADS=kv_heads, GROUP=groups,
+        OBSERVED=observation, QUERY_SLOTS=query_slots, DIM=dim, DIM_PAD=dot_size(dim),
+        # Stored tokens have left the window: only older queries can lie before some of them.
+        CAUSAL=observation > window,
+    )  # fmt: skip
+    row_tile = min(tile.held, dot_size(rows))
+    query_tile = min(tile.streamed, dot_size(rows if mode == 0 else observation))
+    strides = (
+        table.stride(0), table.stride(1), counts.stride(0),
+        ring_q.stride(0), ring_q.stride(1), ring_q.stride(2),
+    )  # fmt: skip
+    with on(ring_q):
+        _row_sums[cdiv(rows, row_tile), parts, units](
+            pages.k, pages.meta, pages.slabs, table, counts, ring_k, ring_q, lengths, part,
+            window, scale * _LOG2E, parts, *strides,
+            ring_k.stride(0), ring_k.stride(1), ring_k.stride(2),
+            **sizes, SLOTS=slots, NEAR=near, SPLIT=_SPLIT, QUERIES=row_tile, KEYS_=tile.streamed,
+            # Page id, slab and key are loads in a row, each as many steps ahead of the next.
+            STAGES=3 * (tile.stages - 1) + 1, num_warps=tile.warps,
+        )  # fmt: skip
+        _add_parts[cdiv(rows, 128), units](
+            part, lse, parts, rows, PARTS=_PARTS, BLOCK=128, num_warps=4
+        )  # fmt: skip
+        _column_sums[cdiv(width, tile.held), units](
+            pages.k, pages.meta, pages.slabs, table, counts, ring_q, lengths, lse, mass, width,
+            scale * _LOG2E, *strides,
+            **sizes, MODE=mode, QUERIES=query_tile, KEYS_=tile.held, STAGES=tile.stages,
+            num_warps=tile.warps,
+        )  # fmt: skip
+    pool = F.avg_pool1d if pooling == "avg" else F.max_pool1d
+    return pool(mass, kernel, 1, kernel // 2)
+
+
+@triton.jit
+def _queries(
+    ring_q, length, head, g, i, there, query_h, query_s,
+    OBSERVED: tl.constexpr, QUERY_SLOTS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+):  # fmt: skip
+    """Queries i of the window, of query heads g of a KV head; zeros where there is none."""
+    d = tl.arange(0, DIM_PAD)
+    at = length - OBSERVED + i
+    slot = ((at + OBSERVED * QUERY_SLOTS) % QUERY_SLOTS).to(tl.int64)
+    to = ring_q + (head * GROUP + g) * query_h + slot * query_s
+    mask = (there & (at >= 0))[:, None] & (d < DIM)[None, :]
+    return tl.load(to[:, None] + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _keys(
+    pages_k, pages_meta, slabs, table, n, count,
+    SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Keys of a head's tokens n, and their positions (0 unless CAUSAL asks for them)."""
+    d = tl.arange(0, DIM_PAD)
+    slot = n % PAGE
+    inside = slot[:, None] * DIM + d[None, :]
+    if MASKED:
+        there = n < count
+        page = tl.load(table + n // PAGE, mask=there, other=0)
+        mask = there[:, None] & (d < DIM)[None, :]
+        from_k = page_offset(slabs, page, KEYS, SLAB_PAGES, PAGE * DIM)
+        k = tl.load(pages_k + from_k[:, None] + inside, mask=mask, other=0.0)
+    else:
+        page = tl.load(table + n // PAGE)
+        from_k = page_offset(slabs, page, KEYS, SLAB_PAGES, PAGE * DIM)
+        if DIM == DIM_PAD:
+            k = tl.load(pages_k + from_k[:, None] + inside)
+        else:
+            k = tl.load(pages_k + from_k[:, None] + inside, mask=(d < DIM)[None, :], other=0.0)
+    where = n * 0
+    if CAUSAL:
+        from_meta = page_offset(slabs, page, META, SLAB_PAGES, PAGE)
+        where = tl.load(pages_meta + from_meta + slot, mask=n < count, other=0) & _POSITION_MASK
+    return k, where
+
+
+@triton.jit
+def _add(scores, scale, top, total, MASKED: tl.constexpr):
+    """One step of the online log-sum-exp of rows, to base 2; masked scores are -inf."""
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+    base = new_top
+    if MASKED:  # a row that has seen nothing yet would compute inf - inf
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(scores * scale - base[:, None])
+    return new_top, total * tl.exp2(top - base) + tl.sum(weights, 1)
+
+
+@triton.jit
+def _level(top, total):
+    """The log-sum-exp, to base 2: -inf for a row that has seen nothing."""
+    empty = total == 0
+    return tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, total)))
+
+
+@triton.jit
+def _row_sums(
+    pages_k, pages_meta, slabs, table, counts, ring_k, ring_q, lengths, part, window, scale, parts,
+    table_b, table_h, counts_b, query_b, query_h, query_s, ring_b, ring_h, ring_s,
+    SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    OBSERVED: tl.constexpr, QUERY_SLOTS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    CAUSAL: tl.constexpr, KEYS_: tl.constexpr, STAGES: tl.constexpr, SLOTS: tl.constexpr,
+    NEAR: tl.constexpr, SPLIT: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exps of a tile of rows over one part of the keys; part 0 is the window if NEAR."""
+    unit = tl.program_id(2).to(tl.int64)
+    b, head = unit // KV_HEADS, unit % KV_HEADS
+    rows: tl.constexpr = GROUP * OBSERVED
+    r = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    g, i = r // OBSERVED, r % OBSERVED
+    to = part + (unit * parts + tl.program_id(1)) * rows + r
+    count = tl.load(counts + b * counts_b + head)
+    low = (tl.program_id(1) - NEAR) * SPLIT
+    if low >= count:
+        tl.store(to, tl.full([QUERIES], float("-inf"), tl.float32), mask=r < rows)
+        return
+    length = tl.load(lengths + b).to(tl.int32)
+    q = _queries(
+        ring_q + b * query_b, length, head, g, i, r < rows, query_h, query_s,
+        OBSERVED, QUERY_SLOTS, GROUP, DIM, DIM_PAD,
+    )  # fmt: skip
+    at = length - OBSERVED + i
+    n = tl.arange(0, KEYS_)
+    d = tl.arange(0, DIM_PAD)
+    top = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    blank = tl.zeros([QUERIES, KEYS_], tl.float32)
+    if low < 0:
+        ring_k += b * ring_b + head * ring_h
+        for start in tl.range(0, window, KEYS_, num_stages=1):
+            where = length - window + start + n
+            there = (where >= 0) & (where < length)
+            slot = tl.where(there, where, 0) % SLOTS
+            mask = there[:, None] & (d < DIM)[None, :]
+            k = tl.load(ring_k + slot[:, None] * ring_s + d[None, :], mask=mask, other=0.0)
+            seen = there[None, :] & (where[None, :] <= at[:, None])
+            scores = tl.where(seen, dot(q, tl.trans(k), blank), float("-inf"))
+            top, total = _add(scores, scale, top, total, True)
+    else:
+        table += b * table_b + head * table_h
+        high = tl.minimum(low + SPLIT, count)
+        whole = low
+        if not CAUSAL:
+            whole = low + (high - low) // KEYS_ * KEYS_
+            for start in tl.range(low, whole, KEYS_, num_stages=STAGES):
+                k, where = _keys(
+                    pages_k, pages_meta, slabs, table, start + n, count,
+                    SLAB_PAGES, PAGE, DIM, DIM_PAD, False, False,
+                )  # fmt: skip
+                top, total = _add(dot(q, tl.trans(k), blank), scale, top, total, False)
+        for start in tl.range(whole, high, KEYS_, num_stages=STAGES if CAUSAL else 1):
+            k, where = _keys(
+                pages_k, pages_meta, slabs, table, start + n, count,
+                SLAB_PAGES, PAGE, DIM, DIM_PAD, True, CAUSAL,
+            )  # fmt: skip
+            seen = (start + n < count)[None, :] & (where[None, :] <= at[:, None])
+            if not CAUSAL:
+                seen = (start + n < count)[None, :]
+            scores = tl.where(seen, dot(q, tl.trans(k), blank), float("-inf"))
+            top, total = _add(scores, scale, top, total, True)
+    tl.store(to, _level(top, total), mask=r < rows)
+
+
+@triton.jit
+def _add_parts(
+    part, lse, parts, rows, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Log-sum-exps over all keys; +inf, so that weights are 0, for a row that saw none."""
+    unit = tl.program_id(1).to(tl.int64)
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    p = tl.arange(0, PARTS)
+    part += unit * parts * rows
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, parts, PARTS):
+        mask = (start + p < parts)[:, None] & (r < rows)[None, :]
+        at = part + (start + p)[:, None] * rows + r[None, :]
+        level = tl.load(at, mask=mask, other=float("-inf"))
+        new_top = tl.maximum(top, tl.max(level, 0))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(level - base[None, :]), 0)
+        top = new_top
+    level = _level(top, total)
+    tl.store(lse + unit * rows + r, tl.where(level > float("-inf"), level, float("inf")), r < rows)
+
+
+@triton.jit
+def _column_sums(
+    pages_k, pages_meta, slabs, table, counts, ring_q, lengths, lse, mass, width, scale,
+    table_b, table_h, counts_b, query_b, query_h, query_s,
+    SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    OBSERVED: tl.constexpr, QUERY_SLOTS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    CAUSAL: tl.constexpr, KEYS_: tl.constexpr, STAGES: tl.constexpr, MODE: tl.constexpr,
+    QUERIES: tl.constexpr,
+):  # fmt: skip
+    """Weights of a block of keys summed over queries, combined over the group's heads by MODE."""
+    unit = tl.program_id(1).to(tl.int64)
+    b, head = unit // KV_HEADS, unit % KV_HEADS
+    n = tl.program_id(0) * KEYS_ + tl.arange(0, KEYS_)
+    mass += unit * width + n
+    count = tl.load(counts + b * counts_b + head)
+    if tl.program_id(0) * KEYS_ >= count:
+        tl.store(mass, tl.zeros([KEYS_], tl.float32), mask=n < width)
+        return
+    k, where = _keys(
+        pages_k, pages_meta, slabs, table + b * table_b + head * table_h, n, count,
+        SLAB_PAGES, PAGE, DIM, DIM_PAD, True, CAUSAL,
+    )  # fmt: skip
+    length = tl.load(lengths + b).to(tl.int32)
+    rows: tl.constexpr = GROUP * OBSERVED
+    lse += unit * rows
+    # One head's queries after another ("max"), all of them as one ("mean"), or the same queries of
+    # all heads after one another ("max" of each query's weights).
+    tiles: tl.constexpr = ((rows if MODE == _MEAN else OBSERVED) + QUERIES - 1) // QUERIES
+    steps: tl.constexpr = tiles if MODE == _MEAN else tiles * GROUP
+    m = tl.arange(0, QUERIES)
+    total = tl.zeros([KEYS_], tl.float32)
+    best = tl.zeros([KEYS_], tl.float32)
+    largest = tl.zeros([KEYS_, QUERIES], tl.float32)
+    blank = tl.zeros([KEYS_, QUERIES], tl.float32)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        if MODE == _MEAN:
+            r = step * QUERIES + m
+            there = r < rows
+            g, i = r // OBSERVED, r % OBSERVED
+        else:
+            turn = step % GROUP if MODE == _EACH else step // tiles
+            tile = step // GROUP if MODE == _EACH else step % tiles
+            i = tile * QUERIES + m
+            there = i < OBSERVED
+            g = m * 0 + turn
+            r = g * OBSERVED + i
+        q = _queries(
+            ring_q + b * query_b, length, head, g, i, there, query_h, query_s,
+            OBSERVED, QUERY_SLOTS, GROUP, DIM, DIM_PAD,
+        )  # fmt: skip
+        level = tl.load(lse + r, mask=there, other=float("inf"))
+        scores = dot(k, tl.trans(q), blank)
+        # The maximum replaces NaN: a query that met one weighs nothing.
+        weights = tl.maximum(tl.exp2(scores * scale - level[None, :]), 0.0)
+        if CAUSAL:
+            weights = tl.where(where[:, None] <= (length - OBSERVED + i)[None, :], weights, 0.0)
+        if MODE == _EACH:
+            largest = tl.maximum(largest, weights)
+            if turn == GROUP - 1:
+                total += tl.sum(largest, 1)
+                largest = blank
+        else:
+            total += tl.sum(weights, 1)
+        if MODE == _MAX:
+            best = tl.maximum(best, total)
+            total = tl.where(tile == tiles - 1, 0.0, total)
+    if MODE == _MAX:
+        total = best
+    seen = tl.minimum(tl.maximum(length, 1), OBSERVED)
+    if MODE == _MEAN:
+        seen *= GROUP
+    tl.store(mass, tl.where(n < count, total / seen, 0.0), mask=n < width)

@@ -1,0 +1,215 @@
+"""Scores straight from pages are what SnapKV says of the dense view, in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import attrs
+import pytest
+import torch
+from pool import DEVICE, Pool, assert_within_budget, fill_heads, make_pool, randn
+
+from kvpolicy import reference
+from kvpolicy.eviction import SnapKV
+from kvpolicy.kernels import window_scores as kernels
+from kvpolicy.types import POSITION_BITS, EvictionView, Pages
+
+CUDA = DEVICE.type == "cuda"
+MODES = [
+    {"group": g, "normalize": n, "pooling": p}
+    for g, n, p in [
+        ("mean", "visible", "avg"),
+        ("max", "visible", "max"),
+        ("mean", "global", "avg"),
+        ("max", "global", "avg"),
+    ]
+]
+
+
+@attrs.define
+class Layer:
+    """One layer's pages and rings, as a cache holds them after `lengths` tokens."""
+
+    pool: Pool
+    flat: Pages
+    table: torch.Tensor
+    counts: torch.Tensor
+    ring_k: torch.Tensor
+    ring_q: torch.Tensor
+    lengths: torch.Tensor
+    window: int
+
+    def call(self, op, policy, scale, pages=None):
+        options = {k: v for k, v in attrs.asdict(policy).items() if k not in ("budget", "when")}
+        args = (self.table, self.counts, self.ring_k, self.ring_q, self.lengths, self.window)
+        return op(self.pool.pages if pages is None else pages, *args, scale, **options)
+
+    def view(self, dtype, scale, observation):
+        """What a cache shows of the layer, built without the library's code."""
+        _, heads, slots, _ = self.ring_k.shape
+        ids = self.table.long()
+        meta = self.flat.meta[ids].flatten(2)
+        token = torch.arange(meta.shape[2], device=DEVICE)
+        valid = token < self.counts[..., None]
+        recent = torch.arange(-self.window, 0, device=DEVICE) + self.lengths[:, None]
+        at = torch.arange(-observation, 0, device=DEVICE) + self.lengths[:, None]
+        ring = lambda x, p: torch.stack([r[:, p[b] % x.shape[2]] for b, r in enumerate(x)])  # noqa: E731
+        keys = self.flat.k[ids].flatten(2, 3).masked_fill(~valid[..., None], 0)
+        return EvictionView(
+            0, keys.to(dtype), keys, (meta & ((1 << POSITION_BITS) - 1)).masked_fill(~valid, 0),
+            valid, valid, ring(self.ring_k, recent).to(dtype), recent >= 0, self.lengths, scale,
+            ring(self.ring_q, at).to(dtype), at >= 0,
+        )  # fmt: skip
+
+
+def make_layer(
+    lengths, kv_heads, group, dim, dtype, window, observation, *, page=4, seed=0, first="low",
+    factor=1.0,
+):  # fmt: skip
+    """Heads that hold every token out of the window, a random part of them, or none."""
+    rng = torch.Generator().manual_seed(seed)
+    kept = []
+    for length in lengths:
+        old = torch.arange(max(length - window, 0))
+        rows = [old, old[torch.rand(len(old), generator=rng) < 0.6], old[:0]]
+        kept.append([rows[head % 3] for head in range(kv_heads)])
+    held = [[len(x) for x in row] for row in kept]
+    need = sum(-(-n // page) for row in held for n in row) + 2
+    pool = make_pool(need, page, dim, dtype, slab_pages=4, first=first)
+    table, counts = fill_heads(pool, held, seed, kept)
+    slots, query_slots = window + 3, observation + 3
+    ring_k = randn(len(lengths), kv_heads, slots, dim, dtype=dtype, seed=seed + 1)
+    ring_q = randn(len(lengths), kv_heads * group, query_slots, dim, dtype=dtype, seed=seed + 2)
+    for b, length in enumerate(lengths):  # what was never written may be anything
+        ring_k[b, :, min(length, slots) :] = float("nan")
+        ring_q[b, :, min(length, query_slots) :] = float("nan")
+    flat = pool.flat()
+    flat = flat._replace(k=flat.k.nan_to_num())
+    return Layer(
+        pool, flat, table, counts, ring_k, ring_q * factor,
+        torch.tensor(lengths, device=DEVICE), window,
+    )  # fmt: skip
+
+
+def compare(layer, policy, scale=0.3):
+    """Kernel and reference against `score` in float64, within the error of `score` as it is."""
+    exact = policy.score(clean(layer.view(torch.float64, scale, policy.observation)))
+    eager = policy.score(clean(layer.view(layer.ring_q.dtype, scale, policy.observation)))
+    got = layer.call(kernels.window_scores, policy, scale)
+    assert got.dtype == torch.float32
+    assert_within_budget(got, eager, exact)
+    twin = layer.call(reference.window_scores, policy, scale, layer.flat)
+    assert twin.dtype == torch.float32
+    assert_within_budget(twin, eager, exact)
+    return got
+
+
+def clean(view):
+    """A cache's rings hold zeros where nothing was written; NaN there must not reach a score."""
+    recent, queries = view.recent_keys.nan_to_num(), view.queries.nan_to_num()
+    return view._replace(recent_keys=recent, queries=queries)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: "-".join(m.values()))
+@pytest.mark.parametrize(("window", "observation"), [(16, 16), (5, 24), (40, 7)])
+def test_scores(window, observation, mode):
+    layer = make_layer([90, 3, window + 9], 3, 2, 16, torch.float32, window, observation)
+    compare(layer, SnapKV(budget=99, observation=observation, **mode))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("group", "dim", "first"), [(1, 64, "high"), (3, 80, "low")])
+def test_sizes_and_types(group, dim, first, dtype):
+    layer = make_layer([100], 2, group, dim, dtype, 20, 33, first=first, seed=3)
+    for mode in MODES[:2]:
+        compare(layer, SnapKV(budget=99, observation=33, kernel=7, **mode))
+
+
+@pytest.mark.parametrize("dim", [128, 256])
+def test_large_heads(dim):
+    layer = make_layer([80], 1, 4, dim, torch.bfloat16, 8, 8, page=16)
+    compare(layer, SnapKV(budget=99, observation=8, group="max"), dim**-0.5)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: "-".join(m.values()))
+def test_several_splits_and_tiles(mode, monkeypatch):
+    monkeypatch.setattr(kernels, "_SPLIT", 32)
+    monkeypatch.setattr(kernels, "_PARTS", 2)
+    monkeypatch.setattr(kernels, "choose_tile", lambda *a: kernels.Tile(16, 16, 4, 2))
+    layer = make_layer([85], 2, 2, 16, torch.float32, 10, 20, page=16, seed=5)
+    compare(layer, SnapKV(budget=99, observation=20, **mode))
+
+
+def test_a_chunk_of_the_reference_is_small(monkeypatch):
+    module = __import__("kvpolicy.reference.window_scores", fromlist=["_LOGITS"])
+    layer = make_layer([150, 70], 2, 2, 16, torch.float32, 9, 12)
+    policy = SnapKV(budget=99, observation=12)
+    whole = layer.call(reference.window_scores, policy, 0.3, layer.flat)
+    monkeypatch.setattr(module, "_LOGITS", 20 * 2 * 4 * 12)
+    parts = layer.call(reference.window_scores, policy, 0.3, layer.flat)
+    assert torch.allclose(whole, parts, atol=1e-7)
+
+
+def test_large_logits_overflow_nothing():
+    layer = make_layer([60], 2, 2, 16, torch.bfloat16, 4, 4, factor=300.0)
+    compare(layer, SnapKV(budget=99, observation=4))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: "-".join(m.values()))
+def test_nan_weighs_nothing(mode):
+    layer = make_layer([60, 60], 2, 2, 16, torch.float32, 4, 4)
+    layer.ring_q[0, 0, int(layer.lengths[0] - 2) % layer.ring_q.shape[2], 3] = float("nan")
+    policy = SnapKV(budget=99, observation=4, **mode)
+    view = layer.view(torch.float64, 0.3, 4)
+    assert view.queries.isnan().any()
+    exact = policy.score(view)
+    got = layer.call(kernels.window_scores, policy, 0.3)
+    twin = layer.call(reference.window_scores, policy, 0.3, layer.flat)
+    assert torch.allclose(got.double(), exact, atol=1e-6)
+    assert torch.allclose(twin.double(), exact, atol=1e-6)
+
+
+def test_nothing_stored():
+    layer = make_layer([3, 4], 2, 1, 16, torch.float32, 4, 4)
+    policy = SnapKV(budget=99, observation=4)
+    assert layer.call(kernels.window_scores, policy, 0.3).eq(0).all()
+    layer.table = layer.table[:, :, :0]
+    for op, pages in ((kernels.window_scores, None), (reference.window_scores, layer.flat)):
+        assert layer.call(op, policy, 0.3, pages).shape == (2, 2, 0)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: "-".join(m.values()))
+def test_a_sequence_scores_the_same_alone(mode, monkeypatch):
+    """Bit for bit: which tokens are evicted must not depend on the batch."""
+    monkeypatch.setattr(kernels, "_SPLIT", 32)
+    layer = make_layer([50, 90], 2, 2, 16, torch.float32, 10, 12)
+    policy = SnapKV(budget=99, observation=12, **mode)
+    both = layer.call(kernels.window_scores, policy, 0.3)
+    for row in range(2):
+        part = slice(row, row + 1)
+        used = -(-int(layer.counts[row].max()) // 4)
+        alone = attrs.evolve(
+            layer, table=layer.table[part, :, :used], counts=layer.counts[part],
+            ring_k=layer.ring_k[part], ring_q=layer.ring_q[part], lengths=layer.lengths[part],
+        ).call(kernels.window_scores, policy, 0.3)  # fmt: skip
+        valid = torch.arange(used * 4, device=DEVICE) < layer.counts[part, :, None]
+        assert torch.equal(alone[valid], both[part, :, : used * 4][valid])
+
+
+def test_float64_is_refused():
+    layer = make_layer([30], 1, 1, 16, torch.float32, 4, 4)
+    layer.ring_q = layer.ring_q.double()
+    with pytest.raises(TypeError, match="window_scores: ring_q is torch.float64"):
+        layer.call(kernels.window_scores, SnapKV(budget=9, observation=4), 0.3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("dim", "group", "observation"), list(itertools.product([64, 128, 256], [1, 4], [32, 256]))
+)
+def test_on_a_device(dim, group, observation):
+    layer = make_layer([9000, 5003], 3, group, dim, torch.bfloat16, 256, observation, page=16)
+    for mode in MODES:
+        compare(layer, SnapKV(budget=999, observation=observation, **mode), dim**-0.5)

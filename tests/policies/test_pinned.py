@@ -1,0 +1,40 @@
+"""What must not change from one version to the next: the hash of random gates, and defaults."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvpolicy import Eviction, LocalAttention, Pyramid, RandomGate, Tokens
+from kvpolicy.types import Write
+
+WHOLE = (1 << 64) - 1
+
+
+def mix(x):
+    """The finaliser of splitmix64 on Python's integers."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & WHOLE
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & WHOLE
+    return x ^ (x >> 31)
+
+
+def admitted(gate, layer, head, position):
+    x = mix((head + (layer + 1) * 0x10001 + gate.seed * 0x100000001) & WHOLE)
+    x = mix(x ^ ((position * 0x9E3779B97F4A7C15) & WHOLE))
+    return (x >> 11) / 2**53 >= gate.sparsity
+
+
+@pytest.mark.parametrize("seed", [0, 3, -5, 2**31 - 1, 2**40 + 11, -(2**63)])
+def test_random_gates_hash_alike_everywhere(seed):
+    gate, at = RandomGate(sparsity=0.4, seed=seed), torch.tensor([0, 1, 2, 77, 4096, 2**30 - 1])
+    keys = torch.zeros(3, len(at), 8)
+    cu = torch.tensor([0, len(at)], dtype=torch.int32)
+    for layer in (0, 5):
+        found = gate.admit(Write(keys, keys, at, cu, layer, range(2, 5))).tolist()
+        assert found == [[admitted(gate, layer, h, n) for n in at.tolist()] for h in range(2, 5)]
+
+
+def test_defaults():
+    assert Eviction.queries == 0
+    assert LocalAttention().window == 256
+    assert Pyramid(Tokens(600)).observation == 32
