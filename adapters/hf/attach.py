@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import PhaseError, UnsupportedError
 from ...pipeline import CachePipeline
 from ...spec import CacheSpec
 from . import attention as attention
-from .attention import HIDDEN, PRE
+from .attention import forget_kept, keep_hidden, keep_pre, key_source
 from .cache import NAME, KVPolicyCache, new_cache
+from .compiled import CompiledLayers, check_compiles, check_forward
 from .forward import POSITIONAL, Crossing, close_forward, inputs_of, open_forward, true_positions
 from .generate import generate
 from .spec import attention_modules, decoder_of
@@ -31,11 +32,14 @@ _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = (
 class Attachment:
     """A pipeline on a model; a context manager that detaches on exit.
 
-    Sets the names of the attention and mask functions in the model's config, forward hooks, and one
-    instance attribute, `generate`; `detach` takes exactly these back.
+    Sets the names of the attention and mask functions in the model's config, forward hooks, one
+    instance attribute, `generate`, and with `compile` what calling a layer runs and where its
+    attention finds the cache; `detach` takes exactly these back.
     """
 
-    def __init__(self, model: Any, pipeline: CachePipeline, **sizes: int) -> None:
+    def __init__(
+        self, model: Any, pipeline: CachePipeline, *, compile: bool = False, **sizes: Any
+    ) -> None:
         if not isinstance(pipeline, CachePipeline):
             raise TypeError(f"pipeline: wanted a CachePipeline, got {type(pipeline).__name__}")
         layers = attention_modules(model)
@@ -45,6 +49,8 @@ class Attachment:
         self.model, self.pipeline, self.sizes = model, pipeline, sizes
         self.spec = new_cache(model, pipeline, **sizes).spec
         pipeline.check(self.spec)
+        if compile:
+            check_compiles(decoder, layers)
         self.decoder = decoder
         self.base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.lock = threading.Lock()  # of owner
@@ -54,23 +60,23 @@ class Attachment:
         self.crossing: Crossing | None = None
         self.idle: dict[int, KVPolicyCache] = {}  # private caches with a captured graph, by batch
         self.decoding = "not yet"  # how the last generate decoded, and why not captured
-        self.previous = self.base.config._attn_implementation
+        # Several models may share one config, which tells all of them the attention's name.
+        sharing = next(self._sharing(), None)
+        config = self.base.config
+        self.previous: str | None = sharing.previous if sharing else config._attn_implementation
         self.original, self.replaced = model.generate, model.__dict__.get("generate")
         self.base.set_attn_implementation(NAME)
         self.handles = [
             decoder.register_forward_pre_hook(self._open, with_kwargs=True),
             decoder.register_forward_hook(self._close, with_kwargs=True, always_call=True),
         ]
-        needs = pipeline.admission.needs | pipeline.eviction.needs
+        needs = (pipeline.admission.needs | pipeline.eviction.needs) & {"key_pre", "hidden"}
         for module in layers:
-            source = module.k_norm if hasattr(module, "k_norm") else module.k_proj
-            self.handles.append(
-                source.register_forward_hook(functools.partial(_keep, module.__dict__))
-            )
+            if "key_pre" in needs:
+                self.handles.append(key_source(module).register_forward_hook(keep_pre))
             if "hidden" in needs:
-                self.handles.append(
-                    module.register_forward_pre_hook(_keep_hidden, with_kwargs=True)
-                )
+                self.handles.append(module.register_forward_pre_hook(keep_hidden, with_kwargs=True))
+        self.compiled = CompiledLayers(self, decoder, layers, needs) if compile else None
         model.generate = functools.wraps(self.original)(functools.partial(generate, self))
         _ATTACHED[decoder] = weakref.ref(self)
 
@@ -87,13 +93,20 @@ class Attachment:
         del _ATTACHED[self.decoder]
         for handle in self.handles:
             handle.remove()
-        self.base.set_attn_implementation(self.previous)
+        if next(self._sharing(), None) is None:
+            self.base.set_attn_implementation(self.previous)
         del self.model.__dict__["generate"]
         if self.replaced is not None:
             self.model.__dict__["generate"] = self.replaced
+        if self.compiled is not None:
+            self.compiled.remove()
         for module in attention_modules(self.model):
-            module.__dict__.pop(PRE, None)
-            module.__dict__.pop(HIDDEN, None)
+            forget_kept(module)
+
+    def _sharing(self) -> Iterator[Attachment]:
+        """Other attachments whose model has the same config object."""
+        others = [found() for found in _ATTACHED.values()]
+        return (a for a in others if a and a is not self and a.base.config is self.base.config)
 
     def new_cache(self) -> KVPolicyCache:
         """An empty cache of this pipeline."""
@@ -110,7 +123,9 @@ class Attachment:
             )
         if given.pipeline is not self.pipeline and given.pipeline != self.pipeline:
             raise ValueError("past_key_values: the cache belongs to another pipeline")
-        if _shape(given.spec) != _shape(self.spec):
+        model = given.model()  # None if it is gone
+        other = model is not None and decoder_of(model) is not self.decoder
+        if other or _shape(given.spec) != _shape(self.spec):
             raise ValueError("past_key_values: the cache was made for another model")
         return given
 
@@ -157,6 +172,8 @@ class Attachment:
                     "model.eval()"
                 )
             kwargs = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
+            if self.compiled is not None:
+                check_forward(decoder.config, kwargs)
             cache = self.cache_for(kwargs.get("past_key_values"))
             kwargs["past_key_values"] = cache
             ids, crossing = inputs_of(kwargs), None
@@ -201,22 +218,17 @@ def _attached(decoder: nn.Module) -> Attachment | None:
     return None if found is None else found()
 
 
-def _keep(slot: dict[str, Any], module: nn.Module, args: Any, output: Tensor) -> None:
-    slot[PRE] = output
-
-
-def _keep_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    module.__dict__[HIDDEN] = kwargs.get("hidden_states", args[0] if args else None)
-
-
-def attach(model: nn.Module, pipeline: CachePipeline, **sizes: int) -> Attachment:
+def attach(
+    model: nn.Module, pipeline: CachePipeline, *, compile: bool = False, **sizes: Any
+) -> Attachment:
     """Attaches `pipeline` to `model`; use as `with attach(model, pipeline): model.generate(...)`.
 
-    Serves Llama, Mistral, Qwen2 and Qwen3 in eval mode. `sizes` are `page_size`, `rollback` and
-    `interval` of the caches it makes. Raises UnsupportedError for other models, ValueError for
+    Serves Llama, Mistral, Qwen2 and Qwen3 in eval mode. `compile` compiles the decoder layers by
+    `torch.compile` at their first calls, around the attention. `sizes` are `page_size`, `rollback`
+    and `interval` of the caches it makes. Raises UnsupportedError for other models, ValueError for
     policies that do not fit, PhaseError for a second attach.
     """
-    return Attachment(model, pipeline, **sizes)
+    return Attachment(model, pipeline, compile=compile, **sizes)
 
 
 def detach(model: nn.Module) -> None:

@@ -8,15 +8,46 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ...errors import PhaseError, UnsupportedError
+from ...errors import UnsupportedError
+from . import plan
 from .cache import NAME, KVRef
+from .compiled import PLACE, attend
 
-PRE = "_kvpolicy_pre_rope"  # left on the attention module between hook and attention call
-HIDDEN = "_kvpolicy_hidden"
+PRE = "_kvpolicy_pre_rope"  # left by a hook on the module whose output are keys before RoPE
+HIDDEN = "_kvpolicy_hidden"  # left on the attention module
+
+
+def key_source(module: Any) -> nn.Module:
+    """The submodule of an attention module whose output are its keys before RoPE."""
+    return module.k_norm if hasattr(module, "k_norm") else module.k_proj
+
+
+def keep_pre(module: nn.Module, args: Any, output: Tensor) -> None:
+    """Forward hook of `key_source`."""
+    module.__dict__[PRE] = output
+
+
+def keep_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of an attention module."""
+    module.__dict__[HIDDEN] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+
+def forget_kept(module: Any) -> None:
+    """Drops what hooks left for an attention call that never came."""
+    _take(key_source(module), PRE)
+    _take(module, HIDDEN)
+
+
+def _take(module: nn.Module, name: str) -> Tensor | None:
+    """What a hook left, written so that dynamo traces it."""
+    found = getattr(module, name, None)
+    if found is not None:
+        delattr(module, name)
+    return found
 
 
 def attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Any,
     value: Any,
@@ -26,24 +57,18 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The registered attention function: `query` `[B, Hq, S, D]`, output `[B, S, Hq, D]`."""
-    pre, hidden = module.__dict__.pop(PRE, None), module.__dict__.pop(HIDDEN, None)
+    pre, hidden = _take(key_source(module), PRE), _take(module, HIDDEN)
     if not isinstance(key, KVRef):
         raise UnsupportedError(
             "attention without a pipeline cache: this model's config says attention 'kvpolicy' but "
             "nothing is attached to it; if it shares its config object with an attached model, "
             "build it from a copy of that config"
         )
-    cache = key.cache
-    state, plan = cache.state, cache.plan
-    if plan is None or state is None:
-        raise PhaseError("attention outside a forward of the attached model's decoder")
-    batch, _, columns, dim = query.shape
-    kv_heads = key.key.shape[1]
-    if pre is not None:
-        pre = pre.view(batch, columns, kv_heads, dim).transpose(1, 2)
+    if torch.compiler.is_compiling() and hasattr(module, PLACE):
+        return attend(getattr(module, PLACE), query, key.key, key.value, pre, hidden), None
     with torch.no_grad():
-        out = plan.attend(cache.pipeline, state, key.layer, query, key.key, key.value, pre, hidden)
-    out = out.transpose(1, 2).contiguous()
+        layer = module.layer_idx
+        out = plan.attend(key.cache, layer, query, key.key, key.value, pre, hidden)
     if torch.is_grad_enabled() and query.requires_grad:
         out = _NoGradient.apply(out, query)
     return out, None

@@ -16,18 +16,20 @@ from ...pipeline import CachePipeline
 from ...store import CacheState, Report
 from ...store.rollback import crop
 from ...store.rows import adopt, select_rows
+from .columns import Chunks, append, pick, take_back
 from .plan import Plan
 from .spec import spec_of
 
 NAME = "kvpolicy"
-SIZES = ("page_size", "rollback", "interval", "max_bytes")  # of CacheSpec, as a caller may choose
+# Of CacheSpec, as a caller may choose.
+SIZES = ("page_size", "rollback", "interval", "max_bytes", "max_tokens", "at_cap")
 
 
 class KVRef:
     """What `update` returns for keys and values: a handle that only our attention understands."""
 
-    def __init__(self, cache: KVPolicyCache, layer: int, key: Tensor, value: Tensor) -> None:
-        self.cache, self.layer, self.key, self.value = cache, layer, key, value
+    def __init__(self, cache: KVPolicyCache, key: Tensor, value: Tensor) -> None:
+        self.cache, self.key, self.value = cache, key, value
 
     @property
     def shape(self) -> Any:
@@ -63,8 +65,7 @@ class KVPolicyLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        ref = KVRef(self.cache, self.index, key_states, value_states)
-        return ref, ref
+        return self.cache.update(key_states, value_states, self.index)
 
     def get_seq_length(self) -> int:
         return self.cache.columns
@@ -91,13 +92,13 @@ class KVPolicyCache(Cache):
     until `end_prompt()`, and decode from then on until `begin_prompt()`.
     """
 
-    def __init__(self, model: nn.Module, pipeline: CachePipeline, **sizes: int) -> None:
+    def __init__(self, model: nn.Module, pipeline: CachePipeline, **sizes: Any) -> None:
         self.pipeline, self.sizes, self.model = pipeline, sizes, weakref.ref(model)
         self.spec = spec_of(model, **dict[str, Any](sizes))
         self.state: CacheState | None = None
         self.phase = "prompt"
         self.boundary: int | None = None  # column where the prompt that `generate` announced ends
-        self.chunks: list[tuple[int, Tensor | None]] = []  # columns, and which of them are real
+        self.chunks: Chunks = []
         self.plan: Plan | None = None  # of the forward in flight
         self.counts_positions = False  # whether the real tokens seen give position ids
         self.recording = False  # columns may be taken back before the next forward
@@ -106,6 +107,13 @@ class KVPolicyCache(Cache):
         self.capturing = False
         self.decoding = "not yet"  # how the last generate decoded: "captured" or "eager: reason"
         super().__init__(layers=[KVPolicyLayer(self, i) for i in range(self.spec.layers)])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """A handle in place of both, the same for all layers; our attention stores them."""
+        ref = KVRef(self, key_states, value_states)
+        return ref, ref
 
     @property
     def columns(self) -> int:
@@ -123,16 +131,19 @@ class KVPolicyCache(Cache):
 
     def saw(self, columns: int, valid: Tensor | None) -> None:
         """Records the columns of a finished call; `valid` `[B, columns]` on the host."""
-        if valid is None and self.chunks and self.chunks[-1][1] is None:
-            self.chunks[-1] = (self.chunks[-1][0] + columns, None)
-        else:
-            self.chunks.append((columns, valid))
+        self.chunks = append(self.chunks, columns, valid)
 
     def forget_columns(self, count: int) -> None:
         """Uncounts trailing columns that stored nothing."""
         size, valid = self.chunks[-1]
         assert valid is None and size >= count
         self.chunks[-1] = (size - count, None)
+
+    def ended(self, columns: int, stored: Sequence[int]) -> None:
+        """Says how many of the last `columns`, so far taken as real, each sequence stored."""
+        if any(n < columns for n in stored):
+            self.forget_columns(columns)
+            self.saw(columns, torch.arange(columns) < torch.tensor(stored)[:, None])
 
     def begin_prompt(self, boundary: int | None = None) -> None:
         """Says that the next columns are a prompt (or turn), up to column `boundary` if given."""
@@ -160,7 +171,7 @@ class KVPolicyCache(Cache):
         Cache.__init__(new, layers=[KVPolicyLayer(new, i) for i in range(self.spec.layers)])
         rows = range(self.state.batch if self.state else 0) if rows is None else rows
         new.state = None if self.state is None else select_rows(self.state, list(rows))
-        new.chunks = [(n, None if v is None else v[list(rows)]) for n, v in self.chunks]
+        new.chunks = pick(self.chunks, list(rows))
         new.graph, new.captures = None, 0
         return new
 
@@ -177,15 +188,7 @@ class KVPolicyCache(Cache):
             raise RollbackError(
                 f"crop: the cache has seen {self.columns} columns, cannot drop {drop}"
             )
-        chunks, counts, left = list(self.chunks), [0] * self.state.batch, drop
-        while left:
-            size, valid = chunks.pop()
-            cut = min(size, left)
-            left -= cut
-            for row in range(self.state.batch):
-                counts[row] += cut if valid is None else int(valid[row, size - cut :].sum())
-            if cut < size:
-                chunks.append((size - cut, None if valid is None else valid[:, : size - cut]))
+        chunks, counts = take_back(self.chunks, drop, self.state.batch)
         crop(self.state, counts)
         self.chunks = chunks
 
@@ -217,7 +220,7 @@ class KVPolicyCache(Cache):
         picked = [int(r) for r in rows.tolist()]
         if self.state is not None:
             adopt(self.state, select_rows(self.state, picked))
-        self.chunks = [(n, None if v is None else v[picked]) for n, v in self.chunks]
+        self.chunks = pick(self.chunks, picked)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx)
@@ -234,7 +237,7 @@ class KVPolicyCache(Cache):
         self.recording = True
 
 
-def new_cache(model: nn.Module, pipeline: CachePipeline, **sizes: int) -> KVPolicyCache:
+def new_cache(model: nn.Module, pipeline: CachePipeline, **sizes: Any) -> KVPolicyCache:
     """An empty cache for `model`; `sizes`: those of CacheSpec that `SIZES` names."""
     if not isinstance(pipeline, CachePipeline):
         raise TypeError(f"pipeline: wanted a CachePipeline, got {type(pipeline).__name__}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,14 @@ from .cache import KVPolicyCache
 WARM_UP = 2  # eager steps before capture: kernels compile, workspaces are allocated
 
 
-def why_not(model: Any, cache: KVPolicyCache) -> str | None:
-    """Why decoding cannot be captured, or None if it can."""
+def why_not(model: Any, cache: KVPolicyCache, records: Sequence[str] = ()) -> str | None:
+    """Why decoding cannot be captured, or None if it can; `records` is what `forward` shall hand
+    on beside logits.
+    """
     state = cache.state
     assert state is not None
+    if records:
+        return f"{' and '.join(records)} are wanted of every step"
     if state.spec.device.type != "cuda":
         return f"the model is on {state.spec.device}; only CUDA devices capture"
     if state.ops.backend != "triton":
@@ -56,28 +61,47 @@ class CapturedStep:
         return self.logits
 
 
-def run(model: Any, cache: KVPolicyCache, tokens: Tensor, positions: Tensor) -> Tensor:
-    """Logits `[B, 1, V]` of one eager step."""
+def forward(
+    model: Any, cache: KVPolicyCache, tokens: Tensor, positions: Tensor, records: Sequence[str] = ()
+) -> Any:
+    """The model's output of one eager step, with what `records` names."""
     return model(
         input_ids=tokens,
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
-    ).logits
+        **{f"output_{name}": True for name in records},
+    )
+
+
+def run(model: Any, cache: KVPolicyCache, tokens: Tensor, positions: Tensor) -> Tensor:
+    """Logits `[B, 1, V]` of one eager step."""
+    return forward(model, cache, tokens, positions).logits
 
 
 class Stepper:
     """Feeds one token after another, by a graph where that is possible.
 
-    `cache.decoding` says which: "captured", or "eager" with the reason.
+    `cache.decoding` says which: "captured", or "eager" with the reason. `records` names what
+    `output`, the last step's, holds beside logits.
     """
 
-    def __init__(self, model: Any, cache: KVPolicyCache, position: Tensor, room: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        cache: KVPolicyCache,
+        position: Tensor,
+        room: int,
+        records: Sequence[str] = (),
+    ) -> None:
         state = cache.state
         assert state is not None
         self.model, self.cache, self.position = model, cache, position
-        self.reason = why_not(model, cache)
+        self.records = records
+        self.output: Any = None
+        self.began = list(state.lengths), cache.columns
+        self.reason = why_not(model, cache, records)
         self.captured = self.reason is None
         cache.decoding = "captured" if self.captured else f"eager: {self.reason}"
         state.reserve(max(state.lengths) + room)
@@ -91,7 +115,9 @@ class Stepper:
             rows = active.tolist()
             if rows != state.active:
                 state.finish([row for row, on in enumerate(rows) if not on])
-            logits = run(self.model, self.cache, token[:, None], self.position)
+            at = token[:, None], self.position
+            self.output = forward(self.model, self.cache, *at, self.records)
+            logits = self.output.logits
         else:
             logits = self._captured(token[:, None], active)
         self.position = self.position + 1
@@ -107,7 +133,8 @@ class Stepper:
             self.eager_steps += 1
             return run(self.model, cache, tokens, self.position)
         if state.steps_reserved < 1:
-            state.reserve_pages(state.horizon(self.room))
+            state.sync_host()  # caps ask how long each row is
+            cache.pipeline.reserve(state, state.horizon(self.room))
         if cache.graph is None or cache.graph.generation != state.generation:
             cache.graph = CapturedStep(self.model, cache, tokens, self.position)
             cache.captures += 1
@@ -121,8 +148,17 @@ class Stepper:
             cache.pipeline.maintain(state)
         return logits
 
-    def finish(self) -> None:
-        """Called once when decoding has ended: the host learns which rows ended when."""
-        state = self.cache.state
-        if self.captured and state is not None:
-            state.sync_host()
+    def finish(self, extra: int) -> None:
+        """Called once when decoding has ended; its last `extra` columns stored nothing.
+
+        The host learns which rows ended when.
+        """
+        cache, state = self.cache, self.cache.state
+        if not self.captured or state is None:
+            return
+        state.sync_host()
+        if extra:
+            cache.forget_columns(extra)
+        lengths, columns = self.began
+        stored = [now - then for now, then in zip(state.lengths, lengths, strict=True)]
+        cache.ended(cache.columns - columns, stored)

@@ -11,6 +11,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from .cache import KVPolicyCache
 from .capture import Stepper
 
+RECORDS = ("attentions", "hidden_states")  # of every step's output, if generate is asked for them
+
 
 def decode_loop(
     model: Any,
@@ -33,10 +35,13 @@ def decode_loop(
     raw: list[Tensor] | None = [] if wanted and config.output_logits else None
     if kvp_streamer is not None:
         kvp_streamer.put(input_ids.cpu())  # a streamer expects the prompt first
-    logits = model._prefill(input_ids, config, model_kwargs).logits
+    names = [n for n in RECORDS if wanted and getattr(config, f"output_{n}")]
+    output = model._prefill(input_ids, config, model_kwargs)
+    logits, recorded = output.logits, {name: [getattr(output, name)] for name in names}
     batch, prompt = input_ids.shape
     room = max(config.max_length - prompt, 1)
-    stepper = Stepper(model, cache, _next_position(model_kwargs, cache, input_ids.device), room)
+    position = _next_position(model_kwargs, cache, input_ids.device)
+    stepper = Stepper(model, cache, position, room, names)
     ids = input_ids.new_zeros(batch, prompt + room + 1)
     ids[:, :prompt] = input_ids
     unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
@@ -61,12 +66,12 @@ def decode_loop(
             break
         # A row is active for the token that it sampled before it ended; nothing is when all ended.
         logits = stepper.step(token, unfinished & alive.any())
+        for name in names:
+            recorded[name].append(getattr(stepper.output, name))
         unfinished = alive
     extra = late.finish()
     length -= extra
-    stepper.finish()
-    if extra:
-        cache.forget_columns(extra)
+    stepper.finish(extra)
     if not wanted:
         return ids[:, :length]
     return GenerateDecoderOnlyOutput(
@@ -75,13 +80,16 @@ def decode_loop(
         scores=cast(Any, None if scores is None else tuple(scores[: len(scores) - extra])),
         logits=cast(Any, None if raw is None else tuple(raw[: len(raw) - extra])),
         past_key_values=cache,
+        **{name: cast(Any, tuple(parts)) for name, parts in recorded.items()},
     )
 
 
 def _choose(scores: Tensor, sample: bool) -> Tensor:
     if not sample:
         return scores.argmax(-1)
-    return torch.multinomial(scores.softmax(-1), 1).squeeze(1)
+    # What torch.multinomial computes, which for its checks waits for the device.
+    chances = scores.softmax(-1)
+    return (chances / torch.empty_like(chances).exponential_()).argmax(-1)
 
 
 def _next_position(

@@ -90,7 +90,7 @@ def fit_report(
     pipeline: CachePipeline | None = None,
     batch: int = 1,
     dtype: torch.dtype | None = None,
-    **sizes: int,
+    **sizes: Any,
 ) -> FitReport:
     """Plans memory without running anything.
 

@@ -38,7 +38,7 @@ def generate(attachment: Attachment, *args: Any, **kwargs: Any) -> Any:
             "where its prompt ends; use an admission only"
         )
     mode = config.get_generation_mode(kwargs.get("assistant_model"))
-    own = mode in OWN_LOOP and not (config.output_attentions or config.output_hidden_states)
+    own = mode in OWN_LOOP
     if config.cache_implementation is not None:
         kwargs["cache_implementation"] = None
     if own:

@@ -70,7 +70,7 @@ def save_cache(cache: KVPolicyCache, path: str | os.PathLike[str]) -> None:
 
 
 def load_cache(
-    model: nn.Module, pipeline: CachePipeline, path: str | os.PathLike[str], **sizes: int
+    model: nn.Module, pipeline: CachePipeline, path: str | os.PathLike[str], **sizes: Any
 ) -> KVPolicyCache:
     """The cache that `KVPolicyCache.save` wrote, on `model`'s device.
 

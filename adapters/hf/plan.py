@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import attrs
 import torch
 from torch import Tensor
 
+from ...errors import PhaseError
 from ...pipeline import CachePipeline
 from ...store import CacheState
+
+if TYPE_CHECKING:
+    from .cache import KVPolicyCache
 
 
 @attrs.define(eq=False)
@@ -35,7 +41,7 @@ class Plan:
         pre: Tensor | None,
         hidden: Tensor | None,
     ) -> Tensor:
-        """Attention of one layer on `[B, H, S, D]` tensors."""
+        """Attention `[B, Hq, S, D]` of one layer; `pre` and the others `[B, H, S, D]`."""
         if not self.prompt:
             return pipeline.attend(state, layer, query, key, value, key_pre=pre, hidden=hidden)
         heads, dim = query.shape[1], query.shape[3]
@@ -60,6 +66,29 @@ class Plan:
         if self.index is not None:
             rows = rows.index_select(0, self.index)
         return rows.transpose(0, 1)
+
+
+def attend(
+    cache: KVPolicyCache,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pre: Tensor | None,
+    hidden: Tensor | None,
+) -> Tensor:
+    """Attention `[B, S, Hq, D]` of one layer of the forward in flight; stores its tokens.
+
+    `query`, `key`, `value` are `[B, H, S, D]`, `pre` `[B, S, ...]`, `hidden` `[B, S, hidden]`.
+    """
+    state, plan = cache.state, cache.plan
+    if plan is None or state is None:
+        raise PhaseError("attention outside a forward of the attached model's decoder")
+    if pre is not None:
+        batch, heads, columns, dim = key.shape
+        pre = pre.view(batch, columns, heads, dim).transpose(1, 2)
+    out = plan.attend(cache.pipeline, state, layer, query, key, value, pre, hidden)
+    return out.transpose(1, 2).contiguous()
 
 
 def plan_prompt(batch: int, columns: int, mask: Tensor | None) -> tuple[Plan, list[int]]:

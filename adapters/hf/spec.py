@@ -49,7 +49,7 @@ def head_dim_of(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _shard(weight: Any) -> tuple[int, int]:
+def shards(weight: Any) -> tuple[int, int]:
     """Which part of a tensor-parallel weight's rows this rank holds, and of how many."""
     for axis, placement in enumerate(getattr(weight, "placements", ())):
         if placement.is_shard(0) and weight.device_mesh.size(axis) > 1:
@@ -62,7 +62,7 @@ def spec_of(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
-    **sizes: int,
+    **sizes: Any,
 ) -> CacheSpec:
     """The cache sizes of `model`; under tensor parallelism those of this rank's heads.
 
@@ -72,7 +72,7 @@ def spec_of(
     config = decoder_of(model).config
     weight = next(p for p in model.parameters() if p.is_floating_point())
     sliding = sliding_windows(model)
-    part, parts = _shard(attention[0].k_proj.weight)
+    part, parts = shards(attention[0].k_proj.weight)
     kv_heads = config.num_key_value_heads // parts
     return CacheSpec(
         layers=len(attention),

@@ -1,4 +1,4 @@
-"""End to end: a model of Llama-3.1-8B's shape with random weights, prompt and captured decoding."""
+"""End to end: models with random weights, prompt and captured decoding through compiled layers."""
 
 from __future__ import annotations
 
@@ -11,57 +11,93 @@ import torch
 from torch import Tensor
 
 from ..budget import Tokens
+from ..eviction import KeepAll, SnapKV
 from ..pipeline import CachePipeline
-from ..selection import Quest
+from ..selection import Quest, SelectAll
 from .context import Bench
 from .gates import FixedFraction, random_gate
 from .launches import profiled
 
 FRACTION = 0.25
 CHUNK, STEPS, EAGER, PROFILED = 16384, 300, 8, 18
+QUEST, SNAPKV = 4096, 16384  # budgets in tokens a KV head
+TWICE = 200_000  # tokens of a batch up to which a prompt is timed twice
+
+_SIZES: dict[str, dict[str, Any]] = {
+    "Llama-3.1-8B": dict(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+    ),
+    "Qwen3-4B": dict(
+        vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+SHAPES = tuple(_SIZES)
 
 
-def build(bench: Bench) -> Any:
+@attrs.frozen(kw_only=True)
+class Setting:
+    """What one measurement runs: `policy` is "gate", "gate + Quest", "gate + SnapKV" or "dense"."""
+
+    policy: str
+    tokens: int
+    batch: int = 1
+    shape: str = SHAPES[0]
+    fraction: float = FRACTION  # admitted by the gate
+
+    def __str__(self) -> str:
+        name = f"{self.policy}, {self.tokens // 1000}K"
+        if self.policy != "dense" and self.fraction != FRACTION:
+            name += f", {100 * self.fraction:.0f} % admitted"
+        if self.batch > 1:
+            name += f", batch {self.batch}"
+        return name if self.shape == SHAPES[0] else f"{self.shape} {name}"
+
+
+def build(bench: Bench, shape: str) -> Any:
     """The model, made once a run, directly on the device in bfloat16."""
-    if "model" not in bench.shared:
-        from transformers import LlamaConfig, LlamaForCausalLM
+    if ("model", shape) not in bench.shared:
+        import transformers
 
-        full: dict[str, Any] = dict(
-            vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-            num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-        )  # fmt: skip
         tiny: dict[str, Any] = dict(
             vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, head_dim=16,
         )  # fmt: skip
-        config = LlamaConfig(
-            **bench.pick(full, tiny), max_position_embeddings=1 << 20,
+        family = "Qwen3" if shape.startswith("Qwen3") else "Llama"
+        config = getattr(transformers, f"{family}Config")(
+            **_SIZES[shape] | bench.pick({}, tiny), max_position_embeddings=1 << 20,
             bos_token_id=None, eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
         before = torch.get_default_dtype()
         torch.set_default_dtype(bench.dtype)
         try:
             with bench.device:
-                bench.shared["model"] = LlamaForCausalLM(config).eval()
+                model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
         finally:
             torch.set_default_dtype(before)
-    return bench.shared["model"]
+        bench.shared["model", shape] = model
+    return bench.shared["model", shape]
 
 
-def pipelines(bench: Bench, kind: str, tokens: int) -> CachePipeline:
-    """ "gate", "gate + Quest" or "dense"."""
+def pipeline_of(bench: Bench, setting: Setting) -> CachePipeline:
+    """The policies of a setting, with a write gate of random weights."""
     window = bench.pick(256, 8)
-    if kind == "dense":
+    if setting.policy == "dense":
         return CachePipeline(window=window)
-    config = build(bench).config
+    config = build(bench, setting.shape).config
     gate = random_gate(
         config.num_hidden_layers, config.num_key_value_heads, bench.pick(512, 16), config.head_dim,
         window, bench.device,
     )  # fmt: skip
-    admission = FixedFraction.of(gate, FRACTION, tokens + 2 * STEPS)
-    if kind == "gate":
-        return CachePipeline(admission=admission)
-    return CachePipeline(admission=admission, selection=Quest(budget=Tokens(bench.pick(4096, 24))))
+    quest, snapkv = Tokens(bench.pick(QUEST, 24)), Tokens(bench.pick(SNAPKV, 24))
+    return CachePipeline(
+        admission=FixedFraction.of(gate, setting.fraction, setting.tokens + 2 * STEPS),
+        selection=Quest(budget=quest) if setting.policy == "gate + Quest" else SelectAll(),
+        eviction=SnapKV(budget=snapkv, observation=window)
+        if setting.policy == "gate + SnapKV"
+        else KeepAll(),
+    )
 
 
 @attrs.define
@@ -93,15 +129,16 @@ def prefill(model: Any, cache: Any, ids: Tensor, chunk: int) -> Tensor:
 
 
 @torch.no_grad()
-def measure(bench: Bench, kind: str, tokens: int, batch: int, eager: bool) -> Found:
+def measure(bench: Bench, setting: Setting) -> Found:
     """TTFT from token ids to the first token, then TPOT over consecutive steps with sampling."""
     from ..adapters.hf import attach
 
-    model, found = build(bench), Found()
-    pipeline = pipelines(bench, kind, tokens)
-    ids = torch.randint(1, model.config.vocab_size, (batch, tokens), device=bench.device)
+    model, found = build(bench, setting.shape), Found()
+    shape = setting.batch, bench.pick(setting.tokens, 96)
+    ids = torch.randint(1, model.config.vocab_size, shape, device=bench.device)
     found.weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    with attach(model, pipeline) as attachment:
+    compiled = not bench.quick  # tiny shapes would spend minutes in the compiler
+    with attach(model, pipeline_of(bench, setting), compile=compiled) as attachment:
         prefill(model, attachment.new_cache(), ids[:, : bench.pick(2048, 16)], bench.pick(1024, 8))
         cache: Any = None
         for attempt in range(2):
@@ -113,20 +150,21 @@ def measure(bench: Bench, kind: str, tokens: int, batch: int, eager: bool) -> Fo
             token.tolist()
             found.ttft = time.perf_counter() - start
             found.first_ttft = found.first_ttft or found.ttft
-            bench.say(f"  {kind} {batch} x {tokens}: prompt {found.ttft:.2f} s")
-            if bench.left() < 2 * found.ttft + 20 or attempt:
+            bench.say(f"  {setting}: prompt {found.ttft:.2f} s")
+            once = setting.batch * setting.tokens > TWICE
+            if attempt or once or bench.left() < 2 * found.ttft + 20:
                 break
         if bench.device.type == "cuda":
             found.peak = torch.cuda.max_memory_allocated() - before + found.weights
             found.resident = torch.cuda.memory_allocated() - before
         found.report = cache.report()
-        _decode(bench, model, cache, token, eager, found)
+        _decode(bench, model, cache, token, found)
         del cache
     _clean(bench)
     return found
 
 
-def _decode(bench: Bench, model: Any, cache: Any, token: Tensor, eager: bool, found: Found) -> None:
+def _decode(bench: Bench, model: Any, cache: Any, token: Tensor, found: Found) -> None:
     from ..adapters.hf.capture import Stepper, run
 
     batch, position = token.shape[0], torch.full_like(token[:, None], cache.columns)
@@ -150,8 +188,8 @@ def _decode(bench: Bench, model: Any, cache: Any, token: Tensor, eager: bool, fo
         with profiled() as counts:
             decode(PROFILED)
         found.counts = dict(counts)
-    stepper.finish()
-    if eager:
+    stepper.finish(extra=0)
+    if batch == 1 and cache.columns <= TWICE:
         start = time.perf_counter()
         for _ in range(EAGER):
             logits = run(model, cache, token[:, None], stepper.position)

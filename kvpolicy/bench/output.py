@@ -84,30 +84,3 @@ def print_table(rows: list[Row]) -> None:
 
 def _columns(cells: Iterable[str]) -> str:
     return "  ".join(x[:width].ljust(width) for x, width in zip(cells, _WIDTHS, strict=True))
-
-
-def draw(out: Path, rows: list[Row]) -> None:
-    """A picture for each group and unit, `group-unit.png`: measured times with their floors."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    for group in dict.fromkeys(row.group for row in rows if row.value is not None):
-        for unit in dict.fromkeys(r.unit for r in rows if r.group == group and r.value is not None):
-            mine = [r for r in rows if r.group == group and r.value is not None and r.unit == unit]
-            figure, axis = plt.subplots(figsize=(7, 1 + 0.4 * len(mine)), layout="constrained")
-            at = range(len(mine))
-            axis.barh(at, [r.value or 0.0 for r in mine], color="tab:blue", label="measured")
-            floors = [(y, r.floor) for y, r in zip(at, mine, strict=True) if r.floor]
-            if floors:
-                axis.plot(
-                    [f for _, f in floors], [y for y, _ in floors], "k|", ms=12, label="floor"
-                )
-            axis.set_yticks(at, [r.name for r in mine])
-            axis.invert_yaxis()
-            axis.set_xlabel(unit)
-            axis.set_title(group)
-            axis.legend(frameon=False)
-            figure.savefig(out / f"{group}-{unit.split()[0]}.png", dpi=120)
-            plt.close(figure)

@@ -13,7 +13,8 @@ import torch
 
 from ..errors import BackendError
 from .context import Bench, Case
-from .output import draw, print_table, write_results
+from .output import print_table, write_results
+from .plots import draw
 from .rows import CheckFailed, Row
 
 GROUPS = ("prefill", "decode", "quest", "write", "snapkv", "model", "launches")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 
 import torch
-from oracle import Oracle, evict
+from oracle import Oracle
+from rules import evict
 from transformers import AttentionInterface
 
 from kvpolicy import CacheSpec

@@ -20,10 +20,13 @@ SIZES = {"page_size": 4, "interval": 8}
 def tiny(kind="llama", seed=0, eos=None, layers=2, **extra):
     name = _CLASSES[kind.split("-")[0]]
     config = getattr(transformers, f"{name}Config")(
-        vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
-        initializer_range=0.2, bos_token_id=None, eos_token_id=eos, pad_token_id=0,
-        **_EXTRA.get(kind, {}), **extra,
+        **{
+            "vocab_size": 200, "hidden_size": 64, "intermediate_size": 96,
+            "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.2,
+            "bos_token_id": None, "eos_token_id": eos, "pad_token_id": 0,
+            **_EXTRA.get(kind, {}), **extra,
+        },
     )  # fmt: skip
     torch.manual_seed(seed)
     return getattr(transformers, f"{name}ForCausalLM")(config).eval()

@@ -177,6 +177,24 @@ def test_a_shared_config_is_noticed():
     assert torch.equal(other(**prompt([9])).logits, plain)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_attached_models_of_one_config(first):
+    """The attention's name comes back with the last of them."""
+    model = tiny()
+    models = model, type(model)(model.config).eval()
+    before = [snapshot(m) for m in models]
+    plain = [m.generate(**prompt([9]), max_new_tokens=5, do_sample=False) for m in models]
+    attached = [attach(m, PIPELINE) for m in models]
+    for m, tokens in zip(models, plain, strict=True):
+        assert torch.equal(m.generate(**prompt([9]), max_new_tokens=5, do_sample=False), tokens)
+    attached[first].detach()
+    left = 1 - first
+    ours = models[left].generate(**prompt([9]), max_new_tokens=5, do_sample=False)
+    assert torch.equal(ours, plain[left])
+    attached[left].detach()
+    assert [snapshot(m) for m in models] == before
+
+
 def test_two_models_at_once(llama, qwen3):
     plain = [m.generate(**prompt([9]), max_new_tokens=5) for m in (llama, qwen3)]
     with attach(llama, PIPELINE), attach(qwen3, pipelines()["gate"]):

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvpolicy import (
@@ -19,7 +20,7 @@ from kvpolicy import (
     SnapKV,
     WriteGate,
 )
-from kvpolicy.adapters.hf import attach, capture
+from kvpolicy.adapters.hf import attach, capture, decode_loop
 
 pytestmark = [
     pytest.mark.gpu,
@@ -96,11 +97,51 @@ def test_captured_equals_eager_bit_for_bit(model, name, dtype, monkeypatch) -> N
     model.float()
 
 
+@pytest.mark.parametrize("name", ["write_gate", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_compiled_layers_are_captured(model, name, dtype, monkeypatch) -> None:
+    """Captured equals eager bit for bit; compiled equals eager modules up to rounding."""
+    model.to(dtype)
+    ids, mask = prompt()
+    options = {**OPTIONS, "return_dict_in_generate": True, "output_logits": True}
+    with attach(model, PIPELINES[name]):
+        modules = model.generate(ids, attention_mask=mask, **options)
+    torch._dynamo.reset()
+    counters.clear()
+    with attach(model, PIPELINES[name], compile=True) as attachment:
+        captured = model.generate(ids, attention_mask=mask, **options)
+        assert attachment.decoding == "captured"
+        model.generate(ids, attention_mask=mask, **OPTIONS)
+        assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+        monkeypatch.setattr(capture, "why_not", lambda *a: "for comparison")
+        eager = model.generate(ids, attention_mask=mask, **options)
+    assert torch.equal(captured.sequences, eager.sequences)
+    for a, b in zip(captured.logits, eager.logits, strict=True):
+        assert torch.equal(a, b)
+    if dtype == torch.float32 or name == "all":  # rounding decides a gate's close calls
+        first, other = captured.logits[0].double(), modules.logits[0].double()
+        assert (first - other).norm() <= (1e-4 if dtype == torch.float32 else 5e-2) * other.norm()
+    model.float()
+
+
 def test_neutral_equals_plain_generation(model) -> None:
     ids, mask = prompt()
     plain = model.generate(ids, attention_mask=mask, past_key_values=DynamicCache(), **OPTIONS)
     with attach(model, PIPELINES["neutral"]):
         ours = model.generate(ids, attention_mask=mask, **OPTIONS)
+    assert torch.equal(plain, ours)
+
+
+def test_sampling_when_captured(model) -> None:
+    """The same draws as transformers' own loop from the same seed."""
+    ids, mask = prompt()
+    options = {**OPTIONS, "do_sample": True, "temperature": 0.7, "top_k": 20}
+    torch.manual_seed(3)
+    plain = model.generate(ids, attention_mask=mask, past_key_values=DynamicCache(), **options)
+    with attach(model, PIPELINES["neutral"]) as attachment:
+        torch.manual_seed(3)
+        ours = model.generate(ids, attention_mask=mask, **options)
+        assert attachment.decoding == "captured"
     assert torch.equal(plain, ours)
 
 
@@ -115,9 +156,11 @@ def test_a_second_generate_captures_nothing(model) -> None:
     assert torch.equal(first, second)
 
 
-def test_decoding_does_not_sync(model) -> None:
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("sample", [False, True])
+def test_decoding_does_not_sync(model, sample, compile) -> None:
     ids, mask = prompt()
-    with attach(model, PIPELINES["quest"]) as attachment, torch.no_grad():
+    with attach(model, PIPELINES["quest"], compile=compile) as attachment, torch.no_grad():
         cache = attachment.new_cache()
         cache.begin_prompt()
         out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
@@ -126,14 +169,14 @@ def test_decoding_does_not_sync(model) -> None:
         active = torch.ones(2, dtype=torch.bool, device="cuda")
         token = out.logits[:, -1].argmax(-1)
         for _ in range(4):
-            token = stepper.step(token, active)[:, -1].argmax(-1)
+            token = decode_loop._choose(stepper.step(token, active)[:, -1].float(), sample)
         cache.state.reserve_pages(16)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.cuda.set_sync_debug_mode("error")
         try:
             for _ in range(16):
-                token = stepper.step(token, active)[:, -1].argmax(-1)
+                token = decode_loop._choose(stepper.step(token, active)[:, -1].float(), sample)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 from faults import snapshot
@@ -13,14 +11,6 @@ from kvpolicy import CachePipeline, PhaseError
 from kvpolicy.adapters.hf import attach
 
 PIPELINE = CachePipeline(window=5)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
-def test_peft(llama):
-    import peft
-
-    wrapped = peft.get_peft_model(llama, peft.LoraConfig(target_modules=["q_proj", "k_proj"]))
-    check_wrapped(wrapped.eval())
 
 
 class Wrapper(torch.nn.Module):

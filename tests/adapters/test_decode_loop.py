@@ -1,0 +1,95 @@
+"""Our decoding loop: sequences that end, what is recorded, and how a token is chosen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import SIZES, pipelines, prompt, tiny
+
+from kvpolicy import CachePipeline
+from kvpolicy.adapters.hf import attach, capture, decode_loop
+
+PIPELINE = CachePipeline(window=5)
+
+
+def ending(model, inputs, after):
+    """The token that ends the first row after `after` tokens and no other row by then."""
+    plain = model.generate(**inputs, max_new_tokens=after + 1, do_sample=False)
+    new = plain[:, inputs["input_ids"].shape[1] :]
+    stop = int(new[0, after])
+    assert stop not in new[1:] and stop not in new[0, :after]
+    return stop
+
+
+@pytest.mark.parametrize("what", ["attentions", "hidden_states"])
+def test_recorded(llama, what):
+    """As transformers' own loop records it; sequences that ended store no padding."""
+    inputs = prompt([17, 11])
+    options = {
+        "max_new_tokens": 9, "do_sample": False, "return_dict_in_generate": True,
+        f"output_{what}": True, "eos_token_id": ending(llama, inputs, 3),
+    }  # fmt: skip
+    plain = llama.generate(**inputs, **options)
+    with attach(llama, PIPELINE, **SIZES) as attachment:
+        ours = llama.generate(**inputs, **options)
+        assert attachment.decoding == f"eager: {what} are wanted of every step"
+    assert torch.equal(plain.sequences, ours.sequences)
+    found, wanted = ours[what], plain[what]
+    assert [len(step) for step in found] == [len(step) for step in wanted]
+    if what == "hidden_states":
+        alive = slice(1, 2)
+        for a, b in zip(found[1:], wanted[1:], strict=True):
+            assert all(
+                torch.allclose(x[alive], y[alive], atol=1e-4) for x, y in zip(a, b, strict=True)
+            )
+    assert ours.past_key_values.state.lengths == [17 + 4, 11 + 8]
+
+
+def test_crop_over_rows_that_ended(llama, monkeypatch):
+    """A captured step learns late which rows had ended; crop takes back what they stored."""
+    monkeypatch.setattr(capture, "why_not", lambda *args: None)
+    monkeypatch.setattr(capture, "WARM_UP", 100)  # the captured path, without a graph
+    with attach(llama, pipelines()["striped"], **SIZES) as attachment:
+        cache = attachment.new_cache()
+        inputs = prompt([17, 11])
+        llama(**inputs, past_key_values=cache)
+        cache.end_prompt()
+        stepper = capture.Stepper(llama, cache, torch.tensor([[17], [11]]), room=9)
+        for step in range(8):
+            stepper.step(torch.tensor([5, 6]), torch.tensor([step < 3, step < 7]))
+        stepper.finish(extra=1)
+        assert cache.state.lengths == [20, 18] and cache.columns == 24
+        cache.crop(-5)
+        assert cache.state.lengths == [19, 13] and cache.columns == 19
+        cache.crop(-2)
+        assert cache.state.lengths == [17, 11]
+
+
+def test_sampling_is_multinomial(monkeypatch):
+    """The same tokens from the same seed, without the host sync of torch.multinomial."""
+    scores = torch.randn(6, 200, generator=torch.Generator().manual_seed(0)) * 3
+    scores[:, 50:] = -torch.inf
+    torch.manual_seed(7)
+    wanted = [torch.multinomial(scores.softmax(-1), 1).squeeze(1) for _ in range(20)]
+    monkeypatch.delattr(torch, "multinomial")
+    torch.manual_seed(7)
+    found = [decode_loop._choose(scores, sample=True) for _ in range(20)]
+    assert torch.equal(torch.stack(found), torch.stack(wanted))
+    assert len({tuple(tokens.tolist()) for tokens in found}) > 10
+
+
+def test_streamers_get_the_prompt_and_every_token():
+    class Collect:
+        def __init__(self):
+            self.seen, self.ended = [], 0
+
+        def put(self, value):
+            self.seen += value.flatten().tolist()
+
+        def end(self):
+            self.ended += 1
+
+    model, inputs, collect = tiny(), prompt([9]), Collect()
+    with attach(model, PIPELINE):
+        out = model.generate(**inputs, max_new_tokens=6, do_sample=True, top_k=10, streamer=collect)
+    assert collect.seen == out[0].tolist() and collect.ended == 1

@@ -1,0 +1,83 @@
+"""LoRA adapters of PEFT: what attaches is the wrapped model, what decides is the merged one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from faults import snapshot
+from models import SIZES, error, pipelines, prompt, tiny
+
+from kvpolicy import CachePipeline
+from kvpolicy.adapters.hf import attach
+
+peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"  # asked for by PEFT
+)
+
+GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+TARGETS = ["q_proj", "k_proj", "v_proj"]
+
+
+def lora(kind="llama"):
+    """A tiny model with adapters that change what it says, keys before RoPE included."""
+    config = peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False)
+    torch.manual_seed(5)
+    return peft.get_peft_model(tiny(kind), config).eval()
+
+
+def run(model, pipeline=None, **options):
+    """12 greedy tokens for two padded prompts, with their logits, attached or plain."""
+    inputs = prompt([33, 21])
+    if pipeline is None:
+        return model.generate(**inputs, max_new_tokens=12, **GREEDY, **options)
+    with attach(model, pipeline, **SIZES) as attached:
+        cache = attached.new_cache()
+        out = model.generate(
+            **inputs, past_key_values=cache, max_new_tokens=12, **GREEDY, **options
+        )
+    return out, [cache.state.kept(x, r, h).tolist() for x in (0, 1) for r in (0, 1) for h in (0, 1)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_neutral_is_the_plain_wrapped_model(kind):
+    model = lora(kind)
+    with model.disable_adapter():
+        base = run(model)
+    plain = run(model)
+    assert error(plain, base) > 0.1, "the adapters change nothing"
+    before = snapshot(model.get_base_model()), dict(model.__dict__)
+    out, _ = run(model, CachePipeline(window=5))
+    assert torch.equal(out.sequences, plain.sequences)
+    assert error(out, plain) < 1e-3
+    assert (snapshot(model.get_base_model()), dict(model.__dict__)) == before
+
+
+@pytest.mark.parametrize("name", ["gate", "all", "gate-quest-snapkv"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_policies_act_as_on_the_merged_model(kind, name):
+    """The write gate reads the adapted keys before RoPE."""
+    wrapped, kept = run(lora(kind), pipelines()[name])
+    merged, wanted = run(lora(kind).merge_and_unload(), pipelines()[name])
+    assert torch.equal(wrapped.sequences, merged.sequences)
+    assert error(wrapped, merged) < 1e-3
+    assert kept == wanted
+    assert max(map(len, kept)) < 33 + 12
+
+
+def test_adapters_may_change_while_attached():
+    model = lora()
+    model.add_adapter(
+        "other", peft.LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False)
+    )
+    inputs = {**prompt([20]), "max_new_tokens": 6, **GREEDY}
+    wanted = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        wanted[name] = model.generate(**inputs)
+    assert error(wanted["default"], wanted["other"]) > 0.1
+    with attach(model, CachePipeline(window=5)):
+        for name, plain in wanted.items():
+            model.set_adapter(name)
+            assert error(model.generate(**inputs), plain) < 1e-3

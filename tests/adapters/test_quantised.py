@@ -1,0 +1,79 @@
+"""Models whose linear layers hold 4 bits a weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from faults import snapshot
+from models import SIZES, error, pipelines, prompt, tiny
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from kvpolicy import CachePipeline, LocalAttention
+from kvpolicy.adapters.hf import attach
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+
+
+def plain():
+    return tiny("llama", intermediate_size=128)  # the kernels take whole blocks of weights
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory):
+    """A tiny Llama in NF4, as transformers loads it."""
+    folder = tmp_path_factory.mktemp("model")
+    plain().save_pretrained(folder)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.float32, device_map="cpu"
+    )
+    return model.eval()
+
+
+def test_neutral_is_the_plain_quantised_model(quantised):
+    assert isinstance(quantised.model.layers[0].self_attn.k_proj, bitsandbytes.nn.Linear4bit)
+    inputs = {**prompt([33, 21]), "max_new_tokens": 12, **GREEDY}
+    wanted = quantised.generate(**inputs)
+    assert error(wanted, plain().generate(**inputs)) > 2e-1, "nothing was quantised"
+    before = snapshot(quantised)
+    with attach(quantised, CachePipeline(window=5), **SIZES):
+        out = quantised.generate(**inputs)
+    assert torch.equal(out.sequences, wanted.sequences)
+    # The layers' kernels round activations to bfloat16, which amplifies differences of 1e-7.
+    assert error(out, wanted) < 2e-2
+    assert snapshot(quantised) == before
+    with attach(quantised, CachePipeline(admission=LocalAttention(window=5)), **SIZES):
+        assert error(quantised.generate(**inputs), wanted) > 2e-1
+
+
+def test_the_write_gate_reads_keys_of_quantised_layers(quantised, monkeypatch):
+    """What reaches the policy is what `k_proj` says, and it leaves tokens out."""
+    pipeline, seen, wanted = pipelines()["gate"], [], []
+    admit = type(pipeline.admission).admit
+
+    def spy(self, write):
+        seen.append(write.key_pre)
+        return admit(self, write)
+
+    monkeypatch.setattr(type(pipeline.admission), "admit", spy)
+    handles = [
+        layer.self_attn.k_proj.register_forward_hook(
+            lambda m, a, out: wanted.append(out.view(-1, 2, 16).transpose(0, 1).clone())
+        )
+        for layer in quantised.model.layers
+    ]
+    try:
+        with attach(quantised, pipeline, **SIZES) as attached:
+            cache = attached.new_cache()
+            quantised.generate(**prompt([33]), past_key_values=cache, max_new_tokens=3, **GREEDY)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(seen) == len(wanted) == 6
+    assert all(torch.equal(a, b) for a, b in zip(seen, wanted, strict=True))
+    kept = [len(cache.state.kept(x, 0, h)) for x in (0, 1) for h in (0, 1)]
+    assert min(kept) > 5 and max(kept) < 35
