@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import types
@@ -72,13 +73,17 @@ def test_train_gate_writes_a_gate_that_loads(folder: Path, tmp_path: Path) -> No
     sizes = ("--steps", 2, "--length", 192, "--window", 16, "--batch-size", 1, "--expand", 1)
     said = call(
         "train-gate", model, "--texts", texts, "--out", out, "--target-keep", 0.5, *sizes,
-        "--device", "cpu", "--run-dir", tmp_path / "run",
+        "--device", "cpu", "--run-dir", tmp_path / "run", "--ungated", 3, "--save-every", 1,
     )  # fmt: skip
     assert said.startswith(str(out)) and "window 16" in said
     gate = WriteGate.from_pretrained(out)
     assert (gate.layers, gate.kv_heads, gate.width, gate.window) == (2, 2, 32, 16)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    wider = tmp_path / "wider.pt"
+    options = ("--texts", texts, "--out", wider, "--lam", 0.1, "--start", out, "--device", "cpu")
+    said = call("train-gate", model, *options, *sizes)
+    assert said.startswith(f"{wider}: lambda 0.1,") and WriteGate.from_pretrained(wider)
 
 
 def test_train_duo_writes_a_pattern_that_loads(folder: Path, tmp_path: Path) -> None:
@@ -90,6 +95,62 @@ def test_train_duo_writes_a_pattern_that_loads(folder: Path, tmp_path: Path) -> 
     )  # fmt: skip
     duo = DuoAttention.from_pretrained(tmp_path / "duo", sparsity=0.5)
     assert (duo.sinks, duo.window, duo.sparsity) == (4, 16, 0.5)
+
+
+def test_training_takes_a_data_set(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    module = types.ModuleType("datasets")
+
+    def load_dataset(*names: object, **options: object) -> list[dict[str, str]]:
+        asked.append((names, options))
+        return [{"text": (folder / "texts" / "one.txt").read_text()}]
+
+    module.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    call(
+        "train-gate", folder / "model", "--dataset", "some/set", "--subset", "10BT", "--lam", 0.1,
+        "--out", tmp_path / "gate.pt", "--steps", 1, "--length", 192, "--device", "cpu",
+    )  # fmt: skip
+    assert asked == [(("some/set", "10BT"), {"split": "train", "streaming": True})]
+    said = fails("train-gate", folder / "model", "--out", "g.pt", "--lam", 0.1)
+    assert said == "error: texts, dataset: wanted exactly one\n"
+
+
+def test_calibrate_reports_the_knob_that_gives_a_size(folder: Path, tmp_path: Path) -> None:
+    options = ("--texts", folder / "texts", "--length", 200, "--prompts", 1, "--device", "cpu")
+    said = call(
+        "calibrate", folder / "model", *options, "--snapkv", "--window", 32, "--tokens", 100
+    )
+    value, tokens = re.match(r"budget (\d+): ([\d.]+) tokens per head, ", said).groups()
+    assert float(value) == float(tokens) == pytest.approx(100, rel=0.02)
+    assert "reached tokens 100 after" in said
+    (tmp_path / "full_attention_heads.tsv").write_text("1.0\t0.2\n0.9\t0.1\n")
+    (tmp_path / "config.json").write_text('{"sink_size": 8, "recent_size": 64}')
+    found = json.loads(
+        call(
+            "calibrate", folder / "model", *options, "--duo", tmp_path, "--target", "68%", "--json"
+        )
+    )
+    assert found["knob"] == "sparsity" and found["best"]["size"]["tokens"] == (2 * 200 + 2 * 72) / 4
+    said = fails("calibrate", folder / "model", *options, "--snapkv")
+    assert "error: target, tokens, bytes: wanted exactly one" in said
+
+
+def test_inspect_reports_and_shows(folder: Path, tmp_path: Path) -> None:
+    options = ("--texts", folder / "texts", "--out", tmp_path, "--device", "cpu")
+    sizes = ("--length", 200, "--continuation", 8, "--window", 32)
+    said = call("inspect", folder / "model", *options, *sizes, "--snapkv", 80)
+    assert said.startswith("200 tokens: KL ") and "40.0% kept" in said
+    assert "eviction SnapKV: " in said
+    record = json.loads((tmp_path / "fidelity.json").read_text())
+    assert len(record["kl"]) == 9 and record["mean_kl"] > 0
+    assert [len(row) for row in record["lost_mass"]] == [4, 4]
+    assert "<span data-i" in (tmp_path / "kept.html").read_text()
+    assert (tmp_path / "kept.png").read_bytes()[:4] == b"\x89PNG"
+    said = fails("inspect", folder / "model", *options)
+    assert said.startswith("error: gate, duo, window, quest, snapkv: wanted at least one")
 
 
 def test_errors_are_one_line(folder: Path, tmp_path: Path) -> None:
@@ -125,7 +186,7 @@ def test_help_loads_nothing_heavy() -> None:
         "from typer.testing import CliRunner\n"
         "from kvpolicy.cli import app\n"
         "out = CliRunner().invoke(app, ['--help']).output\n"
-        "print(all(name in out for name in ('plan', 'train-gate', 'train-duo', 'bench')))\n"
+        "print(all(name in out for name in ('plan', 'train-gate', 'pareto', 'evaluate')))\n"
         "print([n for n in ('transformers', 'triton', 'accelerate') if n in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

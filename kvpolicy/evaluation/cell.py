@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,14 +13,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..adapters.hf import KVPolicyCache, attach, new_cache
+from ..adapters.hf.capture import Stepper
 from ..pipeline import CachePipeline
-from ..store import CacheState, Report
+from ..store import Report
 from .long_text import hit_tokens, losses
-from .prompts import Example, Question
-from .score import AnswerScore, grade
-from .session import PipelineSession
+from .prompts import Example, Ids, Question
+from .score import AnswerScore
 
 Row = dict[str, Any]
+_CAPTURE_FROM = 6  # steps from which a graph saves more than its capture costs
+_CPU_TOKENS = 1 << 13  # context tokens of a batch on the host
+_ROOM = 24  # device memory for a context token, in units of its keys and values
 
 
 class OutOfTime(Exception):
@@ -33,31 +37,40 @@ def answer(
     examples: Sequence[Example],
     *,
     question_in_prompt: bool = True,
+    captured: bool = True,
     check: Callable[[], None] = lambda: None,
 ) -> Row:
     """Scores by context, and sizes after the first question; `check` may raise OutOfTime.
 
-    The questions of a context are asked together, each in a sequence of its own.
+    As many contexts as fit are read together, each in a sequence of its own, and every question in
+    a copy of its context's sequence. Answers are decoded token by token by the cache; with
+    `captured`, by a CUDA graph where there is a device for it.
     """
     began, scores, sizes = time.monotonic(), [], []
     with attach(model, pipeline):
-        for example in examples:
+        for group in _groups(model, pipeline, examples):
             check()
             cache = new_cache(model, pipeline)
-            _forward(model, cache, torch.tensor([example.context_ids]))
+            _forward(model, cache, *_block([example.context_ids for example in group]))
             if not question_in_prompt:
                 cache.end_prompt()
-            scores.append(ask_together(model, cache, example.questions, question_in_prompt))
-            sizes.append(_size_after(model, cache, example.questions[0], question_in_prompt))
+            asked = [example.questions for example in group]
+            scores += ask_together(
+                model, cache, asked, question_in_prompt=question_in_prompt, captured=captured
+            )
+            firsts = [questions[0] for questions in asked]
+            sizes += [_size_after(model, cache, firsts, question_in_prompt)] * len(group)
     return {
         "accuracy": [statistics.fmean(a.token_accuracy for a in x) for x in scores],
         "exact": [statistics.fmean(a.exact_match for a in x) for x in scores],
         "log_likelihood": [statistics.fmean(a.log_likelihood for a in x) for x in scores],
+        "questions": sum(map(len, scores)),
         **_means(sizes),
         "seconds": time.monotonic() - began,
     }
 
 
+@torch.no_grad()
 def read_text(
     model: PreTrainedModel,
     pipeline: CachePipeline,
@@ -65,19 +78,24 @@ def read_text(
     *,
     check: Callable[[], None] = lambda: None,
 ) -> Row:
-    """Losses by document, over all tokens and over hit tokens; `check` may raise OutOfTime."""
+    """Losses by document, over all tokens and over hit tokens; `check` may raise OutOfTime.
+
+    Documents `[N]` are of one length.
+    """
     began, sizes = time.monotonic(), []
     everywhere, hits = [], []
     with attach(model, pipeline):
-        for ids in documents:
+        for group in _groups(model, pipeline, documents):
             check()
-            session = PipelineSession(model, pipeline)
-            found = losses(session, ids)
-            everywhere.append(found.mean().item())
-            hit = found[hit_tokens(ids)[1:]]
-            if len(hit):
-                hits.append(hit.mean().item())
-            sizes.append(_size(session.state, session.report))
+            cache = new_cache(model, pipeline)
+            ids = torch.stack(group).to(model.device)
+            found = losses(partial(_run, model, cache), ids)
+            for document, row in zip(group, found, strict=True):
+                everywhere.append(row.mean().item())
+                hit = row[hit_tokens(document)[1:]]
+                if len(hit):
+                    hits.append(hit.mean().item())
+            sizes += [_size(cache)] * len(group)
     return {
         "loss": everywhere,
         "hit_loss": hits,
@@ -89,61 +107,142 @@ def read_text(
 def ask_together(
     model: PreTrainedModel,
     cache: KVPolicyCache,
-    questions: Sequence[Question],
-    question_in_prompt: bool,
-) -> list[AnswerScore]:
-    """Asks all questions in a batch of copies of `cache`; answers are decoded teacher-forced."""
-    twins = cache.fork([0] * len(questions))
-    asked = [question.question_ids for question in questions]
-    width = max(map(len, asked))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in asked])
-    real = torch.tensor([[i >= width - len(row) for i in range(width)] for row in asked])
-    rows = [_forward(model, twins, ids, real)]
+    asked: Sequence[Sequence[Question]],
+    *,
+    question_in_prompt: bool = True,
+    captured: bool = True,
+) -> list[list[AnswerScore]]:
+    """Asks each of the cache's sequences its own questions, all at once, in copies of them.
+
+    Answers are decoded teacher-forced.
+    """
+    questions = [question for one in asked for question in one]
+    twins = cache.fork([row for row, one in enumerate(asked) for _ in one])
+    logits = _forward(model, twins, *_block([question.question_ids for question in questions]))
     if question_in_prompt:
         twins.end_prompt()
-    answers = [question.answer_ids for question in questions]
-    for at in range(max(map(len, answers)) - 1):
-        ids = torch.tensor([[row[min(at, len(row) - 1)]] for row in answers])
-        rows.append(_forward(model, twins, ids, torch.tensor([[at < len(r) - 1] for r in answers])))
-    return [grade([logits[i] for logits in rows[: len(row)]], row) for i, row in enumerate(answers)]
+    found = iter(_decode(model, twins, logits, [q.answer_ids for q in questions], captured))
+    return [[next(found) for _ in one] for one in asked]
 
 
-def _forward(
-    model: PreTrainedModel, cache: KVPolicyCache, ids: Tensor, real: Tensor | None = None
-) -> Tensor:
+def _decode(
+    model: PreTrainedModel,
+    cache: KVPolicyCache,
+    logits: Tensor,
+    answers: Sequence[Ids],
+    captured: bool,
+) -> list[AnswerScore]:
+    """Scores of `answers`, one a sequence, from the `logits` `[B, V]` before their first tokens."""
+    assert cache.state is not None
+    device, steps = logits.device, max(map(len, answers))
+    # One column more than is fed, so that sequences of any length end inside.
+    ids = torch.tensor([[*row, *[0] * (steps - len(row))] for row in answers], device=device)
+    left = torch.tensor([len(row) for row in answers], device=device)
+    position = torch.tensor(cache.state.lengths, device=device)[:, None]
+    stepper = Stepper(model, cache, position, steps)
+    if stepper.captured and not (captured and steps > _CAPTURE_FROM):
+        stepper.captured = False
+    chosen, likely = [], []
+    for at in range(steps):
+        chosen.append(logits.argmax(-1))
+        right = torch.log_softmax(logits.float(), -1).gather(1, ids[:, at, None])
+        likely.append(right[:, 0])
+        if at + 1 < steps:
+            logits = stepper.step(ids[:, at], left > at + 1)[:, -1]
+    picked, values = (torch.stack(rows, 1).tolist() for rows in (chosen, likely))
+    return [
+        AnswerScore(
+            predicted_ids=tuple(picked[row][: len(wanted)]),
+            answer_ids=wanted,
+            log_likelihood=statistics.fmean(values[row][: len(wanted)]),
+        )
+        for row, wanted in enumerate(answers)
+    ]
+
+
+def _groups(
+    model: PreTrainedModel, pipeline: CachePipeline, items: Sequence[Any]
+) -> Iterator[list[Any]]:
+    """As many contexts, or documents `[N]`, at a time as the device holds with their questions."""
+    spec = new_cache(model, pipeline).spec
+    if spec.device.type == "cuda":
+        each = 2 * spec.layers * spec.kv_heads * spec.head_dim * spec.dtype.itemsize
+        idle = torch.cuda.memory_reserved(spec.device) - torch.cuda.memory_allocated(spec.device)
+        tokens = (torch.cuda.mem_get_info(spec.device)[0] + idle) // (_ROOM * each)
+    else:
+        tokens = _CPU_TOKENS
+    longest = max(len(x.context_ids) if isinstance(x, Example) else len(x) for x in items)
+    count = max(int(tokens) // longest, 1)
+    for begin in range(0, len(items), count):
+        yield list(items[begin : begin + count])
+
+
+def _block(rows: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+    """Ids `[B, S]` of sequences padded on the left, and which of them are real."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*[0] * (width - len(row)), *row] for row in rows])
+    real = torch.tensor([[i >= width - len(row) for i in range(width)] for row in rows])
+    return ids, real
+
+
+def _forward(model: PreTrainedModel, cache: KVPolicyCache, ids: Tensor, real: Tensor) -> Tensor:
     """Appends `ids` `[B, S]` that are `real`; logits `[B, vocabulary]` after the last column."""
     mask = None
-    if real is not None and not real.all():
+    if not real.all():
         past = torch.ones(len(ids), cache.columns, dtype=torch.long)
         mask = torch.cat([past, real.long()], 1).to(model.device)
-    out = model(
-        input_ids=ids.to(model.device), attention_mask=mask, past_key_values=cache, logits_to_keep=1
-    )
-    return out.logits[:, -1]
+    return _run(model, cache, ids, mask, logits_to_keep=1)[:, -1]
+
+
+def _run(
+    model: PreTrainedModel,
+    cache: KVPolicyCache,
+    ids: Tensor,
+    mask: Tensor | None = None,
+    logits_to_keep: int = 0,
+) -> Tensor:
+    """Logits `[B, S, vocabulary]` of a forward, or of its last columns."""
+    return model(
+        input_ids=ids.to(model.device),
+        attention_mask=mask,
+        past_key_values=cache,
+        logits_to_keep=logits_to_keep,
+    ).logits
 
 
 def _size_after(
-    model: PreTrainedModel, cache: KVPolicyCache, question: Question, question_in_prompt: bool
+    model: PreTrainedModel,
+    cache: KVPolicyCache,
+    questions: Sequence[Question],
+    question_in_prompt: bool,
 ) -> Row:
-    """What the cache of one sequence holds after a question and the answer's first token."""
-    _forward(model, cache, torch.tensor([question.question_ids]))
+    """What each sequence holds after a question and the answer's first token."""
+    _forward(model, cache, *_block([question.question_ids for question in questions]))
     if question_in_prompt:
         cache.end_prompt()
-    _forward(model, cache, torch.tensor([question.answer_ids[:1]]))
+    _forward(model, cache, *_block([question.answer_ids[:1] for question in questions]))
+    return _size(cache)
+
+
+def _size(cache: KVPolicyCache) -> Row:
+    """Mean tokens per head, window included, and bytes, of one of the cache's sequences."""
     assert cache.state is not None
-    return _size(cache.state, cache.report)
-
-
-def _size(state: CacheState, report: Callable[[], Report]) -> Row:
-    """Mean tokens per head, window included, and all bytes, of one sequence's cache."""
-    for pool in state.pools.values():
+    for pool in cache.state.pools.values():
         pool.trim()
-    found = report()
+    found: Report = cache.report()
+    batch, spec = cache.state.batch, cache.spec
+    heads = sum(len(layer) for layer in found.stored)
+    token = 2 * spec.head_dim * spec.dtype.itemsize
     return {
         "held_tokens": statistics.fmean(x for layer in found.stored for x in layer),
-        "seen_tokens": found.tokens,
+        "seen_tokens": found.tokens / batch,
         "read_tokens": found.mean_read,
-        "bytes": found.total,
+        "bytes": found.total / batch,
+        "kv_bytes": found.kv / batch,
+        # Places for tokens: the window and pages, without the ring's places for rollback.
+        "slots": found.kv / batch / heads / token - spec.rollback,
+        "admitted": found.mean_admitted,
+        "evicted": sum(map(sum, found.evicted)) / batch,
     }
 
 

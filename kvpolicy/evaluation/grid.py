@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import attrs
 
@@ -13,21 +14,25 @@ from ..pipeline import CachePipeline
 from ..selection import Quest
 
 FULL, LOSS = "full", "loss"
-SINKS, OBSERVATION = 4, 32
+SINKS, OBSERVATION, PAGE = 4, 32, 16
 CORE_TASKS = ("eight needles", "copy", "eight facts")
-CORE_LENGTHS = (2048, 4096)
+SEEN = ", question seen"
 
 
 @attrs.frozen
 class Room:
-    """What a cache may hold: `tokens` of the `seen` ones per head, window included.
+    """What a cache may hold: `slots` of the `seen` tokens per head, window included.
 
-    `asked` of the tokens seen came after the context.
+    Slots are places in the window and in pages, so that equal slots are equal bytes. `asked` of the
+    tokens seen came after the context.
     """
 
-    tokens: float
+    slots: float
     seen: float
     asked: float = 0.0
+
+
+Build = Callable[[Room], CachePipeline | None]
 
 
 @attrs.frozen(kw_only=True)
@@ -35,18 +40,20 @@ class Variant:
     """A composition of one family at one cache size.
 
     `build` makes its pipeline for a room; None says that the family cannot be that small. The room
-    is what the variant named `matches` held, or else the fraction `keep` of all tokens. Without
-    `question_in_prompt` the prompt ends before the question, so that an eviction does not know it.
+    is as many bytes as the variant named `matches` took, or else the fraction `keep` of the
+    context. Without `question_in_prompt` the prompt ends before the question, so that an eviction
+    does not know it. `tier`: 0 admissions, 1 the first budget of selections and evictions, 2 the
+    rest. `prompt_only`: all it does happens in prompts, so that loss can be measured there.
     """
 
     name: str
     family: str
-    build: Callable[[Room], CachePipeline | None]
+    build: Build
     matches: str | None = None
     keep: float = 1.0
     question_in_prompt: bool = True
-    core: bool = True
-    prompt_only: bool = True  # all it does happens in prompts, so that loss can be measured there
+    tier: int = 0
+    prompt_only: bool = True
 
 
 @attrs.frozen(kw_only=True)
@@ -66,6 +73,7 @@ def variants(
     gates: Sequence[tuple[str, WriteGate]],
     duo: str | os.PathLike[str] | None,
     keeps: Sequence[float],
+    budgets: Sequence[float],
     window: int,
 ) -> list[Variant]:
     """All variants; those of a size come after the one whose size they match.
@@ -74,17 +82,20 @@ def variants(
         gates: names and gates, the largest cache first; each sets a size.
         duo: folder of a DuoAttention pattern.
         keeps: fractions of tokens that set the sizes where there is no gate.
+        budgets: fractions of the context that selections read and evictions leave; the first
+            matters most.
         window: local window of the families that have none of their own.
     """
     found = [Variant(name=FULL, family=FULL, build=lambda room: CachePipeline(window=window))]
-    sizes: list[tuple[str, str | None, float]]
-    if gates:
-        sizes = [(f"(gate {name})", f"gate {name}", 1.0) for name, _ in gates]
-    else:
-        sizes = [(f"{keep:.0%}", None, keep) for keep in keeps]
-    found += [Variant(name=f"gate {n}", family="write gate", build=_fixed(g)) for n, g in gates]
-    for name, matches, keep in sizes:
+    found += [
+        Variant(name=f"gate {n}", family="write gate", build=partial(_gated, g)) for n, g in gates
+    ]
+    sizes: list[tuple[str, str | None, float]] = [
+        (f"(gate {name})", f"gate {name}", 1.0) for name, _ in gates
+    ]
+    for name, matches, keep in sizes or [(f"{keep:.0%}", None, keep) for keep in keeps]:
         for family, build in _matched(duo, window).items():
+            evicts = family.startswith("SnapKV")
             found.append(
                 Variant(
                     name=f"{family} {name}",
@@ -93,27 +104,34 @@ def variants(
                     matches=matches,
                     keep=keep,
                     question_in_prompt=family != "SnapKV",
-                    core=family in ("local", "random", "DuoAttention"),
-                    prompt_only=family in ("local", "random", "DuoAttention"),
+                    tier=2 if family.endswith(SEEN) else 0,
+                    prompt_only=not evicts,
                 )
             )
-    if gates:
-        found += _compositions(gates, found[-1].matches, window)
+    for at, budget in enumerate(budgets):
+        found += _budgeted(gates[0] if gates else None, budget, window, 2 if at else 1)
     return found
 
 
 def cells(tasks: Sequence[str], lengths: Sequence[int], rows: Sequence[Variant]) -> list[Cell]:
-    """All cells, the most informative first."""
+    """All cells, the most informative first.
+
+    Needles, copying and facts at 2048 and 4096 tokens with every admission at equal bytes; at 4096
+    and 8192 with the first budget, at 8192 with admissions; loss; other admissions; the rest.
+    """
 
     def rank(cell: Cell) -> tuple[int, ...]:
-        known = cell.task in CORE_TASKS and cell.length in CORE_LENGTHS
-        tier = 0 if known and cell.variant.core else 1 if known or cell.task == LOSS else 2
-        return (
-            tier,
-            tasks.index(cell.task),
-            lengths.index(cell.length),
-            rows.index(cell.variant),
-        )
+        core, tier = cell.task in CORE_TASKS, cell.variant.tier
+        if core and cell.length in (2048, 4096) and tier == 0:
+            order = 0
+        elif core and cell.length in (4096, 8192) and tier < 2:
+            order = 1
+        elif cell.task == LOSS:
+            order = 2
+        else:
+            order = 3 if tier == 0 else 4
+        places = lengths.index(cell.length), tasks.index(cell.task), rows.index(cell.variant)
+        return (order, *places)
 
     found = [
         Cell(task=task, length=length, variant=row)
@@ -125,23 +143,29 @@ def cells(tasks: Sequence[str], lengths: Sequence[int], rows: Sequence[Variant])
     return sorted(found, key=rank)
 
 
-def _fixed(gate: WriteGate) -> Callable[[Room], CachePipeline]:
-    return lambda room: CachePipeline(admission=gate)
+def _gated(gate: WriteGate, room: Room) -> CachePipeline:
+    return CachePipeline(admission=gate)
 
 
-def _matched(
-    duo: str | os.PathLike[str] | None, window: int
-) -> dict[str, Callable[[Room], CachePipeline | None]]:
-    """The families that can be made to hold what another one holds."""
+def _of(gate: WriteGate | None, window: int | None = None, **policies: object) -> CachePipeline:
+    """A gate's pipeline, or one of `window` that admits everything."""
+    if gate is None:
+        return CachePipeline(window=window, **policies)  # type: ignore[arg-type]
+    return CachePipeline(admission=gate, **policies)  # type: ignore[arg-type]
+
+
+def _matched(duo: str | os.PathLike[str] | None, window: int) -> dict[str, Build]:
+    """The families that can be made to take the bytes that another one takes."""
 
     def local(room: Room) -> CachePipeline | None:
-        near = round(room.tokens) - SINKS
-        return (
-            CachePipeline(admission=LocalAttention(window=near, sinks=SINKS)) if near > 0 else None
-        )
+        # The sinks take a page. Few window sizes, because kernels are compiled for each.
+        near = int(_paged(room.slots)) - PAGE
+        kept = LocalAttention(window=max(near, 1), sinks=SINKS)
+        return CachePipeline(admission=kept) if near > 0 else None
 
     def random(room: Room) -> CachePipeline | None:
-        far = (room.tokens - window) / (room.seen - window)
+        # A head's last page is half full on average.
+        far = (room.slots - window - PAGE / 2) / (room.seen - window)
         if not 0 < far <= 1:
             return None
         return CachePipeline(admission=RandomGate(sparsity=1 - far), window=window)
@@ -149,73 +173,74 @@ def _matched(
     def heads(room: Room) -> CachePipeline | None:
         assert duo is not None
         some = DuoAttention.from_pretrained(duo, sparsity=1.0)
-        least = some.sinks + some.window
-        full = (room.tokens - least) / (room.seen - least)
+        least = _paged(some.sinks) + some.window
+        full = (room.slots - least) / (_paged(room.seen - some.window) + some.window - least)
         if not 0 < full <= 1:
             return None
         return CachePipeline(admission=DuoAttention.from_pretrained(duo, sparsity=1 - full))
 
-    def before_question(room: Room) -> CachePipeline | None:
-        return snapkv(Room(room.tokens - room.asked, room.seen))
+    def unseen(room: Room) -> CachePipeline | None:
+        return _capped(None, window, attrs.evolve(room, slots=room.slots - room.asked))
 
-    def snapkv(room: Room) -> CachePipeline | None:
-        budget = round(room.tokens)
-        if budget <= window:
-            return None
-        return CachePipeline(
-            window=window, eviction=SnapKV(budget=budget, observation=min(OBSERVATION, window))
-        )
+    learned: dict[str, Build] = {} if duo is None else {"DuoAttention": heads}
+    capped = partial(_capped, None, window)
+    return {"local": local, **learned, "random": random, "SnapKV": unseen, f"SnapKV{SEEN}": capped}
 
-    def quest(room: Room) -> CachePipeline | None:
-        budget = round(room.tokens)
-        return (
-            CachePipeline(window=window, selection=Quest(budget=budget))
-            if budget > window
-            else None
-        )
 
-    found: dict[str, Callable[[Room], CachePipeline | None]] = {"local": local}
-    if duo is not None:
-        found["DuoAttention"] = heads
-    found |= {
-        "random": random,
-        "SnapKV, question seen": snapkv,
-        "SnapKV": before_question,
-        "Quest": quest,
-    }
+def _budgeted(
+    gate: tuple[str, WriteGate] | None, budget: float, window: int, tier: int
+) -> list[Variant]:
+    """Selections and evictions of a fraction of the context, alone and behind a gate."""
+    found = []
+    for name, policy in [("", None), *([] if gate is None else [gate])]:
+        near = window if policy is None else policy.window or window
+        kinds = {
+            "Quest": (_reading, True, tier),
+            "SnapKV": (_capped, False, tier),
+            f"SnapKV{SEEN}": (_capped, True, 2),
+            "Quest + SnapKV": (_both, False, 2),
+        }
+        for kind, (build, knows, order) in kinds.items():
+            found.append(
+                Variant(
+                    name=f"{f'gate {name} + ' if name else ''}{kind} at {budget:.3g}",
+                    family=f"{'gate + ' if name else ''}{kind}"
+                    f"{'' if kind == 'Quest' else ' at a cap'}",
+                    build=partial(build, policy, near),
+                    keep=budget,
+                    question_in_prompt=knows,
+                    tier=order,
+                    prompt_only=False,
+                )
+            )
     return found
 
 
-def _compositions(
-    gates: Sequence[tuple[str, WriteGate]], matches: str | None, window: int
-) -> list[Variant]:
-    """The largest gate with a selection, an eviction and both, at the smallest gate's size."""
-    name, gate = gates[0]
+def _reading(gate: WriteGate | None, window: int, room: Room) -> CachePipeline | None:
+    """Quest that reads at most so many slots a head."""
+    budget = _whole(room.slots, window)
+    return _of(gate, window, selection=Quest(budget=budget)) if budget > window else None
 
-    def build(selects: bool, evicts: bool) -> Callable[[Room], CachePipeline | None]:
-        def pipeline(room: Room) -> CachePipeline | None:
-            budget = round(room.tokens)
-            if budget <= window:
-                return None
-            parts: dict[str, Quest | SnapKV] = {}
-            if selects:
-                parts["selection"] = Quest(budget=budget)
-            if evicts:
-                observation = min(OBSERVATION, window)
-                parts["eviction"] = SnapKV(budget=budget, observation=observation)
-            return CachePipeline(admission=gate, **parts)  # type: ignore[arg-type]
 
-        return pipeline
+def _capped(gate: WriteGate | None, window: int, room: Room) -> CachePipeline | None:
+    """SnapKV with at most so many slots a head."""
+    budget = _whole(room.slots, window)
+    if budget <= window:
+        return None
+    eviction = SnapKV(budget=budget, observation=min(OBSERVATION, window))
+    return _of(gate, window, eviction=eviction)
 
-    kinds = {"Quest": (True, False), "SnapKV": (False, True), "Quest + SnapKV": (True, True)}
-    return [
-        Variant(
-            name=f"gate {name} + {what}{', question seen' if evicts else ''}",
-            family="composition, question seen" if evicts else "composition",
-            build=build(selects, evicts),
-            matches=matches,
-            core=False,
-            prompt_only=False,
-        )
-        for what, (selects, evicts) in kinds.items()
-    ]
+
+def _both(gate: WriteGate | None, window: int, room: Room) -> CachePipeline | None:
+    capped = _capped(gate, window, room)
+    return capped and attrs.evolve(capped, selection=Quest(budget=_whole(room.slots, window)))
+
+
+def _whole(slots: float, window: int) -> int:
+    """The window and whole pages within `slots`."""
+    return window + int(slots - window) // PAGE * PAGE
+
+
+def _paged(tokens: float) -> float:
+    """Slots of the pages that so many tokens take."""
+    return -(-tokens // PAGE) * PAGE

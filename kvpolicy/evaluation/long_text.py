@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .prompts import Frame, sentences
-from .score import Session
+from .prompts import encode, sentences
 
 FAR = 512
-_CHUNK = 512  # tokens of a forward, whose logits exist at once
+_LOGITS = {"cpu": 1 << 11, "cuda": 1 << 14}  # tokens of a forward, whose logits exist at once
 
 
 def documents(
     tokenizer: PreTrainedTokenizerBase, text: str, *, length: int, contexts: int, seed: int = 0
 ) -> list[Tensor]:
     """Pieces of `length` tokens from random places in a text."""
-    frame, rng = Frame(tokenizer), random.Random(seed)
+    rng = random.Random(seed)
+    ids = partial(encode, tokenizer)
     return [
-        torch.tensor([i for part in sentences(frame, text, length, rng) for i in part])
+        torch.tensor([i for part in sentences(ids, text, length, rng) for i in part])
         for _ in range(contexts)
     ]
 
@@ -39,16 +41,21 @@ def hit_tokens(ids: Tensor, far: int = FAR) -> Tensor:
 
 
 @torch.no_grad()
-def losses(session: Session, ids: Tensor) -> Tensor:
-    """Next-token losses `[N - 1]` in nats of `ids` `[N]`, read as one prompt."""
+def losses(forward: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+    """Next-token losses `[B, N - 1]` in nats of `ids` `[B, N]`, read as one prompt, on the host.
+
+    Args:
+        forward: appends tokens `[B, T]` and returns logits `[B, T, vocabulary]`.
+        ids: documents of one length, on the model's device.
+    """
+    step = max(_LOGITS[ids.device.type] // len(ids), 1)
     found = []
-    for begin in range(0, len(ids) - 1, _CHUNK):
-        targets = ids[begin + 1 : begin + 1 + _CHUNK]
-        # Before the prompt's end a step is a part of the prompt.
-        logits = session.step(ids[begin : begin + len(targets)]).float()
+    for begin in range(0, ids.shape[1] - 1, step):
+        targets = ids[:, begin + 1 : begin + 1 + step]
+        logits = forward(ids[:, begin : begin + targets.shape[1]])
         found.append(
             torch.nn.functional.cross_entropy(
-                logits, targets.to(logits.device), reduction="none"
-            ).cpu()
+                logits.flatten(0, 1).float(), targets.flatten(), reduction="none"
+            ).view_as(targets)
         )
-    return torch.cat(found)
+    return torch.cat(found, 1).cpu()

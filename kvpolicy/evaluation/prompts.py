@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import attrs
@@ -55,7 +55,7 @@ class Frame:
 
     def encode(self, text: str) -> Ids:
         """Ids of `text` alone; the template's own text brings the special tokens."""
-        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        return encode(self.tokenizer, text)
 
     def opening(self, instruction: str) -> Ids:
         """Ids of everything before the document."""
@@ -71,7 +71,14 @@ class Frame:
         return Question(replied[:same], replied[same:])
 
 
-def sentences(frame: Frame, text: str, tokens: int, rng: random.Random) -> list[Ids]:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
+    """Ids of `text` without special tokens."""
+    return tuple(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def sentences(
+    encode: Callable[[str], Ids], text: str, tokens: int, rng: random.Random
+) -> list[Ids]:
     """Sentences from a random place in `text`, cut to `tokens` ids in all.
 
     Raises:
@@ -81,7 +88,7 @@ def sentences(frame: Frame, text: str, tokens: int, rng: random.Random) -> list[
     start = text.find("\n\n", rng.randrange(latest)) + 2 if latest else 0
     found: list[Ids] = []
     for match in _SENTENCE.finditer(text[start : start + _CHARS_PER_TOKEN * tokens].lstrip()):
-        ids = frame.encode(match.group())[:tokens]
+        ids = encode(match.group())[:tokens]
         found.append(ids)
         tokens -= len(ids)
         if tokens == 0:

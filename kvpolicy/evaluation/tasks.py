@@ -140,7 +140,7 @@ def copying(
 
     def example() -> Example:
         opening = frame.opening("Here is a text.")
-        found = sentences(frame, text, length - len(opening), rng)
+        found = sentences(frame.encode, text, length - len(opening), rng)
         ids = opening + tuple(token for sentence in found for token in sentence)
         cues = _cues(ids, len(opening), questions, rng)
         return Example(
@@ -181,7 +181,7 @@ def _scattered(
     room = length - len(opening) - sum(map(len, statements))
     if room <= TAIL:
         raise ValueError(f"length: got {length} tokens, want at least {length - room + TAIL + 1}")
-    document = scatter(sentences(frame, text, room, rng), statements, TAIL, rng)
+    document = scatter(sentences(frame.encode, text, room, rng), statements, TAIL, rng)
     return Example(context_ids=opening + document, questions=tuple(questions))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import attrs
 
@@ -49,3 +50,12 @@ class KeepController:
         old = keep if self.keep is None else self.keep
         self.keep = self.smoothing * old + (1 - self.smoothing) * keep
         self.log_lam = min(max(self.log_lam + self.integral * self.error, -10.0), 6.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All numbers, for a resumable run."""
+        return attrs.asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of state_dict."""
+        for name, value in state.items():
+            setattr(self, name, value)

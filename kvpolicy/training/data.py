@@ -7,7 +7,7 @@ teach it to keep what a later question may need.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Kind = str
+#: Documents: strings, token ids, or rows with a column "text" (a Hugging Face data set).
+Texts = Iterable[str | list[int] | Mapping[str, Any]]
 MIX: dict[Kind, float] = {"plain": 0.4, "codes": 0.25, "facts": 0.1, "pairs": 0.1, "copy": 0.15}
 
 
@@ -161,3 +163,70 @@ def _chat_parts(tokenizer: PreTrainedTokenizerBase) -> _Chat:
     head, tail = once.split(user)
     turn = twice.split(reply)[1].split(user)[0]
     return _Chat(encode(head), encode(tail), encode(turn))
+
+
+def documents(
+    texts: Texts,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    sequences: int | None = None,
+    column: str = "text",
+) -> list[list[int]]:
+    """Token ids of the documents that are longer than `length` tokens.
+
+    Args:
+        texts: strings, token ids, or rows that hold a text under `column`; any iterable, a
+            streamed Hugging Face data set among them.
+        tokenizer: of the strings.
+        length: tokens of a training sequence.
+        sequences: stop when the documents make so many sequences; lists are read to the end.
+        column: of rows.
+
+    Raises:
+        TypeError: something else than a document came.
+    """
+    found: list[list[int]] = []
+    left = None if sequences is None or isinstance(texts, list | tuple) else sequences
+    for text in texts:
+        if isinstance(text, Mapping):
+            if column not in text:
+                raise ValueError(f"texts: a row has no column {column!r}, only {sorted(text)}")
+            text = text[column]
+        if isinstance(text, str):
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        elif isinstance(text, Sequence):
+            ids = list(text)
+        else:
+            raise TypeError(f"texts: wanted strings, ids or rows, got {type(text).__name__}")
+        if len(ids) <= length:
+            continue
+        found.append(ids)
+        if left is not None:
+            left -= len(ids) // length
+            if left <= 0:
+                break
+    return found
+
+
+def as_mix(
+    texts: Texts | TrainingMix,
+    tokenizer: PreTrainedTokenizerBase | None,
+    length: int,
+    seed: int,
+    *,
+    sequences: int,
+    kinds: dict[Kind, float] | None = None,
+) -> TrainingMix:
+    """The stream of batches of documents; a ready one stays as it is."""
+    if isinstance(texts, TrainingMix):
+        return texts
+    if tokenizer is None:
+        raise ValueError("tokenizer is needed to cut documents into batches, got None")
+    return TrainingMix(
+        texts=documents(texts, tokenizer, length=length, sequences=sequences),
+        tokenizer=tokenizer,
+        length=length,
+        seed=seed,
+        kinds=dict(MIX) if kinds is None else kinds,
+    )

@@ -9,19 +9,23 @@ counts every token.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from .attach import AttachedModel, attach_for_training, dense_attention
-from .data import TrainingMix
+from .data import Texts, TrainingMix, as_mix
+from .gate import model_fingerprint
 from .objective import distillation_loss
+from .run import Run, Stateful, average_gradients
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,7 +62,7 @@ class TrainedPattern:
 
 def train_duo_attention(
     model: PreTrainedModel,
-    texts: Sequence[str | list[int]] | TrainingMix,
+    texts: Texts | TrainingMix,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     steps: int,
@@ -70,13 +74,18 @@ def train_duo_attention(
     batch_size: int = 1,
     seed: int = 0,
     checkpointing: bool = True,
+    out_dir: str | Path | None = None,
+    save_every: int = 0,
+    stop_after: int | None = None,
 ) -> TrainedPattern:
     """Train one weight per KV head of a frozen model.
 
+    Under `accelerate launch` every process takes its own batches and gradients are averaged.
+
     Args:
         model: a Llama, Mistral, Qwen2 or Qwen3 causal language model, on its device.
-        texts: documents (strings or token ids), or a ready stream of batches; "duo" needs
-            kinds that have answers.
+        texts: documents, see `documents`, or a ready stream of batches; "duo" needs kinds that
+            have answers.
         tokenizer: needed for documents.
         steps: optimiser steps.
         objective: "duo": weights start at 1 and are clamped, AdamW 0.02 with 20 % ramps up and
@@ -86,9 +95,12 @@ def train_duo_attention(
         recent_size: recent tokens that streaming heads see, the token itself included.
         lam: weight of the mean head weight in the loss, instead of 0.05.
         length: tokens of a training sequence, for documents.
-        batch_size: sequences a step.
+        batch_size: sequences a step and process.
         seed: of the data.
         checkpointing: recompute activations layer by layer.
+        out_dir: folder for `metrics.jsonl` and `state.pt`; training resumes from the latter.
+        save_every: steps between saves of `state.pt`; 0 for the end only.
+        stop_after: stop (and save) at this step of the schedule, to be resumed later.
 
     Raises:
         ValueError: an unknown objective, sizes that leave nothing to drop, or, for "duo", a batch
@@ -96,13 +108,11 @@ def train_duo_attention(
     """
     if objective not in ("duo", "wgkv"):
         raise ValueError(f'objective must be "duo" or "wgkv", got {objective!r}')
-    if isinstance(texts, TrainingMix):
-        mix = texts
-    elif tokenizer is None:
-        raise ValueError("tokenizer is needed to cut documents into batches, got None")
-    else:
-        kinds = {"kinds": _ANSWERED} if objective == "duo" else {}
-        mix = TrainingMix(texts=texts, tokenizer=tokenizer, length=length, seed=seed, **kinds)
+    duo = objective == "duo"
+    accelerator = Accelerator(cpu=model.device.type == "cpu")
+    rank, most = accelerator.process_index, steps * batch_size * accelerator.num_processes
+    kinds = _ANSWERED if duo else None
+    mix = as_mix(texts, tokenizer, length, seed, sequences=most, kinds=kinds)
     if recent_size < 1 or sink_size < 0 or sink_size + recent_size >= mix.length:
         raise ValueError(
             f"sink_size + recent_size must be less than the length {mix.length}, "
@@ -111,18 +121,29 @@ def train_duo_attention(
     weight = 0.05 if lam is None else lam
     config = model.config.get_text_config()
     shape = (config.num_hidden_layers, config.num_key_value_heads)
-    duo = objective == "duo"
     heads = nn.Parameter(torch.full(shape, 1.0 if duo else 0.0, device=model.device))
     optimizer = torch.optim.AdamW([heads], lr=0.02 if duo else 0.2, weight_decay=0.0)
+    schedule: torch.optim.lr_scheduler.LRScheduler
     if duo:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: _ramps(n, steps))
     else:
         schedule = get_cosine_schedule_with_warmup(optimizer, int(0.1 * steps), steps)
     mask = _streaming_mask(mix.length, sink_size, recent_size, model.device)
+    settings = {
+        "model": model_fingerprint(model), "objective": objective, "steps": steps,
+        "sink_size": sink_size, "recent_size": recent_size, "lam": weight, "length": mix.length,
+        "batch_size": batch_size, "seed": seed, "processes": accelerator.num_processes,
+    }  # fmt: skip
+    parts: dict[str, Stateful] = {
+        "heads": nn.ParameterList([heads]), "optimizer": optimizer, "schedule": schedule
+    }  # fmt: skip
+    run = Run(out_dir, main=accelerator.is_main_process, settings=settings, parts=parts)
+    step, _ = run.load()
 
     with attach_for_training(model, checkpointing=checkpointing) as attached:
-        for step in range(steps):
-            batch = mix.batch(step, batch_size)
+        while step < min(steps, stop_after or steps):
+            began = time.perf_counter()
+            batch = mix.batch(step, batch_size, rank=rank)
             ids, answers = (t.to(model.device) for t in batch)
             if duo and not bool(batch.answers.any()):
                 raise ValueError('texts: objective "duo" needs batches with answers, got none')
@@ -140,15 +161,31 @@ def train_duo_attention(
                 loss = distillation_loss(student, teacher)
             optimizer.zero_grad(set_to_none=True)
             (loss + weight * share.abs().mean()).backward()
+            average_gradients(accelerator, [heads])
             optimizer.step()
             schedule.step()
+            step += 1
+            run.log(
+                {
+                    "step": step,
+                    "loss": loss.item(),
+                    "heads": share.mean().item(),
+                    "seconds": round(time.perf_counter() - began, 4),
+                }
+            )
+            if save_every and step % save_every == 0:
+                run.save(step)
+        run.save(step)
     final = heads.detach().clamp(0, 1) if duo else heads.detach().sigmoid()
     return TrainedPattern(
         heads=final.float().cpu(),
         sink_size=sink_size,
         recent_size=recent_size,
-        config={"objective": objective, "steps": steps, "lambda": weight, "length": mix.length},
-    )
+        config={
+            "objective": objective, "steps": step, "lambda": weight, "length": mix.length,
+            "model": settings["model"],
+        },
+    )  # fmt: skip
 
 
 def _ramps(step: int, steps: int) -> float:

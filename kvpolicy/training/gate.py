@@ -6,8 +6,10 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import attrs
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -72,7 +74,7 @@ class WriteGates(nn.Module):
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, expand: float = 4.0) -> None:
         super().__init__()
-        width = int(head_dim * expand)
+        width = int(head_dim * expand + 1e-6)
         if width < 1:
             raise ValueError(f"expand must give at least one hidden unit, got {expand}")
         self.layers = nn.ModuleList(GatePredictor(kv_heads, head_dim, width) for _ in range(layers))
@@ -80,11 +82,39 @@ class WriteGates(nn.Module):
     @classmethod
     def for_model(cls, model: PreTrainedModel, expand: float = 4.0) -> WriteGates:
         """Fresh fp32 gates on the model's device."""
-        config = model.config.get_text_config()
-        head_dim = getattr(config, "head_dim", None)
-        head_dim = head_dim or config.hidden_size // config.num_attention_heads
+        config, head_dim = model.config.get_text_config(), _head_dim(model)
         gates = cls(config.num_hidden_layers, config.num_key_value_heads, head_dim, expand)
         return gates.to(model.device)
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel) -> WriteGates:
+        """Gates of a published file, fp32 on the model's device, to continue from.
+
+        Raises:
+            ValueError: the file is malformed or belongs to another model.
+        """
+        path, metadata = Path(path), dict[str, str]()
+        if path.suffix == ".pt":
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        elif path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}
+        else:
+            raise ValueError(f"path must end in .pt or .safetensors, got {str(path)!r}")
+        mine = model_fingerprint(model)
+        if metadata.get("model", mine) != mine:
+            raise ValueError(f"{path} belongs to model {metadata['model']}, this one is {mine}")
+        bias = state.get("model.layers.0.self_attn.g_predictors.conv1.bias")
+        if bias is None:
+            raise ValueError(f"{path} holds no gates of the published names")
+        heads = model.config.get_text_config().num_key_value_heads
+        gates = cls.for_model(model, bias.numel() / heads / _head_dim(model))
+        try:
+            gates.load_published_state(state)
+        except RuntimeError as error:
+            raise ValueError(f"{path} does not fit the model: {error}") from error
+        return gates
 
     def published_state(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """Parameters under the names of the published checkpoints, on the CPU."""
@@ -123,6 +153,11 @@ class WriteGates(nn.Module):
             raise ValueError(f"path must end in .pt or .safetensors, got {str(path)!r}")
 
 
+def _head_dim(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config()
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def model_fingerprint(model: PreTrainedModel) -> str:
     """Short hash of a model's attention shape and of its first key projection in bf16."""
     config = model.config.get_text_config()
@@ -140,3 +175,35 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256(repr(shape).encode())
     digest.update(bits.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+@attrs.frozen(kw_only=True)
+class TrainedGate:
+    """Gates and what they were trained for.
+
+    Attributes:
+        gates: the gates, fp32.
+        window: tokens of the local window W, the token itself included.
+        threshold: a token is admitted if its gate > threshold.
+        lam: weight of the regulariser at the end.
+        keep: hard fraction of tokens in the cache at the end of training, window included.
+        fingerprint: of the model that the gates belong to.
+    """
+
+    gates: WriteGates = attrs.field(repr=False)
+    window: int
+    threshold: float
+    lam: float
+    keep: float
+    fingerprint: str
+
+    def save(self, path: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Write `.safetensors` (with metadata) or `.pt` (the published plain dict)."""
+        metadata = {
+            "model": self.fingerprint,
+            "window": str(self.window),
+            "threshold": repr(self.threshold),
+            "lambda": f"{self.lam:.4g}",
+            "keep": f"{self.keep:.4f}",
+        }
+        self.gates.save(path, metadata=metadata, dtype=dtype)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Kernel = Literal["dense", "flex", "flash"]
+Kernel = Literal["auto", "dense", "flex", "flash"]
 
 # Closed gates in hard mode. Finite, so that no kernel meets 0 * inf; exp(-1e4) is 0 in fp32.
 CLOSED = -1e4
@@ -27,6 +27,27 @@ def log_gate(gate: Tensor, threshold: float | None = None) -> Tensor:
     return torch.zeros_like(gate).masked_fill(gate <= threshold, CLOSED)
 
 
+def choose_kernel(device: torch.device, head_dim: int) -> Kernel:
+    """The fastest kernel that serves a device and a head_dim."""
+    if device.type != "cuda":
+        return "dense"
+    return "flash" if head_dim % 8 == 0 and head_dim < 256 else "flex"
+
+
+def ungate(gate: Tensor, count: int, seed: int) -> Tensor:
+    """Opens `count` random positions of each row of `gate` `[..., N]`, the same for one seed.
+
+    Source: WG-KV, `g_ungate_count`.
+    """
+    if not 0 <= count <= gate.shape[-1]:
+        raise ValueError(f"ungate: wanted 0 to {gate.shape[-1]} positions, got {count}")
+    if count == 0:
+        return gate
+    generator = torch.Generator(gate.device).manual_seed(seed)
+    order = torch.rand(gate.shape, generator=generator, device=gate.device)
+    return gate.scatter(-1, order.topk(count).indices, 1.0)
+
+
 def gated_attention(
     query: Tensor,
     key: Tensor,
@@ -35,7 +56,7 @@ def gated_attention(
     *,
     window: int,
     scale: float,
-    kernel: Kernel = "dense",
+    kernel: Kernel = "auto",
 ) -> Tensor:
     """Causal attention over a_ij = s_ij + [i - j >= window] ln g_j.
 
@@ -47,7 +68,8 @@ def gated_attention(
         window: keys with i - j < window, the token itself included, are never biased.
         scale: factor of the dot products, usually D ** -0.5.
         kernel: "dense" holds the bias `[B, H, N, N]`; "flex" compiles FlexAttention (CUDA);
-            "flash" merges two FlashAttention calls (CUDA, bf16 or fp16).
+            "flash" merges two FlashAttention calls (CUDA, bf16 or fp16); "auto" is
+            `choose_kernel`.
 
     Returns:
         `[B, H, N, D]`.
@@ -56,6 +78,8 @@ def gated_attention(
         raise ValueError(f"window must be at least 1, got {window}")
     # Under autocast RoPE may leave queries and keys in fp32.
     query, key = query.to(value.dtype), key.to(value.dtype)
+    if kernel == "auto":
+        kernel = choose_kernel(query.device, query.shape[-1])
     if kernel == "dense":
         return _dense(query, key, value, log_gate, window, scale)
     if kernel == "flex":
@@ -66,7 +90,7 @@ def gated_attention(
         from .flash import flash_gated
 
         return flash_gated(query, key, value, log_gate, window=window, scale=scale)
-    raise ValueError(f'kernel must be "dense", "flex" or "flash", got {kernel!r}')
+    raise ValueError(f'kernel must be "auto", "dense", "flex" or "flash", got {kernel!r}')
 
 
 def _dense(

@@ -9,14 +9,18 @@ from torch import Tensor
 
 from .attach import AttachedModel
 from .gate import WriteGates
-from .objective import Kernel, gated_attention, kept_fraction, log_gate
+from .objective import Kernel, gated_attention, kept_fraction, log_gate, ungate
 
 
 class Forward(NamedTuple):
-    """`hidden [B, N, hidden]` after the final norm; `gate [L, B, Hkv, N]`."""
+    """`hidden [B, N, hidden]` after the final norm, and gates `[L, B, Hkv, N]`.
+
+    `gate` is what the student attended with, `free` the same before random positions were opened.
+    """
 
     hidden: Tensor
     gate: Tensor
+    free: Tensor
 
 
 def gated_forward(
@@ -26,7 +30,9 @@ def gated_forward(
     *,
     window: int,
     threshold: float | None = None,
-    kernel: Kernel = "dense",
+    kernel: Kernel = "auto",
+    ungated: int = 0,
+    seed: int = 0,
 ) -> Forward:
     """Run the student.
 
@@ -37,24 +43,34 @@ def gated_forward(
         window: tokens of the local window.
         threshold: None for soft gates; else far tokens with gate <= threshold are not seen.
         kernel: see gated_attention.
+        ungated: random positions of each head whose soft gate is 1.
+        seed: of these positions.
 
     Raises:
         ValueError: every layer slides, so that there is nothing to gate.
     """
     seen: dict[int, Tensor] = {}
+    free: dict[int, Tensor] = {}
 
     def rule(
         layer: int, query: Tensor, key: Tensor, value: Tensor, key_pre: Tensor, scale: float
     ) -> Tensor:
         gate = gates.layers[layer](key_pre, key)
-        seen.setdefault(layer, gate)  # a recomputed layer keeps the gate of its first run
+        # A recomputed layer keeps the gates of its first run.
+        free.setdefault(layer, gate)
+        if threshold is None:
+            gate = ungate(gate, ungated, seed * len(gates.layers) + layer)
+        seen.setdefault(layer, gate)
         bias = log_gate(gate, threshold)
         return gated_attention(query, key, value, bias, window=window, scale=scale, kernel=kernel)
 
     hidden = model.hidden(input_ids, rule)
     if not seen:
         raise ValueError("model: every layer uses a sliding window, there is nothing to gate")
-    return Forward(hidden, torch.stack([seen[layer] for layer in sorted(seen)]))
+    stacked = torch.stack([seen[layer] for layer in sorted(seen)])
+    return Forward(
+        hidden, stacked, torch.stack([free[x] for x in sorted(free)]) if ungated else stacked
+    )
 
 
 class Evaluation(NamedTuple):
@@ -79,7 +95,7 @@ def evaluate_gates(
     *,
     window: int,
     threshold: float,
-    kernel: Kernel = "dense",
+    kernel: Kernel = "auto",
 ) -> Evaluation:
     """Hard-threshold evaluation on `(input_ids [B, N], answers [B, N])` batches.
 

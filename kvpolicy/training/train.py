@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import attrs
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from .attach import AttachedModel, attach_for_training
 from .controller import KeepController
-from .data import TrainingMix
-from .gate import WriteGates, model_fingerprint
+from .data import Texts, TrainingMix, as_mix
+from .gate import TrainedGate, WriteGates, model_fingerprint
 from .objective import Kernel, distillation_loss, kept_fraction, memory_cost
-from .run import Run
+from .run import Run, Stateful, average_gradients
 from .student import Evaluation, evaluate_gates, gated_forward
 
 if TYPE_CHECKING:
@@ -28,41 +25,9 @@ if TYPE_CHECKING:
 _HELD_OUT_RANK = -1  # a stream of batches that no process trains on
 
 
-@attrs.frozen(kw_only=True)
-class TrainedGate:
-    """Gates and what they were trained for.
-
-    Attributes:
-        gates: the gates, fp32.
-        window: tokens of the local window W, the token itself included.
-        threshold: a token is admitted if its gate > threshold.
-        lam: weight of the regulariser at the end.
-        keep: hard fraction of tokens in the cache at the end of training, window included.
-        fingerprint: of the model that the gates belong to.
-    """
-
-    gates: WriteGates = attrs.field(repr=False)
-    window: int
-    threshold: float
-    lam: float
-    keep: float
-    fingerprint: str
-
-    def save(self, path: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write `.safetensors` (with metadata) or `.pt` (the published plain dict)."""
-        metadata = {
-            "model": self.fingerprint,
-            "window": str(self.window),
-            "threshold": repr(self.threshold),
-            "lambda": f"{self.lam:.4g}",
-            "keep": f"{self.keep:.4f}",
-        }
-        self.gates.save(path, metadata=metadata, dtype=dtype)
-
-
 def train_write_gate(
     model: PreTrainedModel,
-    texts: Sequence[str | list[int]] | TrainingMix,
+    texts: Texts | TrainingMix,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     steps: int,
@@ -77,7 +42,8 @@ def train_write_gate(
     seed: int = 0,
     start: WriteGates | None = None,
     start_lam: float = 0.16,
-    kernel: Kernel = "dense",
+    ungated: int = 0,
+    kernel: Kernel = "auto",
     checkpointing: bool = True,
     eval_every: int = 0,
     out_dir: str | Path | None = None,
@@ -92,7 +58,7 @@ def train_write_gate(
 
     Args:
         model: a Llama, Mistral, Qwen2 or Qwen3 causal language model, on its device.
-        texts: documents (strings or token ids), or a ready stream of batches.
+        texts: documents, see `documents`, or a ready stream of batches.
         tokenizer: needed for documents.
         steps: optimiser steps.
         window: tokens of the local window W.
@@ -106,6 +72,7 @@ def train_write_gate(
         seed: of initialisation and data.
         start: gates to continue from (not changed); fresh ones by default.
         start_lam: first lambda when steered.
+        ungated: random positions of each head that are open in a step (published, default 0).
         kernel: attention kernel of the student, see gated_attention.
         checkpointing: recompute activations layer by layer.
         eval_every: steps between hard evaluations on held-out batches; 0 for none.
@@ -120,14 +87,14 @@ def train_write_gate(
     """
     if (target_keep is None) == (lam is None):
         raise ValueError(f"give target_keep or lam, got target_keep={target_keep}, lam={lam}")
-    mix = _as_mix(texts, tokenizer, length, seed)
+    accelerator = Accelerator(cpu=model.device.type == "cpu")
+    rank, most = accelerator.process_index, steps * batch_size * accelerator.num_processes
+    mix = as_mix(texts, tokenizer, length, seed, sequences=most)
     if target_keep is not None and target_keep <= window / mix.length:
         raise ValueError(
             f"target_keep must exceed window / length = {window / mix.length:.3g}, "
             f"got {target_keep}"
         )
-    accelerator = Accelerator(cpu=model.device.type == "cpu")
-    rank = accelerator.process_index
     gates = _fresh_gates(model, expand, seed)
     if start is not None:
         gates.load_state_dict(start.state_dict())
@@ -136,22 +103,39 @@ def train_write_gate(
         steer.log_lam = math.log(start_lam)
     optimizer = torch.optim.AdamW(gates.parameters(), lr=lr, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(0.1 * steps), steps)
-    run = Run(out_dir, main=accelerator.is_main_process)
-    step = run.load(gates, optimizer, schedule, steer)
-    keep = float("nan")
+    parts: dict[str, Stateful] = {"gates": gates, "optimizer": optimizer, "schedule": schedule}
+    if steer is not None:
+        parts["controller"] = steer
+    settings = {
+        "model": model_fingerprint(model), "steps": steps, "window": window,
+        "target_keep": target_keep, "lam": lam, "length": mix.length, "batch_size": batch_size,
+        "threshold": threshold, "lr": lr, "seed": seed, "ungated": ungated,
+        "processes": accelerator.num_processes,
+    }  # fmt: skip
+    run = Run(out_dir, main=accelerator.is_main_process, settings=settings, parts=parts)
+    step, more = run.load()
+    keep = more.get("keep", float("nan"))
 
     with attach_for_training(model, checkpointing=checkpointing) as attached:
         while step < min(steps, stop_after or steps):
             began = time.perf_counter()
             ids = mix.batch(step, batch_size, rank=rank).input_ids.to(model.device)
             weight = cast(float, lam if steer is None else steer.lam)
-            loss, cost, gate = _losses(attached, gates, ids, window, kernel)
+            with torch.no_grad():
+                teacher = attached.hidden(ids)
+            student = gated_forward(
+                attached, gates, ids, window=window, kernel=kernel, ungated=ungated,
+                seed=(seed * steps + step) * accelerator.num_processes + rank,
+            )  # fmt: skip
+            loss = distillation_loss(student.hidden, teacher)
+            cost = memory_cost(student.gate, window)
             optimizer.zero_grad(set_to_none=True)
             (loss + weight * cost).backward()
-            _average_gradients(accelerator, gates)
+            average_gradients(accelerator, gates.parameters())
             optimizer.step()
             schedule.step()
-            kept = kept_fraction(gate.detach(), window=window, threshold=threshold).mean()
+            free = student.free.detach()
+            kept: Any = kept_fraction(free, window=window, threshold=threshold).mean()
             keep = float(accelerator.reduce(kept, "mean"))
             if steer is not None:
                 steer.update(keep)
@@ -169,8 +153,8 @@ def train_write_gate(
                 metrics["hard"] = hard._asdict()
             run.log(metrics)
             if save_every and step % save_every == 0:
-                run.save(step, gates, optimizer, schedule, steer)
-        run.save(step, gates, optimizer, schedule, steer)
+                run.save(step, keep=keep)
+        run.save(step, keep=keep)
     return TrainedGate(
         gates=gates,
         window=window,
@@ -181,36 +165,10 @@ def train_write_gate(
     )
 
 
-def _as_mix(
-    texts: Sequence[str | list[int]] | TrainingMix,
-    tokenizer: PreTrainedTokenizerBase | None,
-    length: int,
-    seed: int,
-) -> TrainingMix:
-    if isinstance(texts, TrainingMix):
-        return texts
-    if tokenizer is None:
-        raise ValueError("tokenizer is needed to cut documents into batches, got None")
-    return TrainingMix(texts=texts, tokenizer=tokenizer, length=length, seed=seed)
-
-
 def _fresh_gates(model: PreTrainedModel, expand: float, seed: int) -> WriteGates:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return WriteGates.for_model(model, expand)
-
-
-def _losses(
-    model: AttachedModel, gates: WriteGates, ids: Tensor, window: int, kernel: Kernel
-) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.no_grad():
-        teacher = model.hidden(ids)
-    student = gated_forward(model, gates, ids, window=window, kernel=kernel)
-    return (
-        distillation_loss(student.hidden, teacher),
-        memory_cost(student.gate, window),
-        student.gate,
-    )
 
 
 def _hard(
@@ -233,14 +191,3 @@ def _hard(
         threshold=threshold,
         kernel=kernel,
     )
-
-
-def _average_gradients(accelerator: Accelerator, gates: nn.Module) -> None:
-    # Gates are called one by one inside the model's layers, so DDP's wrapper does not fit; one
-    # reduction of all gradients (a few MB) does the same.
-    if accelerator.num_processes == 1:
-        return
-    grads = [p.grad for p in gates.parameters() if p.grad is not None]
-    flat = accelerator.reduce(torch.cat([g.flatten() for g in grads]), "mean")
-    for grad, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-        grad.copy_(mean.view_as(grad))

