@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
-.PHONY: setup demo test test-slow lint bench clean
+.PHONY: setup demo test test-slow test-lives lint bench clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,10 @@ test: setup
 # The compile matrix, a million decoded tokens, tensor parallelism: about half an hour.
 test-slow: setup
 	$(BIN)/python -m pytest -n 2 -q -m slow
+
+# Ten thousand random lives on compiled kernels; needs a CUDA device.
+test-lives: setup
+	KVPOLICY_LIVES=10000 $(BIN)/python -m pytest -n 8 -q -m gpu tests/contract/test_state_machine.py
 
 lint: setup
 	$(BIN)/ruff check .
