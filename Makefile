@@ -22,11 +22,11 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 test: setup
-	$(BIN)/python -m pytest -n 2 -q -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow"
 
 # The compile matrix, a million decoded tokens, tensor parallelism: about half an hour.
 test-slow: setup
-	$(BIN)/python -m pytest -n 2 -q -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m slow
 
 # Ten thousand random lives on compiled kernels; needs a CUDA device.
 test-lives: setup
