@@ -7,7 +7,7 @@ import pytest
 import torch
 from contents import digest
 
-from kvpolicy import CachePipeline, CacheSpec, CapacityError, KeepAll, Tokens
+from kvpolicy import CachePipeline, CacheSpec, CapacityError, KeepAll, RandomGate, Tokens
 from kvpolicy.eviction import Eviction
 from kvpolicy.store.rows import select_rows
 
@@ -269,3 +269,14 @@ def test_caps_that_cannot_work_are_refused():
         CachePipeline(window=WINDOW).init(attrs.evolve(SPEC, max_tokens=6))
     with pytest.raises(ValueError, match="at_cap: wanted .* got 'drop'"):
         attrs.evolve(SPEC, at_cap="drop")
+
+
+def test_a_prompt_call_that_admits_little_needs_no_room_for_all_of_it():
+    parts = {"admission": RandomGate(sparsity=0.9), "eviction": Taste()}
+    pipeline = CachePipeline(window=WINDOW, **parts)
+    spec = attrs.evolve(SPEC, max_bytes=128 * page_bytes(pipeline, SPEC), at_cap="evict")
+    run = Run(pipeline, spec)
+    run.call([600], "prompt")
+    assert pipeline.report(run.state).cap_evicted == 0
+    run.call([600], "prompt")
+    assert run.state.lengths == [1200]

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from cases import EVICTIONS, EXACT, NAMES, SMALL, build, caches, seeds
 from driver import Run, streams_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpolicy import PhaseError
+from kvpolicy import (
+    AtPromptEnd,
+    CachePipeline,
+    CacheSpec,
+    LocalAttention,
+    PhaseError,
+    RollbackError,
+)
+from kvpolicy.store.rollback import crop
 
 
 @pytest.mark.parametrize("eviction", [name for name in EVICTIONS if name != "none"])
@@ -43,3 +52,17 @@ def test_memory_is_freed(sizes, names, seed):
     assert pool.available <= max(filled // 10, 64)
     if not pipeline.eviction.neutral:
         assert after.pages < before.pages
+
+
+def test_a_window_that_lost_its_marks_cannot_be_cropped():
+    """Nothing is in pages yet, but what the prompt's end decided stays decided."""
+    local = AtPromptEnd(LocalAttention(window=8, sinks=1))
+    pipeline = CachePipeline(window=8, eviction=local)
+    state = pipeline.init(CacheSpec(layers=1, heads=1, kv_heads=1, head_dim=4))
+    tokens = torch.zeros(1, 5, 4)
+    pipeline.begin(state, [5], "prompt")
+    pipeline.attend(state, 0, tokens, tokens, tokens)
+    pipeline.commit(state)
+    pipeline.end_prompt(state)
+    with pytest.raises(RollbackError):
+        crop(state, [1])

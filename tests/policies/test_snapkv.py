@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import attrs
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvpolicy import CachePipeline, CacheSpec
 from kvpolicy.admission import LocalAttention, RandomGate
 from kvpolicy.budget import keep_best
 from kvpolicy.eviction import AtPromptEnd, KeepAll, SnapKV
@@ -222,3 +224,21 @@ def test_at_prompt_end_hands_on_to_its_admission(make_write):
     assert policy.window is None
     assert AtPromptEnd(LocalAttention(window=7)).window == 7
     assert AtPromptEnd(LocalAttention()) == AtPromptEnd(LocalAttention())
+
+
+def test_scores_from_pages_do_not_depend_on_chunks(monkeypatch):
+    pipeline = CachePipeline(window=4, eviction=SnapKV(budget=9, observation=3, kernel=3))
+    spec = CacheSpec(layers=1, heads=4, kv_heads=2, head_dim=8, page_size=2)
+    make = torch.Generator().manual_seed(3)
+    query, key = (torch.randn(heads, 30, 8, generator=make) for heads in (4, 2))
+    kept, module = [], importlib.import_module("kvpolicy.reference.window_scores")
+    for most in (1 << 22, 1):
+        monkeypatch.setattr(module, "_LOGITS", most)
+        state = pipeline.init(spec)
+        pipeline.begin(state, [30], "prompt")
+        pipeline.attend(state, 0, query, key, key)
+        pipeline.commit(state)
+        pipeline.end_prompt(state)
+        kept.append([state.kept(0, 0, head).tolist() for head in range(2)])
+    assert kept[0] == kept[1]
+    assert len(kept[0][0]) == 9
