@@ -42,10 +42,11 @@ class Rectangles(NamedTuple):
     tiles. It reads whole blocks of up to `spare` keys: so many rows before the end of a head's rows
     are left over, that no sequence touches another's.
 
-    On an H200 it reaches 607 to 627 TFLOP/s where the tile kernel reaches 515, and costs four more
-    trips of a query through memory (its copy, and the rectangle's output): even at about 1400 rows
-    a query, or 700 once the queries are copied. Hence `least` rows for a rectangle; `average` rows
-    a query and `work` (queries times rows, about 1 ms) for a call.
+    FlashAttention-3 alone reached 607 to 627 TFLOP/s on such rectangles on an H200, where the tile
+    kernel reaches 515 (`kvpolicy bench prefill` times both ways); it costs four more trips of a
+    query through memory (its copy, and the rectangle's output): even at about 1400 rows a query, or
+    700 once the queries are copied. Hence `least` rows for a rectangle; `average` rows a query and
+    `work` (queries times rows, about 1 ms) for a call.
     """
 
     attend: Attend

@@ -12,6 +12,7 @@ of it were admitted, and `max_tokens` by evicting at its end: chunks keep what l
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 
 import torch
@@ -35,7 +36,7 @@ def reserve(state: CacheState, least: int, wanted: int) -> None:
         wanted = max(least, state.spec.interval)  # evictions come at the same steps in every loop
     if state.spec.max_tokens is not None:
         if evicts:
-            _evict_tokens(state, state.spec.max_tokens - wanted)
+            _evict_tokens(state, state.spec.max_tokens - wanted, state.active)
         wanted = min(wanted, _room(state, least))
     try:
         state.reserve_pages(wanted)
@@ -64,7 +65,8 @@ def before_prompt(state: CacheState, added: tuple[int, ...]) -> None:
             found[layer.pool] += int((-(-after // size) + -layer.counts // size).sum())
         return found
 
-    if _attainable(state, need()):
+    # What is admitted may fit all the same; if it does not, the layer that writes it raises.
+    with contextlib.suppress(CapacityError):
         _evict_pages(state, need)
 
 
@@ -75,7 +77,7 @@ def after_prompt(state: CacheState) -> None:
     most = state.spec.max_tokens
     held = [max(map(max, row), default=0) for row in _stored(state)]
     state.overshoot = [max(was, n - most) for was, n in zip(state.overshoot, held, strict=True)]
-    _evict_tokens(state, most)
+    _evict_tokens(state, most, [True] * state.batch)
 
 
 def _managed(state: CacheState) -> list[LayerStore]:
@@ -111,18 +113,20 @@ def _room(state: CacheState, least: int) -> int:
     return room
 
 
-def _evict_tokens(state: CacheState, most: int) -> None:
-    """Leaves at most `most` tokens in every head of every active sequence."""
+def _evict_tokens(state: CacheState, most: int, rows: list[bool]) -> None:
+    """Leaves at most `most` tokens in every head of the sequences `rows`."""
     stored = _stored(state)
-    if not any(n > most for row in stored for layer in row for n in layer):
+    limits = [most if on else 1 << 30 for on in rows]
+    over = (n > limit for row, limit in zip(stored, limits, strict=True) for x in row for n in x)
+    if not any(over):
         return
     windows = [layer.window for layer in _managed(state)]
     targets = [
         [
-            [max(min(n, most) - min(length, window), 0) for n in heads]
+            [max(min(n, limit) - min(length, window), 0) for n in heads]
             for heads, window in zip(row, windows, strict=True)
         ]
-        for row, length in zip(stored, state.lengths, strict=True)
+        for row, length, limit in zip(stored, state.lengths, limits, strict=True)
     ]
     _shrink(state, targets)
 

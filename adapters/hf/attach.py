@@ -224,9 +224,10 @@ def attach(
     """Attaches `pipeline` to `model`; use as `with attach(model, pipeline): model.generate(...)`.
 
     Serves Llama, Mistral, Qwen2 and Qwen3 in eval mode. `compile` compiles the decoder layers by
-    `torch.compile` at their first calls, around the attention. `sizes` are `page_size`, `rollback`
-    and `interval` of the caches it makes. Raises UnsupportedError for other models, ValueError for
-    policies that do not fit, PhaseError for a second attach.
+    `torch.compile` at their first calls, around the attention. `sizes` are those of CacheSpec for
+    the caches it makes: `page_size`, `rollback` and `interval` in tokens, and the caps `max_bytes`,
+    `max_tokens` (of a KV head) with `at_cap`. Raises UnsupportedError for other models, ValueError
+    for policies that do not fit, PhaseError for a second attach.
     """
     return Attachment(model, pipeline, compile=compile, **sizes)
 

@@ -185,6 +185,18 @@ def test_finished_sequences_do_not_hold_up_the_others_at_the_cap():
         run.call([1, 1], "decode")
 
 
+def test_a_finished_sequence_loses_nothing_to_the_cap_of_the_others():
+    spec = attrs.evolve(SPEC, max_tokens=30, at_cap="evict")
+    run = Run(CachePipeline(window=WINDOW, eviction=Taste()), spec, batch=2)
+    run.call([30, 30], "prompt")
+    run.pipeline.end_prompt(run.state)
+    run.state.finish([0])
+    for _ in range(9):
+        run.call([1, 1], "decode")
+    assert run.state.kept(0, 0, 0).tolist() == list(range(30))
+    assert run.state.cap_evicted[0] == 0 < run.state.cap_evicted[1]
+
+
 def page_bytes(pipeline, spec):
     return next(iter(pipeline.init(spec).pools.values())).page_bytes
 

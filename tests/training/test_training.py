@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from training.small import SIZES, make_mix
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -29,17 +28,6 @@ from kvpolicy.training.attach import attach_for_training
 from kvpolicy.training.objective import distillation_loss, memory_cost
 from kvpolicy.training.student import evaluate_gates, gated_forward
 
-SIZES = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.5,
-}
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(sliding_window=None, **SIZES)),
@@ -55,12 +43,7 @@ def make_model(name: str = "llama") -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def mix() -> TrainingMix:
-    bytes_to_ids = {chr(n): n for n in range(128)}
-    words = Tokenizer(models.WordLevel(bytes_to_ids, unk_token=chr(0)))
-    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token=chr(0))
-    text = "".join(chr(97 + (7 * n * n + n // 3) % 26) for n in range(3000))
-    return TrainingMix(texts=[text], tokenizer=tokenizer, length=192)
+    return make_mix()
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
