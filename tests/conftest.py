@@ -47,7 +47,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.empty` and friends give NaN, so that reading what nobody wrote shows."""
 
     def fill(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+        with torch.no_grad():
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
     for name in ("empty", "empty_like"):
         make = getattr(torch, name)

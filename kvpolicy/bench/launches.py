@@ -52,7 +52,7 @@ def profiled() -> Iterator[Counter[str]]:
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
     with (
-        torch.profiler.profile(activities=kinds) as profile,
+        torch.profiler.profile(activities=kinds, acc_events=True) as profile,
         torch.profiler.record_function(REGION),
     ):
         yield counts

@@ -163,12 +163,16 @@ def test_visible_pairs_are_counted(bench: Bench, start: int) -> None:
 def test_check_refuses(bench: Bench, broken: str) -> None:
     p = problem(bench, 70, [0.5, 0.5], 16)
     wide = [x.repeat_interleave(2, 0).double() for x in (p.key, p.value, p.admitted)]
-    i, j = torch.arange(70)[:, None], torch.arange(70)
+    j = torch.arange(70, device=bench.device)
+    i = j[:, None]
     seen = (j <= i) & ((i - j < p.window) | wide[2][:, None].bool())
     scores = (p.query.double() @ wide[0].mT * p.scale).masked_fill(~seen, float("-inf"))
     out = (scores.softmax(-1) @ wide[1]).to(p.query.dtype)
     p.check("right", out)
-    out = out.roll(1, 2) if broken == "shift" else out.index_fill(1, torch.tensor([33]), torch.nan)
+    if broken == "shift":
+        out = out.roll(1, 2)
+    else:
+        out[:, 33] = torch.nan
     with pytest.raises(CheckFailed, match="not timed"):
         p.check("wrong", out)
 
@@ -207,7 +211,8 @@ def test_both_ways_of_a_prompt_are_measured(bench: Bench, monkeypatch: pytest.Mo
     monkeypatch.setattr(prefill, "median_ms", lambda calls, device: 1.0)
     rows = list(prefill.sparse(bench, "own", 48, [0.3, 0.3], 16, 540))
     assert [row.name for row in rows] == ["own", "own: gather", "own: Triton alone"]
-    assert calls and [len(row.goals) for row in rows] == [1, 0, 0]
+    goals = {goal.what for goal in rows[0].goals}  # with a GPU also those beside other kernels
+    assert calls and "TFLOP/s" in goals and not (rows[1].goals or rows[2].goals)
     calls.clear()
     own = own._replace(work=1 << 30)
     rows = list(prefill.last_chunk(bench, "chunk"))

@@ -86,7 +86,7 @@ class Run:
         outs, news = [], []
         for layer in range(spec.layers):
             q, k, v = (
-                torch.randn(h, total, DIM, generator=self.make, dtype=spec.dtype)
+                torch.randn(h, total, DIM, generator=self.make, dtype=spec.dtype).to(spec.device)
                 for h in (spec.heads, KV_HEADS, KV_HEADS)
             )
             tensors = (q, k, v)
@@ -206,7 +206,8 @@ def page_bytes(pipeline, spec):
 )
 def test_the_byte_cap_makes_room(backend, pages, chunks, steps):
     pipeline = CachePipeline(window=WINDOW, eviction=Taste(), backend=backend)
-    spec = attrs.evolve(SPEC, dtype=torch.float32)
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    spec = attrs.evolve(SPEC, dtype=torch.float32, device=torch.device(device))
     most = pages * page_bytes(pipeline, spec)
     spec = attrs.evolve(spec, max_bytes=most, at_cap="evict")
     run = Run(pipeline, spec, batch=2)

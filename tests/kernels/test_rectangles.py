@@ -56,10 +56,9 @@ def dense(monkeypatch: pytest.MonkeyPatch) -> Dense:
 
 
 def small(monkeypatch: pytest.MonkeyPatch, keys: int = 16, descriptors: bool = False) -> None:
-    """Small tiles, so that short prompts have many; a device keeps its own."""
-    if not CUDA:
-        tile = Tile(32, keys, 4, 2, descriptors)
-        monkeypatch.setattr(sparse, "choose_tile", lambda *_: tile)
+    """Small tiles, so that short prompts have many."""
+    tile = Tile(64 if CUDA else 32, keys, 4, 2, descriptors)
+    monkeypatch.setattr(sparse, "choose_tile", lambda *_: tile)
 
 
 @pytest.mark.parametrize(

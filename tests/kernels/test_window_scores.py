@@ -152,7 +152,16 @@ def test_a_chunk_of_the_reference_is_small(monkeypatch):
 
 def test_large_logits_overflow_nothing():
     layer = make_layer([60], 2, 2, 16, torch.bfloat16, 4, 4, factor=300.0)
-    compare(layer, SnapKV(budget=99, observation=4))
+    policy = SnapKV(budget=99, observation=4, kernel=1)
+    view = clean(layer.view(torch.float64, 0.3, 4))
+    exact = policy.score(view)
+    got = layer.call(kernels.window_scores, policy, 0.3)
+    assert torch.isfinite(got).all()
+    # A logit in single precision is off by some units of its size, a weight by that factor.
+    most = 0.3 * view.queries.norm(dim=-1).max() * view.keys.norm(dim=-1).max()
+    assert most > 1000
+    off = 8 * torch.finfo(torch.float32).eps * most
+    assert (got <= exact * off.exp() + 1e-30).all() and (got >= exact * (-off).exp() - 1e-30).all()
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter
