@@ -1,8 +1,9 @@
 """Choosing the pages that a query reads: scores through the page table, then the best of them.
 
-The best pages come from a bisection for the lowest score that is still taken: no sort, nothing on
-the host, and pages come out in rising order. One program a head holds all scores of the head in
-registers where they fit, so that a step is a comparison and a sum.
+The best pages come from a search for the lowest score that is still taken: no sort, nothing on the
+host, and pages come out in rising order. One program a head looks at groups of neighbours first:
+the best `budget` pages lie in the `budget` groups whose best pages are best, so that each of two
+searches holds few scores, in registers.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ _GROUPS = {"max": 0, "mean": 1, "each": 2}
 _SCORE_BLOCK = 64  # pages that one program scores
 _SCORE_WARPS = 4
 _MAX_BLOCK = 16384  # scores that one program holds; more are read again at each step
-_THREAD = 8  # scores that one thread should hold
+_ONE_SEARCH = 2048  # scores that are searched at once rather than by groups
+_THREAD = 32  # scores that one thread should hold
 
 
 def quest_select(
@@ -93,15 +95,16 @@ def _quest_scores(
     below = narrow(tl.minimum(q, 0.0), query.dtype.element_ty).to(low.dtype)
     score = dot(above, tl.trans(high), tl.zeros([GROUP_PAD, BLOCK], tl.float32))
     score = dot(below, tl.trans(low), score)
+    written = n < tl.minimum(held + 3, row)  # the choice loads 4 at once
     if COMBINE == 2:
         to = scores + ((b * KV_HEADS + h) * GROUP + g[:, None]) * row + n[None, :]
-        tl.store(to, score, mask=(g < GROUP)[:, None] & there[None, :])
+        tl.store(to, score, mask=(g < GROUP)[:, None] & written[None, :])
     else:
         if COMBINE == 0:
             best = tl.max(tl.where((g < GROUP)[:, None], score, float("-inf")), 0)
         else:
             best = tl.sum(tl.where((g < GROUP)[:, None], score, 0.0), 0) / GROUP
-        tl.store(scores + (b * KV_HEADS + h) * row + n, best, mask=there)
+        tl.store(scores + (b * KV_HEADS + h) * row + n, best, mask=written)
 
 
 def top_pages(
@@ -120,14 +123,41 @@ def _choose(
     batch, heads, row = scores.shape
     counts = dense_last(counts)
     out = torch.empty(batch, heads, budget, dtype=torch.int32, device=scores.device)
-    block = min(max(power_of_two(width), 128), _MAX_BLOCK)
+    size, fill = max(power_of_two(width), 128), power_of_two(budget)
+    group = 1
+    while size > 2 * fill * group * group:  # about as many groups as pages in the chosen ones
+        group *= 2
+    first_lanes, next_lanes = size // group, fill * group
+    small = size <= _ONE_SEARCH or first_lanes + next_lanes > size // 2
+    if max(first_lanes, next_lanes) > _MAX_BLOCK or (small and size <= _MAX_BLOCK):
+        group = 1
+    block = min(size // group, _MAX_BLOCK)
+    lanes = block if group == 1 else max(first_lanes, next_lanes)
+    chosen = out if group == 1 else out.new_empty(batch, heads, fill)
     _top_pages[batch, heads](
-        scores, counts, out, width, row, counts.stride(0),
+        scores, counts, chosen, out, width, row, counts.stride(0),
         HEADS=heads, REPEAT=heads // counts.shape[1], PAGE=page_size, BUDGET=budget,
-        FIRST=first, LAST=last, BLOCK=block, WHOLE=width <= block, FILL=power_of_two(budget),
-        OVERLAP=bool(options), num_warps=min(max(block // (32 * _THREAD), 4), 16), **options,
+        FIRST=first, LAST=last, BLOCK=block, GROUP=group, PART=min(4, group, _MAX_BLOCK // block),
+        WHOLE=width <= block * group, FILL=fill, OVERLAP=bool(options),
+        num_warps=min(max(lanes // (32 * _THREAD), 4), 16), **options,
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _order(score):
+    """Integers that rise with the scores; only a NaN has 0."""
+    # Adding zero makes -0 and 0 equal, as they are as scores.
+    bits = (score.to(tl.float32) + 0.0).to(tl.uint32, bitcast=True)
+    return tl.where(bits >> 31 == 1, ~bits, bits | 0x80000000)
+
+
+@triton.jit
+def _score(rank):
+    """The finite score next to a rank."""
+    rank = tl.minimum(tl.maximum(rank, 0x00800000), 0xFF7FFFFF)
+    bits = tl.where(rank >> 31 == 1, rank ^ 0x80000000, ~rank)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -136,38 +166,89 @@ def _rank(
 ):  # fmt: skip
     """Integers that rise with the precedence of pages n; 0 for those that may not be taken."""
     there = (n >= low) & (n < held)
-    # Adding zero makes -0 and 0 equal, as they are as scores.
-    score = tl.load(scores + n, mask=there, other=0.0).to(tl.float32) + 0.0
-    score = tl.where(n < FIRST, float("inf"), score)
-    bits = score.to(tl.uint32, bitcast=True)
-    # Only a NaN would have rank 0.
-    rank = tl.where(bits >> 31 == 1, ~bits, bits | 0x80000000)
-    if LAST < BUDGET:
-        rank = tl.where(n >= held - LAST, 0xFFFFFFFF, rank)
+    rank = _order(tl.load(scores + n, mask=there, other=0.0))
+    return _certain(rank, there, n < FIRST, n >= held - LAST, LAST > 0 and LAST < BUDGET)
+
+
+@triton.jit
+def _certain(rank, there, first, last, TRAILING: tl.constexpr):
+    """Ranks with the leading pages as high as any score, the trailing ones higher, 0 elsewhere."""
+    rank = tl.where(first, 0xFF800000, rank)
+    if TRAILING:
+        rank = tl.where(last, 0xFFFFFFFF, rank)
     return tl.where(there, rank, 0)
 
 
 @triton.jit
-def _range(
-    rank, n, low, held, FIRST: tl.constexpr, LAST: tl.constexpr, BUDGET: tl.constexpr
+def _group_rank(
+    scores, g, row, low, held, FIRST: tl.constexpr, LAST: tl.constexpr, BUDGET: tl.constexpr,
+    GROUP: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Lowest and highest rank among the pages that the search is about."""
-    open = (n >= low) & (n < held)
-    if FIRST + LAST <= BUDGET:
-        # The certain pages fit; without their ranks, which are apart, the search is shorter.
-        open = open & (n >= FIRST) & (n < held - LAST)
-    return (
-        tl.min(tl.where(open, rank, 0xFFFFFFFF), 0),
-        tl.max(tl.where(open, rank, 0), 0),
-    )
+    """The highest rank among the pages of each group g."""
+    best = tl.full(g.shape, float("-inf"), tl.float32)
+    for part in tl.static_range(0, GROUP, PART):
+        start = (g * GROUP + part)[:, None]
+        c = tl.arange(0, PART)[None, :]
+        # Whole parts are loaded, past the last page too, for loads of 128 bits.
+        score = tl.load(scores + start + c, mask=(start < held) & (start + c < row)).to(tl.float32)
+        if LAST == 0 or LAST >= BUDGET:  # else the group of the last page is certain
+            score = tl.where((c < held - start) & (c >= low - start), score, float("-inf"))
+        best = tl.maximum(best, tl.max(score, 1))
+    start = g * GROUP
+    there = (start + GROUP > low) & (start < held)
+    trailing = start + GROUP > held - LAST
+    return _certain(_order(best), there, start < FIRST, trailing, LAST > 0 and LAST < BUDGET)
+
+
+@triton.jit
+def _border(rank, wanted, enough):
+    """The lowest rank taken, how many of that rank may be, and how many are taken in all.
+
+    Taken are the `wanted` best, or more, up to `enough`, where the search ends sooner. Each step
+    counts the ranks from two places on: where the counts at both ends suggest the border, which
+    takes few steps where scores are spread smoothly, and halfway, which takes at most 32.
+    """
+    # Two counts at once: 16 bits hold those of a block.
+    both = tl.sum((rank > 0).to(tl.int32) + ((rank >= 0xFF800000).to(tl.int32) << 16), 0)
+    infinite = both >> 16
+    # Certain pages have ranks of their own: the border is among them or among the others.
+    among = infinite >= wanted
+    least = tl.where(among, 0xFF800000, tl.min(tl.where(rank > 0, rank, 0xFFFFFFFF), 0))
+    most = tl.where(among, 0xFFFFFFFF, tl.max(tl.where(rank < 0xFF800000, rank, 0), 0))
+    # As many reach `least`, at least those wanted, and exceed `most`, fewer than wanted.
+    reach = tl.where(among, infinite, both & 0xFFFF)
+    exceed = tl.where(among, 0, infinite)
+    aim = 0.5 * (_log(wanted) + _log(enough))
+    while (least < most) & (reach > enough):
+        start = _log(reach)
+        share = (start - aim) / (start - _log(exceed))
+        guess = _order(_score(least) * (1.0 - share) + _score(most) * share)
+        guess = tl.minimum(tl.maximum(guess, least + 1), most)
+        middle = least + ((most - least) >> 1) + ((most - least) & 1)
+        lower = tl.minimum(guess, middle)
+        upper = tl.maximum(guess, middle)
+        both = tl.sum((rank >= lower).to(tl.int32) + ((rank >= upper).to(tl.int32) << 16), 0)
+        more = both & 0xFFFF
+        fewer = both >> 16
+        most = tl.where(more < wanted, lower - 1, tl.where(fewer < wanted, upper - 1, most))
+        exceed = tl.where(more < wanted, more, tl.where(fewer < wanted, fewer, exceed))
+        least = tl.where(fewer >= wanted, upper, tl.where(more >= wanted, lower, least))
+        reach = tl.where(fewer >= wanted, fewer, tl.where(more >= wanted, more, reach))
+    all = reach <= enough
+    return least, tl.where(all, reach, wanted - exceed), tl.where(all, reach, wanted)
+
+
+@triton.jit
+def _log(count):
+    return tl.log2(count.to(tl.float32) + 0.5)
 
 
 @triton.jit
 def _top_pages(
-    scores, counts, out, width, row, counts_b,
+    scores, counts, chosen, out, width, row, counts_b,
     HEADS: tl.constexpr, REPEAT: tl.constexpr, PAGE: tl.constexpr, BUDGET: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
-    FILL: tl.constexpr, OVERLAP: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    PART: tl.constexpr, WHOLE: tl.constexpr, FILL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
@@ -181,43 +262,47 @@ def _top_pages(
     n = tl.arange(0, BLOCK)
     await_before(OVERLAP)
 
-    # The lowest rank taken is the highest that `wanted` pages reach: at least `least`, at most
-    # `most`. Until they meet, or a rank in between is reached by just as many.
     if WHOLE:
-        rank = _rank(scores, n, low, held, FIRST, LAST, BUDGET)
-        least, most = _range(rank, n, low, held, FIRST, LAST, BUDGET)
-    else:
-        least = (held * 0).to(tl.uint32) + 0xFFFFFFFF
-        most = (held * 0).to(tl.uint32)
-        for start in range(0, held, BLOCK):
-            rank = _rank(scores, start + n, low, held, FIRST, LAST, BUDGET)
-            lowest, highest = _range(rank, start + n, low, held, FIRST, LAST, BUDGET)
-            least, most = tl.minimum(least, lowest), tl.maximum(most, highest)
-    while least < most:
-        middle = least + ((most - least) >> 1) + ((most - least) & 1)
-        if WHOLE:
-            reach = tl.sum((rank >= middle).to(tl.int32), 0)
+        if GROUP > 1:
+            some = tl.minimum(tl.cdiv(held, GROUP) - low // GROUP, BUDGET)
+            rank = _group_rank(scores, n, row, low, held, FIRST, LAST, BUDGET, GROUP, PART)
+            border, left, some = _border(rank, some, some * 0 + FILL)
+            chosen += (b * HEADS + h) * FILL
+            _write(chosen, rank, n, border, held * 0, held * 0, left)
+            tl.debug_barrier()  # what other threads have written is read
+            i = tl.arange(0, FILL * GROUP)
+            # Groups that are not there start past all pages.
+            n = tl.load(chosen + i // GROUP, mask=i // GROUP < some, other=width) * GROUP
+            n += i % GROUP
+            rank = _rank(scores, n, low, held, FIRST, LAST, BUDGET)
+            # The best of so many groups: as many pages reach their border.
+            rank = tl.where((some < BUDGET) | (rank >= border), rank, 0)
         else:
+            rank = _rank(scores, n, low, held, FIRST, LAST, BUDGET)
+        border, left, wanted = _border(rank, wanted, wanted)  # fewer than wanted only with NaN
+        _write(out, rank, n, border, held * 0, held * 0, left)
+    else:
+        # The border is the highest rank that `wanted` pages reach: bisected, and found when a rank
+        # is reached by just as many.
+        least = (held * 0).to(tl.uint32)
+        most = least + 0xFFFFFFFF
+        while least < most:
+            middle = least + ((most - least) >> 1) + ((most - least) & 1)
             reach = held * 0
             for start in range(0, held, BLOCK):
-                other = _rank(scores, start + n, low, held, FIRST, LAST, BUDGET)
-                reach += tl.sum((other >= middle).to(tl.int32), 0)
-        least = tl.where(reach >= wanted, middle, least)
-        most = tl.where(reach > wanted, most, tl.where(reach == wanted, middle, middle - 1))
-
-    above = held * 0  # pages of a higher rank, and of this one, in the blocks before
-    equal = held * 0
-    if WHOLE:
-        reach = tl.sum((rank > most).to(tl.int32), 0)
-        _write(out, rank, n, most, above, equal, wanted - reach)
-    else:
+                rank = _rank(scores, start + n, low, held, FIRST, LAST, BUDGET)
+                reach += tl.sum((rank >= middle).to(tl.int32), 0)
+            least = tl.where(reach >= wanted, middle, least)
+            most = tl.where(reach > wanted, most, tl.where(reach == wanted, middle, middle - 1))
         reach = held * 0
         for start in range(0, held, BLOCK):
-            other = _rank(scores, start + n, low, held, FIRST, LAST, BUDGET)
-            reach += tl.sum((other > most).to(tl.int32), 0)
+            rank = _rank(scores, start + n, low, held, FIRST, LAST, BUDGET)
+            reach += tl.sum((rank > most).to(tl.int32), 0)
+        above = held * 0  # pages of a higher rank, and of this one, in the blocks before
+        equal = held * 0
         for start in range(0, held, BLOCK):
-            other = _rank(scores, start + n, low, held, FIRST, LAST, BUDGET)
-            above, equal = _write(out, other, start + n, most, above, equal, wanted - reach)
+            rank = _rank(scores, start + n, low, held, FIRST, LAST, BUDGET)
+            above, equal = _write(out, rank, start + n, most, above, equal, wanted - reach)
     rest = tl.arange(0, FILL)
     tl.store(out + rest, tl.full([FILL], -1, tl.int32), mask=(rest >= wanted) & (rest < BUDGET))
 

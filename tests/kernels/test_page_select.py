@@ -57,8 +57,10 @@ def test_top_pages_over_several_blocks(
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_top_pages_of_any_scores(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(18))
+def test_top_pages_of_any_scores(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if seed % 3:
+        monkeypatch.setattr(page_select, "_ONE_SEARCH", 1)  # by groups where they help at all
     generator = torch.Generator().manual_seed(seed)
 
     def draw(high: int) -> int:
@@ -74,6 +76,33 @@ def test_top_pages_of_any_scores(seed: int) -> None:
     scores = torch.where(rare, special, scores).to(DEVICE)
     got = page_select.top_pages(scores, counts, size, budget, first, last)
     assert torch.equal(got, reference.top_pages(scores, counts, size, budget, first, last))
+
+
+SPREADS = {
+    "normal": lambda x: x,
+    "one binade": lambda x: 1 + x.abs() * 1e-5,
+    "one outlier": lambda x: torch.where(x == x.amax(-1, keepdim=True), 3e38, x),
+    "heavy tails": lambda x: x.sign() * (8 * x.abs()).exp(),
+    "any magnitude": lambda x: x.sign() * 10 ** (20 * x),
+    "two clusters": lambda x: x + 30 * (x.frac().abs() < 0.03),
+    "few values": lambda x: x.round(),
+    "equal": lambda x: x * 0,
+    "infinite": lambda x: torch.where(x.abs() < 1, x, x * float("inf")),
+    "no hope": lambda x: torch.where(x < 2.5, -float("inf"), x),
+    "rising": lambda x: x.sort().values,
+    "16 bits": lambda x: (40 + 8 * x).bfloat16().float(),
+}
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize(("budget", "last"), [(60, 0), (240, 1), (256, 2), (1000, 1)])
+def test_top_pages_of_a_long_head(spread: str, budget: int, last: int) -> None:
+    width = 2500
+    counts = torch.tensor([[width, 1801]], dtype=torch.int32, device=DEVICE)
+    scores = SPREADS[spread](randn(1, 2, width, dtype=torch.float32, seed=budget))
+    scores[0, 1, 1801:] = 9e37  # never written
+    got = page_select.top_pages(scores, counts, 1, budget, 1, last)
+    assert torch.equal(got, reference.top_pages(scores, counts, 1, budget, 1, last))
 
 
 @pytest.mark.parametrize("better", [0, 12_000])
