@@ -1,4 +1,4 @@
-"""Reading tokens of heads from wherever they lie in pages: what compaction and summaries need."""
+"""Tokens of heads by number: reading them from wherever they lie, moving kept ones together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from ..types import Pages
 from ._launch import cdiv, dense_last, on, power_of_two
 from ._slabs import KEYS, META, VALUES, page_offset
 
-_TOKENS = 32  # that one program reads
+_TOKENS = 32  # that one program of `read_tokens` reads
+_MOVED = 16 << 10  # bytes of keys or of values that one program holds
 
 
 def read_tokens(pages: Pages, table: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,3 +60,93 @@ def _read_tokens(
     tl.store(v + to, tl.load(pages_v + from_v[:, None] + inside, mask=mask, other=0.0), mask=real)
     about = tl.load(pages_meta + from_meta + slot, mask=there, other=0)
     tl.store(meta + unit * tokens + i, about, mask=i < tokens)
+
+
+def move_kept(
+    pages: Pages, old: Tensor, new: Tensor, keep: Tensor, starts: Tensor, lengths: Tensor
+) -> None:
+    """Moves the kept tokens of each head `[U]` to its front, in order; see the reference.
+
+    One program for the keys of a head and one for its values walk the tokens in rising order.
+    """
+    dim = pages.k.shape[2]
+    old, new = dense_last(old), dense_last(new)
+    tokens = max(min(_MOVED // (power_of_two(dim) * pages.k.element_size()), 128), 16)
+    if lengths.numel():
+        with on(pages.k):
+            _move_kept[lengths.numel(), 2](
+                pages.k, pages.v, pages.meta, pages.slabs, old, new, keep.view(torch.uint8),
+                starts.contiguous(), lengths.contiguous(), old.stride(0), new.stride(0),
+                SLAB_PAGES=pages.slab_pages, PAGE=pages.k.shape[1], DIM=dim,
+                DIM_PAD=power_of_two(dim), TOKENS=tokens, num_warps=4,
+            )  # fmt: skip
+
+
+@triton.jit
+def _move_kept(
+    pages_k, pages_v, pages_meta, slabs, old, new, keep, starts, lengths, old_u, new_u,
+    SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    TOKENS: tl.constexpr,
+):  # fmt: skip
+    unit = tl.program_id(0).to(tl.int64)
+    length = tl.load(lengths + unit)
+    if length > 0:
+        keep += tl.load(starts + unit)
+        old += unit * old_u
+        new += unit * new_u
+        if tl.program_id(1) == 0:
+            _move(
+                pages_k, pages_meta, slabs, old, new, keep, length,
+                KEYS, SLAB_PAGES, PAGE, DIM, DIM_PAD, TOKENS, True,
+            )  # fmt: skip
+        else:
+            _move(
+                pages_v, pages_meta, slabs, old, new, keep, length,
+                VALUES, SLAB_PAGES, PAGE, DIM, DIM_PAD, TOKENS, False,
+            )  # fmt: skip
+
+
+@triton.jit
+def _move(
+    store, pages_meta, slabs, old, new, keep, length,
+    COLUMN: tl.constexpr, SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr, TOKENS: tl.constexpr, WITH_META: tl.constexpr,
+):  # fmt: skip
+    """Moves what a head has in one store, in place, a block of TOKENS after the other.
+
+    Token n goes to a place that is at most n, and places rise with tokens. So a block overwrites
+    tokens of its own, which the barrier says have been read, or of earlier blocks; what later
+    blocks read lies above all that it writes and may be loaded at any time. No other program
+    touches these pages: those of other heads are others, and pages held twice are only read.
+    """
+    i = tl.arange(0, TOKENS)
+    d = tl.arange(0, DIM_PAD)
+    start = length * 0
+    placed = length * 0
+    kept = tl.load(keep + i, mask=i < length, other=0)
+    while start < length:
+        n = start + i
+        stays = kept != 0
+        start += TOKENS
+        kept = tl.load(keep + start + i, mask=start + i < length, other=0)  # the next block's
+        mask = stays[:, None] & (d < DIM)[None, :]
+        page = tl.load(old + n // PAGE, mask=stays, other=0)
+        from_page = page_offset(slabs, page, COLUMN, SLAB_PAGES, PAGE * DIM)
+        row = tl.load(
+            store + from_page[:, None] + (n % PAGE)[:, None] * DIM + d[None, :], mask=mask,
+            other=0.0,
+        )  # fmt: skip
+        about = n * 0
+        if WITH_META:
+            from_meta = page_offset(slabs, page, META, SLAB_PAGES, PAGE)
+            about = tl.load(pages_meta + from_meta + n % PAGE, mask=stays, other=0)
+        place = placed + tl.cumsum(stays.to(tl.int32), 0) - 1
+        placed += tl.sum(stays.to(tl.int32), 0)
+        page = tl.load(new + place // PAGE, mask=stays, other=0)
+        to_page = page_offset(slabs, page, COLUMN, SLAB_PAGES, PAGE * DIM)
+        tl.debug_barrier()
+        slot = place % PAGE
+        tl.store(store + to_page[:, None] + slot[:, None] * DIM + d[None, :], row, mask=mask)
+        if WITH_META:
+            to_meta = page_offset(slabs, page, META, SLAB_PAGES, PAGE)
+            tl.store(pages_meta + to_meta + slot, about, mask=stays)

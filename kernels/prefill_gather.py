@@ -46,7 +46,8 @@ class Rectangles(NamedTuple):
     kernel reaches 515 (`kvpolicy bench prefill` times both ways); it costs four more trips of a
     query through memory (its copy, and the rectangle's output): even at about 1400 rows a query, or
     700 once the queries are copied. Hence `least` rows for a rectangle; `average` rows a query and
-    `work` (queries times rows, about 1 ms) for a call.
+    `work` (queries times rows, about 1 ms) for a call. `tile` goes on from a rectangle, if another
+    one than the tile kernel alone would use.
     """
 
     attend: Attend
@@ -55,6 +56,7 @@ class Rectangles(NamedTuple):
     least: int = 1024
     average: int = 1536
     work: int = 1 << 30
+    tile: Tile | None = None
 
 
 class Plan(NamedTuple):
@@ -75,12 +77,13 @@ class Plan(NamedTuple):
 class Far(NamedTuple):
     """Gathered global tokens: rows `[N, D]` of all heads, and what each tile of a head may read.
 
-    `limits` `[Hkv, tiles]` counts the head's rows before the tile's window.
+    `limits` `[Hkv, tiles]` counts the head's rows before the window of each `tile`.
     """
 
     k: Tensor
     v: Tensor
     limits: Tensor
+    tile: Tile
     plan: Plan | None = None
 
 
@@ -103,27 +106,32 @@ def gather(
     tile: Tile,
     rectangles: Rectangles | None = None,
     group: int = 1,
+    each: list[list[int]] | None = None,
 ) -> Far | None:
     """The global tokens of all heads in contiguous rows; None if there are none.
 
-    Plans `rectangles` where they pay; `group` query heads share a KV head.
+    Plans `rectangles` where they pay; `group` query heads share a KV head. `each` are the counts,
+    if the host knows them.
     """
     batch, heads = counts.shape
     table, counts = dense_last(table), counts.contiguous()
-    each = counts.tolist()
+    each = counts.tolist() if each is None else each
     held = [n for row in each for n in row]
     longest = max(held)
     if longest == 0 or not any(lengths(segments)):
         return None
     size, dim = pages.k.shape[1:]
     rows = sum(cdiv(n, ROWS) for n in held) * ROWS
+    pays = rectangles is not None and _pays(rectangles, segments, each, window, group)
+    if rectangles is not None and pays:
+        tile = rectangles.tile or tile
     tiles = tile_count(segments, tile.queries)
     k = torch.empty(rows, dim, dtype=pages.k.dtype, device=pages.k.device)
     v = torch.empty_like(k)
     at = torch.empty(rows, dtype=torch.int32, device=k.device)
     limits = torch.empty(heads, tiles, dtype=torch.int32, device=k.device)
     plan, blocks = None, 0
-    if rectangles is not None and _pays(rectangles, segments, each, window, group):
+    if rectangles is not None and pays:
         blocks = tile_count(segments, rectangles.queries)
         bounds = torch.empty(4, heads * blocks + 1, dtype=torch.int32, device=k.device)
         most = min(rectangles.queries, max(lengths(segments)))
@@ -145,7 +153,7 @@ def gather(
             SPARE=rectangles.spare if rectangles and plan else 0,
             LEAST=rectangles.least if rectangles and plan else 0, BLOCK=_LIMITS, num_warps=4,
         )  # fmt: skip
-    return Far(k, v, limits, plan)
+    return Far(k, v, limits, tile, plan)
 
 
 def _pays(

@@ -46,13 +46,14 @@ def prefill_attention(
     counts: Tensor,
     window: int,
     scale: float,
+    held: list[list[int]] | None = None,
 ) -> Tensor:
     """Attention over {j <= i : i - j < window or admitted[j]} `[Hq, Tq, D]`; see the reference.
 
-    Waits for the device once, to learn how many rows the gathered tokens need. Long prompts on a
-    Hopper device with FlashAttention-3 leave it the rows that whole blocks of queries see. Whether
-    they do depends on the whole call: results with and without it agree within the error budget
-    (one more rounding to the query's dtype), not bit for bit.
+    Without `held` it waits for the device, to learn how many rows the gathered tokens need. Long
+    prompts on a Hopper device with FlashAttention-3 leave it the rows that whole blocks of queries
+    see. Whether they do depends on the whole call: results with and without it agree within the
+    error budget (one more rounding to the query's dtype), not bit for bit.
     """
     check_dtype("prefill_attention", "query", query)
     tile = tile_of(query)
@@ -60,7 +61,7 @@ def prefill_attention(
     reach = max(start + n for start, n in zip(segments.start, lengths(segments), strict=True))
     if counts.numel() and reach > window:
         rectangles, group = choose_rectangles(query), query.shape[0] // key.shape[0]
-        far = gather(segments, pages, table, counts, window, tile, rectangles, group)
+        far = gather(segments, pages, table, counts, window, tile, rectangles, group, held)
     return attend(query, key, value, flags, segments, counts, far, window, scale, tile)
 
 
@@ -108,13 +109,13 @@ def attend(
     heads, total, dim = query.shape
     batch = len(segments.start)
     out = torch.empty(total, heads, dim, dtype=query.dtype, device=query.device)
+    far_k, far_v, limits, tile, plan = far or (key, value, counts, tile, None)
     tiles = tile_count(segments, tile.queries)
     if not tiles:
         return out.transpose(0, 1)
     query, key, value = dense_last(query), dense_last(key), dense_last(value)
     flags, counts = dense_last(flags), counts.contiguous()
     units = batch * key.shape[0]
-    far_k, far_v, limits, plan = far or (key, value, counts, None)
     taken, begun, lse = limits, out, out
     if plan is not None:
         taken = plan.taken

@@ -17,8 +17,10 @@ BACKENDS = ("auto", "reference", "triton")
 _KERNELS = {
     "append": "cache_write",
     "decode_write": "cache_write",
+    "move_kept": "compact",
     "read_tokens": "compact",
     "dense_prefill": "dense_prefill",
+    "keep_best": "keep_best",
     "copy_pages": "page_io",
     "read_meta": "page_io",
     "read_pages": "page_io",

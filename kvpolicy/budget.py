@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import attrs
-import torch
 from torch import Tensor
 
 from ._validate import fraction, not_negative, positive
+from .reference.keep_best import keep_best
+
+KeepBest = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Budget(ABC):
@@ -25,7 +28,16 @@ class Budget(ABC):
         `scores`, `valid` `[B, Hkv, N]`; `allowed` `[B]` global tokens per head. Ties keep the later
         token.
         """
-        return keep_best(scores, valid, allowed[:, None].expand(valid.shape[:2]))
+        return self._choose(keep_best, scores, valid, allowed)
+
+    def keep_by(self, best: KeepBest, scores: Tensor, valid: Tensor, allowed: Tensor) -> Tensor:
+        """`keep` by a backend's `keep_best`, unless the budget has a `keep` of its own."""
+        if type(self).keep is not Budget.keep:
+            return self.keep(scores, valid, allowed)
+        return self._choose(best, scores, valid, allowed)
+
+    def _choose(self, best: KeepBest, scores: Tensor, valid: Tensor, allowed: Tensor) -> Tensor:
+        return best(scores, valid, allowed[:, None].expand(valid.shape[:2]))
 
     def allowed(self, seen: int, window: int, layer: int, layers: int) -> int:
         """Mean global tokens per head; raises ValueError if the budget cannot hold the window."""
@@ -36,23 +48,6 @@ class Budget(ABC):
                 f"wanted at least window + 1 = {window + 1}"
             )
         return max(total - window, 0)
-
-
-def keep_best(scores: Tensor, valid: Tensor, amount: Tensor) -> Tensor:
-    """Marks the `amount` `[B, Hkv]` best valid tokens of each head; ties keep the later token."""
-    length = scores.shape[-1]
-    if length == 0:
-        return valid.clone()
-    amount = torch.minimum(amount, valid.sum(-1))[..., None]
-    worst = scores.masked_fill(~valid, float("-inf"))
-    # The score of the last token that stays; those above it stay, and the latest of its equals.
-    ordered = worst.sort(dim=-1, descending=True).values
-    border = ordered.gather(-1, (amount - 1).clamp(min=0).expand(*scores.shape[:-1], 1))
-    above = (worst > border) & valid
-    equal = (worst == border) & valid
-    later = equal.int().flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)  # equals from here on
-    stays = equal & (later <= amount - above.sum(-1, keepdim=True))
-    return above | stays
 
 
 def is_budget(instance: Any, attribute: attrs.Attribute, value: Any) -> None:
@@ -102,14 +97,14 @@ class Adaptive(Budget):
     def tokens_per_head(self, seen: int, layer: int, layers: int) -> int:
         return self.base.tokens_per_head(seen, layer, layers)
 
-    def keep(self, scores: Tensor, valid: Tensor, allowed: Tensor) -> Tensor:
+    def _choose(self, best: KeepBest, scores: Tensor, valid: Tensor, allowed: Tensor) -> Tensor:
         batch, heads, length = scores.shape
         floor = (self.floor * allowed.double()).long()  # int(), as Python rounds it
-        sure = keep_best(scores, valid, floor[:, None].expand(-1, heads))
+        sure = best(scores, valid, floor[:, None].expand(-1, heads))
         pooled = scores.masked_fill(sure, float("inf")).reshape(batch, 1, heads * length)
         total = allowed[:, None] * heads
-        best = keep_best(pooled, valid.reshape(batch, 1, heads * length), total)
-        return best.view(batch, heads, length)
+        kept = best(pooled, valid.reshape(batch, 1, heads * length), total)
+        return kept.view(batch, heads, length)
 
 
 @attrs.frozen
@@ -131,8 +126,8 @@ class Pyramid(Budget):
         if not 1 <= value < float("inf"):
             raise ValueError(f"beta: wanted a number of at least 1, got {value}")
 
-    def keep(self, scores: Tensor, valid: Tensor, allowed: Tensor) -> Tensor:
-        return self.base.keep(scores, valid, allowed)
+    def _choose(self, best: KeepBest, scores: Tensor, valid: Tensor, allowed: Tensor) -> Tensor:
+        return self.base.keep_by(best, scores, valid, allowed)
 
     def tokens_per_head(self, seen: int, layer: int, layers: int) -> int:
         mean = self.base.tokens_per_head(seen, layer, layers) - self.observation

@@ -19,9 +19,10 @@ import torch
 
 from .errors import CapacityError
 from .evicting import shrink_to
+from .store.layer import LayerStore
 from .store.limits import too_many
 from .store.pages import PagePool
-from .store.state import CacheState, LayerStore
+from .store.state import CacheState
 
 _SHRINK = 0.9  # a round at max_bytes leaves this fraction of every head
 

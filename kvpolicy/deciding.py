@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .eviction import AtPromptEnd
-from .store.state import LayerStore
+from .store.layer import LayerStore
 from .types import ADMITTED, MARKED, Write
 
 

@@ -17,7 +17,8 @@ from .store.dual_cache import (
     write_ring,
     write_token,
 )
-from .store.state import CacheState, Call, LayerStore
+from .store.layer import LayerStore
+from .store.state import CacheState, Call
 from .types import Write
 
 
@@ -88,7 +89,7 @@ def prompt(
     k = recent(layer, seg, key, layer.ring_k)
     v = recent(layer, seg, value, layer.ring_v)
     f = recent(layer, seg, flags, layer.ring_flags)
-    write_prompt(state, layer, seg, k, v, f)
+    held = write_prompt(state, layer, seg, k, v, f)
     scale, pages = state.spec.softmax_scale, layer.pool.pages
     # Dense kernels take one sequence after the other, which pays for whole prompts only.
     alone = state.batch == 1 or not any(state.lengths)
@@ -96,7 +97,7 @@ def prompt(
         out = state.ops.dense_prefill(query, k, v, seg, pages, layer.table, scale)
     else:
         out = state.ops.prefill_attention(
-            query, k, v, f, seg, pages, layer.table, layer.counts, layer.window, scale
+            query, k, v, f, seg, pages, layer.table, layer.counts, layer.window, scale, held
         )
     write_ring(state, layer, seg, key, value, flags)
     write_queries(state, layer, seg, query)

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .budget import TotalCap, keep_best
+from .budget import TotalCap
 from .eviction import AtPromptEnd
 from .store import compaction
 from .store.compaction import Drop
-from .store.state import CacheState, LayerStore
+from .store.layer import LayerStore
+from .store.state import CacheState
 
 
 def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
@@ -26,21 +27,23 @@ def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
         for x in state.layers
         if not (x.slides or x.eviction.neutral or (decoding and x.eviction.when != "decode"))
     ]
-    keeps = []
-    targets = _capped_lengths(state, rows)
-    allowed = {x.index: _allowed(state, x, rows) for x in layers}
-    for layer, scores, valid in _rated(state, layers):
-        keep = valid & (scores > float("-inf"))
-        budget, limit = layer.eviction.budget, allowed[layer.index]
-        if targets is not None:
-            amount = torch.tensor([row[layer.index] for row in targets], device=keep.device)
-            keep = keep & keep_best(scores, valid, amount)
-        elif budget is not None and limit is not None:
-            keep = keep & budget.keep(scores, valid, limit)
-        if not all(rows):
-            keep = keep | ~torch.tensor(rows, device=keep.device)[:, None, None]
-        keeps.append((layer, keep))
-    _drop(state, compaction.plan(state, keeps))
+    targets = _targets(state, layers, rows)
+    others = torch.tensor([not on for on in rows], device=state.spec.device)[:, None, None]
+
+    def keeps() -> Iterator[tuple[LayerStore, Tensor]]:
+        """Left to the device, layer by layer, while it is busy with scores."""
+        for layer, scores, valid in _rated(state, layers):
+            keep = valid & (scores > float("-inf"))
+            budget, target = layer.eviction.budget, targets.get(layer.index)
+            if target is not None and target.ndim == 2:
+                keep &= state.ops.keep_best(scores, valid, target)
+            elif target is not None and budget is not None:
+                keep &= budget.keep_by(state.ops.keep_best, scores, valid, target)
+            if not all(rows):
+                keep |= others.to(keep.device)
+            yield layer, keep
+
+    _drop(state, compaction.plan(state, keeps()))
     for layer in state.layers:
         if isinstance(layer.eviction, AtPromptEnd) and not (layer.slides or decoding):
             compaction.forget_unmarked(layer, torch.tensor(rows, device=layer.ring_flags.device))
@@ -54,7 +57,7 @@ def _drop(state: CacheState, drops: list[Drop]) -> list[int]:
     """Does what was planned; CapacityError comes first. Returns the tokens dropped, by sequence."""
     takes = dict.fromkeys(state.pools.values(), 0)
     for drop in drops:
-        takes[drop.layer.pool] += drop.takes
+        takes[drop.pool] = drop.takes
     state.secure(takes)
     compaction.drop(state, drops)
     gone = [0] * state.batch
@@ -74,16 +77,33 @@ def _raise_floor(state: CacheState, rows: list[bool]) -> None:
     ]
 
 
-def _allowed(state: CacheState, layer: LayerStore, rows: list[bool]) -> Tensor | None:
-    """Global tokens per head `[B]` that a budget per head leaves; None without one."""
+def _targets(
+    state: CacheState, layers: Sequence[LayerStore], rows: list[bool]
+) -> dict[int, Tensor]:
+    """Global tokens that budgets leave, by layer: `[B]` a head, or `[B, Hkv]` of a TotalCap."""
+    capped = _capped_lengths(state, rows)
+    if capped is not None:
+        return _by_layer(layers, [[row[x.index] for row in capped] for x in layers])
+    bound = [x for x in layers if x.eviction.budget is not None]
+    return _by_layer(bound, [_allowed(state, x, rows) for x in bound])
+
+
+def _by_layer(layers: Sequence[LayerStore], numbers: list) -> dict[int, Tensor]:
+    """The numbers of each layer as a tensor beside it; the host copies them once."""
+    if not layers:
+        return {}
+    every = torch.tensor(numbers, device=layers[0].counts.device)
+    return {x.index: own.to(x.counts.device) for x, own in zip(layers, every, strict=True)}
+
+
+def _allowed(state: CacheState, layer: LayerStore, rows: list[bool]) -> list[int]:
+    """Global tokens per head `[B]` that a budget per head leaves."""
     budget = layer.eviction.budget
-    if budget is None or isinstance(budget, TotalCap):
-        return None
-    allowed = [
+    assert budget is not None
+    return [
         budget.allowed(length, layer.window, layer.index, state.spec.layers) if on else 0
         for length, on in zip(state.lengths, rows, strict=True)
     ]
-    return torch.tensor(allowed, device=layer.counts.device)
 
 
 def _rated(
@@ -151,10 +171,9 @@ def shrink_to(state: CacheState, targets: list[list[list[int]]]) -> list[int]:
     All or nothing, as `evict`. Returns the tokens dropped, by sequence.
     """
     layers = [x for x in state.layers if not x.slides]
-    places = {x.index: place for place, x in enumerate(layers)}
-    keeps = []
-    for layer, scores, valid in _rated(state, layers):
-        best = [row[places[layer.index]] for row in targets]
-        amount = torch.tensor(best, device=scores.device)
-        keeps.append((layer, keep_best(scores, valid, amount)))
+    best = _by_layer(layers, [[row[place] for row in targets] for place in range(len(layers))])
+    keeps = (
+        (layer, state.ops.keep_best(scores, valid, best[layer.index]))
+        for layer, scores, valid in _rated(state, layers)
+    )
     return _drop(state, compaction.plan(state, keeps))

@@ -25,10 +25,12 @@ def stored(
 
     Pages lie in random order. `summaries` fills in each page's smallest and largest key.
     """
+    from ..kernels import page_io
+
     width = (2 * dim, bench.dtype) if summaries else None
     pool = PagePool(
         page_size=page, head_dim=dim, dtype=bench.dtype, device=bench.device, summary=width,
-        moving=False,
+        moving=False, copy=page_io.copy_pages,
     )  # fmt: skip
     needed = [[-(-n // page) for n in lengths] for lengths in sets]
     total = sum(map(sum, needed))

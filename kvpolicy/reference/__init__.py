@@ -2,8 +2,10 @@
 
 from .cache_write import append as append
 from .cache_write import decode_write as decode_write
+from .compact import move_kept as move_kept
 from .compact import read_tokens as read_tokens
 from .dense_prefill import dense_prefill as dense_prefill
+from .keep_best import keep_best as keep_best
 from .page_io import copy_pages as copy_pages
 from .page_io import read_meta as read_meta
 from .page_io import read_pages as read_pages

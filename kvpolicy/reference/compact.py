@@ -1,7 +1,8 @@
-"""Reading tokens of heads from wherever they lie in pages."""
+"""Tokens of heads by number: reading them from wherever they lie, moving kept ones together."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..types import Pages
@@ -23,3 +24,24 @@ def read_tokens(pages: Pages, table: Tensor, source: Tensor) -> tuple[Tensor, Te
         v.masked_fill_(none[..., None], 0),
         meta.masked_fill_(none, 0),
     )
+
+
+def move_kept(
+    pages: Pages, old: Tensor, new: Tensor, keep: Tensor, starts: Tensor, lengths: Tensor
+) -> None:
+    """Moves the kept tokens of each head to its front, in order: k, v and meta.
+
+    Head u holds `lengths[u]` tokens (int32 `[U]`; 0: it is left alone) in pages `old[u]`, and token
+    n stays if `keep[starts[u] + n]` (bool, flat; `starts` int64 `[U]`). They are written to pages
+    `new[u]`; both tables are `[U, M]` int32. A page may be written by one head only and then either
+    has the same place in both tables or is in no old one.
+    """
+    size = pages.k.shape[1]
+    for head, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        token = keep[start : start + length].nonzero().squeeze(1)
+        place = torch.arange(token.numel(), device=token.device)
+        source = old[head, token // size].long() * size + token % size
+        target = new[head, place // size].long() * size + place % size
+        for store in (pages.k, pages.v, pages.meta):
+            flat = store.flatten(0, 1)  # a view: pages are contiguous
+            flat.index_copy_(0, target, flat.index_select(0, source))

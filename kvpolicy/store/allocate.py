@@ -11,8 +11,9 @@ from ..admission._base import Admission
 from ..eviction._base import Eviction
 from ..selection._base import Selection
 from ..spec import CacheSpec
+from .layer import LayerStore
 from .pages import PagePool
-from .state import CacheState, LayerStore, _bucket
+from .state import CacheState, _bucket
 
 if TYPE_CHECKING:
     from ..backend import Ops
@@ -41,6 +42,7 @@ def allocate(
         device=device,
         summary=_summary_size(selection, spec),
         moving=ops.backend == "reference",
+        copy=ops.copy_pages,
     )
     if spec.max_bytes is not None:
         pool.cap(spec.max_bytes)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import accumulate, islice
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..types import ADMITTED, MARKED, POSITION_BITS, POSITION_MASK, EvictionView
 from .dual_cache import _ceil, summary_of
+from .layer import LayerStore
 from .pages import PagePool
-from .state import CacheState, LayerStore
+from .state import CacheState
 
-SCRATCH = 64 << 20  # bytes of keys and values that are on their way at once
+SCRATCH = 64 << 20  # bytes of keys and values that are read at once for summaries
 
 
 def longest(layers: Sequence[LayerStore]) -> list[int]:
@@ -22,7 +25,8 @@ def longest(layers: Sequence[LayerStore]) -> list[int]:
     if not layers:
         return []
     device = layers[0].counts.device
-    most: list[int] = torch.stack([x.counts.max().to(device) for x in layers]).tolist()
+    counts = torch.stack([x.counts.to(device) for x in layers])
+    most: list[int] = counts.flatten(1).amax(1).tolist()
     return most
 
 
@@ -77,24 +81,35 @@ def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:
     )
 
 
-class Drop(NamedTuple):
-    """A drop that is decided but not done: `keep` `[B, Hkv, N]`, `counts` `[B, Hkv]` afterwards.
-
-    `most` is the largest count. `own` `[B, Hkv, M]` marks pages that kept tokens move into and that
-    other heads hold too: they are replaced by `takes` new ones. `gone` are the tokens that go, by
-    sequence. `refreshed` are the pages that change, as places in the table `[3, n]`, and `summary`
-    `[n, S]` their new summaries.
-    """
+class Kept(NamedTuple):
+    """What stays of a layer: `keep` `[B, Hkv, N]`, `counts` `[B, Hkv]` tokens."""
 
     layer: LayerStore
     keep: Tensor
     counts: Tensor
+
+
+class Drop(NamedTuple):
+    """A drop that is decided but not done, of the layers that share a pool.
+
+    `keep` holds the layers' masks one after the other; those of a head begin at `starts`
+    `[L, B, Hkv]`. `counts` `[L, B, Hkv]` tokens are left. `table` `[L, B, Hkv, M]` are the pages up
+    to now, and `own` marks those that kept tokens move into and that other heads hold too: they are
+    replaced by `takes` new ones. `gone` are the tokens that go, by sequence. `refreshed` are, for
+    each layer, the pages that change as places in its table `[3, n]`, and their new summaries
+    `[n, S]`.
+    """
+
+    pool: PagePool
+    layers: list[LayerStore]
+    keep: Tensor
+    starts: Tensor
+    counts: Tensor
+    table: Tensor
     own: Tensor
-    most: int
     takes: int
     gone: list[int]
-    refreshed: Tensor | None
-    summary: Tensor | None
+    refreshed: list[tuple[Tensor, Tensor] | None]
 
 
 def plan(state: CacheState, keeps: Iterable[tuple[LayerStore, Tensor]]) -> list[Drop]:
@@ -102,47 +117,85 @@ def plan(state: CacheState, keeps: Iterable[tuple[LayerStore, Tensor]]) -> list[
 
     Selections summarize here what their pages will hold: one that raises does so before any drop.
     """
-    drafts, numbers = [], []
+    parts: dict[PagePool, list[Kept]] = {}
     for layer, keep in keeps:
         keep = keep & (torch.arange(keep.shape[2], device=keep.device) < layer.counts[..., None])
-        counts = keep.sum(-1, dtype=torch.int32)
-        column = torch.arange(layer.table.shape[2], device=keep.device)
-        stays = column < _ceil(counts, state.spec.page_size)[..., None]
-        shared = layer.pool.refs[layer.table.long()] > 1
-        own = stays & shared & (counts < layer.counts)[..., None]
-        drafts.append((layer, keep, counts, own))
-        gone = (layer.counts - counts).sum(1)
-        numbers.append(torch.cat([counts.max()[None], own.sum()[None], gone]))
-    if not drafts:
+        kept = Kept(layer, keep, keep.sum(-1, dtype=torch.int32))
+        parts.setdefault(layer.pool, []).append(kept)
+    if not parts:
         return []
-    host = torch.stack([x.to(numbers[0].device) for x in numbers]).tolist()  # waits once
-    return [
-        Drop(*draft, most, takes, gone, *_summaries(state, *draft[:3], most))
-        for draft, (most, takes, *gone) in zip(drafts, host, strict=True)
+    drafts = [_draft(pool, part) for pool, part in parts.items()]
+    numbers = [
+        torch.cat([x.own.sum()[None], _gone(x), x.counts.flatten(1).amax(1)]) for x in drafts
     ]
+    host = iter(torch.cat([x.to(numbers[0].device) for x in numbers]).tolist())  # waits once
+    drops = []
+    for draft, part in zip(drafts, parts.values(), strict=True):
+        takes, gone = next(host), list(islice(host, state.batch))
+        refreshed = [_summaries(state, kept, next(host)) for kept in part]
+        drops.append(draft._replace(takes=takes, gone=gone, refreshed=refreshed))
+    return drops
+
+
+def _draft(pool: PagePool, part: list[Kept]) -> Drop:
+    """A drop of which the host knows no numbers yet."""
+    layers, keeps = [x.layer for x in part], [x.keep for x in part]
+    counts, device = torch.stack([x.counts for x in part]), pool.device
+    table = torch.stack([x.table for x in layers])
+    stays = torch.arange(table.shape[3], device=device) < _ceil(counts, pool.page_size)[..., None]
+    fewer = (counts < _counts(layers))[..., None]
+    begin = [0, *accumulate(x.numel() for x in keeps)][:-1]
+    sizes = torch.tensor([begin, [x.shape[2] for x in keeps]], device=device)[..., None]
+    head = torch.arange(counts[0].numel(), device=device)
+    return Drop(
+        pool=pool,
+        layers=layers,
+        keep=torch.cat([x.flatten() for x in keeps]),
+        starts=(sizes[0] + sizes[1] * head).view_as(counts),
+        counts=counts,
+        table=table,
+        own=stays & fewer & (pool.refs[table.long()] > 1),
+        takes=0,
+        gone=[],
+        refreshed=[],
+    )
 
 
 def drop(state: CacheState, drops: Sequence[Drop]) -> None:
     """Keeps the planned tokens, closes the gaps in place and frees pages; `secure` comes before."""
-    freed: dict[PagePool, list[Tensor]] = {}
     for planned in drops:
-        layer, counts = planned.layer, planned.counts
-        old, changed = layer.table.clone(), counts < layer.counts
-        column = torch.arange(old.shape[2], device=old.device)
-        beyond = column >= _ceil(counts, state.spec.page_size)[..., None]
+        if not any(planned.gone):
+            continue
+        pool, layers, counts, old = planned.pool, planned.layers, planned.counts, planned.table
+        before = _counts(layers)
+        changed = counts < before
+        column = torch.arange(old.shape[3], device=old.device)
+        beyond = column >= _ceil(counts, pool.page_size)[..., None]
         leaves = planned.own | (changed[..., None] & beyond)
-        layer.table.masked_fill_(leaves, 0)
+        table = old.masked_fill(leaves, 0)
         if planned.takes:
-            layer.table.masked_scatter_(planned.own, layer.pool.take(planned.takes))
-        _move(state, planned, old, _sources(planned.keep, changed, planned.most))
-        layer.evicted.add_(layer.counts - counts)
-        layer.counts.copy_(counts)
-        if planned.summary is not None and planned.refreshed is not None:
-            ids = layer.table[tuple(planned.refreshed)]
-            state.ops.write_summary(layer.pool.pages, ids, planned.summary)
-        freed.setdefault(layer.pool, []).append(old.masked_fill_(~leaves, 0).flatten())
-    for pool, tables in freed.items():
-        pool.release(torch.cat(tables))
+            table.masked_scatter_(planned.own, pool.take(planned.takes))
+        state.ops.move_kept(
+            pool.pages, old.flatten(0, 2), table.flatten(0, 2), planned.keep,
+            planned.starts.flatten(), before.masked_fill_(~changed, 0).flatten(),
+        )  # fmt: skip
+        for i, layer in enumerate(layers):
+            layer.table.copy_(table[i])
+            layer.evicted.add_(layer.counts - counts[i])
+            layer.counts.copy_(counts[i])
+            if (found := planned.refreshed[i]) is not None:
+                state.ops.write_summary(pool.pages, layer.table[tuple(found[0])], found[1])
+        pool.release(old.masked_fill_(~leaves, 0).flatten())
+
+
+def _gone(planned: Drop) -> Tensor:
+    """Tokens that go, by sequence `[B]`."""
+    return (_counts(planned.layers) - planned.counts).sum((0, 2))
+
+
+def _counts(layers: Sequence[LayerStore]) -> Tensor:
+    """Global tokens `[L, B, Hkv]` of layers on one device."""
+    return torch.stack([x.counts for x in layers])
 
 
 def _sources(keep: Tensor, changed: Tensor, most: int) -> Tensor:
@@ -154,42 +207,20 @@ def _sources(keep: Tensor, changed: Tensor, most: int) -> Tensor:
     return source.scatter_(-1, place, token.expand_as(place))[..., :most]
 
 
-def _step(layer: LayerStore, heads: int) -> int:
-    """Tokens a head that are read at once, in whole pages."""
-    size, dim = layer.pool.page_size, layer.pool.head_dim
-    page = heads * size * (2 * dim * layer.ring_k.element_size() + 4)
-    return max(SCRATCH // page, 1) * size
+def _summaries(state: CacheState, kept: Kept, most: int) -> tuple[Tensor, Tensor] | None:
+    """Places `[3, n]` and new summaries `[n, S]` of pages that change, from tokens as they lie.
 
-
-def _move(state: CacheState, planned: Drop, old: Tensor, source: Tensor) -> None:
-    """Moves tokens to where the table says, reading through `old`, in rising order.
-
-    A token never moves up. So what a chunk overwrites are tokens of this chunk, which have been
-    read, or of earlier ones, which have moved; and no more than a chunk is ever copied.
+    `most` is the largest of the counts.
     """
-    layer = planned.layer
-    heads, pages = source.shape[1], layer.pool.pages
-    step = _step(layer, heads)
-    for row, gone in enumerate(planned.gone):
-        for start in range(0, planned.most if gone else 0, step):
-            chunk = source[row : row + 1, :, start : start + step]
-            k, v, meta = (x[0] for x in state.ops.read_tokens(pages, old[row : row + 1], chunk))
-            at = torch.arange(start, start + chunk.shape[2], dtype=torch.int32, device=chunk.device)
-            dest = torch.where(chunk[0] < 0, -1, at)
-            state.ops.append(pages, layer.table, k, v, meta, dest, torch.full_like(at, row))
-
-
-def _summaries(
-    state: CacheState, layer: LayerStore, keep: Tensor, counts: Tensor, most: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Places `[3, n]` and new summaries `[n, S]` of pages that change, from tokens as they lie."""
-    if layer.selection.neutral or layer.slides:
-        return None, None
-    size = state.spec.page_size
-    source = _sources(keep, counts < layer.counts, most)
-    source = torch.nn.functional.pad(source, (0, -most % size), value=-1)
+    layer = kept.layer
+    if layer.selection.neutral or layer.slides or not most:
+        return None
+    size, dim = state.spec.page_size, state.spec.head_dim
+    source = _sources(kept.keep, kept.counts < layer.counts, most)
+    source = F.pad(source, (0, -source.shape[2] % size), value=-1)
+    page = source[..., 0].numel() * size * (2 * dim * layer.ring_k.element_size() + 4)
+    step = max(SCRATCH // page, 1) * size  # tokens a head, in whole pages
     places, found = [], []
-    step = _step(layer, source.shape[0] * source.shape[1])
     for start in range(0, source.shape[2], step):
         chunk = source[..., start : start + step]
         keys = state.ops.read_tokens(layer.pool.pages, layer.table, chunk)[0]
@@ -198,7 +229,7 @@ def _summaries(
         if at[0].numel():
             places.append(torch.stack([*at[:2], at[2] + start // size]))
             found.append(summary_of(layer, keys.unflatten(2, (-1, size))[at], valid[at]))
-    return (torch.cat(places, 1), torch.cat(found)) if found else (None, None)
+    return (torch.cat(places, 1), torch.cat(found)) if found else None
 
 
 def forget_unmarked(layer: LayerStore, rows: Tensor) -> None:

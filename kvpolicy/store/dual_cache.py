@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..reference.prompt_write import places
 from ..types import Segments
+from .layer import LayerStore
 from .limits import check_tokens
-from .state import CacheState, LayerStore
+from .state import CacheState
 
 
 def segments(state: CacheState, device: torch.device) -> Segments:
@@ -53,7 +54,9 @@ def recent(layer: LayerStore, seg: Segments, new: Tensor, ring: Tensor) -> Tenso
     if len(seg.start) == 1:
         end = seg.start[0]
         slot = torch.arange(end - seg.cu_k[1] + seg.cu_q[1], end, device=new.device) % slots
-        return torch.cat([ring[0].index_select(1, slot), new], 1)
+        # Token after token, as they leave a projection: whole rows are copied.
+        before = ring[0].index_select(1, slot).transpose(0, 1).contiguous()
+        return torch.cat([before, new.transpose(0, 1)]).transpose(0, 1)
     # A fixed number of launches for any number of sequences.
     rows, at, _ = places(seg, new.device)
     start = seg.start_dev.long()[rows]
@@ -65,28 +68,34 @@ def recent(layer: LayerStore, seg: Segments, new: Tensor, ring: Tensor) -> Tenso
 
 def write_prompt(
     state: CacheState, layer: LayerStore, seg: Segments, key: Tensor, value: Tensor, flags: Tensor
-) -> None:
+) -> list[list[int]] | None:
     """Appends to pages every admitted token that has left the window when this call ends.
 
-    `key`, `value` `[Hkv, Tk, D]` and `flags` `[Hkv, Tk]` are the recent tokens of `seg`.
+    `key`, `value` `[Hkv, Tk, D]` and `flags` `[Hkv, Tk]` are the recent tokens of `seg`. Returns
+    the heads' counts afterwards, if the host had to learn them.
     """
     call = state.call
     assert call is not None
     before = layer.counts.clone()
     call.before.setdefault(layer.index, before)
     if layer.slides or max(b - a for a, b in pairwise(seg.cu_k)) <= layer.window:
-        return
+        return None
     pool, rest = layer.pool, (flags, seg, layer.window)
     after, fresh, ranks = state.ops.count_leaving(
         flags, before, seg, layer.window, state.spec.page_size
     )
-    # The host waits for this number, because only it can make the pool grow.
-    new = sum(sum(row) for row in fresh.tolist())
-    check_tokens(state, layer, after)
-    ids = pool.take(new) if new else fresh.new_empty(0)
+    # The host waits, because only it can make the pool grow: once, for all that it has to know.
+    numbers = [after.flatten(), fresh.flatten(), pool.top.view(1)]
+    *counts, free = torch.cat(numbers).tolist()
+    heads, new = after.shape[1], sum(counts[after.numel() :])
+    held = [counts[at : at + heads] for at in range(0, after.numel(), heads)]
+    check_tokens(state, layer, held)
+    known = None if pool.orphans else free
+    ids = pool.take(new, known) if new else fresh.new_empty(0)
     state.ops.write_leaving(pool.pages, layer.table, before, key, value, *rest, ids, fresh, ranks)
     layer.counts.copy_(after)
     summarize(state, layer, before, after)
+    return held
 
 
 def summarize(state: CacheState, layer: LayerStore, before: Tensor, after: Tensor) -> None:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from ..errors import CapacityError
-from .state import CacheState, LayerStore
+from .layer import LayerStore
+from .state import CacheState
 
 
-def check_tokens(state: CacheState, layer: LayerStore, counts: Tensor) -> None:
-    """Raises CapacityError if `counts` `[B, Hkv]` global tokens make a head exceed `max_tokens`.
+def check_tokens(state: CacheState, layer: LayerStore, counts: list[list[int]]) -> None:
+    """Raises CapacityError if `counts` `[B][Hkv]` global tokens make a head exceed `max_tokens`.
 
     They are the layer's when the open prompt call has ended. With `at_cap="evict"` it may.
     """
     most, call = state.spec.max_tokens, state.call
     if most is None or state.spec.at_cap == "evict" or call is None:
         return
-    rows = zip(counts.amax(1).tolist(), state.lengths, call.added, strict=True)
+    rows = zip(map(max, counts), state.lengths, call.added, strict=True)
     for row, (held, length, added) in enumerate(rows):
         tokens = held + min(length + added, layer.window)
         if tokens > most:

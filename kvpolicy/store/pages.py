@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,14 +11,14 @@ from torch import Tensor
 
 from ..errors import CapacityError
 from ..types import Pages
-from .extents import SLAB_PAGES, Extent, copy_between, slab_starts, widened
+from .extents import SLAB_PAGES, Extent, slab_starts, widened
 
 if TYPE_CHECKING:
     from .state import CacheState
 
-EXTENT_PAGES = (
-    1024  # a single allocation is at most this or 1/32 of the pool: trimming drops whole ones
-)
+CopyPages = Callable[[Pages, Tensor, Tensor], None]
+# A single allocation is at most this or 1/32 of the pool: trimming drops whole ones.
+EXTENT_PAGES = 1024
 
 
 class PagePool:
@@ -25,7 +26,7 @@ class PagePool:
 
     With `moving` growth the pool is one extent that is reallocated (the reference reads pages by
     plain indexing); otherwise growth appends extents and nothing moves, so captured graphs stay
-    valid.
+    valid. `copy` is the backend's `copy_pages`.
     """
 
     def __init__(
@@ -37,17 +38,18 @@ class PagePool:
         device: torch.device,
         summary: tuple[int, torch.dtype] | None,
         moving: bool,
+        copy: CopyPages,
     ) -> None:
         self.page_size, self.head_dim = page_size, head_dim
+        self.copy = copy
         self.dtype, self.device, self.moving = dtype, device, moving
         self.summary = summary
         self.limit: int | None = None  # most pages, the null page not counted
         self.generation = 0  # rises when a buffer that captured graphs read has moved
         # Caches that use the pool, with the pages promised to each until it reserves again.
         self.holders: weakref.WeakKeyDictionary[CacheState, int] = weakref.WeakKeyDictionary()
-        self.orphans: list[
-            Tensor
-        ] = []  # tables of caches that are gone, whose pages are still held
+        # Tables of caches that are gone, whose pages are still held.
+        self.orphans: list[Tensor] = []
         self.extents = [self._extent(SLAB_PAGES)]
         for null in self.extents[0][:2]:  # the reference reads it, with weight 0
             null[0] = 0
@@ -127,15 +129,20 @@ class PagePool:
         finally:
             self.holders[holder] = before
 
-    def ensure(self, count: int) -> None:
-        """Grows until `count` pages are free and not promised; CapacityError at the limit."""
-        missing = count + sum(self.holders.values()) - self.available
+    def ensure(self, count: int, free: int | None = None) -> int:
+        """Grows until `count` pages are free and not promised; CapacityError at the limit.
+
+        `free` pages are known to be free; without it they are read from the device. Returns how
+        many are free then.
+        """
+        free = self.available if free is None else free
+        missing = count + sum(self.holders.values()) - free
         if count == 0 or missing <= 0:
-            return
+            return free
         most = self._most()
         if most is not None and self.capacity + missing > most:
             raise CapacityError(
-                f"{count} more pages wanted, {self.available} free and {self.used} in use of at "
+                f"{count} more pages wanted, {free} free and {self.used} in use of at "
                 f"most {self.limit}; raise the cap, admit less or add an eviction"
             )
         # Whole slabs; growth by a sixteenth only where that is a slab or more.
@@ -143,6 +150,7 @@ class PagePool:
         missing = max(missing, self.capacity // 16 // SLAB_PAGES * SLAB_PAGES)
         if most is not None:
             missing = min(missing, most - self.capacity)
+        before = self.capacity
         try:
             if self.moving:
                 self._grow_moving(missing)
@@ -152,6 +160,7 @@ class PagePool:
                 missing -= largest
         finally:
             self._views()  # of what was allocated before the device's memory ran out
+        return free + self.capacity - before
 
     def _most(self) -> int | None:
         """Largest capacity that the limit allows; appended memory comes in whole slabs."""
@@ -207,10 +216,9 @@ class PagePool:
             self.generation += 1
             self._views()
 
-    def take(self, count: int) -> Tensor:
-        """Takes `count` pages, int32 ids `[count]`, growing if needed."""
-        self.ensure(count)
-        top = int(self.top) - count
+    def take(self, count: int, free: int | None = None) -> Tensor:
+        """Takes `count` pages, int32 ids `[count]`, growing if needed; `free` as for `ensure`."""
+        top = self.ensure(count, free) - count
         if self.moving and count > 1:  # rising ids, which the reference can read without a copy
             self.free[: top + count] = self.free[: top + count].sort(descending=True).values
         ids = self.free[top : top + count].flip(0)
@@ -230,9 +238,9 @@ class PagePool:
         """Counts one holder less for pages `ids` `[N]`; pages without holders become free."""
         ids = ids[ids > 0].long()
         if ids.numel():
+            held = self.refs > 0
             self.refs.index_add_(0, ids, torch.full_like(ids, -1, dtype=torch.int32))
-            ids = ids.unique()
-            self._push(ids[self.refs[ids] == 0].int())
+            self._push((held & (self.refs == 0)).nonzero().squeeze(1).int())
 
     def trim(self) -> None:
         """Gives memory back: moves pages to low ids and drops what then lies unused at the end."""
@@ -251,7 +259,7 @@ class PagePool:
         high = held[held >= capacity]
         unused = (self.refs[1:capacity] == 0).nonzero().squeeze(1) + 1
         target = unused[: high.numel()]
-        self._ops_copy(high, target)
+        self.copy(self.pages, high, target)
         self.refs[target] = self.refs[high]
         remap = torch.arange(self.capacity, dtype=torch.int32, device=self.device)
         remap[high] = target.int()
@@ -271,6 +279,3 @@ class PagePool:
         self.top.zero_()
         self._push(unused[high.numel() :].int())
         self._views()
-
-    def _ops_copy(self, source: Tensor, target: Tensor) -> None:
-        copy_between(self.extents, source, target)

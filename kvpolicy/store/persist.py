@@ -19,7 +19,8 @@ from ..spec import CacheSpec
 from ..types import POSITION_MASK
 from .dual_cache import summarize
 from .fingerprint import pipeline_fingerprint, tensors_hash
-from .state import HOST, CacheState, LayerStore
+from .layer import LayerStore
+from .state import HOST, CacheState
 
 FORMAT = "kvpolicy-cache-1"
 _LAYER = ("ring_k", "ring_v", "ring_flags", "counts", "evicted", "queries")

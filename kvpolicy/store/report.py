@@ -10,7 +10,8 @@ import torch
 from ..types import ADMITTED
 
 if TYPE_CHECKING:
-    from .state import CacheState, LayerStore
+    from .layer import LayerStore
+    from .state import CacheState
 
 
 @attrs.frozen(kw_only=True)

@@ -8,7 +8,8 @@ from torch import Tensor
 from ..errors import PhaseError, RollbackError
 from ..types import POSITION_MASK
 from .dual_cache import refresh_summary
-from .state import CacheState, LayerStore
+from .layer import LayerStore
+from .state import CacheState
 
 
 def abort(state: CacheState) -> None:

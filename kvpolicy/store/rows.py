@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import PhaseError
+from .layer import LayerStore
 from .rollback import own_partial
-from .state import HOST, CacheState, LayerStore
+from .state import HOST, CacheState
 
 
 def select_rows(state: CacheState, rows: Sequence[int]) -> CacheState:

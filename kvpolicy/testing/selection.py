@@ -11,7 +11,7 @@ from ..reference.page_select import combine_group
 from ..selection import Selection
 from ..selection._base import GROUPS
 from ..spec import CacheSpec
-from ..store.state import LayerStore
+from ..store.layer import LayerStore
 from . import _spy
 from ._cache import decode, decoded, prompt, random_data
 from ._common import ConformanceError, check_equal, check_tensor, check_value, require, run

@@ -116,6 +116,30 @@ def test_writing_a_prompt_keeps_nothing_as_long_as_the_prompt() -> None:
     assert made.bytes <= HEADS * tokens
 
 
+def test_a_prompt_waits_for_the_device_once_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = make(admission=GATE)
+    state = pipeline.init(SPEC)
+    reads: list[str] = []
+
+    def counting(name: str, read: Any) -> Any:
+        return lambda *a: (reads.append(name), read(*a))[1]
+
+    for start in (0, 150):
+        pipeline.begin(state, [150], "prompt")
+        for pool in state.pools.values():
+            pool.ensure(2 * HEADS * 150 // SPEC.page_size)  # growing waits too
+        tokens = {"query": torch.randn(2 * HEADS, 150, DIM)}
+        tokens |= {name: torch.randn(HEADS, 150, DIM) for name in ("key", "value", "key_pre")}
+        with launches(), monkeypatch.context() as patch:
+            for name in ("tolist", "item", "nonzero", "__int__", "__bool__", "__float__"):
+                patch.setattr(torch.Tensor, name, counting(name, getattr(torch.Tensor, name)))
+            for layer in range(LAYERS):
+                pipeline.attend(state, layer, **tokens)
+        pipeline.commit(state)
+        assert state.lengths == [start + 150] and int(state.layers[0].counts.min()) > 0
+    assert reads == ["tolist"] * 2 * LAYERS
+
+
 @pytest.mark.parametrize(("start", "rate"), [(0, 0.25), (192, 0.25), (192, 1.0), (0, 0.0)])
 def test_prefill_visits_few_pairs_in_vain(
     start: int, rate: float, monkeypatch: pytest.MonkeyPatch

@@ -124,7 +124,8 @@ def test_snapkv_copies_no_pages():
     before = [contents(run.state, 0, row) for row in range(2)]
     run.state.ops = Counting(run.state.ops)
     pipeline.end_prompt(run.state)
-    assert set(run.state.ops.called) == {"window_scores", "read_tokens", "append"}
+    assert set(run.state.ops.called) == {"window_scores", "keep_best", "move_kept"}
+    assert run.state.ops.called.count("move_kept") == 1  # both layers that do not slide
     for row in range(2):
         for old, new in zip(before[row], contents(run.state, 0, row), strict=True):
             kept = torch.isin(old["at"], new["at"])

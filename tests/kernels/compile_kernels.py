@@ -20,6 +20,7 @@ from kvpolicy.kernels import (
     _launch,
     cache_write,
     compact,
+    keep_best,
     page_io,
     page_select,
     paged_decode,
@@ -33,6 +34,7 @@ from kvpolicy.types import Segments
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KB that one program may use
 TYPES = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -95,8 +97,9 @@ def call_all(dim: int, page: int, dtype: torch.dtype) -> None:
         paged_decode.paged_decode(
             query, pages, table, counts, ring, ring, lengths, active, window, 0.1, selected
         )
-    for how in ("max", "each"):
-        page_select.quest_select(pages, table, counts, query, 256, how, 1, 1)
+    wide = torch.zeros(1, heads, 10_000, dtype=torch.int32)  # chosen by groups
+    for how, ids in (("max", wide), ("each", table)):
+        page_select.quest_select(pages, ids, counts, query, 240, how, 1, 1)
     key = torch.zeros(heads, tokens, dim, dtype=dtype)
     dest = torch.zeros(heads, tokens, dtype=torch.int32)
     cache_write.append(pages, table, key, key, dest, dest, dest[0])
@@ -104,7 +107,13 @@ def call_all(dim: int, page: int, dtype: torch.dtype) -> None:
     page_io.read_pages(pages, ids)
     page_io.read_meta(pages, ids)
     compact.read_tokens(pages, table, dest[None])
-    page_io.copy_pages(pages, ids, ids)
+    rows = torch.zeros(heads, dtype=torch.int64)
+    compact.move_kept(pages, table[0], table[0], dest[0].bool(), rows, rows.int())
+    for length, kind in ((100_000, torch.float32), (8192, torch.float64), (4000, dtype)):
+        score = torch.zeros(heads, length, dtype=kind)
+        keep_best.keep_best(score, score > 0, rows)
+    for kind in (torch.int32, torch.int64):
+        page_io.copy_pages(pages, ids.to(kind), ids.to(kind))
     page_io.write_summary(pages, ids, page_io.read_summary(pages, ids))
     bounds = torch.tensor([0, tokens], dtype=torch.int32)
     segments = Segments((0, tokens), (0, tokens), (0,), bounds, bounds, bounds[:1])

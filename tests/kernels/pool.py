@@ -52,20 +52,21 @@ def make_pool(
     slab_pages: int,
     width: int = 0,
     first: str = "low",
+    poison: bool = True,
 ) -> Pool:
     """A pool of at least `count` pages, all free but the null page.
 
-    `first` says whether the first extent has the lowest address or the highest one.
+    `first` says whether the first extent has the lowest address or the highest one. Without
+    `poison` nobody writes the contents, as a tool that looks for such reads wants it.
     """
     slabs = -(-count // slab_pages)
     shapes = [(page, dim), (page, dim), (page,), (width,)][: 4 if width else 3]
     columns = []
     for shape in shapes:
         kind = torch.int32 if shape == (page,) else dtype
-        fill = (1 << 29) + 7 if kind == torch.int32 else NAN
-        column = [
-            torch.full((slab_pages, *shape), fill, dtype=kind, device=DEVICE) for _ in range(slabs)
-        ]
+        column = [torch.empty(slab_pages, *shape, dtype=kind, device=DEVICE) for _ in range(slabs)]
+        for extent in column if poison else []:
+            extent.fill_((1 << 29) + 7 if kind == torch.int32 else NAN)
         column.sort(key=lambda extent: extent.data_ptr(), reverse=first == "high")
         columns.append(column)
     offsets = torch.zeros(slabs, 4, dtype=torch.int64)

@@ -7,7 +7,8 @@ import gc
 import pytest
 import torch
 
-from kvpolicy import CapacityError
+from kvpolicy import CapacityError, reference
+from kvpolicy.kernels import page_io
 from kvpolicy.store.pages import SLAB_PAGES, PagePool
 
 SIZE, DIM = 4, 16
@@ -29,6 +30,7 @@ def make(moving, summary=True):
         device=torch.device("cpu"),
         summary=(2 * DIM, torch.float32) if summary else None,
         moving=moving,
+        copy=reference.copy_pages if moving else page_io.copy_pages,
     )
 
 
@@ -210,13 +212,13 @@ def test_a_cache_may_go_while_pages_move(pool, monkeypatch):
     gone, stays = (Holder(pool, ids[None, -n:][:, :10].clone()) for n in (10, 20))
     pool.holders.update({gone: 0, stays: 0})
     pool.release(ids[:-20])
-    move = pool._ops_copy
+    move = pool.copy
 
-    def collect(source, target):
-        move(source, target)
+    def collect(pages, source, target):
+        move(pages, source, target)
         pool.holders.pop(gone)
         pool.orphans.append(gone.table)
 
-    monkeypatch.setattr(pool, "_ops_copy", collect)
+    monkeypatch.setattr(pool, "copy", collect)
     pool.trim()
     assert_counts(pool, stays.table.flatten().tolist())

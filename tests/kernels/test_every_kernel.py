@@ -1,0 +1,24 @@
+"""The script that checkers run launches every kernel, and says so where one is left out."""
+
+from __future__ import annotations
+
+import every_kernel
+import op_cases
+import pytest
+
+from kvpolicy.backend import _KERNELS
+
+
+def test_every_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+    every_kernel.main([], every_kernel.TINY)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1].endswith(f"of {len(every_kernel.entry_kernels())} kernels")
+    assert {op for line in printed[:-1] for op in line.split(" Size")[0].split()} == set(_KERNELS)
+
+
+def test_a_forgotten_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {"append": op_cases.CASES["append"]}
+    monkeypatch.setattr(every_kernel, "CASES", kept)
+    with pytest.raises(AssertionError, match=r"no case launches cache_write\._decode_write, "):
+        every_kernel.main([], every_kernel.TINY)
+    every_kernel.main(["--only", "append"], every_kernel.TINY)
