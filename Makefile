@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
-.PHONY: setup demo test test-slow test-lives lint bench clean
+.PHONY: setup demo test test-slow test-lives sanitize lint bench clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,15 @@ test-slow: setup
 # Ten thousand random lives on compiled kernels; needs a CUDA device.
 test-lives: setup
 	KVPOLICY_LIVES=10000 $(BIN)/python -m pytest -n 8 -q -m gpu tests/contract/test_state_machine.py
+
+# Every kernel under NVIDIA's checkers; needs a CUDA device and compute-sanitizer. The first run
+# compiles, and fails early where a result is wrong.
+sanitize: setup
+	$(BIN)/python tests/kernels/every_kernel.py
+	for tool in memcheck racecheck initcheck synccheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
+			$(BIN)/python tests/kernels/every_kernel.py || exit; \
+	done
 
 lint: setup
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from driver import Run, stream
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
 from invariants import check_pool, check_report, check_summaries
+from snapshot import snapshot
 
 from kvpolicy import CacheSpec, Ratio
 from kvpolicy.types import Write
@@ -85,8 +86,8 @@ class Caches(RuleBasedStateMachine):
         self.feed(run, [self.sizes.length + 3 * row for row in range(rows)])
         run.end_prompt()
         run.decode()
-        run.check_effect(selection=False)
-        if not self.pipeline.selection.neutral and run.reads_less():
+        report = run.check_effect(selection=False)
+        if not self.pipeline.selection.neutral and run.reads_less(report):
             self.did["left out"] += 1  # what an eviction leaves may fit a selection's budget
 
     def teardown(self):
@@ -157,15 +158,16 @@ class Caches(RuleBasedStateMachine):
         changed, self.changed = getattr(self, "changed", None), None
         if changed is None:
             return
-        pools = {}
-        for run in self.runs:
-            run.check()
+        hosts, pools = snapshot([run.state for run in self.runs]), {}
+        for run, host in zip(self.runs, hosts, strict=True):
+            run.check(host)
             assert run.state.floor == run.floor
             assert [bool(p) for p in run.pending] == run.state.pending
-            check_summaries(run.state)
-            pools.setdefault(next(iter(run.state.pools.values())), []).append(run.state)
+            check_summaries(host)
+            pools.setdefault(next(iter(host.pools.values())), []).append(host)
         shared = {pool: check_pool(states) for pool, states in pools.items()}
-        check_report(self.pipeline, changed.state)
-        changed.check_report()
-        report = self.pipeline.report(changed.state)
-        assert report.shared_pages == shared[next(iter(changed.state.pools.values()))]
+        host = hosts[self.runs.index(changed)]
+        report = self.pipeline.report(host)
+        check_report(report, changed.state, host)
+        changed.check_report(report)
+        assert report.shared_pages == shared[next(iter(host.pools.values()))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from snapshot import snapshot
 
 from kvpolicy.types import ADMITTED, MARKED, POSITION_MASK
 
@@ -38,7 +39,7 @@ def contents(state, layer, row):
 
 
 class Held:
-    """One layer of a cache on the host, all heads at once, to be compared with oracles."""
+    """One layer of a snapshot, all heads at once, to be compared with oracles."""
 
     def __init__(self, state, layer):
         store, size = state.layers[layer], state.spec.page_size
@@ -46,8 +47,8 @@ class Held:
         self.counts, self.evicted = store.counts.tolist(), store.evicted.tolist()
         most = -(-max(max(row) for row in self.counts) // size)
         k, v, meta = state.ops.read_pages(store.pool.pages, store.table[:, :, :most])
-        self.k, self.v, self.meta = (x.cpu().flatten(2, 3) for x in (k, v, meta))
-        self.ring = [x.cpu() for x in (store.ring_k, store.ring_v, store.ring_flags)]
+        self.k, self.v, self.meta = (x.flatten(2, 3) for x in (k, v, meta))
+        self.ring = (store.ring_k, store.ring_v, store.ring_flags)
 
     def check(self, row, oracle):
         pages = [oracle.pages(h) for h in range(oracle.heads)]
@@ -73,6 +74,7 @@ class Held:
 
 def digest(state):
     """Everything that decides what comes next, as plain lists; unused memory left out."""
+    (state,) = snapshot([state])
     rows = range(state.batch)
     tensors = [
         [{n: t.tolist() for n, t in head.items()} for head in contents(state, layer, row)]

@@ -3,44 +3,15 @@
 from __future__ import annotations
 
 import copy
-import random
+from itertools import islice
 
 import pytest
 import torch
 from contents import Held
 from oracle import Oracle
 from rules import evict
-
-
-def stream(spec, length, seed):
-    """Tokens of one sequence, `[layer] -> (q, k, v, key_pre)`, multiples of 1/64 in [-2, 2).
-
-    Products and sums of these are exact in float32, so pages' scores do not depend on the order of
-    summation and their ties are real ties.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    sizes = (spec.heads, spec.kv_heads, spec.kv_heads, spec.kv_heads)
-
-    def draw(heads):
-        whole = torch.randint(-128, 128, (heads, length, spec.head_dim), generator=rng)
-        return (whole / 64).to(spec.dtype)
-
-    return [tuple(draw(heads) for heads in sizes) for _ in range(spec.layers)]
-
-
-def piece(tokens, start, stop):
-    return [tuple(x[:, start:stop] for x in layer) for layer in tokens]
-
-
-def random_cuts(rows, seed, longest):
-    """Calls of random sizes, 0 included."""
-    rng, left, calls = random.Random(seed), list(rows), []
-    while any(left):
-        now = [min(n, rng.randint(0, longest)) for n in left]
-        left = [n - c for n, c in zip(left, now, strict=True)]
-        if any(now):
-            calls.append(now)
-    return calls
+from snapshot import snapshot, to_device, to_host
+from streams import piece, random_cuts, stream
 
 
 def streams_of(sizes, rows, extra, seed):
@@ -82,19 +53,15 @@ class Run:
         self.maintain()
         self.pipeline.begin(self.state, counts, "prompt")
         spans = list(zip(self.streams, self.at, counts, strict=True))
-        for layer in range(self.spec.layers):
-            if layer == fail_at:
-                raise InterruptedError
-            parts = [piece(s, at, at + n)[layer] for s, at, n in spans]
-            q, k, v, pre = (torch.cat(x, 1) for x in zip(*parts, strict=True))
-            out = self.attend(layer, q, k, v, pre)
-            if fail_at is None:
-                outs = out.split(list(counts), 1)
-                for row, (n, part, got) in enumerate(zip(counts, parts, outs, strict=True)):
-                    if n:
-                        self.compare(row, layer, got, "prompt", part)
-        if fail_at is not None:
-            raise InterruptedError
+        parts = list(zip(*(piece(s, at, at + n) for s, at, n in spans), strict=True))
+        outs, _ = self.attend(
+            [[torch.cat(x, 1) for x in zip(*p, strict=True)] for p in parts], fail_at
+        )
+        for layer, out in enumerate(outs):
+            news = zip(counts, parts[layer], out.split(list(counts), 1), strict=True)
+            for row, (n, part, got) in enumerate(news):
+                if n:
+                    self.compare(row, layer, got, "prompt", part)
         self.pipeline.commit(self.state)
         self.advance(counts)
         if not self.pipeline.eviction.neutral:
@@ -109,16 +76,12 @@ class Run:
         counts = [sum(v) if on else 0 for v, on in zip(valid, self.state.active, strict=True)]
         lengths = [sum(v) for v in valid]
         self.pipeline.begin(self.state, lengths, "decode", valid=mask if named else None)
+        inputs = []
         for layer in range(self.spec.layers):
-            if layer == fail_at:
-                raise InterruptedError
             columns = [self.columns(row, layer, valid[row]) for row in rows]
-            q, k, v, pre = (torch.stack(x) for x in zip(*columns, strict=True))
-            out = self.attend(layer, q, k, v, pre)
-            if fail_at is None:
-                self.compare_decode(layer, out, valid)
-        if fail_at is not None:
-            raise InterruptedError
+            inputs.append([torch.stack(x) for x in zip(*columns, strict=True)])
+        for layer, out in enumerate(zip(*self.attend(inputs, fail_at), strict=True)):
+            self.compare_decode(layer, *out, valid)
         self.pipeline.commit(self.state)
         self.advance(counts)
         if not named:
@@ -134,10 +97,23 @@ class Run:
             if acts and not self.pending[row] and at // step > self.checked[row] // step:
                 self.evict(row, decoding=True)
 
-    def attend(self, layer, *tensors):
-        """The pipeline's attention on its device, the result on the host."""
-        q, k, v, pre = (x.to(self.spec.device) for x in tensors)
-        return self.pipeline.attend(self.state, layer, q, k, v, key_pre=pre).cpu()
+    def attend(self, inputs, fail_at):
+        """The pipeline's attention on its device; what layers gave and selected, on the host."""
+        given = iter(to_device([x for layer in inputs for x in layer], self.spec.device))
+        outs = []
+        for layer in range(self.spec.layers):
+            if layer == fail_at:
+                raise InterruptedError
+            q, k, v, pre = islice(given, 4)
+            outs.append(self.pipeline.attend(self.state, layer, q, k, v, key_pre=pre))
+        if fail_at is not None:
+            raise InterruptedError
+        selected = [x.selected for x in self.state.layers]
+        if self.spec.device.type != "cpu":
+            found = iter(to_host(outs + [x for x in selected if x is not None]))
+            outs = list(islice(found, len(outs)))
+            selected = [None if x is None else next(found) for x in selected]
+        return outs, selected
 
     def columns(self, row, layer, valid):
         """A row's tokens in its real columns and garbage in the others."""
@@ -149,7 +125,7 @@ class Run:
             target[:, where[: source.shape[1]]] = source
         return out
 
-    def compare_decode(self, layer, out, valid):
+    def compare_decode(self, layer, out, selected, valid):
         for row, wanted in enumerate(valid):
             on, at = self.state.active[row], self.at[row]
             for column, real in enumerate(wanted):
@@ -160,7 +136,7 @@ class Run:
                 self.compare(row, layer, out[row, :, column, None], "decode", token)
                 at += 1
             if on and wanted[-1]:
-                self.compare_selected(row, layer)
+                self.compare_selected(row, layer, selected)
 
     def compare(self, row, layer, got, phase, token):
         assert not got.isnan().any()
@@ -170,8 +146,7 @@ class Run:
             budget = 2 * oracle.slack + max(2 * torch.finfo(self.spec.dtype).eps, 1e-13)
             assert (got.double() - want).abs().max() <= budget
 
-    def compare_selected(self, row, layer):
-        selected = self.state.layers[layer].selected
+    def compare_selected(self, row, layer, selected):
         if selected is None or self.oracles[row] is None:
             return
         oracle, size = self.oracles[row][layer], self.spec.page_size
@@ -193,29 +168,35 @@ class Run:
         self.pending = [0] * len(self.pending)
 
     def evict(self, row, decoding=False):
-        self.checked[row] = self.at[row]
+        self.checked[row], oracles = self.at[row], self.oracles[row]
+        if oracles is None:
+            return
+        exact = self.spec.dtype == torch.float64
+        host = None if exact else snapshot([self.state])[0]
 
         def kept(layer, h):
-            return set(self.state.kept(layer, row, h).tolist())
+            return set(host.kept(layer, row, h).tolist())
 
-        exact = self.spec.dtype == torch.float64
-        oracles = self.oracles[row]
-        if oracles is not None and evict(oracles, decoding, None if exact else kept):
+        if evict(oracles, decoding, None if exact else kept):
             self.floor[row] = self.at[row]
 
-    def check(self):
-        """Lengths, kept sets, evicted counts, pages and rings against the oracle, bit by bit."""
-        assert self.state.lengths == self.at
-        for values in self.state.lengths_on.values():
+    def check(self, host=None):
+        """Lengths, kept sets, evicted counts, pages and rings against the oracle, bit by bit.
+
+        `host` is a snapshot of the cache.
+        """
+        host = host or snapshot([self.state])[0]
+        assert host.lengths == self.at
+        for values in host.lengths_on.values():
             assert values.tolist() == self.at
         for layer in range(self.spec.layers):
-            held = Held(self.state, layer)
+            held = Held(host, layer)
             for row, layers in enumerate(self.oracles):
                 held.check(row, layers[layer])
 
-    def check_report(self):
+    def check_report(self, report):
         """What the report says of tokens, against the oracles."""
-        report, rows, tokens = self.pipeline.report(self.state), len(self.at), max(sum(self.at), 1)
+        rows, tokens = len(self.at), max(sum(self.at), 1)
         for layer, oracles in enumerate(zip(*self.oracles, strict=True)):
             heads = range(self.spec.kv_heads)
             near = sum(min(o.n, o.W) for o in oracles)
@@ -234,17 +215,32 @@ class Run:
     def check_effect(self, selection=True):
         """Every policy that is not neutral did something, says the report."""
         report, pipe = self.pipeline.report(self.state), self.pipeline
+        self.check_snapshot(report)
         managed = [x for x in range(self.spec.layers) if x not in report.sliding_layers]
         assert max(self.at) > pipe.window + 2 * self.spec.page_size
         if not pipe.admission.neutral:
             assert report.mean_admitted < 1
         if not pipe.eviction.neutral:
             assert any(n for x in managed for n in report.evicted[x])
-        assert pipe.selection.neutral or not selection or self.reads_less()
+        assert pipe.selection.neutral or not selection or self.reads_less(report)
+        return report
 
-    def reads_less(self):
+    def check_snapshot(self, report):
+        """What the cache itself says on its device is what its snapshot says."""
+        state, (host,) = self.state, snapshot([self.state])
+        if host is state:
+            return
+        assert report == self.pipeline.report(host)
+        for pool, held in zip(state.pools.values(), host.pools.values(), strict=True):
+            ids = torch.arange(pool.capacity, dtype=torch.int32, device=pool.device)
+            for read, want in zip(
+                to_host(state.ops.read_pages(pool.pages, ids)), held.pages, strict=False
+            ):
+                assert torch.equal(read.view(torch.uint8), want.view(torch.uint8))
+        assert state.kept(0, 0, 0).tolist() == host.kept(0, 0, 0).tolist()
+
+    def reads_less(self, report):
         """Whether the last decoded tokens left pages out."""
-        report = self.pipeline.report(self.state)
         managed = [x for x in range(self.spec.layers) if x not in report.sliding_layers]
         stored = [sum(x) / len(x) for x in report.stored]
         return any(sum(report.read[x]) / len(report.read[x]) < stored[x] for x in managed)

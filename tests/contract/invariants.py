@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import gc
-import types
 from collections import Counter
 
 import torch
-
-from kvpolicy import Admission, Eviction, Selection
+from snapshot import snapshot, tensors_of
 
 
 def check_pool(states):
@@ -58,25 +55,16 @@ def check_summaries(state):
 
 def reachable_bytes(state):
     """Bytes of every storage that a collector finds from `state`, policies' weights left out."""
-    skip = (type, types.ModuleType, types.FunctionType, Admission, Selection, Eviction)
-    storages, seen, queue = {}, set(), [state]
-    while queue:
-        thing = queue.pop()
-        if id(thing) in seen or isinstance(thing, skip):
-            continue
-        seen.add(id(thing))
-        if isinstance(thing, torch.Tensor):
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        else:
-            queue.extend(gc.get_referents(thing))
-    return sum(storages.values())
+    storages = (x.untyped_storage() for x in tensors_of(state))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def check_report(pipeline, state):
-    """The report's bytes are those of the storages, category by category."""
-    report, spec = pipeline.report(state), state.spec
-    pool = next(iter(state.pools.values()))
+def check_report(report, state, host):
+    """The report's bytes are those of the storages, category by category.
+
+    `host` is the snapshot of `state` that the report is of.
+    """
+    spec, pool = state.spec, next(iter(host.pools.values()))
     assert report.total == reachable_bytes(state)
     item, wide = torch.tensor([], dtype=spec.dtype).element_size(), spec.head_dim
     assert report.pages == pool.used * 2 * spec.page_size * wide * item
@@ -99,7 +87,8 @@ def check_report(pipeline, state):
 
 
 def check_states(pipeline, states):
-    check_pool(states)
-    for state in states:
-        check_summaries(state)
-        check_report(pipeline, state)
+    hosts = snapshot(states)
+    check_pool(hosts)
+    for state, host in zip(states, hosts, strict=True):
+        check_summaries(host)
+        check_report(pipeline.report(host), state, host)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 
-import attrs
 import pytest
 import torch
 from cases import Sizes, build
@@ -13,7 +12,7 @@ from contents import digest
 from driver import Run, stream
 from invariants import check_states
 
-from kvpolicy import CachePipeline, CacheSpec, CapacityError
+from kvpolicy import CacheSpec, CapacityError
 from kvpolicy.store import pages
 from kvpolicy.store.pages import PagePool
 from kvpolicy.store.rollback import crop
@@ -64,13 +63,20 @@ class Memory:
             yield
             self.left = None
             return
-        hidden, real = pool.available - count, PagePool.available.fget
+        stack = pool.free[: pool.available].tolist()
         with self.patch.context() as patch:
-            if hidden > 0:
-                patch.setattr(PagePool, "available", property(lambda self: real(self) - hidden))
+            if len(stack) > count:
                 patch.setattr(pool, "limit", pool.used)
                 patch.setattr(pool, "_most", lambda: 0)
+                pool.free[:count] = pool.free[len(stack) - count : len(stack)].clone()
+                pool.top.fill_(count)
             yield
+        if len(stack) > count:  # all that are free then, in their old order
+            refs = pool.refs[: pool.capacity].tolist()
+            order = dict.fromkeys([*stack, *range(1, pool.capacity)])
+            free = [page for page in order if page < pool.capacity and not refs[page]]
+            pool.free[: len(free)] = torch.tensor(free, dtype=torch.int32)
+            pool.top.fill_(len(free))
 
 
 @pytest.fixture(params=["pages", "device"])
@@ -219,33 +225,3 @@ def test_an_eviction_at_the_cap_needs_no_page():
     run.end_prompt()
     assert pool.used < used
     run.check()
-
-
-def test_a_byte_cap_holds_at_every_step():
-    """Pages in use and reserved stay below `max_bytes`; calls that cannot, change nothing."""
-    page = 2 * (2 * 8 * 8 + 4)
-    spec = attrs.evolve(SPEC, max_bytes=150 * page)
-    pipeline = CachePipeline(window=4)
-    run = Run(pipeline, spec, [stream(spec, 200, 1)])
-
-    def held():
-        report = pipeline.report(run.state)
-        return report.pages + report.reserved + report.positions + report.summaries
-
-    run.prompt([30])
-    with pytest.raises(CapacityError, match="at most 149.*raise the cap"):
-        for _ in range(170):
-            run.decode()
-            assert held() <= spec.max_bytes
-    assert run.at[0] > 4 + 149 // 4 * 2 - spec.interval
-    run.check()
-    with pytest.raises(CapacityError):
-        run.prompt([60])
-    pipeline.abort(run.state)
-    run.check()
-    assert held() <= spec.max_bytes
-
-
-def test_a_cap_below_the_first_pages():
-    with pytest.raises(ValueError, match="max_bytes: wanted at least .* got 1000"):
-        CachePipeline(window=4).init(attrs.evolve(SPEC, max_bytes=1000))
