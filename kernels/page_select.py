@@ -24,7 +24,7 @@ _SCORE_BLOCK = 64  # pages that one program scores
 _SCORE_WARPS = 4
 _MAX_BLOCK = 16384  # scores that one program holds; more are read again at each step
 _ONE_SEARCH = 2048  # scores that are searched at once rather than by groups
-_THREAD = 32  # scores that one thread should hold
+_THREAD = 8  # scores that one thread should hold
 
 
 def quest_select(
