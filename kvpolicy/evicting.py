@@ -13,6 +13,7 @@ from .store import compaction
 from .store.compaction import Drop
 from .store.layer import LayerStore
 from .store.state import CacheState
+from .store.trimming import trim
 
 
 def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
@@ -65,7 +66,7 @@ def _drop(state: CacheState, drops: list[Drop]) -> list[int]:
         gone = [a + b for a, b in zip(gone, drop.gone, strict=True)]
     _raise_floor(state, [n > 0 for n in gone])
     for pool in state.pools.values():
-        pool.trim()
+        trim(pool)
     return gone
 
 

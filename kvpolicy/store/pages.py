@@ -58,8 +58,8 @@ class PagePool:
         self.free = torch.zeros(SLAB_PAGES, dtype=torch.int32, device=device)
         self.refs = torch.zeros(SLAB_PAGES, dtype=torch.int32, device=device)
         self.slabs = torch.zeros(4, 4, dtype=torch.int64, device=device)
-        self._push(torch.arange(1, SLAB_PAGES, dtype=torch.int32, device=device))
-        self._views()
+        self.push(torch.arange(1, SLAB_PAGES, dtype=torch.int32, device=device))
+        self.refresh()
 
     def _extent(self, count: int) -> Extent:
         shape = (count, self.page_size)
@@ -69,7 +69,8 @@ class PagePool:
         summary = make(count, self.summary[0], dtype=self.summary[1]) if self.summary else None
         return k, v, make(*shape, dtype=torch.int32), summary
 
-    def _views(self) -> None:
+    def refresh(self) -> None:
+        """Makes `pages` what kernels are to see now."""
         first = self.extents[0]
         self.pages = Pages(
             *first,
@@ -80,7 +81,8 @@ class PagePool:
             refs=self.refs,
         )
 
-    def _push(self, ids: Tensor) -> None:
+    def push(self, ids: Tensor) -> None:
+        """Puts pages on the free stack."""
         top = int(self.top)
         self.free[top : top + ids.numel()] = ids.flip(0)
         self.top.fill_(top + ids.numel())
@@ -159,7 +161,7 @@ class PagePool:
                 self._grow_appending(-(-min(missing, largest) // SLAB_PAGES) * SLAB_PAGES)
                 missing -= largest
         finally:
-            self._views()  # of what was allocated before the device's memory ran out
+            self.refresh()  # of what was allocated before the device's memory ran out
         return free + self.capacity - before
 
     def _most(self) -> int | None:
@@ -203,7 +205,7 @@ class PagePool:
         new = torch.arange(
             self.capacity, self.capacity + count, dtype=torch.int32, device=self.device
         )
-        self._push(new)
+        self.push(new)
         self.capacity += count
 
     def presize(self, pages: int) -> None:
@@ -214,7 +216,7 @@ class PagePool:
             self.free, self.refs = widened(self.free, size), widened(self.refs, size)
             self.slabs = slabs
             self.generation += 1
-            self._views()
+            self.refresh()
 
     def take(self, count: int, free: int | None = None) -> Tensor:
         """Takes `count` pages, int32 ids `[count]`, growing if needed; `free` as for `ensure`."""
@@ -240,42 +242,4 @@ class PagePool:
         if ids.numel():
             held = self.refs > 0
             self.refs.index_add_(0, ids, torch.full_like(ids, -1, dtype=torch.int32))
-            self._push((held & (self.refs == 0)).nonzero().squeeze(1).int())
-
-    def trim(self) -> None:
-        """Gives memory back: moves pages to low ids and drops what then lies unused at the end."""
-        live = self.used + sum(self.holders.values())
-        wanted = (-(-(live + 1) // SLAB_PAGES) + live // 20 // SLAB_PAGES) * SLAB_PAGES
-        if self.moving:
-            capacity = wanted
-        else:
-            capacity, kept = self.extents[0][0].shape[0], 1
-            while capacity < wanted and kept < len(self.extents):
-                capacity += self.extents[kept][0].shape[0]
-                kept += 1
-        if capacity >= self.capacity:
-            return
-        held = (self.refs[: self.capacity] > 0).nonzero().squeeze(1)
-        high = held[held >= capacity]
-        unused = (self.refs[1:capacity] == 0).nonzero().squeeze(1) + 1
-        target = unused[: high.numel()]
-        self.copy(self.pages, high, target)
-        self.refs[target] = self.refs[high]
-        remap = torch.arange(self.capacity, dtype=torch.int32, device=self.device)
-        remap[high] = target.int()
-        holders = list(self.holders)  # none of them becomes an orphan below
-        tables = [x.table for state in holders for x in state.layers if x.pool is self]
-        for table in tables + self.orphans:
-            table.copy_(remap[table.long()])
-        if self.moving:
-            # An extent of its own, so that the larger storage is not kept alive.
-            kept_pages = (None if t is None else t[:capacity].clone() for t in self.extents[0])
-            self.extents = [tuple(kept_pages)]  # type: ignore[list-item]
-            self.free, self.refs = self.free[:capacity].clone(), self.refs[:capacity].clone()
-        else:
-            self.extents = self.extents[:kept]
-        self.refs[capacity:] = 0
-        self.capacity = capacity
-        self.top.zero_()
-        self._push(unused[high.numel() :].int())
-        self._views()
+            self.push((held & (self.refs == 0)).nonzero().squeeze(1).int())

@@ -14,6 +14,7 @@ from ..spec import CacheSpec
 from ..types import POSITION_MASK
 from .layer import LayerStore
 from .pages import PagePool
+from .trimming import trim
 
 if TYPE_CHECKING:
     from ..backend import Ops
@@ -183,7 +184,7 @@ class CacheState:
         self.resume()
         for pool in self.pools.values():
             pool.holders[self] = 0
-            pool.trim()
+            trim(pool)
 
     def __del__(self) -> None:
         # A fork may share the pool. Collectors run at any moment, so the pool takes the pages

@@ -9,6 +9,7 @@ import torch
 
 from kvpolicy import CapacityError
 from kvpolicy.store.pages import SLAB_PAGES, PagePool
+from kvpolicy.store.trimming import trim
 
 SIZE, DIM = 4, 16
 
@@ -140,7 +141,7 @@ def test_trim_moves_pages_and_gives_memory_back(pool, kept):
     pool.holders.update({holder: 0, other: 0})
     pool.release(ids[: len(ids) - kept])
     before = pool.capacity
-    pool.trim()
+    trim(pool)
     assert pool.capacity < before or kept > 5 * SLAB_PAGES
     assert pool.available <= max(kept // 10, SLAB_PAGES)
     assert all(t.nbytes == t.untyped_storage().nbytes() for t in pool.extents[0])
@@ -155,10 +156,10 @@ def test_trim_moves_pages_and_gives_memory_back(pool, kept):
 def test_trim_leaves_promised_pages(pool):
     holder = Holder(pool, torch.zeros(1, 1, dtype=torch.int32))
     pool.promise(holder, 150)
-    pool.trim()
+    trim(pool)
     assert pool.available >= 150
     pool.holders[holder] = 0
-    pool.trim()
+    trim(pool)
     assert pool.capacity == SLAB_PAGES
 
 
@@ -169,7 +170,7 @@ def test_grown_again_after_trim(pool):
     holder.table = holder.table[:, :3].clone()
     write(pool, holder.table[0])
     numbers = holder.table[0].tolist()
-    pool.trim()
+    trim(pool)
     new = pool.take(4 * SLAB_PAGES)
     write(pool, new)
     assert [read(pool, page) for page in holder.table[0].tolist()] == numbers
@@ -227,5 +228,5 @@ def test_a_cache_may_go_while_pages_move(pool, monkeypatch):
         pool.orphans.append(gone.table)
 
     monkeypatch.setattr(pool, "copy", collect)
-    pool.trim()
+    trim(pool)
     assert_counts(pool, stays.table.flatten().tolist())
