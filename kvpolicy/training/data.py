@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Kind = str
 #: Documents: strings, token ids, or rows with a column "text" (a Hugging Face data set).
 Texts = Iterable[str | list[int] | Mapping[str, Any]]
-MIX: dict[Kind, float] = {"plain": 0.3, "codes": 0.2, "facts": 0.2, "pairs": 0.1, "copy": 0.2}
+MIX: dict[Kind, float] = {"plain": 0.4, "codes": 0.25, "facts": 0.1, "pairs": 0.1, "copy": 0.15}
 
 
 class Batch(NamedTuple):
