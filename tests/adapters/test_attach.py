@@ -17,6 +17,7 @@ from kvpolicy import CachePipeline, PhaseError, UnsupportedError
 from kvpolicy.adapters.hf import attach, detach, new_cache, spec_of
 
 PIPELINE = CachePipeline(window=5)
+HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 
 
 def test_detach_restores_the_model(model):
@@ -32,6 +33,19 @@ def test_detach_restores_the_model(model):
     assert snapshot(model) == before
     with pytest.raises(PhaseError, match="no pipeline is attached"):
         detach(model)
+
+
+def test_attach_sets_names_hooks_and_generate(model):
+    before = snapshot(model)
+    with attach(model, pipelines()["gate"]):
+        model.generate(**prompt([9]), max_new_tokens=3)
+        after = snapshot(model)
+    parts = [*zip(before[0].values(), after[0].values(), strict=True)]
+    found = [(was, now) for old, new in parts for was, now in zip(old, new, strict=True)]
+    changed = {key for was, now in found for key in {*was, *now} if was.get(key) != now.get(key)}
+    assert {key for key in changed if not key.endswith(HOOKS)} == {"generate"}
+    config = {key for key, value in after[1].items() if before[1].get(key, "absent") != value}
+    assert config == {"_attn_implementation_internal"} and after[2] == before[2]
 
 
 def test_an_exception_inside_restores_the_model(llama):

@@ -108,6 +108,19 @@ def test_end_prompt_is_asked_for(llama):
         step(llama, cache, prompt([1])["input_ids"])
 
 
+def test_the_caller_names_the_phase(llama):
+    """A prompt of one token reads everything; the same token decoded reads what it selects."""
+    ids = prompt([33])["input_ids"]
+    with attach(llama, pipelines()["quest"], **SIZES) as attachment:
+        wanted = step(llama, attachment.new_cache(), ids)[:, 32:]
+        cache = attachment.new_cache()
+        step(llama, cache, ids[:, :32])
+        assert torch.allclose(step(llama, cache, ids[:, 32:]), wanted, atol=1e-4)
+        cache.crop(-1)
+        cache.end_prompt()
+        assert not torch.allclose(step(llama, cache, ids[:, 32:]), wanted, atol=1e-2)
+
+
 @pytest.mark.parametrize("same", [True, False], ids=["same cache", "own cache"])
 @pytest.mark.parametrize("entry", ["forward", "generate"])
 def test_second_thread(llama, entry, same):
