@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import attrs
@@ -10,15 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ...admission import Admission, AdmitAll, DuoAttention, LocalAttention, RandomGate
-from ...backend import resolve
 from ...budget import TotalCap
 from ...eviction import AtPromptEnd
 from ...pipeline import CachePipeline
 from ...spec import CacheSpec
 from ...store.allocate import _summary_size
 from ...store.pages import SLAB_PAGES
-from ...store.state import _bucket
 from ...types import Write
+from .fit_sizes import queries_of, ring_of, tables_of, tensors_of
 from .spec import spec_of
 
 # Decisions that follow from layer, head and position, so that tokens can be counted exactly.
@@ -143,12 +141,12 @@ def fit_report(
         pages=pages * page_bytes,
         prompt_pages=prompt_pages * page_bytes,
         reserved=spare * (page_bytes + 4 * size + summary_bytes),
-        ring=batch * _ring(spec, windows),
+        ring=batch * ring_of(spec, windows),
         positions=pages * size * 4,
         summaries=pages * summary_bytes,
-        tables=_tables(pipeline, spec, tokens, batch, pages + spare),
-        queries=batch * _queries(pipeline, spec, managed),
-        gates=sum(t.numel() for p in (pipeline.admission, pipeline.eviction) for t in _tensors(p))
+        tables=tables_of(pipeline, spec, tokens, batch, pages + spare),
+        queries=batch * queries_of(pipeline, spec, managed),
+        gates=sum(t.numel() for p in (pipeline.admission, pipeline.eviction) for t in tensors_of(p))
         * item,
         weights=sum(p.numel() for p in model.parameters()) * item,
         full=batch * spec.layers * spec.kv_heads * tokens * 2 * spec.head_dim * item,
@@ -217,42 +215,3 @@ def _count(admission: Admission, spec: CacheSpec, layer: int, far: int, admitted
         write = Write(keys, keys, torch.arange(far), bounds, layer, heads)
         return admission.admit(write).sum(1)
     return torch.full((spec.kv_heads,), round(admitted * far))
-
-
-def _ring(spec: CacheSpec, windows: list[int]) -> int:
-    slot = 2 * spec.head_dim * spec.dtype.itemsize + 1  # keys, values and a byte of flags
-    return sum(w + spec.rollback for w in windows) * spec.kv_heads * slot
-
-
-def _queries(pipeline: CachePipeline, spec: CacheSpec, managed: list[int]) -> int:
-    wanted = [pipeline.eviction.at(n).queries for n in managed]
-    slots = sum(n + spec.rollback for n in wanted if n)
-    return slots * spec.heads * spec.head_dim * spec.dtype.itemsize
-
-
-def _tables(
-    pipeline: CachePipeline, spec: CacheSpec, tokens: int, batch: int, capacity: int
-) -> int:
-    """Page tables, counts, evicted, lengths; the pool's free stack, counts of holders and slabs."""
-    rows = batch * spec.kv_heads
-    width = _bucket(-(-tokens // spec.page_size))
-    widths = [width if spec.slides(n) is None else 1 for n in range(spec.layers)]
-    per_head = rows * sum(4 * w + 4 + 8 for w in widths)
-    per_sequence = batch * (8 + 1) + 4 * (batch + 1)
-    if resolve(pipeline.backend, spec.device) == "reference":
-        return per_head + per_sequence + 8 * capacity
-    # Kernels want a free stack and a slab table that never move: they are as long as the tables.
-    longest = max(rows * sum(w for w in widths if w > 1) + SLAB_PAGES, capacity)
-    return per_head + per_sequence + 8 * longest + 32 * (longest // SLAB_PAGES + 1)
-
-
-def _tensors(policy: Any) -> Iterator[Tensor]:
-    """Every tensor inside a policy, through combinators and per-layer maps."""
-    if isinstance(policy, Tensor):
-        yield policy
-    elif isinstance(policy, tuple):
-        for member in policy:
-            yield from _tensors(member)
-    elif attrs.has(type(policy)):
-        for field in attrs.fields(type(policy)):
-            yield from _tensors(getattr(policy, field.name))
