@@ -5,17 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import EVICTIONS, EXACT, NAMES, SMALL, build, caches, seeds
-from driver import Run, streams_of
+from driver import Run, stream, streams_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpolicy import (
+    Adaptive,
     AtPromptEnd,
     CachePipeline,
     CacheSpec,
     LocalAttention,
     PhaseError,
+    Pyramid,
+    Ratio,
     RollbackError,
+    SnapKV,
+    Tokens,
 )
 from kvpolicy.store.rollback import crop
 
@@ -52,6 +57,20 @@ def test_memory_is_freed(sizes, names, seed):
     assert pool.available <= max(filled // 10, 64)
     if not pipeline.eviction.neutral:
         assert after.pages < before.pages
+
+
+@pytest.mark.parametrize(
+    "budget", [Tokens(20), Ratio(20 / 45), Adaptive(Tokens(20)), Pyramid(Tokens(20), observation=9)]
+)
+def test_a_budget_counts_the_window(budget):
+    """20 tokens a head, on average over heads and layers; 45 were seen."""
+    spec = CacheSpec(layers=2, heads=2, kv_heads=2, head_dim=8, dtype=torch.float64)
+    pipeline = CachePipeline(eviction=SnapKV(budget=budget, observation=4), window=7)
+    run = Run(pipeline, spec, [stream(spec, 45, seed=3)], oracle=False)
+    run.prompt([45])
+    assert pipeline.report(run.state).stored == [[45, 45]] * 2
+    run.end_prompt()
+    assert sum(map(sum, pipeline.report(run.state).stored)) == 4 * 20
 
 
 def test_a_window_that_lost_its_marks_cannot_be_cropped():
