@@ -84,7 +84,7 @@ def _mark_whole(
     n = tl.arange(0, BLOCK)
     bins = tl.arange(0, 256)
     rank, open = _ranks(scores + head * length, valid + head * length, n, length, BITS)
-    left = tl.load(amount + head).to(tl.int32)
+    left = tl.minimum(tl.load(amount + head), length).to(tl.int32)
     stays = n < 0
     for digit in tl.static_range(BITS // 8):
         value = ((rank >> (BITS - 8 - 8 * digit)) & 255).to(tl.int32)
@@ -98,10 +98,10 @@ def _mark_whole(
 
 
 @triton.jit
-def _border(counts, amount, DIGITS: tl.constexpr, BITS: tl.constexpr):
+def _border(counts, amount, length, DIGITS: tl.constexpr, BITS: tl.constexpr):
     """The first digits of the border, and how many of the tokens that have them stay."""
     bins = tl.arange(0, 256)
-    left = tl.load(amount).to(tl.int32)
+    left = tl.minimum(tl.load(amount), length).to(tl.int32)
     border = tl.full([], 0, tl.uint64 if BITS == 64 else tl.uint32)
     for digit in tl.static_range(DIGITS):
         own, left = _digit(tl.load(counts + digit * 256 + bins), bins, left)
@@ -120,7 +120,7 @@ def _count_digits(
     counts += head * (BITS // 8 * 256)
     rank, here = _ranks(scores + head * length, valid + head * length, n, length, BITS)
     if DIGIT > 0:
-        border, left = _border(counts, amount + head, DIGIT, BITS)
+        border, left = _border(counts, amount + head, length, DIGIT, BITS)
         here = here & (rank >> (BITS - 8 * DIGIT) == border)
     value = ((rank >> (BITS - 8 - 8 * DIGIT)) & 255).to(tl.int32)
     found = tl.histogram(value, 256, mask=here)
@@ -135,7 +135,9 @@ def _count_equal(
     head = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     rank, here = _ranks(scores + head * length, valid + head * length, n, length, BITS)
-    border, left = _border(counts + head * (BITS // 8 * 256), amount + head, BITS // 8, BITS)
+    border, left = _border(
+        counts + head * (BITS // 8 * 256), amount + head, length, BITS // 8, BITS
+    )  # fmt: skip
     tie = here & (rank == border)
     tl.store(equal + head * chunks + tl.program_id(0), tl.sum(tie.to(tl.int32), 0))
 
@@ -149,7 +151,9 @@ def _mark(
     head = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     rank, here = _ranks(scores + head * length, valid + head * length, n, length, BITS)
-    border, left = _border(counts + head * (BITS // 8 * 256), amount + head, BITS // 8, BITS)
+    border, left = _border(
+        counts + head * (BITS // 8 * 256), amount + head, length, BITS // 8, BITS
+    )  # fmt: skip
     same = here & (rank == border)
     tie = same.to(tl.int32)
     c = tl.arange(0, CHUNKS)

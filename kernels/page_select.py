@@ -197,7 +197,8 @@ def _group_rank(
     start = g * GROUP
     there = (start + GROUP > low) & (start < held)
     trailing = start + GROUP > held - LAST
-    return _certain(_order(best), there, start < FIRST, trailing, LAST > 0 and LAST < BUDGET)
+    leading = tl.maximum(start, low) < FIRST
+    return _certain(_order(best), there, leading, trailing, LAST > 0 and LAST < BUDGET)
 
 
 @triton.jit

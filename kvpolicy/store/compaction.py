@@ -124,6 +124,8 @@ def plan(state: CacheState, keeps: Iterable[tuple[LayerStore, Tensor]]) -> list[
         parts.setdefault(layer.pool, []).append(kept)
     if not parts:
         return []
+    for pool in parts:
+        pool.drain()  # what a cache held that is gone is not shared
     drafts = [_draft(pool, part) for pool, part in parts.items()]
     numbers = [
         torch.cat([x.own.sum()[None], _gone(x), x.counts.flatten(1).amax(1)]) for x in drafts

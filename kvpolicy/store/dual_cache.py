@@ -54,8 +54,11 @@ def recent(layer: LayerStore, seg: Segments, new: Tensor, ring: Tensor) -> Tenso
     if len(seg.start) == 1:
         end = seg.start[0]
         slot = torch.arange(end - seg.cu_k[1] + seg.cu_q[1], end, device=new.device) % slots
+        before = ring[0].index_select(1, slot)
+        if ring.ndim == 3:
+            return torch.cat([before, new], 1)
         # Token after token, as they leave a projection: whole rows are copied.
-        before = ring[0].index_select(1, slot).transpose(0, 1).contiguous()
+        before = before.transpose(0, 1).contiguous()
         return torch.cat([before, new.transpose(0, 1)]).transpose(0, 1)
     # A fixed number of launches for any number of sequences.
     rows, at, _ = places(seg, new.device)
@@ -72,15 +75,18 @@ def write_prompt(
     """Appends to pages every admitted token that has left the window when this call ends.
 
     `key`, `value` `[Hkv, Tk, D]` and `flags` `[Hkv, Tk]` are the recent tokens of `seg`. Returns
-    the heads' counts afterwards, if the host had to learn them.
+    the heads' counts afterwards, if the host knows them.
     """
     call = state.call
     assert call is not None
     before = layer.counts.clone()
     call.before.setdefault(layer.index, before)
-    if layer.slides or max(b - a for a, b in pairwise(seg.cu_k)) <= layer.window:
+    if layer.slides:
+        return [[0] * before.shape[1]] * before.shape[0]
+    if max(b - a for a, b in pairwise(seg.cu_k)) <= layer.window:
         return None
     pool, rest = layer.pool, (flags, seg, layer.window)
+    pool.drain()
     after, fresh, ranks = state.ops.count_leaving(
         flags, before, seg, layer.window, state.spec.page_size
     )
@@ -90,8 +96,7 @@ def write_prompt(
     heads, new = after.shape[1], sum(counts[after.numel() :])
     held = [counts[at : at + heads] for at in range(0, after.numel(), heads)]
     check_tokens(state, layer, held)
-    known = None if pool.orphans else free
-    ids = pool.take(new, known) if new else fresh.new_empty(0)
+    ids = pool.take(new, free) if new else fresh.new_empty(0)
     state.ops.write_leaving(pool.pages, layer.table, before, key, value, *rest, ids, fresh, ranks)
     layer.counts.copy_(after)
     summarize(state, layer, before, after)

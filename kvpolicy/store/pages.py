@@ -87,11 +87,15 @@ class PagePool:
         self.free[top : top + ids.numel()] = ids.flip(0)
         self.top.fill_(top + ids.numel())
 
+    def drain(self) -> None:
+        """Takes back the pages of caches that are gone."""
+        while self.orphans:
+            self.release(self.orphans.pop().flatten())
+
     @property
     def available(self) -> int:
         """Free pages (reads the device)."""
-        while self.orphans:
-            self.release(self.orphans.pop().flatten())
+        self.drain()
         return int(self.top)
 
     @property

@@ -71,6 +71,8 @@ def crop(state: CacheState, tokens: list[int]) -> None:
     if not any(tokens):
         return
     counts, takes = [], dict.fromkeys(state.pools.values(), 0)
+    for pool in takes:
+        pool.drain()  # what a cache held that is gone is not shared
     for layer in state.layers:
         lengths = state.lengths_on[layer.ring_k.device]
         after = lengths - torch.tensor(tokens, device=lengths.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import attrs
 import pytest
 import torch
@@ -113,6 +115,18 @@ class Counting:
     def __getattr__(self, name):
         self.called.append(name)
         return getattr(self.ops, name)
+
+
+def test_pages_of_a_cache_that_is_gone_are_not_shared(monkeypatch):
+    run, lengths = run_of(("all", "all", "tokens"))
+    run.prompt(lengths)
+    fork = select_rows(run.state, [0, 1])
+    for pool in run.state.pools.values():
+        monkeypatch.setattr(pool, "take", None)
+    del fork
+    gc.collect()
+    run.end_prompt()
+    run.check()
 
 
 def test_snapkv_copies_no_pages():

@@ -58,6 +58,16 @@ def test_many_programs_a_head(length: int, dtype: torch.dtype, monkeypatch) -> N
     agree(length, dtype, seed=length, most=2)
 
 
+@pytest.mark.parametrize("length", [40, 150])
+@pytest.mark.parametrize("amount", [1 << 31, (1 << 32) + 6, 8 * 10**9])
+def test_a_budget_beyond_32_bits_keeps_all(length: int, amount: int, monkeypatch) -> None:
+    monkeypatch.setattr(keep_best, "_CHUNK", 64)
+    valid = torch.arange(length, device=DEVICE).expand(1, 2, -1) % 5 > 0
+    amounts = torch.full((1, 2), amount, device=DEVICE)
+    got = keep_best.keep_best(torch.rand(1, 2, length, device=DEVICE), valid, amounts)
+    assert torch.equal(got, valid)
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 0), (0, 3, 5)])
 def test_nothing_to_keep(shape: tuple[int, ...]) -> None:
     empty = torch.zeros(shape, device=DEVICE)

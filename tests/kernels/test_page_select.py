@@ -105,6 +105,13 @@ def test_top_pages_of_a_long_head(spread: str, budget: int, last: int) -> None:
     assert torch.equal(got, reference.top_pages(scores, counts, 1, budget, 1, last))
 
 
+def test_more_trailing_pages_than_the_budget() -> None:
+    """A first page that is not among them makes no group certain."""
+    counts = torch.full((1, 24), 112, dtype=torch.int32, device=DEVICE)
+    args = (randn(1, 24, 4096, dtype=torch.float32, seed=2), counts, 1, 4, 1, 100)
+    assert torch.equal(page_select.top_pages(*args), reference.top_pages(*args))
+
+
 @pytest.mark.parametrize("better", [0, 12_000])
 def test_a_full_block_of_equal_scores(better: int) -> None:
     width = page_select._MAX_BLOCK
