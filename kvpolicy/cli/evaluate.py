@@ -41,6 +41,9 @@ def evaluate(
         list[Path] | None,
         typer.Option(help="Write gates, the largest cache first; default: smollm2's."),
     ] = None,
+    threshold: Annotated[
+        list[float] | None, typer.Option(help="Thresholds of every gate, not its own.")
+    ] = None,
     duo: Duo = None,
     keep: Annotated[
         list[float] | None, typer.Option(help="Parts of the cache, where there are no gates.")
@@ -50,6 +53,7 @@ def evaluate(
         typer.Option(help="Parts of the context that Quest reads and SnapKV leaves."),
     ] = None,
     window: Annotated[int, typer.Option(min=1, help="Local window without a gate.")] = 64,
+    page_size: Annotated[int, typer.Option(min=1, help="Tokens of a page.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the contexts.")] = 0,
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="Of weights and cache.")] = "bfloat16",
@@ -73,7 +77,7 @@ def evaluate(
         if questions is not None:
             contexts = -(-questions // QUESTIONS)
         gates, keeps, budgets = gate or [], keep or [0.25, 0.1], budget or [0.125, 0.25, 0.0625]
-        found = variants_for(model, gates, duo, keeps, budgets, window)
+        found = variants_for(model, gates, threshold or [], duo, keeps, budgets, window)
         names = [row.name for row in found]
         if variant:
             chosen = [row for row in found if row.name.startswith(tuple(variant))]
@@ -93,6 +97,8 @@ def evaluate(
             "gate": [_digest(file) for file in gates],
             "duo": None if duo is None else _digest(duo / "full_attention_heads.tsv"),
             "keep": keeps,
+            "threshold": threshold,
+            "page_size": page_size,
         }
         store = Store(out)
         runner = Runner(
@@ -105,6 +111,7 @@ def evaluate(
             store=store,
             rows=store.open(settings, _made_with(language_model)),
             captured=not eager,
+            page_size=page_size,
             say=typer.echo,
         )
         runner.run(tasks, length or [2048, 4096, 8192, 1024], found)

@@ -39,6 +39,7 @@ def answer(
     *,
     question_in_prompt: bool = True,
     captured: bool = True,
+    page_size: int = 16,
     check: Callable[[], None] = lambda: None,
 ) -> Row:
     """Scores by context, and sizes after the first question; `check` may raise OutOfTime.
@@ -48,10 +49,10 @@ def answer(
     `captured`, by a CUDA graph where there is a device for it.
     """
     began, scores, sizes = time.monotonic(), [], []
-    with attach(model, pipeline):
+    with attach(model, pipeline, page_size=page_size) as attached:
         for group in _groups(model, pipeline, examples):
             check()
-            cache = new_cache(model, pipeline)
+            cache = attached.new_cache()
             _forward(model, cache, *_block([example.context_ids for example in group]))
             if not question_in_prompt:
                 cache.end_prompt()
@@ -77,6 +78,7 @@ def read_text(
     pipeline: CachePipeline,
     documents: Sequence[Tensor],
     *,
+    page_size: int = 16,
     check: Callable[[], None] = lambda: None,
 ) -> Row:
     """Losses by document, over all tokens and over hit tokens; `check` may raise OutOfTime.
@@ -85,10 +87,10 @@ def read_text(
     """
     began, sizes = time.monotonic(), []
     everywhere, hits = [], []
-    with attach(model, pipeline):
+    with attach(model, pipeline, page_size=page_size) as attached:
         for group in _groups(model, pipeline, documents):
             check()
-            cache = new_cache(model, pipeline)
+            cache = attached.new_cache()
             ids = torch.stack(group).to(model.device)
             found = losses(partial(_run, model, cache), ids)
             for document, row in zip(group, found, strict=True):

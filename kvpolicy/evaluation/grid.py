@@ -14,7 +14,7 @@ from ..pipeline import CachePipeline
 from ..selection import Quest
 
 FULL, LOSS = "full", "loss"
-SINKS, OBSERVATION, PAGE = 4, 32, 16
+SINKS, OBSERVATION = 4, 32
 CORE_TASKS = ("eight needles", "copy", "eight facts")
 SEEN = ", question seen"
 
@@ -23,13 +23,22 @@ SEEN = ", question seen"
 class Room:
     """What a cache may hold: `slots` of the `seen` tokens per head, window included.
 
-    Slots are places in the window and in pages, so that equal slots are equal bytes. `asked` of the
-    tokens seen came after the context.
+    Slots are places in the window and in pages of `page` tokens, so that equal slots are equal
+    bytes. `asked` of the tokens seen came after the context.
     """
 
     slots: float
     seen: float
     asked: float = 0.0
+    page: int = 16
+
+    def paged(self, tokens: float) -> float:
+        """Slots of the pages that so many tokens take."""
+        return -(-tokens // self.page) * self.page
+
+    def whole(self, window: int) -> int:
+        """The window and the whole pages within the slots."""
+        return window + int(self.slots - window) // self.page * self.page
 
 
 Build = Callable[[Room], CachePipeline | None]
@@ -159,13 +168,13 @@ def _matched(duo: str | os.PathLike[str] | None, window: int) -> dict[str, Build
 
     def local(room: Room) -> CachePipeline | None:
         # The sinks take a page. Few window sizes, because kernels are compiled for each.
-        near = int(_paged(room.slots)) - PAGE
+        near = int(room.paged(room.slots)) - room.page
         kept = LocalAttention(window=max(near, 1), sinks=SINKS)
         return CachePipeline(admission=kept) if near > 0 else None
 
     def random(room: Room) -> CachePipeline | None:
         # A head's last page is half full on average.
-        far = (room.slots - window - PAGE / 2) / (room.seen - window)
+        far = (room.slots - window - room.page / 2) / (room.seen - window)
         if not 0 < far <= 1:
             return None
         return CachePipeline(admission=RandomGate(sparsity=1 - far), window=window)
@@ -173,8 +182,9 @@ def _matched(duo: str | os.PathLike[str] | None, window: int) -> dict[str, Build
     def heads(room: Room) -> CachePipeline | None:
         assert duo is not None
         some = DuoAttention.from_pretrained(duo, sparsity=1.0)
-        least = _paged(some.sinks) + some.window
-        full = (room.slots - least) / (_paged(room.seen - some.window) + some.window - least)
+        least = room.paged(some.sinks) + some.window
+        most = room.paged(room.seen - some.window) + some.window
+        full = (room.slots - least) / (most - least)
         if not 0 < full <= 1:
             return None
         return CachePipeline(admission=DuoAttention.from_pretrained(duo, sparsity=1 - full))
@@ -218,13 +228,13 @@ def _budgeted(
 
 def _reading(gate: WriteGate | None, window: int, room: Room) -> CachePipeline | None:
     """Quest that reads at most so many slots a head."""
-    budget = _whole(room.slots, window)
+    budget = room.whole(window)
     return _of(gate, window, selection=Quest(budget=budget)) if budget > window else None
 
 
 def _capped(gate: WriteGate | None, window: int, room: Room) -> CachePipeline | None:
     """SnapKV with at most so many slots a head."""
-    budget = _whole(room.slots, window)
+    budget = room.whole(window)
     if budget <= window:
         return None
     eviction = SnapKV(budget=budget, observation=min(OBSERVATION, window))
@@ -233,14 +243,4 @@ def _capped(gate: WriteGate | None, window: int, room: Room) -> CachePipeline | 
 
 def _both(gate: WriteGate | None, window: int, room: Room) -> CachePipeline | None:
     capped = _capped(gate, window, room)
-    return capped and attrs.evolve(capped, selection=Quest(budget=_whole(room.slots, window)))
-
-
-def _whole(slots: float, window: int) -> int:
-    """The window and whole pages within `slots`."""
-    return window + int(slots - window) // PAGE * PAGE
-
-
-def _paged(tokens: float) -> float:
-    """Slots of the pages that so many tokens take."""
-    return -(-tokens // PAGE) * PAGE
+    return capped and attrs.evolve(capped, selection=Quest(budget=room.whole(window)))

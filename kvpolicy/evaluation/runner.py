@@ -39,6 +39,7 @@ class Runner:
     store: Store
     rows: list[Row]
     captured: bool = True
+    page_size: int = 16
     say: Callable[[str], object] = print
     left: int = 0
     _prompts: dict[tuple[str, int], list[Any]] = attrs.field(factory=dict)
@@ -76,13 +77,16 @@ class Runner:
         if pipeline is None:
             return {**row, "skipped": "cannot be this small"}
         if cell.task == LOSS:
-            return row | read_text(self.model, pipeline, prompts, check=self._check)
+            return row | read_text(
+                self.model, pipeline, prompts, page_size=self.page_size, check=self._check
+            )
         return row | answer(
             self.model,
             pipeline,
             prompts,
             question_in_prompt=variant.question_in_prompt,
             captured=self.captured,
+            page_size=self.page_size,
             check=self._check,
         )
 
@@ -96,8 +100,8 @@ class Runner:
         for row in self.rows:
             if (row["task"], row["length"], row["variant"]) == wanted and "kv_bytes" in row:
                 seen = row["seen_tokens"]
-                return Room(row["slots"], seen, seen - cell.length)
-        return Room(cell.variant.keep * cell.length, cell.length)
+                return Room(row["slots"], seen, seen - cell.length, self.page_size)
+        return Room(cell.variant.keep * cell.length, cell.length, 0.0, self.page_size)
 
     def _examples(self, task: str, length: int) -> list[Any]:
         """The same for every variant."""
@@ -113,18 +117,28 @@ class Runner:
 def variants_for(
     model: str,
     gates: Sequence[Path],
+    thresholds: Sequence[float],
     duo: Path | None,
     keeps: Sequence[float],
     budgets: Sequence[float],
     window: int,
 ) -> list[Variant]:
-    """The grid's variants; without gates, "smollm2" has those that are shipped."""
+    """The grid's variants; without gates, "smollm2" has those that are shipped.
+
+    Each gate counts once with its own threshold, or once with each of `thresholds`.
+    """
     named = [(file.stem, WriteGate.from_pretrained(file)) for file in gates]
     if model == "smollm2":
         duo = duo or path("duo-smollm2-135m-instruct")
         named = named or [
             (f"{keep}%", WriteGate.from_pretrained(path(f"smollm2-135m-instruct-w64-keep{keep}")))
             for keep in SHIPPED_GATES
+        ]
+    if thresholds:
+        named = [
+            (f"{name} over {least:.3g}", attrs.evolve(gate, threshold=least))
+            for name, gate in named
+            for least in sorted(thresholds)
         ]
     return variants(named, duo, keeps, budgets, window)
 

@@ -13,7 +13,7 @@ tokenizers = pytest.importorskip("tokenizers")
 
 from typer.testing import CliRunner  # noqa: E402
 
-from kvpolicy import CachePipeline, LocalAttention, Quest, SnapKV  # noqa: E402
+from kvpolicy import CachePipeline, LocalAttention, Quest, SnapKV, WriteGate  # noqa: E402
 from kvpolicy.adapters.hf import attach  # noqa: E402
 from kvpolicy.cli import app  # noqa: E402
 from kvpolicy.evaluation import cell, grid, long_text, results  # noqa: E402
@@ -224,3 +224,24 @@ def test_questions_set_the_contexts_and_variants_are_chosen(folder, tmp_path):
         "wanted the start of one of full"
         in call(folder, tmp_path / "b", "--variant", "x", code=1).stderr
     )
+
+
+def test_gates_are_measured_at_each_threshold(folder, tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    gate = WriteGate(
+        norm_pre=torch.ones(2, 32),
+        norm_post=torch.ones(2, 32),
+        w1=torch.randn(2, 2, 8, 64, generator=generator),
+        b1=torch.zeros(2, 2, 8),
+        w2=torch.randn(2, 2, 8, generator=generator) / 8,
+        b2=torch.zeros(2, 2),
+        window=16,
+    )
+    gate.save(tmp_path / "some.safetensors")
+    options = ("--length", 420, "--contexts", 1, "--gate", tmp_path / "some.safetensors")
+    options += ("--variant", "gate some over", "--threshold", 0.6, "--threshold", 0.45)
+    call(folder, tmp_path / "out", *options)
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["cells"]
+    held = {row["variant"]: row["held_tokens"] for row in rows if row["task"] == "copy"}
+    assert held["gate some over 0.6"] < held["gate some over 0.45"] < 420
+    assert "gate some over 0.45 + Quest at 0.25" in held  # behind the largest gate
