@@ -22,7 +22,7 @@ _COLOURS = {
     f"SnapKV{SEEN}": "#2f8089",
     "write gate": ACCENT,
     "Quest": "#5b8c3a",
-    "gate + Quest": ACCENT,
+    "gate + Quest": INK,
     "SnapKV at a cap": "#7fb8b8",
     f"SnapKV{SEEN} at a cap": "#2f8089",
     "gate + SnapKV at a cap": ACCENT,
@@ -85,6 +85,9 @@ def _panels(path: Path, rows: Sequence[Row], x: Where, label: str) -> None:
     for task, row_of_axes in zip(tasks, panels, strict=True):
         for length, axes in zip(lengths, row_of_axes, strict=True):
             here = [row for row in rows if (row["task"], row["length"]) == (task, length)]
+            if not here:
+                axes.axis("off")
+                continue
             _panel(axes, here, "hit_loss" if task == LOSS else "accuracy", x)
             axes.set_title(f"{task}, {length} tokens", color=INK)
             axes.set_xlabel(label, color=MUTED)
