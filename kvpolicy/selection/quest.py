@@ -17,7 +17,9 @@ class Quest(Selection):
     A page's score is the sum over channels of max(q * min, q * max) with the page's smallest and
     largest key: no q.k inside exceeds it. `budget` counts tokens per KV head including the window,
     so `ceil((budget - window) / page_size)` pages are read besides it; the trailing page is always
-    one of them (`last=1`). `group="each"` is the original's choice per query head.
+    one of them (`last=1`). `group="each"` is the original's choice per query head. Behind an
+    admission a page's tokens lie far apart, which loosens its bound: smaller pages
+    (`attach(..., page_size=4)`) then choose better.
 
     Example:
         `CachePipeline(selection=Quest(budget=1024))`

@@ -226,6 +226,16 @@ def test_questions_set_the_contexts_and_variants_are_chosen(folder, tmp_path):
     )
 
 
+def test_pages_are_as_large_as_asked_for(folder, tmp_path):
+    options = ("--length", 420, "--contexts", 1, "--variant", "full", "--variant", "local")
+    call(folder, tmp_path, *options, "--page-size", 4)
+    rows = json.loads((tmp_path / "results.json").read_text())["cells"]
+    local = next(r for r in rows if (r["task"], r["variant"]) == ("copy", "local 50%"))
+    assert local["held_tokens"] == 212 <= local["slots"] < 216  # 53 pages of 4: half of 420
+    wrong = call(folder, tmp_path, *options, code=1).stderr
+    assert "another page_size: 4" in wrong
+
+
 def test_gates_are_measured_at_each_threshold(folder, tmp_path):
     generator = torch.Generator().manual_seed(1)
     gate = WriteGate(
