@@ -11,7 +11,9 @@ from cases import LargestKey, Sizes, build
 from contents import contents, digest
 from driver import Run, stream
 
-from kvpolicy import CachePipeline, CacheSpec, Tokens
+from kvpolicy import CachePipeline, CacheSpec, Tokens, TotalCap
+from kvpolicy.budget import Budget
+from kvpolicy.evicting import evict
 from kvpolicy.eviction import Eviction, SnapKV
 from kvpolicy.store import compaction
 from kvpolicy.store.rows import select_rows
@@ -83,16 +85,25 @@ def test_a_summary_that_raises_drops_nothing(after, monkeypatch):
 
 
 @attrs.frozen
-class NotANumber(Eviction):
-    budget: Tokens = Tokens(12)
+class Largest(Eviction):
+    budget: Budget = Tokens(12)
+
+    def score(self, view):
+        return view.keys.sum(-1)
+
+
+@attrs.frozen
+class NotANumber(Largest):
     bad: int = 0
 
     def at(self, layer):
         return attrs.evolve(self, bad=layer == 2)
 
     def score(self, view):
-        scores = view.keys.sum(-1)
-        return scores / 0 * 0 if self.bad else scores
+        scores = super().score(view)
+        if self.bad:
+            scores[-1, 0, 0] = float("nan")
+        return scores
 
 
 def test_a_nan_in_the_last_layer_drops_nothing():
@@ -104,6 +115,19 @@ def test_a_nan_in_the_last_layer_drops_nothing():
     with pytest.raises(ValueError, match="NotANumber.score: wanted floats without NaN"):
         run.pipeline.end_prompt(run.state)
     assert digest(run.state) == before
+
+
+def test_a_total_cap_drops_of_the_asked_sequences_only():
+    _, lengths = run_of(("all", "all", "none"))
+    streams = [stream(SPEC, n, n) for n in lengths]
+    pipeline = CachePipeline(eviction=Largest(TotalCap(40)), window=4)
+    run = Run(pipeline, SPEC, streams, oracle=False)
+    run.prompt(lengths)
+    held = torch.stack([layer.counts for layer in run.state.layers if not layer.slides])
+    assert (held.sum((0, 2)) > 40).all()
+    evict(run.state, [False, True])
+    left = torch.stack([layer.counts for layer in run.state.layers if not layer.slides])
+    assert torch.equal(left[:, 0], held[:, 0]) and left[:, 1].sum() <= 40
 
 
 class Counting:

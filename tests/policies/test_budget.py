@@ -135,6 +135,8 @@ def test_pyramid_is_a_line(seen, tokens, beta, layers):
 def test_pyramid_without_a_slope_is_its_base():
     assert Pyramid(Tokens(64)).tokens_per_head(1000, 0, 1) == 64
     assert Pyramid(Tokens(20)).tokens_per_head(1000, 3, 8) == 20
+    one = Pyramid(Tokens(9), beta=20, observation=8)  # a mean of 1 beyond the observed queries
+    assert [one.tokens_per_head(500, layer, 4) for layer in range(4)] == [10, 9, 9, 8]
     assert Pyramid(Tokens(500)).tokens_per_head(100, 3, 8) == 500  # more than was seen
 
 
@@ -160,6 +162,7 @@ def test_total_cap_rounds_drop_a_part_of_every_head():
 
 def test_total_cap_ends_where_no_part_is_left():
     assert TotalCap(10).lengths([[9, 9], [1, 0]]) == [[5, 5], [0, 0]]
+    assert TotalCap(13).lengths([[9, 9], [1, 0]]) == [[6, 6], [0, 0]]
     assert sum(TotalCap(1).lengths([[9] * 3] * 3)[0]) == 0
     with pytest.raises(TypeError, match="TotalCap counts over all heads"):
         TotalCap(10).tokens_per_head(1, 0, 1)

@@ -230,3 +230,28 @@ def test_a_cache_may_go_while_pages_move(pool, monkeypatch):
     monkeypatch.setattr(pool, "copy", collect)
     trim(pool)
     assert_counts(pool, stays.table.flatten().tolist())
+
+
+@pytest.mark.parametrize("slabs", [2, 8])
+def test_a_presized_pool_grows_in_place(slabs):
+    pool = make(False)
+    pool.presize(slabs * SLAB_PAGES)
+    made, lists = pool.generation, [x.data_ptr() for x in (pool.free, pool.refs, pool.slabs)]
+    pool.take(slabs * SLAB_PAGES)
+    assert pool.capacity >= slabs * SLAB_PAGES and pool.generation == made
+    assert [x.data_ptr() for x in (pool.free, pool.refs, pool.slabs)] == lists
+
+
+def test_a_limit_of_whole_slabs_but_one_page_is_used_up(pool):
+    pool.limit = 2 * SLAB_PAGES - 1  # the null page does not count
+    assert len(set(pool.take(2 * SLAB_PAGES - 1).tolist())) == 2 * SLAB_PAGES - 1
+    with pytest.raises(CapacityError):
+        pool.take(1)
+
+
+def test_a_slab_that_goes_beyond_the_limit_by_a_page_is_not_appended():
+    pool = make(False)
+    pool.limit = 2 * SLAB_PAGES - 2
+    pool.take(SLAB_PAGES - 1)
+    with pytest.raises(CapacityError):
+        pool.take(1)
