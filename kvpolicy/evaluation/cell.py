@@ -46,7 +46,7 @@ def answer(
 
     As many contexts as fit are read together, each in a sequence of its own, and every question in
     a copy of its context's sequence. Answers are decoded token by token by the cache; with
-    `captured`, by a CUDA graph where there is a device for it.
+    `captured`, by a CUDA graph where there is a device for it. Pages hold `page_size` tokens.
     """
     began, scores, sizes = time.monotonic(), [], []
     with attach(model, pipeline, page_size=page_size) as attached:
@@ -83,7 +83,7 @@ def read_text(
 ) -> Row:
     """Losses by document, over all tokens and over hit tokens; `check` may raise OutOfTime.
 
-    Documents `[N]` are of one length.
+    Documents `[N]` are of one length; pages hold `page_size` tokens.
     """
     began, sizes = time.monotonic(), []
     everywhere, hits = [], []

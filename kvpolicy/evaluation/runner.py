@@ -100,8 +100,8 @@ class Runner:
         for row in self.rows:
             if (row["task"], row["length"], row["variant"]) == wanted and "kv_bytes" in row:
                 seen = row["seen_tokens"]
-                return Room(row["slots"], seen, seen - cell.length, self.page_size)
-        return Room(cell.variant.keep * cell.length, cell.length, 0.0, self.page_size)
+                return Room(row["slots"], seen, seen - cell.length, page=self.page_size)
+        return Room(cell.variant.keep * cell.length, cell.length, page=self.page_size)
 
     def _examples(self, task: str, length: int) -> list[Any]:
         """The same for every variant."""

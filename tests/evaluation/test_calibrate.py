@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from evaluation.small import small_gate
 
 pytest.importorskip("transformers")
 
@@ -17,7 +18,6 @@ from kvpolicy import (  # noqa: E402
     SnapKV,
     Tokens,
     TotalCap,
-    WriteGate,
 )
 from kvpolicy.evaluation.calibrate import calibrate, measure  # noqa: E402
 from kvpolicy.evaluation.tiny import tiny_llama  # noqa: E402
@@ -38,16 +38,7 @@ def texts():
 
 @pytest.fixture(scope="module")
 def gate():
-    generator = torch.Generator().manual_seed(1)
-    return WriteGate(
-        norm_pre=torch.ones(2, 32),
-        norm_post=torch.ones(2, 32),
-        w1=torch.randn(2, 2, 8, 64, generator=generator),
-        b1=torch.zeros(2, 2, 8),
-        w2=torch.randn(2, 2, 8, generator=generator) / 8,
-        b2=torch.zeros(2, 2),
-        window=WINDOW,
-    )
+    return small_gate(WINDOW)
 
 
 def test_a_gate_s_threshold(model, texts, gate):

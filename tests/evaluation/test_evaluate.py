@@ -7,13 +7,14 @@ import string
 
 import pytest
 import torch
+from evaluation.small import small_gate
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 from typer.testing import CliRunner  # noqa: E402
 
-from kvpolicy import CachePipeline, LocalAttention, Quest, SnapKV, WriteGate  # noqa: E402
+from kvpolicy import CachePipeline, LocalAttention, Quest, SnapKV  # noqa: E402
 from kvpolicy.adapters.hf import attach  # noqa: E402
 from kvpolicy.cli import app  # noqa: E402
 from kvpolicy.evaluation import cell, grid, long_text, results  # noqa: E402
@@ -227,27 +228,17 @@ def test_questions_set_the_contexts_and_variants_are_chosen(folder, tmp_path):
 
 
 def test_pages_are_as_large_as_asked_for(folder, tmp_path):
-    options = ("--length", 420, "--contexts", 1, "--variant", "full", "--variant", "local")
+    options = ("--length", 436, "--contexts", 1, "--variant", "full", "--variant", "local")
     call(folder, tmp_path, *options, "--page-size", 4)
     rows = json.loads((tmp_path / "results.json").read_text())["cells"]
     local = next(r for r in rows if (r["task"], r["variant"]) == ("copy", "local 50%"))
-    assert local["held_tokens"] == 212 <= local["slots"] < 216  # 53 pages of 4: half of 420
+    assert local["held_tokens"] == 220 <= local["slots"] < 224  # 55 pages of 4 hold half of 436
     wrong = call(folder, tmp_path, *options, code=1).stderr
     assert "another page_size: 4" in wrong
 
 
 def test_gates_are_measured_at_each_threshold(folder, tmp_path):
-    generator = torch.Generator().manual_seed(1)
-    gate = WriteGate(
-        norm_pre=torch.ones(2, 32),
-        norm_post=torch.ones(2, 32),
-        w1=torch.randn(2, 2, 8, 64, generator=generator),
-        b1=torch.zeros(2, 2, 8),
-        w2=torch.randn(2, 2, 8, generator=generator) / 8,
-        b2=torch.zeros(2, 2),
-        window=16,
-    )
-    gate.save(tmp_path / "some.safetensors")
+    small_gate().save(tmp_path / "some.safetensors")
     options = ("--length", 420, "--contexts", 1, "--gate", tmp_path / "some.safetensors")
     options += ("--variant", "gate some over", "--threshold", 0.6, "--threshold", 0.45)
     call(folder, tmp_path / "out", *options)

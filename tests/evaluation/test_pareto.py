@@ -8,10 +8,11 @@ import math
 import attrs
 import pytest
 import torch
+from evaluation.small import small_gate
 
 pytest.importorskip("transformers")
 
-from kvpolicy import CachePipeline, LocalAttention, SnapKV, WriteGate  # noqa: E402
+from kvpolicy import CachePipeline, LocalAttention, SnapKV  # noqa: E402
 from kvpolicy.evaluation import cell  # noqa: E402
 from kvpolicy.evaluation.pareto import Front, Point, pareto  # noqa: E402
 from kvpolicy.evaluation.prompts import Example, Question  # noqa: E402
@@ -32,17 +33,7 @@ def examples():
 
 @pytest.fixture(scope="module")
 def pipeline():
-    generator = torch.Generator().manual_seed(1)
-    gate = WriteGate(
-        norm_pre=torch.ones(2, 32),
-        norm_post=torch.ones(2, 32),
-        w1=torch.randn(2, 2, 8, 64, generator=generator),
-        b1=torch.zeros(2, 2, 8),
-        w2=torch.randn(2, 2, 8, generator=generator) / 8,
-        b2=torch.zeros(2, 2),
-        window=16,
-    )
-    return CachePipeline(admission=gate, eviction=SnapKV(budget=40, observation=8))
+    return CachePipeline(admission=small_gate(), eviction=SnapKV(budget=40, observation=8))
 
 
 def test_every_pair_is_measured(pipeline, examples):
