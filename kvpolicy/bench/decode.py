@@ -12,6 +12,7 @@ from torch import Tensor
 from ..store.pages import PagePool
 from .context import Bench, Case, check
 from .data import ragged, stored, tokens_of
+from .flashinfer import flashinfer_ms
 from .rows import CheckFailed, Goal, Row
 from .timing import captured_ms, sets_for
 
@@ -60,9 +61,11 @@ class Layer:
         table, counts = self.tables[index]
         return quest_select(self.pages, table, counts, self.queries[index], budget, "max", 0, 1)
 
-    def check(self, name: str, index: int, selected: Tensor | None = None) -> None:
-        """Compares the shortest and the longest head with float64."""
-        out = self.attend(index, selected)
+    def check(
+        self, name: str, index: int, selected: Tensor | None = None, out: Tensor | None = None
+    ) -> None:
+        """Compares the shortest and the longest head of `out`, else of `attend`, with float64."""
+        out = self.attend(index, selected) if out is None else out
         table, group = self.tables[index][0], self.heads // self.kv_heads
         page, slots = self.pool.page_size, self.window + 32
         back = (int(self.now) - torch.arange(slots, device=out.device)) % slots
@@ -96,11 +99,16 @@ def ragged_decode(bench: Bench, case: str, mean: int, page: int) -> Iterator[Row
     other = bench.shared.get(("decode", mean, 64))
     if page == 16 and other is not None:
         goals.append(Goal(what="of page 64", wanted=1.05, got=ms / other))
+    baselines = [] if other is None or page == 64 else [f"{ms / other:.3f}x page 64"]
+    # FlashInfer has no kernels for the head size of a quick run.
+    theirs = None if bench.quick else flashinfer_ms(bench, case, layer)
+    if theirs is not None:
+        baselines.append(f"{theirs / ms:.2f}x FlashInfer {1e3 * theirs:.4g} us")
     yield Row(
         group="decode", name=case, value=1e3 * ms, unit="us", rate=layer.bytes / ms / 1e9,
         rate_unit="TB/s", floor=1e3 * bench.floor_ms(moved=layer.bytes), goals=tuple(goals),
         shape=f"{layer.heads}/{layer.kv_heads} heads of {layer.lengths[0]}-{layer.lengths[-1]}",
-        baseline="" if other is None or page == 64 else f"{ms / other:.3f}x page 64",
+        baseline=", ".join(baselines),
         note=f"captured, {len(calls)} buffer sets",
     )  # fmt: skip
 

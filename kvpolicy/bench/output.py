@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import platform
@@ -31,6 +33,9 @@ def machine(bench: Bench) -> dict[str, Any]:
     for name in ("triton", "transformers"):
         if importlib.util.find_spec(name) is not None:
             found[name] = importlib.import_module(name).__version__
+    for name in ("fa3-fwd", "flashinfer-python"):  # baselines
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return found
 
 

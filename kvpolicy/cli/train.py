@@ -60,8 +60,11 @@ def train_gate(
         float | None, typer.Option(help="Fraction of tokens in the cache, window included.")
     ] = None,
     lam: Annotated[float | None, typer.Option(help="A fixed weight of the regulariser.")] = None,
-    length: Length = 4096,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 2,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(min=2, help="Tokens of a training sequence; several take turns. [4096]"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences a step, of the longest.")] = 2,
     threshold: Annotated[float, typer.Option(help="Admits above it.")] = 0.1,
     expand: Annotated[float, typer.Option(help="Hidden units per channel.")] = 4.0,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
@@ -70,6 +73,9 @@ def train_gate(
     ] = None,
     start_lam: Annotated[float, typer.Option(help="First weight when steered.")] = 0.16,
     ungated: Annotated[int, typer.Option(min=0, help="Random open positions a step.")] = 0,
+    answer_share: Annotated[
+        float, typer.Option(help="Part of the loss where answers are predicted.")
+    ] = 0.0,
     kernel: Annotated[Kernel, typer.Option(help="Of the student's attention.")] = Kernel.auto,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations.")] = True,
     eval_every: Annotated[int, typer.Option(min=0, help="Steps between hard evaluations.")] = 0,
@@ -99,7 +105,7 @@ def train_gate(
             window=window,
             target_keep=target_keep,
             lam=lam,
-            length=length,
+            length=length or 4096,
             batch_size=batch_size,
             threshold=threshold,
             expand=expand,
@@ -108,6 +114,7 @@ def train_gate(
             start=before,
             start_lam=start_lam,
             ungated=ungated,
+            answer_share=answer_share,
             kernel=kernel.value,
             checkpointing=checkpointing,
             eval_every=eval_every,

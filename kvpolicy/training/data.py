@@ -7,7 +7,7 @@ teach it to keep what a later question may need.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Kind = str
 #: Documents: strings, token ids, or rows with a column "text" (a Hugging Face data set).
 Texts = Iterable[str | list[int] | Mapping[str, Any]]
-MIX: dict[Kind, float] = {"plain": 0.3, "codes": 0.2, "facts": 0.2, "pairs": 0.1, "copy": 0.2}
+MIX: dict[Kind, float] = {"plain": 0.25, "codes": 0.15, "facts": 0.3, "pairs": 0.1, "copy": 0.2}
 
 
 class Batch(NamedTuple):
@@ -99,21 +99,28 @@ class TrainingMix:
         return self._assemble(task.intro, [self._encode(s) for s in task.inserts], task, rng)
 
     def _copy(self, rng: random.Random) -> tuple[list[int], list[bool]]:
-        """Ask for the continuation of a passage that occurs in the text."""
-        size = rng.randint(24, 64)
-        passage = self._text(size, rng)
-        cue = rng.randint(8, 20)
-        text: Callable[[list[int]], Any] = self.tokenizer.decode
-        task = tasks.Task(
-            tasks.copy_intro(rng),
-            (),
-            ((tasks.copy_question(text(passage[:cue]), rng), text(passage[cue:])),),
-        )
-        return self._assemble(task.intro, [passage], task, rng)
+        """Ask how passages of the text go on."""
+        count, size = rng.choice((1, 2, 4, 8)), rng.randint(24, 64)
+        text, decode = self._text(self.length, rng), self._decode
+        # The text's end gives way to the questions, each a passage and some words of ours.
+        room = max(self.length - count * (size + 48) - 64, self.length // 3)
+        questions = []
+        for begin in (rng.randint(0, max(room - size, 0)) for _ in range(count)):
+            cut = begin + rng.randint(8, 20)
+            asked = tasks.copy_question(decode(text[begin:cut]), rng)
+            questions.append((asked, decode(text[cut : begin + size])))
+        task = tasks.Task(tasks.copy_intro(rng), (), tuple(questions))
+        return self._assemble(task.intro, [], task, rng, text)
 
     def _assemble(
-        self, intro: str, inserts: list[list[int]], task: tasks.Task, rng: random.Random
+        self,
+        intro: str,
+        inserts: list[list[int]],
+        task: tasks.Task,
+        rng: random.Random,
+        text: list[int] | None = None,
     ) -> tuple[list[int], list[bool]]:
+        """A user's message of `text`, or of any, with `inserts`, and the task's questions."""
         chat = self._chat
         start = chat.head + self._encode(intro)
         end: list[int] = []
@@ -131,7 +138,7 @@ class TrainingMix:
         while sum(map(len, inserts)) > room:
             inserts = inserts[:-1]
         room -= sum(map(len, inserts))
-        text = self._text(room, rng)
+        text = self._text(room, rng) if text is None else text[:room]
         cuts = sorted(rng.randint(0, room) for _ in inserts)
         body: list[int] = []
         for begin, cut, insert in zip([0, *cuts], [*cuts, room], [*inserts, []], strict=True):
@@ -143,6 +150,9 @@ class TrainingMix:
         ids = rng.choices(self._tokens, [len(t) for t in self._tokens])[0]
         begin = rng.randrange(len(ids) - size + 1)
         return ids[begin : begin + size]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids))
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

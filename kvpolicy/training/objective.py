@@ -185,3 +185,29 @@ def kept_fraction(gate: Tensor, *, window: int, threshold: float) -> Tensor:
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error over batch, positions and channels of the final normed hidden states."""
     return F.mse_loss(student.float(), teacher.float())
+
+
+def answer_loss(student: Tensor, teacher: Tensor, answers: Tensor) -> Tensor | None:
+    """The same error where answers are predicted, each sequence that has an answer alike.
+
+    Few tokens of a long sequence are answers, and the mean over all of them hardly sees a fact that
+    was forgotten.
+
+    Args:
+        student: `[B, N, C]`.
+        teacher: `[B, N, C]`.
+        answers: `[B, N]` bool, on the CPU: tokens that answer a question.
+
+    Returns:
+        Scalar, or None where no sequence has an answer.
+    """
+    rows = answers[:, 1:].any(1).nonzero().flatten().tolist()
+    if not rows:
+        return None
+    # The state before a token predicts it.
+    places = [answers[row, 1:].nonzero().flatten().to(student.device) for row in rows]
+    losses = [
+        distillation_loss(student[row, at], teacher[row, at])
+        for row, at in zip(rows, places, strict=True)
+    ]
+    return torch.stack(losses).mean()

@@ -26,8 +26,32 @@ _LAST += "Lowther Marlowe Nettle Ostrander Pell Quince Rusk Sorrel Thackeray Und
 _TRADES = "apothecary beekeeper cooper drummer engraver falconer glazier hatter joiner mason "
 _TRADES += "navigator potter roofer saddler tinsmith vintner weaver printer locksmith gardener"
 _TOWNS = "Aldermoor Brightwater Coldharbour Dunfallow Eastmarsh Fairhollow Greywick Highcombe "
-_TOWNS += "Kingsferry Larkspur Millbrook Northgate Oakhurst Pinefold Ravenscar Stonebeck Westerly"
+_TOWNS += "Kingsferry Larkspur Millbrook Northgate Oakhurst Pinefold Ravenscar Stonebeck Westerly "
+_TOWNS += "Bogota Dakar Geneva Hanoi Helsinki Kyoto Lagos Leeds Lima Lisbon Nairobi Naples Oslo "
+_TOWNS += "Perth Prague Quito Tampa Warsaw Zagreb"
 _SYLLABLES = "ba ce di fo gu ka le mi no pu ra se ti vo zu lan mer tor vin sel gar dun pol"
+
+# Three things in a sentence, and what may be asked of any such sentence.
+_TOLD = (
+    " {who}, a {trade} by trade, had moved to {town} and took along the {thing}. ",
+    " In {town} everyone knew {who} the {trade}, who would not part with the {thing}. ",
+    " It was the {trade} {who} who brought the {thing} down to {town}. ",
+)
+_ASKED = (
+    ("Which town is {who} connected with?", "{town}"),
+    ("How does {who} earn a living?", "{who} is a {trade}."),
+    ("What does {who} own?", "The {thing}."),
+    ("Who has the {thing}?", "{who}"),
+)
+# One thing in a sentence, its question and its answer.
+_SAID = (
+    (" {who} was born in {town}.", "What is the birthplace of {who}?", "{who} was born in {town}."),
+    (" {who} came from {town}.", "Where did {who} come from?", "{who} came from {town}."),
+    (" {town} was the home of {who}.", "Where was {who} at home?", "In {town}."),
+    (" {who} worked as a {trade}.", "What did {who} work as?", "{who} worked as a {trade}."),
+    (" {who} owned the {thing}.", "What did {who} own?", "{who} owned the {thing}."),
+    (" {who} was a friend of {other}.", "Who was {who} a friend of?", "{other}"),
+)
 
 _CODE_NAMES = ("access code", "serial number", "registration", "inventory mark", "catalogue key")
 
@@ -77,7 +101,7 @@ def _names(rng: random.Random, count: int) -> list[str]:
 
 
 def _codes(rng: random.Random) -> Task:
-    name, count = rng.choice(_CODE_NAMES), 8
+    name, count = rng.choice(_CODE_NAMES), rng.choice((4, 8, 16))
     objects = {thing: _value(rng) for thing in _names(rng, count)}
     say = rng.choice(
         (
@@ -112,32 +136,17 @@ def _codes(rng: random.Random) -> Task:
 
 
 def _facts(rng: random.Random) -> Task:
-    count = rng.randint(1, 8)
-    people = rng.sample([f"{a} {b}" for a in _FIRST.split() for b in _LAST.split()], count)
+    """What is said of people in passing: one thing of each, or three in a sentence."""
+    count = rng.choice((1, 4, 8, 16))
+    people = rng.sample([f"{a} {b}" for a in _FIRST.split() for b in _LAST.split()], 2 * count)
     trades, towns = rng.sample(_TRADES.split(), count), rng.sample(_TOWNS.split(), count)
-    things = _names(rng, count)
-    inserts, questions = [], []
-    for who, trade, town, thing in zip(people, trades, towns, things, strict=True):
-        inserts.append(
-            rng.choice(
-                (
-                    f" {who}, a {trade} by trade, had moved to {town} and took along the {thing}. ",
-                    f" In {town} everyone knew {who} the {trade}, who would not part with the "
-                    f"{thing}. ",
-                    f" It was the {trade} {who} who brought the {thing} down to {town}. ",
-                )
-            )
-        )
-        questions.append(
-            rng.choice(
-                (
-                    (f"Which town is {who} connected with?", town),
-                    (f"How does {who} earn a living?", f"{who} is a {trade}."),
-                    (f"What does {who} own?", f"The {thing}."),
-                    (f"Who has the {thing}?", who),
-                )
-            )
-        )
+    rows = list(zip(people, people[count:], trades, towns, _names(rng, count), strict=False))
+    one, inserts, questions = rng.choice((None, *_SAID)), [], []
+    for who, other, trade, town, thing in rows:
+        words = {"who": who, "other": other, "trade": trade, "town": town, "thing": thing}
+        said, asked = (rng.choice(_TOLD), rng.choice(_ASKED)) if one is None else (one[0], one[1:])
+        inserts.append(said.format(**words))
+        questions.append((asked[0].format(**words), asked[1].format(**words)))
     rng.shuffle(questions)
     return Task("", tuple(inserts), tuple(questions))
 
@@ -152,7 +161,7 @@ def _pairs(rng: random.Random) -> Task:
     size = rng.choice((8, 16, 64))
     inserts = tuple("\n" + "\n".join(rows[n : n + size]) + "\n" for n in range(0, len(rows), size))
     asked = rng.choice(("Look up {k}.", "Which value is stored under {k}?", "{k}?"))
-    chosen = rng.sample(list(table), 6)
+    chosen = rng.sample(list(table), 12)
     return Task(
         rng.choice(("The text contains a lookup table.\n\n", "")),
         inserts,

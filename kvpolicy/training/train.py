@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import attrs
 import torch
 from accelerate import Accelerator
 from transformers import get_cosine_schedule_with_warmup
@@ -15,13 +17,14 @@ from .attach import AttachedModel, attach_for_training
 from .controller import KeepController
 from .data import Texts, TrainingMix, as_mix
 from .gate import TrainedGate, WriteGates, model_fingerprint
-from .objective import Kernel, distillation_loss, kept_fraction, memory_cost
+from .objective import Kernel, answer_loss, distillation_loss, kept_fraction, memory_cost
 from .run import Run, Stateful, average_gradients
 from .student import Evaluation, evaluate_gates, gated_forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Turn = tuple[TrainingMix, int]  # what a step reads, and how many sequences of it
 _HELD_OUT_RANK = -1  # a stream of batches that no process trains on
 
 
@@ -34,7 +37,7 @@ def train_write_gate(
     window: int = 64,
     target_keep: float | None = None,
     lam: float | None = None,
-    length: int = 4096,
+    length: int | Sequence[int] = 4096,
     batch_size: int = 2,
     threshold: float = 0.1,
     expand: float = 4.0,
@@ -43,6 +46,7 @@ def train_write_gate(
     start: WriteGates | None = None,
     start_lam: float = 0.16,
     ungated: int = 0,
+    answer_share: float = 0.0,
     kernel: Kernel = "auto",
     checkpointing: bool = True,
     eval_every: int = 0,
@@ -53,8 +57,9 @@ def train_write_gate(
     """Train the write gates of a frozen model.
 
     Minimises MSE(final hidden states of the gated and of the plain model) + lambda R with AdamW
-    (weight decay 0.01), 10 % linear warm-up and a cosine to zero. Under `accelerate launch` every
-    process takes its own batches and gradients are averaged.
+    (weight decay 0.01), 10 % linear warm-up and a cosine to zero. `answer_share` of the MSE is
+    taken where answers are predicted (ours; the published loss has 0). Under `accelerate launch`
+    every process takes its own batches and gradients are averaged.
 
     Args:
         model: a Llama, Mistral, Qwen2 or Qwen3 causal language model, on its device.
@@ -64,8 +69,8 @@ def train_write_gate(
         window: tokens of the local window W.
         target_keep: wanted fraction of tokens in the cache, window included; steers lambda.
         lam: a fixed lambda instead.
-        length: tokens of a training sequence, for documents.
-        batch_size: sequences a step and process.
+        length: tokens of a training sequence, for documents; several take turns.
+        batch_size: sequences a step and process, of the longest length; as many tokens of others.
         threshold: of the hard decision, for the kept fraction and evaluation.
         expand: hidden units of the gate per channel of a head.
         lr: peak learning rate.
@@ -73,6 +78,7 @@ def train_write_gate(
         start: gates to continue from (not changed); fresh ones by default.
         start_lam: first lambda when steered.
         ungated: random positions of each head that are open in a step (published, default 0).
+        answer_share: part in [0, 1) of the loss that is the error where answers are predicted.
         kernel: attention kernel of the student, see gated_attention.
         checkpointing: recompute activations layer by layer.
         eval_every: steps between hard evaluations on held-out batches; 0 for none.
@@ -81,19 +87,22 @@ def train_write_gate(
         stop_after: stop (and save) at this step of the schedule, to be resumed later.
 
     Raises:
-        ValueError: not exactly one of `target_keep` and `lam`, or sizes that do not fit.
+        ValueError: not exactly one of `target_keep` and `lam`, a share outside [0, 1), or sizes
+            that do not fit.
 
     Source: EMCLab-Sinica/WG-KV, `scripts/train.py`.
     """
     if (target_keep is None) == (lam is None):
         raise ValueError(f"give target_keep or lam, got target_keep={target_keep}, lam={lam}")
+    if not 0 <= answer_share < 1:
+        raise ValueError(f"answer_share must be in [0, 1), got {answer_share}")
     accelerator = Accelerator(cpu=model.device.type == "cpu")
     rank, most = accelerator.process_index, steps * batch_size * accelerator.num_processes
-    mix = as_mix(texts, tokenizer, length, seed, sequences=most)
-    if target_keep is not None and target_keep <= window / mix.length:
+    turns = _turns(texts, tokenizer, length, batch_size, seed, most)
+    least = sum(window / mix.length for mix, _ in turns) / len(turns)
+    if target_keep is not None and target_keep <= least:
         raise ValueError(
-            f"target_keep must exceed window / length = {window / mix.length:.3g}, "
-            f"got {target_keep}"
+            f"target_keep must exceed window / length = {least:.3g}, got {target_keep}"
         )
     gates = _fresh_gates(model, expand, seed)
     if start is not None:
@@ -108,8 +117,10 @@ def train_write_gate(
         parts["controller"] = steer
     settings = {
         "model": model_fingerprint(model), "steps": steps, "window": window,
-        "target_keep": target_keep, "lam": lam, "length": mix.length, "batch_size": batch_size,
+        "target_keep": target_keep, "lam": lam, "batch_size": batch_size,
+        "length": [mix.length for mix, _ in turns],
         "threshold": threshold, "lr": lr, "seed": seed, "ungated": ungated,
+        "answer_share": answer_share,
         "processes": accelerator.num_processes,
     }  # fmt: skip
     run = Run(out_dir, main=accelerator.is_main_process, settings=settings, parts=parts)
@@ -119,7 +130,9 @@ def train_write_gate(
     with attach_for_training(model, checkpointing=checkpointing) as attached:
         while step < min(steps, stop_after or steps):
             began = time.perf_counter()
-            ids = mix.batch(step, batch_size, rank=rank).input_ids.to(model.device)
+            mix, size = turns[step % len(turns)]
+            batch = mix.batch(step, size, rank=rank)
+            ids = batch.input_ids.to(model.device)
             weight = cast(float, lam if steer is None else steer.lam)
             with torch.no_grad():
                 teacher = attached.hidden(ids)
@@ -128,6 +141,9 @@ def train_write_gate(
                 seed=(seed * steps + step) * accelerator.num_processes + rank,
             )  # fmt: skip
             loss = distillation_loss(student.hidden, teacher)
+            asked = answer_loss(student.hidden, teacher, batch.answers) if answer_share else None
+            if asked is not None:
+                loss = (1 - answer_share) * loss + answer_share * asked
             cost = memory_cost(student.gate, window)
             optimizer.zero_grad(set_to_none=True)
             (loss + weight * cost).backward()
@@ -149,7 +165,7 @@ def train_write_gate(
                 "seconds": round(time.perf_counter() - began, 4),
             }
             if eval_every and step % eval_every == 0:
-                hard = _hard(attached, gates, model, mix, batch_size, window, threshold, kernel)
+                hard = _hard(attached, gates, model, turns, window, threshold, kernel)
                 metrics["hard"] = hard._asdict()
             run.log(metrics)
             if save_every and step % save_every == 0:
@@ -165,6 +181,25 @@ def train_write_gate(
     )
 
 
+def _turns(
+    texts: Texts | TrainingMix,
+    tokenizer: PreTrainedTokenizerBase | None,
+    length: int | Sequence[int],
+    batch_size: int,
+    seed: int,
+    sequences: int,
+) -> list[Turn]:
+    """A stream of sequences for each length, and how many of them make a step."""
+    lengths = [length] if isinstance(length, int) else list(length)
+    if not lengths:
+        raise ValueError(f"length: wanted one or more, got {length!r}")
+    longest = max(lengths)
+    mix = as_mix(texts, tokenizer, longest, seed, sequences=sequences)
+    if isinstance(texts, TrainingMix):
+        return [(mix, batch_size)]
+    return [(attrs.evolve(mix, length=n), batch_size * longest // n) for n in lengths]
+
+
 def _fresh_gates(model: PreTrainedModel, expand: float, seed: int) -> WriteGates:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -175,13 +210,16 @@ def _hard(
     attached: AttachedModel,
     gates: WriteGates,
     model: PreTrainedModel,
-    mix: TrainingMix,
-    batch_size: int,
+    turns: list[Turn],
     window: int,
     threshold: float,
     kernel: Kernel,
 ) -> Evaluation:
-    batches = [tuple(mix.batch(n, batch_size, rank=_HELD_OUT_RANK)) for n in range(4)]
+    count = 4 * len(turns)
+    taken = (turns[n % len(turns)] for n in range(count))
+    batches = [
+        tuple(mix.batch(n, size, rank=_HELD_OUT_RANK)) for n, (mix, size) in enumerate(taken)
+    ]
     return evaluate_gates(
         attached,
         gates,

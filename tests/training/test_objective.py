@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kvpolicy.training import flash
 from kvpolicy.training.objective import (
+    answer_loss,
     distillation_loss,
     gated_attention,
     kept_fraction,
@@ -48,6 +49,19 @@ def test_distillation_loss_is_the_mean_over_all_elements() -> None:
     student, teacher = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
     student[0, 0, 0] = 6.0
     assert distillation_loss(student, teacher).item() == pytest.approx(36 / 24)
+
+
+def test_answer_loss_weighs_every_sequence_with_answers_alike() -> None:
+    student, teacher = torch.zeros(3, 5, 2), torch.zeros(3, 5, 2)
+    student[0, 1] = 2.0  # predicts token 2, the only answer: 4
+    student[1, 2] = 3.0  # one of two predictions: 9 / 2
+    student[:, 4] = 9.0  # nothing follows it
+    student[2] = 9.0  # asks nothing
+    answers = torch.zeros(3, 5, dtype=torch.bool)
+    answers[0, 2] = answers[1, 3] = answers[1, 4] = True
+    found = answer_loss(student, teacher, answers)
+    assert found is not None and found.item() == pytest.approx((4 + 9 / 2) / 2)
+    assert answer_loss(student, teacher, torch.zeros_like(answers)) is None
 
 
 def _inputs(length: int, group: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:

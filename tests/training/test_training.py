@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training.small import SIZES, make_mix
+from training.small import SIZES, TEXT, make_mix, make_tokenizer
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -24,7 +24,7 @@ from kvpolicy.training import (
     train_duo_attention,
     train_write_gate,
 )
-from kvpolicy.training.attach import attach_for_training
+from kvpolicy.training.attach import AttachedModel, attach_for_training
 from kvpolicy.training.objective import distillation_loss, memory_cost
 from kvpolicy.training.student import evaluate_gates, gated_forward
 
@@ -223,3 +223,44 @@ def test_duo_training_writes_a_pattern(objective: str, tmp_path: Path, mix: Trai
     torch.testing.assert_close(read, pattern.heads, atol=1e-6, rtol=0)
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["sink_size"], config["recent_size"]) == (2, 8)
+
+
+def test_a_share_of_the_loss_is_taken_at_answers(tmp_path: Path) -> None:
+    mix, options = make_mix(), {"steps": 1, "window": 8, "batch_size": 2, "lam": 0.1}
+    train_write_gate(make_model(), mix, **options, answer_share=0.25, out_dir=tmp_path)
+    loss = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    model, batch = make_model(), mix.batch(0, 2)
+    assert batch.answers.any()
+    with torch.no_grad(), attach_for_training(model) as attached:
+        teacher = attached.hidden(batch.input_ids)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            gates = WriteGates.for_model(model)
+        student = gated_forward(attached, gates, batch.input_ids, window=8).hidden
+    error = (student - teacher).square().mean(-1)
+    rows = [row[:-1][seen[1:]].mean() for row, seen in zip(error, batch.answers, strict=True)]
+    at_answers = torch.stack([x for x in rows if not x.isnan()]).mean()
+    assert loss == pytest.approx(float(0.75 * error.mean() + 0.25 * at_answers), rel=1e-4)
+    assert loss != pytest.approx(float(error.mean()), rel=1e-2)
+    with pytest.raises(ValueError, match=r"answer_share must be in \[0, 1\), got 1"):
+        train_write_gate(make_model(), mix, **options, answer_share=1)
+
+
+def test_lengths_take_turns_with_as_many_tokens(tmp_path: Path, monkeypatch) -> None:
+    tokenizer, shapes = make_tokenizer(), []
+    hidden = AttachedModel.hidden
+
+    def seen(self, ids, *rule):
+        shapes.append(tuple(ids.shape))
+        return hidden(self, ids, *rule)
+
+    monkeypatch.setattr(AttachedModel, "hidden", seen)
+    options = {"tokenizer": tokenizer, "window": 8, "batch_size": 2}
+    train_write_gate(make_model(), [TEXT], steps=4, lam=0.1, length=[96, 192], **options)
+    assert shapes[::2] == shapes[1::2] == [(4, 96), (2, 192), (4, 96), (2, 192)]
+    with pytest.raises(ValueError, match=r"window / length = 0.0625, got 0.06"):
+        train_write_gate(
+            make_model(), [TEXT], steps=1, target_keep=0.06, length=[96, 192], **options
+        )
+    with pytest.raises(ValueError, match=r"length: wanted one or more, got \[\]"):
+        train_write_gate(make_model(), [TEXT], steps=1, lam=0.1, length=[], **options)
