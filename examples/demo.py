@@ -37,7 +37,7 @@ from kvpolicy.evaluation.smollm2 import load_smollm2
 from kvpolicy.pretrained import path
 
 PLAIN, FULL, LOCAL, GATE = "plain transformers", "full", "local", "write gate"
-GATE_FILE, DUO_FOLDER = "smollm2-135m-instruct-w64-keep22", "duo-smollm2-135m-instruct"
+GATE_FILE, DUO_FOLDER = "smollm2-135m-instruct-w64-keep25", "duo-smollm2-135m-instruct"
 READ, KEPT = 384, 256  # tokens per head, the gate's window of 64 included
 QUEST = Quest(budget=READ)
 # A wide pool keeps all digits of a number of which the question attends to one.

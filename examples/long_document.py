@@ -22,7 +22,7 @@ from kvpolicy.adapters.hf import KVPolicyCache, attach, new_cache
 from kvpolicy.evaluation.tiny import tiny_llama
 from kvpolicy.pretrained import path
 
-GATE = "smollm2-135m-instruct-w64-keep22"
+GATE = "smollm2-135m-instruct-w64-keep25"
 QUESTIONS = (
     "What is an expression statement?",
     "Which statement raises an exception?",

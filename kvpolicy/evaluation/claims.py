@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from .grid import FULL, LOSS
+from .grid import FULL, LOSS, SEEN
 from .results import Row, estimate, line, ratio, said
 
 QUARTER, EIGHTH = 0.25, 0.125
@@ -19,7 +19,8 @@ _BOUNDS: tuple[tuple[float, tuple[str, ...], str, float], ...] = (
     (QUARTER, (LOSS,), "loss", 1.01),
     (QUARTER, (LOSS,), "hit_loss", 1.05),
 )
-# A fact is one token, and the prompt decides it: selections act on later ones.
+# A fact is one token, and a prompt with its question decides it: selections, and evictions that
+# come after the question, act on later ones.
 _DECODED = (*_NEEDLES, *_COPY, "key-value")
 _FURTHER = -0.01  # a smaller loss of accuracy counts as none
 _BASELINES = ("local", "DuoAttention", "random", "SnapKV")
@@ -101,6 +102,8 @@ def _capped(rows: Sequence[Row]) -> Iterator[list[str]]:
     for task, length, here in _here(rows):
         for row in here.values():
             name = row["variant"].partition(" + ")[2]
+            if SEEN in name and task not in _DECODED:
+                continue
             if row["family"].startswith("gate + SnapKV") and name in here:
                 yield _gap("ahead of SnapKV under its cap", task, length, row, here[name], 0.0)
 

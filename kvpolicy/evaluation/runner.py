@@ -18,7 +18,7 @@ from .long_text import documents
 from .results import Row, Store, shown
 from .tasks import TASKS
 
-SHIPPED_GATES = ("22", "17", "10")
+SHIPPED_GATES = ("25", "17", "10")
 QUESTIONS = 8  # of a context, unless a task's name says one
 
 

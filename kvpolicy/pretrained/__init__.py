@@ -24,7 +24,7 @@ def path(name: str) -> Path:
         FileNotFoundError: nothing of this name is shipped.
 
     Example:
-        `WriteGate.from_pretrained(path("smollm2-135m-instruct-w64-keep22"))`
+        `WriteGate.from_pretrained(path("smollm2-135m-instruct-w64-keep25"))`
     """
     shipped = names()
     for found in (name, f"{name}.safetensors"):

@@ -42,6 +42,10 @@ def test_claims_are_decided_from_cells():
         cell_row("full", "full", good, 4200, task="eight facts"),  # one token, in the prompt
         cell_row("gate a", "write gate", good, 2000, task="eight facts"),
         cell_row("gate a + Quest at 0.1", "gate + Quest", good, 2000, 410, task="eight facts"),
+        cell_row("SnapKV, question seen at 0.1", "SnapKV", good, 410, task="eight facts"),
+        cell_row(
+            "gate a + SnapKV, question seen at 0.1", "gate + SnapKV", bad, 410, task="eight facts"
+        ),
         cell_row("full", "full", good, 4200, task="loss"),
         cell_row("gate b", "write gate", [x * 1.02 for x in good], 500, task="loss"),
     ]

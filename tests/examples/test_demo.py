@@ -193,7 +193,7 @@ def test_shipped_policies_are_found():
     assert "duo-smollm2-135m-instruct" in names()
     for name in names():
         assert path(name).exists()
-    gate = path("smollm2-135m-instruct-w64-keep22")
+    gate = path("smollm2-135m-instruct-w64-keep25")
     assert gate.suffix == ".safetensors"
     with pytest.raises(FileNotFoundError, match="wanted one of .*keep10.*, got 'nothing'"):
         path("nothing")
