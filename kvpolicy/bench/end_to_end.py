@@ -46,6 +46,7 @@ PLAN = (
     QUESTED(tokens=100_000),
     Setting(policy="gate + SnapKV", tokens=100_000),
     GATE(tokens=400_000, shape=QWEN),
+    GATE(tokens=100_000, fraction=0.2),  # about what the reference's figures are for
     GATE(tokens=100_000, fraction=0.1),
     GATE(tokens=100_000, fraction=0.5),
     GATE(tokens=32_000),

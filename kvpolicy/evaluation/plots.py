@@ -100,8 +100,6 @@ def _panels(path: Path, rows: Sequence[Row], x: Where, label: str) -> None:
 
 
 def _panel(axes: Any, rows: Sequence[Row], score: str, x: Where) -> None:
-    from matplotlib.ticker import PercentFormatter
-
     for family in dict.fromkeys(row["family"] for row in rows):
         found = ((x(row), estimate(row[score])) for row in rows if row["family"] == family)
         points = sorted((at, y.mean, y.standard_error) for at, y in found)
@@ -120,16 +118,23 @@ def _panel(axes: Any, rows: Sequence[Row], score: str, x: Where) -> None:
             capsize=2,
             label=family,
         )
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _percent(axes.xaxis)
     axes.set_xlim(left=0)
     axes.set_facecolor(PAPER)
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _percent(axis: Any) -> None:
+    """Ticks at whole percents."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
 def front(path: Path, found: Front, title: str) -> None:
     """Saves a plot of all points, a line an eviction budget, and the front."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
 
     figure = Figure(figsize=(7, 4.6), facecolor=PAPER, layout="constrained")
     axes = figure.subplots()
@@ -146,7 +151,7 @@ def front(path: Path, found: Front, title: str) -> None:
     axes.set_title(title, color=INK)
     axes.set_xlabel("cache held per head, window included", color=MUTED)
     axes.set_ylabel("answer tokens right")
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _percent(axes.xaxis)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=130, facecolor=PAPER)
