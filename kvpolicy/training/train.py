@@ -70,7 +70,8 @@ def train_write_gate(
         target_keep: wanted fraction of tokens in the cache, window included; steers lambda.
         lam: a fixed lambda instead.
         length: tokens of a training sequence, for documents; several take turns.
-        batch_size: sequences a step and process, of the longest length; as many tokens of others.
+        batch_size: sequences a step and process, of the longest length; about as many tokens
+            of others.
         threshold: of the hard decision, for the kept fraction and evaluation.
         expand: hidden units of the gate per channel of a head.
         lr: peak learning rate.
@@ -87,8 +88,8 @@ def train_write_gate(
         stop_after: stop (and save) at this step of the schedule, to be resumed later.
 
     Raises:
-        ValueError: not exactly one of `target_keep` and `lam`, a share outside [0, 1), or sizes
-            that do not fit.
+        ValueError: not exactly one of `target_keep` and `lam`, a share outside [0, 1), several
+            lengths for a ready stream, or sizes that do not fit.
 
     Source: EMCLab-Sinica/WG-KV, `scripts/train.py`.
     """
@@ -191,12 +192,14 @@ def _turns(
 ) -> list[Turn]:
     """A stream of sequences for each length, and how many of them make a step."""
     lengths = [length] if isinstance(length, int) else list(length)
-    if not lengths:
-        raise ValueError(f"length: wanted one or more, got {length!r}")
+    if not lengths or min(lengths) < 2:
+        raise ValueError(f"length: wanted one or more, each at least 2, got {length!r}")
+    if isinstance(texts, TrainingMix):
+        if len(lengths) > 1:
+            raise ValueError(f"length: a ready stream has its own, got {length!r}")
+        return [(texts, batch_size)]
     longest = max(lengths)
     mix = as_mix(texts, tokenizer, longest, seed, sequences=sequences)
-    if isinstance(texts, TrainingMix):
-        return [(mix, batch_size)]
     return [(attrs.evolve(mix, length=n), batch_size * longest // n) for n in lengths]
 
 

@@ -262,5 +262,9 @@ def test_lengths_take_turns_with_as_many_tokens(tmp_path: Path, monkeypatch) -> 
         train_write_gate(
             make_model(), [TEXT], steps=1, target_keep=0.06, length=[96, 192], **options
         )
-    with pytest.raises(ValueError, match=r"length: wanted one or more, got \[\]"):
+    with pytest.raises(ValueError, match=r"length: wanted one or more, .* got \[\]"):
         train_write_gate(make_model(), [TEXT], steps=1, lam=0.1, length=[], **options)
+    with pytest.raises(ValueError, match=r"each at least 2, got \[0, 96\]"):
+        train_write_gate(make_model(), [TEXT], steps=1, lam=0.1, length=[0, 96], **options)
+    with pytest.raises(ValueError, match=r"length: a ready stream has its own, got \[96, 192\]"):
+        train_write_gate(make_model(), make_mix(), steps=1, lam=0.1, length=[96, 192], **options)
