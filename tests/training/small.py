@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvpolicy.training import TrainingMix
@@ -30,7 +30,6 @@ def make_model() -> LlamaForCausalLM:
 def make_tokenizer() -> PreTrainedTokenizerFast:
     words = Tokenizer(models.WordLevel({chr(n): n for n in range(128)}, unk_token=chr(0)))
     words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    words.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token=chr(0))
 
 
