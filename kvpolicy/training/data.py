@@ -109,8 +109,15 @@ class TrainingMix:
             cut = begin + rng.randint(8, 20)
             asked = tasks.copy_question(decode(text[begin:cut]), rng)
             questions.append((asked, decode(text[cut : begin + size])))
-        task = tasks.Task(tasks.copy_intro(rng), (), tuple(questions))
-        return self._assemble(task.intro, [], task, rng, text)
+        intro = tasks.copy_intro(rng)
+        # Passages must not be in the part that gives way.
+        taken = len(self._chat.head) + len(self._encode(intro))
+        for n, question in enumerate(questions):
+            taken += sum(map(len, self._turn(n, *question)))
+            if taken > self.length - room:
+                del questions[n:]
+                break
+        return self._assemble(intro, [], tasks.Task(intro, (), tuple(questions)), rng, text)
 
     def _assemble(
         self,
@@ -126,9 +133,7 @@ class TrainingMix:
         end: list[int] = []
         answered: list[bool] = []
         for n, (question, answer) in enumerate(task.questions):
-            asked = self._encode(("\n\n" if n == 0 else "") + question)
-            asked = (chat.turn if n else []) + asked + chat.tail
-            reply = self._encode(answer)
+            asked, reply = self._turn(n, question, answer)
             # Most of a sequence is text; only a first question may take more room.
             if len(end) + len(asked) + len(reply) > self.length // (3 if answered else 2):
                 break
@@ -145,6 +150,11 @@ class TrainingMix:
             body += text[begin:cut] + insert
         ids = start + body + end
         return ids, [False] * (len(ids) - len(answered)) + answered
+
+    def _turn(self, number: int, question: str, answer: str) -> tuple[list[int], list[int]]:
+        """Token ids of a question, in its frame, and of its answer."""
+        asked = self._encode(("\n\n" if number == 0 else "") + question)
+        return (self._chat.turn if number else []) + asked + self._chat.tail, self._encode(answer)
 
     def _text(self, size: int, rng: random.Random) -> list[int]:
         ids = rng.choices(self._tokens, [len(t) for t in self._tokens])[0]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from training.small import TEXT, make_mix, make_model, make_tokenizer
 
-from kvpolicy.training import WriteGates, documents, train_write_gate
+from kvpolicy.training import TrainingMix, WriteGates, documents, train_write_gate
 from kvpolicy.training.attach import attach_for_training
 from kvpolicy.training.objective import choose_kernel, kept_fraction, ungate
 from kvpolicy.training.student import gated_forward
@@ -45,13 +45,13 @@ def test_an_endless_stream_is_read_as_far_as_needed():
 
 
 def test_passages_that_are_asked_for_are_in_the_text():
-    mix, rng, asked = make_mix(length=2048), random.Random(0), 0
+    letters = "".join(random.Random(5).choices("abcdefghijklmnopqrstuvwxyz", k=9000))
+    mix = TrainingMix(texts=[letters], tokenizer=make_tokenizer(), length=4096)
+    rng, asked = random.Random(0), 0
     for _ in range(60):
         ids, mask = mix.sequence("copy", rng)
-        assert len(ids) == len(mask) == 2048
-        if not any(mask):
-            continue
-        text = "".join(map(chr, ids[: mask.index(True)]))
+        assert len(ids) == len(mask) == 4096
+        text = "".join(map(chr, ids[: mask.index(True)])) if any(mask) else ""
         for answer, run in itertools.groupby(zip(mask, ids, strict=True), key=lambda x: x[0]):
             # The tokenizer puts spaces between characters, so that questions are long.
             passage = "".join(chr(token) for _, token in run).replace(" ", "")
