@@ -82,8 +82,11 @@ def test_train_gate_writes_a_gate_that_loads(folder: Path, tmp_path: Path) -> No
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
     wider = tmp_path / "wider.pt"
     options = ("--texts", texts, "--out", wider, "--lam", 0.1, "--start", out, "--device", "cpu")
-    said = call("train-gate", model, *options, *sizes)
+    more = ("--length", 96, "--answer-share", 0.5, "--run-dir", tmp_path / "more")
+    said = call("train-gate", model, *options, *sizes, *more)
     assert said.startswith(f"{wider}: lambda 0.1,") and WriteGate.from_pretrained(wider)
+    settings = torch.load(tmp_path / "more" / "state.pt", weights_only=False)["settings"]
+    assert settings["length"] == [192, 96] and settings["answer_share"] == 0.5
 
 
 def test_train_duo_writes_a_pattern_that_loads(folder: Path, tmp_path: Path) -> None:
