@@ -191,7 +191,7 @@ def answer_loss(student: Tensor, teacher: Tensor, answers: Tensor) -> Tensor | N
     """The same error where answers are predicted, each sequence that has an answer alike.
 
     Few tokens of a long sequence are answers, and the mean over all of them hardly sees a fact that
-    was forgotten.
+    was forgotten. Ours; the published loss has no such part.
 
     Args:
         student: `[B, N, C]`.

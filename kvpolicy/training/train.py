@@ -24,7 +24,7 @@ from .student import Evaluation, evaluate_gates, gated_forward
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Turn = tuple[TrainingMix, int]  # what a step reads, and how many sequences of it
+Stream = tuple[TrainingMix, int]  # sequences of one length, and how many of them make a step
 _HELD_OUT_RANK = -1  # a stream of batches that no process trains on
 
 
@@ -99,8 +99,8 @@ def train_write_gate(
         raise ValueError(f"answer_share must be in [0, 1), got {answer_share}")
     accelerator = Accelerator(cpu=model.device.type == "cpu")
     rank, most = accelerator.process_index, steps * batch_size * accelerator.num_processes
-    turns = _turns(texts, tokenizer, length, batch_size, seed, most)
-    least = sum(window / mix.length for mix, _ in turns) / len(turns)
+    streams = _streams(texts, tokenizer, length, batch_size, seed, most)
+    least = sum(window / mix.length for mix, _ in streams) / len(streams)
     if target_keep is not None and target_keep <= least:
         raise ValueError(
             f"target_keep must exceed window / length = {least:.3g}, got {target_keep}"
@@ -119,9 +119,8 @@ def train_write_gate(
     settings = {
         "model": model_fingerprint(model), "steps": steps, "window": window,
         "target_keep": target_keep, "lam": lam, "batch_size": batch_size,
-        "length": [mix.length for mix, _ in turns],
+        "length": [mix.length for mix, _ in streams], "answer_share": answer_share,
         "threshold": threshold, "lr": lr, "seed": seed, "ungated": ungated,
-        "answer_share": answer_share,
         "processes": accelerator.num_processes,
     }  # fmt: skip
     run = Run(out_dir, main=accelerator.is_main_process, settings=settings, parts=parts)
@@ -131,7 +130,7 @@ def train_write_gate(
     with attach_for_training(model, checkpointing=checkpointing) as attached:
         while step < min(steps, stop_after or steps):
             began = time.perf_counter()
-            mix, size = turns[step % len(turns)]
+            mix, size = streams[step % len(streams)]
             batch = mix.batch(step, size, rank=rank)
             ids = batch.input_ids.to(model.device)
             weight = cast(float, lam if steer is None else steer.lam)
@@ -166,7 +165,7 @@ def train_write_gate(
                 "seconds": round(time.perf_counter() - began, 4),
             }
             if eval_every and step % eval_every == 0:
-                hard = _hard(attached, gates, model, turns, window, threshold, kernel)
+                hard = _hard(attached, gates, model, streams, window, threshold, kernel)
                 metrics["hard"] = hard._asdict()
             run.log(metrics)
             if save_every and step % save_every == 0:
@@ -182,14 +181,14 @@ def train_write_gate(
     )
 
 
-def _turns(
+def _streams(
     texts: Texts | TrainingMix,
     tokenizer: PreTrainedTokenizerBase | None,
     length: int | Sequence[int],
     batch_size: int,
     seed: int,
     sequences: int,
-) -> list[Turn]:
+) -> list[Stream]:
     """A stream of sequences for each length, and how many of them make a step."""
     lengths = [length] if isinstance(length, int) else list(length)
     if not lengths or min(lengths) < 2:
@@ -213,15 +212,13 @@ def _hard(
     attached: AttachedModel,
     gates: WriteGates,
     model: PreTrainedModel,
-    turns: list[Turn],
+    streams: list[Stream],
     window: int,
     threshold: float,
     kernel: Kernel,
 ) -> Evaluation:
-    count = 4 * len(turns)
-    taken = (turns[n % len(turns)] for n in range(count))
     batches = [
-        tuple(mix.batch(n, size, rank=_HELD_OUT_RANK)) for n, (mix, size) in enumerate(taken)
+        tuple(mix.batch(n, size, rank=_HELD_OUT_RANK)) for n, (mix, size) in enumerate(4 * streams)
     ]
     return evaluate_gates(
         attached,
