@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import POSITION_MASK, Pages, Segments
+from ..types import POSITION_MASK, Held, Pages, Segments
 from ._flash import Attend
 from ._launch import cdiv, dense_last, on, power_of_two
 from ._slabs import KEYS, META, VALUES, page_offset
@@ -106,23 +106,22 @@ def gather(
     tile: Tile,
     rectangles: Rectangles | None = None,
     group: int = 1,
-    each: list[list[int]] | None = None,
+    held: Held | None = None,
 ) -> Far | None:
     """The global tokens of all heads in contiguous rows; None if there are none.
 
-    Plans `rectangles` where they pay; `group` query heads share a KV head. `each` are the counts,
-    if the host knows them.
+    Plans `rectangles` where they pay; `group` query heads share a KV head. `held` is what the host
+    knows of the counts; without it, it waits for them.
     """
     batch, heads = counts.shape
     table, counts = dense_last(table), counts.contiguous()
-    each = counts.tolist() if each is None else each
-    held = [n for row in each for n in row]
-    longest = max(held)
+    most, expected = held or (counts.tolist(),) * 2
+    longest = max(map(max, most))
     if longest == 0 or not any(lengths(segments)):
         return None
     size, dim = pages.k.shape[1:]
-    rows = sum(cdiv(n, ROWS) for n in held) * ROWS
-    pays = rectangles is not None and _pays(rectangles, segments, each, window, group)
+    rows = sum(cdiv(n, ROWS) for row in most for n in row) * ROWS
+    pays = rectangles is not None and _pays(rectangles, segments, expected, window, group)
     if rectangles is not None and pays:
         tile = rectangles.tile or tile
     tiles = tile_count(segments, tile.queries)
@@ -134,9 +133,9 @@ def gather(
     if rectangles is not None and pays:
         blocks = tile_count(segments, rectangles.queries)
         bounds = torch.empty(4, heads * blocks + 1, dtype=torch.int32, device=k.device)
-        most = min(rectangles.queries, max(lengths(segments)))
-        plan = Plan(rectangles.attend, torch.empty_like(limits), bounds, most, longest)
-    most = cdiv(max(lengths(segments)), tile.queries)
+        span = min(rectangles.queries, max(lengths(segments)))
+        plan = Plan(rectangles.attend, torch.empty_like(limits), bounds, span, longest)
+    each = cdiv(max(lengths(segments)), tile.queries)
     with on(k):
         _gather[cdiv(longest, ROWS) * (ROWS // 32), batch * heads](
             pages.k, pages.v, pages.meta, pages.slabs, table, counts, k, v, at,
@@ -144,7 +143,7 @@ def gather(
             HEADS=heads, UNITS_PAD=power_of_two(batch * heads), SLAB_PAGES=pages.slab_pages,
             PAGE=size, DIM=dim, DIM_PAD=power_of_two(dim), ROWS=ROWS, BLOCK=32, num_warps=4,
         )  # fmt: skip
-        _limits[cdiv(most, _LIMITS), batch * heads](
+        _limits[cdiv(each, _LIMITS), batch * heads](
             at, counts, segments.cu_q_dev, segments.start_dev, limits,
             plan.taken if plan else limits, plan.bounds if plan else limits, window, tiles,
             blocks, rows, longest.bit_length(), BATCH=batch, BATCH_PAD=power_of_two(batch),

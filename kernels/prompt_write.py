@@ -91,34 +91,53 @@ def write_leaving(
     flags: Tensor,
     segments: Segments,
     window: int,
-    ids: Tensor,
+    after: Tensor,
     fresh: Tensor,
     ranks: Tensor,
 ) -> None:
-    """Stores what `count_leaving` counted and names the new pages in the table; see the reference.
+    """Stores what `count_leaving` counted in pages from the free stack; see the reference.
 
-    A program stores the tokens of one tile and head.
+    A program stores the tokens of one tile and head. Where the stack is empty they go to the null
+    page.
     """
-    check_dense("write_leaving", table=table, counts=counts)
+    check_dense("write_leaving", table=table, counts=counts, after=after, fresh=fresh)
     key, value, flags = dense_last(key), dense_last(value), dense_last(flags)
     batch, heads, tiles = ranks.shape
     dim, width = key.shape[2], power_of_two(key.shape[2])
     with on(pages.k):
         _store[tiles, heads, batch](
-            pages.k, pages.v, pages.meta, pages.slabs, table, counts, key, value, flags,
-            segments.cu_q_dev, segments.cu_k_dev, segments.start_dev, ids, fresh, ranks, window,
+            pages.k, pages.v, pages.meta, pages.slabs, pages.free, pages.top, pages.refs,
+            table, counts, key, value, flags,
+            segments.cu_q_dev, segments.cu_k_dev, segments.start_dev, fresh, ranks, window,
             table.stride(0), table.stride(1), counts.stride(0), key.stride(0), key.stride(1),
             value.stride(0), value.stride(1), flags.stride(0),
             SLAB_PAGES=pages.slab_pages, PAGE=pages.k.shape[1], DIM=dim, DIM_PAD=width,
             TOKENS=_TOKENS, ROWS=power_of_two(batch * heads),
             num_warps=4 if width * key.element_size() <= 256 else 8,
         )  # fmt: skip
+        _settle[1,](
+            counts, after, fresh, pages.top, heads, counts.stride(0),
+            UNITS=batch * heads, UNITS_PAD=power_of_two(batch * heads), num_warps=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _settle(
+    counts, after, fresh, top, heads, counts_b, UNITS: tl.constexpr, UNITS_PAD: tl.constexpr
+):  # fmt: skip
+    """Makes the new counts current and the stack shorter, when every tile has read both."""
+    unit = tl.arange(0, UNITS_PAD)
+    real = unit < UNITS
+    held = tl.load(after + unit, mask=real)
+    tl.store(counts + unit // heads * counts_b + unit % heads, held, mask=real)
+    taken = tl.sum(tl.load(fresh + unit, mask=real, other=0), 0)
+    tl.store(top, tl.maximum(tl.load(top) - taken, 0))
 
 
 @triton.jit
 def _store(
-    pages_k, pages_v, pages_meta, slabs, table, counts, key, value, flags,
-    cu_q, cu_k, starts, ids, fresh, ranks, window,
+    pages_k, pages_v, pages_meta, slabs, free, top, refs, table, counts, key, value, flags,
+    cu_q, cu_k, starts, fresh, ranks, window,
     table_b, table_h, counts_b, key_h, key_t, value_h, value_t, flags_h,
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr,
@@ -149,8 +168,10 @@ def _store(
     new = stored & (column >= have)
     entry = table + b * table_b + h * table_h + column
     page = tl.load(entry, mask=stored & (column < have), other=0)
-    page += tl.load(ids + (given + column - have), mask=new, other=0)
+    place = tl.load(top) - 1 - (given + column - have)
+    page += tl.load(free + place, mask=new & (place >= 0), other=0)
     tl.store(entry, page, mask=new & (slot == 0))
+    tl.store(refs + page, tl.full([TOKENS], 1, tl.int32), mask=new & (slot == 0) & (page > 0))
     to = slot[:, None] * DIM + d[None, :]
     at_k = page_offset(slabs, page, KEYS, SLAB_PAGES, PAGE * DIM)
     tl.store(pages_k + at_k[:, None] + to, k, mask=mask)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..types import ADMITTED, Pages, Segments
+from ..types import ADMITTED, Held, Pages, Segments
 from ._flash import find_varlen
 from ._launch import check_dtype, dense_last, dot_size, on, power_of_two, shared_memory
 from ._math import dot, narrow
@@ -46,7 +46,7 @@ def prefill_attention(
     counts: Tensor,
     window: int,
     scale: float,
-    held: list[list[int]] | None = None,
+    held: Held | None = None,
 ) -> Tensor:
     """Attention over {j <= i : i - j < window or admitted[j]} `[Hq, Tq, D]`; see the reference.
 

@@ -34,6 +34,7 @@ def open_call(
         caps.before_prompt(state, lengths)
         for pool in state.pools.values():
             pool.holders[state] = 0
+            pool.unseen.forget()
         state.steps_reserved = 0
     elif state.steps_reserved < steps:
         caps.reserve(state, steps, max(steps, state.spec.interval))
@@ -46,6 +47,8 @@ def close_call(state: CacheState) -> None:
     assert call is not None
     state.lengths = [a + b for a, b in zip(state.lengths, call.added, strict=True)]
     if call.phase == "prompt":
+        for pool in state.pools.values():
+            pool.unseen.forget()
         state.sync_devices()
         return
     state.steps_reserved -= max(call.added, default=0)

@@ -116,6 +116,17 @@ class Pages(NamedTuple):
     refs: Tensor
 
 
+class Held(NamedTuple):
+    """Global tokens `[B][Hkv]` of a layer after a prompt call's writes, as the host knows them.
+
+    `most` are bounds, so that the host need not wait for the device; `expected` are guesses, which
+    may decide how something is computed and never what.
+    """
+
+    most: list[list[int]]
+    expected: list[list[int]]
+
+
 class Segments(NamedTuple):
     """How packed queries and keys split over sequences in a prompt call; ints live on the host.
 

@@ -19,7 +19,7 @@ from .gates import FixedFraction, random_gate
 from .launches import profiled
 
 FRACTION = 0.25
-CHUNK, STEPS, EAGER, PROFILED = 16384, 300, 8, 18
+CHUNK, STEPS, EAGER, PROFILED = 32768, 300, 8, 18
 QUEST, SNAPKV = 4096, 16384  # budgets in tokens a KV head
 TWICE = 200_000  # tokens of a batch up to which a prompt is timed twice
 

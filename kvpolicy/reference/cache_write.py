@@ -127,16 +127,18 @@ def _promote(
         pages.summary[page] = torch.cat([low, high], -1)
 
 
-def take_pages(pages: Pages, table: Tensor, head: Tensor, index: Tensor) -> None:
-    """Takes a page from the free stack for each `table[head, index]` and clears it.
+def take_pages(pages: Pages, table: Tensor, *place: Tensor) -> None:
+    """Takes a page from the free stack for each entry `table[place]` and clears it.
 
-    Clearing keeps unused slots finite: masked weights are exactly 0 and 0 x NaN is NaN.
+    The first gets the topmost. Clearing keeps unused slots finite: masked weights are exactly 0 and
+    0 x NaN is NaN.
     """
-    top = int(pages.top) - head.numel()
+    count = place[0].numel()
+    top = int(pages.top) - count
     if top < 0:
-        raise RuntimeError("the free stack is empty: capacity must be reserved before decoding")
-    ids = pages.free[top : top + head.numel()].long()
-    table[head, index] = ids.int()
+        raise RuntimeError("the free stack is empty: capacity must be reserved before writing")
+    ids = pages.free[top : top + count].flip(0).long()
+    table[place] = ids.int()
     pages.top.fill_(top)
     pages.refs[ids] = 1
     pages.k[ids] = 0

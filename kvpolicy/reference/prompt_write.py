@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..types import ADMITTED, POSITION_BITS, Pages, Segments
-from .cache_write import append
+from .cache_write import append, take_pages
 
 
 def count_leaving(
@@ -38,23 +38,24 @@ def write_leaving(
     flags: Tensor,
     segments: Segments,
     window: int,
-    ids: Tensor,
+    after: Tensor,
     fresh: Tensor,
     ranks: Tensor,
 ) -> None:
     """Stores what `count_leaving` counted, with the same flags, counts, segments and window.
 
-    `key`, `value` `[Hkv, Tk, D]` are the recent tokens. Pages `ids` `[sum(fresh)]` go to `table`
-    `[B, Hkv, M]`, head after head and in rising order; tokens are stored in the order of their
-    positions. `counts` stays.
+    `key`, `value` `[Hkv, Tk, D]` are the recent tokens. `table` `[B, Hkv, M]` gets pages from the
+    free stack, the topmost first, head after head and column after column; tokens are stored in the
+    order of their positions. `counts` becomes `after`.
     """
     have = _pages(counts, pages.k.shape[1])
     column = torch.arange(table.shape[2], device=table.device)
     new = (column >= have[..., None]) & (column < (have + fresh)[..., None])
-    table[new] = ids
+    take_pages(pages, table, *new.nonzero(as_tuple=True))
     rows, at, _ = places(segments, key.device)
     meta = at.int() | ((flags.int() >> 1) & 1) << POSITION_BITS
     append(pages, table, key, value, meta, ranks, rows.int())
+    counts.copy_(after)
 
 
 def places(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
 
 from ..reference.prompt_write import places
-from ..types import Segments
+from ..types import Held, Segments
 from .layer import LayerStore
-from .limits import check_tokens
+from .room import make_room
 from .state import CacheState
 
 
@@ -71,18 +71,19 @@ def recent(layer: LayerStore, seg: Segments, new: Tensor, ring: Tensor) -> Tenso
 
 def write_prompt(
     state: CacheState, layer: LayerStore, seg: Segments, key: Tensor, value: Tensor, flags: Tensor
-) -> list[list[int]] | None:
+) -> Held | None:
     """Appends to pages every admitted token that has left the window when this call ends.
 
     `key`, `value` `[Hkv, Tk, D]` and `flags` `[Hkv, Tk]` are the recent tokens of `seg`. Returns
-    the heads' counts afterwards, if the host knows them.
+    what the host knows of the heads' counts afterwards, None if it did not ask.
     """
     call = state.call
     assert call is not None
     before = layer.counts.clone()
     call.before.setdefault(layer.index, before)
     if layer.slides:
-        return [[0] * before.shape[1]] * before.shape[0]
+        none = [[0] * before.shape[1]] * before.shape[0]
+        return Held(none, none)
     if max(b - a for a, b in pairwise(seg.cu_k)) <= layer.window:
         return None
     pool, rest = layer.pool, (flags, seg, layer.window)
@@ -90,31 +91,32 @@ def write_prompt(
     after, fresh, ranks = state.ops.count_leaving(
         flags, before, seg, layer.window, state.spec.page_size
     )
-    # The host waits, because only it can make the pool grow: once, for all that it has to know.
-    numbers = [after.flatten(), fresh.flatten(), pool.top.view(1)]
-    *counts, free = torch.cat(numbers).tolist()
-    heads, new = after.shape[1], sum(counts[after.numel() :])
-    held = [counts[at : at + heads] for at in range(0, after.numel(), heads)]
-    check_tokens(state, layer, held)
-    ids = pool.take(new, free) if new else fresh.new_empty(0)
-    state.ops.write_leaving(pool.pages, layer.table, before, key, value, *rest, ids, fresh, ranks)
-    layer.counts.copy_(after)
-    summarize(state, layer, before, after)
+    held = make_room(state, layer, seg, after, fresh)
+    state.ops.write_leaving(
+        pool.pages, layer.table, layer.counts, key, value, *rest, after, fresh, ranks
+    )
+    size, had = state.spec.page_size, call.held[layer.index]
+    pairs = zip(chain(*had), chain(*held.most), strict=True)
+    summarize(state, layer, before, after, max(-(-n // size) - was // size for was, n in pairs))
     return held
 
 
-def summarize(state: CacheState, layer: LayerStore, before: Tensor, after: Tensor) -> None:
-    """Recomputes the summaries of pages that hold tokens from index `before` up to `after`."""
-    if layer.selection.neutral or layer.slides:
+def summarize(
+    state: CacheState, layer: LayerStore, before: Tensor, after: Tensor, span: int
+) -> None:
+    """Recomputes the summaries of pages that hold tokens from index `before` up to `after`.
+
+    They are at most `span` a head. For heads with fewer the last page is done again, so that the
+    host need not know; an empty head has the null page, whose summary nobody reads.
+    """
+    if layer.selection.neutral or layer.slides or not span:
         return
     size = state.spec.page_size
-    column = torch.arange(layer.table.shape[2], device=before.device)
-    touched = (column >= (before // size)[..., None]) & (column < _ceil(after, size)[..., None])
-    b, h, m = touched.nonzero(as_tuple=True)
-    if b.numel():
-        refresh_summary(
-            state, layer, layer.table[b, h, m], (after[b, h] - m * size).clamp(max=size)
-        )
+    last = (_ceil(after, size) - 1).clamp(min=0)
+    column = (before // size)[..., None] + torch.arange(span, device=before.device)
+    column = column.minimum(last[..., None]).long()
+    held = (after[..., None] - column * size).clamp(1, size)
+    refresh_summary(state, layer, layer.table.gather(2, column).flatten(), held.flatten())
 
 
 def refresh_summary(state: CacheState, layer: LayerStore, ids: Tensor, counts: Tensor) -> None:

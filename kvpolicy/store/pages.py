@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import CapacityError
 from ..types import Pages
 from .extents import SLAB_PAGES, Extent, slab_starts, widened
+from .unseen import Unseen
 
 if TYPE_CHECKING:
     from .state import CacheState
@@ -50,6 +51,7 @@ class PagePool:
         self.holders: weakref.WeakKeyDictionary[CacheState, int] = weakref.WeakKeyDictionary()
         # Tables of caches that are gone, whose pages are still held.
         self.orphans: list[Tensor] = []
+        self.unseen = Unseen()
         self.extents = [self._extent(SLAB_PAGES)]
         for null in self.extents[0][:2]:  # the reference reads it, with weight 0
             null[0] = 0
@@ -82,15 +84,23 @@ class PagePool:
         )
 
     def push(self, ids: Tensor) -> None:
-        """Puts pages on the free stack."""
-        top = int(self.top)
-        self.free[top : top + ids.numel()] = ids.flip(0)
-        self.top.fill_(top + ids.numel())
+        """Puts pages on the free stack; the host does not wait for the device."""
+        place = self.top + torch.arange(ids.numel(), device=self.device)
+        self.free.index_copy_(0, place, ids.flip(0))
+        self.top += ids.numel()
+        self.unseen.add(ids.numel())
 
     def drain(self) -> None:
         """Takes back the pages of caches that are gone."""
         while self.orphans:
             self.release(self.orphans.pop().flatten())
+
+    def secure(self, count: int, free: int) -> None:
+        """Makes `count` pages free for the write to come, if `free` pages are free now."""
+        free = self.ensure(count, free)
+        if self.moving and count > 1:  # rising ids, which the reference can read without a copy
+            self.free[:free] = self.free[:free].sort(descending=True).values
+        self.unseen.learn(free - count)
 
     @property
     def available(self) -> int:
@@ -192,7 +202,7 @@ class PagePool:
             self.slabs = widened(self.slabs, 2 * (first + rows))
             self.generation += 1
         self.slabs[first : first + rows] = slab_starts(self.extents[0], extent, rows).to(
-            self.device
+            self.device, non_blocking=True
         )
         self.extents.append(extent)
         self._add_ids(count)
@@ -222,11 +232,11 @@ class PagePool:
             self.generation += 1
             self.refresh()
 
-    def take(self, count: int, free: int | None = None) -> Tensor:
-        """Takes `count` pages, int32 ids `[count]`, growing if needed; `free` as for `ensure`."""
-        top = self.ensure(count, free) - count
-        if self.moving and count > 1:  # rising ids, which the reference can read without a copy
-            self.free[: top + count] = self.free[: top + count].sort(descending=True).values
+    def take(self, count: int) -> Tensor:
+        """Takes `count` pages, int32 ids `[count]`, growing if needed."""
+        self.secure(count, self.available)
+        self.unseen.forget()
+        top = int(self.top) - count
         ids = self.free[top : top + count].flip(0)
         self.top.fill_(top)
         self.refs[ids.long()] = 1
@@ -242,6 +252,7 @@ class PagePool:
 
     def release(self, ids: Tensor) -> None:
         """Counts one holder less for pages `ids` `[N]`; pages without holders become free."""
+        self.unseen.forget()
         ids = ids[ids > 0].long()
         if ids.numel():
             held = self.refs > 0

@@ -230,4 +230,5 @@ def _fill(state: CacheState, layer: LayerStore, tensors: Mapping[str, Tensor]) -
         layer.pool.pages, ids[None, None], k.flatten(0, 1)[None], v.flatten(0, 1)[None],
         meta.flatten()[None], slots, torch.zeros_like(slots[0]),
     )  # fmt: skip
-    summarize(state, layer, torch.zeros_like(layer.counts), layer.counts)
+    span = -(-int(layer.counts.max()) // state.spec.page_size)
+    summarize(state, layer, torch.zeros_like(layer.counts), layer.counts, span)

@@ -36,6 +36,7 @@ class Call:
     segments: dict[torch.device, Segments] = attrs.field(factory=dict)
     undo: dict[int, tuple[Tensor, ...]] = attrs.field(factory=dict)
     before: dict[int, Tensor] = attrs.field(factory=dict)  # page counts before the call, by layer
+    held: dict[int, list[list[int]]] = attrs.field(factory=dict)  # the same on the host
     valid: Tensor | None = None  # [B, T] bool, for decode calls
     done: set[int] = attrs.field(factory=set)  # layers that ran
 

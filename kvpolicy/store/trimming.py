@@ -49,6 +49,7 @@ def trim(pool: PagePool) -> None:
         pool.extents = pool.extents[:kept]
     pool.refs[capacity:] = 0
     pool.capacity = capacity
+    pool.unseen.forget()
     pool.top.zero_()
     pool.push(unused[high.numel() :].int())
     pool.refresh()

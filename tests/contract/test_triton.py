@@ -46,7 +46,8 @@ def test_each_policy(triple: tuple[str, str, str]) -> None:
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
 @pytest.mark.parametrize("triple", TRIPLES, ids="-".join)
 def test_every_triple(triple: tuple[str, str, str]) -> None:
-    run_triple(triple, layers=2, rows=3, decoded=14)
+    # Of two layers a pyramid leaves the second less than selections leave out.
+    run_triple(triple, layers=3, rows=3, decoded=14)
 
 
 def test_single_tokens_beside_a_finished_sequence() -> None:

@@ -120,7 +120,7 @@ def call_all(dim: int, page: int, dtype: torch.dtype) -> None:
     rectangles = Rectangles(lambda q, *_: (q, q[..., 0].T.float()), average=0, work=0)
     after, fresh, ranks = prompt_write.count_leaving(dest.byte(), counts, segments, window, page)
     prompt_write.write_leaving(
-        pages, table, counts, key, key, dest.byte(), segments, window, ids, fresh, ranks
+        pages, table, counts, key, key, dest.byte(), segments, window, after, fresh, ranks
     )
     for found in (None, rectangles):
         sparse_prefill.choose_rectangles = lambda query, found=found: found

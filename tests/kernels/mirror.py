@@ -133,14 +133,14 @@ def make_mirror(size: Size, heads: list[list[Any]], spare: int = 0, seed: int = 
         sum(map(sum, need)) + spare + 1, size.page, size.dim, size.dtype, slab_pages=SLAB_PAGES,
         width=2 * size.dim, first=size.first, poison=False,
     )  # fmt: skip
-    free = pool.pages.free.cpu()
+    free = pool.pages.free.to("cpu", copy=True)
     total = len(free) + 1
     host = Pages(
         *(torch.zeros(total, size.page, size.dim, dtype=size.dtype) for _ in "kv"),
         torch.zeros(total, size.page, dtype=torch.int32),
         torch.zeros(total, 2 * size.dim, dtype=size.dtype),
-        torch.zeros(1, 4, dtype=torch.int64), total, free, pool.pages.top.cpu(),
-        pool.pages.refs.cpu(),
+        torch.zeros(1, 4, dtype=torch.int64), total, free, pool.pages.top.to("cpu", copy=True),
+        pool.pages.refs.to("cpu", copy=True),
     )  # fmt: skip
     table = torch.zeros(len(filled), len(filled[0]), max(map(max, need)) + 3 + spare).int()
     for b, row in enumerate(filled):

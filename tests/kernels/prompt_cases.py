@@ -37,12 +37,13 @@ def _prompt_write(size: Size) -> None:
     agree(after)
     agree(fresh)
     pages, table = mirror.pages, pair(mirror.table)
-    top = int(pages.host.top)
-    ids = pages.host.free[top - int(fresh.host.sum()) : top].flip(0)
     key = size.randn(segments.cu_k[-1], 2, size.dim, seed=3).transpose(0, 1)
-    written = (key, -key, flags, segments, window, ids, fresh, ranks)
-    both("write_leaving", pages, table, mirror.counts, *written)
+    counts = pair(mirror.counts)
+    written = (key, -key, flags, segments, window, after, fresh, ranks)
+    both("write_leaving", pages, table, counts, *written)
     agree(table)
+    agree(counts)
+    agree(Pair(pages.host.top, pages.device.top))
     agree(mirror.stored(table, after.host))
 
 

@@ -1,0 +1,207 @@
+"""Pages for a prompt call: the host asks the device once, and stays right about what is free."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from kvpolicy import CacheSpec, CapacityError, RandomGate
+from kvpolicy.backend import ops
+from kvpolicy.pipeline import CachePipeline
+from kvpolicy.selection import Quest
+from kvpolicy.store import room
+from kvpolicy.store.pages import PagePool
+from kvpolicy.store.rows import select_rows
+
+LAYERS, HEADS, DIM, SIZE, CHUNK = 3, 2, 16, 2, 9
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How often a layer waited for its counts."""
+    found, secure = [], PagePool.secure
+
+    def spy(pool, count, free):
+        found.append(count)
+        secure(pool, count, free)
+
+    monkeypatch.setattr(PagePool, "secure", spy)
+    return found
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Leaves attention out, which interpreted kernels spend their time on."""
+    monkeypatch.setattr(ops("triton"), "prefill_attention", lambda query, *_: query, raising=False)
+
+
+def filled(rows=1, selection=None, **sizes):
+    """A cache of kernels after a prompt that is long beside `CHUNK`."""
+    spec = CacheSpec(
+        layers=LAYERS, heads=HEADS, kv_heads=HEADS, head_dim=DIM, page_size=SIZE, device=DEVICE,
+        **sizes,
+    )  # fmt: skip
+    more = {} if selection is None else {"selection": selection}
+    pipeline = CachePipeline(admission=RandomGate(sparsity=0.4), window=3, backend="triton", **more)
+    state = pipeline.init(spec, rows)
+    list(layers(pipeline, state, 100))
+    return pipeline, state, next(iter(state.pools.values()))
+
+
+def layers(pipeline, state, count, phase="prompt"):
+    """Runs a call; yields after each layer with its output."""
+    pipeline.begin(state, [count] * state.batch, phase)
+    many = count * state.batch
+    shape = (HEADS, many, DIM) if phase == "prompt" else (state.batch, HEADS, count, DIM)
+    for layer in range(LAYERS):
+        noise = torch.Generator().manual_seed(sum(state.lengths) + layer)
+        tokens = (torch.randn(shape, generator=noise).to(DEVICE) for _ in range(3))
+        yield pipeline.attend(state, layer, *tokens)
+    pipeline.commit(state)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_host_waits_in_the_first_layer_only(quick, asked, rows):
+    pipeline, state, pool = filled(rows)
+    for _ in range(12):  # the pool grows in between
+        asked.clear()
+        for _ in layers(pipeline, state, CHUNK):
+            assert pool.unseen.least <= pool.available
+            assert pool.unseen.settle() == pool.available
+        assert len(asked) == 1
+
+
+@pytest.mark.parametrize(("rows", "selection"), [(1, None), (3, Quest(budget=24))])
+def test_waiting_or_not_the_cache_is_the_same(monkeypatch, request, asked, rows, selection):
+    if rows > 1:
+        request.getfixturevalue("quick")
+    found = []
+    for waits in (False, True):
+        if waits:
+            monkeypatch.setattr(room, "_ahead", lambda *_: False)
+        pipeline, state, pool = filled(rows, selection)
+        asked.clear()
+        outs = [out for _ in range(2) for out in layers(pipeline, state, CHUNK)]
+        assert len(asked) == (2 * LAYERS if waits else 2)
+        outs += layers(pipeline, state, 1, "decode")
+        for layer in state.layers:
+            pages = state.ops.read_pages(pool.pages, layer.table)
+            slot = torch.arange(layer.table.shape[2] * SIZE, device=DEVICE)
+            stored = slot < layer.counts[..., None]
+            outs += [layer.counts, *(x.flatten(2, 3)[stored] for x in pages)]
+            if selection is not None:
+                summary = state.ops.read_summary(pool.pages, layer.table)
+                outs.append(summary[layer.table > 0])
+        found.append((outs, pool.used))
+    (ours, used), (theirs, wanted) = found
+    for got, want in zip(ours, theirs, strict=True):
+        assert torch.equal(got, want)
+    assert used == wanted
+
+
+@pytest.mark.parametrize("spare", [0, 1, 7])
+def test_promised_pages_stay_free(quick, asked, spare):
+    pipeline, state, pool = filled()
+    other = select_rows(state, [0])
+    list(layers(pipeline, other, 1, "decode"))
+    promised = pool.holders[other]
+    assert promised > 0
+    pool.take(pool.available - promised - spare)
+    asked.clear()
+    for _ in range(5):
+        for _ in layers(pipeline, state, CHUNK):
+            assert pool.available >= promised
+    assert len(asked) == 5
+
+
+def test_a_cache_that_goes_makes_the_next_layer_ask(quick, asked):
+    pipeline, state, pool = filled()
+    other = select_rows(state, [0])
+    list(layers(pipeline, other, 40))
+    asked.clear()
+    steps = layers(pipeline, state, CHUNK)
+    next(steps)
+    next(steps)
+    del other
+    gc.collect()
+    next(steps)
+    assert len(asked) == 2
+    assert pool.unseen.settle() == pool.available
+    list(steps)
+    assert len(asked) == 2
+
+
+def test_another_caches_prompt_in_between(quick, asked):
+    pipeline, state, pool = filled()
+    other = select_rows(state, [0])
+    ours, theirs = layers(pipeline, state, CHUNK), layers(pipeline, other, CHUNK)
+    for _ in range(LAYERS):
+        next(ours)
+        next(theirs)
+        assert pool.unseen.settle() == pool.available
+    assert not any(ours) and not any(theirs)
+    del other
+    gc.collect()
+    pool.drain()
+    own = sum(int((-(-layer.counts // SIZE)).sum()) for layer in state.layers)
+    assert pool.used == own
+
+
+def test_memory_that_suffices_for_what_is_admitted_alone(quick, asked, monkeypatch):
+    pipeline, state, pool = filled()
+    steps = layers(pipeline, state, CHUNK)
+    next(steps)
+    pool.unseen.learn(0)  # as if the bound would not fit
+    ensure, calls = PagePool.ensure, []
+
+    def fails_first(self, count, free=None):
+        calls.append(count)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("no memory")
+        return ensure(self, count, free)
+
+    monkeypatch.setattr(PagePool, "ensure", fails_first)
+    next(steps)
+    assert len(asked) >= 2 and calls[1] <= calls[0]
+    assert pool.unseen.least == pool.available
+    list(steps)
+
+
+@pytest.mark.parametrize("cap", ["max_tokens", "max_bytes"])
+def test_caps_are_checked_with_what_was_admitted(quick, asked, cap):
+    pipeline, state, pool = filled(**{cap: 1 << 20})
+    asked.clear()
+    list(layers(pipeline, state, CHUNK))
+    assert len(asked) == LAYERS
+    if cap == "max_bytes":
+        pool.limit = pool.used + 2
+        with pytest.raises(CapacityError):
+            list(layers(pipeline, state, 8 * CHUNK))
+
+
+def test_a_chunk_that_is_long_beside_the_cache_waits(quick, asked):
+    pipeline, state, _ = filled()
+    asked.clear()
+    list(layers(pipeline, state, 200))
+    assert len(asked) == LAYERS
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has nothing to wait for")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_the_device_is_not_waited_for():
+    pipeline, state, _ = filled(selection=Quest(budget=24))
+    list(layers(pipeline, state, CHUNK))  # kernels compile
+    steps = layers(pipeline, state, CHUNK)
+    next(steps)
+    before = torch.cuda.get_sync_debug_mode()
+    tokens = [torch.randn(HEADS, CHUNK, DIM, device=DEVICE) for _ in range(3)]
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for layer in range(1, LAYERS):
+            pipeline.attend(state, layer, *tokens)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    pipeline.commit(state)
