@@ -34,8 +34,6 @@ def abort(state: CacheState) -> None:
         # Rings of layers that ran hold the new tokens in the oldest slots of the rollback.
         ends = [n + t for n, t in zip(state.lengths, call.added, strict=True)]
         state.reached = [max(pair) for pair in zip(state.reached, ends, strict=True)]
-    for pool in state.pools.values():
-        pool.unseen.forget()
     state.sync_devices()
     state.steps_reserved = 0
 

@@ -134,6 +134,50 @@ def test_a_cache_that_goes_makes_the_next_layer_ask(quick, asked):
     assert len(asked) == 2
 
 
+def test_a_cache_that_goes_while_a_layer_counts(quick, asked, monkeypatch):
+    """Its promise goes with it, but not the pages that it took of those promised."""
+    pipeline, state, pool = filled()
+    others = [select_rows(state, [0])]
+    list(layers(pipeline, others[0], 1, "decode"))
+    steps = layers(pipeline, state, CHUNK)
+    next(steps)
+    for _ in range(2 * SIZE):
+        list(layers(pipeline, others[0], 1, "decode"))
+    count_leaving = ops("triton").count_leaving
+
+    def count_and_collect(*args):
+        others.clear()
+        gc.collect()
+        return count_leaving(*args)
+
+    monkeypatch.setattr(ops("triton"), "count_leaving", count_and_collect)
+    for _ in steps:
+        assert pool.unseen.settle() == pool.available
+
+
+def test_a_cache_that_gives_up_its_promise(quick):
+    """What it took of the pages promised to it is no longer covered."""
+    pipeline, state, pool = filled()
+    other = select_rows(state, [0])
+    list(layers(pipeline, other, 1, "decode"))
+    steps = layers(pipeline, state, CHUNK)
+    next(steps)
+    for _ in range(2 * SIZE):
+        list(layers(pipeline, other, 1, "decode"))
+    pipeline.begin(other, [1], "prompt")
+    for _ in steps:
+        assert pool.unseen.settle() == pool.available
+
+
+def test_nothing_is_known_between_calls(quick):
+    pipeline, state, pool = filled()
+    assert pool.unseen.least is None
+    next(layers(pipeline, state, CHUNK))
+    assert pool.unseen.least is not None
+    pipeline.abort(state)
+    assert pool.unseen.least is None
+
+
 def test_another_caches_prompt_in_between(quick, asked):
     pipeline, state, pool = filled()
     other = select_rows(state, [0])
