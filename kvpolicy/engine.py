@@ -8,6 +8,7 @@ from torch import Tensor
 from . import caps
 from ._inputs import check_input
 from .deciding import decide, decide_prompt
+from .errors import PhaseError
 from .reference.page_select import combine_group
 from .store.dual_cache import (
     layer_segments,
@@ -43,6 +44,8 @@ def open_call(
 
 def close_call(state: CacheState) -> None:
     """Makes lengths current on host and devices."""
+    for pool in state.pools.values():
+        pool.unseen.settle()
     call, state.call = state.call, None
     assert call is not None
     state.lengths = [a + b for a, b in zip(state.lengths, call.added, strict=True)]
@@ -76,6 +79,8 @@ def prompt(
     check_input(state, index, "query", query, (state.spec.heads, tokens, state.spec.head_dim))
     for name, tensor in (("key", key), ("value", value)):
         check_input(state, index, name, tensor, (state.spec.kv_heads, tokens, state.spec.head_dim))
+    if index in call.before:
+        raise PhaseError(f"attend: layer {index} failed in this call; abort it and begin again")
     seg = layer_segments(state, layer)
     if tokens == 0:
         return query.clone()

@@ -12,12 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..types import ADMITTED, MARKED, POSITION_BITS, POSITION_MASK, EvictionView
-from .dual_cache import _ceil, summary_of
+from .dual_cache import SCRATCH, _ceil, summary_of
 from .layer import LayerStore
 from .pages import PagePool
 from .state import CacheState
-
-SCRATCH = 64 << 20  # bytes of keys and values that are read at once for summaries
 
 
 def longest(layers: Sequence[LayerStore]) -> list[int]:

@@ -13,6 +13,8 @@ from .layer import LayerStore
 from .room import make_room
 from .state import CacheState
 
+SCRATCH = 64 << 20  # bytes of keys and values that are read at once for summaries
+
 
 def segments(state: CacheState, device: torch.device) -> Segments:
     """The open prompt call's segments on a device; recents are the ring's tokens and new ones."""
@@ -87,7 +89,6 @@ def write_prompt(
     if max(b - a for a, b in pairwise(seg.cu_k)) <= layer.window:
         return None
     pool, rest = layer.pool, (flags, seg, layer.window)
-    pool.drain()
     after, fresh, ranks = state.ops.count_leaving(
         flags, before, seg, layer.window, state.spec.page_size
     )
@@ -107,16 +108,19 @@ def summarize(
     """Recomputes the summaries of pages that hold tokens from index `before` up to `after`.
 
     They are at most `span` a head. For heads with fewer the last page is done again, so that the
-    host need not know; an empty head has the null page, whose summary nobody reads.
+    host need not know; an empty head has the null page, whose summary nobody reads. Few pages a
+    head are read at a time where there are many heads.
     """
     if layer.selection.neutral or layer.slides or not span:
         return
     size = state.spec.page_size
     last = (_ceil(after, size) - 1).clamp(min=0)
-    column = (before // size)[..., None] + torch.arange(span, device=before.device)
-    column = column.minimum(last[..., None]).long()
-    held = (after[..., None] - column * size).clamp(1, size)
-    refresh_summary(state, layer, layer.table.gather(2, column).flatten(), held.flatten())
+    page = 2 * size * state.spec.head_dim * layer.ring_k.element_size()
+    step = max(SCRATCH // (page * after.numel()), 1)
+    for some in torch.arange(span, device=before.device).split(step):
+        column = ((before // size)[..., None] + some).minimum(last[..., None]).long()
+        held = (after[..., None] - column * size).clamp(1, size)
+        refresh_summary(state, layer, layer.table.gather(2, column).flatten(), held.flatten())
 
 
 def refresh_summary(state: CacheState, layer: LayerStore, ids: Tensor, counts: Tensor) -> None:

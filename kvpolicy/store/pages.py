@@ -139,6 +139,7 @@ class PagePool:
         """Keeps `count` free pages for `holder`, beside those promised to others."""
         before = self.holders.get(holder, 0)
         self.holders[holder] = 0
+        self.unseen.forget()  # what was taken of an earlier promise is no longer covered by it
         try:
             self.ensure(count)
             before = count

@@ -27,6 +27,8 @@ def abort(state: CacheState) -> None:
             shrink(state, layer, _counts_at(state, layer, before, max(call.added)))
         elif layer.index in call.before:
             shrink(state, layer, call.before[layer.index])
+    for pool in state.pools.values():
+        pool.refs[pool.free[: pool.available].long()] = 0  # of such a write
     columns = 1 if call.valid is None else call.valid.shape[1]
     if (
         call.phase == "decode" and columns <= state.spec.rollback
@@ -118,7 +120,8 @@ def shrink(state: CacheState, layer: LayerStore, counts: Tensor) -> None:
     gone = (column >= want[..., None]) & (column < have[..., None])
     shorter = (counts < layer.counts) & (counts % size > 0)
     layer.pool.release(layer.table[gone])
-    layer.table.masked_fill_(gone, 0)
+    # Beyond the counts lie pages of a write that was broken off before it was settled.
+    layer.table.masked_fill_(column >= want[..., None], 0)
     layer.counts.copy_(counts)
     own_partial(state, layer, shorter)
     b, h = shorter.nonzero(as_tuple=True)

@@ -23,7 +23,8 @@ def make_room(
 
     Only the host can make the pool grow. Either it waits for these numbers, and the device idles
     until it goes on; or it provides for all tokens being admitted, and reads a layer later how many
-    were. It waits for caches that are small, capped or empty, and in the first layer of a call.
+    were. It waits for caches that are small, capped or empty, in the first layer of a call, and
+    where free pages have to be counted anew (see `Unseen`).
     """
     call, pool = state.call, layer.pool
     assert call is not None
@@ -32,6 +33,7 @@ def make_room(
     if held is not None and _ahead(state, layer, leaving, fresh):
         after_all = [[n + new for n in row] for row, new in zip(held, leaving, strict=True)]
         return Held(after_all, _expected(held, after_all, layer, seg))
+    pool.drain()
     # Once a call it asks for all layers.
     others = [] if held is not None else [x for x in state.layers if x.pool is pool]
     before = [call.before.get(x.index, x.counts).flatten() for x in others]
@@ -53,9 +55,7 @@ def _ahead(state: CacheState, layer: LayerStore, leaving: list[int], fresh: Tens
     capped = pool.limit is not None or state.spec.max_tokens is not None
     if capped or pool.moving or most > pool.capacity // SPARE:
         return False
-    # First, so that a cache that goes now is counted by its promise or found by `drain`.
     promised = sum(pool.holders.values())
-    pool.drain()
     free = pool.unseen.settle()
     if free is None:
         return False
@@ -64,14 +64,18 @@ def _ahead(state: CacheState, layer: LayerStore, leaving: list[int], fresh: Tens
             pool.ensure(most, free)
         except torch.OutOfMemoryError:  # what is admitted may fit
             return False
-    pool.unseen.take(most, fresh)
+    # A cache that went just now no longer promises the pages that it took.
+    if pool.orphans:
+        return False
+    pool.unseen.take(most, fresh, pool.top)
     return True
 
 
 def _expected(before: Rows, after: Rows, layer: LayerStore, seg: Segments) -> Rows:
     """Counts after a call that admits as much of its tokens as the cache holds of earlier ones.
 
-    `after` itself for what has no earlier ones.
+    `after` itself for what has no earlier ones. Also where the counts are known: what depends on
+    them does not depend on whether the host waited.
     """
     found = []
     for row, (held, last) in enumerate(zip(before, after, strict=True)):

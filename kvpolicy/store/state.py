@@ -156,6 +156,7 @@ class CacheState:
             pool.promise(self, count)
         for pool in pages:
             pool.holders[self] = 0
+            pool.unseen.forget()
         self.steps_reserved = 0
 
     def kept(self, layer: int, row: int, head: int) -> Tensor:

@@ -126,8 +126,6 @@ def test_a_prompt_waits_for_the_device_once_a_layer(monkeypatch: pytest.MonkeyPa
 
     for start in (0, 150):
         pipeline.begin(state, [150], "prompt")
-        for pool in state.pools.values():
-            pool.ensure(2 * HEADS * 150 // SPEC.page_size)  # growing waits too
         tokens = {"query": torch.randn(2 * HEADS, 150, DIM)}
         tokens |= {name: torch.randn(HEADS, 150, DIM) for name in ("key", "value", "key_pre")}
         with launches(), monkeypatch.context() as patch:

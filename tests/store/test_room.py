@@ -7,8 +7,9 @@ import gc
 import pytest
 import torch
 
-from kvpolicy import CacheSpec, CapacityError, RandomGate
+from kvpolicy import CacheSpec, CapacityError, PhaseError, RandomGate
 from kvpolicy.backend import ops
+from kvpolicy.kernels import prompt_write
 from kvpolicy.pipeline import CachePipeline
 from kvpolicy.selection import Quest
 from kvpolicy.store import room
@@ -38,14 +39,14 @@ def quick(monkeypatch):
     monkeypatch.setattr(ops("triton"), "prefill_attention", lambda query, *_: query, raising=False)
 
 
-def filled(rows=1, selection=None, **sizes):
+def filled(rows=1, selection=None, sparsity=0.4, **sizes):
     """A cache of kernels after a prompt that is long beside `CHUNK`."""
     spec = CacheSpec(
         layers=LAYERS, heads=HEADS, kv_heads=HEADS, head_dim=DIM, page_size=SIZE, device=DEVICE,
         **sizes,
     )  # fmt: skip
     more = {} if selection is None else {"selection": selection}
-    pipeline = CachePipeline(admission=RandomGate(sparsity=0.4), window=3, backend="triton", **more)
+    pipeline = CachePipeline(admission=RandomGate(sparsity=sparsity), window=3, backend="triton", **more)
     state = pipeline.init(spec, rows)
     list(layers(pipeline, state, 100))
     return pipeline, state, next(iter(state.pools.values()))
@@ -61,6 +62,17 @@ def layers(pipeline, state, count, phase="prompt"):
         tokens = (torch.randn(shape, generator=noise).to(DEVICE) for _ in range(3))
         yield pipeline.attend(state, layer, *tokens)
     pipeline.commit(state)
+
+
+def check_pages(pool, *states):
+    """No page is both free and held, and every token has one."""
+    free = pool.free[: int(pool.top)].tolist()
+    held = set()
+    for layer in (x for state in states for x in state.layers):
+        column = torch.arange(layer.table.shape[2], device=DEVICE)
+        held |= set(layer.table[column * SIZE < layer.counts[..., None]].tolist())
+    assert len(set(free)) == len(free)
+    assert 0 not in held and not held & set(free)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -153,6 +165,105 @@ def test_a_cache_that_goes_while_a_layer_counts(quick, asked, monkeypatch):
     monkeypatch.setattr(ops("triton"), "count_leaving", count_and_collect)
     for _ in steps:
         assert pool.unseen.settle() == pool.available
+
+
+def test_a_cache_that_is_promised_pages_anew(quick):
+    """What it took of those promised before is no longer covered."""
+    pipeline, state, pool = filled()
+    other = select_rows(state, [0])
+    list(layers(pipeline, other, 1, "decode"))
+    steps = layers(pipeline, state, 38)
+    next(steps)
+    for _ in range(200):
+        before = other.steps_reserved
+        list(layers(pipeline, other, 1, "decode"))
+        spare = pool.available - sum(pool.holders.values())
+        if other.steps_reserved > before and spare < 20:
+            break
+    for _ in steps:
+        assert pool.unseen.settle() == pool.available
+    for _ in range(other.steps_reserved):
+        list(layers(pipeline, other, 1, "decode"))
+    check_pages(pool, state, other)
+
+
+def test_a_cache_that_goes_while_the_pool_grows(quick, asked, monkeypatch):
+    pipeline, state, pool = filled(sparsity=0.05)
+    others = [select_rows(state, [0])]
+    list(layers(pipeline, others[0], 1, "decode"))
+    pool.take(pool.available - sum(pool.holders.values()) - 38)
+    steps = layers(pipeline, state, 38)
+    next(steps)
+    for _ in range(14):
+        list(layers(pipeline, others[0], 1, "decode"))
+    ensure, seen = PagePool.ensure, []
+
+    def collected(self, count, free=None):
+        seen.append(count)
+        others.clear()
+        gc.collect()
+        return ensure(self, count, free)
+
+    monkeypatch.setattr(PagePool, "ensure", collected)
+    next(steps)
+    assert seen
+    assert pool.unseen.settle() <= pool.available
+    check_pages(pool, state)
+
+
+def test_a_write_that_is_broken_off(quick, monkeypatch):
+    """Between storing tokens and settling counts; what it took is free again and held by nobody."""
+
+    class Broken:
+        def __getitem__(self, grid):
+            raise KeyboardInterrupt
+
+    pipeline, state, pool = filled()
+    other = select_rows(state, [0])
+    refs = pool.refs.clone()
+    steps = layers(pipeline, state, CHUNK)
+    next(steps)
+    with monkeypatch.context() as patch:
+        patch.setattr(prompt_write, "_settle", Broken())
+        with pytest.raises(KeyboardInterrupt):
+            next(steps)
+    pipeline.abort(state)
+    assert torch.equal(pool.refs[: len(refs)], refs)
+    list(layers(pipeline, other, CHUNK))
+    check_pages(pool, state, other)
+    state.reset()
+    check_pages(pool, other)
+
+
+def test_a_layer_that_failed_is_not_run_again(quick, monkeypatch):
+    pipeline, state, _ = filled()
+    steps = layers(pipeline, state, CHUNK)
+    next(steps)
+
+    def fails(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops("triton"), "prefill_attention", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            next(steps)
+    tokens = [torch.randn(HEADS, CHUNK, DIM, device=DEVICE) for _ in range(3)]
+    with pytest.raises(PhaseError, match="layer 1 failed in this call"):
+        pipeline.attend(state, 1, *tokens)
+    pipeline.abort(state)
+    list(layers(pipeline, state, CHUNK))
+
+
+def test_pages_that_were_not_there_are_an_error(quick):
+    """Not a loss that nobody sees."""
+    pipeline, state, pool = filled()
+    steps = layers(pipeline, state, CHUNK)
+    next(steps)
+    pool.take(pool.available)
+    pool.unseen.learn(1000)
+    next(steps)
+    with pytest.raises(RuntimeError, match="pages where 0 were free"):
+        next(steps)
 
 
 def test_a_cache_that_gives_up_its_promise(quick):
