@@ -46,7 +46,9 @@ def filled(rows=1, selection=None, sparsity=0.4, **sizes):
         **sizes,
     )  # fmt: skip
     more = {} if selection is None else {"selection": selection}
-    pipeline = CachePipeline(admission=RandomGate(sparsity=sparsity), window=3, backend="triton", **more)
+    pipeline = CachePipeline(
+        admission=RandomGate(sparsity=sparsity), window=3, backend="triton", **more
+    )
     state = pipeline.init(spec, rows)
     list(layers(pipeline, state, 100))
     return pipeline, state, next(iter(state.pools.values()))
