@@ -44,14 +44,15 @@ def open_call(
 
 def close_call(state: CacheState) -> None:
     """Makes lengths current on host and devices."""
-    for pool in state.pools.values():
-        pool.unseen.settle()
-    call, state.call = state.call, None
+    call = state.call
     assert call is not None
-    state.lengths = [a + b for a, b in zip(state.lengths, call.added, strict=True)]
     if call.phase == "prompt":
         for pool in state.pools.values():
+            pool.unseen.settle()
             pool.unseen.forget()
+    state.call = None
+    state.lengths = [a + b for a, b in zip(state.lengths, call.added, strict=True)]
+    if call.phase == "prompt":
         state.sync_devices()
         return
     state.steps_reserved -= max(call.added, default=0)

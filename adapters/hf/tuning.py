@@ -22,9 +22,8 @@ def cold_timing() -> Iterator[None]:
 
         own = benchmarking.benchmarker
         cold = functools.partial(benchmarking.TritonBenchmarker.benchmark_gpu, own)
-        replaced = type(own) is benchmarking.InductorBenchmarker and "benchmark_gpu" not in vars(
-            own
-        )
+        default = type(own) is benchmarking.InductorBenchmarker
+        replaced = default and "benchmark_gpu" not in vars(own)
     except (ImportError, AttributeError):  # internals of torch, which may move
         replaced = False
     if not replaced:

@@ -95,7 +95,7 @@ class PagePool:
         while self.orphans:
             self.release(self.orphans.pop().flatten())
 
-    def secure(self, count: int, free: int) -> None:
+    def make_free(self, count: int, free: int) -> None:
         """Makes `count` pages free for the write to come, if `free` pages are free now."""
         free = self.ensure(count, free)
         if self.moving and count > 1:  # rising ids, which the reference can read without a copy
@@ -235,7 +235,7 @@ class PagePool:
 
     def take(self, count: int) -> Tensor:
         """Takes `count` pages, int32 ids `[count]`, growing if needed."""
-        self.secure(count, self.available)
+        self.make_free(count, self.available)
         self.unseen.forget()
         top = int(self.top) - count
         ids = self.free[top : top + count].flip(0)

@@ -44,7 +44,7 @@ def make_room(
         call.held[other.index] = _rows(numbers[(2 + place) * size + 1 :][:size], heads)
     exact = _rows(numbers[:size], heads)
     check_tokens(state, layer, exact)
-    pool.secure(sum(numbers[size : 2 * size]), numbers[2 * size])
+    pool.make_free(sum(numbers[size : 2 * size]), numbers[2 * size])
     return Held(exact, _expected(call.held[layer.index], exact, layer, seg))
 
 

@@ -23,13 +23,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture
 def asked(monkeypatch):
     """How often a layer waited for its counts."""
-    found, secure = [], PagePool.secure
+    found, make_free = [], PagePool.make_free
 
     def spy(pool, count, free):
         found.append(count)
-        secure(pool, count, free)
+        make_free(pool, count, free)
 
-    monkeypatch.setattr(PagePool, "secure", spy)
+    monkeypatch.setattr(PagePool, "make_free", spy)
     return found
 
 
