@@ -23,14 +23,16 @@ def make_room(
 
     Only the host can make the pool grow. Either it waits for these numbers, and the device idles
     until it goes on; or it provides for all tokens being admitted, and reads a layer later how many
-    were. It waits for caches that are small, capped or empty, in the first layer of a call, and
-    where free pages have to be counted anew (see `Unseen`).
+    were. It waits for caches that are small, capped or empty (a row of them suffices), in the first
+    layer of a call, and where free pages have to be counted anew (see `Unseen`).
     """
     call, pool = state.call, layer.pool
     assert call is not None
     leaving = [max(b - a - layer.window, 0) for a, b in pairwise(seg.cu_k)]
     held = call.held.get(layer.index)
-    if held is not None and _ahead(state, layer, leaving, fresh):
+    # Without earlier tokens nothing says what to expect but the counts themselves.
+    past = all(at > layer.window for at, n in zip(seg.start, call.added, strict=True) if n)
+    if past and held is not None and _ahead(state, layer, leaving, fresh):
         after_all = [[n + new for n in row] for row, new in zip(held, leaving, strict=True)]
         return Held(after_all, _expected(held, after_all, layer, seg))
     pool.drain()
