@@ -6,6 +6,10 @@ import os
 import sys
 from pathlib import Path
 
+# Interpreted products are numpy's, which torch imports. OpenBLAS has kernels, those for AVX2, that
+# round a row of a product by its place in the matrix; these do not.
+os.environ.setdefault("OPENBLAS_CORETYPE", "Sandybridge")
+
 import torch
 
 if not torch.cuda.is_available():
