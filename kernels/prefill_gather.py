@@ -25,36 +25,54 @@ _LIMITS = 128  # tiles that one program of the limit kernel serves
 
 
 class Tile(NamedTuple):
-    """Queries and keys of a tile, warps and pipeline stages; how gathered rows are loaded."""
+    """Rows (positions times heads) and keys of a tile, warps and pipeline stages.
 
-    queries: int
+    A tile has the queries of all heads of a group: keys are read once for them, and few positions
+    share a tile, so that most of its keys are seen by all. With `descriptors` its gathered rows are
+    loaded whole by the device's copy engine and it has one head, which needs fewer registers.
+    `registers` is the most that a thread gets, so that two programs fit where one would.
+    """
+
+    rows: int
     keys: int
     warps: int
     stages: int
     descriptors: bool = False
+    registers: int | None = None
+
+    def heads(self, group: int) -> int:
+        """Query heads of a tile: the whole group, or a part of one that is too large."""
+        if self.descriptors:
+            return 1
+        return next(n for n in range(min(group, self.rows), 0, -1) if group % n == 0)
+
+    def queries(self, group: int) -> int:
+        """Positions of a tile."""
+        return self.rows // self.heads(group)
 
 
 class Rectangles(NamedTuple):
     """A dense kernel for rectangles, and which ones it gets.
 
-    Blocks of `queries` are whole tiles of FlashAttention-3 (128 or 192 queries): 1536 keeps the
-    rows that a tile adds to its rectangle few, and the K and V that run at a time shared by many
-    tiles. It reads whole blocks of up to `spare` keys: so many rows before the end of a head's rows
-    are left over, that no sequence touches another's.
+    Blocks of about `queries` (whole tiles of the tile kernel) are whole tiles of FlashAttention-3
+    too (128 or 192 queries) where groups are powers of two: 1536 keeps the rows that a tile adds to
+    its rectangle few, and the K and V that run at a time shared by many tiles. It reads whole
+    blocks of up to `spare` keys: so many rows before the end of a head's rows are left over, that
+    no sequence touches another's.
 
     FlashAttention-3 alone reached 607 to 627 TFLOP/s on such rectangles on an H200, where the tile
     kernel reaches 515 (`kvpolicy bench prefill` times both ways); it costs four more trips of a
-    query through memory (its copy, and the rectangle's output): even at about 1400 rows a query, or
-    700 once the queries are copied. Hence `least` rows for a rectangle; `average` rows a query and
-    `work` (queries times rows, about 1 ms) for a call. `tile` goes on from a rectangle, if another
-    one than the tile kernel alone would use.
+    query through memory (its copy, and the rectangle's output). On an H100 a prompt with 1450 such
+    rows a query took 13 % less with rectangles than without. Hence `least` rows for a rectangle;
+    `average` rows a query and `work` (queries times rows, about 1 ms) for a call. `tile` goes on
+    from a rectangle, if another one than the tile kernel alone would use.
     """
 
     attend: Attend
     queries: int = 1536
     spare: int = 192
     least: int = 1024
-    average: int = 1536
+    average: int = 1024
     work: int = 1 << 30
     tile: Tile | None = None
 
@@ -124,18 +142,20 @@ def gather(
     pays = rectangles is not None and _pays(rectangles, segments, expected, window, group)
     if rectangles is not None and pays:
         tile = rectangles.tile or tile
-    tiles = tile_count(segments, tile.queries)
+    queries = tile.queries(group)
+    tiles = tile_count(segments, queries)
     k = torch.empty(rows, dim, dtype=pages.k.dtype, device=pages.k.device)
     v = torch.empty_like(k)
     at = torch.empty(rows, dtype=torch.int32, device=k.device)
     limits = torch.empty(heads, tiles, dtype=torch.int32, device=k.device)
-    plan, blocks = None, 0
+    plan, blocks, span = None, 0, 0
     if rectangles is not None and pays:
-        blocks = tile_count(segments, rectangles.queries)
+        span = max(rectangles.queries // queries, 1) * queries  # whole tiles
+        blocks = tile_count(segments, span)
         bounds = torch.empty(4, heads * blocks + 1, dtype=torch.int32, device=k.device)
-        span = min(rectangles.queries, max(lengths(segments)))
-        plan = Plan(rectangles.attend, torch.empty_like(limits), bounds, span, longest)
-    each = cdiv(max(lengths(segments)), tile.queries)
+        most_queries = min(span, max(lengths(segments)))
+        plan = Plan(rectangles.attend, torch.empty_like(limits), bounds, most_queries, longest)
+    each = cdiv(max(lengths(segments)), queries)
     with on(k):
         _gather[cdiv(longest, ROWS) * (ROWS // 32), batch * heads](
             pages.k, pages.v, pages.meta, pages.slabs, table, counts, k, v, at,
@@ -147,9 +167,8 @@ def gather(
             at, counts, segments.cu_q_dev, segments.start_dev, limits,
             plan.taken if plan else limits, plan.bounds if plan else limits, window, tiles,
             blocks, rows, longest.bit_length(), BATCH=batch, BATCH_PAD=power_of_two(batch),
-            HEADS=heads, UNITS_PAD=power_of_two(batch * heads), QUERIES=tile.queries,
-            KEYS_=tile.keys, ROWS=ROWS, SPAN=rectangles.queries if rectangles and plan else 0,
-            SPARE=rectangles.spare if rectangles and plan else 0,
+            HEADS=heads, UNITS_PAD=power_of_two(batch * heads), QUERIES=queries,
+            ROWS=ROWS, SPAN=span, SPARE=rectangles.spare if rectangles and plan else 0,
             LEAST=rectangles.least if rectangles and plan else 0, BLOCK=_LIMITS, num_warps=4,
         )  # fmt: skip
     return Far(k, v, limits, tile, plan)
@@ -238,8 +257,8 @@ def _rows_before(at, count, cut, steps):
 def _limits(
     at, counts, cu_q, start, limits, taken, bounds, window, tiles, blocks, rows, steps,
     BATCH: tl.constexpr, BATCH_PAD: tl.constexpr, HEADS: tl.constexpr, UNITS_PAD: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS_: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
-    SPARE: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr,
+    QUERIES: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, SPARE: tl.constexpr,
+    LEAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """For each tile of a head, its rows before the window of the tile's first query."""
     unit = tl.program_id(1)
@@ -260,7 +279,7 @@ def _limits(
     if SPAN:
         block = tile * QUERIES // SPAN
         shared = _rows_before(at, count, cut + block * SPAN, steps)
-        shared = tl.maximum(tl.minimum(shared, count - SPARE), 0) // KEYS_ * KEYS_
+        shared = tl.maximum(tl.minimum(shared, count - SPARE), 0)
         shared = tl.where(shared < LEAST, 0, shared)
         tl.store(taken + h * tiles + before + tile, shared, mask=there)
         spans = row_tiles(cu_q, BATCH, BATCH_PAD, SPAN)

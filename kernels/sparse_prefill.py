@@ -31,6 +31,8 @@ from .prefill_gather import (
 )
 
 LOG2E = 1.4426950408889634
+# After rectangles little is left, most of it the band: small blocks of keys mask less in vain.
+AFTER = Tile(128, 32, 8, 3, registers=128)
 _ADMITTED = tl.constexpr(ADMITTED)
 _LOG2E = tl.constexpr(LOG2E)
 
@@ -89,9 +91,7 @@ def choose_rectangles(query: Tensor) -> Rectangles | None:
     attend_rectangles = find_varlen(query)
     if attend_rectangles is None:
         return None
-    # Little is left to the tile kernel, most of it the band: small tiles mask less in vain.
-    tile = Tile(64, 64, 4, 2, True) if dot_size(query.shape[2]) <= 128 else None
-    return Rectangles(attend_rectangles, tile=tile)
+    return Rectangles(attend_rectangles, tile=AFTER if dot_size(query.shape[2]) <= 128 else None)
 
 
 def attend(
@@ -114,7 +114,9 @@ def attend(
     batch = len(segments.start)
     out = torch.empty(total, heads, dim, dtype=query.dtype, device=query.device)
     far_k, far_v, limits, tile, plan = far or (key, value, counts, tile, None)
-    tiles = tile_count(segments, tile.queries)
+    group = heads // key.shape[0]
+    together, queries = tile.heads(group), tile.queries(group)
+    tiles = tile_count(segments, queries)
     if not tiles:
         return out.transpose(0, 1)
     query, key, value = dense_last(query), dense_last(key), dense_last(value)
@@ -124,22 +126,24 @@ def attend(
     if plan is not None:
         taken = plan.taken
         begun, lse = _rectangles(query, far_k, far_v, plan, segments, scale, tile)
-    # A descriptor's rows are whole units of 16 bytes.
-    descriptors = far is not None and tile.descriptors and dim * query.element_size() % 16 == 0
+    # A descriptor's rows are whole units of 16 bytes. What rectangles leave is little, and read
+    # in one loop with the recent keys.
+    descriptors = far is not None and plan is None and tile.descriptors
+    descriptors = descriptors and dim * query.element_size() % 16 == 0
     if descriptors:
         shape = [tile.keys, dot_size(dim)]
         far_k, far_v = (TensorDescriptor.from_tensor(rows, shape) for rows in (far_k, far_v))
     with on(query):
-        _attend[heads, tiles](
+        _attend[heads // together, tiles](
             query, key, value, flags, far_k, far_v, limits, counts, taken, begun, lse, out,
             segments.cu_q_dev, segments.cu_k_dev, segments.start_dev, window, scale * LOG2E, tiles,
             query.stride(0), query.stride(1), key.stride(0), key.stride(1),
             value.stride(0), value.stride(1), flags.stride(0), out.stride(1), out.stride(0),
-            BATCH=batch, BATCH_PAD=power_of_two(batch), KV_HEADS=key.shape[0],
-            GROUP=heads // key.shape[0], UNITS_PAD=power_of_two(units), ROWS=ROWS,
-            HAS_FAR=far is not None, BEGUN=plan is not None, DESCRIPTORS=descriptors, DIM=dim,
-            DIM_PAD=dot_size(dim), QUERIES=tile.queries, KEYS_=tile.keys, STAGES=tile.stages,
-            num_warps=tile.warps,
+            BATCH=batch, BATCH_PAD=power_of_two(batch), KV_HEADS=key.shape[0], GROUP=group,
+            UNITS_PAD=power_of_two(units), ROWS=ROWS, HAS_FAR=far is not None,
+            BEGUN=plan is not None, DESCRIPTORS=descriptors, DIM=dim, DIM_PAD=dot_size(dim),
+            TOGETHER=together, QUERIES=queries, M=tile.rows, KEYS_=tile.keys, STAGES=tile.stages,
+            num_warps=tile.warps, **({"maxnreg": tile.registers} if tile.registers else {}),
         )  # fmt: skip
     return out.transpose(0, 1)
 
@@ -150,16 +154,16 @@ def _rectangles(
     """Outputs `[Hkv * Tq, G, D]` and natural log-sum-exps `[G, Hkv * Tq]` over the planned rows."""
     heads, total, dim = query.shape
     kv_heads, tiles = plan.taken.shape
+    group = heads // kv_heads
     # One sequence for each rectangle wants the queries of a KV head in successive rows.
-    folded = torch.empty(
-        kv_heads * total, heads // kv_heads, dim, dtype=query.dtype, device=query.device
-    )
-    batch = len(segments.start)
+    folded = torch.empty(kv_heads * total, group, dim, dtype=query.dtype, device=query.device)
+    batch, together = len(segments.start), tile.heads(group)
     with on(query):
-        _fold[heads, tiles](
+        _fold[heads // together, tiles](
             query, folded, plan.taken, segments.cu_q_dev, tiles, query.stride(0), query.stride(1),
-            BATCH=batch, BATCH_PAD=power_of_two(batch), GROUP=heads // kv_heads, DIM=dim,
-            DIM_PAD=power_of_two(dim), QUERIES=tile.queries, num_warps=4,
+            BATCH=batch, BATCH_PAD=power_of_two(batch), GROUP=group, DIM=dim,
+            DIM_PAD=power_of_two(dim), TOGETHER=together, QUERIES=tile.queries(group),
+            M=tile.rows, num_warps=4,
         )  # fmt: skip
     cu_q, cu_k, used_q, used_k = plan.bounds
     return plan.attend(
@@ -172,10 +176,10 @@ def _rectangles(
 def _fold(
     query, folded, taken, cu_q, tiles, query_h, query_t,
     BATCH: tl.constexpr, BATCH_PAD: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr, QUERIES: tl.constexpr,
+    DIM_PAD: tl.constexpr, TOGETHER: tl.constexpr, QUERIES: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Copies the tiles that have a rectangle: `[Hq, T, D]` to `[Hkv * T, G, D]`."""
-    head = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(0).to(tl.int64) * TOGETHER
     tile = tl.program_id(1)
     kv_head = head // GROUP
     if tl.load(taken + kv_head * tiles + tile) == 0:
@@ -183,13 +187,16 @@ def _fold(
     b, local = _find_tile(cu_q, tile, BATCH, BATCH_PAD, QUERIES)
     q0 = tl.load(cu_q + b)
     length = tl.load(cu_q + b + 1) - q0
-    m = local * QUERIES + tl.arange(0, QUERIES)
+    t = tl.arange(0, M) // TOGETHER
+    g = tl.arange(0, M) % TOGETHER
     d = tl.arange(0, DIM_PAD)
-    row = (q0 + m).to(tl.int64)
-    to = ((kv_head * tl.load(cu_q + BATCH) + row) * GROUP + head % GROUP) * DIM
-    mask = (m < length)[:, None] & (d < DIM)[None, :]
-    q = tl.load(query + head * query_h + row[:, None] * query_t + d[None, :], mask=mask)
-    tl.store(folded + to[:, None] + d[None, :], q, mask=mask)
+    there = (t < QUERIES) & (local * QUERIES + t < length)
+    mask = there[:, None] & (d < DIM)[None, :]
+    row = (q0 + local * QUERIES + t).to(tl.int64)
+    of = (head + g) * query_h + row * query_t
+    to = (kv_head * tl.load(cu_q + BATCH) + row) * GROUP + head % GROUP + g
+    q = tl.load(query + of[:, None] + d[None, :], mask=mask)
+    tl.store(folded + (to * DIM)[:, None] + d[None, :], q, mask=mask)
 
 
 @triton.jit
@@ -235,10 +242,10 @@ def _attend(
     query_h, query_t, key_h, key_t, value_h, value_t, flags_h, out_h, out_t,
     BATCH: tl.constexpr, BATCH_PAD: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     UNITS_PAD: tl.constexpr, ROWS: tl.constexpr, HAS_FAR: tl.constexpr, BEGUN: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS_: tl.constexpr, STAGES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, TOGETHER: tl.constexpr,
+    QUERIES: tl.constexpr, M: tl.constexpr, KEYS_: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(0).to(tl.int64) * TOGETHER  # the first of the tile's
     tile = tiles - 1 - tl.program_id(1)  # the longest tiles first
     kv_head = head // GROUP
     b, local = _find_tile(cu_q, tile, BATCH, BATCH_PAD, QUERIES)
@@ -250,54 +257,55 @@ def _attend(
     here = end - length + local * QUERIES  # position of the tile's first query
     stop = tl.minimum(here + QUERIES, end)
 
-    m = tl.arange(0, QUERIES)
+    t = tl.arange(0, M) // TOGETHER  # rows are position by position, head by head
+    g = tl.arange(0, M) % TOGETHER
     n = tl.arange(0, KEYS_)
     d = tl.arange(0, DIM_PAD)
     row = (q0 + local * QUERIES).to(tl.int64)
-    alive = (local * QUERIES + m < length)[:, None] & (d < DIM)[None, :]
+    alive = (t < QUERIES) & (local * QUERIES + t < length)
+    real = alive[:, None] & (d < DIM)[None, :]
     query += head * query_h + row * query_t
-    q = tl.load(query + m[:, None] * query_t + d[None, :], mask=alive, other=0.0)
-    top = tl.full([QUERIES], float("-inf"), tl.float32)
-    total = tl.zeros([QUERIES], tl.float32)
-    acc = tl.zeros([QUERIES, DIM_PAD], tl.float32)
+    q = tl.load(query + (g * query_h + t * query_t)[:, None] + d[None, :], mask=real, other=0.0)
+    top = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, DIM_PAD], tl.float32)
+    rows = here * 0  # gathered rows that are read along with recent keys
+    FUSED: tl.constexpr = HAS_FAR and not DESCRIPTORS
 
     if HAS_FAR:
-        limit = tl.load(limits + kv_head * tiles + tile)
+        rows = tl.load(limits + kv_head * tiles + tile)
         unit = b * KV_HEADS + kv_head.to(tl.int32)
         far = first_row(counts, unit, UNITS_PAD, ROWS)
-        done = 0
         if BEGUN:
             # A normalised output is a weighted sum whose weights add up to 1 at the top `lse`.
             done = tl.load(taken + kv_head * tiles + tile)
             total_q = tl.load(cu_q + BATCH)
-            at_m = kv_head * total_q + row + m
-            started = local * QUERIES + m < tl.where(done > 0, length, 0)
-            at_lse = (head % GROUP) * KV_HEADS * total_q + at_m
+            at_m = kv_head * total_q + row + t
+            started = alive & (t < tl.where(done > 0, QUERIES, 0))
+            at_lse = (head % GROUP + g) * KV_HEADS * total_q + at_m
             top = tl.load(lse + at_lse, mask=started, other=float("-inf")) * _LOG2E
             total = tl.where(started, 1.0, 0.0)
-            at_acc = (at_m * GROUP + head % GROUP)[:, None] * DIM + d[None, :]
+            at_acc = ((at_m * GROUP + head % GROUP + g) * DIM)[:, None] + d[None, :]
             acc = tl.load(begun + at_acc, mask=started[:, None] & (d < DIM)[None, :], other=0.0)
             acc = acc.to(tl.float32)
-        inside = n[:, None] * DIM + d[None, :]
-        whole = limit // KEYS_ * KEYS_
-        for at in tl.range(done, whole, KEYS_, num_stages=STAGES):
-            if DESCRIPTORS:
+            far += done
+            rows -= done
+        if FUSED:
+            far_k += far * DIM
+            far_v += far * DIM
+        else:
+            whole = rows // KEYS_ * KEYS_
+            for at in tl.range(0, whole, KEYS_, num_stages=STAGES):
                 k = far_k.load([(far + at).to(tl.int32), 0])
                 v = far_v.load([(far + at).to(tl.int32), 0])
-            else:
-                k = _rows(far_k + (far + at) * DIM, inside, d, DIM, DIM_PAD)
-                v = _rows(far_v + (far + at) * DIM, inside, d, DIM, DIM_PAD)
-            top, total, acc = _step(q, k, v, True, scale, top, total, acc, False)
-        if whole < limit:
-            # The rows up to the next multiple of ROWS are other tokens or zeros.
-            if DESCRIPTORS:
+                top, total, acc = _step(q, k, v, True, scale, top, total, acc, False)
+            if whole < rows:
+                # The rows up to the next multiple of ROWS are other tokens or zeros.
                 k = far_k.load([(far + whole).to(tl.int32), 0])
                 v = far_v.load([(far + whole).to(tl.int32), 0])
-            else:
-                k = _rows(far_k + (far + whole) * DIM, inside, d, DIM, DIM_PAD)
-                v = _rows(far_v + (far + whole) * DIM, inside, d, DIM, DIM_PAD)
-            seen = (whole + n < limit)[None, :]
-            top, total, acc = _step(q, k, v, seen, scale, top, total, acc, True)
+                seen = (whole + n < rows)[None, :]
+                top, total, acc = _step(q, k, v, seen, scale, top, total, acc, True)
+            rows = here * 0
 
     # The band: masked blocks on the left, blocks that every query sees, masked ones on the right.
     band = tl.maximum(here - window + 1, first)
@@ -309,27 +317,49 @@ def _attend(
     key += kv_head * key_h + (k0 - first).to(tl.int64) * key_t
     value += kv_head * value_h + (k0 - first).to(tl.int64) * value_t
     flags += kv_head * flags_h + k0 - first
-    at_k = n[:, None] * key_t + d[None, :]
-    at_v = n[:, None] * value_t + d[None, :]
-    for block in tl.range(0, plain, num_stages=STAGES):
-        j = (inner + block * KEYS_).to(tl.int64)
-        k = _rows(key + j * key_t, at_k, d, DIM, DIM_PAD)
-        v = _rows(value + j * value_t, at_v, d, DIM, DIM_PAD)
+    whole = rows // KEYS_
+    for block in tl.range(0, whole + plain, num_stages=STAGES):
+        nth = block - whole
+        j = (inner + nth * KEYS_).to(tl.int64)
+        from_k, from_v, step_k, step_v = key + j * key_t, value + j * value_t, key_t, value_t
+        if FUSED:
+            at = (whole + nth).to(tl.int64) * KEYS_ * DIM
+            from_k = tl.where(nth < 0, far_k + at, from_k)
+            from_v = tl.where(nth < 0, far_v + at, from_v)
+            step_k = tl.where(nth < 0, DIM, step_k)
+            step_v = tl.where(nth < 0, DIM, step_v)
+        k = _rows(from_k, n[:, None] * step_k + d[None, :], d, DIM, DIM_PAD)
+        v = _rows(from_v, n[:, None] * step_v + d[None, :], d, DIM, DIM_PAD)
         top, total, acc = _step(q, k, v, True, scale, top, total, acc, False)
-    i = here + m
-    for block in tl.range(0, left + right, num_stages=STAGES):
-        low = tl.where(block < left, band + block * KEYS_, outer + (block - left) * KEYS_)
+    i = here + t
+    some = (rows - whole * KEYS_ > 0).to(tl.int32)  # a block of the last gathered rows
+    for block in tl.range(0, some + left + right, num_stages=STAGES):
+        nth = block - some
+        low = tl.where(nth < left, band + nth * KEYS_, outer + (nth - left) * KEYS_)
+        low = tl.where(nth < 0, stop, low)
         j = low + n
         there = j < stop
-        mask = there[:, None] & (d < DIM)[None, :]
-        k = tl.load(key + low.to(tl.int64) * key_t + at_k, mask=mask, other=0.0)
-        v = tl.load(value + low.to(tl.int64) * value_t + at_v, mask=mask, other=0.0)
         kept = (tl.load(flags + j, mask=there, other=0) & _ADMITTED) != 0
+        from_k, from_v = key + low.to(tl.int64) * key_t, value + low.to(tl.int64) * value_t
+        step_k, step_v = key_t, value_t
+        if FUSED:
+            at = whole.to(tl.int64) * KEYS_ * DIM
+            from_k = tl.where(nth < 0, far_k + at, from_k)
+            from_v = tl.where(nth < 0, far_v + at, from_v)
+            step_k = tl.where(nth < 0, DIM, step_k)
+            step_v = tl.where(nth < 0, DIM, step_v)
+            before = whole * KEYS_ + n < tl.where(nth < 0, rows, 0)
+            there = there | before
+            kept = kept | before
+            j = tl.where(before, band, j)
+        mask = there[:, None] & (d < DIM)[None, :]
+        k = tl.load(from_k + n[:, None] * step_k + d[None, :], mask=mask, other=0.0)
+        v = tl.load(from_v + n[:, None] * step_v + d[None, :], mask=mask, other=0.0)
         near = i[:, None] - j[None, :] < window
         seen = (j[None, :] <= i[:, None]) & (near | kept[None, :]) & there[None, :]
         top, total, acc = _step(q, k, v, seen, scale, top, total, acc, True)
 
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     out += head * out_h + row * out_t
-    to = out + m[:, None] * out_t + d[None, :]
-    tl.store(to, narrow(acc, out.dtype.element_ty), mask=alive)
+    to = out + (g * out_h + t * out_t)[:, None] + d[None, :]
+    tl.store(to, narrow(acc, out.dtype.element_ty), mask=real)

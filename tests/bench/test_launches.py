@@ -138,12 +138,13 @@ def test_a_prompt_waits_for_the_device_once_a_layer(monkeypatch: pytest.MonkeyPa
     assert reads == ["tolist"] * 2 * LAYERS
 
 
+@pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize(("start", "rate"), [(0, 0.25), (192, 0.25), (192, 1.0), (0, 0.0)])
 def test_prefill_visits_few_pairs_in_vain(
-    start: int, rate: float, monkeypatch: pytest.MonkeyPatch
+    start: int, rate: float, heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     p = problem(Bench(quick=True, seconds=60), 384, [rate], 16, start)
-    p = attrs.evolve(p, query=p.query[:1])
+    p = attrs.evolve(p, query=p.query[:heads])
     tile = sparse.Tile(64, 32, 4, 2)
     monkeypatch.setattr(sparse, "choose_tile", lambda *_: tile)
     steps, original = Counter(), sparse._step
@@ -156,10 +157,9 @@ def test_prefill_visits_few_pairs_in_vain(
     sparse.prefill_attention(
         p.query, *p.recent, p.segments, p.pages, p.table, p.counts, p.window, p.scale
     )
-    visited = steps["all"] * tile.queries * tile.keys
+    visited = steps["all"] * tile.rows * tile.keys
     # A tile may waste one block of far keys, and of the band a block at each end and a triangle.
-    tiles = (384 - start) // tile.queries
-    waste = tiles * tile.queries * (3 * tile.keys + tile.queries)
+    waste = (384 - start) * heads * (3 * tile.keys + tile.rows // heads)
     assert p.pairs() <= visited <= p.pairs() + waste
 
 

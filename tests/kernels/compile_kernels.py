@@ -117,7 +117,8 @@ def call_all(dim: int, page: int, dtype: torch.dtype) -> None:
     page_io.write_summary(pages, ids, page_io.read_summary(pages, ids))
     bounds = torch.tensor([0, tokens], dtype=torch.int32)
     segments = Segments((0, tokens), (0, tokens), (0,), bounds, bounds, bounds[:1])
-    rectangles = Rectangles(lambda q, *_: (q, q[..., 0].T.float()), average=0, work=0)
+    tile = sparse_prefill.AFTER if dim <= 128 and dtype != torch.float32 else None
+    rectangles = Rectangles(lambda q, *_: (q, q[..., 0].T.float()), average=0, work=0, tile=tile)
     after, fresh, ranks = prompt_write.count_leaving(dest.byte(), counts, segments, window, page)
     prompt_write.write_leaving(
         pages, table, counts, key, key, dest.byte(), segments, window, after, fresh, ranks

@@ -82,7 +82,7 @@ def _prefill_attention(size: Size) -> None:
             return found._replace(descriptors=descriptors and (found.descriptors or not CUDA))
 
         # Whether rectangles pay and who computes them is not the matter here.
-        span = tile(size.dim, size.dtype.itemsize, 227 << 10).queries * 2
+        span = tile(size.dim, size.dtype.itemsize, 227 << 10).queries(size.group) * 2
         rectangles = Rectangles(Dense(), queries=span, spare=8, least=16, average=0, work=0)
         chosen = rectangles if cut else None
         with (

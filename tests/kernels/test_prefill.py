@@ -141,6 +141,12 @@ def test_groups_and_dims(group: int, dim: int, page: int, first: str, dtype: tor
     check([21], [40], window=9, group=group, dim=dim, page=page, first=first, dtype=dtype)
 
 
+def test_a_group_too_large_for_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "choose_tile", lambda *_: sparse.Tile(16, 16, 4, 2))
+    assert sparse.choose_tile().heads(24) == 12
+    check([21], [40], window=9, group=24, kv_heads=1, rates=(0.4,))
+
+
 @pytest.mark.parametrize("rates", [(0.0, 0.0), (1.0, 1.0), (1.0, 0.02)])
 def test_admitted_fractions(rates: tuple[float, float], tile: None) -> None:
     check([70], [50], window=5, rates=rates, dtype=torch.bfloat16)
