@@ -55,6 +55,7 @@ PLAN = (
     GATE(tokens=300_000, shape=QWEN),
     GATE(tokens=500_000, shape=QWEN),
     DENSE(tokens=100_000, shape=QWEN),
+    *(GATE(tokens=n, fraction=0.2) for n in (200_000, 300_000, 400_000, 500_000)),
     DENSE(tokens=400_000),
 )
 

@@ -19,9 +19,9 @@ from .gates import FixedFraction, random_gate
 from .launches import profiled
 
 FRACTION = 0.25
-CHUNK, STEPS, EAGER, PROFILED = 32768, 300, 8, 18
+CHUNK, STEPS, EAGER, PROFILED = 50_000, 300, 8, 18
 QUEST, SNAPKV = 4096, 16384  # budgets in tokens a KV head
-TWICE = 200_000  # tokens of a batch up to which a prompt is timed twice
+TWICE = 128_000  # tokens of a batch up to which a prompt is timed twice
 
 _SIZES: dict[str, dict[str, Any]] = {
     "Llama-3.1-8B": dict(
@@ -119,8 +119,12 @@ class Found:
 
 
 def prefill(model: Any, cache: Any, ids: Tensor, chunk: int) -> Tensor:
-    """Runs the prompt `ids` `[B, S]` in chunks; the first new token `[B]`."""
-    for part in ids.split(max(chunk // ids.shape[0], 1), dim=1):
+    """Runs the prompt `ids` `[B, S]` in equal chunks of up to `chunk` tokens; the first new token.
+
+    A short last chunk would wait for its launches rather than compute.
+    """
+    batch, columns = ids.shape
+    for part in ids.tensor_split(-(-columns // max(chunk // batch, 1)), dim=1):
         logits = model(
             input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1
         ).logits
