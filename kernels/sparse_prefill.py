@@ -339,7 +339,8 @@ def _attend(
         low = tl.where(nth < 0, stop, low)
         j = low + n
         there = j < stop
-        kept = (tl.load(flags + j, mask=there, other=0) & _ADMITTED) != 0
+        if FUSED:  # early, to arrive during the product
+            kept = (tl.load(flags + j, mask=there, other=0) & _ADMITTED) != 0
         from_k, from_v = key + low.to(tl.int64) * key_t, value + low.to(tl.int64) * value_t
         step_k, step_v = key_t, value_t
         if FUSED:
@@ -355,6 +356,8 @@ def _attend(
         mask = there[:, None] & (d < DIM)[None, :]
         k = tl.load(from_k + n[:, None] * step_k + d[None, :], mask=mask, other=0.0)
         v = tl.load(from_v + n[:, None] * step_v + d[None, :], mask=mask, other=0.0)
+        if not FUSED:  # late: the large tiles of this way have no registers to spare
+            kept = (tl.load(flags + j, mask=there, other=0) & _ADMITTED) != 0
         near = i[:, None] - j[None, :] < window
         seen = (j[None, :] <= i[:, None]) & (near | kept[None, :]) & there[None, :]
         top, total, acc = _step(q, k, v, seen, scale, top, total, acc, True)
