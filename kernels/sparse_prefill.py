@@ -265,7 +265,8 @@ def _attend(
     alive = (t < QUERIES) & (local * QUERIES + t < length)
     real = alive[:, None] & (d < DIM)[None, :]
     query += head * query_h + row * query_t
-    q = tl.load(query + (g * query_h + t * query_t)[:, None] + d[None, :], mask=real, other=0.0)
+    from_q = query + (g.to(tl.int64) * query_h + t * query_t)[:, None] + d[None, :]
+    q = tl.load(from_q, mask=real, other=0.0)
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, DIM_PAD], tl.float32)

@@ -121,7 +121,7 @@ class Found:
 def prefill(model: Any, cache: Any, ids: Tensor, chunk: int) -> Tensor:
     """Runs the prompt `ids` `[B, S]` in equal chunks of up to `chunk` tokens; the first new token.
 
-    A short last chunk would wait for its launches rather than compute.
+    A short last chunk costs more than its share.
     """
     batch, columns = ids.shape
     for part in ids.tensor_split(-(-columns // max(chunk // batch, 1)), dim=1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from kvpolicy import BackendError
 from kvpolicy.bench import end_to_end, plots, prefill, run, runner, timing
 from kvpolicy.bench.context import Bench, Case, check
 from kvpolicy.bench.model import SHAPES, Setting
+from kvpolicy.bench.model import prefill as prefill_chunks
 from kvpolicy.bench.prefill import Problem, problem
 from kvpolicy.bench.rows import CheckFailed, Goal, Row
 from kvpolicy.kernels import paged_decode
@@ -175,6 +177,19 @@ def test_check_refuses(bench: Bench, broken: str) -> None:
         out[:, 33] = torch.nan
     with pytest.raises(CheckFailed, match="not timed"):
         p.check("wrong", out)
+
+
+def test_prompts_come_in_equal_chunks() -> None:
+    seen: list[int] = []
+
+    def model(input_ids: torch.Tensor, **_: Any) -> Any:
+        seen.append(input_ids.shape[1])
+        return SimpleNamespace(logits=torch.eye(3)[[2, 1]][:, None])
+
+    ended: list[int] = []
+    cache = SimpleNamespace(end_prompt=lambda: ended.append(len(seen)))
+    token = prefill_chunks(model, cache, torch.zeros(2, 25, dtype=torch.long), 16)
+    assert seen == [7, 6, 6, 6] and ended == [4] and token.tolist() == [2, 1]
 
 
 def test_goals() -> None:
