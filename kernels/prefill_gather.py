@@ -27,10 +27,10 @@ _LIMITS = 128  # tiles that one program of the limit kernel serves
 class Tile(NamedTuple):
     """Rows (positions times heads) and keys of a tile, warps and pipeline stages.
 
-    A tile has the queries of all heads of a group: keys are read once for them, and few positions
-    share a tile, so that most of its keys are seen by all. With `descriptors` its gathered rows are
-    loaded whole by the device's copy engine and it has one head, which needs fewer registers.
-    `registers` is the most that a thread gets, so that two programs fit where one would.
+    With `descriptors` a tile has one head, and the device's copy engine loads its gathered rows.
+    Else it has the queries of all heads of a group: keys are read once for them, and few positions
+    share a tile, so that most of its keys are seen by all. `registers` is the most that a thread
+    gets, so that two programs fit where one would.
     """
 
     rows: int
@@ -60,12 +60,13 @@ class Rectangles(NamedTuple):
     blocks of up to `spare` keys: so many rows before the end of a head's rows are left over, that
     no sequence touches another's.
 
-    FlashAttention-3 alone reached 607 to 627 TFLOP/s on such rectangles on an H200, where the tile
-    kernel reaches 515 (`kvpolicy bench prefill` times both ways); it costs four more trips of a
-    query through memory (its copy, and the rectangle's output). On an H100 a prompt with 1450 such
-    rows a query took 13 % less with rectangles than without. Hence `least` rows for a rectangle;
-    `average` rows a query and `work` (queries times rows, about 1 ms) for a call. `tile` goes on
-    from a rectangle, if another one than the tile kernel alone would use.
+    FlashAttention-3 is a third faster on such rectangles than the tile kernel (`kvpolicy bench
+    prefill` times both ways), but costs four more trips of a query through memory (its copy, and
+    the rectangle's output). On an H100 a prompt with 1450 such rows a query took 13 % less with
+    rectangles than without; fewer were not tried, and by these costs would be even at about 500.
+    Hence `least` rows for a rectangle; `average` rows a query and `work` (queries times rows, about
+    1 ms) for a call. `tile` goes on from a rectangle, if another one than the tile kernel alone
+    would use.
     """
 
     attend: Attend
@@ -122,13 +123,13 @@ def gather(
     counts: Tensor,
     window: int,
     tile: Tile,
+    group: int,
     rectangles: Rectangles | None = None,
-    group: int = 1,
     held: Held | None = None,
 ) -> Far | None:
     """The global tokens of all heads in contiguous rows; None if there are none.
 
-    Plans `rectangles` where they pay; `group` query heads share a KV head. `held` is what the host
+    `group` query heads share a KV head. Plans `rectangles` where they pay. `held` is what the host
     knows of the counts; without it, it waits for them.
     """
     batch, heads = counts.shape

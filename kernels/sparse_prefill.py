@@ -63,7 +63,7 @@ def prefill_attention(
     reach = max(start + n for start, n in zip(segments.start, lengths(segments), strict=True))
     if counts.numel() and reach > window:
         rectangles, group = choose_rectangles(query), query.shape[0] // key.shape[0]
-        far = gather(segments, pages, table, counts, window, tile, rectangles, group, held)
+        far = gather(segments, pages, table, counts, window, tile, group, rectangles, held)
     return attend(query, key, value, flags, segments, counts, far, window, scale, tile)
 
 
@@ -134,7 +134,7 @@ def attend(
         shape = [tile.keys, dot_size(dim)]
         far_k, far_v = (TensorDescriptor.from_tensor(rows, shape) for rows in (far_k, far_v))
     with on(query):
-        _attend[heads // together, tiles](
+        _attend[heads // together * tiles,](
             query, key, value, flags, far_k, far_v, limits, counts, taken, begun, lse, out,
             segments.cu_q_dev, segments.cu_k_dev, segments.start_dev, window, scale * LOG2E, tiles,
             query.stride(0), query.stride(1), key.stride(0), key.stride(1),
@@ -159,7 +159,7 @@ def _rectangles(
     folded = torch.empty(kv_heads * total, group, dim, dtype=query.dtype, device=query.device)
     batch, together = len(segments.start), tile.heads(group)
     with on(query):
-        _fold[heads // together, tiles](
+        _fold[heads // together * tiles,](
             query, folded, plan.taken, segments.cu_q_dev, tiles, query.stride(0), query.stride(1),
             BATCH=batch, BATCH_PAD=power_of_two(batch), GROUP=group, DIM=dim,
             DIM_PAD=power_of_two(dim), TOGETHER=together, QUERIES=tile.queries(group),
@@ -179,8 +179,9 @@ def _fold(
     DIM_PAD: tl.constexpr, TOGETHER: tl.constexpr, QUERIES: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Copies the tiles that have a rectangle: `[Hq, T, D]` to `[Hkv * T, G, D]`."""
-    head = tl.program_id(0).to(tl.int64) * TOGETHER
-    tile = tl.program_id(1)
+    parts = tl.num_programs(0) // tiles
+    head = (tl.program_id(0) % parts).to(tl.int64) * TOGETHER
+    tile = tl.program_id(0) // parts
     kv_head = head // GROUP
     if tl.load(taken + kv_head * tiles + tile) == 0:
         return
@@ -245,8 +246,10 @@ def _attend(
     DESCRIPTORS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, TOGETHER: tl.constexpr,
     QUERIES: tl.constexpr, M: tl.constexpr, KEYS_: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64) * TOGETHER  # the first of the tile's
-    tile = tiles - 1 - tl.program_id(1)  # the longest tiles first
+    # Heads of a tile side by side, the longest tiles first; other axes of a grid may be too short.
+    parts: tl.constexpr = KV_HEADS * GROUP // TOGETHER
+    head = (tl.program_id(0) % parts).to(tl.int64) * TOGETHER  # the first of the tile's
+    tile = tiles - 1 - tl.program_id(0) // parts
     kv_head = head // GROUP
     b, local = _find_tile(cu_q, tile, BATCH, BATCH_PAD, QUERIES)
     q0 = tl.load(cu_q + b)

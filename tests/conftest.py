@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from pathlib import Path
 
 # Interpreted products are numpy's, which torch imports. OpenBLAS has kernels, those for AVX2, that
 # round a row of a product by its place in the matrix; these do not.
-os.environ.setdefault("OPENBLAS_CORETYPE", "Sandybridge")
+if platform.machine() in ("x86_64", "AMD64"):
+    os.environ.setdefault("OPENBLAS_CORETYPE", "Sandybridge")
 
 import torch
 

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 from .context import Bench, Case
-from .model import CHUNK, FRACTION, PROFILED, QUEST, SHAPES, Found, Setting, build, measure
+from .model import FRACTION, PROFILED, QUEST, SHAPES, Found, Setting, build, measure
 from .rows import Goal, Row
 
 LLAMA, QWEN = SHAPES
@@ -90,7 +90,7 @@ def rows(bench: Bench, setting: Setting) -> Iterator[Row]:
         goals=tuple(goals(TTFT, "s", found.ttft)),
         shape=f"{batch} x {tokens}, {100 * kept:.1f} % stored",
         baseline=_ratio(other, against.ttft if against else None, found.ttft, "s"),
-        note=f"chunks of {CHUNK} tokens, first run {found.first_ttft:.2f} s",
+        note=f"chunks of {found.chunk} tokens, first run {found.first_ttft:.2f} s",
         extra=about | {"what": "TTFT"},
     )  # fmt: skip
     wanted = goals(TPOT, "ms", found.tpot)
@@ -140,7 +140,7 @@ def _memory(setting: Setting, found: Found, held: int, config: Any) -> Row:
     }
     goals = [Goal(what="K/V + ring over ideal", wanted=1.01, got=report.kv / ideal)]
     # One chunk's MLP, residual stream and projections, and a layer's gathered rows.
-    chunk = 2 * CHUNK * (3 * config.intermediate_size + 6 * config.hidden_size)
+    chunk = 2 * found.chunk * (3 * config.intermediate_size + 6 * config.hidden_size)
     chunk += report.pages // config.num_hidden_layers
     if found.peak:
         share = (found.peak - chunk) / (found.weights + report.kv)

@@ -106,6 +106,7 @@ class Found:
 
     ttft: float = 0.0  # s
     first_ttft: float = 0.0
+    chunk: int = 0  # tokens of the longest chunk
     weights: int = 0  # bytes
     resident: int = 0  # allocated beside the weights after the prompt
     peak: int = 0
@@ -124,12 +125,17 @@ def prefill(model: Any, cache: Any, ids: Tensor, chunk: int) -> Tensor:
     A short last chunk costs more than its share.
     """
     batch, columns = ids.shape
-    for part in ids.tensor_split(-(-columns // max(chunk // batch, 1)), dim=1):
+    for part in ids.tensor_split(_chunks(batch, columns, chunk), dim=1):
         logits = model(
             input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1
         ).logits
     cache.end_prompt()
     return logits[:, -1].argmax(-1)
+
+
+def _chunks(batch: int, columns: int, chunk: int) -> int:
+    """How many equal chunks of up to `chunk` tokens a prompt has."""
+    return -(-columns // max(chunk // batch, 1))
 
 
 @torch.no_grad()
@@ -140,6 +146,7 @@ def measure(bench: Bench, setting: Setting) -> Found:
     model, found = build(bench, setting.shape), Found()
     shape = setting.batch, bench.pick(setting.tokens, 96)
     ids = torch.randint(1, model.config.vocab_size, shape, device=bench.device)
+    found.chunk = shape[0] * -(-shape[1] // _chunks(*shape, bench.pick(CHUNK, 40)))
     found.weights = sum(p.numel() * p.element_size() for p in model.parameters())
     compiled = not bench.quick  # tiny shapes would spend minutes in the compiler
     with attach(model, pipeline_of(bench, setting), compile=compiled) as attachment:
@@ -170,10 +177,11 @@ def measure(bench: Bench, setting: Setting) -> Found:
 
 def _warm_up(bench: Bench, setting: Setting, model: Any, attachment: Any, ids: Tensor) -> None:
     """Two whole chunks of a kind that the run has not seen: some prompts are timed only once."""
-    kind = "warm", setting.policy, setting.shape, setting.batch > 1
+    whole = ids[:, : 2 * bench.pick(CHUNK, 8) // setting.batch]
+    kind = "warm", setting.policy, setting.shape, setting.batch > 1, whole.numel()
     chunk = bench.pick(2048 if kind in bench.shared else CHUNK, 8)
+    prefill(model, attachment.new_cache(), whole[:, : 2 * chunk // setting.batch], chunk)
     bench.shared[kind] = True
-    prefill(model, attachment.new_cache(), ids[:, : 2 * chunk // setting.batch], chunk)
 
 
 def _decode(bench: Bench, model: Any, cache: Any, token: Tensor, found: Found) -> None:

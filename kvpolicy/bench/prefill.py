@@ -119,7 +119,7 @@ def _gather(p: Problem, rectangles: Any) -> Any:
     from ..kernels.sparse_prefill import gather, tile_of
 
     group, tile = p.query.shape[0] // p.key.shape[0], tile_of(p.query)
-    return gather(p.segments, p.pages, p.table, p.counts, p.window, tile, rectangles, group)
+    return gather(p.segments, p.pages, p.table, p.counts, p.window, tile, group, rectangles)
 
 
 def _attend(p: Problem, far: Any) -> Tensor:

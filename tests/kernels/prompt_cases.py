@@ -73,7 +73,7 @@ def _prefill_attention(size: Size) -> None:
     choose, small = sparse.choose_tile, Tile(32, 16, 4, 2)
     for rates, descriptors, cut in (
         ((0.9, 0.3), True, False), ((1.0, 0.0), False, False), ((0.9, 0.6), True, True),
-        ((0.0, 0.0), False, False),
+        ((0.9, 0.6), False, True), ((0.0, 0.0), False, False),
     ):  # fmt: skip
         mirror, segments, given = prompt(size, 9, rates)
 

@@ -85,7 +85,7 @@ def test_ragged(
 
 @pytest.mark.parametrize(
     ("group", "dim", "keys", "descriptors"),
-    [(2, 64, 16, True), (3, 80, 32, False), (8, 128, 32, True)],
+    [(2, 64, 16, True), (3, 80, 32, False), (8, 128, 32, True), (4, 128, 32, False)],
 )
 def test_groups_and_dims(
     group: int,
@@ -124,7 +124,7 @@ def test_a_rectangle_is_what_all_of_its_queries_see(spare: int) -> None:
     table, held = fill_heads(pool, counts, seed=1, positions=at)
     segments = make_segments(starts, queries, queries)
     rectangles = Rectangles(Dense(), span, spare, least, average=0, work=0)
-    far = gather(segments, pool.pages, table, held, window, Tile(32, keys, 4, 2), rectangles)
+    far = gather(segments, pool.pages, table, held, window, Tile(32, keys, 4, 2), 1, rectangles)
     assert far is not None and far.plan is not None
     taken, bounds = [], []
     for h in (0, 1):
@@ -182,7 +182,8 @@ def test_flash_on_a_device(dim: int, group: int, monkeypatch: pytest.MonkeyPatch
         calls.append(args[6].tolist())
         return found(*args)
 
-    rectangles = Rectangles(attend, queries=384, least=256, average=0, work=0)
+    tile = sparse.AFTER if dim <= 128 else None
+    rectangles = Rectangles(attend, queries=384, least=256, average=0, work=0, tile=tile)
     monkeypatch.setattr(sparse, "choose_rectangles", lambda query: rectangles)
     check(
         [1500, 0, 0], [777, 1100, 5], window=256, dim=dim, dtype=torch.bfloat16, group=group,
