@@ -21,16 +21,17 @@ from ._slabs import KEYS, META, VALUES, page_offset
 
 _POSITION_MASK = tl.constexpr(POSITION_MASK)
 ROWS = 128  # a head's gathered rows start at, and are padded with zeros to, a multiple of this
+_MOST_TILES = 65535
 _LIMITS = 128  # tiles that one program of the limit kernel serves
 
 
 class Tile(NamedTuple):
     """Rows (positions times heads) and keys of a tile, warps and pipeline stages.
 
-    With `descriptors` a tile has one head, and the device's copy engine loads its gathered rows.
-    Else it has the queries of all heads of a group: keys are read once for them, and few positions
-    share a tile, so that most of its keys are seen by all. `registers` is the most that a thread
-    gets, so that two programs fit where one would.
+    With `descriptors` a tile has one head, and the device's copy engine loads its gathered rows;
+    `alone`, it has one head too. Else it has the queries of all heads of a group: keys are read
+    once for them, and few positions share a tile, so that most of its keys are seen by all.
+    `registers` is the most that a thread gets, so that two programs fit where one would.
     """
 
     rows: int
@@ -39,16 +40,22 @@ class Tile(NamedTuple):
     stages: int
     descriptors: bool = False
     registers: int | None = None
+    alone: bool = False
 
     def heads(self, group: int) -> int:
         """Query heads of a tile: the whole group, or a part of one that is too large."""
-        if self.descriptors:
+        if self.descriptors or self.alone:
             return 1
         return next(n for n in range(min(group, self.rows), 0, -1) if group % n == 0)
 
     def queries(self, group: int) -> int:
         """Positions of a tile."""
         return self.rows // self.heads(group)
+
+    def fit(self, segments: Segments, group: int) -> Tile:
+        """The tile, with one head where a call has more tiles than the second axis of a grid."""
+        many = tile_count(segments, self.queries(group)) > _MOST_TILES
+        return self._replace(alone=True) if many else self
 
 
 class Rectangles(NamedTuple):
@@ -143,6 +150,7 @@ def gather(
     pays = rectangles is not None and _pays(rectangles, segments, expected, window, group)
     if rectangles is not None and pays:
         tile = rectangles.tile or tile
+    tile = tile.fit(segments, group)
     queries = tile.queries(group)
     tiles = tile_count(segments, queries)
     k = torch.empty(rows, dim, dtype=pages.k.dtype, device=pages.k.device)

@@ -115,11 +115,14 @@ def attend(
     out = torch.empty(total, heads, dim, dtype=query.dtype, device=query.device)
     far_k, far_v, limits, tile, plan = far or (key, value, counts, tile, None)
     group = heads // key.shape[0]
+    tile = tile.fit(segments, group)
     together, queries = tile.heads(group), tile.queries(group)
     tiles = tile_count(segments, queries)
     if not tiles:
         return out.transpose(0, 1)
     query, key, value = dense_last(query), dense_last(key), dense_last(value)
+    if query.stride(0) * together >= 1 << 31:  # offsets of a tile's heads have 32 bits
+        query = query.transpose(0, 1).contiguous().transpose(0, 1)
     flags, counts = dense_last(flags), counts.contiguous()
     units = batch * key.shape[0]
     taken, begun, lse = limits, out, out
@@ -134,7 +137,7 @@ def attend(
         shape = [tile.keys, dot_size(dim)]
         far_k, far_v = (TensorDescriptor.from_tensor(rows, shape) for rows in (far_k, far_v))
     with on(query):
-        _attend[heads // together * tiles,](
+        _attend[heads // together, tiles](
             query, key, value, flags, far_k, far_v, limits, counts, taken, begun, lse, out,
             segments.cu_q_dev, segments.cu_k_dev, segments.start_dev, window, scale * LOG2E, tiles,
             query.stride(0), query.stride(1), key.stride(0), key.stride(1),
@@ -159,7 +162,7 @@ def _rectangles(
     folded = torch.empty(kv_heads * total, group, dim, dtype=query.dtype, device=query.device)
     batch, together = len(segments.start), tile.heads(group)
     with on(query):
-        _fold[heads // together * tiles,](
+        _fold[heads // together, tiles](
             query, folded, plan.taken, segments.cu_q_dev, tiles, query.stride(0), query.stride(1),
             BATCH=batch, BATCH_PAD=power_of_two(batch), GROUP=group, DIM=dim,
             DIM_PAD=power_of_two(dim), TOGETHER=together, QUERIES=tile.queries(group),
@@ -179,9 +182,8 @@ def _fold(
     DIM_PAD: tl.constexpr, TOGETHER: tl.constexpr, QUERIES: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Copies the tiles that have a rectangle: `[Hq, T, D]` to `[Hkv * T, G, D]`."""
-    parts = tl.num_programs(0) // tiles
-    head = (tl.program_id(0) % parts).to(tl.int64) * TOGETHER
-    tile = tl.program_id(0) // parts
+    head = tl.program_id(0).to(tl.int64) * TOGETHER
+    tile = tl.program_id(1)
     kv_head = head // GROUP
     if tl.load(taken + kv_head * tiles + tile) == 0:
         return
@@ -246,10 +248,8 @@ def _attend(
     DESCRIPTORS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, TOGETHER: tl.constexpr,
     QUERIES: tl.constexpr, M: tl.constexpr, KEYS_: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # Heads of a tile side by side, the longest tiles first; other axes of a grid may be too short.
-    parts: tl.constexpr = KV_HEADS * GROUP // TOGETHER
-    head = (tl.program_id(0) % parts).to(tl.int64) * TOGETHER  # the first of the tile's
-    tile = tiles - 1 - tl.program_id(0) // parts
+    head = tl.program_id(0).to(tl.int64) * TOGETHER  # the first of the tile's
+    tile = tiles - 1 - tl.program_id(1)  # the longest tiles first
     kv_head = head // GROUP
     b, local = _find_tile(cu_q, tile, BATCH, BATCH_PAD, QUERIES)
     q0 = tl.load(cu_q + b)
@@ -268,8 +268,7 @@ def _attend(
     alive = (t < QUERIES) & (local * QUERIES + t < length)
     real = alive[:, None] & (d < DIM)[None, :]
     query += head * query_h + row * query_t
-    from_q = query + (g.to(tl.int64) * query_h + t * query_t)[:, None] + d[None, :]
-    q = tl.load(from_q, mask=real, other=0.0)
+    q = tl.load(query + (g * query_h + t * query_t)[:, None] + d[None, :], mask=real, other=0.0)
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, DIM_PAD], tl.float32)
@@ -343,8 +342,7 @@ def _attend(
         low = tl.where(nth < 0, stop, low)
         j = low + n
         there = j < stop
-        if FUSED:  # early, to arrive during the product
-            kept = (tl.load(flags + j, mask=there, other=0) & _ADMITTED) != 0
+        kept = (tl.load(flags + j, mask=there, other=0) & _ADMITTED) != 0
         from_k, from_v = key + low.to(tl.int64) * key_t, value + low.to(tl.int64) * value_t
         step_k, step_v = key_t, value_t
         if FUSED:
@@ -360,8 +358,6 @@ def _attend(
         mask = there[:, None] & (d < DIM)[None, :]
         k = tl.load(from_k + n[:, None] * step_k + d[None, :], mask=mask, other=0.0)
         v = tl.load(from_v + n[:, None] * step_v + d[None, :], mask=mask, other=0.0)
-        if not FUSED:  # late: the large tiles of this way have no registers to spare
-            kept = (tl.load(flags + j, mask=there, other=0) & _ADMITTED) != 0
         near = i[:, None] - j[None, :] < window
         seen = (j[None, :] <= i[:, None]) & (near | kept[None, :]) & there[None, :]
         top, total, acc = _step(q, k, v, seen, scale, top, total, acc, True)

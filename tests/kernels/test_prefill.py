@@ -7,6 +7,7 @@ import torch
 from pool import DEVICE, assert_within_budget, fill_heads, make_pool, randn
 
 from kvpolicy.kernels import dense_prefill as dense
+from kvpolicy.kernels import prefill_gather
 from kvpolicy.kernels import sparse_prefill as sparse
 from kvpolicy.types import MARKED, Segments
 
@@ -145,6 +146,41 @@ def test_a_group_too_large_for_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse, "choose_tile", lambda *_: sparse.Tile(16, 16, 4, 2))
     assert sparse.choose_tile().heads(24) == 12
     check([21], [40], window=9, group=24, kv_heads=1, rates=(0.4,))
+
+
+def test_more_tiles_than_a_grid_has(tile: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = make_segments([70], [50], [75])
+    monkeypatch.setattr(prefill_gather, "_MOST_TILES", 5)
+    assert sparse.Tile(32, 16, 4, 2).fit(segments, 4).queries(4) == 32  # not seven tiles of 8
+    assert sparse.Tile(32, 16, 4, 2).fit(segments, 2).queries(2) == 16
+    check([70], [50], window=5, group=4)
+
+
+def test_heads_far_apart() -> None:
+    """Queries of a tile whose offsets have more than 32 bits."""
+    pool = make_pool(4, 16, 16, torch.bfloat16, slab_pages=4)
+    table, counts = fill_heads(pool, [[0]], seed=1)
+    near = randn(1, 4, 16, dtype=torch.bfloat16, seed=2)
+    flags = torch.zeros(1, 4, dtype=torch.uint8, device=DEVICE)
+    close = randn(3, 4, 16, dtype=torch.bfloat16, seed=3)
+    far = torch.zeros((2 << 30) + 64, dtype=torch.bfloat16, device=DEVICE)
+    far = far.as_strided(close.shape, (1 << 30, 16, 1)).copy_(close)
+    got, wanted = (
+        sparse.prefill_attention(
+            query,
+            near,
+            near,
+            flags,
+            make_segments([0], [4], [4]),
+            pool.pages,
+            table,
+            counts,
+            9,
+            1.0,
+        )
+        for query in (far, close)
+    )
+    assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("rates", [(0.0, 0.0), (1.0, 1.0), (1.0, 0.02)])
