@@ -67,13 +67,12 @@ class Rectangles(NamedTuple):
     blocks of up to `spare` keys: so many rows before the end of a head's rows are left over, that
     no sequence touches another's.
 
-    FlashAttention-3 is a third faster on such rectangles than the tile kernel (`kvpolicy bench
-    prefill` times both ways), but costs four more trips of a query through memory (its copy, and
-    the rectangle's output). On an H100 a prompt with 1450 such rows a query took 13 % less with
-    rectangles than without; fewer were not tried, and by these costs would be even at about 500.
-    Hence `least` rows for a rectangle; `average` rows a query and `work` (queries times rows, about
-    1 ms) for a call. `tile` goes on from a rectangle, if another one than the tile kernel alone
-    would use.
+    FlashAttention-3 is faster on such rectangles than the tile kernel (`kvpolicy bench prefill`
+    times both ways), but costs four more trips of a query through memory (its copy, and the
+    rectangle's output). On an H100 a prompt with 1450 such rows a query took 13 % less with
+    rectangles than without; fewer were not tried. Hence `least` rows for a rectangle; `average`
+    rows a query and `work` (queries times rows, about 1 ms) for a call. `tile` goes on from a
+    rectangle, if another one than the tile kernel alone would use.
     """
 
     attend: Attend

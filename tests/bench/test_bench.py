@@ -39,6 +39,8 @@ def test_quick_run_writes_results(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert all(row.value and row.value > 0 for row in rows if row.group != "ceilings")
     timed = [row for row in rows if row.unit in ("ms", "us", "s") and "gather" not in row.name]
     assert all(row.floor and row.floor > 0 for row in timed)
+    (prompt,) = (row for row in rows if row.name == "gate, 100K: TTFT")
+    assert prompt.note.startswith("chunks of 32 tokens")  # 96 tokens, up to 40 a chunk
     found = json.loads((tmp_path / "results.json").read_text())
     assert [row["name"] for row in found["rows"]] == [row.name for row in rows]
     assert found["machine"]["quick"] is True
