@@ -17,7 +17,7 @@ from ...store.allocate import _summary_size
 from ...store.pages import SLAB_PAGES
 from ...types import Write
 from .fit_sizes import queries_of, ring_of, tables_of, tensors_of
-from .spec import spec_of
+from .models import spec_of
 
 # Decisions that follow from layer, head and position, so that tokens can be counted exactly.
 _BY_POSITION = (AdmitAll, DuoAttention, LocalAttention, RandomGate)

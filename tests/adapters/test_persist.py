@@ -8,7 +8,7 @@ from models import SIZES, pipelines, prompt, tiny
 
 from kvpolicy import PhaseError
 from kvpolicy.adapters.hf import attach, load_cache, new_cache
-from kvpolicy.adapters.hf.persist import model_fingerprint
+from kvpolicy.adapters.hf.models import model_fingerprint
 
 OPTIONS = {
     "do_sample": False,
