@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..store.pages import PagePool
+from ..store.pool import PagePool
 from ..types import Segments
 from .context import Bench
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..store.pages import PagePool
+from ..store.pool import PagePool
 from .context import Bench, Case, check
 from .data import ragged, stored, tokens_of
 from .flashinfer import flashinfer_ms

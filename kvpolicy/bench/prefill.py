@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..store.pages import PagePool
+from ..store.pool import PagePool
 from ..types import ADMITTED, Pages, Segments
 from .context import Bench, Case, check
 from .data import segments, stored

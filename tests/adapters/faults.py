@@ -29,17 +29,15 @@ def digest(cache):
     state, found = cache.state, [cache.phase, list(map(str, cache.chunks))]
     if state is None:
         return found
-    found += map(list, (state.lengths, state.active, state.pending, state.floor, state.checked))
-    found += [t.tolist() for t in (*state.lengths_on.values(), *state.active_on.values())]
+    found += [[x.length, x.active, x.prompt_open, x.evicted_at, x.considered_at] for x in state.sequences]
+    found += state.devices.read()
     slots = [range(max(n - layer.window, 0), n) for layer in state.layers for n in state.lengths]
     for layer, rows in zip(
         state.layers, zip(*[iter(slots)] * state.batch, strict=True), strict=True
     ):
         for row, near in enumerate(rows):
-            at = torch.tensor(list(near), dtype=torch.long) % layer.ring_k.shape[2]
-            found += [
-                x[row][:, at].tolist() for x in (layer.ring_k, layer.ring_v, layer.ring_flags)
-            ]
+            at = torch.tensor(list(near), dtype=torch.long) % layer.ring.slots
+            found += [x[row][:, at].tolist() for x in layer.ring]
             for head, count in enumerate(layer.counts[row].tolist()):
                 ids = layer.table[row, head, : -(-count // 4)]
                 pages = state.ops.read_pages(layer.pool.pages, ids)

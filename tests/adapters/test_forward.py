@@ -204,8 +204,8 @@ def test_decode_forward_waits_for_nothing(monkeypatch):
         token = prompt([1])["input_ids"]
         step(model, cache, token)
         state = cache.state
-        state.reserve(100)
-        state.reserve_pages(16)
+        state.widen(100)
+        cache.pipeline.reserve(state, 16)
         quiet = type("Quiet", (), {"backend": "reference"})()
         quiet.decode_write = lambda *args, **kwargs: None
         quiet.paged_decode = lambda query, *args, **kwargs: torch.zeros_like(query)[:, :]

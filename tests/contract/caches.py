@@ -161,13 +161,13 @@ class Caches(RuleBasedStateMachine):
         hosts, pools = snapshot([run.state for run in self.runs]), {}
         for run, host in zip(self.runs, hosts, strict=True):
             run.check(host)
-            assert run.state.floor == run.floor
-            assert [bool(p) for p in run.pending] == run.state.pending
+            assert [x.evicted_at for x in run.state.sequences] == run.floor
+            assert [bool(p) for p in run.pending] == [x.prompt_open for x in run.state.sequences]
             check_summaries(host)
-            pools.setdefault(next(iter(host.pools.values())), []).append(host)
+            pools.setdefault(next(iter(host.devices.pools)), []).append(host)
         shared = {pool: check_pool(states) for pool, states in pools.items()}
         host = hosts[self.runs.index(changed)]
         report = self.pipeline.report(host)
         check_report(report, changed.state, host)
         changed.check_report(report)
-        assert report.shared_pages == shared[next(iter(host.pools.values()))]
+        assert report.shared_pages == shared[next(iter(host.devices.pools))]

@@ -12,20 +12,20 @@ def contents(state, layer, row):
     """What each head of a sequence holds: page contents with summaries, visible ring, queries."""
     store, size = state.layers[layer], state.spec.page_size
     length = state.lengths[row]
-    near = torch.arange(max(length - store.window, 0), length) % store.ring_k.shape[2]
+    near = torch.arange(max(length - store.window, 0), length) % store.ring.slots
     heads = []
     for h in range(state.spec.kv_heads):
         count = int(store.counts[row, h])
         ids = store.table[row, h, : -(-count // size)]
         k, v, meta = state.ops.read_pages(store.pool.pages, ids)
-        flags, meta = store.ring_flags[row, h, near], meta.flatten()[:count]
+        flags, meta = store.ring.flags[row, h, near], meta.flatten()[:count]
         head = {
             "at": meta & POSITION_MASK,
             "mark": meta > POSITION_MASK,
             "k": k.flatten(0, 1)[:count],
             "v": v.flatten(0, 1)[:count],
-            "ring_k": store.ring_k[row, h, near],
-            "ring_v": store.ring_v[row, h, near],
+            "ring_k": store.ring.k[row, h, near],
+            "ring_v": store.ring.v[row, h, near],
             "admitted": (flags & ADMITTED) > 0,
             "marked": (flags & MARKED) > 0,
         }
@@ -48,7 +48,7 @@ class Held:
         most = -(-max(max(row) for row in self.counts) // size)
         k, v, meta = state.ops.read_pages(store.pool.pages, store.table[:, :, :most])
         self.k, self.v, self.meta = (x.flatten(2, 3) for x in (k, v, meta))
-        self.ring = (store.ring_k, store.ring_v, store.ring_flags)
+        self.ring = store.ring
 
     def check(self, row, oracle):
         pages = [oracle.pages(h) for h in range(oracle.heads)]
@@ -82,6 +82,7 @@ def digest(state):
         for row in rows
     ]
     counters = [(x.counts.tolist(), x.evicted.tolist()) for x in state.layers]
-    on_device = [x.tolist() for d in (state.lengths_on, state.active_on) for x in d.values()]
-    hosts = (state.lengths, state.active, state.floor, state.checked, state.pending)
-    return repr((tensors, counters, on_device, hosts))
+    hosts = [
+        (x.length, x.active, x.evicted_at, x.considered_at, x.prompt_open) for x in state.sequences
+    ]
+    return repr((tensors, counters, state.devices.read(), hosts))

@@ -187,8 +187,7 @@ class Run:
         """
         host = host or snapshot([self.state])[0]
         assert host.lengths == self.at
-        for values in host.lengths_on.values():
-            assert values.tolist() == self.at
+        assert host.devices.read()[0] == self.at
         for layer in range(self.spec.layers):
             held = Held(host, layer)
             for row, layers in enumerate(self.oracles):
@@ -231,7 +230,7 @@ class Run:
         if host is state:
             return
         assert report == self.pipeline.report(host)
-        for pool, held in zip(state.pools.values(), host.pools.values(), strict=True):
+        for pool, held in zip(state.devices.pools, host.devices.pools, strict=True):
             ids = torch.arange(pool.capacity, dtype=torch.int32, device=pool.device)
             for read, want in zip(
                 to_host(state.ops.read_pages(pool.pages, ids)), held.pages, strict=False

@@ -13,7 +13,7 @@ def check_pool(states):
 
     Returns the pages that several heads share.
     """
-    pool = next(iter(states[0].pools.values()))
+    pool = states[0].devices.pools[0]
     available = pool.available
     free = pool.free[:available].tolist()
     assert len(set(free)) == available and 0 not in free
@@ -64,7 +64,7 @@ def check_report(report, state, host):
 
     `host` is the snapshot of `state` that the report is of.
     """
-    spec, pool = state.spec, next(iter(host.pools.values()))
+    spec, pool = state.spec, host.devices.pools[0]
     assert report.total == reachable_bytes(state)
     item, wide = torch.tensor([], dtype=spec.dtype).element_size(), spec.head_dim
     assert report.pages == pool.used * 2 * spec.page_size * wide * item

@@ -13,7 +13,7 @@ from hypothesis.stateful import precondition, rule
 from kvpolicy import RollbackError
 from kvpolicy.store import load, save
 from kvpolicy.store.rollback import crop
-from kvpolicy.store.rows import adopt, select_rows
+from kvpolicy.store.fork import adopt, select_rows
 
 caches = st.integers(0, 2)
 few = st.lists(st.integers(0, 14), min_size=4, max_size=4)
@@ -165,7 +165,7 @@ class Life(Caches):
         run = self.pick(which, "reserve")
         before = digest(run.state)
         self.pipeline.reserve(run.state, steps)
-        run.state.reserve(tokens)
+        run.state.widen(tokens)
         assert digest(run.state) == before
 
     @rule(which=caches)

@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from kvpolicy import Admission, Eviction, Selection
-from kvpolicy.backend import ops
+from kvpolicy.backend import load
 
 POLICIES = (Admission, Selection, Eviction)
 
@@ -70,7 +70,7 @@ def snapshot(states):
     Pages of a pool lie one after the other, as the reference reads them. Caches that already are
     so come back themselves.
     """
-    pools = {pool for state in states for pool in state.pools.values()}
+    pools = {pool for state in states for pool in state.devices.pools}
     if all(pool.moving and pool.device.type == "cpu" for pool in pools):
         return states
     for pool in pools:
@@ -81,9 +81,9 @@ def snapshot(states):
     for state in states:
         for layer in state.layers:
             memo |= {id(x): x for x in (layer.admission, layer.selection, layer.eviction)}
-        memo |= {id(state.spec): state.spec, id(state.ops): ops("reference")}
+        memo |= {id(state.spec): state.spec, id(state.ops): load("reference")}
     hosts = copy.deepcopy(states, memo)
-    for pool in {pool for state in hosts for pool in state.pools.values()}:
+    for pool in {pool for state in hosts for pool in state.devices.pools}:
         parts = zip(*pool.extents, strict=True)
         joined = [None if x[0] is None else torch.cat(x) for x in parts]
         pool.pages = pool.pages._replace(

@@ -14,9 +14,9 @@ from invariants import check_states
 
 from kvpolicy import CacheSpec, CapacityError
 from kvpolicy.store import pages
-from kvpolicy.store.pages import PagePool
+from kvpolicy.store.pool import PagePool
 from kvpolicy.store.rollback import crop
-from kvpolicy.store.rows import adopt, select_rows
+from kvpolicy.store.fork import adopt, select_rows
 
 SPEC = CacheSpec(
     layers=3,
@@ -57,7 +57,7 @@ class Memory:
 
     @contextlib.contextmanager
     def only(self, state, count):
-        pool = next(iter(state.pools.values()))
+        pool = state.devices.pools[0]
         if self.kind == "device":
             self.left = count
             yield
@@ -219,7 +219,7 @@ def test_an_eviction_at_the_cap_needs_no_page():
     """Kept tokens move together in place: a full pool can always be made smaller."""
     run, lengths = run_of(("all", "all", "tokens"), rows=2)
     run.prompt(lengths)
-    pool = next(iter(run.state.pools.values()))
+    pool = run.state.devices.pools[0]
     pool.limit = pool.used
     used = pool.used
     run.end_prompt()

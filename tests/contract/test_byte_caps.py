@@ -10,11 +10,11 @@ from contents import digest
 from driver import Run, stream
 
 from kvpolicy import CachePipeline, CapacityError, RandomGate
-from kvpolicy.store.rows import select_rows
+from kvpolicy.store.fork import select_rows
 
 
 def page_bytes(pipeline, spec):
-    return next(iter(pipeline.init(spec).pools.values())).page_bytes
+    return pipeline.init(spec).devices.pools[0].page_bytes
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from driver import Run, stream
 
 from kvpolicy import CachePipeline, CacheSpec, Tokens, TotalCap
 from kvpolicy.budget import Budget
-from kvpolicy.evicting import evict
+from kvpolicy.calls.evict import evict
 from kvpolicy.eviction import Eviction, SnapKV
 from kvpolicy.store import compaction
-from kvpolicy.store.rows import select_rows
+from kvpolicy.store.fork import select_rows
 
 SPEC = CacheSpec(
     layers=3, heads=4, kv_heads=2, head_dim=8, page_size=2, interval=4, dtype=torch.float64,
@@ -145,7 +145,7 @@ def test_pages_of_a_cache_that_is_gone_are_not_shared(monkeypatch):
     run, lengths = run_of(("all", "all", "tokens"))
     run.prompt(lengths)
     fork = select_rows(run.state, [0, 1])
-    for pool in run.state.pools.values():
+    for pool in run.state.devices.pools:
         monkeypatch.setattr(pool, "take", None)
     del fork
     gc.collect()

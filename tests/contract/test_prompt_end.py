@@ -50,7 +50,7 @@ def test_memory_is_freed(sizes, names, seed):
     run.prompt(rows)
     before = pipeline.report(run.state)
     run.end_prompt()
-    after, pool = pipeline.report(run.state), next(iter(run.state.pools.values()))
+    after, pool = pipeline.report(run.state), run.state.devices.pools[0]
     size = sizes.spec.page_size
     filled = sum(int((-(-layer.counts // size)).sum()) for layer in run.state.layers)
     assert pool.used == filled

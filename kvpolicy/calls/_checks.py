@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .errors import CapacityError, PhaseError
-from .store.state import CacheState, Call
-from .types import POSITION_MASK
+from ..errors import CapacityError, PhaseError
+from ..ops import POSITION_MASK
+from ..store.layer import LayerStore
+from ..store.state import CacheState, Call
 
 PHASES = ("prompt", "decode")
 
@@ -20,8 +21,9 @@ def check_call(state: CacheState, lengths: Sequence[int], phase: str, valid: Ten
         raise ValueError(f"phase: wanted one of {', '.join(PHASES)}, got {phase!r}")
     if state.call is not None:
         raise PhaseError("begin: a call is in flight already; commit or abort it first")
-    if len(lengths) != state.batch or any(n < 0 for n in lengths):
-        raise ValueError(f"lengths: wanted {state.batch} numbers from 0, got {list(lengths)}")
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in lengths)
+    if not whole or len(lengths) != state.batch or any(n < 0 for n in lengths):
+        raise ValueError(f"lengths: wanted {state.batch} ints from 0, got {list(lengths)}")
     longest = max(a + b for a, b in zip(state.lengths, lengths, strict=True))
     if longest > POSITION_MASK + 1:
         raise CapacityError(
@@ -43,9 +45,11 @@ def check_call(state: CacheState, lengths: Sequence[int], phase: str, valid: Ten
 def _check_valid(state: CacheState, lengths: Sequence[int], phase: str, valid: Tensor) -> None:
     if phase == "prompt":
         raise ValueError("valid: prompt calls are packed and take None")
-    if valid.dtype != torch.bool or valid.ndim != 2 or valid.shape[0] != state.batch:
+    shaped = valid.ndim == 2 and valid.shape[0] == state.batch and valid.shape[1] > 0
+    if valid.dtype != torch.bool or not shaped:
         raise ValueError(
-            f"valid: wanted bools [{state.batch}, T], got {valid.dtype} {list(valid.shape)}"
+            f"valid: wanted bools [{state.batch}, T] of at least one column, got {valid.dtype} "
+            f"{list(valid.shape)}"
         )
     if valid.device.type == "cpu" and valid.sum(1).tolist() != list(lengths):
         raise ValueError(
@@ -75,14 +79,11 @@ def check_complete(state: CacheState) -> Call:
     return state.call
 
 
-def check_input(
-    state: CacheState, index: int, name: str, tensor: Tensor, shape: tuple[int, ...]
-) -> None:
-    """Raises unless `tensor` has the wanted shape and the cache's dtype and device."""
+def check_input(layer: LayerStore, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises unless `tensor` has the wanted shape and the layer's dtype and device."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: wanted {list(shape)}, got {list(tensor.shape)}")
-    if tensor.dtype != state.spec.dtype:
-        raise TypeError(f"{name}: wanted {state.spec.dtype}, got {tensor.dtype}")
-    device = state.layers[index].ring_k.device
-    if tensor.device != device:
-        raise ValueError(f"{name}: wanted a tensor on {device}, got {tensor.device}")
+    if tensor.dtype != layer.ring.k.dtype:
+        raise TypeError(f"{name}: wanted {layer.ring.k.dtype}, got {tensor.dtype}")
+    if tensor.device != layer.device:
+        raise ValueError(f"{name}: wanted a tensor on {layer.device}, got {tensor.device}")

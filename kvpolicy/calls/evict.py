@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from .budget import TotalCap
-from .eviction import AtPromptEnd
-from .store import compaction
-from .store.compaction import Drop
-from .store.layer import LayerStore
-from .store.state import CacheState
-from .store.trimming import trim
+from ..budget import TotalCap
+from ..eviction import AtPromptEnd, EvictionView
+from ..ops import POSITION_BITS, POSITION_MASK, pages_of
+from ..store import compaction
+from ..store.compaction import Drop
+from ..store.layer import LayerStore
+from ..store.ring import last
+from ..store.state import CacheState
 
 
 def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
@@ -47,35 +49,30 @@ def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
     _drop(state, compaction.plan(state, keeps()))
     for layer in state.layers:
         if isinstance(layer.eviction, AtPromptEnd) and not (layer.slides or decoding):
-            compaction.forget_unmarked(layer, torch.tensor(rows, device=layer.ring_flags.device))
+            compaction.forget_unmarked(layer, torch.tensor(rows, device=layer.device))
             _raise_floor(state, rows)
-    for row, on in enumerate(rows):
+    for row, on in zip(state.sequences, rows, strict=True):
         if on:
-            state.checked[row] = state.lengths[row]
+            row.considered_at = row.length
 
 
 def _drop(state: CacheState, drops: list[Drop]) -> list[int]:
     """Does what was planned; CapacityError comes first. Returns the tokens dropped, by sequence."""
-    takes = dict.fromkeys(state.pools.values(), 0)
-    for drop in drops:
-        takes[drop.pool] = drop.takes
-    state.secure(takes)
-    compaction.drop(state, drops)
-    gone = [0] * state.batch
-    for drop in drops:
-        gone = [a + b for a, b in zip(gone, drop.gone, strict=True)]
-    _raise_floor(state, [n > 0 for n in gone])
-    for pool in state.pools.values():
-        trim(pool)
+    gone = [sum(tokens) for tokens in zip(*(drop.gone for drop in drops), strict=True)]
+    gone = gone or [0] * state.batch
+    with state.unbroken():
+        state.provide({drop.pool: drop.takes for drop in drops})
+        compaction.drop(state, drops)
+        _raise_floor(state, [n > 0 for n in gone])
+        state.trim()
     return gone
 
 
 def _raise_floor(state: CacheState, rows: list[bool]) -> None:
     """Tokens of `rows` are gone for good: `crop` cannot go back to before now."""
-    state.floor = [
-        length if on else old
-        for on, length, old in zip(rows, state.lengths, state.floor, strict=True)
-    ]
+    for row, on in zip(state.sequences, rows, strict=True):
+        if on:
+            row.evicted_at = row.length
 
 
 def _targets(
@@ -115,7 +112,7 @@ def _rated(
     NaN among any scores raises when all layers are through, so that the host waits once.
     """
     names, nan = [], []
-    for layer, most in zip(layers, compaction.longest(layers), strict=True):
+    for layer, most in zip(layers, longest(layers), strict=True):
         if most:
             scores, valid = score(state, layer, most)
             names.append(type(layer.eviction).__name__)
@@ -134,16 +131,16 @@ def score(state: CacheState, layer: LayerStore, most: int) -> tuple[Tensor, Tens
     `most` is the largest number of global tokens of a head. A fused eviction reads the pages
     itself; any other one sees a view of them.
     """
-    policy, size = layer.eviction, state.spec.page_size
-    table, valid = compaction.held(layer, most, size)
+    policy = layer.eviction
+    table, valid = held(layer, most)
     if policy.fused is not None:
         name, options = policy.fused
         scores = getattr(state.ops, name)(
-            layer.pool.pages, table, layer.counts, layer.ring_k, layer.queries,
-            state.lengths_on[table.device], layer.window, state.spec.softmax_scale, **options,
+            layer.pool.pages, layer.heads._replace(table=table), layer.ring, layer.queries,
+            state.on(layer).lengths, layer.window, layer.sizes.scale, **options,
         )  # fmt: skip
     else:
-        scores = policy.score(compaction.view(state, layer, most))
+        scores = policy.score(view(state, layer, most))
     wanted = f"{type(policy).__name__}.score: wanted floats {list(valid.shape)} without NaN"
     if not isinstance(scores, Tensor) or not scores.dtype.is_floating_point:
         got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
@@ -151,6 +148,59 @@ def score(state: CacheState, layer: LayerStore, most: int) -> tuple[Tensor, Tens
     if scores.shape != valid.shape:
         raise ValueError(f"{wanted}, got {list(scores.shape)}")
     return scores, valid
+
+
+def longest(layers: Sequence[LayerStore]) -> list[int]:
+    """Most global tokens of a head in each layer; waits for the device once."""
+    if not layers:
+        return []
+    counts = torch.stack([x.counts.to(layers[0].device) for x in layers])
+    most: list[int] = counts.flatten(1).amax(1).tolist()
+    return most
+
+
+def held(layer: LayerStore, most: int) -> tuple[Tensor, Tensor]:
+    """The table's columns in use and `valid` `[B, Hkv, N]`, the longest head having `most`."""
+    size = layer.pool.page_size
+    used = pages_of(most, size)
+    token = torch.arange(used * size, device=layer.device)
+    return layer.table[:, :, :used], token < layer.counts[..., None]
+
+
+def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:
+    """What an eviction sees of one layer, whose longest head holds `most` tokens."""
+    table, valid = held(layer, most)
+    lengths = state.on(layer).lengths
+    recent_keys, at = last(layer.ring.k, lengths, layer.window)
+    queries = query_valid = None
+    if layer.queries is not None:
+        queries, query_at = last(layer.queries, lengths, layer.eviction.queries)
+        query_valid = query_at >= 0
+
+    @cache
+    def content() -> tuple[Tensor, Tensor]:
+        k, v, _ = state.ops.read_pages(layer.pool.pages, table)
+        hide = ~valid[..., None]
+        return k.flatten(2, 3).masked_fill_(hide, 0), v.flatten(2, 3).masked_fill_(hide, 0)
+
+    @cache
+    def meta() -> Tensor:
+        return state.ops.read_meta(layer.pool.pages, table).flatten(2).masked_fill_(~valid, 0)
+
+    return EvictionView(
+        layer=layer.index,
+        keys=lambda: content()[0],
+        values=lambda: content()[1],
+        positions=lambda: meta() & POSITION_MASK,
+        valid=valid,
+        marked=lambda: (meta() >> POSITION_BITS) & 1 > 0,
+        recent_keys=recent_keys.masked_fill((at < 0)[:, None, :, None], 0),
+        recent_valid=at >= 0,
+        lengths=lengths,
+        scale=layer.sizes.scale,
+        queries=queries,
+        query_valid=query_valid,
+    )
 
 
 def _capped_lengths(state: CacheState, rows: list[bool]) -> list[list[list[int]]] | None:

@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+import attrs
 import torch
 from torch import Tensor
 
 from ..errors import CapacityError
-from ..types import Pages
+from ..ops import Pages
 from .extents import SLAB_PAGES, Extent, slab_starts, widened
-from .unseen import Unseen
-
-if TYPE_CHECKING:
-    from .state import CacheState
+from .free_pages import FreePages
 
 CopyPages = Callable[[Pages, Tensor, Tensor], None]
 # A single allocation is at most this or 1/32 of the pool: trimming drops whole ones.
 EXTENT_PAGES = 1024
+
+
+class HasTable(Protocol):
+    """A layer: its page table int32 `[B, Hkv, M]` may be replaced by a wider one."""
+
+    table: Tensor
+
+
+@attrs.define(eq=False)
+class Lease:
+    """One cache's part of a pool: the layers whose tables hold pages, and pages `reserved` for it.
+
+    Reserved pages are free and nobody else's, until the cache reserves again.
+    """
+
+    layers: list[HasTable] = attrs.field(factory=list)
+    reserved: int = 0
 
 
 class PagePool:
@@ -47,11 +62,10 @@ class PagePool:
         self.summary = summary
         self.limit: int | None = None  # most pages, the null page not counted
         self.generation = 0  # rises when a buffer that captured graphs read has moved
-        # Caches that use the pool, with the pages promised to each until it reserves again.
-        self.holders: weakref.WeakKeyDictionary[CacheState, int] = weakref.WeakKeyDictionary()
+        self.leases: weakref.WeakSet[Lease] = weakref.WeakSet()  # of the caches that use the pool
         # Tables of caches that are gone, whose pages are still held.
         self.orphans: list[Tensor] = []
-        self.unseen = Unseen()
+        self.known = FreePages()
         self.extents = [self._extent(SLAB_PAGES)]
         for null in self.extents[0][:2]:  # the reference reads it, with weight 0
             null[0] = 0
@@ -88,19 +102,19 @@ class PagePool:
         place = self.top + torch.arange(ids.numel(), device=self.device)
         self.free.index_copy_(0, place, ids.flip(0))
         self.top += ids.numel()
-        self.unseen.add(ids.numel())
+        self.known.add(ids.numel())
 
     def drain(self) -> None:
         """Takes back the pages of caches that are gone."""
         while self.orphans:
             self.release(self.orphans.pop().flatten())
 
-    def make_free(self, count: int, free: int) -> None:
+    def provide_for_write(self, count: int, free: int) -> None:
         """Makes `count` pages free for the write to come, if `free` pages are free now."""
-        free = self.ensure(count, free)
+        free = self.provide(count, free)
         if self.moving and count > 1:  # rising ids, which the reference can read without a copy
             self.free[:free] = self.free[:free].sort(descending=True).values
-        self.unseen.learn(free - count)
+        self.known.learn(free - count)
 
     @property
     def available(self) -> int:
@@ -114,11 +128,27 @@ class PagePool:
         return self.capacity - 1 - self.available
 
     @property
-    def page_bytes(self) -> int:
-        """Bytes of one page: keys, values, positions and summary."""
-        return sum(x[0].nbytes for x in self.extents[0] if x is not None)
+    def kv_bytes(self) -> int:
+        """Bytes of one page's keys and values."""
+        return sum(x[0].nbytes for x in self.extents[0][:2])
 
-    def cap(self, max_bytes: int) -> None:
+    @property
+    def meta_bytes(self) -> int:
+        """Bytes of one page's positions."""
+        return self.extents[0][2][0].nbytes
+
+    @property
+    def summary_bytes(self) -> int:
+        """Bytes of one page's summary."""
+        summary = self.extents[0][3]
+        return 0 if summary is None else summary[0].nbytes
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page."""
+        return self.kv_bytes + self.meta_bytes + self.summary_bytes
+
+    def limit_to(self, max_bytes: int) -> None:
         """Limits the pool to `max_bytes`, the null page included."""
         least = SLAB_PAGES * self.page_bytes
         if max_bytes < least:
@@ -129,31 +159,49 @@ class PagePool:
 
     @property
     def room(self) -> int | None:
-        """Pages that can still be taken, growth included and those promised left out."""
+        """Pages that can still be taken, growth included and reserved ones left out."""
         most = self._most()
         if most is None:
             return None
-        return self.available + most - self.capacity - sum(self.holders.values())
+        return self.available + most - self.capacity - self.reserved
 
-    def promise(self, holder: CacheState, count: int) -> None:
-        """Keeps `count` free pages for `holder`, beside those promised to others."""
-        before = self.holders.get(holder, 0)
-        self.holders[holder] = 0
-        self.unseen.forget()  # what was taken of an earlier promise is no longer covered by it
+    def lease(self) -> Lease:
+        """A new cache's part of the pool; it ends with the cache that keeps it."""
+        lease = Lease()
+        self.leases.add(lease)
+        return lease
+
+    @property
+    def reserved(self) -> int:
+        """Pages that are reserved for caches."""
+        return sum(lease.reserved for lease in self.leases)
+
+    def tables(self) -> list[Tensor]:
+        """Every page table that holds pages, once: a cache may become an orphan meanwhile."""
+        leased = [layer.table for lease in list(self.leases) for layer in lease.layers]
+        return list({id(table): table for table in [*leased, *self.orphans]}.values())
+
+    def reserve(self, lease: Lease, count: int) -> None:
+        """Keeps `count` free pages for a cache, beside those reserved for others.
+
+        Raises CapacityError, with its earlier reservation as it was, at the limit.
+        """
+        before, lease.reserved = lease.reserved, 0
+        self.known.forget()  # what was taken of an earlier reservation is no longer covered by it
         try:
-            self.ensure(count)
+            self.provide(count)
             before = count
         finally:
-            self.holders[holder] = before
+            lease.reserved = before
 
-    def ensure(self, count: int, free: int | None = None) -> int:
-        """Grows until `count` pages are free and not promised; CapacityError at the limit.
+    def provide(self, count: int, free: int | None = None) -> int:
+        """Grows until `count` pages are free and not reserved; CapacityError at the limit.
 
         `free` pages are known to be free; without it they are read from the device. Returns how
         many are free then.
         """
         free = self.available if free is None else free
-        missing = count + sum(self.holders.values()) - free
+        missing = count + self.reserved - free
         if count == 0 or missing <= 0:
             return free
         most = self._most()
@@ -191,8 +239,7 @@ class PagePool:
             if source is not None and target is not None:
                 target[: self.capacity] = source
         self._lengthen(count)
-        self.extents = [new]
-        self._add_ids(count)
+        self._add_ids(count, [new])
 
     def _grow_appending(self, count: int) -> None:
         extent = self._extent(count)
@@ -205,8 +252,7 @@ class PagePool:
         self.slabs[first : first + rows] = slab_starts(self.extents[0], extent, rows).to(
             self.device, non_blocking=True
         )
-        self.extents.append(extent)
-        self._add_ids(count)
+        self._add_ids(count, [*self.extents, extent])
 
     def _lengthen(self, count: int) -> None:
         """Makes room for `count` more pages in free stack and reference counts."""
@@ -215,17 +261,19 @@ class PagePool:
             self.free, self.refs = widened(self.free, size), widened(self.refs, size)
             self.generation += 1
 
-    def _add_ids(self, count: int) -> None:
-        self.refs[self.capacity : self.capacity + count] = 0
-        new = torch.arange(
-            self.capacity, self.capacity + count, dtype=torch.int32, device=self.device
-        )
-        self.push(new)
-        self.capacity += count
+    def _add_ids(self, count: int, extents: list[Extent]) -> None:
+        first = self.capacity
+        self.refs[first : first + count] = 0
+        # Together: what is broken off between them would leave one without the other.
+        self.extents, self.capacity = extents, first + count
+        self.push(torch.arange(first, first + count, dtype=torch.int32, device=self.device))
 
     def presize(self, pages: int) -> None:
-        """Makes free stack and slab table long enough for `pages`, so that growth moves nothing."""
-        if pages + SLAB_PAGES > self.free.numel():
+        """Makes free stack and slab table long enough for `pages`, so that growth moves nothing.
+
+        Where growth moves pages anyway there is nothing to do.
+        """
+        if not self.moving and pages + SLAB_PAGES > self.free.numel():
             size = pages + SLAB_PAGES
             slabs = widened(self.slabs, max(-(-size // SLAB_PAGES), self.slabs.shape[0]))
             self.free, self.refs = widened(self.free, size), widened(self.refs, size)
@@ -235,8 +283,8 @@ class PagePool:
 
     def take(self, count: int) -> Tensor:
         """Takes `count` pages, int32 ids `[count]`, growing if needed."""
-        self.make_free(count, self.available)
-        self.unseen.forget()
+        self.provide_for_write(count, self.available)
+        self.known.forget()
         top = int(self.top) - count
         ids = self.free[top : top + count].flip(0)
         self.top.fill_(top)
@@ -253,9 +301,25 @@ class PagePool:
 
     def release(self, ids: Tensor) -> None:
         """Counts one holder less for pages `ids` `[N]`; pages without holders become free."""
-        self.unseen.forget()
+        self.known.forget()
         ids = ids[ids > 0].long()
         if ids.numel():
             held = self.refs > 0
             self.refs.index_add_(0, ids, torch.full_like(ids, -1, dtype=torch.int32))
             self.push((held & (self.refs == 0)).nonzero().squeeze(1).int())
+
+    def recount(self) -> None:
+        """Makes reference counts and free stack what the caches' tables say.
+
+        After a write, a copy or an eviction that was broken off: pages that it took and put into no
+        table, or counted and did not give back, are free again.
+        """
+        ids = [torch.zeros(0, dtype=torch.int32, device=self.device)]
+        ids += [table.flatten() for table in self.tables()]
+        counts = torch.bincount(torch.cat(ids), minlength=self.capacity)
+        self.refs.zero_()
+        self.refs[1 : self.capacity] = counts[1 : self.capacity].int()
+        self.top.zero_()
+        self.push((self.refs[1 : self.capacity] == 0).nonzero().squeeze(1).int() + 1)
+        self.known.forget()
+        self.refresh()

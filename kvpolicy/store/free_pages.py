@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 
-class Unseen:
+class FreePages:
     """Free pages at least, known without waiting for what the device was told last.
 
     `least` is what was free when the host last looked, less what prompts have taken since: exact
     where the device has said so, a bound for the write whose numbers are on their way. Pages that
-    decoding takes are not followed. They are among those promised to its cache, so that `least`
-    less all promises stays right while these stand: who changes a promise forgets. None: the host
+    decoding takes are not followed. They are among those reserved for its cache, so that `least`
+    less all that is reserved stays right: who reserves anew forgets. None: the host
     must look.
     """
 
@@ -23,7 +23,7 @@ class Unseen:
         self._bound = 0
 
     def forget(self) -> None:
-        """Pages were taken, given back or promised in ways that are not followed."""
+        """Pages were taken, given back or reserved in ways that are not followed."""
         self.least, self._numbers, self._event = None, None, None
 
     def learn(self, free: int) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .eviction import AtPromptEnd
-from .store.layer import LayerStore
-from .types import ADMITTED, MARKED, Write
+from ..admission import Write
+from ..eviction import AtPromptEnd
+from ..ops import ADMITTED, MARKED
+from ..store.layer import LayerStore
 
 
 def decide(layer: LayerStore, write: Write) -> tuple[Tensor | None, int]:

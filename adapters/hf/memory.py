@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from ...admission import Admission, AdmitAll, DuoAttention, LocalAttention, RandomGate
+from ...admission import Admission, AdmitAll, DuoAttention, LocalAttention, RandomGate, Write
 from ...budget import TotalCap
 from ...eviction import AtPromptEnd
 from ...pipeline import CachePipeline
 from ...spec import CacheSpec
-from ...store.allocate import _summary_size
-from ...store.pages import SLAB_PAGES
-from ...types import Write
-from .fit_sizes import queries_of, ring_of, tables_of, tensors_of
+from ...store.plan import planned
 from .spec import spec_of
 
 # Decisions that follow from layer, head and position, so that tokens can be counted exactly.
@@ -119,37 +117,24 @@ def fit_report(
         admitted = 1.0 if admitted is None else admitted
     model, device = _model(config_or_model, dtype)
     spec = spec_of(model, dtype=dtype, device=device, **sizes)
-    for slot in (pipeline.admission, pipeline.selection, pipeline.eviction):
-        slot.check(spec.layers, spec.model_kv_heads, spec.head_dim)
-
+    pipeline.check(spec)
     _check_admitted(pipeline, spec, admitted)
     written, left = _global_tokens(pipeline, spec, tokens, admitted or 0.0)
-    size, item = spec.page_size, spec.dtype.itemsize
-    pages, prompt_pages = (batch * int(((x + size - 1) // size).sum()) for x in (left, written))
-    page_bytes = 2 * size * spec.head_dim * item
-    summary = _summary_size(pipeline.selection, spec)
-    summary_bytes = 0 if summary is None else summary[0] * summary[1].itemsize
-    managed = [n for n in range(spec.layers) if spec.slides(n) is None]
-    # Growth comes in slabs; while decoding, every head may hold a promised page as well.
-    spare = max(SLAB_PAGES, pages // 16) + SLAB_PAGES + batch * len(managed) * spec.kv_heads
-    windows = [spec.slides(n) or pipeline.window for n in range(spec.layers)]
-    seen = sum(min(tokens, w) for w in windows) * spec.kv_heads
+    plan = planned(pipeline, spec, tokens, batch, written, left)
+    windows = [spec.at(n).window or pipeline.window for n in range(spec.layers)]
+    heads = [spec.at(n).kv_heads for n in range(spec.layers)]
+    dims = [spec.at(n).head_dim for n in range(spec.layers)]
+    near = sum(min(tokens, w) * h for w, h in zip(windows, heads, strict=True))
+    item = spec.dtype.itemsize
+    policies = (pipeline.admission, pipeline.eviction)
     return FitReport(
         tokens=tokens,
         batch=batch,
-        kept=(int(left.sum()) + seen) / (tokens * spec.layers * spec.kv_heads),
-        pages=pages * page_bytes,
-        prompt_pages=prompt_pages * page_bytes,
-        reserved=spare * (page_bytes + 4 * size + summary_bytes),
-        ring=batch * ring_of(spec, windows),
-        positions=pages * size * 4,
-        summaries=pages * summary_bytes,
-        tables=tables_of(pipeline, spec, tokens, batch, pages + spare),
-        queries=batch * queries_of(pipeline, spec, managed),
-        gates=sum(t.numel() for p in (pipeline.admission, pipeline.eviction) for t in tensors_of(p))
-        * item,
+        kept=(sum(map(sum, left)) + near) / (tokens * sum(heads)),
+        gates=sum(t.numel() for policy in policies for t in _tensors(policy)) * item,
         weights=sum(p.numel() for p in model.parameters()) * item,
-        full=batch * spec.layers * spec.kv_heads * tokens * 2 * spec.head_dim * item,
+        full=batch * tokens * 2 * item * sum(h * d for h, d in zip(heads, dims, strict=True)),
+        **attrs.asdict(plan),
     )
 
 
@@ -184,8 +169,8 @@ def _check_admitted(pipeline: CachePipeline, spec: CacheSpec, admitted: float | 
 
 def _global_tokens(
     pipeline: CachePipeline, spec: CacheSpec, tokens: int, admitted: float
-) -> tuple[Tensor, Tensor]:
-    """Global tokens `[L, Hkv]` of a sequence: written, and left when the prompt has ended."""
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Global tokens `[L][Hkv]` of a sequence: written, and left when the prompt has ended."""
     shape = (spec.layers, spec.kv_heads)
     written, left = (torch.zeros(shape, dtype=torch.long) for _ in range(2))
     for layer in range(spec.layers):
@@ -203,7 +188,7 @@ def _global_tokens(
             left[layer] = written[layer].clamp(max=most)
     if isinstance(pipeline.eviction.budget, TotalCap):
         left = torch.tensor(pipeline.eviction.budget.lengths(written.tolist()))
-    return written, left
+    return written.tolist(), left.tolist()
 
 
 def _count(admission: Admission, spec: CacheSpec, layer: int, far: int, admitted: float) -> Tensor:
@@ -215,3 +200,15 @@ def _count(admission: Admission, spec: CacheSpec, layer: int, far: int, admitted
         write = Write(keys, keys, torch.arange(far), bounds, layer, heads)
         return admission.admit(write).sum(1)
     return torch.full((spec.kv_heads,), round(admitted * far))
+
+
+def _tensors(policy: Any) -> Iterator[Tensor]:
+    """Every tensor inside a policy, through combinators and per-layer maps."""
+    if isinstance(policy, Tensor):
+        yield policy
+    elif isinstance(policy, tuple):
+        for member in policy:
+            yield from _tensors(member)
+    elif attrs.has(type(policy)):
+        for field in attrs.fields(type(policy)):
+            yield from _tensors(getattr(policy, field.name))

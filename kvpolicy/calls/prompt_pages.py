@@ -7,34 +7,33 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..types import Held, Segments
-from .layer import LayerStore
-from .limits import check_tokens
-from .state import CacheState
+from ..ops import Bounds, Segments, pages_of
+from ..store.layer import LayerStore
+from ..store.state import CacheState, Call
+from .capacity import check_tokens
 
 Rows = list[list[int]]
 SPARE = 8  # a layer may be given 1/8 of the pool's pages more than it turns out to take
 
 
 def make_room(
-    state: CacheState, layer: LayerStore, seg: Segments, after: Tensor, fresh: Tensor
-) -> Held:
+    state: CacheState, call: Call, layer: LayerStore, seg: Segments, after: Tensor, fresh: Tensor
+) -> Bounds:
     """Makes sure that `fresh` `[B, Hkv]` pages are free, and says what the host knows of `after`.
 
     Only the host can make the pool grow. Either it waits for these numbers, and the device idles
     until it goes on; or it provides for all tokens being admitted, and reads a layer later how many
     were. It waits for caches that are small, capped or empty (a row of them suffices), in the first
-    layer of a call, and where free pages have to be counted anew (see `Unseen`).
+    layer of a call, and where free pages have to be counted anew (see `FreePages`).
     """
-    call, pool = state.call, layer.pool
-    assert call is not None
+    pool = layer.pool
     leaving = [max(b - a - layer.window, 0) for a, b in pairwise(seg.cu_k)]
     held = call.held.get(layer.index)
     # Without earlier tokens nothing says what to expect but the counts themselves.
     past = all(at > layer.window for at, n in zip(seg.start, call.added, strict=True) if n)
     if past and held is not None and _ahead(state, layer, leaving, fresh):
         after_all = [[n + new for n in row] for row, new in zip(held, leaving, strict=True)]
-        return Held(after_all, _expected(held, after_all, layer, seg))
+        return Bounds(after_all, _expected(held, after_all, layer, seg))
     pool.drain()
     # Once a call it asks for all layers.
     others = [] if held is not None else [x for x in state.layers if x.pool is pool]
@@ -46,30 +45,29 @@ def make_room(
         call.held[other.index] = _rows(numbers[(2 + place) * size + 1 :][:size], heads)
     exact = _rows(numbers[:size], heads)
     check_tokens(state, layer, exact)
-    pool.make_free(sum(numbers[size : 2 * size]), numbers[2 * size])
-    return Held(exact, _expected(call.held[layer.index], exact, layer, seg))
+    pool.provide_for_write(sum(numbers[size : 2 * size]), numbers[2 * size])
+    return Bounds(exact, _expected(call.held[layer.index], exact, layer, seg))
 
 
 def _ahead(state: CacheState, layer: LayerStore, leaving: list[int], fresh: Tensor) -> bool:
     """Whether pages for all tokens of a layer that leave the window could be made free."""
-    pool, size = layer.pool, state.spec.page_size
-    most = sum(-(-n // size) for n in leaving) * fresh.shape[1]
+    pool = layer.pool
+    most = sum(pages_of(n, pool.page_size) for n in leaving) * fresh.shape[1]
     capped = pool.limit is not None or state.spec.max_tokens is not None
     if capped or pool.moving or most > pool.capacity // SPARE:
         return False
-    promised = sum(pool.holders.values())
-    free = pool.unseen.settle()
+    free = pool.known.settle()
     if free is None:
         return False
-    if free < most + promised:
+    if free < most + pool.reserved:
         try:
-            pool.ensure(most, free)
+            pool.provide(most, free)
         except torch.OutOfMemoryError:  # what is admitted may fit
             return False
-    # A cache that went just now no longer promises the pages that it took.
+    # A cache that went just now no longer reserves the pages that it took.
     if pool.orphans:
         return False
-    pool.unseen.take(most, fresh, pool.top)
+    pool.known.take(most, fresh, pool.top)
     return True
 
 
