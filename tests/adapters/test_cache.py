@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from models import SIZES, pipelines, prompt, tiny
 
 from kvpolicy import CachePipeline, PhaseError, RollbackError
 from kvpolicy.adapters.hf import attach
+from tests.support.adapters.models import SIZES, pipelines, prompt, tiny
 
 PIPELINE = CachePipeline(window=5)
 

@@ -7,12 +7,12 @@ import threading
 import attrs
 import pytest
 import torch
-from faults import Break, Fault, Refusing, digest
-from models import SIZES, pipelines, prompt, tiny
 
 from kvpolicy import Admission, CachePipeline, PhaseError
 from kvpolicy.adapters.hf import attach, new_cache
 from kvpolicy.testing._spy import watch
+from tests.support.adapters.faults import Break, Fault, Refusing, digest
+from tests.support.adapters.models import SIZES, pipelines, prompt, tiny
 
 PIPELINE = CachePipeline(window=5)
 

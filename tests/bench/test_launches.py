@@ -18,8 +18,8 @@ from kvpolicy.bench.context import Bench
 from kvpolicy.bench.gates import random_gate
 from kvpolicy.bench.launches import decode_state, step
 from kvpolicy.bench.prefill import problem
-from kvpolicy.kernels import sparse_prefill as sparse
 from kvpolicy.calls.prompt import segments_of, write_prompt
+from kvpolicy.kernels import sparse_prefill as sparse
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts interpreted launches")
 

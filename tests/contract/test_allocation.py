@@ -7,16 +7,16 @@ import itertools
 
 import pytest
 import torch
-from cases import Sizes, build
-from contents import digest
-from driver import Run, stream
-from invariants import check_states
 
 from kvpolicy import CacheSpec, CapacityError
 from kvpolicy.store import pages
+from kvpolicy.store.fork import adopt, select_rows
 from kvpolicy.store.pool import PagePool
 from kvpolicy.store.rollback import crop
-from kvpolicy.store.fork import adopt, select_rows
+from tests.support.contract.cases import Sizes, build
+from tests.support.contract.contents import digest
+from tests.support.contract.driver import Run, stream
+from tests.support.contract.invariants import check_states
 
 SPEC = CacheSpec(
     layers=3,

@@ -5,10 +5,20 @@ from __future__ import annotations
 import attrs
 import pytest
 import torch
-from capped import DIM, INTERVAL, KV_HEADS, LAYERS, SPEC, WINDOW, Feed, Taste, taste
-from contents import digest
 
 from kvpolicy import CachePipeline, CapacityError, KeepAll
+from tests.support.contract.capped import (
+    DIM,
+    INTERVAL,
+    KV_HEADS,
+    LAYERS,
+    SPEC,
+    WINDOW,
+    Feed,
+    Taste,
+    taste,
+)
+from tests.support.contract.contents import digest
 
 
 class Model:

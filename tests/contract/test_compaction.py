@@ -7,9 +7,6 @@ import gc
 import attrs
 import pytest
 import torch
-from cases import LargestKey, Sizes, build
-from contents import contents, digest
-from driver import Run, stream
 
 from kvpolicy import CachePipeline, CacheSpec, Tokens, TotalCap
 from kvpolicy.budget import Budget
@@ -17,6 +14,9 @@ from kvpolicy.calls.evict import evict
 from kvpolicy.eviction import Eviction, SnapKV
 from kvpolicy.store import compaction
 from kvpolicy.store.fork import select_rows
+from tests.support.contract.cases import LargestKey, Sizes, build
+from tests.support.contract.contents import contents, digest
+from tests.support.contract.driver import Run, stream
 
 SPEC = CacheSpec(
     layers=3, heads=4, kv_heads=2, head_dim=8, page_size=2, interval=4, dtype=torch.float64,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import EVICTIONS, EXACT, NAMES, SMALL, build, caches, seeds
-from driver import Run, stream, streams_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +21,8 @@ from kvpolicy import (
     Tokens,
 )
 from kvpolicy.store.rollback import crop
+from tests.support.contract.cases import EVICTIONS, EXACT, NAMES, SMALL, build, caches, seeds
+from tests.support.contract.driver import Run, stream, streams_of
 
 
 @pytest.mark.parametrize("eviction", [name for name in EVICTIONS if name != "none"])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pool import DEVICE, Pool, fill_heads, make_pool, randn
 
 from kvpolicy import reference
 from kvpolicy.kernels import cache_write
 from kvpolicy.types import ADMITTED, MARKED, POSITION_MASK
+from tests.support.kernels.pool import DEVICE, Pool, fill_heads, make_pool, randn
 
 
 def stored(pool: Pool, table: torch.Tensor, counts: torch.Tensor) -> list[torch.Tensor]:

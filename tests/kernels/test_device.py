@@ -6,11 +6,11 @@ import warnings
 
 import pytest
 import torch
-from pool import DEVICE, assert_within_budget, fill_heads, make_pool, randn
 
 from kvpolicy import reference
 from kvpolicy.kernels import cache_write, page_io, page_select, paged_decode, write_gate
 from kvpolicy.types import Pages
+from tests.support.kernels.pool import DEVICE, assert_within_budget, fill_heads, make_pool, randn
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pool import DEVICE, NAN, assert_within_budget, fill_heads, make_pool, randn
 
 from kvpolicy.kernels import paged_decode as module
 from kvpolicy.kernels.paged_decode import paged_decode
+from tests.support.kernels.pool import (
+    DEVICE,
+    NAN,
+    assert_within_budget,
+    fill_heads,
+    make_pool,
+    randn,
+)
 
 CUDA = DEVICE.type == "cuda"
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pool import DEVICE, fill_heads, make_pool, randn
 
 from kvpolicy import reference
 from kvpolicy.kernels import prompt_write
 from kvpolicy.types import ADMITTED, MARKED, POSITION_BITS, Segments
+from tests.support.kernels.pool import DEVICE, fill_heads, make_pool, randn
 
 
 def make_segments(old: list[int], new: list[int], start: list[int]) -> Segments:

@@ -7,12 +7,19 @@ import itertools
 import attrs
 import pytest
 import torch
-from pool import DEVICE, Pool, assert_within_budget, fill_heads, make_pool, randn
 
 from kvpolicy import reference
 from kvpolicy.eviction import SnapKV
 from kvpolicy.kernels import window_scores as kernels
 from kvpolicy.types import POSITION_BITS, EvictionView, Pages
+from tests.support.kernels.pool import (
+    DEVICE,
+    Pool,
+    assert_within_budget,
+    fill_heads,
+    make_pool,
+    randn,
+)
 
 CUDA = DEVICE.type == "cuda"
 MODES = [

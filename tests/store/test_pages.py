@@ -206,7 +206,11 @@ def test_limit_raises_and_changes_nothing(pool):
     holder = Holder(pool, torch.zeros(1, 1, dtype=torch.int32))
     pool.reserve(holder.lease, 4)
     before = snapshot(pool)
-    for fails in (lambda: pool.take(7), lambda: pool.provide(7), lambda: pool.reserve(holder.lease, 11)):
+    for fails in (
+        lambda: pool.take(7),
+        lambda: pool.provide(7),
+        lambda: pool.reserve(holder.lease, 11),
+    ):
         with pytest.raises(CapacityError, match=f"at most {pool.limit}"):
             fails()
         assert snapshot(pool) == before

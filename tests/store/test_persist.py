@@ -5,7 +5,6 @@ from __future__ import annotations
 import attrs
 import pytest
 import torch
-from saved import PIPELINE, SPEC, call, filled
 
 from kvpolicy import (
     CachePipeline,
@@ -19,6 +18,7 @@ from kvpolicy import (
 from kvpolicy.store import load, persist, save
 from kvpolicy.store.fingerprint import pipeline_fingerprint
 from kvpolicy.store.fork import select_rows
+from tests.support.store.saved import PIPELINE, SPEC, call, filled
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

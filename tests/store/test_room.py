@@ -9,12 +9,12 @@ import torch
 
 from kvpolicy import CacheSpec, CapacityError, PhaseError, RandomGate
 from kvpolicy.backend import load
+from kvpolicy.calls import prompt_pages
 from kvpolicy.kernels import prompt_write
 from kvpolicy.pipeline import CachePipeline
 from kvpolicy.selection import Quest
-from kvpolicy.calls import prompt_pages
-from kvpolicy.store.pool import PagePool
 from kvpolicy.store.fork import select_rows
+from kvpolicy.store.pool import PagePool
 
 LAYERS, HEADS, DIM, SIZE, CHUNK = 3, 2, 16, 2, 9
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

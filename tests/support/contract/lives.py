@@ -5,15 +5,15 @@ from __future__ import annotations
 import tempfile
 
 import pytest
-from caches import LENGTH, Caches
-from contents import digest
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
 from kvpolicy import RollbackError
 from kvpolicy.store import load, save
-from kvpolicy.store.rollback import crop
 from kvpolicy.store.fork import adopt, select_rows
+from kvpolicy.store.rollback import crop
+from tests.support.contract.caches import LENGTH, Caches
+from tests.support.contract.contents import digest
 
 caches = st.integers(0, 2)
 few = st.lists(st.integers(0, 14), min_size=4, max_size=4)

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import attrs
 import torch
-from pool import DEVICE, Pool, make_pool
 from torch import Tensor
 
 from kvpolicy.backend import ops
 from kvpolicy.types import Pages, Segments
+from tests.support.kernels.pool import DEVICE, Pool, make_pool
 
 SLAB_PAGES = 4
 

@@ -8,13 +8,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from models import SIZES, pipelines, prompt
 from transformers import AutoModelForCausalLM
 
 from kvpolicy.adapters.hf import attach
+from tests.support.adapters.models import SIZES, pipelines, prompt
 
 
 def generate(model, name):

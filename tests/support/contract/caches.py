@@ -8,16 +8,16 @@ from collections import Counter
 
 import pytest
 import torch
-from cases import SELECTIONS, Sizes, build, gate
-from contents import digest
-from driver import Run, stream
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
-from invariants import check_pool, check_report, check_summaries
-from snapshot import snapshot
 
 from kvpolicy import CacheSpec, Ratio
 from kvpolicy.types import Write
+from tests.support.contract.cases import SELECTIONS, Sizes, build, gate
+from tests.support.contract.contents import digest
+from tests.support.contract.driver import Run, stream
+from tests.support.contract.invariants import check_pool, check_report, check_summaries
+from tests.support.contract.snapshot import snapshot
 
 SPEC = CacheSpec(
     layers=3,

@@ -9,6 +9,7 @@ from torch import Tensor
 from kvpolicy.types import Pages
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CUDA = DEVICE.type == "cuda"
 NAN = float("nan")
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 
 import torch
-from oracle import Oracle
-from rules import evict
 from transformers import AttentionInterface
 
 from kvpolicy import CacheSpec
+from tests.support.oracle import Oracle
+from tests.support.rules import evict
 
 
 def _attend(module, query, key, value, mask, **kwargs):

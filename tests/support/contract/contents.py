@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from snapshot import snapshot
 
 from kvpolicy.types import ADMITTED, MARKED, POSITION_MASK
+from tests.support.contract.snapshot import snapshot
 
 
 def contents(state, layer, row):

@@ -29,7 +29,9 @@ def digest(cache):
     state, found = cache.state, [cache.phase, list(map(str, cache.chunks))]
     if state is None:
         return found
-    found += [[x.length, x.active, x.prompt_open, x.evicted_at, x.considered_at] for x in state.sequences]
+    found += [
+        [x.length, x.active, x.prompt_open, x.evicted_at, x.considered_at] for x in state.sequences
+    ]
     found += state.devices.read()
     slots = [range(max(n - layer.window, 0), n) for layer in state.layers for n in state.lengths]
     for layer, rows in zip(

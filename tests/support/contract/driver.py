@@ -7,11 +7,12 @@ from itertools import islice
 
 import pytest
 import torch
-from contents import Held
-from oracle import Oracle
-from rules import evict
-from snapshot import snapshot, to_device, to_host
-from streams import piece, random_cuts, stream
+
+from tests.support.contract.contents import Held
+from tests.support.contract.snapshot import snapshot, to_device, to_host
+from tests.support.contract.streams import piece, random_cuts, stream
+from tests.support.oracle import Oracle
+from tests.support.rules import evict
 
 
 def streams_of(sizes, rows, extra, seed):

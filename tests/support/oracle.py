@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from rules import read
 
 from kvpolicy.types import Write
+from tests.support.rules import read
 
 
 class Oracle:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from unittest import mock
 
 import torch
-from mirror import Mirror, Pair, Size, agree, both, make_mirror, pair
-from op_cases import case
-from test_prefill import CUDA, make_segments
-from test_rectangles import Dense
 from torch.nn.attention import SDPBackend
 
 from kvpolicy.kernels import dense_prefill as dense
 from kvpolicy.kernels import sparse_prefill as sparse
 from kvpolicy.kernels.prefill_gather import Rectangles, Tile
 from kvpolicy.types import Segments
+from tests.support.kernels.dense import Dense
+from tests.support.kernels.mirror import Mirror, Pair, Size, agree, both, make_mirror, pair
+from tests.support.kernels.op_cases import case
+from tests.support.kernels.pool import CUDA
+from tests.support.kernels.prefill import make_segments
 
 
 def segments_of(starts: list[int], queries: list[int], keys: list[int]) -> Segments:

@@ -3,7 +3,7 @@
 Made for checkers that slow a launch down a hundred times (`make sanitize`):
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool initcheck \\
-        python tests/kernels/every_kernel.py [--only OP] [--list]
+        python -m tests.support.kernels.every_kernel [--only OP] [--list]
 
 Without the caching allocator each tensor is an allocation of its own, and what nobody wrote is
 really unwritten. A device that the kernels compile for is wanted, or TRITON_INTERPRET=1 in the
@@ -20,14 +20,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
-import prompt_cases  # noqa: F401  # registers its cases
 import torch
-from mirror import Size
-from op_cases import CASES
 from triton.runtime.jit import KernelInterface
 
 import kvpolicy.kernels
 from kvpolicy.kernels import sparse_prefill
+from tests.support.kernels import prompt_cases  # noqa: F401  # registers its cases
+from tests.support.kernels.mirror import Size
+from tests.support.kernels.op_cases import CASES
 
 CUDA = torch.cuda.is_available()
 SIZES = [

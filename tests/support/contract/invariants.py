@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
-from snapshot import snapshot, tensors_of
+
+from tests.support.contract.snapshot import snapshot, tensors_of
 
 
 def check_pool(states):

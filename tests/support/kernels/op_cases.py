@@ -6,11 +6,11 @@ from collections.abc import Callable
 from unittest import mock
 
 import torch
-from mirror import Mirror, Pair, Size, agree, both, make_mirror, pair
-from test_write_gate import weights
 
 from kvpolicy.kernels import window_scores as scoring
 from kvpolicy.types import ADMITTED, MARKED
+from tests.support.kernels.gate import weights
+from tests.support.kernels.mirror import Mirror, Pair, Size, agree, both, make_mirror, pair
 
 CASES: dict[str, Callable[[Size], None]] = {}
 

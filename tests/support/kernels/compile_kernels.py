@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import triton
-from pool import make_pool
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -31,6 +30,7 @@ from kvpolicy.kernels import (
 )
 from kvpolicy.kernels.prefill_gather import Rectangles
 from kvpolicy.types import Segments
+from tests.support.kernels.pool import make_pool
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KB that one program may use
 TYPES = {
