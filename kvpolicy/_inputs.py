@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .errors import CapacityError, PhaseError
+from .ops import POSITION_MASK
 from .store.state import CacheState, Call
-from .types import POSITION_MASK
 
 PHASES = ("prompt", "decode")
 

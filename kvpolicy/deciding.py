@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .eviction import AtPromptEnd
+from .ops import ADMITTED, MARKED
 from .store.layer import LayerStore
-from .types import ADMITTED, MARKED, Write
+from .types import Write
 
 
 def decide(layer: LayerStore, write: Write) -> tuple[Tensor | None, int]:

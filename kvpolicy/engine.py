@@ -9,7 +9,8 @@ from . import caps
 from ._inputs import check_input
 from .deciding import decide, decide_prompt
 from .errors import PhaseError
-from .reference.page_select import combine_group
+from .ops import Heads, Ring
+from .selection._base import combine_group
 from .store.dual_cache import (
     layer_segments,
     recent,
@@ -105,8 +106,9 @@ def prompt(
     if layer.admission.neutral and not layer.slides and not any(state.floor) and alone:
         out = state.ops.dense_prefill(query, k, v, seg, pages, layer.table, scale)
     else:
+        heads = Heads(layer.table, layer.counts)
         out = state.ops.prefill_attention(
-            query, k, v, f, seg, pages, layer.table, layer.counts, layer.window, scale, held
+            query, k, v, f, seg, pages, heads, layer.window, scale, held
         )
     write_ring(state, layer, seg, key, value, flags)
     write_queries(state, layer, seg, query)
@@ -188,10 +190,8 @@ def _decode_token(
     return state.ops.paged_decode(
         query,
         layer.pool.pages,
-        layer.table,
-        layer.counts,
-        layer.ring_k,
-        layer.ring_v,
+        Heads(layer.table, layer.counts),
+        Ring(layer.ring_k, layer.ring_v, layer.ring_flags),
         lengths,
         active,
         layer.window,
@@ -209,8 +209,9 @@ def select(state: CacheState, layer: LayerStore, query: Tensor) -> Tensor | None
     budget = min(policy.pages(layer.window, size), layer.table.shape[2])
     if policy.fused is not None:
         return getattr(state.ops, policy.fused)(
-            pages, layer.table, layer.counts, query, budget, policy.group, policy.first, policy.last
-        )
+            pages, Heads(layer.table, layer.counts), query, budget, policy.group, policy.first,
+            policy.last,
+        )  # fmt: skip
     batch, heads, width = layer.table.shape
     column = torch.arange(width, device=query.device)
     held = (layer.counts[..., None] - column * size).clamp(0, size)

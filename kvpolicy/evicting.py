@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .budget import TotalCap
 from .eviction import AtPromptEnd
+from .ops import Heads, Ring
 from .store import compaction
 from .store.compaction import Drop
 from .store.layer import LayerStore
@@ -139,7 +140,8 @@ def score(state: CacheState, layer: LayerStore, most: int) -> tuple[Tensor, Tens
     if policy.fused is not None:
         name, options = policy.fused
         scores = getattr(state.ops, name)(
-            layer.pool.pages, table, layer.counts, layer.ring_k, layer.queries,
+            layer.pool.pages, Heads(table, layer.counts),
+            Ring(layer.ring_k, layer.ring_v, layer.ring_flags), layer.queries,
             state.lengths_on[table.device], layer.window, state.spec.softmax_scale, **options,
         )  # fmt: skip
     else:

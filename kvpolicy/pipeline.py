@@ -12,7 +12,7 @@ from . import caps, engine
 from ._inputs import check_call, check_complete, check_layer
 from ._validate import one_of
 from .admission import Admission, AdmitAll
-from .backend import BACKENDS, ops, resolve
+from .backend import BACKENDS, load, resolve
 from .budget import Adaptive, TotalCap
 from .errors import PhaseError, UnsupportedError
 from .evicting import evict
@@ -77,7 +77,7 @@ class CachePipeline:
         if batch < 1:
             raise ValueError(f"batch: wanted at least 1, got {batch}")
         self.check(spec)
-        backend = ops(resolve(self.backend, spec.device))
+        backend = load(resolve(self.backend, spec.device))
         return allocate(
             spec, batch, backend, self.window, self.admission, self.selection, self.eviction
         )

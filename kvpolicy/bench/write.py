@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import torch
 
 from .. import reference
+from ..ops import ADMITTED
 from ..pipeline import CachePipeline
 from ..spec import CacheSpec
 from ..store.dual_cache import layer_segments, write_prompt
-from ..types import ADMITTED, Write
+from ..types import Write
 from .context import Bench, Case, check
 from .gates import random_gate
 from .rows import CheckFailed, Goal, Row

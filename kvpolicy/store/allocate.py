@@ -16,7 +16,7 @@ from .pages import PagePool
 from .state import CacheState, _bucket
 
 if TYPE_CHECKING:
-    from ..backend import Ops
+    from ..ops import Ops
 
 
 def allocate(

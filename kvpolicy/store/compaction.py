@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import ADMITTED, MARKED, POSITION_BITS, POSITION_MASK, EvictionView
+from ..ops import ADMITTED, MARKED, POSITION_BITS, POSITION_MASK, ring_slot
+from ..types import EvictionView
 from .dual_cache import SCRATCH, _ceil, summary_of
 from .layer import LayerStore
 from .pages import PagePool
@@ -41,7 +42,7 @@ def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:
     table, valid = held(layer, most, state.spec.page_size)
     lengths = state.lengths_on[device]
     recent = torch.arange(-layer.window, 0, device=device) + lengths[:, None]  # [B, W]
-    slot = recent % layer.ring_k.shape[2]
+    slot = ring_slot(recent, layer.ring_k.shape[2])
     index = slot[:, None, :, None].expand(-1, layer.ring_k.shape[1], -1, layer.ring_k.shape[3])
     queries = query_valid = None
     if layer.queries is not None:

@@ -7,8 +7,7 @@ from itertools import chain, pairwise
 import torch
 from torch import Tensor
 
-from ..reference.prompt_write import places
-from ..types import Held, Segments
+from ..ops import Bounds, Heads, Ring, Segments, ring_slot
 from .layer import LayerStore
 from .room import make_room
 from .state import CacheState
@@ -55,17 +54,17 @@ def recent(layer: LayerStore, seg: Segments, new: Tensor, ring: Tensor) -> Tenso
     slots = ring.shape[2]
     if len(seg.start) == 1:
         end = seg.start[0]
-        slot = torch.arange(end - seg.cu_k[1] + seg.cu_q[1], end, device=new.device) % slots
-        before = ring[0].index_select(1, slot)
+        at = torch.arange(end - seg.cu_k[1] + seg.cu_q[1], end, device=new.device)
+        before = ring[0].index_select(1, ring_slot(at, slots))
         if ring.ndim == 3:
             return torch.cat([before, new], 1)
         # Token after token, as they leave a projection: whole rows are copied.
         before = before.transpose(0, 1).contiguous()
         return torch.cat([before, new.transpose(0, 1)]).transpose(0, 1)
     # A fixed number of launches for any number of sequences.
-    rows, at, _ = places(seg, new.device)
+    rows, at, _ = seg.places()
     start = seg.start_dev.long()[rows]
-    held = rows * slots + at % slots
+    held = rows * slots + ring_slot(at, slots)
     fresh = len(seg.start) * slots + seg.cu_q_dev.long()[rows] + at - start
     source = torch.cat([ring.transpose(0, 1).flatten(1, 2), new], 1)
     return source.index_select(1, torch.where(at < start, held, fresh))
@@ -73,7 +72,7 @@ def recent(layer: LayerStore, seg: Segments, new: Tensor, ring: Tensor) -> Tenso
 
 def write_prompt(
     state: CacheState, layer: LayerStore, seg: Segments, key: Tensor, value: Tensor, flags: Tensor
-) -> Held | None:
+) -> Bounds | None:
     """Appends to pages every admitted token that has left the window when this call ends.
 
     `key`, `value` `[Hkv, Tk, D]` and `flags` `[Hkv, Tk]` are the recent tokens of `seg`. Returns
@@ -85,17 +84,16 @@ def write_prompt(
     call.before.setdefault(layer.index, before)
     if layer.slides:
         none = [[0] * before.shape[1]] * before.shape[0]
-        return Held(none, none)
+        return Bounds(none, none)
     if max(b - a for a, b in pairwise(seg.cu_k)) <= layer.window:
         return None
     pool, rest = layer.pool, (flags, seg, layer.window)
+    heads = Heads(layer.table, layer.counts)
     after, fresh, ranks = state.ops.count_leaving(
         flags, before, seg, layer.window, state.spec.page_size
     )
     held = make_room(state, layer, seg, after, fresh)
-    state.ops.write_leaving(
-        pool.pages, layer.table, layer.counts, key, value, *rest, after, fresh, ranks
-    )
+    state.ops.write_leaving(pool.pages, heads, key, value, *rest, after, fresh, ranks)
     size, had = state.spec.page_size, call.held[layer.index]
     pairs = zip(chain(*had), chain(*held.most), strict=True)
     summarize(state, layer, before, after, max(-(-n // size) - was // size for was, n in pairs))
@@ -173,7 +171,7 @@ def _keep_last(rings: tuple[Tensor, ...], news: tuple[Tensor, ...], seg: Segment
     slots = rings[0].shape[2]
     if len(seg.start) == 1:
         after, new = seg.start[0] + seg.cu_q[1], min(seg.cu_q[1], slots)
-        slot = torch.arange(after - new, after, device=rings[0].device) % slots
+        slot = ring_slot(torch.arange(after - new, after, device=rings[0].device), slots)
         for ring, tokens in zip(rings, news, strict=True):
             ring[0].index_copy_(1, slot, tokens[:, seg.cu_q[1] - new :])
         return
@@ -183,7 +181,8 @@ def _keep_last(rings: tuple[Tensor, ...], news: tuple[Tensor, ...], seg: Segment
     cu, start = seg.cu_q_dev.long(), seg.start_dev.long()[:, None]
     first = cu[:-1, None]
     end = start + cu[1:, None] - first
-    at = end - 1 - (end - 1 - torch.arange(slots, device=start.device)) % slots  # [B, slots]
+    back = ring_slot(end - 1 - torch.arange(slots, device=start.device), slots)
+    at = end - 1 - back  # [B, slots]
     fresh = at >= start
     index = torch.where(fresh, first + at - start, 0)
     for ring, tokens in zip(rings, news, strict=True):
@@ -209,9 +208,10 @@ def write_token(
     """
     fused = layer.selection.fused == "quest_select"
     pages = layer.pool.pages
-    ring = (layer.ring_k, layer.ring_v, layer.ring_flags)
+    heads = Heads(layer.table, layer.counts)
+    ring = Ring(layer.ring_k, layer.ring_v, layer.ring_flags)
     state.ops.decode_write(
-        pages, layer.table, layer.counts, *ring, key, value, flags, lengths, active, layer.window,
+        pages, heads, ring, key, value, flags, lengths, active, layer.window,
         minmax=fused and not layer.slides, bits=bits,
         query=None if layer.queries is None else query, queries=layer.queries,
     )  # fmt: skip

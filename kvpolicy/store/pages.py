@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CapacityError
-from ..types import Pages
+from ..ops import Pages
 from .extents import SLAB_PAGES, Extent, slab_starts, widened
 from .unseen import Unseen
 

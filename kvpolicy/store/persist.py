@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import PhaseError
+from ..ops import POSITION_MASK
 from ..spec import CacheSpec
-from ..types import POSITION_MASK
 from .dual_cache import summarize
 from .fingerprint import pipeline_fingerprint, tensors_hash
 from .layer import LayerStore

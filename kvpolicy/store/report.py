@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import attrs
 import torch
 
-from ..types import ADMITTED
+from ..ops import ADMITTED, ring_slot
 
 if TYPE_CHECKING:
     from .layer import LayerStore
@@ -136,7 +136,7 @@ def _stored(state: CacheState, layer: LayerStore) -> torch.Tensor:
 def _admitted(state: CacheState, layer: LayerStore) -> list[float]:
     slots = layer.ring_flags.shape[2]
     lengths = torch.tensor(state.lengths)[:, None]
-    back = (lengths - 1 - torch.arange(slots)) % slots
+    back = ring_slot(lengths - 1 - torch.arange(slots), slots)
     near = ((back < layer.window) & (back < lengths))[:, None]
     flagged = ((layer.ring_flags.cpu() & ADMITTED) > 0) & near
     total = layer.counts.cpu() + layer.evicted.cpu() + flagged.sum(-1)

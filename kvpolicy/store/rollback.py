@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PhaseError, RollbackError
-from ..types import POSITION_MASK
+from ..ops import POSITION_MASK
 from .dual_cache import refresh_summary
 from .layer import LayerStore
 from .state import CacheState

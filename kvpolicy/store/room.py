@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..types import Held, Segments
+from ..ops import Bounds, Segments
 from .layer import LayerStore
 from .limits import check_tokens
 from .state import CacheState
@@ -18,7 +18,7 @@ SPARE = 8  # a layer may be given 1/8 of the pool's pages more than it turns out
 
 def make_room(
     state: CacheState, layer: LayerStore, seg: Segments, after: Tensor, fresh: Tensor
-) -> Held:
+) -> Bounds:
     """Makes sure that `fresh` `[B, Hkv]` pages are free, and says what the host knows of `after`.
 
     Only the host can make the pool grow. Either it waits for these numbers, and the device idles
@@ -34,7 +34,7 @@ def make_room(
     past = all(at > layer.window for at, n in zip(seg.start, call.added, strict=True) if n)
     if past and held is not None and _ahead(state, layer, leaving, fresh):
         after_all = [[n + new for n in row] for row, new in zip(held, leaving, strict=True)]
-        return Held(after_all, _expected(held, after_all, layer, seg))
+        return Bounds(after_all, _expected(held, after_all, layer, seg))
     pool.drain()
     # Once a call it asks for all layers.
     others = [] if held is not None else [x for x in state.layers if x.pool is pool]
@@ -47,7 +47,7 @@ def make_room(
     exact = _rows(numbers[:size], heads)
     check_tokens(state, layer, exact)
     pool.make_free(sum(numbers[size : 2 * size]), numbers[2 * size])
-    return Held(exact, _expected(call.held[layer.index], exact, layer, seg))
+    return Bounds(exact, _expected(call.held[layer.index], exact, layer, seg))
 
 
 def _ahead(state: CacheState, layer: LayerStore, leaving: list[int], fresh: Tensor) -> bool:

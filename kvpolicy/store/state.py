@@ -10,15 +10,14 @@ import attrs
 import torch
 from torch import Tensor
 
+from ..ops import POSITION_MASK
 from ..spec import CacheSpec
-from ..types import POSITION_MASK
 from .layer import LayerStore
 from .pages import PagePool
 from .trimming import trim
 
 if TYPE_CHECKING:
-    from ..backend import Ops
-    from ..types import Segments
+    from ..ops import Ops, Segments
 
 
 # Lists of a CacheState with one entry a sequence, on the host.

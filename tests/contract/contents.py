@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from snapshot import snapshot
 
-from kvpolicy.types import ADMITTED, MARKED, POSITION_MASK
+from kvpolicy.ops import ADMITTED, MARKED, POSITION_MASK
 
 
 def contents(state, layer, row):

@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from kvpolicy import Admission, Eviction, Selection
-from kvpolicy.backend import ops
+from kvpolicy.backend import load
 
 POLICIES = (Admission, Selection, Eviction)
 
@@ -81,7 +81,7 @@ def snapshot(states):
     for state in states:
         for layer in state.layers:
             memo |= {id(x): x for x in (layer.admission, layer.selection, layer.eviction)}
-        memo |= {id(state.spec): state.spec, id(state.ops): ops("reference")}
+        memo |= {id(state.spec): state.spec, id(state.ops): load("reference")}
     hosts = copy.deepcopy(states, memo)
     for pool in {pool for state in hosts for pool in state.pools.values()}:
         parts = zip(*pool.extents, strict=True)

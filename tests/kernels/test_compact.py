@@ -8,7 +8,7 @@ from pool import DEVICE, fill_heads, make_pool
 
 from kvpolicy import reference
 from kvpolicy.kernels import compact
-from kvpolicy.types import Pages
+from kvpolicy.ops import Pages
 
 
 @pytest.mark.parametrize(

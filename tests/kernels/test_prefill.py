@@ -9,7 +9,7 @@ from pool import DEVICE, assert_within_budget, fill_heads, make_pool, randn
 from kvpolicy.kernels import dense_prefill as dense
 from kvpolicy.kernels import prefill_gather
 from kvpolicy.kernels import sparse_prefill as sparse
-from kvpolicy.types import MARKED, Segments
+from kvpolicy.ops import MARKED, Heads, Segments
 
 CUDA = DEVICE.type == "cuda"
 
@@ -71,7 +71,7 @@ def check(
     scale = dim**-0.5
     if op == "sparse":
         got = sparse.prefill_attention(
-            query, *recent, flags, segments, pool.pages, table, held, window, scale
+            query, *recent, flags, segments, pool.pages, Heads(table, held), window, scale
         )
     else:
         got = dense.dense_prefill(query, *recent, segments, pool.pages, table, scale)
@@ -119,7 +119,7 @@ def test_ragged_batches(starts: list[int], queries: list[int], tile: None) -> No
         near = randn(2, 4, 32, dtype=torch.float32, seed=2)
         flags = torch.zeros(2, 4, dtype=torch.uint8, device=DEVICE)
         got = sparse.prefill_attention(
-            empty, near, near, flags, segments, pool.pages, table, counts, 1, 1.0
+            empty, near, near, flags, segments, pool.pages, Heads(table, counts), 1, 1.0
         )
         assert got.shape == empty.shape
         return
@@ -174,8 +174,7 @@ def test_heads_far_apart() -> None:
             flags,
             make_segments([0], [4], [4]),
             pool.pages,
-            table,
-            counts,
+            Heads(table, counts),
             9,
             1.0,
         )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvpolicy import CacheSpec, CapacityError, PhaseError, RandomGate
-from kvpolicy.backend import ops
+from kvpolicy.backend import load
 from kvpolicy.kernels import prompt_write
 from kvpolicy.pipeline import CachePipeline
 from kvpolicy.selection import Quest
@@ -36,7 +36,7 @@ def asked(monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """Leaves attention out, which interpreted kernels spend their time on."""
-    monkeypatch.setattr(ops("triton"), "prefill_attention", lambda query, *_: query, raising=False)
+    monkeypatch.setattr(load("triton"), "prefill_attention", lambda query, *_: query, raising=False)
 
 
 def filled(rows=1, selection=None, sparsity=0.4, **sizes):
@@ -157,14 +157,14 @@ def test_a_cache_that_goes_while_a_layer_counts(quick, asked, monkeypatch):
     next(steps)
     for _ in range(2 * SIZE):
         list(layers(pipeline, others[0], 1, "decode"))
-    count_leaving = ops("triton").count_leaving
+    count_leaving = load("triton").count_leaving
 
     def count_and_collect(*args):
         others.clear()
         gc.collect()
         return count_leaving(*args)
 
-    monkeypatch.setattr(ops("triton"), "count_leaving", count_and_collect)
+    monkeypatch.setattr(load("triton"), "count_leaving", count_and_collect)
     for _ in steps:
         assert pool.unseen.settle() == pool.available
 
@@ -246,7 +246,7 @@ def test_a_layer_that_failed_is_not_run_again(quick, monkeypatch):
         raise torch.OutOfMemoryError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ops("triton"), "prefill_attention", fails)
+        patch.setattr(load("triton"), "prefill_attention", fails)
         with pytest.raises(torch.OutOfMemoryError):
             next(steps)
     tokens = [torch.randn(HEADS, CHUNK, DIM, device=DEVICE) for _ in range(3)]
