@@ -11,7 +11,7 @@ import torch
 
 from kvpolicy import CachePipeline, CacheSpec, RandomGate, ops, reference
 from kvpolicy.backend import load
-from kvpolicy.ops import Heads, Ring, Segments
+from kvpolicy.ops import Heads, Segments
 
 CONTRACT = {
     name: op for name, op in vars(ops.Ops).items() if inspect.isfunction(op) and name[0] != "_"
@@ -96,6 +96,5 @@ def test_attention_over_a_cache_that_the_pipeline_wrote(device: torch.device) ->
     pipeline.begin(state, [1], "decode")
     want = pipeline.attend(state, 0, *(x[:, :, None] for x in token))[:, :, 0]
     lengths, active = torch.tensor([40], device=device), torch.ones(1, device=device).bool()
-    ring = Ring(layer.ring_k, layer.ring_v, layer.ring_flags)
-    got = ops.paged_decode(token[0], pages, heads, ring, lengths, active, 6, spec.softmax_scale)
+    got = ops.paged_decode(token[0], pages, heads, layer.ring, lengths, active, 6, spec.softmax_scale)
     torch.testing.assert_close(got, want)
