@@ -96,5 +96,7 @@ def test_attention_over_a_cache_that_the_pipeline_wrote(device: torch.device) ->
     pipeline.begin(state, [1], "decode")
     want = pipeline.attend(state, 0, *(x[:, :, None] for x in token))[:, :, 0]
     lengths, active = torch.tensor([40], device=device), torch.ones(1, device=device).bool()
-    got = ops.paged_decode(token[0], pages, heads, layer.ring, lengths, active, 6, spec.softmax_scale)
+    got = ops.paged_decode(
+        token[0], pages, heads, layer.ring, lengths, active, 6, spec.softmax_scale
+    )
     torch.testing.assert_close(got, want)
