@@ -14,8 +14,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ...errors import PhaseError, RollbackError, UnsupportedError
 from ...pipeline import CachePipeline
 from ...store import CacheState, Report
+from ...store.fork import adopt, select_rows
 from ...store.rollback import crop
-from ...store.rows import adopt, select_rows
 from .columns import Chunks, append, pick, take_back
 from .layout import Columns
 from .models import spec_of

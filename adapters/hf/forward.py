@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...engine import close_call
 from ...errors import UnsupportedError
-from ...store.rollback import abort
 from .cache import KVPolicyCache
 from .layout import decode_columns, prompt_columns
 
@@ -42,8 +40,6 @@ def open_forward(cache: KVPolicyCache, batch: int, columns: int, mask: Tensor | 
         layout, lengths = prompt_columns(batch, columns, mask)
         cache.pipeline.begin(state, lengths, "prompt")
     else:
-        if cache.recording:  # what was due at the last commit: candidates are taken back by now
-            cache.pipeline.maintain(state)
         layout, lengths, valid = decode_columns(batch, columns, mask)
         cache.pipeline.begin(state, lengths, "decode", valid=valid)
     cache.layout = layout
@@ -53,7 +49,7 @@ def true_positions(cache: KVPolicyCache, device: torch.device) -> Tensor:
     """Position ids `[B, S]` of the open forward: each sequence's real tokens from 0."""
     state, layout = cache.state, cache.layout
     assert state is not None and layout is not None
-    start = state.lengths_on[next(iter(state.lengths_on))].to(device)[:, None]
+    start = state.on(state.layers[0]).lengths.to(device)[:, None]
     columns = layout.prompt + layout.decode
     if layout.valid is None:
         return start + torch.arange(columns, device=device)
@@ -66,22 +62,19 @@ def close_forward(cache: KVPolicyCache, failed: bool) -> None:
     state = cache.state
     assert layout is not None and state is not None
     if failed:
-        abort(state)
+        cache.pipeline.abort(state)
         if not cache.chunks:
             cache.state = cache.graph = None  # as before the first forward
         return
     if cache.capturing:
-        close_call(state)
+        cache.pipeline.commit(state, evict=False)
         return
     valid = layout.valid
     if layout.decode and not all(state.active):
         active = torch.tensor(state.active)[:, None].expand(layout.batch, layout.decode)
         valid = active if valid is None else valid & active
     try:
-        if layout.decode and cache.recording:
-            close_call(state)
-        else:
-            cache.pipeline.commit(state)
+        cache.pipeline.commit(state, evict=not cache.recording)
     finally:
         if state.call is None:  # an eviction may fail after the tokens are in
             cache.saw(layout.prompt + layout.decode, valid)

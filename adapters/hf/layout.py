@@ -104,7 +104,7 @@ def prompt_columns(batch: int, columns: int, mask: Tensor | None) -> tuple[Colum
 def decode_columns(
     batch: int, columns: int, mask: Tensor | None
 ) -> tuple[Columns, list[int], Tensor | None]:
-    """The columns of a decode call, each sequence's real tokens, and what `begin` takes as valid."""
+    """The columns of a decode call, each sequence's real tokens, and `valid` for `begin`."""
     if mask is None or bool(mask.all()):
         valid = None
         if columns > 1:
