@@ -12,7 +12,7 @@ from ...errors import PhaseError
 from ...pipeline import CachePipeline
 from ...store import persist
 from .cache import KVPolicyCache, new_cache
-from .models import model_fingerprint
+from .fingerprints import model_fingerprint
 
 
 def save_cache(cache: KVPolicyCache, path: str | os.PathLike[str]) -> None:

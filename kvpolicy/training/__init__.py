@@ -1,6 +1,6 @@
 """Training of write gates and DuoAttention patterns; needs transformers and accelerate."""
 
-from ..adapters.hf.models import keys_fingerprint as keys_fingerprint
+from ..adapters.hf.fingerprints import keys_fingerprint as keys_fingerprint
 from .data import TrainingMix as TrainingMix
 from .data import documents as documents
 from .duo import TrainedPattern as TrainedPattern
