@@ -76,9 +76,7 @@ class TrainingMix:
         tokens = [self._encode(t) if isinstance(t, str) else t for t in self.texts]
         tokens = [ids for ids in tokens if len(ids) > self.length]
         if not tokens:
-            raise ValueError(
-                f"texts: wanted one of more than {self.length} tokens, got none"
-            )
+            raise ValueError(f"texts: wanted one of more than {self.length} tokens, got none")
         object.__setattr__(self, "_tokens", tokens)
         object.__setattr__(self, "_chat", _chat_parts(self.tokenizer))
 
