@@ -7,14 +7,14 @@ import functools
 import threading
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 
 from ...errors import PhaseError, UnsupportedError
-from ...pipeline import CachePipeline
-from ...spec import CacheSpec
+from ...pipeline import CachePipeline, is_pipeline
+from ...spec import CacheSpec, Sizes
 from . import attention as attention
 from .attention import forget_kept, keep_hidden, keep_pre, key_source
 from .cache import NAME, KVPolicyCache, new_cache
@@ -38,10 +38,9 @@ class Attachment:
     """
 
     def __init__(
-        self, model: Any, pipeline: CachePipeline, *, compile: bool = False, **sizes: Any
+        self, model: Any, pipeline: CachePipeline, *, compile: bool = False, **sizes: Unpack[Sizes]
     ) -> None:
-        if not isinstance(pipeline, CachePipeline):
-            raise TypeError(f"pipeline: wanted a CachePipeline, got {type(pipeline).__name__}")
+        is_pipeline(pipeline)
         layers = attention_modules(model)
         decoder = decoder_of(model)
         if _attached(decoder) is not None:
@@ -219,7 +218,7 @@ def _attached(decoder: nn.Module) -> Attachment | None:
 
 
 def attach(
-    model: nn.Module, pipeline: CachePipeline, *, compile: bool = False, **sizes: Any
+    model: nn.Module, pipeline: CachePipeline, *, compile: bool = False, **sizes: Unpack[Sizes]
 ) -> Attachment:
     """Attaches `pipeline` to `model`; use as `with attach(model, pipeline): model.generate(...)`.
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ...errors import PhaseError, RollbackError, UnsupportedError
-from ...pipeline import CachePipeline
+from ...errors import PhaseError, RollbackError
+from ...pipeline import CachePipeline, is_pipeline
+from ...spec import Sizes
 from ...store import CacheState, Report
 from ...store.rollback import crop
 from ...store.rows import adopt, select_rows
@@ -21,8 +22,6 @@ from .plan import Plan
 from .spec import spec_of
 
 NAME = "kvpolicy"
-# Of CacheSpec, as a caller may choose.
-SIZES = ("page_size", "rollback", "interval", "max_bytes", "max_tokens", "at_cap")
 
 
 class KVRef:
@@ -92,9 +91,9 @@ class KVPolicyCache(Cache):
     until `end_prompt()`, and decode from then on until `begin_prompt()`.
     """
 
-    def __init__(self, model: nn.Module, pipeline: CachePipeline, **sizes: Any) -> None:
+    def __init__(self, model: nn.Module, pipeline: CachePipeline, **sizes: Unpack[Sizes]) -> None:
         self.pipeline, self.sizes, self.model = pipeline, sizes, weakref.ref(model)
-        self.spec = spec_of(model, **dict[str, Any](sizes))
+        self.spec = spec_of(model, **sizes)
         self.state: CacheState | None = None
         self.phase = "prompt"
         self.boundary: int | None = None  # column where the prompt that `generate` announced ends
@@ -237,13 +236,7 @@ class KVPolicyCache(Cache):
         self.recording = True
 
 
-def new_cache(model: nn.Module, pipeline: CachePipeline, **sizes: Any) -> KVPolicyCache:
-    """An empty cache for `model`; `sizes`: those of CacheSpec that `SIZES` names."""
-    if not isinstance(pipeline, CachePipeline):
-        raise TypeError(f"pipeline: wanted a CachePipeline, got {type(pipeline).__name__}")
-    unknown = set(sizes) - set(SIZES)
-    if unknown:
-        raise UnsupportedError(
-            f"new_cache: unknown sizes {sorted(unknown)}; wanted {', '.join(SIZES)}"
-        )
+def new_cache(model: nn.Module, pipeline: CachePipeline, **sizes: Unpack[Sizes]) -> KVPolicyCache:
+    """An empty cache for `model`; `sizes`: those of CacheSpec that `Sizes` names."""
+    is_pipeline(pipeline)
     return KVPolicyCache(model, pipeline, **sizes)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import PhaseError
 from ...pipeline import CachePipeline
+from ...spec import Sizes
 from ...store import persist
 from .cache import KVPolicyCache, new_cache
 from .spec import decoder_of
@@ -70,7 +71,7 @@ def save_cache(cache: KVPolicyCache, path: str | os.PathLike[str]) -> None:
 
 
 def load_cache(
-    model: nn.Module, pipeline: CachePipeline, path: str | os.PathLike[str], **sizes: Any
+    model: nn.Module, pipeline: CachePipeline, path: str | os.PathLike[str], **sizes: Unpack[Sizes]
 ) -> KVPolicyCache:
     """The cache that `KVPolicyCache.save` wrote, on `model`'s device.
 

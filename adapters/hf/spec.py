@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 
+from ..._fields import shown
 from ...errors import UnsupportedError
-from ...spec import CacheSpec
+from ...spec import CacheSpec, Sizes, check_sizes
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def decoder_of(model: Any) -> Any:
     """The decoder stack of a causal language model, through wrappers such as PEFT's."""
+    _check_model(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return base.get_decoder() if hasattr(base, "get_decoder") else base
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        hint = f"; load it: AutoModelForCausalLM.from_pretrained({model!r})"
+        raise TypeError(
+            f"model: wanted a model of transformers, got {shown(model)}"
+            + (hint if isinstance(model, str) else "")
+        )
 
 
 def attention_modules(model: nn.Module) -> list[Any]:
@@ -62,13 +73,14 @@ def spec_of(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
-    **sizes: Any,
+    **sizes: Unpack[Sizes],
 ) -> CacheSpec:
     """The cache sizes of `model`; under tensor parallelism those of this rank's heads.
 
-    `sizes` passes `page_size`, `rollback` and `interval` on.
+    Raises TypeError for a word that names no size, UnsupportedError for a model not served.
     """
     attention = attention_modules(model)
+    check_sizes(sizes)
     config = decoder_of(model).config
     weight = next(p for p in model.parameters() if p.is_floating_point())
     sliding = sliding_windows(model)

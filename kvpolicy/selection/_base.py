@@ -8,8 +8,9 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from .._validate import not_negative, one_of
+from .._fields import not_negative, one_of
 from ..budget import Tokens
+from ..choices import PageGroup
 
 GROUPS = ("max", "mean", "each")
 
@@ -26,7 +27,7 @@ class Selection(ABC):
     budget: Tokens | None = None
     first: int = 0
     last: int = 0
-    group: str = "max"
+    group: PageGroup = "max"
     fused: str | None = None  # name of the op that does summary, score and choice in one
 
     @property
