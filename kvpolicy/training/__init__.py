@@ -1,5 +1,10 @@
 """Training of write gates and DuoAttention patterns; needs transformers and accelerate."""
 
+from .._extras import extra
+
+with extra("train"):
+    import accelerate  # noqa: F401  (the modules below import it)
+
 from .data import TrainingMix as TrainingMix
 from .data import documents as documents
 from .duo import TrainedPattern as TrainedPattern
