@@ -15,6 +15,7 @@ from .admission import AdmitAll as AdmitAll
 from .admission import DuoAttention as DuoAttention
 from .admission import LocalAttention as LocalAttention
 from .admission import RandomGate as RandomGate
+from .admission import Write as Write
 from .admission import WriteGate as WriteGate
 from .admission import all_of as all_of
 from .admission import any_of as any_of
@@ -32,6 +33,7 @@ from .errors import RollbackError as RollbackError
 from .errors import UnsupportedError as UnsupportedError
 from .eviction import AtPromptEnd as AtPromptEnd
 from .eviction import Eviction as Eviction
+from .eviction import EvictionView as EvictionView
 from .eviction import KeepAll as KeepAll
 from .eviction import SnapKV as SnapKV
 from .per_layer import per_layer as per_layer
@@ -42,8 +44,6 @@ from .selection import Selection as Selection
 from .spec import CacheSpec as CacheSpec
 from .store import CacheState as CacheState
 from .store import Report as Report
-from .types import EvictionView as EvictionView
-from .types import Write as Write
 
 if TYPE_CHECKING:
     from .adapters.hf.attach import attach as attach

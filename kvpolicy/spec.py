@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_args
 
 import attrs
 import torch
@@ -84,6 +84,21 @@ def _device(value: Any) -> torch.device:
 
 
 @attrs.frozen(kw_only=True)
+class LayerSizes:
+    """Sizes of one layer.
+
+    `heads` and `kv_heads` on this rank, `head_dim` of keys and values; `scale` multiplies q.k;
+    `window` is that of a layer that only slides, None for one that policies manage.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None
+
+
+@attrs.frozen(kw_only=True)
 class CacheSpec:
     """Sizes of one model's cache.
 
@@ -121,7 +136,7 @@ class CacheSpec:
     all_kv_heads: int | None = attrs.field(default=None, validator=optional(positive))
     max_bytes: int | None = attrs.field(default=None, validator=optional(integer(1, MOST_INT)))
     max_tokens: int | None = attrs.field(default=None, validator=optional(positive))
-    at_cap: AtCap = attrs.field(default="raise", validator=one_of("raise", "evict"))
+    at_cap: AtCap = attrs.field(default="raise", validator=one_of(*get_args(AtCap)))
 
     def __attrs_post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -150,6 +165,21 @@ class CacheSpec:
     @property
     def softmax_scale(self) -> float:
         return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    @property
+    def head_ids(self) -> range:
+        """The global ids of the KV heads on this rank."""
+        return range(self.head_offset, self.head_offset + self.kv_heads)
+
+    def at(self, layer: int) -> LayerSizes:
+        """The sizes of one layer."""
+        return LayerSizes(
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            scale=self.softmax_scale,
+            window=self.slides(layer),
+        )
 
     def slides(self, layer: int) -> int | None:
         """The window of a layer that only slides, None for a layer that policies manage."""

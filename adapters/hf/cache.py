@@ -15,8 +15,8 @@ from ...errors import PhaseError, RollbackError
 from ...pipeline import CachePipeline, is_pipeline
 from ...spec import Sizes
 from ...store import CacheState, Report
+from ...store.fork import adopt, select_rows
 from ...store.rollback import crop
-from ...store.rows import adopt, select_rows
 from .columns import Chunks, append, pick, take_back
 from .plan import Plan
 from .spec import spec_of

@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...engine import close_call
 from ...errors import UnsupportedError
-from ...store.rollback import abort
 from .cache import KVPolicyCache
 from .plan import plan_decode, plan_prompt
 
@@ -42,8 +40,6 @@ def open_forward(cache: KVPolicyCache, batch: int, columns: int, mask: Tensor | 
         plan, lengths = plan_prompt(batch, columns, mask)
         cache.pipeline.begin(state, lengths, "prompt")
     else:
-        if cache.recording:  # what was due at the last commit: candidates are taken back by now
-            cache.pipeline.maintain(state)
         plan, lengths, valid = plan_decode(batch, columns, mask)
         cache.pipeline.begin(state, lengths, "decode", valid=valid)
     cache.plan = plan
@@ -53,7 +49,7 @@ def true_positions(cache: KVPolicyCache, device: torch.device) -> Tensor:
     """Position ids `[B, S]` of the open forward: each sequence's real tokens from 0."""
     state, plan = cache.state, cache.plan
     assert state is not None and plan is not None
-    start = state.lengths_on[next(iter(state.lengths_on))].to(device)[:, None]
+    start = state.on(state.layers[0]).lengths.to(device)[:, None]
     columns = plan.prompt + plan.decode
     if plan.valid is None:
         return start + torch.arange(columns, device=device)
@@ -66,22 +62,19 @@ def close_forward(cache: KVPolicyCache, failed: bool) -> None:
     state = cache.state
     assert plan is not None and state is not None
     if failed:
-        abort(state)
+        cache.pipeline.abort(state)
         if not cache.chunks:
             cache.state = cache.graph = None  # as before the first forward
         return
     if cache.capturing:
-        close_call(state)
+        cache.pipeline.commit(state, evict=False)
         return
     valid = plan.valid
     if plan.decode and not all(state.active):
         active = torch.tensor(state.active)[:, None].expand(plan.batch, plan.decode)
         valid = active if valid is None else valid & active
     try:
-        if plan.decode and cache.recording:
-            close_call(state)
-        else:
-            cache.pipeline.commit(state)
+        cache.pipeline.commit(state, evict=not cache.recording)
     finally:
         if state.call is None:  # an eviction may fail after the tokens are in
             cache.saw(plan.prompt + plan.decode, valid)

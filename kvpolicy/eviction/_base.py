@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, get_args
 
 import attrs
 import torch
@@ -14,7 +14,7 @@ from ..budget import Budget
 from ..choices import When
 from ..types import EvictionView, Write
 
-WHEN = ("prompt_end", "decode")
+WHEN: tuple[When, ...] = get_args(When)
 
 
 class Eviction(ABC):

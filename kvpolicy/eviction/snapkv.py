@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import attrs
 import torch
@@ -41,9 +41,9 @@ class SnapKV(Eviction):
     when: When = when_field()
     observation: int = attrs.field(default=32, validator=positive)
     kernel: int = attrs.field(default=5, validator=_odd)
-    pooling: Pooling = attrs.field(default="avg", validator=one_of("avg", "max"))
-    group: HeadGroup = attrs.field(default="mean", validator=one_of("mean", "max"))
-    normalize: Normalize = attrs.field(default="visible", validator=one_of("visible", "global"))
+    pooling: Pooling = attrs.field(default="avg", validator=one_of(*get_args(Pooling)))
+    group: HeadGroup = attrs.field(default="mean", validator=one_of(*get_args(HeadGroup)))
+    normalize: Normalize = attrs.field(default="visible", validator=one_of(*get_args(Normalize)))
 
     @property
     def queries(self) -> int:  # type: ignore[override]

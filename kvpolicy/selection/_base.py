@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, get_args
 
 import attrs
 from torch import Tensor
@@ -12,7 +12,7 @@ from .._fields import not_negative, one_of
 from ..budget import Tokens
 from ..choices import PageGroup
 
-GROUPS = ("max", "mean", "each")
+GROUPS: tuple[PageGroup, ...] = get_args(PageGroup)
 
 
 class Selection(ABC):
@@ -59,6 +59,13 @@ class Selection(ABC):
         if self.budget is None:
             raise ValueError(f"{type(self).__name__}.budget: wanted Tokens(n), got None")
         return -(-max(self.budget.tokens - window, 0) // page_size)
+
+
+def combine_group(scores: Tensor, group: str) -> Tensor:
+    """Scores `[B, Hkv, G, M]` of query heads to `[B, Hkv, M]`, or `[B, Hq, M]` for "each"."""
+    if group == "each":
+        return scores.flatten(1, 2)
+    return scores.amax(2) if group == "max" else scores.mean(2)
 
 
 @attrs.frozen(kw_only=True)

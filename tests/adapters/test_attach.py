@@ -8,13 +8,13 @@ import weakref
 import pytest
 import torch
 import transformers
-from faults import snapshot
-from models import SIZES, gate, pipelines, prompt, tiny
 from transformers import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from kvpolicy import CachePipeline, PhaseError, UnsupportedError
 from kvpolicy.adapters.hf import attach, detach, new_cache, spec_of
+from tests.support.adapters.faults import snapshot
+from tests.support.adapters.models import SIZES, gate, pipelines, prompt, tiny
 
 PIPELINE = CachePipeline(window=5)
 HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")

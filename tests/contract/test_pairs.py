@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import ADMISSIONS, EVICTIONS, SELECTIONS, Sizes, build
-from driver import Run, random_cuts, stream
 
 from kvpolicy import CacheSpec
+from tests.support.contract.cases import ADMISSIONS, EVICTIONS, SELECTIONS, Sizes, build
+from tests.support.contract.driver import Run, random_cuts, stream
 
 PAIRS = [
     *[(a, s, "none") for a in ADMISSIONS for s in SELECTIONS if "all" not in (a, s)],

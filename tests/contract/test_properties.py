@@ -7,13 +7,13 @@ import random
 import attrs
 import torch
 import torch.nn.functional as F
-from cases import EXACT, NAMES, SMALL, build, caches, seeds
-from contents import contents
-from driver import Run, feed, stream, streams_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpolicy import CachePipeline
+from tests.support.contract.cases import EXACT, NAMES, SMALL, build, caches, seeds
+from tests.support.contract.contents import contents
+from tests.support.contract.driver import Run, feed, stream, streams_of
 
 
 def assert_same(one, other, rows=None):

@@ -7,11 +7,12 @@ import os
 import attrs
 import pytest
 import torch
-from caches import SPEC
-from cases import ADMISSIONS, EVICTIONS, SELECTIONS
 from hypothesis import Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
-from lives import Life
+
+from tests.support.contract.caches import SPEC
+from tests.support.contract.cases import ADMISSIONS, EVICTIONS, SELECTIONS
+from tests.support.contract.lives import Life
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 KERNELS = {

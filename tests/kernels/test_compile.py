@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(configuration: str, cache: Path) -> None:
     # The interpreter's flag is read when triton is imported, so this needs a process of its own.
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(cache)
-    env["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
+    env["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(
-        [sys.executable, str(HERE / "compile_kernels.py"), configuration],
+        [sys.executable, "-m", "tests.support.kernels.compile_kernels", configuration],
         env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

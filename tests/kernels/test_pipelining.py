@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import sys
-import compile_kernels as tool
+from tests.support.kernels import compile_kernels as tool
 import torch
 import triton
 
@@ -36,7 +36,7 @@ for kernel, bound, options in tool.launches:
 def compiled(cc: int, page: int, cache: Path) -> list[list[str]]:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(cache)
-    env["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
+    env["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(cc), str(page)],
         env=env, capture_output=True, text=True, check=False,

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from training.small import SIZES, TEXT, make_mix, make_tokenizer
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -27,6 +26,7 @@ from kvpolicy.training import (
 from kvpolicy.training.attach import AttachedModel, attach_for_training
 from kvpolicy.training.objective import distillation_loss, memory_cost
 from kvpolicy.training.student import evaluate_gates, gated_forward
+from tests.support.training.small import SIZES, TEXT, make_mix, make_tokenizer
 
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),

@@ -1,0 +1,230 @@
+"""What happens in an eviction: score every layer, then drop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..budget import TotalCap
+from ..eviction import AtPromptEnd, EvictionView
+from ..ops import POSITION_BITS, POSITION_MASK, pages_of
+from ..store import compaction
+from ..store.compaction import Drop
+from ..store.layer import LayerStore
+from ..store.ring import last
+from ..store.state import CacheState
+
+
+def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
+    """One eviction for the sequences `rows`.
+
+    While `decoding`, only layers whose policy evicts then take part. All scores and new page
+    summaries come before the first drop, and so does every page that a drop takes: a policy that
+    raises, or a cap, leaves the cache as it was.
+    """
+    layers = [
+        x
+        for x in state.layers
+        if not (x.slides or x.eviction.neutral or (decoding and x.eviction.when != "decode"))
+    ]
+    targets = _targets(state, layers, rows)
+    others = torch.tensor([not on for on in rows], device=state.spec.device)[:, None, None]
+
+    def keeps() -> Iterator[tuple[LayerStore, Tensor]]:
+        """Left to the device, layer by layer, while it is busy with scores."""
+        for layer, scores, valid in _rated(state, layers):
+            keep = valid & (scores > float("-inf"))
+            budget, target = layer.eviction.budget, targets.get(layer.index)
+            if target is not None and target.ndim == 2:
+                keep &= state.ops.keep_best(scores, valid, target)
+            elif target is not None and budget is not None:
+                keep &= budget.keep_by(state.ops.keep_best, scores, valid, target)
+            if not all(rows):
+                keep |= others.to(keep.device)
+            yield layer, keep
+
+    _drop(state, compaction.plan(state, keeps()))
+    for layer in state.layers:
+        if isinstance(layer.eviction, AtPromptEnd) and not (layer.slides or decoding):
+            compaction.forget_unmarked(layer, torch.tensor(rows, device=layer.device))
+            _raise_floor(state, rows)
+    for row, on in zip(state.sequences, rows, strict=True):
+        if on:
+            row.considered_at = row.length
+
+
+def _drop(state: CacheState, drops: list[Drop]) -> list[int]:
+    """Does what was planned; CapacityError comes first. Returns the tokens dropped, by sequence."""
+    gone = [sum(tokens) for tokens in zip(*(drop.gone for drop in drops), strict=True)]
+    gone = gone or [0] * state.batch
+    with state.unbroken():
+        state.provide({drop.pool: drop.takes for drop in drops})
+        compaction.drop(state, drops)
+        _raise_floor(state, [n > 0 for n in gone])
+        state.trim()
+    return gone
+
+
+def _raise_floor(state: CacheState, rows: list[bool]) -> None:
+    """Tokens of `rows` are gone for good: `crop` cannot go back to before now."""
+    for row, on in zip(state.sequences, rows, strict=True):
+        if on:
+            row.evicted_at = row.length
+
+
+def _targets(
+    state: CacheState, layers: Sequence[LayerStore], rows: list[bool]
+) -> dict[int, Tensor]:
+    """Global tokens that budgets leave, by layer: `[B]` a head, or `[B, Hkv]` of a TotalCap."""
+    capped = _capped_lengths(state, rows)
+    if capped is not None:
+        return _by_layer(layers, [[row[x.index] for row in capped] for x in layers])
+    bound = [x for x in layers if x.eviction.budget is not None]
+    return _by_layer(bound, [_allowed(state, x, rows) for x in bound])
+
+
+def _by_layer(layers: Sequence[LayerStore], numbers: list) -> dict[int, Tensor]:
+    """The numbers of each layer as a tensor beside it; the host copies them once."""
+    if not layers:
+        return {}
+    every = torch.tensor(numbers, device=layers[0].counts.device)
+    return {x.index: own.to(x.counts.device) for x, own in zip(layers, every, strict=True)}
+
+
+def _allowed(state: CacheState, layer: LayerStore, rows: list[bool]) -> list[int]:
+    """Global tokens per head `[B]` that a budget per head leaves."""
+    budget = layer.eviction.budget
+    assert budget is not None
+    return [
+        budget.allowed(length, layer.window, layer.index, state.spec.layers) if on else 0
+        for length, on in zip(state.lengths, rows, strict=True)
+    ]
+
+
+def _rated(
+    state: CacheState, layers: Sequence[LayerStore]
+) -> Iterator[tuple[LayerStore, Tensor, Tensor]]:
+    """Each layer that holds global tokens with `score(state, layer, ...)`.
+
+    NaN among any scores raises when all layers are through, so that the host waits once.
+    """
+    names, nan = [], []
+    for layer, most in zip(layers, longest(layers), strict=True):
+        if most:
+            scores, valid = score(state, layer, most)
+            names.append(type(layer.eviction).__name__)
+            nan.append(scores.isnan().any())
+            yield layer, scores, valid
+    if nan:
+        found = torch.stack([x.to(nan[0].device) for x in nan]).tolist()
+        for name, bad in zip(names, found, strict=True):
+            if bad:
+                raise ValueError(f"{name}.score: wanted floats without NaN, got NaN among them")
+
+
+def score(state: CacheState, layer: LayerStore, most: int) -> tuple[Tensor, Tensor]:
+    """Scores `[B, Hkv, N]` of a layer's global tokens by its eviction, and which slots hold one.
+
+    `most` is the largest number of global tokens of a head. A fused eviction reads the pages
+    itself; any other one sees a view of them.
+    """
+    policy = layer.eviction
+    table, valid = held(layer, most)
+    if policy.fused is not None:
+        name, options = policy.fused
+        scores = getattr(state.ops, name)(
+            layer.pool.pages, layer.heads._replace(table=table), layer.ring, layer.queries,
+            state.on(layer).lengths, layer.window, layer.sizes.scale, **options,
+        )  # fmt: skip
+    else:
+        scores = policy.score(view(state, layer, most))
+    wanted = f"{type(policy).__name__}.score: wanted floats {list(valid.shape)} without NaN"
+    if not isinstance(scores, Tensor) or not scores.dtype.is_floating_point:
+        got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+        raise TypeError(f"{wanted}, got {got}")
+    if scores.shape != valid.shape:
+        raise ValueError(f"{wanted}, got {list(scores.shape)}")
+    return scores, valid
+
+
+def longest(layers: Sequence[LayerStore]) -> list[int]:
+    """Most global tokens of a head in each layer; waits for the device once."""
+    if not layers:
+        return []
+    counts = torch.stack([x.counts.to(layers[0].device) for x in layers])
+    most: list[int] = counts.flatten(1).amax(1).tolist()
+    return most
+
+
+def held(layer: LayerStore, most: int) -> tuple[Tensor, Tensor]:
+    """The table's columns in use and `valid` `[B, Hkv, N]`, the longest head having `most`."""
+    size = layer.pool.page_size
+    used = pages_of(most, size)
+    token = torch.arange(used * size, device=layer.device)
+    return layer.table[:, :, :used], token < layer.counts[..., None]
+
+
+def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:
+    """What an eviction sees of one layer, whose longest head holds `most` tokens."""
+    table, valid = held(layer, most)
+    lengths = state.on(layer).lengths
+    recent_keys, at = last(layer.ring.k, lengths, layer.window)
+    queries = query_valid = None
+    if layer.queries is not None:
+        queries, query_at = last(layer.queries, lengths, layer.eviction.queries)
+        query_valid = query_at >= 0
+
+    @cache
+    def content() -> tuple[Tensor, Tensor]:
+        k, v, _ = state.ops.read_pages(layer.pool.pages, table)
+        hide = ~valid[..., None]
+        return k.flatten(2, 3).masked_fill_(hide, 0), v.flatten(2, 3).masked_fill_(hide, 0)
+
+    @cache
+    def meta() -> Tensor:
+        return state.ops.read_meta(layer.pool.pages, table).flatten(2).masked_fill_(~valid, 0)
+
+    return EvictionView(
+        layer=layer.index,
+        keys=lambda: content()[0],
+        values=lambda: content()[1],
+        positions=lambda: meta() & POSITION_MASK,
+        valid=valid,
+        marked=lambda: (meta() >> POSITION_BITS) & 1 > 0,
+        recent_keys=recent_keys.masked_fill((at < 0)[:, None, :, None], 0),
+        recent_valid=at >= 0,
+        lengths=lengths,
+        scale=layer.sizes.scale,
+        queries=queries,
+        query_valid=query_valid,
+    )
+
+
+def _capped_lengths(state: CacheState, rows: list[bool]) -> list[list[list[int]]] | None:
+    """Tokens that TotalCap leaves, `[row][layer][head]`; None without such a cap."""
+    capped = [x for x in state.layers if isinstance(x.eviction.budget, TotalCap)]
+    if not capped:
+        return None
+    budget = capped[0].eviction.budget
+    assert isinstance(budget, TotalCap)
+    device = state.layers[0].counts.device
+    counts = torch.stack([layer.counts.to(device) for layer in state.layers]).tolist()
+    per_row = [[layer[row] for layer in counts] for row in range(state.batch)]
+    return [budget.lengths(c) if on else c for c, on in zip(per_row, rows, strict=True)]
+
+
+def shrink_to(state: CacheState, targets: list[list[list[int]]]) -> list[int]:
+    """Leaves the best `targets[row][i][head]` global tokens in the i-th layer that policies manage.
+
+    All or nothing, as `evict`. Returns the tokens dropped, by sequence.
+    """
+    layers = [x for x in state.layers if not x.slides]
+    best = _by_layer(layers, [[row[place] for row in targets] for place in range(len(layers))])
+    keeps = (
+        (layer, state.ops.keep_best(scores, valid, best[layer.index]))
+        for layer, scores, valid in _rated(state, layers)
+    )
+    return _drop(state, compaction.plan(state, keeps))
