@@ -16,12 +16,12 @@ from ...errors import PhaseError, UnsupportedError
 from ...pipeline import CachePipeline, is_pipeline
 from ...spec import CacheSpec, Sizes
 from . import attention as attention
-from .attention import forget_kept, keep_hidden, keep_pre, key_source
+from .attention import forget_kept, keep_hidden, keep_pre
 from .cache import NAME, KVPolicyCache, new_cache
-from .compiled import CompiledLayers, check_compiles, check_forward
+from .compile import CompiledLayers, check_compiles, check_forward
 from .forward import POSITIONAL, Crossing, close_forward, inputs_of, open_forward, true_positions
 from .generate import generate
-from .spec import attention_modules, decoder_of
+from .models import attention_modules, decoder_of, key_source
 
 # The model's hooks keep its attachment alive; nothing here keeps the model alive.
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = (
@@ -157,7 +157,7 @@ class Attachment:
         """Undoes the forward in flight, if there is one."""
         cache, self.cache = self.cache, None
         crossing, self.crossing = self.crossing, None
-        if cache is not None and cache.plan is not None:
+        if cache is not None and cache.layout is not None:
             close_forward(cache, failed=True)
         if crossing is not None:
             crossing.undo()

@@ -18,8 +18,8 @@ from ...store import CacheState, Report
 from ...store.fork import adopt, select_rows
 from ...store.rollback import crop
 from .columns import Chunks, append, pick, take_back
-from .plan import Plan
-from .spec import spec_of
+from .layout import Columns
+from .models import spec_of
 
 NAME = "kvpolicy"
 
@@ -98,7 +98,7 @@ class KVPolicyCache(Cache):
         self.phase = "prompt"
         self.boundary: int | None = None  # column where the prompt that `generate` announced ends
         self.chunks: Chunks = []
-        self.plan: Plan | None = None  # of the forward in flight
+        self.layout: Columns | None = None  # of the forward in flight
         self.counts_positions = False  # whether the real tokens seen give position ids
         self.recording = False  # columns may be taken back before the next forward
         self.graph: Any = None  # CapturedStep of this cache's buffers

@@ -16,7 +16,7 @@ from ...eviction import AtPromptEnd
 from ...pipeline import CachePipeline
 from ...spec import CacheSpec, Sizes
 from ...store.plan import planned
-from .spec import spec_of
+from .models import spec_of
 
 # Decisions that follow from layer, head and position, so that tokens can be counted exactly.
 _BY_POSITION = (AdmitAll, DuoAttention, LocalAttention, RandomGate)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any, Unpack
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..._fields import shown
 from ...errors import UnsupportedError
 from ...spec import CacheSpec, Sizes, check_sizes
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+SAMPLES = 64  # elements read of each parameter
+_VOLATILE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 
 
 def decoder_of(model: Any) -> Any:
@@ -46,6 +50,11 @@ def attention_modules(model: nn.Module) -> list[Any]:
             f"model: wanted {decoder.config.num_hidden_layers} attention layers, found {len(found)}"
         )
     return found
+
+
+def key_source(module: Any) -> nn.Module:
+    """The submodule of an attention module whose output are its keys before RoPE."""
+    return module.k_norm if hasattr(module, "k_norm") else module.k_proj
 
 
 def sliding_windows(model: nn.Module) -> tuple[int | None, ...]:
@@ -99,3 +108,47 @@ def spec_of(
         all_kv_heads=config.num_key_value_heads,
         **sizes,
     )
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """A hash of the model's config and of a few elements of every parameter.
+
+    Tells fine-tuned or merged weights from others; an edit that spares every sampled element goes
+    unnoticed.
+    """
+    decoder = decoder_of(model)
+    config = {
+        name: value
+        for name, value in decoder.config.to_dict().items()
+        if name not in _VOLATILE and "attn_implementation" not in name
+    }
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    samples = [_sample(parameter) for parameter in decoder.parameters()]
+    for device in {sample.device for sample in samples}:
+        here = [sample for sample in samples if sample.device == device]
+        digest.update(torch.cat(here).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    local = getattr(parameter, "to_local", lambda: parameter)().detach().flatten()
+    step = max(local.numel() // SAMPLES, 1)
+    return local[::step][:SAMPLES].float()
+
+
+def keys_fingerprint(model: nn.Module) -> str:
+    """Short hash of a model's attention shape and of its first key projection in bf16."""
+    config = decoder_of(model).config
+    shape = (
+        config.model_type,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.hidden_size,
+        config.vocab_size,
+    )
+    weight = attention_modules(model)[0].k_proj.weight
+    bits = weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
+    digest = hashlib.sha256(repr(shape).encode())
+    digest.update(bits.numpy().tobytes())
+    return digest.hexdigest()[:16]
