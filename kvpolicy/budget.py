@@ -10,7 +10,7 @@ import attrs
 from torch import Tensor
 
 from ._fields import MOST_INT, fraction, integer, not_negative, number, positive, shown
-from .backend import load
+from .ops import load
 
 KeepBest = Callable[[Tensor, Tensor, Tensor], Tensor]
 

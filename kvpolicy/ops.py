@@ -1,6 +1,6 @@
 """The contract of the ops: their signatures, what they compute, and the values that they exchange.
 
-`backend.load` finds an implementation: `reference` (torch, which defines the result) or `kernels`
+`load` finds an implementation: `reference` (torch, which defines the result) or `kernels`
 (Triton). `write_gate`, `prefill_attention` and `paged_decode` are also functions of this module,
 for users who bring their own cache: on CUDA tensors they run the kernel where Triton is installed,
 else the reference.
@@ -12,12 +12,12 @@ page. Positions and lengths count tokens; token n of a head is the n-th one that
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from .backend import load, resolve
+from .backend import implementation, resolve
 
 POSITION_BITS = 30
 POSITION_MASK = (1 << POSITION_BITS) - 1
@@ -346,6 +346,11 @@ class Ops(Protocol):
 
     def write_summary(self, pages: Pages, ids: Tensor, summary: Tensor) -> None:
         """Stores summaries `[N, S]` of pages `ids` `[N]`; writes to the null page are lost."""
+
+
+def load(name: str) -> Ops:
+    """The ops of a resolved backend, "reference" or "triton"."""
+    return cast(Ops, implementation(name))
 
 
 def write_gate(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._fields import is_a, one_of, optional, positive, shown
 from .admission import Admission, AdmitAll
-from .backend import BACKENDS, load, resolve
+from .backend import BACKENDS, resolve
 from .budget import Adaptive, TotalCap
 from .calls import capacity
 from .calls._checks import check_call, check_complete, check_layer
@@ -21,6 +21,7 @@ from .calls.prompt import prompt
 from .choices import Backend, Phase
 from .errors import PhaseError, UnsupportedError
 from .eviction import Eviction, KeepAll
+from .ops import load
 from .selection import SelectAll, Selection
 from .spec import CacheSpec
 from .store import CacheState, Report

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .._fields import flag, fraction, is_a, one_of, optional, positive
-from ..backend import load, resolve
+from ..backend import resolve
+from ..ops import load
 from ..types import Write
 from . import _gate_file
 from ._base import Admission

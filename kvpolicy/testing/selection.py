@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import load
+from ..ops import load
 from ..pipeline import CachePipeline
 from ..selection import Selection
 from ..selection._base import GROUPS, combine_group

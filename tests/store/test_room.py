@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from kvpolicy import CacheSpec, CapacityError, PhaseError, RandomGate
-from kvpolicy.backend import load
 from kvpolicy.calls import prompt_pages
 from kvpolicy.kernels import prompt_write
+from kvpolicy.ops import load
 from kvpolicy.pipeline import CachePipeline
 from kvpolicy.selection import Quest
 from kvpolicy.store.fork import select_rows
