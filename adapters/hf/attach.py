@@ -17,8 +17,9 @@ from ...pipeline import CachePipeline, is_pipeline
 from ...spec import CacheSpec, Sizes
 from . import attention as attention
 from .attention import forget_kept, keep_hidden, keep_pre
-from .cache import NAME, KVPolicyCache, new_cache
+from .cache import KVPolicyCache, new_cache
 from .compile import CompiledLayers, check_compiles, check_forward
+from .faces import NAME
 from .forward import POSITIONAL, Crossing, close_forward, inputs_of, open_forward, true_positions
 from .generate import generate
 from .models import attention_modules, decoder_of, key_source

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ...errors import UnsupportedError
-from . import layout
-from .cache import NAME, KVRef
 from .compile import PLACE, attend
+from .faces import NAME, KVRef
 from .models import key_source
 
 PRE = "_kvpolicy_pre_rope"  # left by a hook on the module whose output are keys before RoPE
@@ -64,7 +63,7 @@ def attention(
         return attend(getattr(module, PLACE), query, key.key, key.value, pre, hidden), None
     with torch.no_grad():
         layer = module.layer_idx
-        out = layout.attend(key.cache, layer, query, key.key, key.value, pre, hidden)
+        out = key.cache.attend(layer, query, key.key, key.value, pre, hidden)
     if torch.is_grad_enabled() and query.requires_grad:
         out = _NoGradient.apply(out, query)
     return out, None
