@@ -19,8 +19,9 @@ from ...store.fork import adopt, select_rows
 from ...store.rollback import crop
 from .columns import Chunks, append, pick, take_back, to_tensors
 from .faces import KVPolicyLayer, KVRef
+from .fingerprints import model_fingerprint
 from .layout import Columns
-from .models import model_fingerprint, spec_of
+from .models import spec_of
 
 
 class KVPolicyCache(Cache):

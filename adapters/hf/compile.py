@@ -73,7 +73,7 @@ def _(
 
 def check_compiles(decoder: Any, attention: list[Any]) -> None:
     """Raises UnsupportedError for a model whose layers cannot be compiled."""
-    if shards(attention[0].k_proj.weight)[1] > 1:
+    if shards(attention[0].k_proj)[1] > 1:
         reason = "its weights are sharded over ranks"
     elif any(hasattr(module, "_hf_hook") for module in decoder.modules()):
         reason = "accelerate moves its weights or activations between devices"

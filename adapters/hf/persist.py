@@ -12,7 +12,7 @@ from ...spec import Sizes
 from ...store import persist
 from .cache import KVPolicyCache, new_cache
 from .columns import from_tensors
-from .models import model_fingerprint
+from .fingerprints import model_fingerprint
 
 
 def load_cache(

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
-from ..adapters.hf.models import keys_fingerprint
+from ..adapters.hf.fingerprints import keys_fingerprint
 from ..adapters.hf.training import AttachedModel, attach_for_training, dense_attention
 from .data import Texts, TrainingMix, as_mix
 from .objective import distillation_loss

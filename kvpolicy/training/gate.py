@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..adapters.hf.models import decoder_of, head_dim_of, keys_fingerprint
+from ..adapters.hf.fingerprints import keys_fingerprint
+from ..adapters.hf.models import decoder_of, head_dim_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

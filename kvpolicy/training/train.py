@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from transformers import get_cosine_schedule_with_warmup
 
-from ..adapters.hf.models import keys_fingerprint
+from ..adapters.hf.fingerprints import keys_fingerprint
 from ..adapters.hf.training import AttachedModel, attach_for_training
 from .controller import KeepController
 from .data import Texts, TrainingMix, as_mix
