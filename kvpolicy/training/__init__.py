@@ -5,6 +5,7 @@ from .._extras import extra
 with extra("train"):
     import accelerate  # noqa: F401  (the modules below import it)
 
+from ..adapters.hf.fingerprints import keys_fingerprint as keys_fingerprint
 from .data import TrainingMix as TrainingMix
 from .data import documents as documents
 from .duo import TrainedPattern as TrainedPattern
