@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpolicy.budget import Adaptive, Pyramid, Ratio, Tokens, TotalCap, keep_best
+from kvpolicy.budget import Adaptive, Pyramid, Ratio, Tokens, TotalCap
+from kvpolicy.reference import keep_best
 
 INF = float("inf")
 

@@ -12,8 +12,8 @@ import torch
 
 from kvpolicy import CachePipeline, CacheSpec
 from kvpolicy.admission import LocalAttention, RandomGate
-from kvpolicy.budget import keep_best
 from kvpolicy.eviction import AtPromptEnd, KeepAll, SnapKV
+from kvpolicy.reference import keep_best
 from kvpolicy.types import EvictionView
 
 SCALE = 0.3
