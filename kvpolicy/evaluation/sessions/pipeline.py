@@ -6,10 +6,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..adapters.hf import KVPolicyCache, new_cache
-from ..pipeline import CachePipeline
-from ..store import CacheState, Report
-from ..store.trimming import trim
+from ...adapters.hf import KVPolicyCache, new_cache
+from ...pipeline import CachePipeline
+from ...store import CacheState, Report
+from ...store.trimming import trim
+
+
+def settled(cache: KVPolicyCache) -> Report:
+    """A cache's report after its pools gave back what forks that are gone had used."""
+    assert cache.state is not None
+    for pool in cache.state.pools.values():
+        trim(pool)
+    return cache.report()
 
 
 class PipelineSession:
@@ -60,9 +68,7 @@ class PipelineSession:
 
     def held_bytes(self) -> int:
         """All bytes of the cache, after giving back what forks that are gone had used."""
-        for pool in self.state.pools.values():
-            trim(pool)
-        return self.report().total
+        return settled(self._cache).total
 
     def tokens_read(self) -> float:
         """Tokens per head that the last decoded token read."""
