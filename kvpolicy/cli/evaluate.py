@@ -62,9 +62,10 @@ def evaluate(
     """Evaluate policies: accuracy and loss at equal cache sizes, as tables and plots."""
     began = time.monotonic()
     with errors():
-        from ..evaluation.grid import LOSS
-        from ..evaluation.results import Store
-        from ..evaluation.runner import QUESTIONS, Runner, variants_for
+        from ..evaluation.grid.results import Store
+        from ..evaluation.grid.runner import QUESTIONS, Runner, variants_for
+        from ..evaluation.grid.tables import summary
+        from ..evaluation.grid.variants import LOSS
         from ..evaluation.tasks import TASKS
         from ..evaluation.texts import python_topics
 
@@ -115,9 +116,10 @@ def evaluate(
             say=typer.echo,
         )
         runner.run(tasks, length or [2048, 4096, 8192, 1024], found)
-        store.summarize(runner.rows, f"{model}, {dtype}, {language_model.device.type}")
+        title = f"{model}, {dtype}, {language_model.device.type}"
+        store.write(runner.rows, summary(store.record(), runner.rows, title))
         try:
-            from ..evaluation.plots import plots
+            from ..evaluation.grid.plots import plots
 
             plots(out, runner.rows)
         except ModuleNotFoundError as error:

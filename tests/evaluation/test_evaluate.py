@@ -18,11 +18,14 @@ from typer.testing import CliRunner  # noqa: E402
 from kvpolicy import CachePipeline, LocalAttention, Quest, SnapKV  # noqa: E402
 from kvpolicy.adapters.hf import attach  # noqa: E402
 from kvpolicy.cli import app  # noqa: E402
-from kvpolicy.evaluation import cell, grid, long_text, results  # noqa: E402
-from kvpolicy.evaluation.prompts import Example, Question  # noqa: E402
-from kvpolicy.evaluation.score import score  # noqa: E402
-from kvpolicy.evaluation.session import PipelineSession  # noqa: E402
-from kvpolicy.evaluation.tiny import tiny_llama  # noqa: E402
+from kvpolicy.evaluation.grid import cell  # noqa: E402
+from kvpolicy.evaluation.grid import variants as grid  # noqa: E402
+from kvpolicy.evaluation.models import tiny_llama  # noqa: E402
+from kvpolicy.evaluation.sessions import estimates  # noqa: E402
+from kvpolicy.evaluation.sessions.pipeline import PipelineSession  # noqa: E402
+from kvpolicy.evaluation.sessions.score import score  # noqa: E402
+from kvpolicy.evaluation.tasks import loss as long_text  # noqa: E402
+from kvpolicy.evaluation.tasks.prompts import Example, Question  # noqa: E402
 
 CHAT = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}~"
 
@@ -184,10 +187,10 @@ def test_a_run_is_boxed_resumed_and_summarized(folder, tmp_path):
     text = (tmp_path / "results.md").read_text()
     assert (
         f"| local 50% | {local['held_tokens'] / local['seen_tokens']:.1%} |" in text
-        and results.shown(local["accuracy"]) in text
+        and estimates.shown(local["accuracy"]) in text
     )
-    part = results.ratio(local["accuracy"], full["accuracy"])
-    assert f"| {results.said(part)} | 2 |" in text
+    part = estimates.ratio(local["accuracy"], full["accuracy"])
+    assert f"| {estimates.said(part)} | 2 |" in text
     for name in ("copy.png", "loss.png", "read.png", "cap.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
     record = json.loads((tmp_path / "results.json").read_text())

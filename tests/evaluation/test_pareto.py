@@ -14,11 +14,11 @@ from tests.support.evaluation.small import small_gate
 pytest.importorskip("transformers")
 
 from kvpolicy import CachePipeline, LocalAttention, SnapKV  # noqa: E402
-from kvpolicy.evaluation import cell  # noqa: E402
-from kvpolicy.evaluation.pareto import Front, Point, pareto  # noqa: E402
-from kvpolicy.evaluation.prompts import Example, Question  # noqa: E402
-from kvpolicy.evaluation.score import Estimate  # noqa: E402
-from kvpolicy.evaluation.tiny import tiny_llama  # noqa: E402
+from kvpolicy.evaluation.grid import cell  # noqa: E402
+from kvpolicy.evaluation.models import tiny_llama  # noqa: E402
+from kvpolicy.evaluation.search.pareto import Front, Point, pareto  # noqa: E402
+from kvpolicy.evaluation.sessions.estimates import Estimate  # noqa: E402
+from kvpolicy.evaluation.tasks.prompts import Example, Question  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,16 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from kvpolicy.evaluation import claims, results  # noqa: E402
+from kvpolicy.evaluation.grid import claims  # noqa: E402
+from kvpolicy.evaluation.sessions.estimates import ratio  # noqa: E402
 
 
 def test_a_quotient_and_its_error():
-    found = results.ratio([1.0, 2.0, 3.0], [2.0, 2.0, 4.0])
+    found = ratio([1.0, 2.0, 3.0], [2.0, 2.0, 4.0])
     # Means left out: 5/6, 4/6, 3/4.
     assert found.mean == 6 / 8
     assert found.standard_error == pytest.approx((2 / 3 * (2 * (1 / 12) ** 2)) ** 0.5)
-    assert str(results.ratio([1.0], []).mean) == "nan"
+    assert str(ratio([1.0], []).mean) == "nan"
 
 
 def cell_row(variant, family, accuracy, held=100, read=None, task="eight needles", length=4096):

@@ -11,9 +11,12 @@ import torch
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-from kvpolicy.evaluation import archives, prose, smollm2, tasks, texts  # noqa: E402
-from kvpolicy.evaluation.prompts import Example, Question  # noqa: E402
-from kvpolicy.evaluation.score import PlainSession, score  # noqa: E402
+from kvpolicy.evaluation import texts  # noqa: E402
+from kvpolicy.evaluation.models import smollm2  # noqa: E402
+from kvpolicy.evaluation.sessions.score import PlainSession, score  # noqa: E402
+from kvpolicy.evaluation.tasks import recall as tasks  # noqa: E402
+from kvpolicy.evaluation.tasks.prompts import Example, Question  # noqa: E402
+from kvpolicy.evaluation.texts import archives, prose  # noqa: E402
 
 LENGTH = 3000
 CHAT = (

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapters.hf import attach, spec_of
-from ..pipeline import CachePipeline
+from ...adapters.hf import attach, spec_of
+from ...pipeline import CachePipeline
+from ..sessions.pipeline import PipelineSession
+from ..tasks.prompts import token_ids
 from .knobs import knob_of
-from .prompts import token_ids
-from .session import PipelineSession
 
 
 @attrs.frozen(kw_only=True)

@@ -10,13 +10,14 @@ from typing import Any
 import attrs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..admission import WriteGate
-from ..pretrained import path
+from ...admission import WriteGate
+from ...pretrained import path
+from ..sessions.estimates import shown
+from ..tasks.loss import documents
+from ..tasks.recall import TASKS
 from .cell import OutOfTime, answer, read_text
-from .grid import LOSS, Cell, Room, Variant, cells, variants
-from .long_text import documents
-from .results import Row, Store, shown
-from .tasks import TASKS
+from .results import Row, Store
+from .variants import LOSS, Cell, Room, Variant, cells, variants
 
 SHIPPED_GATES = ("25", "17", "10")
 QUESTIONS = 8  # of a context, unless a task's name says one

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..adapters.hf import attach
-from ..pipeline import CachePipeline
+from ...adapters.hf import attach
+from ...pipeline import CachePipeline
+from ..sessions.pipeline import PipelineSession
+from ..sessions.score import AnswerScore, PlainSession, Score, ask
+from ..tasks.prompts import Example
 from . import kept_map
-from .prompts import Example
-from .score import AnswerScore, PlainSession, Score, ask
-from .session import PipelineSession
 
 Advance = Callable[[str, int], None]  # what is being done, and the work that it was
 PREFILL_WORK = 5  # a prefill costs about this many questions

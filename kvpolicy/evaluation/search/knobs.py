@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import attrs
 
-from ..admission import DuoAttention, RandomGate, WriteGate
-from ..budget import Adaptive, Budget, Pyramid, Ratio, Tokens, TotalCap
-from ..pipeline import CachePipeline
+from ...admission import DuoAttention, RandomGate, WriteGate
+from ...budget import Adaptive, Budget, Pyramid, Ratio, Tokens, TotalCap
+from ...pipeline import CachePipeline
 
 SLOTS = ("admission", "eviction")
 _STEEPEST = 12.0  # thresholds run over the sigmoid of -12 to 12

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from .grid import FULL, LOSS, SEEN
-from .results import Row, estimate, line, ratio, said
+from ..._markdown import table
+from ..sessions.estimates import estimate, ratio, said
+from .results import Row
+from .variants import FULL, LOSS, SEEN
 
 QUARTER, EIGHTH = 0.25, 0.125
 _NEEDLES, _COPY = ("eight needles", "one needle"), ("copy",)
@@ -36,7 +38,7 @@ def claims(rows: Sequence[Row]) -> list[str]:
     if not found:
         return []
     head = ["claim", "task", "tokens", "composition", "found", "holds"]
-    return ["## Claims", "", line(head), line(["---"] * len(head)), *map(line, found), ""]
+    return ["## Claims", "", *table(head, found), ""]
 
 
 def _here(rows: Sequence[Row]) -> Iterator[tuple[str, int, dict[str, Row]]]:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..adapters.hf import KVPolicyCache
-from ..store import CacheState
+from ...adapters.hf import KVPolicyCache
+from ...store import CacheState
+from ..sessions.pipeline import PipelineSession
+from ..tasks.prompts import Example
 from . import kept_map as picture
-from .prompts import Example
-from .session import PipelineSession
 
 
 @attrs.frozen(kw_only=True, eq=False)

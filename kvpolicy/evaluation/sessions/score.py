@@ -6,7 +6,6 @@ The exact match of a teacher-forced answer is the exact match of greedy decoding
 from __future__ import annotations
 
 import copy
-import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, Self
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from .prompts import Example, Question
+from ..tasks.prompts import Example, Question
+from .estimates import Estimate, estimate
 
 
 class Session(Protocol):
@@ -93,17 +93,6 @@ class AnswerScore:
 
 
 @attrs.frozen(kw_only=True)
-class Estimate:
-    """A mean over contexts with its standard error (NaN for one context)."""
-
-    mean: float
-    standard_error: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.standard_error:.3f}"
-
-
-@attrs.frozen(kw_only=True)
 class Score:
     """Scores of all answers, `answers[context][question]`."""
 
@@ -125,9 +114,7 @@ class Score:
         return self._estimate(lambda answer: answer.log_likelihood)
 
     def _estimate(self, value: Callable[[AnswerScore], float]) -> Estimate:
-        means = [statistics.fmean(map(value, context)) for context in self.answers]
-        spread = statistics.stdev(means) if len(means) > 1 else math.nan
-        return Estimate(mean=statistics.fmean(means), standard_error=spread / math.sqrt(len(means)))
+        return estimate([statistics.fmean(map(value, context)) for context in self.answers])
 
 
 def score(

@@ -122,15 +122,6 @@ def training_texts(root: Path | str = "/") -> dict[str, str]:
     }
 
 
-def evaluation_texts(root: Path | str = "/") -> dict[str, str]:
-    """Texts no policy is trained on.
-
-    Raises:
-        FileNotFoundError: the novels are missing under `root`.
-    """
-    return {"python topics": python_topics(), **novels(root)}
-
-
 def _read(root: Path | str, name: str, package: str) -> bytes:
     try:
         return (Path(root) / name).read_bytes()

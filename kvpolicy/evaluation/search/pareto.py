@@ -8,14 +8,13 @@ from collections.abc import Callable, Sequence
 import attrs
 from transformers import PreTrainedModel
 
-from ..adapters.hf import spec_of
-from ..eviction import KeepAll
-from ..pipeline import CachePipeline
-from .cell import answer
+from ...adapters.hf import spec_of
+from ...eviction import KeepAll
+from ...pipeline import CachePipeline
+from ..grid.cell import answer
+from ..sessions.estimates import Estimate, estimate
+from ..tasks.prompts import Example
 from .knobs import Knob, knob_of
-from .prompts import Example
-from .results import estimate
-from .score import Estimate
 
 
 @attrs.frozen(kw_only=True)

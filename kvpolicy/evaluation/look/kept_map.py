@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .._extras import extra
-from ..store import CacheState
-from .prompts import Example
+from ..._extras import extra
+from ...store import CacheState
+from ..tasks.prompts import Example
 
 INK, MUTED, PAPER, ACCENT = "#1d2733", "#6b7683", "#fbfaf7", "#c8452d"
 SCALE = ("#f3f0e8", "#cfe1df", "#7fb8b8", "#2f8089", "#0f4c5c")

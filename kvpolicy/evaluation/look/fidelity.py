@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapters.hf import attach
-from ..adapters.hf.models import decoder_of
-from ..pipeline import CachePipeline
-from ..store import Report
+from ...adapters.hf import attach
+from ...adapters.hf.models import decoder_of
+from ...pipeline import CachePipeline
+from ...store import Report
+from ..sessions.pipeline import PipelineSession
+from ..sessions.score import PlainSession
+from ..tasks.prompts import token_ids
 from .lost_mass import LostMass, observed, read_by_last_token
-from .prompts import token_ids
-from .score import PlainSession
-from .session import PipelineSession
 
 
 @attrs.frozen(kw_only=True)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..adapters.hf import KVPolicyCache, attach, new_cache
-from ..adapters.hf.capture import Stepper
-from ..pipeline import CachePipeline
-from ..store import Report
-from .long_text import hit_tokens, losses
-from .prompts import Example, Ids, Question
-from .score import AnswerScore
+from ...adapters.hf import KVPolicyCache, attach, new_cache
+from ...adapters.hf.capture import Stepper
+from ...pipeline import CachePipeline
+from ..sessions.pipeline import settled
+from ..sessions.score import AnswerScore
+from ..tasks.loss import hit_tokens, losses
+from ..tasks.prompts import Example, Ids, Question
 
 Row = dict[str, Any]
 _CAPTURE_FROM = 6  # steps from which a graph saves more than its capture costs
@@ -229,8 +229,7 @@ def _size_after(
 def _size(cache: KVPolicyCache) -> Row:
     """Mean tokens per head, window included, and bytes, of one of the cache's sequences."""
     assert cache.state is not None
-    cache.state.trim()
-    found: Report = cache.report()
+    found = settled(cache)
     batch, spec = cache.state.batch, cache.spec
     heads = sum(len(layer) for layer in found.stored)
     token = 2 * spec.head_dim * spec.dtype.itemsize

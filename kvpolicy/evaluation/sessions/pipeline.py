@@ -6,9 +6,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..adapters.hf import KVPolicyCache, new_cache
-from ..pipeline import CachePipeline
-from ..store import CacheState, Report
+from ...adapters.hf import KVPolicyCache, new_cache
+from ...pipeline import CachePipeline
+from ...store import CacheState, Report
+
+
+def settled(cache: KVPolicyCache) -> Report:
+    """A cache's report after its pools gave back what forks that are gone had used."""
+    assert cache.state is not None
+    cache.state.trim()
+    return cache.report()
 
 
 class PipelineSession:
@@ -59,8 +66,7 @@ class PipelineSession:
 
     def held_bytes(self) -> int:
         """All bytes of the cache, after giving back what forks that are gone had used."""
-        self.state.trim()
-        return self.report().total
+        return settled(self._cache).total
 
     def tokens_read(self) -> float:
         """Tokens per head that the last decoded token read."""

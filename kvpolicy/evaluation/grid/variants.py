@@ -8,10 +8,10 @@ from functools import partial
 
 import attrs
 
-from ..admission import DuoAttention, LocalAttention, RandomGate, WriteGate
-from ..eviction import SnapKV
-from ..pipeline import CachePipeline
-from ..selection import Quest
+from ...admission import DuoAttention, LocalAttention, RandomGate, WriteGate
+from ...eviction import SnapKV
+from ...pipeline import CachePipeline
+from ...selection import Quest
 
 FULL, LOSS = "full", "loss"
 SINKS, OBSERVATION = 4, 32

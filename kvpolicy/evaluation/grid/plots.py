@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .._extras import extra
-from .grid import FULL, LOSS, SEEN
-from .kept_map import ACCENT, INK, MUTED, PAPER
-from .results import Row, estimate
-
-if TYPE_CHECKING:
-    from .pareto import Front
+from ..._extras import extra
+from ..look.kept_map import ACCENT, INK, MUTED, PAPER
+from ..sessions.estimates import estimate
+from .results import Row
+from .variants import FULL, LOSS, SEEN
 
 _COLOURS = {
     "local": MUTED,
@@ -120,42 +118,16 @@ def _panel(axes: Any, rows: Sequence[Row], score: str, x: Where) -> None:
             capsize=2,
             label=family,
         )
-    _percent(axes.xaxis)
+    percent(axes.xaxis)
     axes.set_xlim(left=0)
     axes.set_facecolor(PAPER)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _percent(axis: Any) -> None:
+def percent(axis: Any) -> None:
     """Ticks at whole percents."""
     with extra("plots"):
         from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-
-
-def front(path: Path, found: Front, title: str) -> None:
-    """Saves a plot of all points, a line an eviction budget, and the front."""
-    with extra("plots"):
-        from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.6), facecolor=PAPER, layout="constrained")
-    axes = figure.subplots()
-    for budget in dict.fromkeys(point.eviction for point in found.points):
-        here = sorted(
-            (point.fraction, point.accuracy.mean)
-            for point in found.points
-            if point.eviction == budget
-        )
-        label = "no eviction" if budget is None else f"{found.knobs[1]} {budget:g}"
-        axes.plot(*zip(*here, strict=True), marker="o", markersize=4, label=label)
-    best = [(point.fraction, point.accuracy.mean) for point in found.best]
-    axes.plot(*zip(*best, strict=True), color=ACCENT, linewidth=4, alpha=0.35, label="front")
-    axes.set_title(title, color=INK)
-    axes.set_xlabel("cache held per head, window included", color=MUTED)
-    axes.set_ylabel("answer tokens right")
-    _percent(axes.xaxis)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=130, facecolor=PAPER)
