@@ -5,16 +5,19 @@
 See `kvpolicy.adapters.hf` for models of Hugging Face transformers.
 """
 
+from ._knob import Knob as Knob
 from .admission import Admission as Admission
 from .admission import AdmitAll as AdmitAll
 from .admission import DuoAttention as DuoAttention
 from .admission import LocalAttention as LocalAttention
 from .admission import RandomGate as RandomGate
+from .admission import Write as Write
 from .admission import WriteGate as WriteGate
 from .admission import all_of as all_of
 from .admission import any_of as any_of
 from .budget import Adaptive as Adaptive
 from .budget import Budget as Budget
+from .budget import BudgetView as BudgetView
 from .budget import Pyramid as Pyramid
 from .budget import Ratio as Ratio
 from .budget import Tokens as Tokens
@@ -27,6 +30,7 @@ from .errors import RollbackError as RollbackError
 from .errors import UnsupportedError as UnsupportedError
 from .eviction import AtPromptEnd as AtPromptEnd
 from .eviction import Eviction as Eviction
+from .eviction import EvictionView as EvictionView
 from .eviction import KeepAll as KeepAll
 from .eviction import SnapKV as SnapKV
 from .per_layer import per_layer as per_layer

@@ -8,8 +8,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..types import Write
-from ._base import Admission
+from ._base import Admission, Write
 
 
 def _members(instance: Admission, attribute: attrs.Attribute, value: tuple[Admission, ...]) -> None:
@@ -28,12 +27,16 @@ class _Combined(Admission):
     policies: tuple[Admission, ...] = attrs.field(validator=_members)
 
     @property
-    def window(self) -> int | None:  # type: ignore[override]
+    def window(self) -> int | None:
         return next((p.window for p in self.policies if p.window is not None), None)
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
+    def needs(self) -> frozenset[str]:
         return frozenset().union(*(p.needs for p in self.policies))
+
+    @property
+    def by_position(self) -> bool:
+        return all(p.by_position for p in self.policies)
 
     def at(self, layer: int) -> Admission:
         return attrs.evolve(self, policies=tuple(p.at(layer) for p in self.policies))

@@ -6,9 +6,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..admission._base import Admission
-from ..types import EvictionView, Write
-from ._base import Eviction
+from ..admission import Admission, Write
+from ._base import Eviction, EvictionView
 
 
 @attrs.frozen
@@ -29,12 +28,16 @@ class AtPromptEnd(Eviction):
     )
 
     @property
-    def window(self) -> int | None:  # type: ignore[override]
+    def window(self) -> int | None:
         return self.admission.window
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
+    def needs(self) -> frozenset[str]:
         return self.admission.needs
+
+    @property
+    def forgets_window(self) -> bool:
+        return True
 
     def mark(self, write: Write) -> Tensor:
         return self.admission.admit(write)

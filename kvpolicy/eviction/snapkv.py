@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import attrs
 import torch
 import torch.nn.functional as F
@@ -11,8 +9,8 @@ from torch import Tensor
 
 from .._validate import one_of, positive
 from ..budget import Budget, is_budget, tokens_from_int
-from ..types import EvictionView
-from ._base import Eviction, when_field
+from ..ops import Ops
+from ._base import Eviction, EvictionView, StoredTokens, when_field
 
 
 def _odd(instance: SnapKV, attribute: attrs.Attribute, value: int) -> None:
@@ -45,13 +43,16 @@ class SnapKV(Eviction):
     normalize: str = attrs.field(default="visible", validator=one_of("visible", "global"))
 
     @property
-    def queries(self) -> int:  # type: ignore[override]
+    def queries(self) -> int:
         return self.observation
 
-    @property
-    def fused(self) -> tuple[str, dict[str, Any]]:  # type: ignore[override]
-        names = ("observation", "kernel", "pooling", "group", "normalize")
-        return "window_scores", {name: getattr(self, name) for name in names}
+    def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
+        assert stored.queries is not None
+        return ops.window_scores(
+            stored.pages, stored.heads, stored.ring, stored.queries, stored.lengths, stored.window,
+            stored.scale, observation=self.observation, kernel=self.kernel, pooling=self.pooling,
+            group=self.group, normalize=self.normalize,
+        )  # fmt: skip
 
     def score(self, view: EvictionView) -> Tensor:
         weights = self._weights(view)  # [B, Hkv, G, w, N]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..budget import Tokens, tokens_from_int
+from ..ops import Heads, Ops, Pages
 from ._base import Selection, group_field, pages_field
 
 
@@ -33,8 +34,11 @@ class Quest(Selection):
     group: str = group_field()
 
     @property
-    def fused(self) -> str:  # type: ignore[override]
-        return "quest_select"
+    def extends_minmax(self) -> bool:
+        return True
+
+    def select(self, ops: Ops, pages: Pages, heads: Heads, query: Tensor, budget: int) -> Tensor:
+        return ops.quest_select(pages, heads, query, budget, self.group, self.first, self.last)
 
     def summarize(self, keys: Tensor, valid: Tensor) -> Tensor:
         low = keys.masked_fill(~valid[..., None], float("inf")).amin(1)
