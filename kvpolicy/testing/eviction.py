@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..budget import BudgetView, bound_layers, budget_of
+from ..budget import Budget, BudgetView, Counts, bound_layers, budget_of
 from ..calls.evict import budget_view, longest, score, view
 from ..eviction import Eviction, EvictionView
 from ..eviction._base import WHEN
@@ -140,6 +140,7 @@ def _pipeline(
     state = prompt(pipeline, data, tokens)
     before = pipeline.report(state)
     _fused(state)
+    asked = _asked(pipeline, state)
     pipeline.end_prompt(state)
     found, wanted = pipeline.report(state), kept(state, range(2))
 
@@ -169,10 +170,12 @@ def _pipeline(
         wanted_text = f"fewer bytes of pages than {before.pages}, {evicted} tokens having gone"
         holds = found.pages < before.pages
         require(holds, "frees pages", policy, wanted_text, f"{found.pages}")
-    _budget(pipeline, state, 0)
+    _budget(pipeline, state, asked)
     decode(pipeline, state, data)
     if policy.when == "decode":
-        _budget(pipeline, state, spec.interval)
+        # What a budget over layers asks for depends on what is stored when it is asked.
+        asked = [x for x in _asked(pipeline, state) if not x[0].spans_layers]
+        _budget(pipeline, state, asked, spec.interval)
 
 
 def _fused(state: CacheState) -> None:
@@ -215,23 +218,33 @@ def _same_kept(
             raise ConformanceError(rule, policy, case, f"{sorted(set(a) ^ set(b))} differing")
 
 
-def _budget(pipeline: CachePipeline, state: CacheState, slack: int) -> None:
-    """No layer, and no sequence where layers share tokens, holds more than its budget allows.
+def _asked(pipeline: CachePipeline, state: CacheState) -> list[tuple[Budget, list[int], Counts]]:
+    """What the budgets would leave now: the layers that each binds, and its targets."""
+    bound = bound_layers({x.index: pipeline.eviction.at(x.index) for x in state.layers})
+    return [
+        (budget, layers, budget.targets(budget_view(state, [state.layers[n] for n in layers])))
+        for budget, layers in bound
+    ]
+
+
+def _budget(
+    pipeline: CachePipeline,
+    state: CacheState,
+    asked: list[tuple[Budget, list[int], Counts]],
+    slack: int = 0,
+) -> None:
+    """No layer, and no sequence where layers share tokens, holds more than was asked for.
 
     Heads may hold `slack` tokens more. A budget's rounding may add half a token a head.
     """
-    policy = pipeline.eviction
-    for budget, layers in bound_layers({x.index: policy.at(x.index) for x in state.layers}):
-        if budget.spans_layers and slack:
-            continue  # what it asks for depends on what is stored when it is asked
-        view = budget_view(state, [state.layers[n] for n in layers])
-        rows = zip(view.seen, budget.targets(view), view.counts, strict=True)
-        for seen, targets, counts in rows:
-            pairs = list(zip(targets, counts, strict=True))
+    for budget, layers, targets in asked:
+        held = budget_view(state, [state.layers[n] for n in layers]).counts
+        for seen, target, counts in zip(state.lengths, targets, held, strict=True):
+            pairs = list(zip(target, counts, strict=True))
             if budget.spans_layers:
-                pairs = [(sum(targets, []), sum(counts, []))]
-            for place, (target, held) in enumerate(pairs):
-                most = sum(target) + slack * len(held) + len(held) // 2
+                pairs = [(sum(target, []), sum(counts, []))]
+            for place, (left, found) in enumerate(pairs):
+                most = sum(left) + slack * len(found) + len(found) // 2
                 where = "all layers" if budget.spans_layers else f"layer {layers[place]}"
                 wanted = f"at most {most} global tokens in {where} of {seen} seen"
-                require(sum(held) <= most, "budget", policy, wanted, f"{sum(held)}")
+                require(sum(found) <= most, "budget", pipeline.eviction, wanted, f"{sum(found)}")

@@ -1,4 +1,4 @@
-"""A policy of each slot and a budget that no file of the library knows, in every place that asks."""
+"""A policy of each slot and budgets that no file of the library knows, wherever one is asked."""
 
 from __future__ import annotations
 
@@ -249,4 +249,4 @@ def test_a_front_of_both(model):
     found = pareto(model, pipeline, examples, admissions=[1, 2], evictions=[None, 0.5])
     assert found.knobs == ("stride", "budget's factor")
     sizes = [x.fraction for x in found.points]
-    assert sizes[0] == 1 and sizes[0] > sizes[2] > sizes[3] and sizes[1] == sizes[3]
+    assert sizes[0] == 1 and sizes[0] > sizes[2] > sizes[1] >= sizes[3]
