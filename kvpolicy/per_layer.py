@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from ._fields import shown
-from .admission._base import Admission
-from .budget import TotalCap
+from .admission import Admission, Write
+from .budget import budget_of
 from .choices import When
-from .eviction._base import Eviction
-from .selection._base import Selection
-from .types import EvictionView, Write
+from .eviction import Eviction, EvictionView
+from .selection import Selection
 
 Policy = TypeVar("Policy", Admission, Selection, Eviction)
 Layers = tuple[tuple[range, Any], ...]
@@ -85,6 +84,10 @@ class _PerLayer:
         for policy in self.members:
             policy.check(layers, kv_heads, head_dim)
 
+    def check_window(self, window: int) -> None:
+        for policy in self.members:
+            policy.check_window(window)
+
     def _map(self, change: Callable[[Any], Any]) -> Any:
         changed = {id(p): change(p) for p in self.members}
         layers = tuple((span, changed[id(p)]) for span, p in self.layers)
@@ -110,12 +113,16 @@ class PerLayerAdmission(_PerLayer, Admission):
         self._window()
 
     @property
-    def window(self) -> int | None:  # type: ignore[override]
+    def window(self) -> int | None:
         return self._window()
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
+    def needs(self) -> frozenset[str]:
         return self._needs()
+
+    @property
+    def by_position(self) -> bool:
+        return all(p.by_position for p in self.members)
 
     def admit(self, write: Write) -> Tensor:
         return self.at(write.layer).admit(write)
@@ -161,27 +168,40 @@ class PerLayerEviction(_PerLayer, Eviction):
     def _agree(self) -> None:
         self._window()
         for policy in self.members:
-            if isinstance(policy.budget, TotalCap):
+            budget = budget_of(policy)
+            if budget is not None and budget.spans_layers:
                 raise ValueError(
-                    f"layers: {policy.budget} counts over all layers and cannot hold for some"
+                    f"layers: {budget} counts over all layers and cannot hold for some"
                 )
 
     @property
-    def window(self) -> int | None:  # type: ignore[override]
+    def window(self) -> int | None:
         return self._window()
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
+    def needs(self) -> frozenset[str]:
         return self._needs()
 
     @property
-    def when(self) -> When:  # type: ignore[override]
+    def when(self) -> When:
         acting = {p.when for p in self.members if not p.neutral}
         return "decode" if "decode" in acting else "prompt_end"
 
     @property
-    def queries(self) -> int:  # type: ignore[override]
+    def queries(self) -> int:
         return max(p.queries for p in self.members)
+
+    @property
+    def prefers_window(self) -> int | None:
+        return max((p.prefers_window for p in self.members if p.prefers_window), default=None)
+
+    @property
+    def forgets_window(self) -> bool:
+        return any(p.forgets_window for p in self.members)
+
+    @property
+    def across_heads(self) -> bool:
+        return any(p.across_heads for p in self.members)
 
     def mark(self, write: Write) -> Tensor | None:
         return self.at(write.layer).mark(write)

@@ -9,6 +9,7 @@ from torch import Tensor
 from .._fields import is_a
 from ..budget import Tokens, tokens_from_int
 from ..choices import PageGroup
+from ..ops import Heads, Ops, Pages
 from ._base import Selection, group_field, pages_field
 
 
@@ -36,8 +37,11 @@ class Quest(Selection):
     group: PageGroup = group_field()
 
     @property
-    def fused(self) -> str:  # type: ignore[override]
-        return "quest_select"
+    def extends_minmax(self) -> bool:
+        return True
+
+    def select(self, ops: Ops, pages: Pages, heads: Heads, query: Tensor, budget: int) -> Tensor:
+        return ops.quest_select(pages, heads, query, budget, self.group, self.first, self.last)
 
     def summarize(self, keys: Tensor, valid: Tensor) -> Tensor:
         low = keys.masked_fill(~valid[..., None], float("inf")).amin(1)

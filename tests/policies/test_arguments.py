@@ -75,7 +75,8 @@ TABLE = [
     (Tokens, {"tokens": 2.0}, TypeError, "tokens: wanted an int .*2.0"),
     (Ratio, {"ratio": 0}, ValueError, r"ratio: wanted a number in \(0, 1\], got 0"),
     (Ratio, {"ratio": 1.01}, ValueError, "ratio: wanted .*got 1.01"),
-    (Adaptive, {"base": 64}, TypeError, "base: wanted a budget, got 64"),
+    (Adaptive, {"base": 64.0}, TypeError, "base: wanted a budget, got 64.0"),
+    (Adaptive, {"base": 64, "form": "mean"}, ValueError, "form: wanted one of .*'mean'"),
     (Adaptive, {"base": TotalCap(64)}, TypeError, "base: wanted a budget per head, got TotalCap"),
     (Adaptive, {"base": Tokens(64), "floor": 1.2}, ValueError, "floor: wanted .*got 1.2"),
     (Pyramid, {"base": "x"}, TypeError, "base: wanted a budget, got 'x'"),
@@ -104,3 +105,4 @@ def test_admissions_take_keywords_only(make):
 
 def test_an_int_budget_is_tokens():
     assert SnapKV(budget=64).budget == Quest(budget=64).budget == Tokens(64)
+    assert Adaptive(64) == Adaptive(Tokens(64)) and Pyramid(64) == Pyramid(Tokens(64))

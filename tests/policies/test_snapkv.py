@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from kvpolicy import CachePipeline, CacheSpec
+from kvpolicy import CachePipeline, CacheSpec, EvictionView
 from kvpolicy.admission import LocalAttention, RandomGate
 from kvpolicy.eviction import AtPromptEnd, KeepAll, SnapKV
 from kvpolicy.reference import keep_best
-from kvpolicy.types import EvictionView
 
 SCALE = 0.3
 KV_HEADS, GROUP, DIM = 2, 3, 8

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from .._extras import extra
+from ..._extras import extra
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
