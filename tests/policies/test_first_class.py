@@ -186,7 +186,7 @@ def test_layers_cannot_hold_a_budget_over_layers():
 @pytest.fixture(scope="module")
 def model():
     pytest.importorskip("transformers")
-    from kvpolicy.evaluation.tiny import tiny_llama
+    from kvpolicy.evaluation.models.tiny import tiny_llama
 
     return tiny_llama()
 
@@ -204,7 +204,7 @@ def model():
 )
 def test_plans_are_exact(model, pipeline):
     from kvpolicy.adapters.hf import fit_report
-    from kvpolicy.evaluation.calibrate import measure
+    from kvpolicy.evaluation.search.calibrate import measure
 
     tokens = 120
     size = measure(model, pipeline, [torch.arange(tokens) % 500])
@@ -222,7 +222,7 @@ def test_plans_are_exact(model, pipeline):
     ids=["admission", "int", "budget", "wrapped"],
 )
 def test_calibration_turns_them(model, policies, knob):
-    from kvpolicy.evaluation.calibrate import calibrate
+    from kvpolicy.evaluation.search.calibrate import calibrate
 
     pipeline = CachePipeline(window=WINDOW, **policies)
     found = calibrate(model, pipeline, [torch.arange(120) % 500], tokens=68, tolerance=0.05)
@@ -232,7 +232,7 @@ def test_calibration_turns_them(model, policies, knob):
 
 
 def test_a_policy_without_a_knob_is_named(model):
-    from kvpolicy.evaluation.calibrate import calibrate
+    from kvpolicy.evaluation.search.calibrate import calibrate
 
     plain = attrs.frozen(type("Plain", (Admission,), {"admit": Grid.admit, "stride": 2}))()
     with pytest.raises(ValueError, match=r"`knob` gives one\), got Plain, KeepAll"):
@@ -240,8 +240,8 @@ def test_a_policy_without_a_knob_is_named(model):
 
 
 def test_a_front_of_both(model):
-    from kvpolicy.evaluation.pareto import pareto
-    from kvpolicy.evaluation.prompts import Example, Question
+    from kvpolicy.evaluation.search.pareto import pareto
+    from kvpolicy.evaluation.tasks.prompts import Example, Question
 
     ids = tuple(range(3, 103))
     examples = [Example(context_ids=ids, questions=(Question(ids[:5], ids[5:8]),))]
