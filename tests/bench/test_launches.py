@@ -148,13 +148,13 @@ def test_prefill_visits_few_pairs_in_vain(
     p = attrs.evolve(p, query=p.query[:heads])
     tile = sparse.Tile(64, 32, 4, 2)
     monkeypatch.setattr(sparse, "choose_tile", lambda *_: tile)
-    steps, original = Counter(), sparse._step
+    steps, original = Counter(), sparse.attend_step
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         steps["all"] += 1
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(sparse, "_step", counted)
+    monkeypatch.setattr(sparse, "attend_step", counted)
     sparse.prefill_attention(p.query, *p.recent, p.segments, p.pages, p.heads, p.window, p.scale)
     visited = steps["all"] * tile.rows * tile.keys
     # A tile may waste one block of far keys, and of the band a block at each end and a triangle.

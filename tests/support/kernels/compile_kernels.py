@@ -56,24 +56,32 @@ def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Non
 
 def compile_launch(kernel: Any, bound: dict[str, Any], options: dict[str, Any], cc: int) -> Any:
     """Compiles one recorded launch."""
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def kind(value: Any, special: bool, path: tuple[int, ...]) -> Any:
+        """The type of an argument, as a launch would specialise it."""
+        if isinstance(value, tuple):
+            return tuple(kind(x, special, (*path, place)) for place, x in enumerate(value))
+        if special and type(value) is int and value == 1:
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, TensorDescriptor):
+            element = TYPES[value.base.dtype].removeprefix("*")
+            return f"tensordesc<{element}{list(value.block_shape)}>"
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, torch.Tensor) or (special and value % 16 == 0):
+            attributes[path] = [["tt.divisibility", 16]]
+        return TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+
     for index, parameter in enumerate(kernel.params):
         value, name = bound[parameter.name], parameter.name
-        special = not parameter.do_not_specialize
-        if parameter.is_constexpr or (special and type(value) is int and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, TensorDescriptor):
-            kind = TYPES[value.base.dtype].removeprefix("*")
-            signature[name] = f"tensordesc<{kind}{list(value.block_shape)}>"
-        elif isinstance(value, torch.Tensor):
-            signature[name] = TYPES[value.dtype]
-            attributes[index,] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
+        if parameter.is_constexpr:
+            signature[name], constants[index,] = "constexpr", value
         else:
-            signature[name] = "i32"
-            if special and value % 16 == 0:
-                attributes[index,] = [["tt.divisibility", 16]]
+            signature[name] = kind(value, not parameter.do_not_specialize, (index,))
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
 
