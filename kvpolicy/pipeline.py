@@ -3,36 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import attrs
 from torch import Tensor
 
-from . import caps, engine
-from ._inputs import check_call, check_complete, check_layer
-from ._validate import one_of
+from ._fields import is_a, one_of, optional, positive, shown
 from .admission import Admission, AdmitAll
-from .backend import BACKENDS, ops, resolve
-from .budget import Adaptive, TotalCap
+from .backend import BACKENDS, resolve
+from .budget import budget_of
+from .calls import capacity
+from .calls._checks import check_call, check_complete, check_layer
+from .calls.call import abort, close_call, open_call
+from .calls.decode import decode
+from .calls.evict import evict
+from .calls.prompt import prompt
+from .choices import Backend, Phase
 from .errors import PhaseError, UnsupportedError
-from .evicting import evict
 from .eviction import Eviction, KeepAll
+from .ops import load
 from .selection import SelectAll, Selection
 from .spec import CacheSpec
 from .store import CacheState, Report
 from .store.allocate import allocate
 from .store.report import report
-from .store.rollback import abort
 
 DEFAULT_WINDOW = 256
 
 
-def _a(kind: type) -> Any:
-    return attrs.validators.instance_of(kind)
+SLOTS = {"admission": Admission, "selection": Selection, "eviction": Eviction}
 
 
-def _or_zero(window: int | None) -> int:
-    return 0 if window is None else window
+def _instead(value: Any) -> str:
+    """The argument that takes a policy, which was given to another one."""
+    fits = [name for name, kind in SLOTS.items() if isinstance(value, kind)]
+    return f"{fits[0]}={shown(value)}" if fits else ""
+
+
+def _slot(name: str) -> Any:
+    article = "a" if name == "selection" else "an"
+    return is_a(SLOTS[name], f"{article} {name}", _instead)
+
+
+def is_pipeline(value: Any) -> None:
+    """Raises TypeError for anything but a CachePipeline."""
+    if not isinstance(value, CachePipeline):
+        fits = _instead(value)
+        raise TypeError(
+            f"pipeline: wanted a CachePipeline, got {shown(value)}"
+            + (f"; write CachePipeline({fits})" if fits else "")
+        )
+
+
+def _window(window: int | None) -> int:
+    """None stands for the policies' own until `__attrs_post_init__` has asked them."""
+    return cast(int, window)
 
 
 @attrs.frozen(kw_only=True)
@@ -47,22 +72,20 @@ class CachePipeline:
         `CachePipeline(admission=gate, selection=Quest(budget=1024), eviction=SnapKV(budget=4096))`
     """
 
-    admission: Admission = attrs.field(factory=AdmitAll, validator=_a(Admission))
-    selection: Selection = attrs.field(factory=SelectAll, validator=_a(Selection))
-    eviction: Eviction = attrs.field(factory=KeepAll, validator=_a(Eviction))
-    window: int = attrs.field(default=None, converter=_or_zero)
-    backend: str = attrs.field(default="auto", validator=one_of(*BACKENDS))
+    admission: Admission = attrs.field(factory=AdmitAll, validator=_slot("admission"))
+    selection: Selection = attrs.field(factory=SelectAll, validator=_slot("selection"))
+    eviction: Eviction = attrs.field(factory=KeepAll, validator=_slot("eviction"))
+    window: int = attrs.field(default=None, converter=_window, validator=optional(positive))
+    backend: Backend = attrs.field(default="auto", validator=one_of(*BACKENDS))
 
     def __attrs_post_init__(self) -> None:
         object.__setattr__(self, "window", self._resolve_window())
         for policy in (self.selection, self.eviction):
-            _check_budget(policy, self.window)
+            policy.check_window(self.window)
 
     def _resolve_window(self) -> int:
-        if not isinstance(self.window, int) or isinstance(self.window, bool) or self.window < 0:
-            raise ValueError(f"window: wanted an int of at least 1, got {self.window!r}")
         named = {
-            "window": self.window or None,
+            "window": self.window,
             "admission": self.admission.window,
             "eviction": self.eviction.window,
         }
@@ -77,10 +100,19 @@ class CachePipeline:
         if batch < 1:
             raise ValueError(f"batch: wanted at least 1, got {batch}")
         self.check(spec)
-        backend = ops(resolve(self.backend, spec.device))
+        backend = load(resolve(self.backend, spec.device))
         return allocate(
             spec, batch, backend, self.window, self.admission, self.selection, self.eviction
         )
+
+    def dry(self, spec: CacheSpec, batch: int = 1) -> CacheState:
+        """A cache with the sizes of `init`'s that takes no memory, for plans; checks as `init`."""
+        self.check(spec)
+        backend = load(resolve(self.backend, spec.device))
+        return allocate(
+            attrs.evolve(spec, device="meta"), batch, backend, self.window, self.admission,
+            self.selection, self.eviction,
+        )  # fmt: skip
 
     def check(self, spec: CacheSpec) -> None:
         """Raises ValueError or UnsupportedError if a policy does not fit `spec`."""
@@ -88,30 +120,16 @@ class CachePipeline:
             slot.check(spec.layers, spec.model_kv_heads, spec.head_dim)
         for layer in range(spec.layers):
             for policy in (self.selection.at(layer), self.eviction.at(layer)):
-                _check_budget(policy, self.window)
-            self._check_caps(spec, layer)
+                policy.check_window(self.window)
+            capacity.check(spec, layer, self.window, self.eviction.at(layer))
             if spec.kv_heads < spec.model_kv_heads:
                 _check_shard(self.eviction.at(layer))
-
-    def _check_caps(self, spec: CacheSpec, layer: int) -> None:
-        evicts = spec.at_cap == "evict" and spec.slides(layer) is None
-        if evicts and self.eviction.at(layer).neutral:
-            raise ValueError(
-                f"at_cap: 'evict' wants an eviction that scores tokens, got {self.eviction} for "
-                f"layer {layer}"
-            )
-        least = self.window + (spec.interval if evicts else 1)
-        if spec.max_tokens is not None and spec.max_tokens < least:
-            raise ValueError(
-                f"max_tokens: wanted at least {least} (the window of {self.window} and "
-                f"{'interval' if evicts else 'one'} more), got {spec.max_tokens}"
-            )
 
     def begin(
         self,
         state: CacheState,
         lengths: Sequence[int],
-        phase: str,
+        phase: Phase,
         valid: Tensor | None = None,
     ) -> None:
         """Opens a call that adds `lengths[b]` real tokens to each sequence.
@@ -123,7 +141,8 @@ class CachePipeline:
         """
         check_call(state, lengths, phase, valid)
         self.maintain(state)
-        engine.open_call(state, tuple(lengths), phase, valid)
+        with state.unbroken():
+            open_call(state, tuple(lengths), phase, valid)
 
     def attend(
         self,
@@ -145,26 +164,25 @@ class CachePipeline:
         positions.
         """
         call = check_layer(state, layer)
-        attend = engine.prompt if call.phase == "prompt" else engine.decode
-        out = attend(state, layer, query, key, value, key_pre, hidden)
+        run = prompt if call.phase == "prompt" else decode
+        out = run(state, call, state.layers[layer], query, key, value, key_pre, hidden)
         call.done.add(layer)
         return out
 
-    def commit(self, state: CacheState) -> None:
+    def commit(self, state: CacheState, *, evict: bool = True) -> None:
         """Closes the call: lengths become current, and evictions that are due happen.
 
-        After a decode call of several columns they wait for the next `begin`, so that refused
-        candidates can be taken back by `crop`. One that a cap stops stays due as well.
+        After a decode call of several columns, or without `evict`, they wait for the next `begin`,
+        so that refused candidates can be taken back by `crop`. One that a cap stops stays due as
+        well.
         """
         call = check_complete(state)
-        engine.close_call(state)
+        close_call(state, call)
         if call.phase == "prompt":
-            caps.after_prompt(state)
-            acts = not self.eviction.neutral
-            state.pending = [
-                was or (acts and n > 0) for was, n in zip(state.pending, call.added, strict=True)
-            ]
-        elif call.valid is None:
+            capacity.release(state)
+            for row, added in zip(state.sequences, call.added, strict=True):
+                row.prompt_open |= added > 0 and not self.eviction.neutral
+        elif call.valid is None and evict:
             self.maintain(state)
 
     def abort(self, state: CacheState) -> None:
@@ -176,8 +194,9 @@ class CachePipeline:
         if state.call is not None:
             raise PhaseError("end_prompt: a call is in flight; commit or abort it first")
         if state.pending_end:
-            evict(state, state.pending)
-            state.pending = [False] * state.batch
+            evict(state, [row.prompt_open for row in state.sequences])
+            for row in state.sequences:
+                row.prompt_open = False
 
     def maintain(self, state: CacheState) -> None:
         """Evicts for sequences that decoded another `interval` tokens, if the policy does."""
@@ -193,7 +212,26 @@ class CachePipeline:
         """
         if state.call is not None:
             raise PhaseError("reserve: a call is in flight; commit or abort it first")
-        caps.reserve(state, 1, steps)
+        capacity.reserve(state, 1, steps)
+
+    def prepare_replay(self, state: CacheState, most: int) -> None:
+        """Makes a captured decode step of one token ready to run; up to `most` will follow."""
+        if state.steps_reserved < 1:
+            state.sync_host()  # caps ask how long each row is
+            capacity.reserve_long(state, most)
+
+    def replayed(self, state: CacheState) -> None:
+        """A captured decode step ran: what commit does on the host, and evictions that are due.
+
+        The device's part is in the graph. Rows that ended meanwhile are counted as if they went on
+        until the host asks the device.
+        """
+        for row in state.sequences:
+            row.length += 1
+        state.steps_reserved -= 1
+        if self.due(state):
+            state.sync_host()  # rows that ended meanwhile are not due
+            self.maintain(state)
 
     def due(self, state: CacheState) -> list[bool]:
         """The sequences for which `maintain` would evict now; empty if there is none."""
@@ -201,10 +239,10 @@ class CachePipeline:
             return []
         interval = state.spec.interval
         rows = [
-            on and not pending and length // interval > checked // interval
-            for on, pending, length, checked in zip(
-                state.active, state.pending, state.lengths, state.checked, strict=True
-            )
+            row.active
+            and not row.prompt_open
+            and row.length // interval > row.considered_at // interval
+            for row in state.sequences
         ]
         return rows if any(rows) else []
 
@@ -214,25 +252,14 @@ class CachePipeline:
 
 
 def _check_shard(eviction: Eviction) -> None:
-    budget: Any = eviction.budget
-    while budget is not None:
-        if isinstance(budget, Adaptive | TotalCap):
-            raise UnsupportedError(
-                f"{type(eviction).__name__}.budget: {type(budget).__name__} shares tokens between "
-                "KV heads, but a tensor-parallel rank sees only its own"
-            )
-        budget = getattr(budget, "base", None)
-
-
-def _check_budget(policy: Any, window: int) -> None:
-    budget = getattr(policy, "budget", None)
-    if budget is None or isinstance(budget, TotalCap):
-        return
-    while hasattr(budget, "base"):
-        budget = budget.base
-    tokens = getattr(budget, "tokens", None)
-    if tokens is not None and tokens < window + 1:
-        raise ValueError(
-            f"{type(policy).__name__}.budget: wanted at least window + 1 = {window + 1} tokens "
-            f"(budgets include the window), got {tokens}"
+    budget = budget_of(eviction)
+    if budget is not None and budget.shares_heads:
+        raise UnsupportedError(
+            f"{type(eviction).__name__}.budget: {budget} shares tokens between KV heads, but a "
+            "tensor-parallel rank sees only its own"
+        )
+    if eviction.across_heads:
+        raise UnsupportedError(
+            f"{type(eviction).__name__}: scores look across KV heads, but a tensor-parallel rank "
+            "sees only its own"
         )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
-from pathlib import Path
 
 # Interpreted products are numpy's, which torch imports. OpenBLAS has kernels, those for AVX2, that
 # round a row of a product by its place in the matrix; these do not.
@@ -20,7 +18,7 @@ if not torch.cuda.is_available():
 import pytest
 from hypothesis import HealthCheck, settings
 
-sys.path.insert(0, str(Path(__file__).parent))
+from tests.support import interpreter
 
 settings.register_profile(
     "suite",
@@ -31,11 +29,19 @@ settings.register_profile(
 )
 settings.load_profile("suite")
 torch.set_num_threads(1)
+interpreter.remember()
 
 # torch remembers its constructors at the first use of a device context: now, before `poisoned`
 # replaces some, or models meant for the meta device would take real memory.
 with torch.device("meta"):
     torch.empty(0)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Makes warnings errors inside tests, except those of other plugins; a test's own marks win."""
+    filters = ("error", "default:::pytest_", *config.getini("filterwarnings"))
+    for item in items:
+        item.add_marker(pytest.mark.filterwarnings(*filters), append=False)
 
 
 @pytest.fixture(autouse=True)

@@ -7,21 +7,22 @@ import functools
 import threading
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 
 from ...errors import PhaseError, UnsupportedError
-from ...pipeline import CachePipeline
-from ...spec import CacheSpec
+from ...pipeline import CachePipeline, is_pipeline
+from ...spec import CacheSpec, Sizes
 from . import attention as attention
-from .attention import forget_kept, keep_hidden, keep_pre, key_source
-from .cache import NAME, KVPolicyCache, new_cache
-from .compiled import CompiledLayers, check_compiles, check_forward
+from .attention import forget_kept, keep_hidden, keep_pre
+from .cache import KVPolicyCache, new_cache
+from .compile import CompiledLayers, check_compiles, check_forward
+from .faces import NAME
 from .forward import POSITIONAL, Crossing, close_forward, inputs_of, open_forward, true_positions
 from .generate import generate
-from .spec import attention_modules, decoder_of
+from .models import attention_modules, decoder_of, key_source
 
 # The model's hooks keep its attachment alive; nothing here keeps the model alive.
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = (
@@ -38,10 +39,9 @@ class Attachment:
     """
 
     def __init__(
-        self, model: Any, pipeline: CachePipeline, *, compile: bool = False, **sizes: Any
+        self, model: Any, pipeline: CachePipeline, *, compile: bool = False, **sizes: Unpack[Sizes]
     ) -> None:
-        if not isinstance(pipeline, CachePipeline):
-            raise TypeError(f"pipeline: wanted a CachePipeline, got {type(pipeline).__name__}")
+        is_pipeline(pipeline)
         layers = attention_modules(model)
         decoder = decoder_of(model)
         if _attached(decoder) is not None:
@@ -158,7 +158,7 @@ class Attachment:
         """Undoes the forward in flight, if there is one."""
         cache, self.cache = self.cache, None
         crossing, self.crossing = self.crossing, None
-        if cache is not None and cache.plan is not None:
+        if cache is not None and cache.layout is not None:
             close_forward(cache, failed=True)
         if crossing is not None:
             crossing.undo()
@@ -219,7 +219,7 @@ def _attached(decoder: nn.Module) -> Attachment | None:
 
 
 def attach(
-    model: nn.Module, pipeline: CachePipeline, *, compile: bool = False, **sizes: Any
+    model: nn.Module, pipeline: CachePipeline, *, compile: bool = False, **sizes: Unpack[Sizes]
 ) -> Attachment:
     """Attaches `pipeline` to `model`; use as `with attach(model, pipeline): model.generate(...)`.
 

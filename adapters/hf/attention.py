@@ -9,17 +9,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ...errors import UnsupportedError
-from . import plan
-from .cache import NAME, KVRef
-from .compiled import PLACE, attend
+from .compile import PLACE, attend
+from .faces import NAME, KVRef
+from .models import key_source
 
 PRE = "_kvpolicy_pre_rope"  # left by a hook on the module whose output are keys before RoPE
 HIDDEN = "_kvpolicy_hidden"  # left on the attention module
-
-
-def key_source(module: Any) -> nn.Module:
-    """The submodule of an attention module whose output are its keys before RoPE."""
-    return module.k_norm if hasattr(module, "k_norm") else module.k_proj
 
 
 def keep_pre(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -68,7 +63,7 @@ def attention(
         return attend(getattr(module, PLACE), query, key.key, key.value, pre, hidden), None
     with torch.no_grad():
         layer = module.layer_idx
-        out = plan.attend(key.cache, layer, query, key.key, key.value, pre, hidden)
+        out = key.cache.attend(layer, query, key.key, key.value, pre, hidden)
     if torch.is_grad_enabled() and query.requires_grad:
         out = _NoGradient.apply(out, query)
     return out, None

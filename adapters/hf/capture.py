@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,17 +40,15 @@ class CapturedStep:
         self.model = model
         self.tokens, self.positions = tokens.clone(), positions.clone()
         self.generation = state.generation
-        # Capturing runs the host's bookkeeping once although nothing is computed.
-        host = copy.copy(state.lengths), state.steps_reserved, list(cache.chunks)
         self.graph = torch.cuda.CUDAGraph()
         cache.capturing = True
         try:
             torch.cuda.synchronize()
-            with torch.cuda.graph(self.graph):
+            # Capturing runs the host's bookkeeping once although nothing is computed.
+            with state.rehearsal(), torch.cuda.graph(self.graph):
                 self.logits = run(model, cache, self.tokens, self.positions)
         finally:
             cache.capturing = False
-            state.lengths, state.steps_reserved, cache.chunks = host
 
     def replay(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits of one step; the tensor is overwritten by the next one."""
@@ -104,7 +101,7 @@ class Stepper:
         self.reason = why_not(model, cache, records)
         self.captured = self.reason is None
         cache.decoding = "captured" if self.captured else f"eager: {self.reason}"
-        state.reserve(max(state.lengths) + room)
+        state.widen(max(state.lengths) + room)
         self.eager_steps, self.room = 0, room
 
     def step(self, token: Tensor, active: Tensor) -> Tensor:
@@ -127,25 +124,17 @@ class Stepper:
     def _captured(self, tokens: Tensor, active: Tensor) -> Tensor:
         cache, state = self.cache, self.cache.state
         assert state is not None
-        for device in state.active_on:
-            state.active_on[device].copy_(active)
+        state.devices.activate(active)
         if self.eager_steps < WARM_UP and cache.graph is None:
             self.eager_steps += 1
             return run(self.model, cache, tokens, self.position)
-        if state.steps_reserved < 1:
-            state.sync_host()  # caps ask how long each row is
-            cache.pipeline.reserve(state, state.horizon(self.room))
+        cache.pipeline.prepare_replay(state, self.room)
         if cache.graph is None or cache.graph.generation != state.generation:
             cache.graph = CapturedStep(self.model, cache, tokens, self.position)
             cache.captures += 1
         logits = cache.graph.replay(tokens, self.position)
-        # What commit does on the host, the device part is in the graph.
-        state.lengths = [n + 1 for n in state.lengths]
-        state.steps_reserved -= 1
-        cache.saw(1, None)
-        if cache.pipeline.due(state):
-            state.sync_host()  # rows that ended meanwhile are not due
-            cache.pipeline.maintain(state)
+        cache.saw(1, None)  # before an eviction, which may fail when the token is in
+        cache.pipeline.replayed(state)
         return logits
 
     def finish(self, extra: int) -> None:

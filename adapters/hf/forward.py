@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...engine import close_call
 from ...errors import UnsupportedError
-from ...store.rollback import abort
 from .cache import KVPolicyCache
-from .plan import plan_decode, plan_prompt
+from .layout import decode_columns, prompt_columns
 
 POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values")  # a decoder's first
 
@@ -39,52 +37,47 @@ def open_forward(cache: KVPolicyCache, batch: int, columns: int, mask: Tensor | 
         )
     state = cache.ensure_state(batch)
     if cache.phase == "prompt":
-        plan, lengths = plan_prompt(batch, columns, mask)
+        layout, lengths = prompt_columns(batch, columns, mask)
         cache.pipeline.begin(state, lengths, "prompt")
     else:
-        if cache.recording:  # what was due at the last commit: candidates are taken back by now
-            cache.pipeline.maintain(state)
-        plan, lengths, valid = plan_decode(batch, columns, mask)
+        layout, lengths, valid = decode_columns(batch, columns, mask)
         cache.pipeline.begin(state, lengths, "decode", valid=valid)
-    cache.plan = plan
+    cache.layout = layout
 
 
 def true_positions(cache: KVPolicyCache, device: torch.device) -> Tensor:
     """Position ids `[B, S]` of the open forward: each sequence's real tokens from 0."""
-    state, plan = cache.state, cache.plan
-    assert state is not None and plan is not None
-    start = state.lengths_on[next(iter(state.lengths_on))].to(device)[:, None]
-    columns = plan.prompt + plan.decode
-    if plan.valid is None:
+    state, layout = cache.state, cache.layout
+    assert state is not None and layout is not None
+    start = state.on(state.layers[0]).lengths.to(device)[:, None]
+    columns = layout.prompt + layout.decode
+    if layout.valid is None:
         return start + torch.arange(columns, device=device)
-    return (start - 1 + plan.valid.to(device).long().cumsum(1)).clamp(min=0)
+    return (start - 1 + layout.valid.to(device).long().cumsum(1)).clamp(min=0)
 
 
 def close_forward(cache: KVPolicyCache, failed: bool) -> None:
     """Commits the call, or takes it back."""
-    plan, cache.plan = cache.plan, None
+    layout, cache.layout = cache.layout, None
     state = cache.state
-    assert plan is not None and state is not None
+    assert layout is not None and state is not None
     if failed:
-        abort(state)
+        cache.pipeline.abort(state)
         if not cache.chunks:
             cache.state = cache.graph = None  # as before the first forward
         return
     if cache.capturing:
-        close_call(state)
+        cache.pipeline.commit(state, evict=False)
         return
-    valid = plan.valid
-    if plan.decode and not all(state.active):
-        active = torch.tensor(state.active)[:, None].expand(plan.batch, plan.decode)
+    valid = layout.valid
+    if layout.decode and not all(state.active):
+        active = torch.tensor(state.active)[:, None].expand(layout.batch, layout.decode)
         valid = active if valid is None else valid & active
     try:
-        if plan.decode and cache.recording:
-            close_call(state)
-        else:
-            cache.pipeline.commit(state)
+        cache.pipeline.commit(state, evict=not cache.recording)
     finally:
         if state.call is None:  # an eviction may fail after the tokens are in
-            cache.saw(plan.prompt + plan.decode, valid)
+            cache.saw(layout.prompt + layout.decode, valid)
     if cache.phase == "prompt" and cache.boundary is not None and cache.columns >= cache.boundary:
         cache.end_prompt()
 

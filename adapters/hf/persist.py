@@ -1,76 +1,22 @@
-"""Saving a cache to a file and going on from it, with the same model and pipeline."""
+"""Going on from a cache in a file, with the same model and pipeline."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from typing import Any
+from typing import Any, Unpack
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...errors import PhaseError
 from ...pipeline import CachePipeline
+from ...spec import Sizes
 from ...store import persist
 from .cache import KVPolicyCache, new_cache
-from .spec import decoder_of
-
-SAMPLES = 64  # elements read of each parameter
-_VOLATILE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """A hash of the model's config and of a few elements of every parameter.
-
-    Tells fine-tuned or merged weights from others; an edit that spares every sampled element goes
-    unnoticed.
-    """
-    decoder = decoder_of(model)
-    config = {
-        name: value
-        for name, value in decoder.config.to_dict().items()
-        if name not in _VOLATILE and "attn_implementation" not in name
-    }
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    samples = [_sample(parameter) for parameter in decoder.parameters()]
-    for device in {sample.device for sample in samples}:
-        here = [sample for sample in samples if sample.device == device]
-        digest.update(torch.cat(here).cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _sample(parameter: Tensor) -> Tensor:
-    local = getattr(parameter, "to_local", lambda: parameter)().detach().flatten()
-    step = max(local.numel() // SAMPLES, 1)
-    return local[::step][:SAMPLES].float()
-
-
-def save_cache(cache: KVPolicyCache, path: str | os.PathLike[str]) -> None:
-    """Writes `cache` to `path`; see `KVPolicyCache.save`."""
-    model = cache.model()
-    if cache.state is None or model is None:
-        what = "its model is gone" if model is None else "nothing went through this cache yet"
-        raise PhaseError(f"save: {what}")
-    masks = [valid for _, valid in cache.chunks if valid is not None]
-    extra = {
-        "columns": torch.tensor([n for n, _ in cache.chunks]),
-        "masked": torch.tensor([valid is not None for _, valid in cache.chunks]),
-        "valid": torch.cat(masks, 1) if masks else torch.zeros(cache.state.batch, 0).bool(),
-    }
-    notes = {"phase": cache.phase, "counts_positions": str(cache.counts_positions)}
-    persist.save(
-        cache.state,
-        path,
-        cache.pipeline,
-        fingerprint=model_fingerprint(model),
-        extra=extra,
-        notes=notes,
-    )
+from .columns import from_tensors
+from .fingerprints import model_fingerprint
 
 
 def load_cache(
-    model: nn.Module, pipeline: CachePipeline, path: str | os.PathLike[str], **sizes: Any
+    model: nn.Module, pipeline: CachePipeline, path: str | os.PathLike[str], **sizes: Unpack[Sizes]
 ) -> KVPolicyCache:
     """The cache that `KVPolicyCache.save` wrote, on `model`'s device.
 
@@ -82,10 +28,7 @@ def load_cache(
     cache.state, extra, notes = persist.load(
         path, pipeline, cache.spec, fingerprint=model_fingerprint(model)
     )
-    columns = [int(n) for n in extra["columns"]]
-    masked = extra["masked"].tolist()
-    valid = iter(extra["valid"].split([n for n, m in zip(columns, masked, strict=True) if m], 1))
-    cache.chunks = [(n, next(valid) if m else None) for n, m in zip(columns, masked, strict=True)]
+    cache.chunks = from_tensors(extra)
     cache.phase = notes["phase"]
     cache.counts_positions = notes["counts_positions"] == "True"
     return cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,21 @@ import attrs
 import torch
 from torch import Tensor
 
-from .._validate import fraction, one_of, positive
-from ..backend import ops, resolve
-from ..types import Write
+from .._fields import flag, fraction, is_a, one_of, optional, positive
+from .._knob import Knob
+from ..backend import resolve
+from ..ops import load
 from . import _gate_file
-from ._base import Admission
+from ._base import Admission, Write
 from ._files import find_file
 from ._threshold import rounded
 
+_STEEPEST = 12.0  # a knob's thresholds run over the sigmoid of -12 to 12
 WEIGHTS = ("norm_pre", "norm_post", "w1", "b1", "w2", "b2")
 
 
 def _weight() -> Any:
-    return attrs.field(repr=False, validator=attrs.validators.instance_of(Tensor))
+    return attrs.field(repr=False, validator=is_a(Tensor, "a tensor"))
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -46,17 +49,12 @@ class WriteGate(Admission):
     w2: Tensor = _weight()
     b2: Tensor = _weight()
     threshold: float = attrs.field(default=0.1, validator=fraction())
-    inclusive: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
-    window: int | None = attrs.field(default=256)
+    inclusive: bool = attrs.field(default=False, validator=flag)
+    window: int | None = attrs.field(default=256, validator=optional(positive))
     backend: str = attrs.field(
         default="reference", repr=False, validator=one_of("reference", "triton")
     )
     needs = frozenset({"key_pre"})
-
-    @window.validator
-    def _check_window(self, attribute: attrs.Attribute, value: Any) -> None:
-        if value is not None:
-            positive(self, attribute, value)
 
     def __attrs_post_init__(self) -> None:
         if self.w1.ndim != 4 or self.norm_pre.ndim != 2 or 0 in self.w1.shape:
@@ -152,7 +150,7 @@ class WriteGate(Admission):
             raise ValueError("write.key_pre: WriteGate reads keys before RoPE, got None")
         rows = slice(write.heads.start, write.heads.stop)
         n = write.layer
-        return ops(self.backend).write_gate(
+        return load(self.backend).write_gate(
             write.key_pre,
             write.key,
             self.norm_pre[n],
@@ -176,6 +174,20 @@ class WriteGate(Admission):
     def place(self, device: torch.device, dtype: torch.dtype, backend: str) -> WriteGate:
         weights = {name: getattr(self, name).to(device, dtype).contiguous() for name in WEIGHTS}
         return attrs.evolve(self, **weights, backend=resolve(backend, torch.device(device)))
+
+    def knob(self, pattern: str | os.PathLike[str] | None = None) -> Knob[Admission]:
+        return Knob(
+            name="threshold",
+            at=_even_logits,
+            set=lambda value: attrs.evolve(self, threshold=value),
+        )
+
+
+def _even_logits(x: float) -> float:
+    """1 at 0, 0 at 1, and even steps of the gate's logit between."""
+    if x in (0, 1):
+        return float(1 - x)
+    return 1 / (1 + math.exp(_STEEPEST * (2 * x - 1)))
 
 
 def _number(path: Path, metadata: dict[str, str], name: str, default: Any) -> Any:

@@ -10,16 +10,14 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .context import Bench
+from .layer import Layer
 from .timing import captured_ms
-
-if TYPE_CHECKING:
-    from .decode import Layer
 
 KINDS = {"tensor cores": True, "CUDA cores": False}
 WORKSPACE = 128 << 20  # bytes, what FlashInfer recommends
@@ -55,7 +53,7 @@ class Paged:
                 new = new[count:]
                 token = torch.arange(n, n + window, device=new.device)
                 at = pages[-1][token // page].long(), token % page
-                self.k[at], self.v[at] = (x[0, head, recent] for x in ring)
+                self.k[at], self.v[at] = (x[0, head, recent] for x in ring[:2])
             self.lists.append((starts, torch.cat(pages), ends))
 
 

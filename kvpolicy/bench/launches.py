@@ -89,8 +89,8 @@ def decode_state(
         pipeline.attend(state, layer, **packed)
     pipeline.commit(state)
     pipeline.end_prompt(state)
-    state.reserve(prompt + 2 * STEPS)
-    state.reserve_pages(2 * STEPS)
+    state.widen(prompt + 2 * STEPS)
+    pipeline.reserve(state, 2 * STEPS)
     return state, {name: x[None, :, -1:].contiguous() for name, x in packed.items()}
 
 

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from .. import evicting
-from ..budget import Tokens
-from ..eviction import SnapKV
+from ..budget import Tokens, budget_of
+from ..calls import evict
+from ..eviction import EvictionView, SnapKV
 from ..pipeline import CachePipeline
 from ..spec import CacheSpec
 from ..store import CacheState, compaction
-from ..types import EvictionView
 from .context import Bench, Case, check
 from .rows import Goal, Row
 from .timing import median_ms
@@ -34,8 +34,8 @@ def full_state(
     )  # fmt: skip
     state = pipeline.init(spec)
     pool, size = state.layers[0].pool, spec.page_size
-    state.lengths = [held + state.layers[0].window]
-    state.reserve(held)
+    state.sequences[0].length = held + state.layers[0].window
+    state.widen(held)
     state.sync_devices()
     pages = -(-held // size)
     ids = pool.take(layers * kv_heads * pages).view(layers, kv_heads, pages)
@@ -43,7 +43,7 @@ def full_state(
         layer.table[0, :, :pages] = own
         layer.counts.fill_(held)
         assert layer.queries is not None
-        for tensor in (layer.ring_k, layer.ring_v, layer.queries):
+        for tensor in (layer.ring.k, layer.ring.v, layer.queries):
             tensor.normal_()
     first = torch.zeros(pool.capacity, dtype=torch.int32, device=bench.device)
     first[ids.long()] = torch.arange(pages, dtype=torch.int32, device=bench.device) * size
@@ -87,8 +87,8 @@ def snapkv(bench: Bench, case: str) -> Iterator[Row]:
         return full_state(bench, pipeline, count, heads, kv_heads, held)
 
     state = make(1)
-    scores, _ = evicting.score(state, state.layers[0], held)
-    exact = exact_scores(policy, compaction.view(state, state.layers[0], held))
+    scores, _ = evict.score(state, state.layers[0], held)
+    exact = exact_scores(policy, evict.view(state, state.layers[0], held))
     check(case, scores[0, 0], exact)
     del scores, exact
     rounds = bench.pick(ROUNDS + 1, 1)
@@ -123,7 +123,7 @@ def _round(bench: Bench, state: CacheState) -> tuple[float, int]:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     start = time.perf_counter()
-    evicting.evict(state, [True])
+    evict.evict(state, [True])
     if cuda:
         torch.cuda.synchronize()
     took = 1e3 * (time.perf_counter() - start)
@@ -133,13 +133,17 @@ def _round(bench: Bench, state: CacheState) -> tuple[float, int]:
 def _parts(bench: Bench, state: CacheState, held: int) -> dict[str, tuple[float, float, str]]:
     """Milliseconds of each part for all layers, the bytes it has to move, what was measured."""
     layer, pool, layers = state.layers[0], state.layers[0].pool, len(state.layers)
-    budget = layer.eviction.budget
+    budget = budget_of(layer.eviction)
     assert budget is not None
-    scores, valid = evicting.score(state, layer, held)
+    scores, valid = evict.score(state, layer, held)
     limit = budget.allowed(state.lengths[0], layer.window, 0, 1)
-    allowed = torch.tensor([limit], device=scores.device)
+    target = torch.full_like(layer.counts, limit)
     best = state.ops.keep_best
-    keep = budget.keep_by(best, scores, valid, allowed)
+
+    def choose() -> Tensor:
+        return budget.keep(scores, valid, target, layer.window, best)
+
+    keep = choose()
     mutable = [y for x in state.layers for y in (x.table, x.counts, x.evicted)]
     mutable += [pool.free, pool.top, pool.refs]
     saved = [x.clone() for x in mutable]
@@ -154,8 +158,8 @@ def _parts(bench: Bench, state: CacheState, held: int) -> dict[str, tuple[float,
 
     token, one = 2.0 * state.spec.head_dim, f"one layer measured, times {layers}"
     calls = {
-        "scores": (lambda: evicting.score(state, layer, held), 2 * token * int(valid.sum())),
-        "budget": (lambda: budget.keep_by(best, scores, valid, allowed), 2.0 * scores.nbytes),
+        "scores": (lambda: evict.score(state, layer, held), 2 * token * int(valid.sum())),
+        "budget": (choose, 2.0 * scores.nbytes),
     }
     found = {
         name: (layers * median_ms([call], bench.device), layers * least, one)

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import torch
 
 from .. import reference
+from ..admission import Write
+from ..calls.prompt import segments_of, write_prompt
+from ..ops import ADMITTED
 from ..pipeline import CachePipeline
 from ..spec import CacheSpec
-from ..store.dual_cache import layer_segments, write_prompt
-from ..types import ADMITTED, Write
 from .context import Bench, Case, check
 from .gates import random_gate
 from .rows import CheckFailed, Goal, Row
@@ -32,8 +33,9 @@ def write(bench: Bench, case: str) -> Iterator[Row]:
     )  # fmt: skip
     state = pipeline.init(spec)
     pipeline.begin(state, [tokens], "prompt")
-    layer = state.layers[0]
-    segments = layer_segments(state, layer)
+    layer, call = state.layers[0], state.call
+    assert call is not None
+    segments = segments_of(state, call, layer)
     key, value, pre = (bench.randn(tokens, kv_heads, dim).transpose(0, 1) for _ in range(3))
     admitted = torch.rand(kv_heads, tokens, device=bench.device) < FRACTION
     flags = admitted.to(torch.uint8) * ADMITTED
@@ -49,7 +51,7 @@ def write(bench: Bench, case: str) -> Iterator[Row]:
         layer.counts.zero_()
 
     def store() -> None:
-        write_prompt(state, layer, segments, key, value, flags)
+        write_prompt(state, call, layer, segments, key, value, flags)
 
     def both() -> None:
         gate.admit(new)
@@ -60,13 +62,13 @@ def write(bench: Bench, case: str) -> Iterator[Row]:
     exact = [x.double() for x in (pre[:, rows], key[:, rows], *weights)]
     check(case, gate.scores(new)[:, rows], reference.write_gate(*exact))  # type: ignore[attr-defined]
     store()
-    state.lengths = [tokens]
+    state.sequences[0].length = tokens
     for head in (0, kv_heads - 1):
         want = admitted[head].nonzero().squeeze(1)
         got = state.kept(0, 0, head)
         if not torch.equal(got[:-window], want[want < tokens - window]):
             raise CheckFailed(f"{case}: head {head} stored other positions; not timed")
-    state.lengths = [0]
+    state.sequences[0].length = 0
     took = {
         name: median_ms([call], bench.device, before=empty)
         for name, call in {"both": both, "gate": lambda: gate.admit(new), "store": store}.items()

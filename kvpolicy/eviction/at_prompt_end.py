@@ -6,9 +6,9 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..admission._base import Admission
-from ..types import EvictionView, Write
-from ._base import Eviction
+from .._fields import is_a
+from ..admission import Admission, Write
+from ._base import Eviction, EvictionView
 
 
 @attrs.frozen
@@ -24,17 +24,19 @@ class AtPromptEnd(Eviction):
         `CachePipeline(eviction=AtPromptEnd(DuoAttention.from_pretrained(path, sparsity=0.5)))`
     """
 
-    admission: Admission = attrs.field(
-        validator=attrs.validators.instance_of(Admission)  # type: ignore[type-abstract]
-    )
+    admission: Admission = attrs.field(validator=is_a(Admission, "an admission"))
 
     @property
-    def window(self) -> int | None:  # type: ignore[override]
+    def window(self) -> int | None:
         return self.admission.window
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
+    def needs(self) -> frozenset[str]:
         return self.admission.needs
+
+    @property
+    def forgets_window(self) -> bool:
+        return True
 
     def mark(self, write: Write) -> Tensor:
         return self.admission.admit(write)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import attrs
 import torch
 
-from ..admission._base import Admission
-from ..eviction._base import Eviction
-from ..selection._base import Selection
+from ..admission import Admission
+from ..eviction import Eviction
+from ..ops import Ops, Ring
+from ..selection import Selection
 from ..spec import CacheSpec
+from .devices import Devices
 from .layer import LayerStore
-from .pages import PagePool
+from .pool import PagePool
 from .state import CacheState, _bucket
-
-if TYPE_CHECKING:
-    from ..backend import Ops
 
 
 def allocate(
@@ -28,26 +25,15 @@ def allocate(
     selection: Selection,
     eviction: Eviction,
 ) -> CacheState:
-    """A CacheState with placed policies, rings and one page pool; no pages are in use."""
+    """A CacheState with placed policies, rings and page pools; no pages are in use.
+
+    On the "meta" device it takes no memory and its sizes are those of a real one.
+    """
     device = torch.empty(0, device=spec.device).device  # "cuda" becomes the current device
     spec = attrs.evolve(spec, device=device)
-    state = CacheState(spec, ops, batch)
-    state.lengths_on[device] = torch.zeros(batch, dtype=torch.int64, device=device)
-    state.active_on[device] = torch.ones(batch, dtype=torch.bool, device=device)
-    state.cu_one[device] = torch.arange(batch + 1, dtype=torch.int32, device=device)
-    pool = PagePool(
-        page_size=spec.page_size,
-        head_dim=spec.head_dim,
-        dtype=spec.dtype,
-        device=device,
-        summary=_summary_size(selection, spec),
-        moving=ops.backend == "reference",
-        copy=ops.copy_pages,
-    )
-    if spec.max_bytes is not None:
-        pool.cap(spec.max_bytes)
-    state.pools[device] = pool
-    pool.holders[state] = 0
+    summary = summary_size(selection, spec)
+    pools = {dim: _pool(spec, dim, ops, summary) for dim in _page_dims(spec)}
+    state = CacheState(spec, ops, Devices([device], pools.values(), batch), batch)
     admission = admission.place(device, spec.dtype, ops.backend)
     eviction = eviction.place(device, spec.dtype, ops.backend)
 
@@ -55,41 +41,67 @@ def allocate(
         return torch.zeros(batch, *shape, dtype=dtype, device=device)
 
     for index in range(spec.layers):
-        slides = spec.slides(index)
-        near = window if slides is None else slides
-        slots, heads = near + spec.rollback, spec.kv_heads
+        sizes = spec.at(index)
+        slides = sizes.window is not None
+        near = window if sizes.window is None else sizes.window
+        slots, heads, dim = near + spec.rollback, sizes.kv_heads, sizes.head_dim
         layer = LayerStore(
             index=index,
+            sizes=sizes,
             window=near,
-            slides=slides is not None,
-            ring_k=zeros(heads, slots, spec.head_dim, dtype=spec.dtype),
-            ring_v=zeros(heads, slots, spec.head_dim, dtype=spec.dtype),
-            ring_flags=zeros(heads, slots, dtype=torch.uint8),
-            table=zeros(heads, 1 if slides is not None else _bucket(1), dtype=torch.int32),
+            slides=slides,
+            ring=Ring(
+                zeros(heads, slots, dim, dtype=spec.dtype),
+                zeros(heads, slots, dim, dtype=spec.dtype),
+                zeros(heads, slots, dtype=torch.uint8),
+            ),
+            table=zeros(heads, 1 if slides else _bucket(1), dtype=torch.int32),
             counts=zeros(heads, dtype=torch.int32),
             evicted=zeros(heads, dtype=torch.int64),
-            pool=pool,
+            pool=pools[dim],
             admission=admission.at(index),
             selection=selection.at(index),
             eviction=eviction.at(index),
         )
-        if layer.eviction.queries and not layer.slides:
+        if layer.eviction.queries and not slides:
             layer.queries = zeros(
-                spec.heads, layer.eviction.queries + spec.rollback, spec.head_dim, dtype=spec.dtype
+                sizes.heads, layer.eviction.queries + spec.rollback, dim, dtype=spec.dtype
             )
-        state.layers.append(layer)
+        state.add_layer(layer)
     return state
 
 
-def _summary_size(policy: Selection, spec: CacheSpec) -> tuple[int, torch.dtype] | None:
+def _page_dims(spec: CacheSpec) -> list[int]:
+    """The head dims of the model's layers; pages of each come from a pool of their own."""
+    return list(dict.fromkeys(spec.at(index).head_dim for index in range(spec.layers)))
+
+
+def _pool(
+    spec: CacheSpec, head_dim: int, ops: Ops, summary: tuple[int, torch.dtype] | None
+) -> PagePool:
+    pool = PagePool(
+        page_size=spec.page_size,
+        head_dim=head_dim,
+        dtype=spec.dtype,
+        device=spec.device,
+        summary=summary,
+        moving=ops.backend == "reference",
+        copy=lambda *places: ops.copy_pages(*places),  # the op is imported when it is first used
+    )
+    if spec.max_bytes is not None:
+        pool.limit_to(spec.max_bytes)
+    return pool
+
+
+def summary_size(policy: Selection, spec: CacheSpec) -> tuple[int, torch.dtype] | None:
     """Width and dtype of a page summary: the widest over layers, tried on an empty page."""
     found: tuple[int, torch.dtype] | None = None
-    keys = torch.zeros(1, spec.page_size, spec.head_dim, dtype=spec.dtype)
-    valid = torch.ones(1, spec.page_size, dtype=torch.bool)
     for layer in range(spec.layers):
         selection = policy.at(layer)
         if selection.neutral:
             continue
+        keys = torch.zeros(1, spec.page_size, spec.at(layer).head_dim, dtype=spec.dtype)
+        valid = torch.ones(1, spec.page_size, dtype=torch.bool)
         summary = selection.summarize(keys, valid)
         if summary.ndim != 2 or summary.shape[0] != 1 or not summary.dtype.is_floating_point:
             raise ValueError(

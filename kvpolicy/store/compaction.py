@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cache
 from itertools import accumulate, islice
 from typing import NamedTuple
 
@@ -11,72 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import ADMITTED, MARKED, POSITION_BITS, POSITION_MASK, EvictionView
-from .dual_cache import SCRATCH, _ceil, summary_of
+from ..ops import ADMITTED, MARKED, pages_of
 from .layer import LayerStore
-from .pages import PagePool
+from .pool import PagePool
 from .state import CacheState
-
-
-def longest(layers: Sequence[LayerStore]) -> list[int]:
-    """Most global tokens of a head in each layer; waits for the device once."""
-    if not layers:
-        return []
-    device = layers[0].counts.device
-    counts = torch.stack([x.counts.to(device) for x in layers])
-    most: list[int] = counts.flatten(1).amax(1).tolist()
-    return most
-
-
-def held(layer: LayerStore, most: int, size: int) -> tuple[Tensor, Tensor]:
-    """The table's columns in use and `valid` `[B, Hkv, N]`, the longest head having `most`."""
-    used = -(-most // size)
-    token = torch.arange(used * size, device=layer.counts.device)
-    return layer.table[:, :, :used], token < layer.counts[..., None]
-
-
-def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:
-    """What an eviction sees of one layer, whose longest head holds `most` tokens."""
-    device = layer.ring_k.device
-    table, valid = held(layer, most, state.spec.page_size)
-    lengths = state.lengths_on[device]
-    recent = torch.arange(-layer.window, 0, device=device) + lengths[:, None]  # [B, W]
-    slot = recent % layer.ring_k.shape[2]
-    index = slot[:, None, :, None].expand(-1, layer.ring_k.shape[1], -1, layer.ring_k.shape[3])
-    queries = query_valid = None
-    if layer.queries is not None:
-        w = layer.eviction.queries
-        at = torch.arange(-w, 0, device=device) + lengths[:, None]
-        index_q = (at % layer.queries.shape[2])[:, None, :, None]
-        queries = layer.queries.gather(
-            2, index_q.expand(-1, layer.queries.shape[1], -1, layer.queries.shape[3])
-        )
-        query_valid = at >= 0
-
-    @cache
-    def content() -> tuple[Tensor, Tensor]:
-        k, v, _ = state.ops.read_pages(layer.pool.pages, table)
-        hide = ~valid[..., None]
-        return k.flatten(2, 3).masked_fill_(hide, 0), v.flatten(2, 3).masked_fill_(hide, 0)
-
-    @cache
-    def meta() -> Tensor:
-        return state.ops.read_meta(layer.pool.pages, table).flatten(2).masked_fill_(~valid, 0)
-
-    return EvictionView(
-        layer=layer.index,
-        keys=lambda: content()[0],
-        values=lambda: content()[1],
-        positions=lambda: meta() & POSITION_MASK,
-        valid=valid,
-        marked=lambda: (meta() >> POSITION_BITS) & 1 > 0,
-        recent_keys=layer.ring_k.gather(2, index).masked_fill((recent < 0)[:, None, :, None], 0),
-        recent_valid=recent >= 0,
-        lengths=lengths,
-        scale=state.spec.softmax_scale,
-        queries=queries,
-        query_valid=query_valid,
-    )
+from .summaries import SCRATCH, summary_of
 
 
 class Kept(NamedTuple):
@@ -142,7 +80,8 @@ def _draft(pool: PagePool, part: list[Kept]) -> Drop:
     layers, keeps = [x.layer for x in part], [x.keep for x in part]
     counts, device = torch.stack([x.counts for x in part]), pool.device
     table = torch.stack([x.table for x in layers])
-    stays = torch.arange(table.shape[3], device=device) < _ceil(counts, pool.page_size)[..., None]
+    used = pages_of(counts, pool.page_size)[..., None]
+    stays = torch.arange(table.shape[3], device=device) < used
     fewer = (counts < _counts(layers))[..., None]
     begin = [0, *accumulate(x.numel() for x in keeps)][:-1]
     sizes = torch.tensor([begin, [x.shape[2] for x in keeps]], device=device)[..., None]
@@ -170,7 +109,7 @@ def drop(state: CacheState, drops: Sequence[Drop]) -> None:
         before = _counts(layers)
         changed = counts < before
         column = torch.arange(old.shape[3], device=old.device)
-        beyond = column >= _ceil(counts, pool.page_size)[..., None]
+        beyond = column >= pages_of(counts, pool.page_size)[..., None]
         leaves = planned.own | (changed[..., None] & beyond)
         table = old.masked_fill(leaves, 0)
         if planned.takes:
@@ -215,11 +154,11 @@ def _summaries(state: CacheState, kept: Kept, most: int) -> tuple[Tensor, Tensor
     layer = kept.layer
     if layer.selection.neutral or layer.slides or not most:
         return None
-    size, dim = state.spec.page_size, state.spec.head_dim
+    size = layer.pool.page_size
     source = _sources(kept.keep, kept.counts < layer.counts, most)
     source = F.pad(source, (0, -source.shape[2] % size), value=-1)
-    page = source[..., 0].numel() * size * (2 * dim * layer.ring_k.element_size() + 4)
-    step = max(SCRATCH // page, 1) * size  # tokens a head, in whole pages
+    page = layer.pool.kv_bytes + 4 * size
+    step = max(SCRATCH // (source[..., 0].numel() * page), 1) * size  # tokens a head
     places, found = [], []
     for start in range(0, source.shape[2], step):
         chunk = source[..., start : start + step]
@@ -234,7 +173,7 @@ def _summaries(state: CacheState, kept: Kept, most: int) -> tuple[Tensor, Tensor
 
 def forget_unmarked(layer: LayerStore, rows: Tensor) -> None:
     """Tokens in the window that were not marked leave for good when they leave the window."""
-    marked = (layer.ring_flags & MARKED) > 0
-    cleared = layer.ring_flags & ~ADMITTED & 0xFF
-    drop_now = rows[:, None, None] & ~marked
-    layer.ring_flags.copy_(torch.where(drop_now, cleared, layer.ring_flags))
+    flags = layer.ring.flags
+    cleared = flags & ~ADMITTED & 0xFF
+    drop_now = rows[:, None, None] & ((flags & MARKED) == 0)
+    flags.copy_(torch.where(drop_now, cleared, flags))

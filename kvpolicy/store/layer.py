@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import attrs
+import torch
 from torch import Tensor
 
-from ..admission._base import Admission
-from ..eviction._base import Eviction
-from ..selection._base import Selection
-from .pages import PagePool
+from ..admission import Admission
+from ..eviction import Eviction
+from ..ops import Heads, Ring
+from ..selection import Selection
+from ..spec import LayerSizes
+from .pool import PagePool
 
 
 @attrs.define(eq=False)
 class LayerStore:
     """One layer: a ring of recent tokens, a page table per head, and the layer's placed policies.
 
-    `ring_k`, `ring_v` `[B, Hkv, slots, D]`, `ring_flags` `[B, Hkv, slots]` uint8: position p is in
-    slot `p % slots`. `table` `[B, Hkv, M]` int32, `counts` `[B, Hkv]` int32 global tokens,
-    `evicted` `[B, Hkv]` int64. `queries` `[B, Hq, slots', D]` are the recent queries an eviction
-    asked for. `selected` is what the last decoded token read.
+    `table` `[B, Hkv, M]` int32, `counts` `[B, Hkv]` int32 global tokens, `evicted` `[B, Hkv]`
+    int64. `queries` `[B, Hq, slots', D]` is the ring of recent queries that an eviction asked for.
+    `selected` is what the last decoded token read.
     """
 
     index: int
+    sizes: LayerSizes
     window: int
     slides: bool
-    ring_k: Tensor
-    ring_v: Tensor
-    ring_flags: Tensor
+    ring: Ring
     table: Tensor
     counts: Tensor
     evicted: Tensor
@@ -38,7 +41,37 @@ class LayerStore:
     selected: Tensor | None = None
 
     @property
-    def buffers(self) -> list[Tensor]:
-        """Tensors with one row a sequence, pages excepted."""
-        ring = [self.ring_k, self.ring_v, self.ring_flags, self.counts, self.evicted]
-        return ring if self.queries is None else [*ring, self.queries]
+    def device(self) -> torch.device:
+        return self.counts.device
+
+    @property
+    def heads(self) -> Heads:
+        """Page table and counts, as ops take them."""
+        return Heads(self.table, self.counts)
+
+    @property
+    def rings(self) -> list[Tensor]:
+        """What holds recent tokens; a call may have to put it back."""
+        return [*self.ring] if self.queries is None else [*self.ring, self.queries]
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """Tensors with one row a sequence by name, the page table excepted."""
+        named = {f"ring_{name}": tensor for name, tensor in self.ring._asdict().items()}
+        named |= {"counts": self.counts, "evicted": self.evicted}
+        return named if self.queries is None else named | {"queries": self.queries}
+
+    def take_buffers(self, table: Tensor, buffers: dict[str, Tensor]) -> None:
+        """Makes these the layer's tensors; names as in `buffers`."""
+        self.table, self.counts, self.evicted = table, buffers["counts"], buffers["evicted"]
+        self.ring = Ring(*(buffers[f"ring_{name}"] for name in Ring._fields))
+        self.queries = buffers.get("queries")
+
+    def snapshot(self) -> tuple[Tensor, ...]:
+        """Copies of `rings`."""
+        return tuple(t.clone() for t in self.rings)
+
+    def restore(self, saved: Sequence[Tensor]) -> None:
+        """Puts a snapshot back."""
+        for target, source in zip(self.rings, saved, strict=True):
+            target.copy_(source)

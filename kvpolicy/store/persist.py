@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,15 +16,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import PhaseError
+from ..ops import POSITION_MASK, pages_of
 from ..spec import CacheSpec
-from ..types import POSITION_MASK
-from .dual_cache import summarize
 from .fingerprint import pipeline_fingerprint, tensors_hash
 from .layer import LayerStore
-from .state import HOST, CacheState
+from .sequence import SequenceState
+from .state import CacheState
+from .summaries import summarize
 
 FORMAT = "kvpolicy-cache-1"
-_LAYER = ("ring_k", "ring_v", "ring_flags", "counts", "evicted", "queries")
+# What format 1 calls the numbers of a sequence; others go by the names of their fields.
+_FILED = {
+    "length": "lengths",
+    "evicted_at": "floor",
+    "longest": "reached",
+    "considered_at": "checked",
+    "prompt_open": "pending",
+}
 _FREE = ("device", "max_bytes", "max_tokens", "at_cap")  # what a loaded cache may differ in
 
 
@@ -58,10 +67,13 @@ def save(
     """
     if state.call is not None:
         raise PhaseError("save: a call is in flight; commit or abort it first")
-    tensors = {name: torch.tensor([int(x) for x in getattr(state, name)]) for name in HOST}
+    tensors = {
+        filed: torch.tensor([int(getattr(row, name)) for row in state.sequences])
+        for name, filed, _ in _numbers()
+    }
     for layer in state.layers:
-        found = {name: getattr(layer, name) for name in _LAYER} | _packed(state, layer)
-        named = {f"{layer.index}.{name}": x for name, x in found.items() if x is not None}
+        found = layer.buffers | _packed(state, layer)
+        named = {f"{layer.index}.{name}": x for name, x in found.items()}
         tensors |= {name: x.detach().cpu().clone().contiguous() for name, x in named.items()}
     tensors |= {f"extra.{name}": x.cpu().clone().contiguous() for name, x in (extra or {}).items()}
     header = {
@@ -73,7 +85,7 @@ def save(
     }
     header["checksum"] = tensors_hash(tensors, header)
     target = Path(path)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")  # threads save too
     try:
         save_file(tensors, partial, metadata=header)
         partial.replace(target)
@@ -108,21 +120,30 @@ def load(
     _check_origin(header, pipeline, spec, fingerprint)
     batch = tensors["lengths"].numel() if "lengths" in tensors else 0
     for index in range(spec.layers):
-        slots = (spec.slides(index) or pipeline.window) + spec.rollback
-        _check(tensors, f"{index}.ring_k", (batch, spec.kv_heads, slots, spec.head_dim), spec.dtype)
+        sizes = spec.at(index)
+        slots = (sizes.window or pipeline.window) + spec.rollback
+        wanted = (batch, sizes.kv_heads, slots, sizes.head_dim)
+        _check(tensors, f"{index}.ring_k", wanted, spec.dtype)
     state = pipeline.init(spec, batch)
-    for name in HOST:
-        _check(tensors, name, (batch,), torch.int64)
-        values = tensors[name].tolist()
+    for name, filed, kind in _numbers():
+        _check(tensors, filed, (batch,), torch.int64)
+        values = tensors[filed].tolist()
         if not all(0 <= x <= POSITION_MASK for x in values):
-            raise ValueError(f"path: altered: {name} is out of range")
-        setattr(state, name, [bool(x) for x in values] if name in ("active", "pending") else values)
+            raise ValueError(f"path: altered: {filed} is out of range")
+        for row, value in zip(state.sequences, values, strict=True):
+            setattr(row, name, kind(value))
     state.sync_devices()
     for layer in state.layers:
         _fill(state, layer, tensors)
     prefix = "extra."
     extra = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
     return state, extra, json.loads(header["notes"])
+
+
+def _numbers() -> list[tuple[str, str, type]]:
+    """Each host number of a sequence: its field, its name in files and its type."""
+    defaults = attrs.asdict(SequenceState())
+    return [(name, _FILED.get(name, name), type(value)) for name, value in defaults.items()]
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -158,7 +179,7 @@ def _sizes(spec: CacheSpec) -> dict[str, object]:
 
 
 def _columns(state: CacheState) -> int:
-    return -(-max(state.lengths) // state.spec.page_size)
+    return pages_of(max(state.lengths), state.spec.page_size)
 
 
 def _packed(state: CacheState, layer: LayerStore) -> dict[str, Tensor]:
@@ -196,11 +217,9 @@ def _check(
 def _fill(state: CacheState, layer: LayerStore, tensors: Mapping[str, Tensor]) -> None:
     """Writes one layer's tensors into an empty cache."""
     here, spec = f"{layer.index}.", state.spec
-    for name in _LAYER:
-        target = getattr(layer, name)
-        if target is not None:
-            _check(tensors, here + name, tuple(target.shape), target.dtype)
-            target.copy_(tensors[here + name])
+    for name, target in layer.buffers.items():
+        _check(tensors, here + name, tuple(target.shape), target.dtype)
+        target.copy_(tensors[here + name])
     if layer.slides:
         return
     size, width = spec.page_size, _columns(state)
@@ -208,14 +227,14 @@ def _fill(state: CacheState, layer: LayerStore, tensors: Mapping[str, Tensor]) -
     table, counts = tensors[here + "table"], tensors[here + "counts"]
     pages = int(table.max()) if table.numel() else 0
     for name in ("k", "v"):
-        _check(tensors, here + name, (pages, size, spec.head_dim), spec.dtype)
+        _check(tensors, here + name, (pages, size, layer.sizes.head_dim), spec.dtype)
     _check(tensors, here + "meta", (pages, size), torch.int32)
     most = (torch.tensor(state.lengths) - layer.window).clamp(min=0)[:, None]
-    used = torch.arange(width) < -(-counts // size)[..., None]
+    used = torch.arange(width) < pages_of(counts, size)[..., None]
     fits = torch.equal(used, table > 0) and bool(((counts >= 0) & (counts <= most)).all())
     if not fits or not torch.equal(table[used].unique(), torch.arange(1, pages + 1)):
         raise ValueError(f"path: altered: the page table of layer {layer.index} does not fit")
-    state.reserve(max(state.lengths))
+    state.widen(max(state.lengths))
     if not pages:
         return
     device = layer.table.device
@@ -230,5 +249,5 @@ def _fill(state: CacheState, layer: LayerStore, tensors: Mapping[str, Tensor]) -
         layer.pool.pages, ids[None, None], k.flatten(0, 1)[None], v.flatten(0, 1)[None],
         meta.flatten()[None], slots, torch.zeros_like(slots[0]),
     )  # fmt: skip
-    span = -(-int(layer.counts.max()) // state.spec.page_size)
+    span = pages_of(int(layer.counts.max()), size)
     summarize(state, layer, torch.zeros_like(layer.counts), layer.counts, span)

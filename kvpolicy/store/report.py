@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import attrs
 import torch
 
-from ..types import ADMITTED
-
-if TYPE_CHECKING:
-    from .layer import LayerStore
-    from .state import CacheState
+from ..ops import ADMITTED, ring_positions
+from .layer import LayerStore
+from .sizes import query_bytes, ring_bytes, storage_bytes, table_bytes
+from .state import CacheState
 
 
 @attrs.frozen(kw_only=True)
@@ -78,36 +75,23 @@ class Report:
 
 def report(state: CacheState) -> Report:
     """Measures a cache; reads the device."""
-    pages = reserved = positions = summaries = shared = tables = 0
-    for pool in state.pools.values():
-        used = pool.used
-        kv = meta = summary = 0
-        for k, v, m, s in pool.extents:
-            kv += k.untyped_storage().nbytes() + v.untyped_storage().nbytes()
-            meta += m.untyped_storage().nbytes()
-            summary += 0 if s is None else s.untyped_storage().nbytes()
-        capacity = pool.capacity
-        pages += kv * used // capacity
+    pages = reserved = positions = summaries = shared = 0
+    for pool in state.devices.pools:
+        used, capacity = pool.used, pool.capacity
+        k, v, meta, summary = (storage_bytes(parts) for parts in zip(*pool.extents, strict=True))
+        pages += (k + v) * used // capacity
         positions += meta * used // capacity
         summaries += summary * used // capacity
-        reserved += sum(x - x * used // capacity for x in (kv, meta, summary))
-        tables += _bytes(pool.free, pool.refs, pool.top, pool.slabs)
+        reserved += sum(x - x * used // capacity for x in (k + v, meta, summary))
         shared += int((pool.refs > 1).sum())
-    ring = queries = 0
-    for layer in state.layers:
-        ring += _bytes(layer.ring_k, layer.ring_v, layer.ring_flags)
-        tables += _bytes(layer.table, layer.counts, layer.evicted, layer.selected)
-        queries += _bytes(layer.queries)
-    for values in (state.lengths_on, state.active_on, state.cu_one):
-        tables += _bytes(*values.values())
     return Report(
         pages=pages,
         reserved=reserved,
-        ring=ring,
+        ring=ring_bytes(state),
         positions=positions,
         summaries=summaries,
-        tables=tables,
-        queries=queries,
+        tables=table_bytes(state),
+        queries=query_bytes(state),
         tokens=sum(state.lengths),
         admitted=[None if x.slides else _admitted(state, x) for x in state.layers],
         stored=[(_stored(state, x) / state.batch).tolist() for x in state.layers],
@@ -115,13 +99,9 @@ def report(state: CacheState) -> Report:
         read=[_read(state, x) for x in state.layers],
         sliding_layers=[x.index for x in state.layers if x.slides],
         shared_pages=shared,
-        overshoot=max(state.overshoot),
-        cap_evicted=sum(state.cap_evicted),
+        overshoot=max(row.overshoot for row in state.sequences),
+        cap_evicted=sum(row.cap_evicted for row in state.sequences),
     )
-
-
-def _bytes(*tensors: torch.Tensor | None) -> int:
-    return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
 
 
 def _near(state: CacheState, layer: LayerStore) -> torch.Tensor:
@@ -134,11 +114,10 @@ def _stored(state: CacheState, layer: LayerStore) -> torch.Tensor:
 
 
 def _admitted(state: CacheState, layer: LayerStore) -> list[float]:
-    slots = layer.ring_flags.shape[2]
     lengths = torch.tensor(state.lengths)[:, None]
-    back = (lengths - 1 - torch.arange(slots)) % slots
-    near = ((back < layer.window) & (back < lengths))[:, None]
-    flagged = ((layer.ring_flags.cpu() & ADMITTED) > 0) & near
+    at = ring_positions(lengths, layer.ring.slots)
+    near = ((at >= lengths - layer.window) & (at >= 0))[:, None]
+    flagged = ((layer.ring.flags.cpu() & ADMITTED) > 0) & near
     total = layer.counts.cpu() + layer.evicted.cpu() + flagged.sum(-1)
     return (total.sum(0) / max(sum(state.lengths), 1)).tolist()
 
@@ -147,7 +126,7 @@ def _read(state: CacheState, layer: LayerStore) -> list[float]:
     near = _near(state, layer)[:, None]
     if layer.selected is None:
         return (_stored(state, layer) / state.batch).tolist()
-    size = state.spec.page_size
+    size = layer.pool.page_size
     selected = layer.selected.cpu()
     counts = layer.counts.cpu().repeat_interleave(selected.shape[1] // layer.counts.shape[1], 1)
     held = (counts[..., None] - selected * size).clamp(max=size)

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..admission import Admission
-from ..types import Write
+from ..admission import Admission, Write
 from . import _spy
 from ._common import ConformanceError, check_equal, check_tensor, check_value, require, run
 from ._writes import join, part, scaled, sequence, shard

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import ops
+from ..budget import budget_of
+from ..ops import load
 from ..pipeline import CachePipeline
-from ..reference.page_select import combine_group
 from ..selection import Selection
 from ..selection._base import GROUPS
 from ..spec import CacheSpec
-from ..store.layer import LayerStore
 from . import _spy
 from ._cache import decode, decoded, prompt, random_data
 from ._common import ConformanceError, check_equal, check_tensor, check_value, require, run
@@ -92,9 +91,10 @@ def _options(policy: Selection, window: int, page_size: int) -> None:
         pages = run(policy, policy.pages, window, page_size)
         holds = isinstance(pages, int) and pages >= 1
         require(holds, "options", policy, f"pages({window}, {page_size}) from 1", f"{pages!r}")
-        if policy.budget is not None:
-            most = -(-(policy.budget.tokens - window) // page_size)
-            wanted = f"pages({window}, {page_size}) of at most {most} for {policy.budget}"
+        budget = budget_of(policy)
+        if budget is not None and budget.fixed is not None:
+            most = -(-(budget.fixed - window) // page_size)
+            wanted = f"pages({window}, {page_size}) of at most {most} for {budget}"
             require(pages <= max(most, 1), "budget", policy, wanted, f"{pages}")
 
 
@@ -209,20 +209,12 @@ def _pipeline(
             stored = min(found.stored[index])
             limit = f"less read than the {stored} tokens stored (else say takes_effect=False)"
             require(read < stored, "takes effect", policy, limit, f"{read}")
-        if at.fused is not None and layer.selected is not None:
+        if layer.selected is not None:
             query = decoded(data, index, steps - 1)["query"][:, :, 0]
-            chosen = _chosen(at, state.layers[index], query, size, layer.selected.shape[-1])
-            case = f"the pages that score() chooses, from the op {at.fused}"
+            amount = layer.selected.shape[-1]
+            given = (layer.pool.pages, layer.heads, query, amount)
+            chosen = Selection.select(at, load("reference"), *given)
+            case = "from select, the pages that score chooses"
             check_equal("fused", policy, layer.selected, chosen, case)
     holds = not effect or any(not at.neutral for at in members)
     require(holds, "takes effect", policy, "a selection that is not neutral", "a neutral one")
-
-
-def _chosen(policy: Selection, layer: LayerStore, query: Tensor, size: int, budget: int) -> Tensor:
-    """The pages that `score` chooses, as for a policy without a fused op."""
-    table, counts, pages = layer.table, layer.counts, layer.pool.pages
-    held = (counts[..., None] - torch.arange(table.shape[2]) * size).clamp(0, size)
-    op = ops("reference")
-    grouped = query.view(*counts.shape, -1, query.shape[-1])
-    scores = combine_group(policy.score(grouped, op.read_summary(pages, table), held), policy.group)
-    return op.top_pages(scores, counts, size, budget, policy.first, policy.last)

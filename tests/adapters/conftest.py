@@ -1,16 +1,11 @@
-"""Tiny models, and helpers that are importable by name."""
+"""Tiny models, without gradients."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from models import KINDS, tiny
+from tests.support.adapters.models import KINDS, tiny
 
 
 @pytest.fixture(autouse=True)

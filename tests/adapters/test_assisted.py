@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense import Dense, follow
-from faults import Break, Fault, Refusing, digest
-from models import SIZES, pipelines, prompt, tiny
 
 from kvpolicy import CachePipeline, SnapKV
 from kvpolicy.adapters.hf import attach
+from tests.support.adapters.dense import Dense, follow
+from tests.support.adapters.faults import Break, Fault, Refusing, digest
+from tests.support.adapters.models import SIZES, pipelines, prompt, tiny
 
 GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 MODES = {

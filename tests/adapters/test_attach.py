@@ -8,13 +8,13 @@ import weakref
 import pytest
 import torch
 import transformers
-from faults import snapshot
-from models import SIZES, gate, pipelines, prompt, tiny
 from transformers import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from kvpolicy import CachePipeline, PhaseError, UnsupportedError
 from kvpolicy.adapters.hf import attach, detach, new_cache, spec_of
+from tests.support.adapters.faults import snapshot
+from tests.support.adapters.models import SIZES, gate, pipelines, prompt, tiny
 
 PIPELINE = CachePipeline(window=5)
 HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
@@ -74,7 +74,7 @@ def test_a_failing_attach_changes_nothing(llama):
         attach(llama, CachePipeline(admission=gate(layers=3)))
     with pytest.raises(TypeError, match="pipeline: wanted a CachePipeline"):
         attach(llama, gate())
-    with pytest.raises(UnsupportedError, match="unknown sizes"):
+    with pytest.raises(TypeError, match="wanted one of page_size, .*at_cap"):
         attach(llama, PIPELINE, pages=3)
     assert snapshot(llama) == before
 

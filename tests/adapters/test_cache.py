@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from models import SIZES, pipelines, prompt, tiny
 
 from kvpolicy import CachePipeline, PhaseError, RollbackError
 from kvpolicy.adapters.hf import attach
+from tests.support.adapters.models import SIZES, pipelines, prompt, tiny
 
 PIPELINE = CachePipeline(window=5)
 
@@ -156,7 +156,7 @@ def test_bare_loop_counts_real_positions(qwen3):
         wanted = qwen3(ids, past_key_values=alone).logits
         for layer in range(2):
             rings = [
-                c.state.layers[layer].ring_k[row, :, :7] for c, row in ((cache, 1), (alone, 0))
+                c.state.layers[layer].ring.k[row, :, :7] for c, row in ((cache, 1), (alone, 0))
             ]
             assert torch.allclose(*rings, atol=1e-5)
     assert torch.allclose(out[1, -1], wanted[0, -1], atol=1e-4)

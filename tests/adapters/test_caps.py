@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import prompt, tiny
 
 from kvpolicy import AdmitAll, CachePipeline, CapacityError, SnapKV, Tokens
 from kvpolicy.adapters.hf import attach
+from tests.support.adapters.models import prompt, tiny
 
 WINDOW, CAP = 8, 24
 # Its own budget never asks for an eviction.

@@ -167,7 +167,7 @@ def test_decoding_does_not_sync(model, sample, compile) -> None:
         token = out.logits[:, -1].argmax(-1)
         for _ in range(4):
             token = decode_loop._choose(stepper.step(token, active)[:, -1].float(), sample)
-        cache.state.reserve_pages(16)
+        cache.pipeline.reserve(cache.state, 16)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.cuda.set_sync_debug_mode("error")

@@ -9,13 +9,13 @@ import weakref
 import attrs
 import pytest
 import torch
-from faults import Fault, digest, snapshot
-from models import SIZES, pipelines, prompt, tiny
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
 from kvpolicy import Admission, CachePipeline, UnsupportedError
 from kvpolicy.adapters.hf import attach, compiled
+from tests.support.adapters.faults import Fault, digest, snapshot
+from tests.support.adapters.models import SIZES, pipelines, prompt, tiny
 
 PIPELINE = CachePipeline(window=5)
 GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}

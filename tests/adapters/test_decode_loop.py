@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import SIZES, pipelines, prompt, tiny
 
 from kvpolicy import CachePipeline
 from kvpolicy.adapters.hf import attach, capture, decode_loop
+from tests.support.adapters.models import SIZES, pipelines, prompt, tiny
 
 PIPELINE = CachePipeline(window=5)
 

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from faults import digest, snapshot
-from models import SIZES, pipelines, prompt, tiny
 
 from kvpolicy import CachePipeline, PhaseError
 from kvpolicy.adapters.hf import attach, detach, new_cache
+from tests.support.adapters.faults import digest, snapshot
+from tests.support.adapters.models import SIZES, pipelines, prompt, tiny
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
 ALL = pipelines()["all"]

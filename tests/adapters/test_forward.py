@@ -7,12 +7,12 @@ import threading
 import attrs
 import pytest
 import torch
-from faults import Break, Fault, Refusing, digest
-from models import SIZES, pipelines, prompt, tiny
 
 from kvpolicy import Admission, CachePipeline, PhaseError
 from kvpolicy.adapters.hf import attach, new_cache
 from kvpolicy.testing._spy import watch
+from tests.support.adapters.faults import Break, Fault, Refusing, digest
+from tests.support.adapters.models import SIZES, pipelines, prompt, tiny
 
 PIPELINE = CachePipeline(window=5)
 
@@ -204,8 +204,8 @@ def test_decode_forward_waits_for_nothing(monkeypatch):
         token = prompt([1])["input_ids"]
         step(model, cache, token)
         state = cache.state
-        state.reserve(100)
-        state.reserve_pages(16)
+        state.widen(100)
+        cache.pipeline.reserve(state, 16)
         quiet = type("Quiet", (), {"backend": "reference"})()
         quiet.decode_write = lambda *args, **kwargs: None
         quiet.paged_decode = lambda query, *args, **kwargs: torch.zeros_like(query)[:, :]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import error, prompt, tiny
 from transformers import GenerationConfig, StoppingCriteria, TextIteratorStreamer
 
 from kvpolicy import CachePipeline, Quest, RandomGate, SnapKV
 from kvpolicy.adapters.hf import attach
+from tests.support.adapters.models import error, prompt, tiny
 
 PIPELINES = {
     "window": CachePipeline(window=5),

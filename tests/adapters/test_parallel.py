@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny
-from parallel import generate
 
 from kvpolicy import Adaptive, CachePipeline, Pyramid, SnapKV, Tokens, TotalCap, UnsupportedError
 from kvpolicy.adapters.hf import attach, spec_of
+from tests.support.adapters.models import tiny
+from tests.support.adapters.parallel import generate
+
+ROOT = str(Path(__file__).resolve().parents[2])
 
 
 @pytest.mark.slow
@@ -22,8 +24,8 @@ def test_two_ranks(tmp_path, qwen3):
     ranks = []
     for rank in ("0", "1"):
         env = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        command = [sys.executable, Path(__file__).with_name("parallel.py"), tmp_path, rank]
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "PYTHONPATH": ROOT}
+        command = [sys.executable, "-m", "tests.support.adapters.parallel", tmp_path, rank]
         ranks.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
     for rank in ranks:
         _, said = rank.communicate(timeout=300)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from faults import snapshot
-from models import SIZES, error, pipelines, prompt, tiny
 
 from kvpolicy import CachePipeline
 from kvpolicy.adapters.hf import attach
+from tests.support.adapters.faults import snapshot
+from tests.support.adapters.models import SIZES, error, pipelines, prompt, tiny
 
 peft = pytest.importorskip("peft")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import SIZES, pipelines, prompt, tiny
 
 from kvpolicy import PhaseError
 from kvpolicy.adapters.hf import attach, load_cache, new_cache
-from kvpolicy.adapters.hf.persist import model_fingerprint
+from kvpolicy.adapters.hf.fingerprints import model_fingerprint
+from tests.support.adapters.models import SIZES, pipelines, prompt, tiny
 
 OPTIONS = {
     "do_sample": False,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense import Dense, follow
-from models import SIZES, error, gate, pipelines, prompt, tiny
 
 from kvpolicy import CachePipeline, LocalAttention
 from kvpolicy.adapters.hf import attach, new_cache
+from tests.support.adapters.dense import Dense, follow
+from tests.support.adapters.models import SIZES, error, gate, pipelines, prompt, tiny
 
 GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 

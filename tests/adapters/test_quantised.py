@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from faults import snapshot
-from models import SIZES, error, pipelines, prompt, tiny
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from kvpolicy import CachePipeline, LocalAttention
 from kvpolicy.adapters.hf import attach
+from tests.support.adapters.faults import snapshot
+from tests.support.adapters.models import SIZES, error, pipelines, prompt, tiny
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

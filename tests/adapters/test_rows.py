@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from faults import digest
-from models import SIZES, pipelines, tiny
 
 from kvpolicy import CachePipeline
 from kvpolicy.adapters.hf import attach
+from tests.support.adapters.faults import digest
+from tests.support.adapters.models import SIZES, pipelines, tiny
 
 NAMES = [name for name in pipelines() if name != "striped"]
 

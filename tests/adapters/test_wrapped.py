@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from faults import snapshot
-from models import prompt
 
 from kvpolicy import CachePipeline, PhaseError
 from kvpolicy.adapters.hf import attach
+from tests.support.adapters.faults import snapshot
+from tests.support.adapters.models import prompt
 
 PIPELINE = CachePipeline(window=5)
 

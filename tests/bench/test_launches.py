@@ -18,8 +18,8 @@ from kvpolicy.bench.context import Bench
 from kvpolicy.bench.gates import random_gate
 from kvpolicy.bench.launches import decode_state, step
 from kvpolicy.bench.prefill import problem
+from kvpolicy.calls.prompt import segments_of, write_prompt
 from kvpolicy.kernels import sparse_prefill as sparse
-from kvpolicy.store.dual_cache import layer_segments, write_prompt
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts interpreted launches")
 
@@ -105,12 +105,13 @@ def test_writing_a_prompt_keeps_nothing_as_long_as_the_prompt() -> None:
     state = pipeline.init(SPEC)
     pipeline.begin(state, [tokens], "prompt")
     layer = state.layers[0]
-    segments = layer_segments(state, layer)
-    layer.pool.ensure(2 * HEADS * tokens // SPEC.page_size)  # growing allocates
+    call = state.call
+    segments = segments_of(state, call, layer)
+    layer.pool.provide(2 * HEADS * tokens // SPEC.page_size)  # growing allocates
     key, value = torch.randn(2, HEADS, tokens, DIM)
     flags = torch.randint(2, (HEADS, tokens), dtype=torch.uint8)
     with Allocations() as made, launches() as launched:
-        write_prompt(state, layer, segments, key, value, flags)
+        write_prompt(state, call, layer, segments, key, value, flags)
     assert {"_count", "_scan", "_store"} <= set(launched) and len(launched) <= most
     assert int(layer.counts.sum()) == int(flags[:, : tokens - WINDOW].sum())
     assert made.bytes <= HEADS * tokens
@@ -154,9 +155,7 @@ def test_prefill_visits_few_pairs_in_vain(
         return original(*args, **kwargs)
 
     monkeypatch.setattr(sparse, "_step", counted)
-    sparse.prefill_attention(
-        p.query, *p.recent, p.segments, p.pages, p.table, p.counts, p.window, p.scale
-    )
+    sparse.prefill_attention(p.query, *p.recent, p.segments, p.pages, p.heads, p.window, p.scale)
     visited = steps["all"] * tile.rows * tile.keys
     # A tile may waste one block of far keys, and of the band a block at each end and a triangle.
     waste = (384 - start) * heads * (3 * tile.keys + tile.rows // heads)

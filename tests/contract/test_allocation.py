@@ -7,16 +7,16 @@ import itertools
 
 import pytest
 import torch
-from cases import Sizes, build
-from contents import digest
-from driver import Run, stream
-from invariants import check_states
 
 from kvpolicy import CacheSpec, CapacityError
-from kvpolicy.store import pages
-from kvpolicy.store.pages import PagePool
+from kvpolicy.store import pool as pools
+from kvpolicy.store.fork import adopt, select_rows
+from kvpolicy.store.pool import PagePool
 from kvpolicy.store.rollback import crop
-from kvpolicy.store.rows import adopt, select_rows
+from tests.support.contract.cases import Sizes, build
+from tests.support.contract.contents import digest
+from tests.support.contract.driver import Run, stream
+from tests.support.contract.invariants import check_states
 
 SPEC = CacheSpec(
     layers=3,
@@ -42,7 +42,7 @@ class Memory:
 
     def __init__(self, monkeypatch, kind):
         self.patch, self.kind, self.left = monkeypatch, kind, None
-        for owner, name in ((PagePool, "_extent"), (pages, "widened")):
+        for owner, name in ((PagePool, "_extent"), (pools, "widened")):
             monkeypatch.setattr(owner, name, self.failing(getattr(owner, name)))
 
     def failing(self, function):
@@ -57,7 +57,7 @@ class Memory:
 
     @contextlib.contextmanager
     def only(self, state, count):
-        pool = next(iter(state.pools.values()))
+        pool = state.devices.pools[0]
         if self.kind == "device":
             self.left = count
             yield
@@ -219,7 +219,7 @@ def test_an_eviction_at_the_cap_needs_no_page():
     """Kept tokens move together in place: a full pool can always be made smaller."""
     run, lengths = run_of(("all", "all", "tokens"), rows=2)
     run.prompt(lengths)
-    pool = next(iter(run.state.pools.values()))
+    pool = run.state.devices.pools[0]
     pool.limit = pool.used
     used = pool.used
     run.end_prompt()

@@ -7,16 +7,17 @@ import gc
 import attrs
 import pytest
 import torch
-from cases import LargestKey, Sizes, build
-from contents import contents, digest
-from driver import Run, stream
 
 from kvpolicy import CachePipeline, CacheSpec, Tokens, TotalCap
 from kvpolicy.budget import Budget
-from kvpolicy.evicting import evict
+from kvpolicy.calls.evict import evict
+from kvpolicy.calls.evict import view as view_of
 from kvpolicy.eviction import Eviction, SnapKV
 from kvpolicy.store import compaction
-from kvpolicy.store.rows import select_rows
+from kvpolicy.store.fork import select_rows
+from tests.support.contract.cases import LargestKey, Sizes, build
+from tests.support.contract.contents import contents, digest
+from tests.support.contract.driver import Run, stream
 
 SPEC = CacheSpec(
     layers=3, heads=4, kv_heads=2, head_dim=8, page_size=2, interval=4, dtype=torch.float64,
@@ -145,7 +146,7 @@ def test_pages_of_a_cache_that_is_gone_are_not_shared(monkeypatch):
     run, lengths = run_of(("all", "all", "tokens"))
     run.prompt(lengths)
     fork = select_rows(run.state, [0, 1])
-    for pool in run.state.pools.values():
+    for pool in run.state.devices.pools:
         monkeypatch.setattr(pool, "take", None)
     del fork
     gc.collect()
@@ -180,7 +181,7 @@ def test_a_view_reads_what_is_asked_for():
     state = run.state
     wanted = [contents(state, 0, row) for row in range(2)]
     state.ops = ops = Counting(state.ops)
-    view = compaction.view(state, state.layers[0], int(state.layers[0].counts.max()))
+    view = view_of(state, state.layers[0], int(state.layers[0].counts.max()))
     changed = view._replace(scale=2.0)
     assert not ops.called and changed.scale == 2.0
     assert torch.equal(view.marked, view.valid) and view.positions.any()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import EVICTIONS, EXACT, NAMES, SMALL, build, caches, seeds
-from driver import Run, stream, streams_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +21,8 @@ from kvpolicy import (
     Tokens,
 )
 from kvpolicy.store.rollback import crop
+from tests.support.contract.cases import EVICTIONS, EXACT, NAMES, SMALL, build, caches, seeds
+from tests.support.contract.driver import Run, stream, streams_of
 
 
 @pytest.mark.parametrize("eviction", [name for name in EVICTIONS if name != "none"])
@@ -50,7 +50,7 @@ def test_memory_is_freed(sizes, names, seed):
     run.prompt(rows)
     before = pipeline.report(run.state)
     run.end_prompt()
-    after, pool = pipeline.report(run.state), next(iter(run.state.pools.values()))
+    after, pool = pipeline.report(run.state), run.state.devices.pools[0]
     size = sizes.spec.page_size
     filled = sum(int((-(-layer.counts // size)).sum()) for layer in run.state.layers)
     assert pool.used == filled

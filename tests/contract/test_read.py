@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import SELECTIONS, Sizes, build
-from driver import Run, feed, streams_of
 
 from kvpolicy import CacheSpec
+from tests.support.contract.cases import SELECTIONS, Sizes, build
+from tests.support.contract.driver import Run, feed, streams_of
 
 
 @pytest.mark.parametrize("selection", [name for name in SELECTIONS if name != "all"])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import attrs
 import pytest
 import torch
-from cases import Sizes, build
-from contents import contents
-from driver import Run, feed, streams_of
 
 from kvpolicy import CacheSpec
+from tests.support.contract.cases import Sizes, build
+from tests.support.contract.contents import contents
+from tests.support.contract.driver import Run, feed, streams_of
 
 
 @pytest.mark.parametrize("eviction", ["none", "tokens_decode", "pyramid", "at_end_gate"])

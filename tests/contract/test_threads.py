@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import attrs
 import torch
-from cases import Sizes, build
-from driver import Run, feed, streams_of
 
 from kvpolicy import Admission, CacheSpec, RandomGate
+from tests.support.contract.cases import Sizes, build
+from tests.support.contract.driver import Run, feed, streams_of
 
 
 @attrs.frozen(kw_only=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import ADMISSIONS, EVICTIONS, SELECTIONS, Sizes, build
-from driver import Run, random_cuts, stream
 
 from kvpolicy import CacheSpec
+from tests.support.contract.cases import ADMISSIONS, EVICTIONS, SELECTIONS, Sizes, build
+from tests.support.contract.driver import Run, random_cuts, stream
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 TRIPLES = [(a, s, e) for a in ADMISSIONS for s in SELECTIONS for e in EVICTIONS]

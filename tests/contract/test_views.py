@@ -5,10 +5,10 @@ from __future__ import annotations
 import attrs
 import pytest
 import torch
-from driver import Run, feed, stream
 
 from kvpolicy import CachePipeline, CacheSpec, RandomGate, Tokens
 from kvpolicy.eviction import Eviction
+from tests.support.contract.driver import Run, feed, stream
 
 SPEC = CacheSpec(
     layers=2, heads=4, kv_heads=2, head_dim=8, page_size=4, interval=4, dtype=torch.float32

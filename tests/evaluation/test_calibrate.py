@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from evaluation.small import small_gate
+
+from tests.support.evaluation.small import small_gate
 
 pytest.importorskip("transformers")
 

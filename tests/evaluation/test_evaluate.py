@@ -7,7 +7,8 @@ import string
 
 import pytest
 import torch
-from evaluation.small import small_gate
+
+from tests.support.evaluation.small import small_gate
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

@@ -8,7 +8,8 @@ import math
 import attrs
 import pytest
 import torch
-from evaluation.small import small_gate
+
+from tests.support.evaluation.small import small_gate
 
 pytest.importorskip("transformers")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pool import DEVICE, fill_heads, make_pool
 
 from kvpolicy import reference
 from kvpolicy.kernels import compact
-from kvpolicy.types import Pages
+from kvpolicy.ops import Pages
+from tests.support.kernels.pool import DEVICE, fill_heads, make_pool
 
 
 @pytest.mark.parametrize(

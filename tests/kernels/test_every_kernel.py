@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import every_kernel
-import op_cases
 import pytest
 
 from kvpolicy.backend import _KERNELS
+from tests.support.kernels import every_kernel, op_cases
 
 
 def test_every_kernel(capsys: pytest.CaptureFixture[str]) -> None:

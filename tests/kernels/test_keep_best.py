@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pool import DEVICE
 
 from kvpolicy import reference
 from kvpolicy.kernels import keep_best
+from tests.support.kernels.pool import DEVICE
 
 INF = float("inf")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pool import DEVICE, fill_heads, make_pool, randn
 
 from kvpolicy import reference
 from kvpolicy.kernels import page_io
+from tests.support.kernels.pool import DEVICE, fill_heads, make_pool, randn
 
 CASES = [
     (16, 80, torch.float32, "low"),

@@ -4,92 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pool import DEVICE, assert_within_budget, fill_heads, make_pool, randn
 
 from kvpolicy.kernels import dense_prefill as dense
 from kvpolicy.kernels import prefill_gather
 from kvpolicy.kernels import sparse_prefill as sparse
-from kvpolicy.types import MARKED, Segments
-
-CUDA = DEVICE.type == "cuda"
-
-
-def make_segments(starts: list[int], queries: list[int], keys: list[int]) -> Segments:
-    cu_q, cu_k = ([0, *torch.tensor(x).cumsum(0).tolist()] for x in (queries, keys))
-    tensors = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (cu_q, cu_k, starts))
-    return Segments(tuple(cu_q), tuple(cu_k), tuple(starts), *tensors)
-
-
-def check(
-    starts: list[int],
-    queries: list[int],
-    *,
-    window: int,
-    group: int = 2,
-    kv_heads: int = 2,
-    dim: int = 32,
-    dtype: torch.dtype = torch.float32,
-    page: int = 16,
-    rates: tuple[float, ...] = (0.3, 0.0),
-    extra: int = 3,
-    first: str = "low",
-    op: str = "sparse",
-) -> None:
-    generator = torch.Generator().manual_seed(11)
-    ends = [s + q for s, q in zip(starts, queries, strict=True)]
-    firsts = [max(0, s - window - extra) for s in starts]
-    whole = [
-        [randn(kv_heads, n, dim, dtype=dtype, seed=20 + 2 * b + i) for i in (0, 1)]
-        for b, n in enumerate(ends)
-    ]
-    rate = torch.tensor(rates)[:, None]
-    admitted = [torch.rand(kv_heads, n, generator=generator) < rate for n in ends]
-    at = [
-        [admit[h, : max(n - window, 0)].nonzero()[:, 0] for h in range(kv_heads)]
-        for admit, n in zip(admitted, ends, strict=True)
-    ]
-    counts = [[len(x) for x in row] for row in at]
-    needed = sum(-(-n // page) for row in counts for n in row) + 1
-    pool = make_pool(max(needed, 4), page, dim, dtype, slab_pages=4, first=first)
-    table, held = fill_heads(pool, counts, seed=1, positions=at)
-    pages = pool.flat()
-    for b, row in enumerate(counts):
-        for h, n in enumerate(row):
-            slots = (table[b, h, torch.arange(n) // page].long(), torch.arange(n) % page)
-            for store, source in zip((pages.k, pages.v), whole[b], strict=True):
-                store[slots] = source[h, at[b][h].to(DEVICE)]
-            pages.meta[slots] |= (torch.rand(n, generator=generator) < 0.5).to(pages.meta) << 30
-    pool.fill(pages)
-    recent = [
-        torch.cat([w[i][:, f:] for w, f in zip(whole, firsts, strict=True)], 1) for i in (0, 1)
-    ]
-    flags = torch.cat([a[:, f:] for a, f in zip(admitted, firsts, strict=True)], 1)
-    flags = (flags.to(torch.uint8) | MARKED).to(DEVICE)
-    segments = make_segments(starts, queries, [n - f for n, f in zip(ends, firsts, strict=True)])
-    # Queries as they leave a projection: [T, Hq, D], seen as [Hq, T, D].
-    query = randn(sum(queries), kv_heads * group, dim, dtype=dtype, seed=3).transpose(0, 1)
-    scale = dim**-0.5
-    if op == "sparse":
-        got = sparse.prefill_attention(
-            query, *recent, flags, segments, pool.pages, table, held, window, scale
-        )
-    else:
-        got = dense.dense_prefill(query, *recent, segments, pool.pages, table, scale)
-    results = []
-    for kind in (dtype, torch.float64):
-        parts = []
-        for b, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            i = torch.arange(start, end)[:, None]
-            j = torch.arange(end)
-            visible = (j <= i) & ((i - j < window) | admitted[b][:, None])
-            visible = visible.repeat_interleave(group, 0).to(DEVICE)
-            k, v = (x.to(kind).repeat_interleave(group, 0) for x in whole[b])
-            q = query[:, segments.cu_q[b] : segments.cu_q[b + 1]].to(kind)
-            scores = (q @ k.transpose(1, 2) * scale).masked_fill(~visible, float("-inf"))
-            parts.append(scores.softmax(-1) @ v)
-        results.append(torch.cat(parts, 1))
-    assert_within_budget(got, *results)
-    assert op == "dense" or any(map(any, counts)) or max(ends) <= window or not any(rates)
+from kvpolicy.ops import Heads
+from tests.support.kernels.pool import CUDA, DEVICE, fill_heads, make_pool, randn
+from tests.support.kernels.prefill import check, make_segments
 
 
 @pytest.fixture(params=[(32, 16, False), (16, 32, True)], ids=str)
@@ -119,7 +40,7 @@ def test_ragged_batches(starts: list[int], queries: list[int], tile: None) -> No
         near = randn(2, 4, 32, dtype=torch.float32, seed=2)
         flags = torch.zeros(2, 4, dtype=torch.uint8, device=DEVICE)
         got = sparse.prefill_attention(
-            empty, near, near, flags, segments, pool.pages, table, counts, 1, 1.0
+            empty, near, near, flags, segments, pool.pages, Heads(table, counts), 1, 1.0
         )
         assert got.shape == empty.shape
         return
@@ -174,8 +95,7 @@ def test_heads_far_apart() -> None:
             flags,
             make_segments([0], [4], [4]),
             pool.pages,
-            table,
-            counts,
+            Heads(table, counts),
             9,
             1.0,
         )

@@ -7,24 +7,13 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from pool import DEVICE, NAN, assert_within_budget, randn
 
 from kvpolicy import reference
 from kvpolicy.kernels.write_gate import _gelu, write_gate
+from tests.support.kernels.gate import weights
+from tests.support.kernels.pool import DEVICE, NAN, assert_within_budget, randn
 
 CUDA = DEVICE.type == "cuda"
-
-
-def weights(heads: int, dim: int, hidden: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    parts = [
-        1 + 0.2 * randn(dim, dtype=torch.float32, seed=1),
-        1 + 0.2 * randn(dim, dtype=torch.float32, seed=2),
-        randn(heads, hidden, 2 * dim, dtype=torch.float32, seed=3) * (2 * dim) ** -0.5,
-        0.1 * randn(heads, hidden, dtype=torch.float32, seed=4),
-        2 * randn(heads, hidden, dtype=torch.float32, seed=5) * hidden**-0.5,
-        randn(heads, dtype=torch.float32, seed=6),
-    ]
-    return [part.to(dtype) for part in parts]
 
 
 def oracle(pre, key, norm_pre, norm_post, w1, b1, w2, b2):

@@ -1,17 +1,11 @@
-"""A saved cache to load; helpers of these tests importable by name."""
+"""A saved cache to load."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from saved import PIPELINE, filled
-
 from kvpolicy.store import save
+from tests.support.store.saved import PIPELINE, filled
 
 
 @pytest.fixture

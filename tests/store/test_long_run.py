@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvpolicy import CachePipeline, CacheSpec, CapacityError, RandomGate, SnapKV
-from kvpolicy.types import POSITION_MASK
+from kvpolicy.ops import POSITION_MASK
 
 SPEC = CacheSpec(layers=1, heads=1, kv_heads=1, head_dim=2, page_size=4, rollback=2, interval=64)
 PIPELINE = CachePipeline(
@@ -35,7 +35,7 @@ def decode(rows, steps):
 )
 def test_memory_is_flat(rows, steps):
     state, reports = decode(rows, steps)
-    pool, layer = next(iter(state.pools.values())), state.layers[0]
+    pool, layer = state.devices.pools[0], state.layers[0]
     assert state.lengths == [steps] * rows
     # Every token is in the window, on a page, evicted, or was never admitted.
     admitted = layer.counts + layer.evicted
@@ -55,12 +55,12 @@ def test_memory_is_flat(rows, steps):
 def test_positions_end_before_they_overflow():
     """A position has 30 bits; what would need more raises."""
     state = PIPELINE.init(SPEC, 1)
-    state.lengths = [POSITION_MASK]
-    state.reserve = lambda tokens: None  # its table would take a gigabyte
+    state.sequences[0].length = POSITION_MASK
+    state.widen = lambda tokens: None  # its table would take a gigabyte
     PIPELINE.begin(state, [1], "decode")
     PIPELINE.abort(state)
     for phase, counts in (("decode", [1]), ("prompt", [2])):
-        state.lengths = [POSITION_MASK + 1 if phase == "decode" else POSITION_MASK]
+        state.sequences[0].length = POSITION_MASK + (phase == "decode")
         with pytest.raises(CapacityError, match="at most 1073741824 tokens"):
             PIPELINE.begin(state, counts, phase)
         assert state.call is None

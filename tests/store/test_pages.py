@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import gc
+import types
 
 import pytest
 import torch
 
 from kvpolicy import CapacityError
-from kvpolicy.store.pages import SLAB_PAGES, PagePool
+from kvpolicy.store.pool import SLAB_PAGES, PagePool
 from kvpolicy.store.trimming import trim
 
 SIZE, DIM = 4, 16
 
 
 class Holder:
-    """What a pool knows of a cache: layers with tables."""
+    """What a pool knows of a cache: a lease and a layer with a table."""
 
     def __init__(self, pool, table):
-        self.layers = [self]
-        self.pool, self.table = pool, table
+        self.table, self.lease = table, pool.lease()
+        self.lease.layers.append(types.SimpleNamespace(table=table))
+
+    def widen(self, table):
+        self.table = self.lease.layers[0].table = table
 
 
 def make(moving, summary=True):
@@ -138,7 +142,6 @@ def test_trim_moves_pages_and_gives_memory_back(pool, kept):
     table[0, :kept] = stay
     pool.share(stay)
     holder, other = Holder(pool, table), Holder(pool, table.clone())
-    pool.holders.update({holder: 0, other: 0})
     pool.release(ids[: len(ids) - kept])
     before = pool.capacity
     trim(pool)
@@ -153,21 +156,20 @@ def test_trim_moves_pages_and_gives_memory_back(pool, kept):
     assert all(pool.refs[page] == 2 for page in holder.table[0, :kept].tolist())
 
 
-def test_trim_leaves_promised_pages(pool):
+def test_trim_leaves_reserved_pages(pool):
     holder = Holder(pool, torch.zeros(1, 1, dtype=torch.int32))
-    pool.promise(holder, 150)
+    pool.reserve(holder.lease, 150)
     trim(pool)
     assert pool.available >= 150
-    pool.holders[holder] = 0
+    holder.lease.reserved = 0
     trim(pool)
     assert pool.capacity == SLAB_PAGES
 
 
 def test_grown_again_after_trim(pool):
     holder = Holder(pool, pool.take(5 * SLAB_PAGES)[None])
-    pool.holders[holder] = 0
     pool.release(holder.table[0, 3:])
-    holder.table = holder.table[:, :3].clone()
+    holder.widen(holder.table[:, :3].clone())
     write(pool, holder.table[0])
     numbers = holder.table[0].tolist()
     trim(pool)
@@ -178,23 +180,23 @@ def test_grown_again_after_trim(pool):
     assert_counts(pool, [*holder.table[0].tolist(), *new.tolist()])
 
 
-def test_promises_add_up(pool):
+def test_reservations_add_up(pool):
     one, two = (Holder(pool, torch.zeros(1, 1, dtype=torch.int32)) for _ in range(2))
-    pool.promise(one, 40)
-    pool.promise(two, 50)
+    pool.reserve(one.lease, 40)
+    pool.reserve(two.lease, 50)
     assert pool.available >= 90
     pool.take(30)  # a third party
     assert pool.available >= 90
-    pool.promise(one, 10)  # replaces the promise of 40
-    assert sum(pool.holders.values()) == 60
+    pool.reserve(one.lease, 10)  # replaces the 40
+    assert pool.reserved == 60
     del two
     gc.collect()
-    assert sum(pool.holders.values()) == 10
+    assert pool.reserved == 10
 
 
 def snapshot(pool):
     pages = {page: read(pool, page) for page in range(1, pool.capacity) if pool.refs[page] > 0}
-    return pool.capacity, free(pool), pool.refs.tolist(), dict(pool.holders), pages
+    return pool.capacity, free(pool), pool.refs.tolist(), pool.reserved, pages
 
 
 def test_limit_raises_and_changes_nothing(pool):
@@ -202,14 +204,18 @@ def test_limit_raises_and_changes_nothing(pool):
     most = pool.limit if pool.moving else 2 * SLAB_PAGES - 1  # whole slabs are appended
     write(pool, pool.take(most - 10))
     holder = Holder(pool, torch.zeros(1, 1, dtype=torch.int32))
-    pool.promise(holder, 4)
+    pool.reserve(holder.lease, 4)
     before = snapshot(pool)
-    for fails in (lambda: pool.take(7), lambda: pool.ensure(7), lambda: pool.promise(holder, 11)):
+    for fails in (
+        lambda: pool.take(7),
+        lambda: pool.provide(7),
+        lambda: pool.reserve(holder.lease, 11),
+    ):
         with pytest.raises(CapacityError, match=f"at most {pool.limit}"):
             fails()
         assert snapshot(pool) == before
     assert pool.take(6).numel() == 6
-    pool.promise(holder, 4)
+    pool.reserve(holder.lease, 4)
     assert pool.used + pool.available == most == pool.capacity - 1
 
 
@@ -218,13 +224,12 @@ def test_a_cache_may_go_while_pages_move(pool, monkeypatch):
     pool.take(5 * SLAB_PAGES)
     ids = (pool.refs > 0).nonzero()[:, 0].int()
     gone, stays = (Holder(pool, ids[None, -n:][:, :10].clone()) for n in (10, 20))
-    pool.holders.update({gone: 0, stays: 0})
     pool.release(ids[:-20])
     move = pool.copy
 
     def collect(pages, source, target):
         move(pages, source, target)
-        pool.holders.pop(gone)
+        gone.lease.layers.clear()
         pool.orphans.append(gone.table)
 
     monkeypatch.setattr(pool, "copy", collect)

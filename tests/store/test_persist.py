@@ -5,7 +5,6 @@ from __future__ import annotations
 import attrs
 import pytest
 import torch
-from saved import PIPELINE, SPEC, call, filled
 
 from kvpolicy import (
     CachePipeline,
@@ -18,7 +17,8 @@ from kvpolicy import (
 )
 from kvpolicy.store import load, persist, save
 from kvpolicy.store.fingerprint import pipeline_fingerprint
-from kvpolicy.store.rows import select_rows
+from kvpolicy.store.fork import select_rows
+from tests.support.store.saved import PIPELINE, SPEC, call, filled
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -49,7 +49,7 @@ def test_only_pages_in_use_are_written(tmp_path):
     assert sum(len(tensors[f"{layer}.k"]) for layer in range(2)) == used + partial
     back = load(tmp_path / "twins", pipeline, SPEC)[0]
     assert pipeline.report(back).shared_pages == shared
-    assert next(iter(back.pools.values())).used == used + partial
+    assert back.devices.pools[0].used == used + partial
 
 
 def test_a_policy_weight_changes_the_fingerprint():

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from saved import PIPELINE, SPEC, filled
 
 from kvpolicy import AdmitAll, Quest, RandomGate, SnapKV
 from kvpolicy.store import load, persist, save
 from kvpolicy.store.fingerprint import tensors_hash
+from tests.support.store.saved import PIPELINE, SPEC, filled
 
 
 @settings(max_examples=60)

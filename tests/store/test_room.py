@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from kvpolicy import CacheSpec, CapacityError, PhaseError, RandomGate
-from kvpolicy.backend import ops
+from kvpolicy.calls import prompt_pages
 from kvpolicy.kernels import prompt_write
+from kvpolicy.ops import load
 from kvpolicy.pipeline import CachePipeline
 from kvpolicy.selection import Quest
-from kvpolicy.store import room
-from kvpolicy.store.pages import PagePool
-from kvpolicy.store.rows import select_rows
+from kvpolicy.store.fork import select_rows
+from kvpolicy.store.pool import PagePool
 
 LAYERS, HEADS, DIM, SIZE, CHUNK = 3, 2, 16, 2, 9
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,20 +23,21 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture
 def asked(monkeypatch):
     """How often a layer waited for its counts."""
-    found, make_free = [], PagePool.make_free
+    found, provide_for_write = [], PagePool.provide_for_write
 
     def spy(pool, count, free):
         found.append(count)
-        make_free(pool, count, free)
+        provide_for_write(pool, count, free)
 
-    monkeypatch.setattr(PagePool, "make_free", spy)
+    monkeypatch.setattr(PagePool, "provide_for_write", spy)
     return found
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """Leaves attention out, which interpreted kernels spend their time on."""
-    monkeypatch.setattr(ops("triton"), "prefill_attention", lambda query, *_: query, raising=False)
+    for name in ("prefill_attention", "paged_decode"):
+        monkeypatch.setattr(load("triton"), name, lambda q, *_, **__: q, raising=False)
 
 
 def filled(rows=1, selection=None, sparsity=0.4, **sizes):
@@ -51,7 +52,7 @@ def filled(rows=1, selection=None, sparsity=0.4, **sizes):
     )
     state = pipeline.init(spec, rows)
     list(layers(pipeline, state, 100))
-    return pipeline, state, next(iter(state.pools.values()))
+    return pipeline, state, state.devices.pools[0]
 
 
 def layers(pipeline, state, count, phase="prompt"):
@@ -77,38 +78,39 @@ def check_pages(pool, *states):
     assert 0 not in held and not held & set(free)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 2])
 def test_the_host_waits_in_the_first_layer_only(quick, asked, rows):
     pipeline, state, pool = filled(rows)
     for _ in range(12):  # the pool grows in between
         asked.clear()
         for _ in layers(pipeline, state, CHUNK):
-            assert pool.unseen.least <= pool.available
-            assert pool.unseen.settle() == pool.available
+            assert pool.known.least <= pool.available
+            assert pool.known.settle() == pool.available
         assert len(asked) == 1
 
 
-@pytest.mark.parametrize(("rows", "selection"), [(1, None), (3, Quest(budget=24))])
-def test_waiting_or_not_the_cache_is_the_same(monkeypatch, request, asked, rows, selection):
+@pytest.mark.parametrize(("rows", "selection"), [(1, None), (2, Quest(budget=24))])
+def test_waiting_or_not_the_cache_is_the_same(monkeypatch, asked, rows, selection):
     if rows > 1:
-        request.getfixturevalue("quick")
+        monkeypatch.setattr(load("triton"), "prefill_attention", lambda q, *_: q, raising=False)
     found = []
     for waits in (False, True):
         if waits:
-            monkeypatch.setattr(room, "_ahead", lambda *_: False)
+            monkeypatch.setattr(prompt_pages, "_ahead", lambda *_: False)
         pipeline, state, pool = filled(rows, selection)
         asked.clear()
         outs = [out for _ in range(2) for out in layers(pipeline, state, CHUNK)]
         assert len(asked) == (2 * LAYERS if waits else 2)
         outs += layers(pipeline, state, 1, "decode")
         for layer in state.layers:
-            pages = state.ops.read_pages(pool.pages, layer.table)
+            held = layer.table > 0
             slot = torch.arange(layer.table.shape[2] * SIZE, device=DEVICE)
-            stored = slot < layer.counts[..., None]
-            outs += [layer.counts, *(x.flatten(2, 3)[stored] for x in pages)]
+            stored = (slot < layer.counts[..., None]).unflatten(2, (-1, SIZE))
+            assert not stored[~held].any()
+            pages = state.ops.read_pages(pool.pages, layer.table[held])
+            outs += [layer.counts, *(x[stored[held]] for x in pages)]
             if selection is not None:
-                summary = state.ops.read_summary(pool.pages, layer.table)
-                outs.append(summary[layer.table > 0])
+                outs.append(state.ops.read_summary(pool.pages, layer.table[held]))
         found.append((outs, pool.used))
     (ours, used), (theirs, wanted) = found
     for got, want in zip(ours, theirs, strict=True):
@@ -121,7 +123,7 @@ def test_promised_pages_stay_free(quick, asked, spare):
     pipeline, state, pool = filled()
     other = select_rows(state, [0])
     list(layers(pipeline, other, 1, "decode"))
-    promised = pool.holders[other]
+    promised = sum(x.reserved for x in other.devices._leases.values())
     assert promised > 0
     pool.take(pool.available - promised - spare)
     asked.clear()
@@ -143,7 +145,7 @@ def test_a_cache_that_goes_makes_the_next_layer_ask(quick, asked):
     gc.collect()
     next(steps)
     assert len(asked) == 2
-    assert pool.unseen.settle() == pool.available
+    assert pool.known.settle() == pool.available
     list(steps)
     assert len(asked) == 2
 
@@ -157,16 +159,16 @@ def test_a_cache_that_goes_while_a_layer_counts(quick, asked, monkeypatch):
     next(steps)
     for _ in range(2 * SIZE):
         list(layers(pipeline, others[0], 1, "decode"))
-    count_leaving = ops("triton").count_leaving
+    count_leaving = load("triton").count_leaving
 
     def count_and_collect(*args):
         others.clear()
         gc.collect()
         return count_leaving(*args)
 
-    monkeypatch.setattr(ops("triton"), "count_leaving", count_and_collect)
+    monkeypatch.setattr(load("triton"), "count_leaving", count_and_collect)
     for _ in steps:
-        assert pool.unseen.settle() == pool.available
+        assert pool.known.settle() == pool.available
 
 
 def test_a_cache_that_is_promised_pages_anew(quick):
@@ -179,11 +181,11 @@ def test_a_cache_that_is_promised_pages_anew(quick):
     for _ in range(200):
         before = other.steps_reserved
         list(layers(pipeline, other, 1, "decode"))
-        spare = pool.available - sum(pool.holders.values())
+        spare = pool.available - pool.reserved
         if other.steps_reserved > before and spare < 20:
             break
     for _ in steps:
-        assert pool.unseen.settle() == pool.available
+        assert pool.known.settle() == pool.available
     for _ in range(other.steps_reserved):
         list(layers(pipeline, other, 1, "decode"))
     check_pages(pool, state, other)
@@ -193,23 +195,23 @@ def test_a_cache_that_goes_while_the_pool_grows(quick, asked, monkeypatch):
     pipeline, state, pool = filled(sparsity=0.05)
     others = [select_rows(state, [0])]
     list(layers(pipeline, others[0], 1, "decode"))
-    pool.take(pool.available - sum(pool.holders.values()) - 38)
+    pool.take(pool.available - pool.reserved - 38)
     steps = layers(pipeline, state, 38)
     next(steps)
     for _ in range(14):
         list(layers(pipeline, others[0], 1, "decode"))
-    ensure, seen = PagePool.ensure, []
+    provide, seen = PagePool.provide, []
 
     def collected(self, count, free=None):
         seen.append(count)
         others.clear()
         gc.collect()
-        return ensure(self, count, free)
+        return provide(self, count, free)
 
-    monkeypatch.setattr(PagePool, "ensure", collected)
+    monkeypatch.setattr(PagePool, "provide", collected)
     next(steps)
     assert seen
-    assert pool.unseen.settle() <= pool.available
+    assert pool.known.settle() <= pool.available
     check_pages(pool, state)
 
 
@@ -246,7 +248,7 @@ def test_a_layer_that_failed_is_not_run_again(quick, monkeypatch):
         raise torch.OutOfMemoryError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ops("triton"), "prefill_attention", fails)
+        patch.setattr(load("triton"), "prefill_attention", fails)
         with pytest.raises(torch.OutOfMemoryError):
             next(steps)
     tokens = [torch.randn(HEADS, CHUNK, DIM, device=DEVICE) for _ in range(3)]
@@ -262,7 +264,7 @@ def test_pages_that_were_not_there_are_an_error(quick):
     steps = layers(pipeline, state, CHUNK)
     next(steps)
     pool.take(pool.available)
-    pool.unseen.learn(1000)
+    pool.known.learn(1000)
     next(steps)
     with pytest.raises(RuntimeError, match="pages where 0 were free"):
         next(steps)
@@ -279,16 +281,16 @@ def test_a_cache_that_gives_up_its_promise(quick):
         list(layers(pipeline, other, 1, "decode"))
     pipeline.begin(other, [1], "prompt")
     for _ in steps:
-        assert pool.unseen.settle() == pool.available
+        assert pool.known.settle() == pool.available
 
 
 def test_nothing_is_known_between_calls(quick):
     pipeline, state, pool = filled()
-    assert pool.unseen.least is None
+    assert pool.known.least is None
     next(layers(pipeline, state, CHUNK))
-    assert pool.unseen.least is not None
+    assert pool.known.least is not None
     pipeline.abort(state)
-    assert pool.unseen.least is None
+    assert pool.known.least is None
 
 
 def test_another_caches_prompt_in_between(quick, asked):
@@ -298,7 +300,7 @@ def test_another_caches_prompt_in_between(quick, asked):
     for _ in range(LAYERS):
         next(ours)
         next(theirs)
-        assert pool.unseen.settle() == pool.available
+        assert pool.known.settle() == pool.available
     assert not any(ours) and not any(theirs)
     del other
     gc.collect()
@@ -311,19 +313,19 @@ def test_memory_that_suffices_for_what_is_admitted_alone(quick, asked, monkeypat
     pipeline, state, pool = filled()
     steps = layers(pipeline, state, CHUNK)
     next(steps)
-    pool.unseen.learn(0)  # as if the bound would not fit
-    ensure, calls = PagePool.ensure, []
+    pool.known.learn(0)  # as if the bound would not fit
+    provide, calls = PagePool.provide, []
 
     def fails_first(self, count, free=None):
         calls.append(count)
         if len(calls) == 1:
             raise torch.OutOfMemoryError("no memory")
-        return ensure(self, count, free)
+        return provide(self, count, free)
 
-    monkeypatch.setattr(PagePool, "ensure", fails_first)
+    monkeypatch.setattr(PagePool, "provide", fails_first)
     next(steps)
     assert len(asked) >= 2 and calls[1] <= calls[0]
-    assert pool.unseen.least == pool.available
+    assert pool.known.least == pool.available
     list(steps)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from kvpolicy import CacheSpec, CapacityError, RandomGate
 from kvpolicy.pipeline import CachePipeline
-from kvpolicy.store.rows import select_rows
+from kvpolicy.store.fork import select_rows
 
 SIZE = 4
 
@@ -33,7 +33,7 @@ def call(pipeline, state, phase, count):
 
 def test_a_cap_stops_calls_before_anything_is_stored():
     pipeline, state = state_of(2, 40)
-    pool = next(iter(state.pools.values()))
+    pool = state.devices.pools[0]
     pool.limit = pool.used + 4
     kept = [state.kept(1, row, 0).tolist() for row in range(2)]
     used = pool.used
@@ -53,7 +53,7 @@ def test_a_cap_stops_calls_before_anything_is_stored():
 
 def test_forks_share_full_pages_and_give_them_back():
     pipeline, state = state_of(2, 40)
-    pool = next(iter(state.pools.values()))
+    pool = state.devices.pools[0]
     used = pool.used
     full = sum(int((layer.counts // SIZE).sum()) for layer in state.layers)
     fork = select_rows(state, [0, 1])
@@ -67,7 +67,7 @@ def test_forks_share_full_pages_and_give_them_back():
 
 def test_forks_in_reference_cycles_give_pages_back():
     pipeline, state = state_of(1, 40)
-    pool = next(iter(state.pools.values()))
+    pool = state.devices.pools[0]
     used = pool.used
     fork = select_rows(state, [0])
     call(pipeline, fork, "prompt", 20)
@@ -83,7 +83,7 @@ def test_promises_of_forks_do_not_overlap():
     """What one fork was promised for decoding is not given to another."""
     pipeline, state = state_of(1, 40, interval=8)
     forks = [state, *(select_rows(state, [0]) for _ in range(3))]
-    pool = next(iter(state.pools.values()))
+    pool = state.devices.pools[0]
     for fork in forks:
         call(pipeline, fork, "decode", 1)
     pool.limit = pool.capacity - 1

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from training.small import make_mix, make_model
 
 from kvpolicy.training import TrainingMix, WriteGates, train_duo_attention, train_write_gate
+from tests.support.training.small import make_mix, make_model
 
 
 def killed_at(index: int, mix: TrainingMix, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,9 +100,8 @@ def test_saved_gates_can_be_continued(suffix, tmp_path):
 
 
 PROCESS = """
-import sys, torch
-sys.path.insert(0, {here!r})
-from training.small import make_mix, make_model
+import torch
+from tests.support.training.small import make_mix, make_model
 from kvpolicy.training import train_write_gate
 torch.set_num_threads(1)
 out = {out!r}
@@ -120,7 +119,7 @@ def test_two_processes_average_their_gradients(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = PROCESS.format(here=str(Path(__file__).parents[1]), out=str(tmp_path))
+    code = PROCESS.format(out=str(tmp_path))
     root = str(Path(__file__).parents[2])
     shared = os.environ | {
         "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),

@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 
+from ..._extras import extra
 from ..look.kept_map import ACCENT, INK, MUTED, PAPER
 from ..sessions.estimates import estimate
 from .records import Measured, Result
@@ -82,7 +83,8 @@ def _of_family(
 
 def _panels(path: Path, points: Sequence[_Point], x: Where, label: str) -> None:
     """A row of panels a task, a panel a length; a line a family, full attention dotted."""
-    from matplotlib.figure import Figure
+    with extra("plots"):
+        from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(p.cell.task for p in points))
     lengths = sorted({p.cell.length for p in points})
@@ -140,7 +142,8 @@ def _panel(axes: Any, points: Sequence[_Point], x: Where) -> None:
 
 def percent(axis: Any) -> None:
     """Ticks at whole percents."""
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    with extra("plots"):
+        from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))

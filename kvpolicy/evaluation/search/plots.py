@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..._extras import extra
 from ..grid.plots import percent
 from ..look.kept_map import ACCENT, INK, MUTED, PAPER
 from .pareto import Front
@@ -11,7 +12,8 @@ from .pareto import Front
 
 def front(path: Path, found: Front, title: str) -> None:
     """Saves a plot of all points, a line an eviction budget, and the front."""
-    from matplotlib.figure import Figure
+    with extra("plots"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.6), facecolor=PAPER, layout="constrained")
     axes = figure.subplots()

@@ -9,14 +9,12 @@ from transformers import PreTrainedModel
 from ...adapters.hf import KVPolicyCache, new_cache
 from ...pipeline import CachePipeline
 from ...store import CacheState, Report
-from ...store.trimming import trim
 
 
 def settled(cache: KVPolicyCache) -> Report:
     """A cache's report after its pools gave back what forks that are gone had used."""
     assert cache.state is not None
-    for pool in cache.state.pools.values():
-        trim(pool)
+    cache.state.trim()
     return cache.report()
 
 

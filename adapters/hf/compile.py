@@ -1,0 +1,179 @@
+"""Compiled decoder layers: one graph for all of them, with attention as one opaque op."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import PhaseError, UnsupportedError
+from .models import shards
+
+if TYPE_CHECKING:
+    from .attach import Attachment
+
+PLACE = "_kvpolicy_place"  # on an attention module: [attachment's number, layer], on the CPU
+Functions = tuple[Callable[..., Any], Callable[..., Any]]  # for prompts and for one column
+COMPILED = "_compiled_call_impl"  # where nn.Module.compile keeps what calling a module runs
+_NUMBERS = itertools.count()
+# With the first, Inductor writes its own matrix-vector products for one token, several in a kernel.
+# With the second it computes what they multiply beforehand: each of their programs would compute
+# all of it anew, and the exponentials of an activation cost more than the weights' bytes.
+_TOKEN: dict[str, Any] = {"coordinate_descent_tuning": True, "realize_opcount_threshold": 9}
+# Of a decoder, by the hooks in its layers: dynamo does not see hooks that come later.
+_FUNCTIONS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Functions]] = weakref.WeakKeyDictionary()
+_ATTACHMENTS: weakref.WeakValueDictionary[int, Attachment] = weakref.WeakValueDictionary()
+
+
+# The cache that it writes to is no argument: nothing could drop or reorder a call, since a layer's
+# output depends on it. `place` is a tensor because a number would be compiled into the graph, which
+# all layers share.
+@torch.library.custom_op(
+    "kvpolicy::attend",
+    mutates_args=(),
+    schema="(Tensor place, Tensor query, Tensor key, Tensor value, Tensor? pre, Tensor? hidden) "
+    "-> Tensor",
+)
+def attend(
+    place: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pre: Tensor | None,
+    hidden: Tensor | None,
+) -> Tensor:
+    """Attention `[B, S, Hq, D]` of one layer through the cache of the forward in flight."""
+    number, layer = place.tolist()
+    attachment = _ATTACHMENTS.get(number)
+    cache = None if attachment is None else attachment.cache
+    if cache is None:
+        raise PhaseError("attention outside a forward of the attached model's decoder")
+    return cache.attend(layer, query, key, value, pre, hidden)
+
+
+@attend.register_fake
+def _(
+    place: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pre: Tensor | None,
+    hidden: Tensor | None,
+) -> Tensor:
+    batch, heads, columns, dim = query.shape
+    return query.new_empty(batch, columns, heads, dim)
+
+
+def check_compiles(decoder: Any, attention: list[Any]) -> None:
+    """Raises UnsupportedError for a model whose layers cannot be compiled."""
+    if shards(attention[0].k_proj)[1] > 1:
+        reason = "its weights are sharded over ranks"
+    elif any(hasattr(module, "_hf_hook") for module in decoder.modules()):
+        reason = "accelerate moves its weights or activations between devices"
+    elif any(COMPILED in layer.__dict__ for layer in decoder.layers):
+        reason = "its layers are compiled already"
+    else:
+        return
+    raise UnsupportedError(f"compile=True: {type(decoder).__name__} cannot be compiled: {reason}")
+
+
+def check_forward(config: Any, kwargs: dict[str, Any]) -> None:
+    """Raises UnsupportedError for a forward that compiled layers do not serve."""
+    if torch.is_grad_enabled():
+        raise UnsupportedError(
+            "compile=True: compiled layers serve inference only; call the model under "
+            "torch.no_grad()"
+        )
+    for name in ("output_attentions", "output_hidden_states"):
+        if kwargs.get(name, getattr(config, name, False)):
+            raise UnsupportedError(
+                f"{name}: compiled layers hand nothing but their output on; attach with "
+                "compile=False"
+            )
+
+
+class CompiledLayers:
+    """Compiles the layers of an attached decoder; `remove` makes them eager again."""
+
+    def __init__(
+        self, attachment: Attachment, decoder: Any, attention: list[Any], hooks: frozenset[str]
+    ) -> None:
+        self.layers, self.attention = list(decoder.layers), attention
+        number = next(_NUMBERS)
+        _ATTACHMENTS[number] = attachment
+        known = _FUNCTIONS.setdefault(decoder, {})
+        if hooks not in known:
+            known[hooks] = _compile(number)
+        for index, (layer, module) in enumerate(zip(self.layers, attention, strict=True)):
+            module.__dict__[PLACE] = torch.tensor([number, index])
+            layer.__dict__[COMPILED] = functools.partial(_run, known[hooks], layer)
+
+    def remove(self) -> None:
+        for layer, module in zip(self.layers, self.attention, strict=True):
+            layer.__dict__.pop(COMPILED, None)
+            module.__dict__.pop(PLACE, None)
+
+
+def _run(functions: Functions, layer: nn.Module, hidden_states: Tensor, **kwargs: Any) -> Any:
+    prompt, token = functions
+    if hidden_states.shape[1] != 1:
+        return prompt(layer, hidden_states, **kwargs)
+    with cold_timing():  # kernels are compared when they first run
+        return token(layer, hidden_states, **kwargs)
+
+
+def _compile(number: int) -> Functions:
+    """Functions of code objects of their own, by which dynamo keeps graphs and counts them.
+
+    Models do not use up each other's limit of recompilations, and leave no graphs behind. Prompts
+    get one graph for chunks of all sizes; a token's is static until batches differ.
+    """
+    own = []
+    for phase in ("prompt", "token"):
+        code = _call.__code__.replace(co_name=f"kvpolicy_{phase}_{number}")
+        own.append(types.FunctionType(code, globals(), code.co_name))
+    prompt, token = own
+    return (
+        torch.compile(prompt, fullgraph=True, dynamic=True),
+        torch.compile(token, fullgraph=True, options=_TOKEN),
+    )
+
+
+def _call(layer: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
+    return layer._call_impl(hidden_states, **kwargs)
+
+
+@contextlib.contextmanager
+def cold_timing() -> Iterator[None]:
+    """Lets Inductor time candidates with a cold L2, by `triton.testing.do_bench`, while it is open.
+
+    A decode step reads every weight once, from memory. Inductor's own benchmarker writes a buffer
+    as large as the L2 between two launches; most of a matrix may survive that, and kernels are
+    chosen that are fast on what is cached. For Qwen3-4B's gate and up projection (100 MB) on an
+    H200 it took one of 44 us where do_bench, which writes 256 MB, found one of 28. torch has no
+    option for it that works after its import.
+    """
+    try:
+        from torch._inductor.runtime import benchmarking
+
+        own = benchmarking.benchmarker
+        cold = functools.partial(benchmarking.TritonBenchmarker.benchmark_gpu, own)
+        default = type(own) is benchmarking.InductorBenchmarker
+        replaced = default and "benchmark_gpu" not in vars(own)
+    except (ImportError, AttributeError):  # internals of torch, which may move
+        replaced = False
+    if not replaced:
+        yield
+        return
+    vars(own)["benchmark_gpu"] = cold
+    try:
+        yield
+    finally:
+        del vars(own)["benchmark_gpu"]

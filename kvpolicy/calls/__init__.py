@@ -1,0 +1,1 @@
+"""What happens between `begin` and `commit`: check, decide, write, select, attend, evict."""

@@ -1,0 +1,91 @@
+"""Checks of what callers hand to a pipeline; none of them waits for a device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from ..choices import Phase
+from ..errors import CapacityError, PhaseError
+from ..ops import POSITION_MASK
+from ..store.layer import LayerStore
+from ..store.state import CacheState, Call
+
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+
+def check_call(state: CacheState, lengths: Sequence[int], phase: str, valid: Tensor | None) -> None:
+    """Raises for a call that cannot be opened."""
+    if phase not in PHASES:
+        raise ValueError(f"phase: wanted one of {', '.join(PHASES)}, got {phase!r}")
+    if state.call is not None:
+        raise PhaseError("begin: a call is in flight already; commit or abort it first")
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in lengths)
+    if not whole or len(lengths) != state.batch or any(n < 0 for n in lengths):
+        raise ValueError(f"lengths: wanted {state.batch} numbers from 0, got {list(lengths)}")
+    longest = max(a + b for a, b in zip(state.lengths, lengths, strict=True))
+    if longest > POSITION_MASK + 1:
+        raise CapacityError(
+            f"lengths: a sequence holds at most {POSITION_MASK + 1} tokens, got {longest}"
+        )
+    if phase == "decode" and state.pending_end:
+        raise PhaseError(
+            "decode: the prompt has not ended; call end_prompt(state) first so that its eviction "
+            "can act"
+        )
+    if valid is not None:
+        _check_valid(state, lengths, phase, valid)
+    elif phase == "decode" and any(
+        n != 1 for n, on in zip(lengths, state.active, strict=True) if on
+    ):
+        raise ValueError(f"valid: wanted for a decode call that adds {list(lengths)}, got None")
+
+
+def _check_valid(state: CacheState, lengths: Sequence[int], phase: str, valid: Tensor) -> None:
+    if phase == "prompt":
+        raise ValueError("valid: prompt calls are packed and take None")
+    if valid.dtype != torch.bool or valid.ndim != 2 or valid.shape[0] != state.batch:
+        raise ValueError(
+            f"valid: wanted bools [{state.batch}, T], got {valid.dtype} {list(valid.shape)}"
+        )
+    if not valid.shape[1]:
+        raise ValueError(f"valid: wanted at least one column, got {list(valid.shape)}")
+    if valid.device.type == "cpu" and valid.sum(1).tolist() != list(lengths):
+        raise ValueError(
+            f"lengths: wanted the real tokens that valid names, {valid.sum(1).tolist()}, got "
+            f"{list(lengths)}"
+        )
+
+
+def check_layer(state: CacheState, layer: int) -> Call:
+    """The open call; raises if `layer` cannot run in it now."""
+    if state.call is None:
+        raise PhaseError("attend: no call is open; call begin(state, lengths, phase) first")
+    if not 0 <= layer < state.spec.layers:
+        raise ValueError(f"layer: wanted one of {state.spec.layers} from 0, got {layer}")
+    if layer in state.call.done:
+        raise PhaseError(f"attend: layer {layer} ran in this call already; commit or abort it")
+    return state.call
+
+
+def check_complete(state: CacheState) -> Call:
+    """The open call; raises if some layer has not run in it."""
+    if state.call is None:
+        raise PhaseError("commit: no call is open; call begin(state, lengths, phase) first")
+    missing = [layer for layer in range(state.spec.layers) if layer not in state.call.done]
+    if missing:
+        raise PhaseError(f"commit: layers {missing} have not run; attend to them or abort the call")
+    return state.call
+
+
+def check_input(layer: LayerStore, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises unless `tensor` has the wanted shape and the layer's dtype and device."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: wanted {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype != layer.ring.k.dtype:
+        raise TypeError(f"{name}: wanted {layer.ring.k.dtype}, got {tensor.dtype}")
+    if tensor.device != layer.device:
+        raise ValueError(f"{name}: wanted a tensor on {layer.device}, got {tensor.device}")

@@ -1,0 +1,62 @@
+"""Opening, closing and forgetting a call."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..store.rollback import counts_at, shrink
+from ..store.state import CacheState, Call
+from . import capacity
+
+
+def open_call(
+    state: CacheState, lengths: tuple[int, ...], phase: str, valid: Tensor | None
+) -> None:
+    """Reserves tables and, for decoding, pages; then marks the call as open."""
+    if phase == "decode":
+        lengths = tuple(n if on else 0 for n, on in zip(lengths, state.active, strict=True))
+    state.widen(max(a + b for a, b in zip(state.lengths, lengths, strict=True)))
+    steps = max(lengths, default=0)
+    if phase == "prompt":
+        capacity.take(state, lengths)
+    elif state.steps_reserved < steps:
+        capacity.reserve(state, steps, max(steps, state.spec.interval))
+    state.call = Call(phase=phase, added=lengths, valid=valid)
+
+
+def close_call(state: CacheState, call: Call) -> None:
+    """Makes lengths current on host and devices."""
+    if call.phase == "prompt":
+        state.devices.settle()
+    state.call = None
+    for row, added in zip(state.sequences, call.added, strict=True):
+        row.length += added
+    if call.phase == "prompt":
+        state.sync_devices()
+    else:
+        state.steps_reserved -= max(call.added, default=0)
+        state.devices.advance(call.valid)
+
+
+def abort(state: CacheState) -> None:
+    """Forgets the call in flight; the cache is as it was before `begin`."""
+    call, state.call = state.call, None
+    if call is None:
+        return
+    try:
+        for layer in state.layers:
+            if layer.index in call.undo:
+                layer.restore(call.undo[layer.index])
+            if call.phase == "decode":
+                lengths = state.on(layer).lengths
+                shrink(state, layer, counts_at(state, layer, lengths, max(call.added)))
+            elif layer.index in call.before:
+                shrink(state, layer, call.before[layer.index])
+    finally:
+        state.devices.recount()  # pages that were taken and not yet put into a table
+    if call.phase == "decode" and call.columns <= state.spec.rollback:
+        # Rings of layers that ran hold the new tokens in the oldest slots of the rollback.
+        for row, added in zip(state.sequences, call.added, strict=True):
+            row.longest = max(row.longest, row.length + added)
+    state.sync_devices()
+    state.steps_reserved = 0

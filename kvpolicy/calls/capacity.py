@@ -1,0 +1,241 @@
+"""Capacity: room for what a call brings is reserved, or the call refused, before it writes.
+
+Decoding: pages and tokens are reserved for some steps at once, so a cap is never exceeded. With
+`at_cap="evict"` a full cache first drops the tokens that the pipeline's eviction scores lowest: of
+heads at `max_tokens` as many as `interval` steps can add; at `max_bytes` the same fraction of every
+head, until the pages suffice.
+
+Prompts: what a call admits is known only while it runs. With "raise" the layer that would exceed a
+cap raises. With "evict", `max_bytes` is met by making room beforehand for the whole call as if all
+of it were admitted, and `max_tokens` by evicting at its end: chunks keep what lies between short.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from ..errors import CapacityError
+from ..eviction import Eviction
+from ..ops import pages_of
+from ..spec import CacheSpec
+from ..store.layer import LayerStore
+from ..store.pool import PagePool
+from ..store.state import CacheState
+from .evict import shrink_to
+
+_SHRINK = 0.9  # a round at max_bytes leaves this fraction of every head
+
+
+def check(spec: CacheSpec, layer: int, window: int, eviction: Eviction) -> None:
+    """Raises ValueError if the caps of `spec` leave no room in a layer, or cannot be kept there."""
+    evicts = spec.at_cap == "evict" and spec.at(layer).window is None
+    if evicts and eviction.neutral:
+        raise ValueError(
+            f"at_cap: 'evict' wants an eviction that scores tokens, got {eviction} for layer "
+            f"{layer}"
+        )
+    least = window + (spec.interval if evicts else 1)
+    if spec.max_tokens is not None and spec.max_tokens < least:
+        raise ValueError(
+            f"max_tokens: wanted at least {least} (the window of {window} and "
+            f"{'interval' if evicts else 'one'} more), got {spec.max_tokens}"
+        )
+
+
+def reserve(state: CacheState, least: int, wanted: int) -> None:
+    """Lets every active sequence decode `least` tokens, and up to `wanted` where they fit.
+
+    Raises CapacityError, with nothing written, where they do not.
+    """
+    evicts = state.spec.at_cap == "evict"
+    if evicts:
+        wanted = max(least, state.spec.interval)  # evictions come at the same steps in every loop
+    if state.spec.max_tokens is not None:
+        if evicts:
+            _evict_tokens(state, state.spec.max_tokens - wanted, state.active)
+        wanted = min(wanted, _room(state, least))
+    try:
+        _reserve_steps(state, wanted)
+    except CapacityError:
+        if not evicts:
+            _reserve_steps(state, least)
+            return
+        _evict_pages(state, lambda: _pages_for(state, wanted))
+        _reserve_steps(state, wanted)
+
+
+def reserve_long(state: CacheState, most: int) -> None:
+    """Reserves for up to `most` decoded tokens: `interval`, or more while their pages are few.
+
+    Reserving reads the device, so a long reservation keeps the host out of decoding.
+    """
+    steps = state.devices.spare_steps(state.managed, most)
+    reserve(state, 1, max(steps, state.spec.interval))
+
+
+def take(state: CacheState, added: tuple[int, ...]) -> None:
+    """Makes room for a prompt call of `added[b]` tokens a sequence, if it can be made.
+
+    Its layers take their pages as they write; nothing is reserved for decoding any more.
+    """
+    if state.spec.at_cap == "evict" and state.spec.max_bytes is not None:
+        # What is admitted may fit all the same; if it does not, the layer that writes it raises.
+        with contextlib.suppress(CapacityError):
+            _evict_pages(state, lambda: _pages_beyond(state, added))
+    state.devices.release()
+    state.steps_reserved = 0
+
+
+def release(state: CacheState) -> None:
+    """A prompt call has ended: brings every head back to `max_tokens` where `at_cap` says so."""
+    if state.spec.max_tokens is None or state.spec.at_cap == "raise":
+        return
+    most = state.spec.max_tokens
+    for row, layers in zip(state.sequences, _stored(state), strict=True):
+        row.overshoot = max(row.overshoot, max(map(max, layers), default=0) - most)
+    _evict_tokens(state, most, [True] * state.batch)
+
+
+def check_tokens(state: CacheState, layer: LayerStore, counts: list[list[int]]) -> None:
+    """Raises CapacityError if `counts` `[B][Hkv]` global tokens make a head exceed `max_tokens`.
+
+    They are the layer's when the open prompt call has ended. With `at_cap="evict"` it may.
+    """
+    most, call = state.spec.max_tokens, state.call
+    if most is None or state.spec.at_cap == "evict" or call is None:
+        return
+    rows = zip(map(max, counts), state.lengths, call.added, strict=True)
+    for row, (held, length, added) in enumerate(rows):
+        tokens = held + min(length + added, layer.window)
+        if tokens > most:
+            raise _too_many(row, layer.index, tokens, most)
+
+
+def _too_many(row: int, layer: int, tokens: int, most: int) -> CapacityError:
+    return CapacityError(
+        f"max_tokens: a head of sequence {row} would hold {tokens} tokens in layer {layer}, the "
+        f"cap is {most}; raise it, admit less, or choose at_cap='evict' with an eviction"
+    )
+
+
+def _reserve_steps(state: CacheState, steps: int) -> None:
+    """Keeps pages for `steps` decoded tokens a sequence."""
+    state.devices.reserve(_pages_for(state, steps))
+    state.steps_reserved = steps
+
+
+def _pages_for(state: CacheState, steps: int) -> dict[PagePool, int]:
+    """Pages that `steps` decoded tokens a sequence may need (reads the device)."""
+
+    def need(layer: LayerStore) -> Tensor:
+        size = layer.pool.page_size
+        return pages_of(layer.counts + steps, size) - pages_of(layer.counts, size)
+
+    return state.devices.count(state.managed, need)
+
+
+def _pages_beyond(state: CacheState, added: tuple[int, ...]) -> dict[PagePool, int]:
+    """Pages that a prompt call needs if every token of it is admitted (reads the device)."""
+
+    def need(layer: LayerStore) -> Tensor:
+        leaving = [
+            max(length + new - layer.window, 0) - max(length - layer.window, 0)
+            for length, new in zip(state.lengths, added, strict=True)
+        ]
+        size = layer.pool.page_size
+        after = layer.counts + torch.tensor(leaving, device=layer.device)[:, None]
+        return pages_of(after, size) - pages_of(layer.counts, size)
+
+    return state.devices.count(state.managed, need)
+
+
+def _stored(state: CacheState) -> list[list[list[int]]]:
+    """Tokens `[row][layer][head]` with the window, of the layers that policies manage."""
+    layers = state.managed
+    if not layers:
+        return [[] for _ in state.lengths]
+    counts = torch.stack([layer.counts.to(layers[0].counts.device) for layer in layers], 1)
+    return [
+        [
+            [n + min(length, layer.window) for n in heads]
+            for layer, heads in zip(layers, row, strict=True)
+        ]
+        for row, length in zip(counts.tolist(), state.lengths, strict=True)
+    ]
+
+
+def _room(state: CacheState, least: int) -> int:
+    """Steps that every active sequence can decode; CapacityError if they are fewer than `least`."""
+    most, room = state.spec.max_tokens, 1 << 30
+    assert most is not None
+    for row, layers in enumerate(_stored(state)):
+        if not state.sequences[row].active:
+            continue
+        for layer, heads in zip(state.managed, layers, strict=True):
+            if max(heads) + least > most:
+                raise _too_many(row, layer.index, max(heads) + least, most)
+            room = min(room, most - max(heads))
+    return room
+
+
+def _evict_tokens(state: CacheState, most: int, rows: list[bool]) -> None:
+    """Leaves at most `most` tokens in every head of the sequences `rows`."""
+    stored = _stored(state)
+    limits = [most if on else 1 << 30 for on in rows]
+    over = (n > limit for row, limit in zip(stored, limits, strict=True) for x in row for n in x)
+    if not any(over):
+        return
+    windows = [layer.window for layer in state.managed]
+    targets = [
+        [
+            [max(min(n, limit) - min(length, window), 0) for n in heads]
+            for heads, window in zip(row, windows, strict=True)
+        ]
+        for row, length, limit in zip(stored, state.lengths, limits, strict=True)
+    ]
+    _shrink(state, targets)
+
+
+def _attainable(state: CacheState, pages: Mapping[PagePool, int]) -> bool:
+    """Whether dropping every global token would make so many pages available."""
+    for pool, count in pages.items():
+        own = sum(
+            int(((layer.table > 0) & (pool.refs[layer.table.long()] == 1)).sum())
+            for layer in state.managed
+            if layer.pool is pool
+        )
+        if pool.room is not None and count > pool.room + own:
+            return False
+    return True
+
+
+def _evict_pages(state: CacheState, need: Callable[[], Mapping[PagePool, int]]) -> None:
+    """Drops tokens until the pages that are needed then can be taken, or raises CapacityError."""
+    fraction = _SHRINK
+    while True:
+        pages = need()
+        try:
+            state.provide(pages)
+            return
+        except CapacityError:
+            if not _attainable(state, pages):
+                raise
+        by_row = zip(*(layer.counts.tolist() for layer in state.managed), strict=True)
+        targets = [[[int(fraction * n) for n in heads] for heads in row] for row in by_row]
+        try:
+            _shrink(state, targets)
+        except CapacityError:
+            # Tokens that move within pages of a fork need copies; fewer tokens need fewer.
+            if fraction == 0:
+                raise
+            fraction = fraction / 2 if fraction > 0.1 else 0
+
+
+def _shrink(state: CacheState, targets: list[list[list[int]]]) -> None:
+    gone = shrink_to(state, targets)
+    for row, count in zip(state.sequences, gone, strict=True):
+        row.cap_evicted += count

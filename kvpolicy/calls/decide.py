@@ -1,0 +1,51 @@
+"""What policies decide about new tokens: admission and mark, as bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..admission import Write
+from ..ops import ADMITTED, MARKED
+from ..store.layer import LayerStore
+
+
+def decide(layer: LayerStore, write: Write) -> tuple[Tensor | None, int]:
+    """Flags of new tokens: the admission's bit, uint8 `[Hkv, T]`, and bits that all tokens get.
+
+    The tensor is None where nothing is decided. Generated tokens are not the prompt's and always
+    keep the eviction's mark.
+    """
+    if layer.slides:
+        return None, 0
+    bits = 0 if layer.eviction.neutral else MARKED
+    if layer.admission.neutral:
+        return None, ADMITTED | bits
+    return _decision(layer.admission, layer.admission.admit(write), write), bits
+
+
+def decide_prompt(layer: LayerStore, write: Write) -> Tensor:
+    """Flags uint8 `[Hkv, T]` of a prompt's tokens, which an eviction may leave without its mark."""
+    flags, bits = decide(layer, write)
+    if bits & MARKED and (mark := layer.eviction.mark(write)) is not None:
+        marks = _decision(layer.eviction, mark, write) * MARKED
+        flags, bits = marks if flags is None else flags | marks, bits & ~MARKED
+    if flags is None:
+        shape = write.key.shape[:2]
+        return torch.full(shape, bits, dtype=torch.uint8, device=write.key.device)
+    return flags | bits if bits else flags
+
+
+def _decision(policy: object, decision: Tensor, write: Write) -> Tensor:
+    """A policy's decisions `[Hkv, T]` as uint8, seen and not copied."""
+    shape = write.key.shape[:2]
+    if not isinstance(decision, Tensor) or decision.dtype != torch.bool or decision.shape != shape:
+        got = (
+            f"{decision.dtype} {list(decision.shape)}"
+            if isinstance(decision, Tensor)
+            else type(decision).__name__
+        )
+        raise ValueError(
+            f"{type(policy).__name__}: wanted a bool tensor {list(shape)} of decisions, got {got}"
+        )
+    return decision.view(torch.uint8)

@@ -1,0 +1,252 @@
+"""What happens in an eviction: score every layer, then drop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from ..budget import Budget, BudgetView, Counts, bound_layers, budget_of
+from ..eviction import EvictionView, StoredTokens
+from ..ops import POSITION_BITS, POSITION_MASK, pages_of
+from ..store import compaction
+from ..store.compaction import Drop
+from ..store.layer import LayerStore
+from ..store.ring import last
+from ..store.state import CacheState
+
+
+def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
+    """One eviction for the sequences `rows`.
+
+    While `decoding`, only layers whose policy evicts then take part. All scores and new page
+    summaries come before the first drop, and so does every page that a drop takes: a policy that
+    raises, or a cap, leaves the cache as it was.
+    """
+    layers = [
+        x
+        for x in state.layers
+        if not (x.slides or x.eviction.neutral or (decoding and x.eviction.when != "decode"))
+    ]
+    targets = _targets(state, layers)
+    others = torch.tensor([not on for on in rows], device=state.spec.device)[:, None, None]
+
+    def keeps() -> Iterator[tuple[LayerStore, Tensor]]:
+        """Left to the device, layer by layer, while it is busy with scores."""
+        for layer, scores, valid in _rated(state, layers):
+            keep = valid & (scores > float("-inf"))
+            budget = budget_of(layer.eviction)
+            if budget is not None:
+                keep &= _keep(budget, state, layer, scores, valid, targets[layer.index])
+            if not all(rows):
+                keep |= others.to(keep.device)
+            yield layer, keep
+
+    _drop(state, compaction.plan(state, keeps()))
+    for layer in state.layers:
+        if layer.eviction.forgets_window and not (layer.slides or decoding):
+            compaction.forget_unmarked(layer, torch.tensor(rows, device=layer.device))
+            _raise_floor(state, rows)
+    for row, on in zip(state.sequences, rows, strict=True):
+        if on:
+            row.considered_at = row.length
+
+
+def _drop(state: CacheState, drops: list[Drop]) -> list[int]:
+    """Does what was planned; CapacityError comes first. Returns the tokens dropped, by sequence."""
+    gone = [sum(tokens) for tokens in zip(*(drop.gone for drop in drops), strict=True)]
+    gone = gone or [0] * state.batch
+    with state.unbroken():
+        state.provide({drop.pool: drop.takes for drop in drops})
+        compaction.drop(state, drops)
+        _raise_floor(state, [n > 0 for n in gone])
+        state.trim()
+    return gone
+
+
+def _raise_floor(state: CacheState, rows: list[bool]) -> None:
+    """Tokens of `rows` are gone for good: `crop` cannot go back to before now."""
+    for row, on in zip(state.sequences, rows, strict=True):
+        if on:
+            row.evicted_at = row.length
+
+
+def _targets(state: CacheState, layers: Sequence[LayerStore]) -> dict[int, Tensor]:
+    """Global tokens `[B, Hkv]` that budgets leave, by layer; a budget is asked once."""
+    found: dict[int, list[list[int]]] = {}
+    for budget, own in bound_layers({x.index: x.eviction for x in layers}):
+        view = budget_view(state, [state.layers[n] for n in own])
+        targets = budget.targets(view)
+        _check_targets(budget, targets, view)
+        found |= {n: [row[i] for row in targets] for i, n in enumerate(own)}
+    return _by_layer([x for x in layers if x.index in found], found)
+
+
+def budget_view(state: CacheState, layers: Sequence[LayerStore]) -> BudgetView:
+    """What a budget is told of the layers that it binds, which share a window."""
+
+    def counts() -> list[list[list[int]]]:
+        flat = torch.cat([x.counts.to(layers[0].device) for x in layers], 1).tolist()
+        ends = list(accumulate(x.counts.shape[1] for x in layers))
+        return [[row[a:b] for a, b in pairwise([0, *ends])] for row in flat]
+
+    return BudgetView(
+        seen=tuple(state.lengths),
+        window=layers[0].window,
+        layers=tuple(x.index for x in layers),
+        of=state.spec.layers,
+        kv_heads=tuple(x.counts.shape[1] for x in layers),
+        counts=counts,
+    )
+
+
+def _check_targets(budget: Budget, targets: Counts, view: BudgetView) -> None:
+    shape = [list(view.kv_heads)] * len(view.seen)
+    try:
+        fits = [[len(heads) for heads in row] for row in targets] == shape and all(
+            isinstance(n, int) and n >= 0 for row in targets for heads in row for n in heads
+        )
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{type(budget).__name__}.targets: wanted ints from 0 as [row][layer][head] of "
+            f"{len(view.seen)} sequences and {list(view.kv_heads)} heads, got {targets!r}"
+        )
+
+
+def _by_layer(layers: Sequence[LayerStore], numbers: Mapping[int, list]) -> dict[int, Tensor]:
+    """Numbers `[B][Hkv]` of each layer as a tensor beside it; the host copies them once."""
+    if not layers:
+        return {}
+    flat = [n for x in layers for row in numbers[x.index] for n in row]
+    parts = torch.tensor(flat, device=layers[0].device).split([x.counts.numel() for x in layers])
+    return {x.index: n.view_as(x.counts).to(x.device) for x, n in zip(layers, parts, strict=True)}
+
+
+def _keep(
+    budget: Budget, state: CacheState, layer: LayerStore, scores: Tensor, valid: Tensor,
+    target: Tensor,
+) -> Tensor:  # fmt: skip
+    """The tokens `[B, Hkv, N]` that a budget keeps of a layer."""
+    keep = budget.keep(scores, valid, target, layer.window, state.ops.keep_best)
+    if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != valid.shape:
+        got = f"{keep.dtype} {list(keep.shape)}" if isinstance(keep, Tensor) else repr(keep)
+        raise ValueError(
+            f"{type(budget).__name__}.keep: wanted a bool tensor {list(valid.shape)}, got {got}"
+        )
+    return keep
+
+
+def _rated(
+    state: CacheState, layers: Sequence[LayerStore]
+) -> Iterator[tuple[LayerStore, Tensor, Tensor]]:
+    """Each layer that holds global tokens with `score(state, layer, ...)`.
+
+    NaN among any scores raises when all layers are through, so that the host waits once.
+    """
+    names, nan = [], []
+    for layer, most in zip(layers, longest(layers), strict=True):
+        if most:
+            scores, valid = score(state, layer, most)
+            names.append(type(layer.eviction).__name__)
+            nan.append(scores.isnan().any())
+            yield layer, scores, valid
+    if nan:
+        found = torch.stack([x.to(nan[0].device) for x in nan]).tolist()
+        for name, bad in zip(names, found, strict=True):
+            if bad:
+                raise ValueError(f"{name}.score: wanted floats without NaN, got NaN among them")
+
+
+def score(state: CacheState, layer: LayerStore, most: int) -> tuple[Tensor, Tensor]:
+    """Scores `[B, Hkv, N]` of a layer's global tokens by its eviction, and which slots hold one.
+
+    `most` is the largest number of global tokens of a head.
+    """
+    policy = layer.eviction
+    table, valid = held(layer, most)
+    stored = StoredTokens(
+        layer.pool.pages, layer.heads._replace(table=table), layer.ring, layer.queries,
+        state.on(layer).lengths, layer.window, layer.sizes.scale, partial(view, state, layer, most),
+    )  # fmt: skip
+    scores = policy.scores(state.ops, stored)
+    wanted = f"{type(policy).__name__}.score: wanted floats {list(valid.shape)} without NaN"
+    if not isinstance(scores, Tensor) or not scores.dtype.is_floating_point:
+        got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+        raise TypeError(f"{wanted}, got {got}")
+    if scores.shape != valid.shape:
+        raise ValueError(f"{wanted}, got {list(scores.shape)}")
+    return scores, valid
+
+
+def longest(layers: Sequence[LayerStore]) -> list[int]:
+    """Most global tokens of a head in each layer; waits for the device once."""
+    if not layers:
+        return []
+    counts = torch.stack([x.counts.to(layers[0].device) for x in layers])
+    most: list[int] = counts.flatten(1).amax(1).tolist()
+    return most
+
+
+def held(layer: LayerStore, most: int) -> tuple[Tensor, Tensor]:
+    """The table's columns in use and `valid` `[B, Hkv, N]`, the longest head having `most`."""
+    size = layer.pool.page_size
+    used = pages_of(most, size)
+    token = torch.arange(used * size, device=layer.device)
+    return layer.table[:, :, :used], token < layer.counts[..., None]
+
+
+def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:
+    """What an eviction sees of one layer, whose longest head holds `most` tokens."""
+    table, valid = held(layer, most)
+    lengths = state.on(layer).lengths
+    recent_keys, at = last(layer.ring.k, lengths, layer.window)
+    queries = query_valid = None
+    if layer.queries is not None:
+        queries, query_at = last(layer.queries, lengths, layer.eviction.queries)
+        query_valid = query_at >= 0
+
+    @cache
+    def content() -> tuple[Tensor, Tensor]:
+        k, v, _ = state.ops.read_pages(layer.pool.pages, table)
+        hide = ~valid[..., None]
+        return k.flatten(2, 3).masked_fill_(hide, 0), v.flatten(2, 3).masked_fill_(hide, 0)
+
+    @cache
+    def meta() -> Tensor:
+        return state.ops.read_meta(layer.pool.pages, table).flatten(2).masked_fill_(~valid, 0)
+
+    return EvictionView(
+        layer=layer.index,
+        keys=lambda: content()[0],
+        values=lambda: content()[1],
+        positions=lambda: meta() & POSITION_MASK,
+        valid=valid,
+        marked=lambda: (meta() >> POSITION_BITS) & 1 > 0,
+        recent_keys=recent_keys.masked_fill((at < 0)[:, None, :, None], 0),
+        recent_valid=at >= 0,
+        lengths=lengths,
+        scale=layer.sizes.scale,
+        queries=queries,
+        query_valid=query_valid,
+    )
+
+
+def shrink_to(state: CacheState, targets: list[list[list[int]]]) -> list[int]:
+    """Leaves the best `targets[row][i][head]` global tokens in the i-th layer that policies manage.
+
+    All or nothing, as `evict`. Returns the tokens dropped, by sequence.
+    """
+    layers = [x for x in state.layers if not x.slides]
+    best = _by_layer(
+        layers, {x.index: [row[place] for row in targets] for place, x in enumerate(layers)}
+    )
+    keeps = (
+        (layer, state.ops.keep_best(scores, valid, best[layer.index]))
+        for layer, scores, valid in _rated(state, layers)
+    )
+    return _drop(state, compaction.plan(state, keeps))

@@ -1,0 +1,65 @@
+"""Rings of recent tokens; where a position lies is `Ring.slot`'s to say."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops import Segments, ring_positions, ring_slot
+
+
+def recent(ring: Tensor, new: Tensor, seg: Segments) -> Tensor:
+    """New tokens `[Hkv, T, ...]` preceded, per sequence, by the ring's `[B, Hkv, slots, ...]`."""
+    if seg.cu_q == seg.cu_k:
+        return new
+    slots = ring.shape[2]
+    if len(seg.start) == 1:
+        end = seg.start[0]
+        at = torch.arange(end - seg.cu_k[1] + seg.cu_q[1], end, device=new.device)
+        before = ring[0].index_select(1, ring_slot(at, slots))
+        if ring.ndim == 3:
+            return torch.cat([before, new], 1)
+        # Token after token, as they leave a projection: whole rows are copied.
+        before = before.transpose(0, 1).contiguous()
+        return torch.cat([before, new.transpose(0, 1)]).transpose(0, 1)
+    # A fixed number of launches for any number of sequences.
+    rows, at, _ = seg.places()
+    start = seg.start_dev.long()[rows]
+    held = rows * slots + ring_slot(at, slots)
+    fresh = len(seg.start) * slots + seg.cu_q_dev.long()[rows] + at - start
+    source = torch.cat([ring.transpose(0, 1).flatten(1, 2), new], 1)
+    return source.index_select(1, torch.where(at < start, held, fresh))
+
+
+def keep_last(rings: tuple[Tensor, ...], news: tuple[Tensor, ...], seg: Segments) -> None:
+    """Writes the last new tokens `[H, T, ...]` of each sequence to rings `[B, H, slots, ...]`."""
+    slots, device = rings[0].shape[2], rings[0].device
+    if len(seg.start) == 1:
+        after, new = seg.start[0] + seg.cu_q[1], min(seg.cu_q[1], slots)
+        slot = ring_slot(torch.arange(after - new, after, device=device), slots)
+        for ring, tokens in zip(rings, news, strict=True):
+            ring[0].index_copy_(1, slot, tokens[:, seg.cu_q[1] - new :])
+        return
+    if seg.cu_q[-1] == 0:
+        return
+    # A fixed number of launches for any number of sequences.
+    cu, start = seg.cu_q_dev.long(), seg.start_dev.long()[:, None]
+    first = cu[:-1, None]
+    at = ring_positions(start + cu[1:, None] - first, slots)
+    fresh = at >= start
+    index = torch.where(fresh, first + at - start, 0)
+    for ring, tokens in zip(rings, news, strict=True):
+        written = tokens[:, index].transpose(0, 1)
+        mask = fresh.view(len(fresh), 1, slots, *[1] * (ring.ndim - 3))
+        ring.copy_(torch.where(mask, written, ring))
+
+
+def last(ring: Tensor, lengths: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The last `count` tokens `[B, H, count, ...]` of sequences of `lengths` `[B]`, in order.
+
+    And the positions `[B, count]` that they are at, negative ones before the first token.
+    """
+    at = torch.arange(-count, 0, device=ring.device) + lengths[:, None]
+    slot = ring_slot(at, ring.shape[2])
+    index = slot[:, None, :, None].expand(-1, ring.shape[1], -1, ring.shape[3])
+    return ring.gather(2, index), at

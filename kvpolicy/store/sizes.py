@@ -1,0 +1,31 @@
+"""Bytes of what a cache holds, of a real one and of one planned on the "meta" device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from .state import CacheState
+
+
+def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of the storages behind tensors."""
+    return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
+
+
+def ring_bytes(state: CacheState) -> int:
+    """The local windows with their rollback slots."""
+    return sum(storage_bytes(layer.ring) for layer in state.layers)
+
+
+def query_bytes(state: CacheState) -> int:
+    """The observation windows of evictions."""
+    return storage_bytes(layer.queries for layer in state.layers)
+
+
+def table_bytes(state: CacheState) -> int:
+    """Page tables, counters, lengths and flags; the pools' free stacks and reference counts."""
+    layers = ((x.table, x.counts, x.evicted, x.selected) for x in state.layers)
+    pools = ((x.free, x.refs, x.top, x.slabs) for x in state.devices.pools)
+    return state.devices.nbytes + sum(storage_bytes(x) for x in (*layers, *pools))

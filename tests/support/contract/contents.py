@@ -1,0 +1,88 @@
+"""What a cache holds, read back from its buffers."""
+
+from __future__ import annotations
+
+import torch
+
+from kvpolicy.ops import ADMITTED, MARKED, POSITION_MASK
+from tests.support.contract.snapshot import snapshot
+
+
+def contents(state, layer, row):
+    """What each head of a sequence holds: page contents with summaries, visible ring, queries."""
+    store, size = state.layers[layer], state.spec.page_size
+    length = state.lengths[row]
+    near = torch.arange(max(length - store.window, 0), length) % store.ring.slots
+    heads = []
+    for h in range(state.spec.kv_heads):
+        count = int(store.counts[row, h])
+        ids = store.table[row, h, : -(-count // size)]
+        k, v, meta = state.ops.read_pages(store.pool.pages, ids)
+        flags, meta = store.ring.flags[row, h, near], meta.flatten()[:count]
+        head = {
+            "at": meta & POSITION_MASK,
+            "mark": meta > POSITION_MASK,
+            "k": k.flatten(0, 1)[:count],
+            "v": v.flatten(0, 1)[:count],
+            "ring_k": store.ring.k[row, h, near],
+            "ring_v": store.ring.v[row, h, near],
+            "admitted": (flags & ADMITTED) > 0,
+            "marked": (flags & MARKED) > 0,
+        }
+        if store.pool.summary is not None and not store.selection.neutral and not store.slides:
+            head["summary"] = state.ops.read_summary(store.pool.pages, ids)
+        if store.queries is not None:
+            last = torch.arange(max(length - store.eviction.queries, 0), length)
+            head["queries"] = store.queries[row][:, last % store.queries.shape[2]]
+        heads.append(head)
+    return heads
+
+
+class Held:
+    """One layer of a snapshot, all heads at once, to be compared with oracles."""
+
+    def __init__(self, state, layer):
+        store, size = state.layers[layer], state.spec.page_size
+        self.state, self.layer = state, layer
+        self.counts, self.evicted = store.counts.tolist(), store.evicted.tolist()
+        most = -(-max(max(row) for row in self.counts) // size)
+        k, v, meta = state.ops.read_pages(store.pool.pages, store.table[:, :, :most])
+        self.k, self.v, self.meta = (x.flatten(2, 3) for x in (k, v, meta))
+        self.ring = store.ring
+
+    def check(self, row, oracle):
+        pages = [oracle.pages(h) for h in range(oracle.heads)]
+        assert self.counts[row] == [len(at) for at in pages], (self.layer, row)
+        assert self.evicted[row] == oracle.evicted
+        heads = torch.tensor([h for h, at in enumerate(pages) for _ in at], dtype=torch.long)
+        slot = torch.tensor([i for at in pages for i in range(len(at))], dtype=torch.long)
+        at = torch.tensor(sum(pages, []), dtype=torch.long)
+        meta = self.meta[row][heads, slot]
+        assert torch.equal(meta & POSITION_MASK, at.int()), (self.layer, row)
+        assert torch.equal(self.k[row][heads, slot], oracle.k[heads, at])
+        assert torch.equal(self.v[row][heads, slot], oracle.v[heads, at])
+        near = torch.arange(max(oracle.n - oracle.W, 0), oracle.n)
+        ring_k, ring_v, flags = (x[row][:, near % x.shape[2]] for x in self.ring)
+        assert torch.equal(ring_k, oracle.k[:, near]) and torch.equal(ring_v, oracle.v[:, near])
+        if not oracle.slides:
+            assert torch.equal((flags & ADMITTED) > 0, oracle.alive[:, near])
+            if not oracle.eviction.neutral:
+                assert torch.equal(meta > POSITION_MASK, oracle.mark[heads, at])
+        h = oracle.n % oracle.heads
+        assert self.state.kept(self.layer, row, h).tolist() == pages[h] + near.tolist()
+
+
+def digest(state):
+    """Everything that decides what comes next, as plain lists; unused memory left out."""
+    (state,) = snapshot([state])
+    rows = range(state.batch)
+    tensors = [
+        [{n: t.tolist() for n, t in head.items()} for head in contents(state, layer, row)]
+        for layer in range(state.spec.layers)
+        for row in rows
+    ]
+    counters = [(x.counts.tolist(), x.evicted.tolist()) for x in state.layers]
+    hosts = [
+        (x.length, x.active, x.evicted_at, x.considered_at, x.prompt_open) for x in state.sequences
+    ]
+    return repr((tensors, counters, state.devices.read(), hosts))

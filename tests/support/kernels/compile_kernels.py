@@ -1,0 +1,186 @@
+"""Compiles every kernel for the named compute capabilities without a device; run by test_compile.
+
+Each op is called once on CPU tensors while launches are recorded instead of run; what was recorded
+is compiled with the specialisation that a launch would get. Prints a line for each launch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kvpolicy.kernels import (
+    _launch,
+    cache_write,
+    compact,
+    keep_best,
+    page_io,
+    page_select,
+    paged_decode,
+    prompt_write,
+    sparse_prefill,
+    window_scores,
+    write_gate,
+)
+from kvpolicy.kernels.prefill_gather import Rectangles
+from kvpolicy.ops import Heads, Ring, Segments
+from tests.support.kernels.pool import make_pool
+
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KB that one program may use
+TYPES = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
+launches: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
+
+
+def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    names = [p.name for p in self.params]
+    bound = dict(zip(names, args, strict=False))
+    bound |= {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+    launches.append((self, bound, kwargs))
+
+
+def compile_launch(kernel: Any, bound: dict[str, Any], options: dict[str, Any], cc: int) -> Any:
+    """Compiles one recorded launch."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value, name = bound[parameter.name], parameter.name
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or (special and type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            kind = TYPES[value.base.dtype].removeprefix("*")
+            signature[name] = f"tensordesc<{kind}{list(value.block_shape)}>"
+        elif isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            attributes[index,] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if special and value % 16 == 0:
+                attributes[index,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
+
+
+def call_all(dim: int, page: int, dtype: torch.dtype) -> None:
+    """Calls every op once, as a model with 8 KV heads and 4 query heads each would."""
+    heads, group, slots, window, tokens = 8, 4, 288, 256, 320
+    pages = make_pool(4, page, dim, dtype, slab_pages=4, width=2 * dim).pages
+    table = torch.zeros(1, heads, 32, dtype=torch.int32)
+    counts = torch.full((1, heads), 5, dtype=torch.int32)
+    stored = Heads(table, counts)
+    recent = torch.zeros(1, heads, slots, dim, dtype=dtype)
+    flags = torch.zeros(1, heads, slots, dtype=torch.uint8)
+    ring = Ring(recent, recent, flags)
+    query = torch.zeros(1, heads * group, dim, dtype=dtype)
+    new = torch.zeros(1, heads, dim, dtype=dtype)
+    lengths, active = torch.full((1,), 400), torch.ones(1, dtype=torch.bool)
+    cache_write.decode_write(
+        pages, stored, ring, new, new, flags[:, :, 0].contiguous(), lengths, active, window,
+        minmax=True, bits=2, query=query,
+        queries=torch.zeros(1, heads * group, 64, dim, dtype=dtype),
+    )  # fmt: skip
+    for selected in (None, torch.zeros(1, heads, 256, dtype=torch.int32)):
+        paged_decode.paged_decode(
+            query, pages, stored, ring, lengths, active, window, 0.1, selected
+        )
+    wide = torch.zeros(1, heads, 10_000, dtype=torch.int32)  # chosen by groups
+    for how, ids in (("max", wide), ("each", table)):
+        page_select.quest_select(pages, Heads(ids, counts), query, 240, how, 1, 1)
+    key = torch.zeros(heads, tokens, dim, dtype=dtype)
+    dest = torch.zeros(heads, tokens, dtype=torch.int32)
+    cache_write.append(pages, table, key, key, dest, dest, dest[0])
+    ids = table[0, 0]
+    page_io.read_pages(pages, ids)
+    page_io.read_meta(pages, ids)
+    compact.read_tokens(pages, table, dest[None])
+    rows = torch.zeros(heads, dtype=torch.int64)
+    compact.move_kept(pages, table[0], table[0], dest[0].bool(), rows, rows.int())
+    for length, kind in ((100_000, torch.float32), (8192, torch.float64), (4000, dtype)):
+        score = torch.zeros(heads, length, dtype=kind)
+        keep_best.keep_best(score, score > 0, rows)
+    for kind in (torch.int32, torch.int64):
+        page_io.copy_pages(pages, ids.to(kind), ids.to(kind))
+    page_io.write_summary(pages, ids, page_io.read_summary(pages, ids))
+    bounds = torch.tensor([0, tokens], dtype=torch.int32)
+    segments = Segments((0, tokens), (0, tokens), (0,), bounds, bounds, bounds[:1])
+    tile = sparse_prefill.AFTER if dim <= 128 and dtype != torch.float32 else None
+    rectangles = Rectangles(lambda q, *_: (q, q[..., 0].T.float()), average=0, work=0, tile=tile)
+    after, fresh, ranks = prompt_write.count_leaving(dest.byte(), counts, segments, window, page)
+    prompt_write.write_leaving(
+        pages, stored, key, key, dest.byte(), segments, window, after, fresh, ranks
+    )
+    for found in (None, rectangles):
+        sparse_prefill.choose_rectangles = lambda query, found=found: found
+        sparse_prefill.prefill_attention(
+            torch.zeros(heads * group, tokens, dim, dtype=dtype), key, key, dest.byte(), segments,
+            pages, stored, window, 0.1,
+        )  # fmt: skip
+    hidden = 512
+    observed = torch.zeros(1, heads * group, 288, dim, dtype=dtype)
+    for how, norm, count in (
+        ("mean", "visible", 256), ("max", "visible", 32), ("max", "global", 300),
+    ):  # fmt: skip
+        window_scores.window_scores(
+            pages, stored, ring, observed, lengths, window, 0.1, observation=count,
+            kernel=5, pooling="avg", group=how, normalize=norm,
+        )  # fmt: skip
+    write_gate.write_gate(
+        key, key, key[0, 0], key[0, 0], torch.zeros(heads, hidden, 2 * dim, dtype=dtype),
+        torch.zeros(heads, hidden, dtype=dtype), torch.zeros(heads, hidden, dtype=dtype),
+        torch.zeros(heads, dtype=dtype),
+    )  # fmt: skip
+
+
+def overlap(ptx: str) -> str:
+    """How often code copies ahead in pieces of 16 bytes, and meets the kernels around it."""
+    counts = {
+        "copies": ptx.count("cp.async.cg.shared.global"),
+        "in_flight": ptx.count("cp.async.wait_group \t2"),
+        "waits": ptx.count("griddepcontrol.wait"),
+        "triggers": ptx.count("griddepcontrol.launch_dependents"),
+    }
+    return " ".join(f"{name}={count}" for name, count in counts.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("configuration", help="capability:head_dim:page_size:dtype")
+    parser.add_argument("--once", action="store_true", help="the first launch of each kernel only")
+    parser.add_argument("--only", nargs="*", metavar="KERNEL", help="launches of these kernels")
+    given = parser.parse_args()
+    triton.runtime.jit.JITFunction.run = record
+    cc, dim, page, dtype = given.configuration.split(":")
+    _launch.capability = lambda device: int(cc)
+    call_all(int(dim), int(page), getattr(torch, dtype))
+    limit, seen = SHARED[int(cc)] * 1024, set()
+    for kernel, bound, options in launches:
+        name = kernel.__name__
+        if (given.only and name not in given.only) or (given.once and name in seen):
+            continue
+        seen.add(name)
+        compiled = compile_launch(kernel, bound, options, int(cc))
+        shared = compiled.metadata.shared
+        print(f"{name} shared={shared} {overlap(compiled.asm['ptx'])}", flush=True)
+        if shared > limit:
+            sys.exit(f"{given.configuration} {name}: {shared} bytes shared, {limit} there")
+
+
+if __name__ == "__main__":
+    main()

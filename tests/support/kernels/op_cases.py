@@ -1,0 +1,220 @@
+"""A case for each op on stored tokens: small, awkward, equal to the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+
+from kvpolicy.kernels import window_scores as scoring
+from kvpolicy.ops import ADMITTED, MARKED, Ring
+from tests.support.kernels.gate import weights
+from tests.support.kernels.mirror import Mirror, Pair, Size, agree, both, make_mirror, pair
+
+CASES: dict[str, Callable[[Size], None]] = {}
+
+
+def case(*ops: str) -> Callable[[Callable[[Size], None]], Callable[[Size], None]]:
+    """Registers a function that calls the named ops."""
+
+    def register(function: Callable[[Size], None]) -> Callable[[Size], None]:
+        CASES.update(dict.fromkeys(ops, function))
+        return function
+
+    return register
+
+
+def heads(size: Size, spare: int = 0) -> Mirror:
+    """A long head, an empty one, one of whole pages; a page that is nearly full; and a fork."""
+    page = size.page
+    mirror = make_mirror(size, [[3 * page + 1, 0, 2 * page], [page - 1, 5, 4 * page]], spare)
+    mirror.fork()
+    return mirror
+
+
+@case("append")
+def _append(size: Size) -> None:
+    mirror, tokens = make_mirror(size, [[3, 0], [0, size.page]], spare=8), 37
+    unused = iter(mirror.pages.host.free[: mirror.pages.host.top].tolist())
+    end = mirror.counts.clone()
+    dest, rows = torch.full((2, tokens), -1, dtype=torch.int32), torch.arange(tokens).int() // 20
+    for t in range(tokens):
+        b = int(rows[t])
+        for h in range(2):
+            n = int(end[b, h])
+            if (t + h) % 5 == 0:
+                if n % size.page == 0:
+                    mirror.table[b, h, n // size.page] = next(unused)
+                dest[h, t], end[b, h] = n, n + 1
+    key = size.randn(tokens, 2, size.dim, seed=3).transpose(0, 1)
+    meta = torch.arange(2 * tokens).int().view(2, tokens)
+    table = pair(mirror.table)
+    both("append", mirror.pages, table, key, -key, meta, dest, rows)
+    agree(mirror.stored(table, end))
+
+
+@case("decode_write")
+def _decode_write(size: Size) -> None:
+    for window, slots, extras in ((3, 3, False), (4, 7, True)):
+        page = size.page
+        mirror = make_mirror(size, [[2 * page, 0], [page - 1, 1]], spare=12)
+        mirror.fork()  # of whole pages, so that nothing shared is written
+        mirror.counts[2, 1] = 0
+        batch, kv_heads = mirror.counts.shape
+        rings = [pair(size.randn(batch, kv_heads, slots, size.dim, seed=s)) for s in (2, 3)]
+        flags = torch.full((batch, kv_heads, slots), ADMITTED | MARKED, dtype=torch.uint8)
+        heads = pair(mirror.heads)
+        ring = pair(Ring(*rings, pair(flags)))
+        lengths = torch.tensor([1, 2 * page + slots, 40])
+        shape = (batch, kv_heads * size.group)
+        seen = pair(torch.zeros(*shape, 5, size.dim, dtype=size.dtype))
+        for step in range(3):
+            active = torch.tensor([True, step != 1, True])
+            new = size.randn(batch, kv_heads, size.dim, seed=4 + step)
+            bits = torch.full((batch, kv_heads), step % 2, dtype=torch.uint8)
+            query = size.randn(*shape, size.dim, seed=9 + step)
+            both(
+                "decode_write", mirror.pages, heads, ring, new, -new,
+                bits if extras else None, lengths, active, window, minmax=extras,
+                bits=MARKED if extras else ADMITTED, query=query if extras else None,
+                queries=seen if extras else None,
+            )  # fmt: skip
+            lengths = lengths + active
+        table, counts = (Pair(*x) for x in zip(*heads, strict=True))
+        for found in (counts, ring, seen):
+            agree(found)
+        agree(mirror.stored(table, counts.host))
+        agree(Pair(mirror.pages.host.top, mirror.pages.device.top))
+
+
+@case("paged_decode")
+def _paged_decode(size: Size) -> None:
+    mirror = heads(size)
+    batch, kv_heads = mirror.counts.shape
+    lengths, active = torch.tensor([99, 200, 3]), torch.tensor([True, True, True])
+    query = size.randn(batch, kv_heads * size.group, size.dim, seed=2)
+    picked = torch.tensor([0, 2, -1, -1]).int().expand(batch, kv_heads, 4).contiguous()
+    picked[:, 1], picked[0, 2] = -1, torch.tensor([-1, 1, -1, 0])
+    each = picked.repeat_interleave(size.group, 1).contiguous()
+    for selected, window, slots in ((None, 70, 81), (picked, 5, 5), (each, 3, 9), (None, 1, 1)):
+        keys = size.randn(batch, kv_heads, slots, size.dim, seed=3)
+        ring = Ring(keys, -keys, torch.zeros(keys.shape[:3], dtype=torch.uint8))
+        found = both(
+            "paged_decode", query, mirror.pages, mirror.heads, ring, lengths, active, window,
+            size.dim**-0.5, selected=selected,
+        )  # fmt: skip
+        agree(found, size.atol)
+        active = torch.tensor([True, False, True])
+
+
+@case("quest_select", "top_pages")
+def _page_select(size: Size) -> None:
+    mirror = heads(size)
+    query = size.randn(3, 3 * size.group, size.dim, seed=2)
+    for group, budget in (("max", 3), ("mean", 9), ("each", 2)):
+        given = (mirror.pages, mirror.heads, query, budget, group, 1, 1)
+        agree(both("quest_select", *given))
+    for width, budget in ((7, 3), (300, 64), (20_000, 50)):  # more than a program holds at once
+        counts = torch.tensor([[width * size.page, 0], [width * size.page // 2 - 3, 1]]).int()
+        scores = torch.randn(2, 4, width, generator=torch.Generator().manual_seed(width))
+        scores[:, 1] = scores[:, 1].round()
+        agree(both("top_pages", scores, counts, size.page, budget, 1, 2))
+
+
+@case("read_tokens")
+def _read_tokens(size: Size) -> None:
+    mirror = heads(size)
+    chance = torch.rand(3, 3, 37, generator=torch.Generator().manual_seed(3))
+    source = (chance * mirror.counts[..., None]).int()
+    source[chance < 0.2] = -1
+    source[mirror.counts == 0] = -1
+    agree(both("read_tokens", mirror.pages, mirror.table, source))
+
+
+@case("move_kept")
+def _move_kept(size: Size) -> None:
+    mirror = make_mirror(size, [[150, 0, size.page], [3 * size.page + 1, 9, 5]], spare=60)
+    mirror.fork()
+    # The fork keeps its pages: the first sequence reads those and writes others.
+    new, held = mirror.table.clone(), mirror.table[0] > 0
+    new[0][held] = mirror.pages.host.free[: int(held.sum())]
+    counts = mirror.counts.clone()
+    counts[1, 1] = 0  # left alone
+    counts[2] = 0
+    lengths = counts.flatten()
+    keep = torch.rand(int(lengths.sum()), generator=torch.Generator().manual_seed(5)) < 0.7
+    starts = lengths.long().cumsum(0) - lengths
+    tables = pair(mirror.table.flatten(0, 1)), pair(new.flatten(0, 1))
+    both("move_kept", mirror.pages, *tables, keep, starts, lengths)
+    ends = list(zip(starts.tolist(), lengths.tolist(), strict=True))
+    stay = torch.tensor([int(keep[at : at + n].sum()) for at, n in ends]).view_as(counts)
+    stay[1, 1], stay[2] = mirror.counts[1, 1], mirror.counts[2]
+    agree(mirror.stored(pair(new), stay))
+
+
+@case("keep_best")
+def _keep_best(size: Size) -> None:
+    for shape, dtype in (((2, 3, 70), torch.float32), ((3, 5000), size.dtype)):
+        scores = torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+        scores[1] = scores[1].round()  # many ties
+        valid = torch.rand(shape, generator=torch.Generator().manual_seed(8)) < 0.8
+        valid.view(-1, shape[-1])[0] = False
+        amount = torch.arange(valid[..., 0].numel()).view(shape[:-1]) * shape[-1] // 5
+        agree(both("keep_best", scores, valid, amount))
+
+
+@case("read_pages", "read_meta", "read_summary", "write_summary", "copy_pages")
+def _page_io(size: Size) -> None:
+    # Whole pages are moved, so all of a page is written here.
+    mirror = make_mirror(size, [[4 * size.page, 2 * size.page]], spare=5)
+    held = mirror.table[mirror.table > 0]
+    free = mirror.pages.host.free[:2]
+    for ids in (held.view(2, 3), held[:1], mirror.table[0, :, 0]):
+        agree(both("read_pages", mirror.pages, ids))
+        agree(both("read_meta", mirror.pages, ids))
+        agree(both("read_summary", mirror.pages, ids))
+    both("copy_pages", mirror.pages, held[:2], free)
+    agree(both("read_pages", mirror.pages, free))
+    into = torch.tensor([int(held[4]), 0, int(free[1])])
+    both("write_summary", mirror.pages, into, torch.arange(6.0 * size.dim).view(3, -1) / 8)
+    agree(both("read_summary", mirror.pages, torch.cat([free, held])))
+
+
+@case("window_scores")
+def _window_scores(size: Size) -> None:
+    mirror = make_mirror(size, [[size.prompt + 40, 0, 2 * size.page], [size.page - 1, 64, 5]])
+    mirror.fork()
+    batch, kv_heads = mirror.counts.shape
+    for window, observed, group, normalize, pooling in (
+        (5, 24, "mean", "visible", "avg"),  # some queries lie before stored tokens
+        (5, 24, "max", "global", "max"),
+        (40, 7, "max", "visible", "avg"),
+        (40, 7, "mean", "global", "max"),
+    ):
+        lengths = mirror.counts.amax(1).long() + window
+        keys = size.randn(batch, kv_heads, window + 3, size.dim, seed=2)
+        ring = Ring(keys, keys, torch.zeros(keys.shape[:3], dtype=torch.uint8))
+        queries = size.randn(batch, kv_heads * size.group, observed + 2, size.dim, seed=3)
+        with mock.patch.object(scoring, "_SPLIT", 64):  # several, each of whole tiles
+            found = both(
+                "window_scores", mirror.pages, mirror.heads, ring, queries, lengths,
+                 window, size.dim**-0.5, observation=observed, kernel=3,
+                pooling=pooling, group=group, normalize=normalize,
+            )  # fmt: skip
+        agree(found, size.atol)
+
+
+@case("write_gate")
+def _write_gate(size: Size) -> None:
+    parts = [x.cpu() for x in weights(3, size.dim, 100, size.dtype)]
+    for tokens in (1, 131):
+        pre = size.randn(tokens, 3, size.dim, seed=7).transpose(0, 1)
+        key = size.randn(3, tokens, size.dim, seed=8)
+        scores = both("write_gate", pre, key, *parts)
+        agree(scores, size.atol)
+        limit = float(scores.device[1, 0])
+        for inclusive in (False, True):
+            found = both("write_gate", pre, key, *parts, limit, inclusive).device.cpu()
+            assert torch.equal(found, scores.device.cpu() > limit) or inclusive
+            assert bool(found[1, 0]) is inclusive

@@ -1,0 +1,110 @@
+"""A case for each op of a prompt call: chunks, whole prompts, empty ones and single tokens."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import torch
+from torch.nn.attention import SDPBackend
+
+from kvpolicy.kernels import dense_prefill as dense
+from kvpolicy.kernels import sparse_prefill as sparse
+from kvpolicy.kernels.prefill_gather import Rectangles, Tile
+from kvpolicy.ops import Heads, Segments
+from tests.support.kernels.dense import Dense
+from tests.support.kernels.mirror import Mirror, Pair, Size, agree, both, make_mirror, pair
+from tests.support.kernels.op_cases import case
+from tests.support.kernels.pool import CUDA
+from tests.support.kernels.prefill import make_segments
+
+
+def segments_of(starts: list[int], queries: list[int], keys: list[int]) -> Segments:
+    """`make_segments` on the host."""
+    found = make_segments(starts, queries, keys)
+    return Segments(*(x.cpu() if isinstance(x, torch.Tensor) else x for x in found))
+
+
+@case("count_leaving", "write_leaving")
+def _prompt_write(size: Size) -> None:
+    window, starts, new, old = 5, [5, 40, 9], [size.prompt, 0, 1], [5, 0, 5]
+    mirror = make_mirror(size, [[3, 0], [5, 2], [0, size.page]], spare=2 * size.prompt // 4 + 8)
+    segments = segments_of(starts, new, [a + b for a, b in zip(old, new, strict=True)])
+    flags = torch.randint(4, (2, segments.cu_k[-1]), generator=torch.Generator().manual_seed(1))
+    flags = flags.byte()
+    given = (mirror.counts, segments, window)
+    after, fresh, ranks = (
+        Pair(*x) for x in zip(*both("count_leaving", flags, *given, size.page), strict=True)
+    )
+    agree(after)
+    agree(fresh)
+    pages, table = mirror.pages, pair(mirror.table)
+    key = size.randn(segments.cu_k[-1], 2, size.dim, seed=3).transpose(0, 1)
+    counts = pair(mirror.counts)
+    written = (key, -key, flags, segments, window, after, fresh, ranks)
+    heads = Pair(*(Heads(*side) for side in zip(table, counts, strict=True)))
+    both("write_leaving", pages, heads, *written)
+    agree(table)
+    agree(counts)
+    agree(Pair(pages.host.top, pages.device.top))
+    agree(mirror.stored(table, after.host))
+
+
+def prompt(size: Size, window: int, rates: tuple[float, float]) -> tuple[Mirror, Segments, tuple]:
+    """A chunk of one sequence, an empty one, a whole prompt, a token: pages, recent, queries."""
+    starts, queries = [size.prompt, 30, 0, 60], [size.prompt - 10, 0, 33, 1]
+    ends = [a + b for a, b in zip(starts, queries, strict=True)]
+    firsts = [max(0, start - window - 3) for start in starts]
+    whole = [[size.randn(2, n, size.dim, seed=n + i) for i in (0, 1)] for n in ends]
+    chance = torch.Generator().manual_seed(2)
+    admitted = [torch.rand(2, n, generator=chance) < torch.tensor(rates)[:, None] for n in ends]
+    stored = []
+    for (k, v), admit, end in zip(whole, admitted, ends, strict=True):
+        at = [admit[h, : max(end - window, 0)].nonzero()[:, 0] for h in (0, 1)]
+        stored.append([(k[h, at[h]], v[h, at[h]], at[h]) for h in (0, 1)])
+    cut = list(zip(whole, firsts, strict=True))
+    recent = [torch.cat([x[i][:, first:] for x, first in cut], 1) for i in (0, 1)]
+    flags = torch.cat([x[:, first:] for x, first in zip(admitted, firsts, strict=True)], 1).byte()
+    keys = [end - first for end, first in zip(ends, firsts, strict=True)]
+    query = size.randn(sum(queries), 2 * size.group, size.dim, seed=3).transpose(0, 1)
+    segments = segments_of(starts, queries, keys)
+    return make_mirror(size, stored), segments, (query, *recent, flags)
+
+
+@case("prefill_attention")
+def _prefill_attention(size: Size) -> None:
+    choose, small = sparse.choose_tile, Tile(32, 16, 4, 2)
+    for rates, descriptors, cut in (
+        ((0.9, 0.3), True, False), ((1.0, 0.0), False, False), ((0.9, 0.6), True, True),
+        ((0.9, 0.6), False, True), ((0.0, 0.0), False, False),
+    ):  # fmt: skip
+        mirror, segments, given = prompt(size, 9, rates)
+
+        def tile(dim, itemsize, shared, descriptors=descriptors):
+            found = choose(dim, itemsize, shared) if CUDA else small
+            return found._replace(descriptors=descriptors and (found.descriptors or not CUDA))
+
+        # Whether rectangles pay and who computes them is not the matter here.
+        span = tile(size.dim, size.dtype.itemsize, 227 << 10).queries(size.group) * 2
+        rectangles = Rectangles(Dense(), queries=span, spare=8, least=16, average=0, work=0)
+        chosen = rectangles if cut else None
+        with (
+            mock.patch.object(sparse, "choose_tile", tile),
+            mock.patch.object(sparse, "choose_rectangles", lambda _, chosen=chosen: chosen),
+        ):
+            pages = (mirror.pages, mirror.heads)
+            found = both("prefill_attention", *given, segments, *pages, 9, size.dim**-0.5)
+        agree(found, size.atol)
+        assert not cut or any(rectangles.attend.rows)
+
+
+@case("dense_prefill")
+def _dense_prefill(size: Size) -> None:
+    mirror, segments, (query, key, value, _) = prompt(size, 9, (1.0, 1.0))
+    # A sanitizer neither sees cuDNN's bulk stores nor has anything to say to us about its kernels.
+    order = [x for x in dense._ORDER if x != SDPBackend.CUDNN_ATTENTION]
+    with (
+        mock.patch.object(dense, "find_flash", lambda _: None),
+        mock.patch.object(dense, "_ORDER", order),
+    ):
+        given = (query, key, value, segments, mirror.pages, mirror.table)
+        agree(both("dense_prefill", *given, size.dim**-0.5), size.atol)

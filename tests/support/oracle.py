@@ -1,0 +1,78 @@
+"""The contract in float64 with plain lists: one layer, one sequence. Decides every other test."""
+
+from __future__ import annotations
+
+import torch
+
+from kvpolicy import Write
+from tests.support.rules import read
+
+
+class Oracle:
+    """Every token ever seen, and for each KV head which of them are admitted and not evicted."""
+
+    def __init__(self, pipeline, spec, layer):
+        self.layer, self.spec, self.n = layer, spec, 0
+        self.heads, self.group = spec.kv_heads, spec.group
+        self.slides = spec.slides(layer) is not None
+        self.W = spec.slides(layer) or pipeline.window
+        place = (torch.device("cpu"), spec.dtype, "reference")
+        self.admission = pipeline.admission.place(*place).at(layer)
+        self.eviction = pipeline.eviction.place(*place).at(layer)
+        self.selection = pipeline.selection.at(layer)
+        empty = torch.zeros(spec.kv_heads, 0, spec.head_dim, dtype=spec.dtype)
+        self.q, self.k, self.v, self.pre = empty.repeat(spec.group, 1, 1), empty, empty, empty
+        self.alive = self.mark = torch.zeros(self.heads, 0, dtype=torch.bool)
+        self.evicted, self.read, self.slack = [0] * self.heads, None, 0.0
+
+    def pages(self, h):
+        """Global tokens of a head: admitted, not evicted, out of the window."""
+        return self.alive[h, : max(self.n - self.W, 0)].nonzero()[:, 0].tolist()
+
+    def store(self, q, k, v, pre, prompt):
+        for name, new in (("q", q), ("k", k), ("v", v), ("pre", pre)):
+            setattr(self, name, torch.cat([getattr(self, name), new], 1))
+        old, self.n = self.n, self.k.shape[1]
+        cu, at = torch.tensor([0, self.n - old], dtype=torch.int32), torch.arange(old, self.n)
+        write = Write(k, v, at, cu, self.layer, range(self.heads), key_pre=pre)
+        admit, mark = self.admission.admit(write), self.eviction.mark(write)
+        mark = torch.ones_like(admit) if mark is None or not prompt else mark
+        self.alive = torch.cat([self.alive, admit & (not self.slides)], 1)
+        self.mark = torch.cat([self.mark, mark], 1)
+
+    def attend(self, at, visible):
+        """Queries `at` over `visible` [Hq, len(at), n]; also how far the plain formula errs."""
+
+        def formula(dtype):
+            k, v = (x.to(dtype).repeat_interleave(self.group, 0) for x in (self.k, self.v))
+            s = (self.q[:, at].to(dtype) @ k.mT).to(torch.promote_types(dtype, torch.float32))
+            s = (s * self.spec.softmax_scale).masked_fill(~visible, float("-inf"))
+            return s.softmax(-1).to(dtype) @ v
+
+        exact = formula(torch.float64)
+        if self.spec.dtype != torch.float64:
+            error = (formula(self.spec.dtype).double() - exact).abs().max()
+            self.slack = max(self.slack, float(error))
+        return exact
+
+    def prompt(self, q, k, v, pre):
+        old = self.n
+        self.store(q, k, v, pre, prompt=True)
+        i, j = torch.arange(old, self.n)[:, None], torch.arange(self.n)
+        far = self.alive.repeat_interleave(self.group, 0)[:, None]
+        return self.attend(i[:, 0], (j <= i) & ((i - j < self.W) | far))
+
+    def decode(self, q, k, v, pre):
+        self.store(q, k, v, pre, prompt=False)
+        i = self.n - 1
+        visible = torch.zeros(self.q.shape[0], 1, self.n, dtype=torch.bool)
+        visible[:, :, max(0, i - self.W + 1) :] = True
+        self.read = [tokens for h in range(self.heads) for tokens in read(self, i, h)]
+        for h, tokens in enumerate(self.read):
+            visible[h, 0, tokens] = True
+        return self.attend([i], visible)
+
+    def crop(self, count):
+        self.n -= count
+        for name in ("q", "k", "v", "pre", "alive", "mark"):
+            setattr(self, name, getattr(self, name)[:, : self.n])
