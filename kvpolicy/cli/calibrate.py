@@ -94,11 +94,11 @@ def pareto(
         from ..evaluation.search import pareto as measuring
         from ..evaluation.tasks import TASKS
 
-        if task not in TASKS:
-            raise ValueError(f"task: wanted one of {', '.join(TASKS)}, got {task!r}")
+        asking = [name for name in TASKS if TASKS[name].questions]
+        if task not in asking:
+            raise ValueError(f"task: wanted one of {', '.join(asking)}, got {task!r}")
         language_model, tokenizer = load(model, device)
-        make = TASKS[task]
-        examples = make(
+        examples = TASKS[task].make(
             tokenizer, "\n\n".join(read(texts)), length=length, contexts=contexts, seed=seed
         )
         parts = budget or [0.25, 0.125, 0.0625]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,8 +20,8 @@ from ..sessions.pipeline import settled
 from ..sessions.score import AnswerScore
 from ..tasks.loss import hit_tokens, losses
 from ..tasks.prompts import Example, Ids, Question
+from .records import Footprint, Measured
 
-Row = dict[str, Any]
 _CAPTURE_FROM = 6  # steps from which a graph saves more than its capture costs
 _CPU_TOKENS = 1 << 13  # context tokens of a batch on the host
 _ROOM = 24  # device memory for a context token, in units of its keys and values
@@ -40,7 +41,7 @@ def answer(
     captured: bool = True,
     page_size: int = 16,
     check: Callable[[], None] = lambda: None,
-) -> Row:
+) -> Measured:
     """Scores by context, and sizes after the first question; `check` may raise OutOfTime.
 
     As many contexts as fit are read together, each in a sequence of its own, and every question in
@@ -61,14 +62,17 @@ def answer(
             )
             firsts = [questions[0] for questions in asked]
             sizes += [_size_after(model, cache, firsts, question_in_prompt)] * len(group)
-    return {
-        "accuracy": [statistics.fmean(a.token_accuracy for a in x) for x in scores],
-        "exact": [statistics.fmean(a.exact_match for a in x) for x in scores],
-        "log_likelihood": [statistics.fmean(a.log_likelihood for a in x) for x in scores],
-        "questions": sum(map(len, scores)),
-        **_means(sizes),
-        "seconds": time.monotonic() - began,
+    kinds: dict[str, Callable[[AnswerScore], float]] = {
+        "accuracy": lambda answer: answer.token_accuracy,
+        "exact": lambda answer: answer.exact_match,
+        "log_likelihood": lambda answer: answer.log_likelihood,
     }
+    return Measured(
+        scores={n: tuple(statistics.fmean(map(of, x)) for x in scores) for n, of in kinds.items()},
+        questions=sum(map(len, scores)),
+        footprint=_mean(sizes),
+        seconds=time.monotonic() - began,
+    )
 
 
 @torch.no_grad()
@@ -79,7 +83,7 @@ def read_text(
     *,
     page_size: int = 16,
     check: Callable[[], None] = lambda: None,
-) -> Row:
+) -> Measured:
     """Losses by document, over all tokens and over hit tokens; `check` may raise OutOfTime.
 
     Documents `[N]` are of one length; pages hold `page_size` tokens.
@@ -98,12 +102,11 @@ def read_text(
                 if len(hit):
                     hits.append(hit.mean().item())
             sizes += [_size(cache)] * len(group)
-    return {
-        "loss": everywhere,
-        "hit_loss": hits,
-        **_means(sizes),
-        "seconds": time.monotonic() - began,
-    }
+    return Measured(
+        scores={"loss": tuple(everywhere), "hit_loss": tuple(hits)},
+        footprint=_mean(sizes),
+        seconds=time.monotonic() - began,
+    )
 
 
 def ask_together(
@@ -217,7 +220,7 @@ def _size_after(
     cache: KVPolicyCache,
     questions: Sequence[Question],
     question_in_prompt: bool,
-) -> Row:
+) -> Footprint:
     """What each sequence holds after a question and the answer's first token."""
     _forward(model, cache, *_block([question.question_ids for question in questions]))
     if question_in_prompt:
@@ -226,25 +229,26 @@ def _size_after(
     return _size(cache)
 
 
-def _size(cache: KVPolicyCache) -> Row:
+def _size(cache: KVPolicyCache) -> Footprint:
     """Mean tokens per head, window included, and bytes, of one of the cache's sequences."""
     assert cache.state is not None
     found = settled(cache)
     batch, spec = cache.state.batch, cache.spec
     heads = sum(len(layer) for layer in found.stored)
     token = 2 * spec.head_dim * spec.dtype.itemsize
-    return {
-        "held_tokens": statistics.fmean(x for layer in found.stored for x in layer),
-        "seen_tokens": found.tokens / batch,
-        "read_tokens": found.mean_read,
-        "bytes": found.total / batch,
-        "kv_bytes": found.kv / batch,
+    return Footprint(
+        held_tokens=statistics.fmean(x for layer in found.stored for x in layer),
+        seen_tokens=found.tokens / batch,
+        read_tokens=found.mean_read,
+        bytes=found.total / batch,
+        kv_bytes=found.kv / batch,
         # Places for tokens: the window and pages, without the ring's places for rollback.
-        "slots": found.kv / batch / heads / token - spec.rollback,
-        "admitted": found.mean_admitted,
-        "evicted": sum(map(sum, found.evicted)) / batch,
-    }
+        slots=found.kv / batch / heads / token - spec.rollback,
+        admitted=found.mean_admitted,
+        evicted=sum(map(sum, found.evicted)) / batch,
+    )
 
 
-def _means(sizes: Sequence[Row]) -> Row:
-    return {name: statistics.fmean(size[name] for size in sizes) for name in sizes[0]}
+def _mean(sizes: Sequence[Footprint]) -> Footprint:
+    names = [field.name for field in attrs.fields(Footprint)]
+    return Footprint(**{n: statistics.fmean(getattr(size, n) for size in sizes) for n in names})

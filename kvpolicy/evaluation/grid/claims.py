@@ -2,122 +2,120 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+
+import attrs
 
 from ..._markdown import table
-from ..sessions.estimates import estimate, ratio, said
-from .results import Row
-from .variants import FULL, LOSS, SEEN
+from ..sessions.estimates import Estimate, estimate, ratio, said
+from ..tasks import TASKS, Task
+from .records import Measured, Result
+from .variants import FULL, SEEN
 
-QUARTER, EIGHTH = 0.25, 0.125
-_NEEDLES, _COPY = ("eight needles", "one needle"), ("copy",)
-_FACTS = ("eight facts", "one fact")
-_RETRIEVAL = (*_NEEDLES, *_COPY, *_FACTS, "key-value")
-#: Largest part of the cache, tasks, score, and its bound as a part of full attention's.
-_BOUNDS: tuple[tuple[float, tuple[str, ...], str, float], ...] = (
-    (QUARTER, (*_NEEDLES, *_COPY), "accuracy", 0.98),
-    (QUARTER, _FACTS, "accuracy", 0.95),
-    (EIGHTH, _NEEDLES, "accuracy", 0.95),
-    (QUARTER, (LOSS,), "loss", 1.01),
-    (QUARTER, (LOSS,), "hit_loss", 1.05),
-)
-# A fact is one token, and a prompt with its question decides it: selections, and evictions that
-# come after the question, act on later ones.
-_DECODED = (*_NEEDLES, *_COPY, "key-value")
+_EIGHTH = 0.125
 _FURTHER = -0.01  # a smaller loss of accuracy counts as none
 _BASELINES = ("local", "DuoAttention", "random", "SnapKV")
 
 
-def claims(rows: Sequence[Row]) -> list[str]:
+def claims(results: Sequence[Result]) -> list[str]:
     """Lines of Markdown: each claim on each task and length, what was found, and whether it holds.
 
     A bound on a quotient holds by its mean; one that lies within a standard error of the bound is
-    marked.
+    marked. Nothing is claimed of tasks that the library does not know.
     """
-    found = [*_kept(rows), *_ahead(rows), *_reading(rows), *_capped(rows)]
+    places = list(_places(results))
+    found = [
+        row
+        for kind in (_kept, _ahead, _reading, _capped)
+        for place in places
+        for row in kind(place)
+    ]
     if not found:
         return []
     head = ["claim", "task", "tokens", "composition", "found", "holds"]
     return ["## Claims", "", *table(head, found), ""]
 
 
-def _here(rows: Sequence[Row]) -> Iterator[tuple[str, int, dict[str, Row]]]:
-    """Task, length and the measured rows by variant, full attention among them."""
-    for task, length in dict.fromkeys((row["task"], row["length"]) for row in rows):
-        here = {
-            row["variant"]: row
-            for row in rows
-            if (row["task"], row["length"]) == (task, length) and "skipped" not in row
-        }
-        if FULL in here:
-            yield task, length, here
+@attrs.frozen(kw_only=True)
+class _Place:
+    """What was measured on one task at one length, by variant; full attention is among it."""
+
+    task: Task
+    length: int
+    families: Mapping[str, str]
+    measured: Mapping[str, Measured]
+
+    def of(self, *families: str) -> Iterator[tuple[str, Measured]]:
+        """Names and measurements of the variants of some families."""
+        for name, found in self.measured.items():
+            if self.families[name] in families:
+                yield name, found
+
+    def row(self, claim: str, what: str, found: Estimate, good: bool, bound: float) -> list[str]:
+        """A claim on a number, and whether it holds."""
+        close = abs(found.mean - bound) < found.standard_error
+        verdict = f"{'yes' if good else 'no'}{', within its error' if close else ''}"
+        return [claim, self.task.name, str(self.length), what, said(found), verdict]
+
+    def gap(self, claim: str, one: str, other: str, least: float = 0.0) -> list[str]:
+        """A claim that `one` scores above `other` by more than `least`, paired by context."""
+        a, b = (self.measured[name].scores["accuracy"] for name in (one, other))
+        found = estimate([x - y for x, y in zip(a, b, strict=True)])
+        return self.row(claim, f"{one} - {other}", found, found.mean > least, least)
 
 
-def _kept(rows: Sequence[Row]) -> Iterator[list[str]]:
+def _places(results: Sequence[Result]) -> Iterator[_Place]:
+    for name, length in dict.fromkeys((x.task, x.length) for x in results):
+        here = [x for x in results if (x.task, x.length) == (name, length)]
+        measured = {x.variant: x.measured for x in here if x.measured is not None}
+        if FULL in measured and name in TASKS:
+            families = {x.variant: x.family for x in here}
+            yield _Place(task=TASKS[name], length=length, families=families, measured=measured)
+
+
+def _kept(place: _Place) -> Iterator[list[str]]:
     """Gates against full attention, by the part of the cache that they hold."""
-    for task, length, here in _here(rows):
-        for row in here.values():
-            if row["family"] != "write gate":
+    full = place.measured[FULL]
+    for name, gate in place.of("write gate"):
+        held = gate.footprint.held
+        for bound in place.task.bounds:
+            if held > bound.most:
                 continue
-            held = row["held_tokens"] / row["seen_tokens"]
-            for most, tasks, score, bound in _BOUNDS:
-                if held > most or task not in tasks:
-                    continue
-                part = ratio(row[score], here[FULL][score])
-                good = part.mean >= bound if bound < 1 else part.mean <= bound
-                close = abs(part.mean - bound) < part.standard_error
-                sign = ">=" if bound < 1 else "<="
-                claim = f"{score.replace('_', ' ')} {sign} {bound:.0%} of full's"
-                claim = f"{claim}, cache <= {most:.3g}"
-                name = f"{row['variant']} ({held:.1%})"
-                yield [claim, task, str(length), name, said(part), _verdict(good, close)]
+            part = ratio(gate.scores[bound.score], full.scores[bound.score])
+            below = bound.part < 1
+            good = part.mean >= bound.part if below else part.mean <= bound.part
+            claim = f"{bound.score.replace('_', ' ')} {'>=' if below else '<='} {bound.part:.0%}"
+            claim = f"{claim} of full's, cache <= {bound.most:.3g}"
+            yield place.row(claim, f"{name} ({held:.1%})", part, good, bound.part)
 
 
-def _ahead(rows: Sequence[Row]) -> Iterator[list[str]]:
+def _ahead(place: _Place) -> Iterator[list[str]]:
     """Gates against the policies that take as many bytes."""
-    for task, length, here in _here(rows):
-        if task not in _RETRIEVAL:
-            continue
-        for gate in [row for row in here.values() if row["family"] == "write gate"]:
+    if place.task.retrieval:
+        for gate, _ in place.of("write gate"):
             for family in _BASELINES:
-                other = here.get(f"{family} ({gate['variant']})")
-                if other is not None:
-                    claim = f"ahead of {family} at equal bytes"
-                    yield _gap(claim, task, length, gate, other, 0.0)
+                other = f"{family} ({gate})"
+                if other in place.measured:
+                    yield place.gap(f"ahead of {family} at equal bytes", gate, other)
 
 
-def _reading(rows: Sequence[Row]) -> Iterator[list[str]]:
+def _reading(place: _Place) -> Iterator[list[str]]:
     """A gate with Quest reads an eighth and answers as the gate alone."""
-    for task, length, here in _here(rows):
-        for row in here.values():
-            if row["family"] != "gate + Quest" or length < 4096 or task not in _DECODED:
-                continue
-            read = row["read_tokens"] / length
-            gate = here.get(row["variant"].partition(" + ")[0])
-            if gate is not None and read <= EIGHTH:
-                claim = f"reads {read:.1%} of the context, no further loss (> {_FURTHER})"
-                yield _gap(claim, task, length, row, gate, _FURTHER)
+    if place.length < 4096 or not place.task.decoded:
+        return
+    for name, both in place.of("gate + Quest"):
+        read = both.footprint.read_tokens / place.length
+        gate = name.partition(" + ")[0]
+        if gate in place.measured and read <= _EIGHTH:
+            claim = f"reads {read:.1%} of the context, no further loss (> {_FURTHER})"
+            yield place.gap(claim, name, gate, _FURTHER)
 
 
-def _capped(rows: Sequence[Row]) -> Iterator[list[str]]:
+def _capped(place: _Place) -> Iterator[list[str]]:
     """A gate with SnapKV against SnapKV alone under the same cap."""
-    for task, length, here in _here(rows):
-        for row in here.values():
-            name = row["variant"].partition(" + ")[2]
-            if SEEN in name and task not in _DECODED:
-                continue
-            if row["family"].startswith("gate + SnapKV") and name in here:
-                yield _gap("ahead of SnapKV under its cap", task, length, row, here[name], 0.0)
-
-
-def _gap(claim: str, task: str, length: int, row: Row, other: Row, least: float) -> list[str]:
-    """A claim that `row` scores above `other` by more than `least`, paired by context."""
-    gaps = [a - b for a, b in zip(row["accuracy"], other["accuracy"], strict=True)]
-    found = estimate(gaps)
-    close = abs(found.mean - least) < found.standard_error
-    name = f"{row['variant']} - {other['variant']}"
-    return [claim, task, str(length), name, said(found), _verdict(found.mean > least, close)]
-
-
-def _verdict(good: bool, close: bool) -> str:
-    return f"{'yes' if good else 'no'}{', within its error' if close else ''}"
+    for name, family in place.families.items():
+        alone = name.partition(" + ")[2]
+        if SEEN in alone and not place.task.decoded:
+            continue
+        if family.startswith("gate + SnapKV") and {name, alone} <= place.measured.keys():
+            yield place.gap("ahead of SnapKV under its cap", name, alone)

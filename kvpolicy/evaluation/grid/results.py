@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import attrs
 
-Row = dict[str, Any]
+from ..._files import write_text
+from .records import Result, from_json, to_json
+
+#: Of the files; 1 is version 0.1.0's, which told failed cells from skipped ones by the reason only.
+FORMAT = 2
+Record = dict[str, Any]
 
 
 @attrs.frozen
@@ -18,19 +23,19 @@ class Store:
 
     folder: Path = attrs.field(converter=Path)
 
-    def open(self, settings: Row, made_with: Row) -> list[Row]:
-        """The rows of earlier runs with the same settings.
+    def open(self, settings: Record, made_with: Record) -> list[Result]:
+        """The results of earlier runs with the same settings, the last of each cell.
 
         `made_with` says what this run uses; runs with several are all recorded.
 
         Raises:
-            ValueError: the folder holds results of other settings.
+            ValueError: the folder holds results of other settings or of a newer version, or a file
+                is damaged. Nothing is written then.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "settings.json"
-        record: Row = {"settings": settings, "made_with": []}
+        record: Record = {"format": FORMAT, "settings": settings, "made_with": []}
         if path.exists():
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = self.record()
             found = record["settings"]
             other = [name for name in settings if found.get(name) != settings[name]]
             if other:
@@ -38,32 +43,81 @@ class Store:
                     f"out: {self.folder} holds results of another {', '.join(other)}: "
                     f"{', '.join(repr(found.get(name)) for name in other)}"
                 )
+        text = self._cells.read_text(encoding="utf-8") if self._cells.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # an interrupted run leaves half a line
+        results = self._results(whole)
+        self.folder.mkdir(parents=True, exist_ok=True)
         if made_with not in record["made_with"]:
             record["made_with"].append(made_with)
-        path.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        text = self._cells.read_text(encoding="utf-8") if self._cells.exists() else ""
-        if text and not text.endswith("\n"):  # an interrupted run left half a line
-            text = text[: text.rfind("\n") + 1]
-            self._cells.write_text(text, encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+        write_text(path, json.dumps({**record, "format": FORMAT}, indent=1))
+        if whole != text:
+            write_text(self._cells, whole)
+        return results
 
-    def add(self, row: Row) -> None:
-        """Appends the row of a finished cell."""
+    def add(self, result: Result) -> None:
+        """Appends the result of a finished cell."""
         with self._cells.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(to_json(result)) + "\n")
 
-    def write(self, rows: Sequence[Row], text: str) -> None:
-        """Writes the rows as results.json and `text` as results.md."""
-        (self.folder / "results.json").write_text(
-            json.dumps({**self.record(), "cells": rows}, indent=1), encoding="utf-8"
+    def write(self, results: Iterable[Result], text: str) -> None:
+        """Writes the results as results.json and `text` as results.md."""
+        cells = [to_json(result) for result in results]
+        write_text(
+            self.folder / "results.json", json.dumps({**self.record(), "cells": cells}, indent=1)
         )
-        (self.folder / "results.md").write_text(text, encoding="utf-8")
+        write_text(self.folder / "results.md", text)
 
-    def record(self) -> Row:
-        """The settings, and what the runs used."""
-        found: Row = json.loads((self.folder / "settings.json").read_text(encoding="utf-8"))
+    def record(self) -> Record:
+        """The settings, and what the runs used.
+
+        Raises:
+            ValueError: the file is damaged or of a newer version.
+        """
+        path = self.folder / "settings.json"
+        found = _json(path.read_text(encoding="utf-8"), str(path))
+        if not isinstance(found, dict):
+            raise ValueError(f"{path}: wanted an object, got {type(found).__name__}")
+        if found.get("format", 1) not in (1, FORMAT):
+            raise ValueError(
+                f"{path}: wanted format 1 or {FORMAT}, got {found['format']!r}; results of another "
+                "version of kvpolicy go to a folder of their own"
+            )
+        for name, kind in (("settings", dict), ("made_with", list)):
+            if not isinstance(found.get(name), kind):
+                raise ValueError(f"{path}: {name}: wanted a {kind.__name__}, got no such field")
         return found
+
+    def _results(self, text: str) -> list[Result]:
+        """The results of whole lines; one that failed gives way to a later one."""
+        found: dict[tuple[str, int, str], Result] = {}
+        for number, line in enumerate(text.split("\n")[:-1], 1):
+            place = f"{self._cells} line {number}"
+            value = _json(line, place)
+            try:
+                result = from_json(value)
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from error
+            if result.key in found and not found.pop(result.key).failed:
+                task, length, variant = result.key
+                raise ValueError(
+                    f"{place}: {task}, {length}: {variant} stands in an earlier line too; delete "
+                    "one of them"
+                )
+            found[result.key] = result
+        return list(found.values())
 
     @property
     def _cells(self) -> Path:
         return self.folder / "cells.jsonl"
+
+
+def _json(text: str, place: str) -> Any:
+    """Parsed JSON.
+
+    Raises:
+        ValueError: it is none; `place` says where it stands.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: wanted JSON, got {text[:40]!r}: {error}") from error

@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...admission import WriteGate
+from ...errors import KVPolicyError
+from ...pipeline import CachePipeline
 from ...pretrained import path
 from ..sessions.estimates import shown
-from ..tasks.loss import documents
-from ..tasks.recall import TASKS
+from ..tasks import Task
 from .cell import OutOfTime, answer, read_text
-from .results import Row, Store
-from .variants import LOSS, Cell, Room, Variant, cells, variants
+from .records import TOO_SMALL, Measured, Result
+from .results import Store
+from .variants import Cell, Room, Variant, cells, variants
 
 SHIPPED_GATES = ("25", "17", "10")
-QUESTIONS = 8  # of a context, unless a task's name says one
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -28,7 +30,8 @@ class Runner:
     """Measures cells until all are done or the time is over.
 
     `contexts` are those of a cell of eight questions each; tasks of one question get eight times as
-    many, so that every cell asks as much. `rows` are what is measured already.
+    many, so that every cell asks as much. `results` are what earlier runs measured; cells that
+    failed are tried again.
     """
 
     model: PreTrainedModel
@@ -38,54 +41,64 @@ class Runner:
     seed: int
     deadline: float
     store: Store
-    rows: list[Row]
+    results: list[Result]
     captured: bool = True
     page_size: int = 16
     say: Callable[[str], object] = print
     left: int = 0
     _prompts: dict[tuple[str, int], list[Any]] = attrs.field(factory=dict)
 
-    def run(self, tasks: Sequence[str], lengths: Sequence[int], found: Sequence[Variant]) -> None:
+    def run(self, tasks: Sequence[Task], lengths: Sequence[int], found: Sequence[Variant]) -> None:
         """Measures what is not measured yet, the most informative first."""
-        done = {(row["task"], row["length"], row["variant"]) for row in self.rows}
+        done = {result.key for result in self.results if not result.failed}
         todo = [cell for cell in cells(tasks, lengths, found) if cell.key not in done]
         for number, cell in enumerate(todo):
             try:
-                row = self._measure(cell)
+                result = self._measure(cell)
             except OutOfTime:
                 self.left = len(todo) - number
                 return
-            self.rows.append(row)
-            self.store.add(row)
-            self.say(_said(row))
+            self.results = [x for x in self.results if x.key != result.key] + [result]
+            self.store.add(result)
+            self.say(_said(result))
 
-    def _measure(self, cell: Cell) -> Row:
+    @property
+    def failed(self) -> list[Result]:
+        """Cells without a result that another run could have."""
+        return [result for result in self.results if result.failed]
+
+    def _measure(self, cell: Cell) -> Result:
         self._check()
         variant = cell.variant
-        row = {
-            "task": cell.task,
-            "length": cell.length,
-            "variant": variant.name,
-            "family": variant.family,
-            "keep": variant.keep,
-            "seed": self.seed,
-        }
+        result = Result(
+            task=cell.task.name,
+            length=cell.length,
+            variant=variant.name,
+            family=variant.family,
+            keep=variant.keep,
+            seed=self.seed,
+        )
         try:
-            prompts = self._examples(cell.task, cell.length)
-        except ValueError as error:  # the text or the length does not do for this task
-            return {**row, "skipped": str(error)}
-        pipeline = variant.build(self._room(cell))
-        if pipeline is None:
-            return {**row, "skipped": "cannot be this small"}
-        if cell.task == LOSS:
-            return row | read_text(
+            prompts = self._prompts_of(cell.task, cell.length)
+            pipeline = variant.build(self._room(cell))
+            if pipeline is None:
+                return attrs.evolve(result, skipped=TOO_SMALL)
+            measured = self._run(cell, pipeline, prompts)
+        # A text or a length that does not do for the task, or more than the device holds.
+        except (KVPolicyError, ValueError, torch.OutOfMemoryError) as error:
+            return attrs.evolve(result, failed=str(error) or type(error).__name__)
+        return attrs.evolve(result, measured=measured)
+
+    def _run(self, cell: Cell, pipeline: CachePipeline, prompts: list[Any]) -> Measured:
+        if not cell.task.questions:
+            return read_text(
                 self.model, pipeline, prompts, page_size=self.page_size, check=self._check
             )
-        return row | answer(
+        return answer(
             self.model,
             pipeline,
             prompts,
-            question_in_prompt=variant.question_in_prompt,
+            question_in_prompt=cell.variant.question_in_prompt,
             captured=self.captured,
             page_size=self.page_size,
             check=self._check,
@@ -97,22 +110,25 @@ class Runner:
 
     def _room(self, cell: Cell) -> Room:
         """What the variant may hold: the bytes of its match on the same prompts."""
-        wanted = (cell.task, cell.length, cell.variant.matches)
-        for row in self.rows:
-            if (row["task"], row["length"], row["variant"]) == wanted and "kv_bytes" in row:
-                seen = row["seen_tokens"]
-                return Room(row["slots"], seen, seen - cell.length, page=self.page_size)
-        return Room(cell.variant.keep * cell.length, cell.length, page=self.page_size)
+        match = cell.variant.matches
+        if match is None:
+            return Room(cell.variant.keep * cell.length, cell.length, page=self.page_size)
+        wanted = (cell.task.name, cell.length, match)
+        for result in self.results:
+            if result.key == wanted and result.measured is not None:
+                size = result.measured.footprint
+                asked = size.seen_tokens - cell.length
+                return Room(size.slots, size.seen_tokens, asked, page=self.page_size)
+        raise ValueError(f"it takes the bytes of {match}, which was not measured")
 
-    def _examples(self, task: str, length: int) -> list[Any]:
+    def _prompts_of(self, task: Task, length: int) -> list[Any]:
         """The same for every variant."""
-        if (task, length) not in self._prompts:
-            make: Callable[..., list[Any]] = documents if task == LOSS else TASKS[task]
-            count = self.contexts * (QUESTIONS if task.startswith("one ") else 1)
-            self._prompts[task, length] = make(
+        if (task.name, length) not in self._prompts:
+            count = task.contexts(self.contexts)
+            self._prompts[task.name, length] = task.make(
                 self.tokenizer, self.text, length=length, contexts=count, seed=self.seed
             )
-        return self._prompts[task, length]
+        return self._prompts[task.name, length]
 
 
 def variants_for(
@@ -144,10 +160,11 @@ def variants_for(
     return variants(named, duo, keeps, budgets, window)
 
 
-def _said(row: Row) -> str:
-    place = f"{row['task']}, {row['length']}: {row['variant']}"
-    if "skipped" in row:
-        return f"{place}: {row['skipped']}"
-    score = "accuracy" if "accuracy" in row else "loss"
-    size = row["held_tokens"] / row["seen_tokens"]
-    return f"{place}: {score} {shown(row[score])}, cache {size:.1%}, {row['seconds']:.1f} s"
+def _said(result: Result) -> str:
+    place = f"{result.task}, {result.length}: {result.variant}"
+    done = result.measured
+    if done is None:
+        return f"{place}: {'failed: ' if result.failed else ''}{result.reason}"
+    name, values = next(iter(done.scores.items()))
+    size = f"cache {done.footprint.held:.1%}"
+    return f"{place}: {name} {shown(values)}, {size}, {done.seconds:.1f} s"

@@ -7,57 +7,52 @@ from collections.abc import Sequence
 from ..._markdown import table
 from ..sessions.estimates import ratio, said, shown
 from .claims import claims
-from .results import Row
-from .variants import FULL, LOSS
+from .records import Measured, Result
+from .results import Record
+from .variants import FULL
+
+#: The scores that are set in relation to full attention's.
+COMPARED = ("accuracy", "loss", "hit_loss")
 
 
-def summary(record: Row, rows: Sequence[Row], title: str) -> str:
+def summary(record: Record, results: Sequence[Result], title: str) -> str:
     """The text of results.md."""
-    lines = [f"# {title}", "", *_record(record), *claims(rows), *tables(rows), _NOTE, ""]
+    lines = [f"# {title}", "", *_record(record), *claims(results), *tables(results), _NOTE, ""]
     return "\n".join(lines)
 
 
-def tables(rows: Sequence[Row]) -> list[str]:
+def tables(results: Sequence[Result]) -> list[str]:
     """Lines of Markdown, one table a task and length."""
     out = []
-    for task, length in dict.fromkeys((row["task"], row["length"]) for row in rows):
-        here = [row for row in rows if (row["task"], row["length"]) == (task, length)]
-        full = next((row for row in here if row["variant"] == FULL and "skipped" not in row), {})
+    for task, length in dict.fromkeys((x.task, x.length) for x in results):
+        here = [x for x in results if (x.task, x.length) == (task, length)]
+        done = {x.variant: x.measured for x in here if x.measured is not None}
+        scores = list(dict.fromkeys(score for found in done.values() for score in found.scores))
         names = ["composition", "cache", "read", "MB"]
-        names += [score.replace("_", " ") for score in _scores(task)]
-        names += [f"{score.replace('_', ' ')} / full" for score in compared(task)] + ["n"]
-        out += [f"## {task}, {length} tokens", ""]
-        out += table(names, [_cells(row, full, len(names)) for row in here], numbers=True)
-        out.append("")
+        names += [score.replace("_", " ") for score in scores]
+        names += [f"{x.replace('_', ' ')} / full" for x in scores if x in COMPARED] + ["n"]
+        rows = []
+        for x in here:
+            cells = [x.reason] if x.measured is None else _cells(x.measured, scores, done.get(FULL))
+            rows.append([x.variant, *cells, *[""] * (len(names) - 1 - len(cells))])
+        out += [f"## {task}, {length} tokens", "", *table(names, rows, numbers=True), ""]
     return out
 
 
-def compared(task: str) -> tuple[str, ...]:
-    """The scores that are set in relation to full attention's."""
-    return ("loss", "hit_loss") if task == LOSS else ("accuracy",)
-
-
-def _cells(row: Row, full: Row, width: int) -> list[str]:
-    """A row of a table `width` wide; `full` is full attention's."""
-    if "skipped" in row:
-        return [row["variant"], row["skipped"], *[""] * (width - 2)]
-    scores = _scores(row["task"])
+def _cells(found: Measured, scores: Sequence[str], full: Measured | None) -> list[str]:
+    size, base = found.footprint, {} if full is None else full.scores
+    compared = [score for score in scores if score in COMPARED]
     return [
-        row["variant"],
-        f"{row['held_tokens'] / row['seen_tokens']:.1%}",
-        f"{row['read_tokens'] / row['seen_tokens']:.1%}",
-        f"{row['bytes'] / 1e6:.2f}",
-        *(shown(row[score]) for score in scores),
-        *(said(ratio(row[score], full.get(score, []))) for score in compared(row["task"])),
-        str(len(row[scores[0]])),
+        f"{size.held:.1%}",
+        f"{size.read:.1%}",
+        f"{size.bytes / 1e6:.2f}",
+        *(shown(found.scores[score]) for score in scores),
+        *(said(ratio(found.scores[score], base.get(score, ()))) for score in compared),
+        str(len(found.scores[scores[0]])),
     ]
 
 
-def _scores(task: str) -> tuple[str, ...]:
-    return ("loss", "hit_loss") if task == LOSS else ("accuracy", "exact", "log_likelihood")
-
-
-def _record(record: Row) -> list[str]:
+def _record(record: Record) -> list[str]:
     """What the results were made from and with."""
     pairs = [("", record["settings"]), *(("made with ", made) for made in record["made_with"])]
     lines = (what + ", ".join(f"{name} {x[name]}" for name in x) for what, x in pairs)

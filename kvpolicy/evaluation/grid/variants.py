@@ -12,10 +12,10 @@ from ...admission import DuoAttention, LocalAttention, RandomGate, WriteGate
 from ...eviction import SnapKV
 from ...pipeline import CachePipeline
 from ...selection import Quest
+from ..tasks.task import Task
 
-FULL, LOSS = "full", "loss"
+FULL = "full"
 SINKS, OBSERVATION = 4, 32
-CORE_TASKS = ("eight needles", "copy", "eight facts")
 SEEN = ", question seen"
 
 
@@ -69,13 +69,14 @@ class Variant:
 class Cell:
     """One variant on one task at one length."""
 
-    task: str
+    task: Task
     length: int
     variant: Variant
 
     @property
     def key(self) -> tuple[str, int, str]:
-        return self.task, self.length, self.variant.name
+        """That of its result."""
+        return self.task.name, self.length, self.variant.name
 
 
 def variants(
@@ -122,20 +123,20 @@ def variants(
     return found
 
 
-def cells(tasks: Sequence[str], lengths: Sequence[int], rows: Sequence[Variant]) -> list[Cell]:
+def cells(tasks: Sequence[Task], lengths: Sequence[int], rows: Sequence[Variant]) -> list[Cell]:
     """All cells, the most informative first.
 
-    Needles, copying and facts at 2048 and 4096 tokens with every admission at equal bytes; at 4096
-    and 8192 with the first budget, at 8192 with admissions; loss; other admissions; the rest.
+    Core tasks at 2048 and 4096 tokens with every admission at equal bytes; at 4096 and 8192 with
+    the first budget, at 8192 with admissions; loss; other admissions; the rest.
     """
 
     def rank(cell: Cell) -> tuple[int, ...]:
-        core, tier = cell.task in CORE_TASKS, cell.variant.tier
+        core, tier = cell.task.core, cell.variant.tier
         if core and cell.length in (2048, 4096) and tier == 0:
             order = 0
         elif core and cell.length in (4096, 8192) and tier < 2:
             order = 1
-        elif cell.task == LOSS:
+        elif not cell.task.questions:
             order = 2
         else:
             order = 3 if tier == 0 else 4
@@ -147,7 +148,7 @@ def cells(tasks: Sequence[str], lengths: Sequence[int], rows: Sequence[Variant])
         for task in tasks
         for length in lengths
         for row in rows
-        if task != LOSS or row.prompt_only
+        if task.questions or row.prompt_only
     ]
     return sorted(found, key=rank)
 

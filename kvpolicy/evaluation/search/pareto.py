@@ -96,10 +96,10 @@ def pareto(
             point = Point(
                 admission=value,
                 eviction=budget,
-                fraction=row["held_tokens"] / row["seen_tokens"],
-                bytes=row["bytes"],
-                accuracy=estimate(row["accuracy"]),
-                log_likelihood=estimate(row["log_likelihood"]),
+                fraction=row.footprint.held,
+                bytes=row.footprint.bytes,
+                accuracy=estimate(row.scores["accuracy"]),
+                log_likelihood=estimate(row.scores["log_likelihood"]),
             )
             measured(point)
             points.append(point)

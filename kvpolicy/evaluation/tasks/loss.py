@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .prompts import encode, sentences
+from .task import Bound, Task
 
 FAR = 512
 _LOGITS = {"cpu": 1 << 11, "cuda": 1 << 14}  # tokens of a forward, whose logits exist at once
@@ -59,3 +60,14 @@ def losses(forward: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
             ).view_as(targets)
         )
     return torch.cat(found, 1).cpu()
+
+
+LOSS = Task(
+    name="loss",
+    make=documents,
+    questions=0,
+    bounds=(
+        Bound(score="loss", part=1.01, most=0.25),
+        Bound(score="hit_loss", part=1.05, most=0.25),
+    ),
+)

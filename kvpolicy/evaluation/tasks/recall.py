@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
 from . import words
 from .prompts import Example, Frame, Ids, Question, scatter, sentences
+from .task import QUESTIONS, Bound, Task
 
 TAIL = 300
 _CUE_TOKENS = 16
@@ -29,7 +30,7 @@ def needles(
     *,
     length: int,
     contexts: int,
-    count: int = 8,
+    count: int = QUESTIONS,
     digits: int = 7,
     seed: int = 0,
 ) -> list[Example]:
@@ -61,7 +62,7 @@ def facts(
     *,
     length: int,
     contexts: int,
-    count: int = 8,
+    count: int = QUESTIONS,
     seed: int = 0,
 ) -> list[Example]:
     """Who lives where, said in passing in real text; one question for each person."""
@@ -88,7 +89,7 @@ def key_values(
     *,
     length: int,
     contexts: int,
-    questions: int = 8,
+    questions: int = QUESTIONS,
     seed: int = 0,
 ) -> list[Example]:
     """A JSON object from words of `text` to numbers of 5 digits; questions give a word."""
@@ -131,7 +132,7 @@ def copying(
     *,
     length: int,
     contexts: int,
-    questions: int = 8,
+    questions: int = QUESTIONS,
     seed: int = 0,
 ) -> list[Example]:
     """Real text; the reply starts with 16 of its tokens and goes on with the next 24."""
@@ -157,15 +158,39 @@ def copying(
     return [example() for _ in range(contexts)]
 
 
-#: By name; call as `TASKS[name](tokenizer, text, length=..., contexts=...)`.
-TASKS: dict[str, Callable[..., list[Example]]] = {
-    "eight needles": needles,
-    "one needle": partial(needles, count=1),
-    "one fact": partial(facts, count=1),
-    "eight facts": facts,
-    "key-value": key_values,
-    "copy": copying,
-}
+_EXACT = (
+    Bound(score="accuracy", part=0.98, most=0.25),
+    Bound(score="accuracy", part=0.95, most=0.125),
+)
+_FACTS = (Bound(score="accuracy", part=0.95, most=0.25),)
+
+#: The tasks that ask, the most telling first. A fact is one token, which a prompt with its question
+#: decides.
+RECALL = (
+    Task(
+        name="eight needles", make=needles, core=True, retrieval=True, decoded=True, bounds=_EXACT
+    ),
+    Task(name="copy", make=copying, core=True, retrieval=True, decoded=True, bounds=_EXACT[:1]),
+    Task(name="eight facts", make=facts, core=True, retrieval=True, bounds=_FACTS),
+    Task(name="key-value", make=key_values, retrieval=True, decoded=True),
+    Task(
+        name="one needle",
+        make=partial(needles, count=1),
+        questions=1,
+        default=False,
+        retrieval=True,
+        decoded=True,
+        bounds=_EXACT,
+    ),
+    Task(
+        name="one fact",
+        make=partial(facts, count=1),
+        questions=1,
+        default=False,
+        retrieval=True,
+        bounds=_FACTS,
+    ),
+)
 
 
 def _scattered(
