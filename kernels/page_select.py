@@ -163,12 +163,12 @@ def _score(rank):
 
 @triton.jit
 def _rank(
-    scores, n, low, held, FIRST: tl.constexpr, LAST: tl.constexpr, BUDGET: tl.constexpr
+    scores, n, low, held, sure, FIRST: tl.constexpr, SURE: tl.constexpr
 ):  # fmt: skip
     """Integers that rise with the precedence of pages n; 0 for those that may not be taken."""
     there = (n >= low) & (n < held)
     rank = _order(tl.load(scores + n, mask=there, other=0.0))  # [N]
-    return _certain(rank, there, n < FIRST, n >= held - LAST, LAST > 0 and LAST < BUDGET)
+    return _certain(rank, there, n < FIRST, n >= sure, SURE)
 
 
 @triton.jit
@@ -182,7 +182,7 @@ def _certain(rank, there, first, last, TRAILING: tl.constexpr):
 
 @triton.jit
 def _group_rank(
-    scores, g, row, low, held, FIRST: tl.constexpr, LAST: tl.constexpr, BUDGET: tl.constexpr,
+    scores, g, row, low, held, sure, FIRST: tl.constexpr, SURE: tl.constexpr, PARTIAL: tl.constexpr,
     GROUP: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """The highest rank among the pages of each group g."""
@@ -193,14 +193,14 @@ def _group_rank(
         # Whole parts are loaded, past the last page too, for loads of 128 bits.
         score = tl.load(scores + start + c, mask=(start < held) & (start + c < row))  # [N, PART]
         score = score.to(tl.float32)
-        if LAST == 0 or LAST >= BUDGET:  # else the group of the last page is certain
+        if PARTIAL or not SURE:  # else the group of the last page is certain
             score = tl.where((c < held - start) & (c >= low - start), score, float("-inf"))
         best = tl.maximum(best, tl.max(score, 1))
     start = g * GROUP
     there = (start + GROUP > low) & (start < held)
-    trailing = start + GROUP > held - LAST
+    trailing = start + GROUP > sure
     leading = tl.maximum(start, low) < FIRST
-    return _certain(_order(best), there, leading, trailing, LAST > 0 and LAST < BUDGET)
+    return _certain(_order(best), there, leading, trailing, SURE)
 
 
 @triton.jit
@@ -257,8 +257,12 @@ def _top_pages(
     """The best pages of one head: by one search, by groups first, or over several blocks."""
     b = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
-    count = tl.load(counts + b * counts_strides[0] + h // REPEAT)
-    held = tl.minimum((count + PAGE - 1) // PAGE, width)
+    tokens = tl.load(counts + b * counts_strides[0] + h // REPEAT)
+    held = tl.minimum((tokens + PAGE - 1) // PAGE, width)
+    # Pages from `sure` on are taken for certain.
+    PARTIAL: tl.constexpr = LAST < 0
+    SURE: tl.constexpr = (LAST < 0 or LAST > 0) and LAST < BUDGET
+    sure = tokens // PAGE if PARTIAL else held - LAST
     scores += (b * HEADS + h) * row
     out += (b * HEADS + h) * BUDGET
     low = held * 0
@@ -271,7 +275,7 @@ def _top_pages(
     if WHOLE:
         if GROUP > 1:
             some = tl.minimum(tl.cdiv(held, GROUP) - low // GROUP, BUDGET)
-            rank = _group_rank(scores, n, row, low, held, FIRST, LAST, BUDGET, GROUP, PART)
+            rank = _group_rank(scores, n, row, low, held, sure, FIRST, SURE, PARTIAL, GROUP, PART)
             border, left, some = _border(rank, some, some * 0 + FILL)
             chosen += (b * HEADS + h) * FILL
             _write(chosen, rank, n, border, held * 0, held * 0, left)
@@ -280,11 +284,11 @@ def _top_pages(
             # Groups that are not there start past all pages.
             n = tl.load(chosen + i // GROUP, mask=i // GROUP < some, other=width) * GROUP  # [N]
             n += i % GROUP
-            rank = _rank(scores, n, low, held, FIRST, LAST, BUDGET)
+            rank = _rank(scores, n, low, held, sure, FIRST, SURE)
             # The best of so many groups: as many pages reach their border.
             rank = tl.where((some < BUDGET) | (rank >= border), rank, 0)
         else:
-            rank = _rank(scores, n, low, held, FIRST, LAST, BUDGET)
+            rank = _rank(scores, n, low, held, sure, FIRST, SURE)
         border, left, wanted = _border(rank, wanted, wanted)  # fewer than wanted only with NaN
         _write(out, rank, n, border, held * 0, held * 0, left)
     else:
@@ -296,18 +300,18 @@ def _top_pages(
             middle = least + ((most - least) >> 1) + ((most - least) & 1)
             reach = held * 0
             for start in range(0, held, BLOCK):
-                rank = _rank(scores, start + n, low, held, FIRST, LAST, BUDGET)
+                rank = _rank(scores, start + n, low, held, sure, FIRST, SURE)
                 reach += tl.sum((rank >= middle).to(tl.int32), 0)
             least = tl.where(reach >= wanted, middle, least)
             most = tl.where(reach > wanted, most, tl.where(reach == wanted, middle, middle - 1))
         reach = held * 0
         for start in range(0, held, BLOCK):
-            rank = _rank(scores, start + n, low, held, FIRST, LAST, BUDGET)
+            rank = _rank(scores, start + n, low, held, sure, FIRST, SURE)
             reach += tl.sum((rank > most).to(tl.int32), 0)
         above = held * 0  # pages of a higher rank, and of this one, in the blocks before
         equal = held * 0
         for start in range(0, held, BLOCK):
-            rank = _rank(scores, start + n, low, held, FIRST, LAST, BUDGET)
+            rank = _rank(scores, start + n, low, held, sure, FIRST, SURE)
             above, equal = _write(out, rank, start + n, most, above, equal, wanted - reach)
     rest = tl.arange(0, FILL)
     tl.store(out + rest, tl.full([FILL], -1, tl.int32), mask=(rest >= wanted) & (rest < BUDGET))

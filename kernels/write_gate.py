@@ -31,6 +31,7 @@ def write_gate(
     b2: Tensor,
     limit: float | None = None,
     inclusive: bool = False,
+    silu: bool = False,
 ) -> Tensor:
     """Gate scores `[Hkv, T]`, or decisions where a limit is given; see the reference."""
     check_dtype("write_gate", "key", key)
@@ -55,7 +56,7 @@ def write_gate(
             tokens, heads, each,
             key_pre.stride(), key.stride(),
             HIDDEN=hidden, CHUNKS=chunks, DIM=dim, DIM_PAD=dot_size(dim), EPS=_NORM_EPS,
-            ROWS=rows, UNITS=units, num_warps=warps, num_stages=1,
+            ROWS=rows, UNITS=units, SILU=silu, num_warps=warps, num_stages=1,
         )  # fmt: skip
         _finish[cdiv(tokens, _FINISH), heads](
             partial, b2, key, out if limit is None else out.view(torch.uint8), limit or 0.0,
@@ -115,7 +116,7 @@ def _chunks(
     key_pre, key, norm_pre, norm_post, w1, b1, w2, partial, tokens, heads, each,
     pre_strides, key_strides,
     HIDDEN: tl.constexpr, CHUNKS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    EPS: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
+    EPS: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Contribution of each chunk of hidden units to the logits: `[chunks, Hkv, T]`."""
     h = tl.program_id(1).to(tl.int64)
@@ -143,7 +144,8 @@ def _chunks(
         last = tl.load(w2 + h * HIDDEN + unit, mask=unit < HIDDEN, other=0.0)  # [m]
         x = dot(pre, tl.trans(left), tl.zeros([ROWS, UNITS], tl.float32))
         x = dot(post, tl.trans(right), x)
-        x = _gelu(x + bias.to(tl.float32)[None, :], weight)
+        x += bias.to(tl.float32)[None, :]
+        x = x / (1.0 + tl.exp(-x)) if SILU else _gelu(x, weight)
         total = tl.sum(x * last.to(tl.float32)[None, :], 1)
         tl.store(partial + (chunk * heads + h) * tokens + t, total, mask=t < tokens)
 

@@ -206,6 +206,9 @@ class PerLayerEviction(_PerLayer, Eviction):
     def mark(self, write: Write) -> Tensor | None:
         return self.at(write.layer).mark(write)
 
+    def admit(self, write: Write) -> Tensor | None:
+        return self.at(write.layer).admit(write)
+
     def score(self, view: EvictionView) -> Tensor:
         policy = self.at(view.layer)
         if view.queries is not None and view.query_valid is not None:

@@ -65,8 +65,10 @@ class CachePipeline:
     """What to write, what to read and what to drop, as one frozen value.
 
     `window` is the number of recent tokens, the current one included, that every head keeps; by
-    default the admission's own, else 256. `backend` is "auto", "reference" or "triton". A pipeline
-    holds no state: `init` makes a cache, and one pipeline may serve many of them.
+    default the one that a policy demands (`LocalAttention`, `DuoAttention`, a trained `WriteGate`),
+    else the one that the eviction prefers (`SnapKV`: its observation), else 256. `backend` is
+    "auto", "reference" or "triton". A pipeline holds no state: `init` makes a cache, and one
+    pipeline may serve many of them.
 
     Example:
         `CachePipeline(admission=gate, selection=Quest(budget=1024), eviction=SnapKV(budget=4096))`
@@ -93,7 +95,7 @@ class CachePipeline:
         if len(set(given.values())) > 1:
             found = ", ".join(f"{name} says {value}" for name, value in given.items())
             raise ValueError(f"window: the parts of the pipeline disagree: {found}")
-        return next(iter(given.values()), DEFAULT_WINDOW)
+        return next(iter(given.values()), self.eviction.prefers_window or DEFAULT_WINDOW)
 
     def init(self, spec: CacheSpec, batch: int = 1) -> CacheState:
         """An empty cache for `batch` sequences; ValueError if a policy does not fit `spec`."""

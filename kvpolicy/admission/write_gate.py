@@ -21,6 +21,7 @@ from ._files import find_file
 from ._threshold import rounded
 
 _STEEPEST = 12.0  # a knob's thresholds run over the sigmoid of -12 to 12
+ACTIVATIONS = ("gelu", "silu")
 WEIGHTS = ("norm_pre", "norm_post", "w1", "b1", "w2", "b2")
 
 
@@ -33,7 +34,8 @@ class WriteGate(Admission):
     """Admits a token of a KV head if its gate g is above `threshold` (EMCLab-Sinica/WG-KV).
 
     g = sigmoid(w2 . gelu(w1 [n(key_pre); n(key)] + b1) + b2), an MLP per layer and KV head on the
-    RMS-normalised key before and after RoPE. Weights of L layers are stacked: `norm_pre`,
+    RMS-normalised key before and after RoPE; `activation` "silu" stands in for "gelu" where a gate
+    was trained with it. Weights of L layers are stacked: `norm_pre`,
     `norm_post` `[L, D]`, `w1` `[L, Hkv, m, 2D]`, `b1`, `w2` `[L, Hkv, m]`, `b2` `[L, Hkv]`. Gate
     and threshold are compared in the keys' dtype; `inclusive` admits equality too. `window` is the
     local window that the gate was trained with (256 for the published ones).
@@ -51,6 +53,7 @@ class WriteGate(Admission):
     threshold: float = attrs.field(default=0.1, validator=fraction())
     inclusive: bool = attrs.field(default=False, validator=flag)
     window: int | None = attrs.field(default=256, validator=optional(positive))
+    activation: str = attrs.field(default="gelu", validator=one_of(*ACTIVATIONS))
     backend: str = attrs.field(
         default="reference", repr=False, validator=one_of("reference", "triton")
     )
@@ -106,6 +109,7 @@ class WriteGate(Admission):
         *,
         threshold: float | None = None,
         window: int | None = None,
+        activation: str | None = None,
         revision: str | None = None,
     ) -> WriteGate:
         """Reads gates in the layout of WG-KV; all sizes come from the file.
@@ -115,6 +119,8 @@ class WriteGate(Admission):
             file: the file's name in the directory or repository.
             threshold: admits above it; default the file's metadata, else 0.1.
             window: local window in tokens; default the file's metadata, else 256.
+            activation: "gelu" or "silu", which the tensors do not tell; default the file's
+                metadata, else "gelu".
             revision: branch, tag or commit of the hub repository.
 
         Raises:
@@ -127,12 +133,14 @@ class WriteGate(Admission):
             threshold = _number(path, metadata, "threshold", 0.1)
         if window is None:
             window = _number(path, metadata, "window", 256)
+        if activation is None:
+            activation = metadata.get("activation", "gelu")
         weights: dict[str, Any] = dict(stacks)
-        return cls(**weights, threshold=threshold, window=window)
+        return cls(**weights, threshold=threshold, window=window, activation=activation)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the published layout: `.pt`, or `.safetensors` with window and threshold."""
-        metadata = {"threshold": repr(float(self.threshold))}
+        """Writes the published layout: `.pt`, or `.safetensors` with all but the weights too."""
+        metadata = {"threshold": repr(float(self.threshold)), "activation": self.activation}
         if self.window is not None:
             metadata["window"] = str(self.window)
         _gate_file.write(Path(path), {name: getattr(self, name) for name in WEIGHTS}, metadata)
@@ -159,6 +167,7 @@ class WriteGate(Admission):
             self.b1[n, rows],
             self.w2[n, rows],
             self.b2[n, rows],
+            silu=self.activation == "silu",
             **decide,
         )
 

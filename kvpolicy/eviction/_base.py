@@ -167,6 +167,11 @@ class Eviction(ABC):
         """A decision bool `[Hkv, T]` to store with a prompt's new tokens, or None."""
         return None
 
+    def admit(self, write: Write) -> Tensor | None:
+        """Which generated tokens outlive the window, bool `[Hkv, T]`; None: all that the admission
+        admits. Under the rules of an admission's `admit`."""
+        return None
+
     def at(self, layer: int) -> Eviction:
         """The policy of one layer."""
         return self

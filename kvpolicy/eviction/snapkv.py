@@ -30,11 +30,14 @@ class SnapKV(Eviction):
     window's keys out, as WG-KV's decode-time form does), averaged over queries, combined over the
     group's query heads by `group` and pooled along stored tokens with an odd `kernel`.
     FasterDecoding/SnapKV pools per query head with "avg" or "max"; a store per KV head needs a
-    group rule: kvpress uses "mean", WG-KV "max". The last `observation` tokens themselves are kept
-    while they are in the window.
+    group rule: kvpress uses "mean", WG-KV "max".
+
+    Where no policy demands a local window it is `observation` tokens wide, so that budgets and
+    kept sets are those of the original and of kvpress: the observing tokens stay, and the best of
+    all others. A wider window keeps more recent tokens and leaves fewer to the scores.
 
     Example:
-        `CachePipeline(eviction=SnapKV(budget=1024, when="decode"))`
+        `CachePipeline(eviction=SnapKV(budget=1024))`
     """
 
     budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
@@ -47,6 +50,10 @@ class SnapKV(Eviction):
 
     @property
     def queries(self) -> int:
+        return self.observation
+
+    @property
+    def prefers_window(self) -> int:
         return self.observation
 
     def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import attrs
 import torch
@@ -36,8 +36,9 @@ class Selection(ABC):
         return 0
 
     @option
-    def last(self) -> int:
-        """Trailing pages of a head that are always among the pages read."""
+    def last(self) -> int | Literal["partial"]:
+        """Trailing pages of a head that are always among the pages read; "partial": the trailing
+        page as long as it is not full."""
         return 0
 
     @option
@@ -106,7 +107,12 @@ class Selection(ABC):
                 f"{type(self).__name__}.score: wanted {list(wanted)}, got {list(scores.shape)}"
             )
         scores = combine_group(scores, self.group)
-        return ops.top_pages(scores, heads.counts, size, budget, self.first, self.last)
+        return ops.top_pages(scores, heads.counts, size, budget, self.first, last_pages(self))
+
+
+def last_pages(policy: Selection) -> int:
+    """`last` as ops take it."""
+    return -1 if policy.last == "partial" else policy.last
 
 
 def combine_group(scores: Tensor, group: str) -> Tensor:
@@ -136,6 +142,16 @@ def group_field() -> Any:
     return attrs.field(default="max", validator=one_of(*GROUPS))
 
 
-def pages_field(default: int) -> Any:
-    """A number of always-kept pages."""
-    return attrs.field(default=default, validator=not_negative)
+def first_field() -> Any:
+    """A number of leading pages that are always read."""
+    return attrs.field(default=0, validator=not_negative)
+
+
+def _last(instance: Any, attribute: attrs.Attribute, value: Any) -> None:
+    if value != "partial":
+        not_negative(instance, attribute, value)
+
+
+def last_field(default: int) -> Any:
+    """A number of trailing pages that are always read, or "partial"."""
+    return attrs.field(default=default, validator=_last)

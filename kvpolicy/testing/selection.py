@@ -85,7 +85,8 @@ def _options(policy: Selection, window: int, page_size: int) -> None:
     require(policy.group in GROUPS, "options", policy, wanted, f"{policy.group!r}")
     for name in ("first", "last"):
         value = getattr(policy, name)
-        holds = isinstance(value, int) and value >= 0
+        partial = name == "last" and value == "partial"
+        holds = partial or (isinstance(value, int) and value >= 0)
         require(holds, "options", policy, f"{name} to be a number of pages from 0", f"{value!r}")
     if not policy.neutral:
         pages = run(policy, policy.pages, window, page_size)

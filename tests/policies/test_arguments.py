@@ -56,6 +56,7 @@ TABLE = [
     (Quest, {"budget": True}, TypeError, "budget.*True"),
     (Quest, {"budget": 64, "group": "sum"}, ValueError, "group: wanted one of .*got 'sum'"),
     (Quest, {"budget": 64, "first": -1}, ValueError, "first: wanted at least 0, got -1"),
+    (Quest, {"budget": 64, "last": "full"}, TypeError, "last: wanted an int .*'full'"),
     (Quest, {"budget": 64, "last": 0.5}, TypeError, "last: wanted an int .*0.5"),
     (SnapKV, {"budget": 0}, ValueError, "tokens: wanted at least 1, got 0"),
     (SnapKV, {"budget": 0.5}, TypeError, "budget: wanted a budget, got 0.5"),
