@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
-from .._fields import MOST, check_int, check_number, is_a, not_negative, optional, positive, shown
+from .._fields import check_int, check_number, is_a, not_negative, optional, positive, shown
 from .._knob import Knob
+from . import _duo_file
 from ._base import Admission, Write
 from ._files import find_folder
 
-PATTERN, CONFIG = "full_attention_heads.tsv", "config.json"
 NOISE = 1e-6
 
 
@@ -122,9 +119,8 @@ class DuoAttention(Admission):
             if value is not None:
                 check_number(name, value, "a number in [0, 1]", lambda x: 0 <= x <= 1)
         check_int("seed", seed, 0, (1 << 32) - 1)  # what RandomState takes
-        folder = find_folder(path_or_repo, (PATTERN, CONFIG), revision)
-        values = _read_pattern(folder / PATTERN)
-        config = _read_config(folder / CONFIG)
+        files = (_duo_file.PATTERN, _duo_file.CONFIG)
+        values, config = _duo_file.read(find_folder(path_or_repo, files, revision))
         return cls(
             full_heads=full_heads(values, sparsity, threshold, seed),
             sinks=config["sink_size"] if sinks is None else sinks,
@@ -173,37 +169,3 @@ def full_heads(
         return _rows(numpy.full(heads.shape, sparsity == 0).tolist())
     heads = heads + numpy.random.RandomState(seed).uniform(0.0, NOISE, heads.shape)
     return _rows((heads >= numpy.quantile(heads, sparsity)).tolist())
-
-
-def _read_pattern(path: Path) -> list[list[float]]:
-    rows: list[list[float]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = [float(cell) for cell in line.split("\t")]
-        except ValueError as error:
-            raise ValueError(f"{path}: line {number}: {error}") from error
-        if not all(map(math.isfinite, row)):
-            raise ValueError(f"{path}: line {number}: wanted finite numbers, got {line!r}")
-        if rows and len(row) != len(rows[0]):
-            raise ValueError(
-                f"{path}: line {number}: wanted {len(rows[0])} columns as in line 1, got {len(row)}"
-            )
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: wanted one line per layer, got an empty file")
-    return rows
-
-
-def _read_config(path: Path) -> dict[str, int]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: wanted an object, got {type(config).__name__}")
-    for name, least in {"sink_size": 0, "recent_size": 1}.items():
-        value = config.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST:
-            found = repr(value) if name in config else "no such key"
-            raise ValueError(f"{path}: {name}: wanted an int of at least {least}, got {found}")
-    return config

@@ -129,14 +129,20 @@ class WriteGate(Admission):
         """
         path = find_file(path_or_repo, file, revision)
         stacks, metadata = _gate_file.read(path)
-        if threshold is None:
-            threshold = _number(path, metadata, "threshold", 0.1)
-        if window is None:
-            window = _number(path, metadata, "window", 256)
+        given: dict[str, Any] = {"threshold": threshold, "window": window, "activation": activation}
+        noted: dict[str, Any] = {
+            name: _number(path, metadata, name, default)
+            for name, default in (("threshold", 0.1), ("window", 256))
+            if given[name] is None
+        }
         if activation is None:
-            activation = metadata.get("activation", "gelu")
+            noted["activation"] = metadata.get("activation", "gelu")
         weights: dict[str, Any] = dict(stacks)
-        return cls(**weights, threshold=threshold, window=window, activation=activation)
+        try:
+            gate = cls(**weights, **noted)
+        except ValueError as error:
+            raise ValueError(f"{path}: metadata {error}") from error
+        return attrs.evolve(gate, **{k: v for k, v in given.items() if v is not None})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the published layout: `.pt`, or `.safetensors` with all but the weights too."""

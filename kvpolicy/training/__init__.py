@@ -12,5 +12,6 @@ from .duo import TrainedPattern as TrainedPattern
 from .duo import train_duo_attention as train_duo_attention
 from .gate import TrainedGate as TrainedGate
 from .gate import WriteGates as WriteGates
+from .settings import GateTraining as GateTraining
 from .student import evaluate_gates as evaluate_gates
 from .train import train_write_gate as train_write_gate
