@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ...errors import UnsupportedError
 from . import plan
+from .arguments import check_attention
 from .cache import NAME, KVRef
 from .compiled import PLACE, attend
 
@@ -66,12 +67,15 @@ def attention(
         )
     if torch.compiler.is_compiling() and hasattr(module, PLACE):
         return attend(getattr(module, PLACE), query, key.key, key.value, pre, hidden), None
-    with torch.no_grad():
-        layer = module.layer_idx
-        out = plan.attend(key.cache, layer, query, key.key, key.value, pre, hidden)
+    check_attention(module, scaling, dropout, kwargs)
+    out = _attend(key.cache, module.layer_idx, query, key.key, key.value, pre, hidden)
     if torch.is_grad_enabled() and query.requires_grad:
         out = _NoGradient.apply(out, query)
     return out, None
+
+
+# Not traced where the whole model is compiled: a cache is no part of a graph.
+_attend = torch.compiler.disable(plan.attend)
 
 
 class _NoGradient(torch.autograd.Function):

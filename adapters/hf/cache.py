@@ -16,13 +16,14 @@ from ...pipeline import CachePipeline
 from ...store import CacheState, Report
 from ...store.fork import adopt, select_rows
 from ...store.rollback import crop
-from .columns import Chunks, append, pick, take_back
+from .columns import Chunks, append, pick, real, take_back
+from .modes import ordinary
 from .plan import Plan
 from .spec import spec_of
 
 NAME = "kvpolicy"
 # Of CacheSpec, as a caller may choose.
-SIZES = ("page_size", "rollback", "interval", "max_bytes", "max_tokens", "at_cap")
+SIZES = ("page_size", "rollback", "interval", "max_bytes", "max_tokens", "at_cap", "dtype")
 
 
 class KVRef:
@@ -100,6 +101,7 @@ class KVPolicyCache(Cache):
         self.boundary: int | None = None  # column where the prompt that `generate` announced ends
         self.chunks: Chunks = []
         self.plan: Plan | None = None  # of the forward in flight
+        self.evicts = True  # whether the end of the prompt does
         self.counts_positions = False  # whether the real tokens seen give position ids
         self.recording = False  # columns may be taken back before the next forward
         self.graph: Any = None  # CapturedStep of this cache's buffers
@@ -119,6 +121,7 @@ class KVPolicyCache(Cache):
     def columns(self) -> int:
         return sum(n for n, _ in self.chunks)
 
+    @ordinary
     def ensure_state(self, batch: int) -> CacheState:
         """The state, made for `batch` sequences by the first forward."""
         if self.state is None or (not self.chunks and self.state.batch != batch):
@@ -145,18 +148,40 @@ class KVPolicyCache(Cache):
             self.forget_columns(columns)
             self.saw(columns, torch.arange(columns) < torch.tensor(stored)[:, None])
 
+    @ordinary
     def begin_prompt(self, boundary: int | None = None) -> None:
         """Says that the next columns are a prompt (or turn), up to column `boundary` if given."""
         self.phase, self.boundary, self.recording = "prompt", boundary, False
-        self.counts_positions = False
+        self.counts_positions, self.evicts = False, True
         if self.state is not None:
             self.state.resume()
 
+    @ordinary
     def end_prompt(self) -> None:
         """Says that the prompt is complete: prompt-end evictions act, and decoding begins."""
         self.phase, self.boundary = "decode", None
-        if self.state is not None:
-            self.pipeline.end_prompt(self.state)
+        if self.state is None:
+            return
+        if not self.evicts:
+            for row in self.state.sequences:
+                row.prompt_open = False
+        self.pipeline.end_prompt(self.state)
+
+    def begin_question(self, boundary: int | None) -> None:
+        """Says that the next columns ask about what the cache holds, without another eviction.
+
+        Up to column `boundary` they are a prompt, which reads all that is left; without one they
+        are decoded tokens, which select.
+        """
+        self.begin_prompt(boundary)
+        if boundary is None:
+            self.phase = "decode"
+        else:
+            self.evicts = False
+
+    def real(self) -> Tensor:
+        """Which of the columns so far are real tokens, bool `[B, columns]` on the host."""
+        return real(self.chunks, 0 if self.state is None else self.state.batch)
 
     def report(self) -> Report:
         """What took effect and what it costs in bytes."""
@@ -164,6 +189,7 @@ class KVPolicyCache(Cache):
             raise PhaseError("report: nothing went through this cache yet")
         return self.pipeline.report(self.state)
 
+    @ordinary
     def fork(self, rows: Sequence[int] | None = None) -> KVPolicyCache:
         """A cache that goes its own way; full pages are shared until either gives them up."""
         new = object.__new__(KVPolicyCache)
@@ -178,6 +204,7 @@ class KVPolicyCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> KVPolicyCache:
         return self.fork()
 
+    @ordinary
     def crop(self, tokens: Any) -> None:
         """Takes back columns: `-n` of them, or down to `n` in all, as transformers has both."""
         n = int(tokens)
@@ -192,6 +219,7 @@ class KVPolicyCache(Cache):
         crop(self.state, counts)
         self.chunks = chunks
 
+    @ordinary
     def restore(self, before: KVPolicyCache) -> None:
         """Goes back to what `fork` gave, in place; `before` is spent."""
         self.chunks, self.phase, self.boundary = before.chunks, before.phase, before.boundary
@@ -201,6 +229,7 @@ class KVPolicyCache(Cache):
             assert self.state is not None
             adopt(self.state, before.state)
 
+    @ordinary
     def reset(self) -> None:
         """Empties the cache and gives its pages back."""
         self.chunks, self.phase, self.boundary, self.recording = [], "prompt", None, False
@@ -216,6 +245,7 @@ class KVPolicyCache(Cache):
 
         save_cache(self, path)
 
+    @ordinary
     def _select(self, rows: Tensor) -> None:
         picked = [int(r) for r in rows.tolist()]
         if self.state is not None:

@@ -11,7 +11,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from .cache import KVPolicyCache
 from .capture import Stepper
 
-RECORDS = ("attentions", "hidden_states")  # of every step's output, if generate is asked for them
+RECORDS = ("hidden_states",)  # of every step's output, if generate is asked for them
 
 
 def decode_loop(
@@ -21,11 +21,14 @@ def decode_loop(
     stopping_criteria: Any,
     generation_config: Any,
     kvp_streamer: Any = None,
+    tokenizer: Any = None,
+    assistant_tokenizer: Any = None,
     **model_kwargs: Any,
 ) -> Any:
     """Greedy or sampled decoding of `input_ids` `[B, S]`.
 
-    transformers has validated and prepared everything. Sequences that have ended store nothing
+    transformers has validated and prepared everything; it hands `tokenizer` to its stopping criteria
+    and to token healing only if the loop takes it. Sequences that have ended store nothing
     more. On a GPU the host looks at the stop flag one step late, so that it never waits for the
     device: the step launched meanwhile stores nothing and its token is dropped.
     """
@@ -36,7 +39,11 @@ def decode_loop(
     if kvp_streamer is not None:
         kvp_streamer.put(input_ids.cpu())  # a streamer expects the prompt first
     names = [n for n in RECORDS if wanted and getattr(config, f"output_{n}")]
-    output = model._prefill(input_ids, config, model_kwargs)
+    output = model._prefill(
+        input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant
+    )
+    if cache.phase == "prompt":
+        cache.end_prompt()
     logits, recorded = output.logits, {name: [getattr(output, name)] for name in names}
     batch, prompt = input_ids.shape
     room = max(config.max_length - prompt, 1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...errors import PhaseError
 from ...pipeline import CachePipeline
 from ...store import CacheState
+from .modes import exactly, in_cache_dtype, ordinary
 
 if TYPE_CHECKING:
     from .cache import KVPolicyCache
@@ -68,6 +69,7 @@ class Plan:
         return rows.transpose(0, 1)
 
 
+@ordinary
 def attend(
     cache: KVPolicyCache,
     layer: int,
@@ -80,15 +82,19 @@ def attend(
     """Attention `[B, S, Hq, D]` of one layer of the forward in flight; stores its tokens.
 
     `query`, `key`, `value` are `[B, H, S, D]`, `pre` `[B, S, ...]`, `hidden` `[B, S, hidden]`.
+    Computes in the cache's dtype and answers in the query's.
     """
     state, plan = cache.state, cache.plan
     if plan is None or state is None:
         raise PhaseError("attention outside a forward of the attached model's decoder")
     if pre is not None:
         batch, heads, columns, dim = key.shape
-        pre = pre.view(batch, columns, heads, dim).transpose(1, 2)
-    out = plan.attend(cache.pipeline, state, layer, query, key, value, pre, hidden)
-    return out.transpose(1, 2).contiguous()
+        pre = in_cache_dtype(cache, "key_pre", pre.view(batch, columns, heads, dim).transpose(1, 2))
+    named = {"query": query, "key": key, "value": value}
+    q, k, v = (in_cache_dtype(cache, name, x) for name, x in named.items())
+    with exactly(query.device):
+        out = plan.attend(cache.pipeline, state, layer, q, k, v, pre, hidden)
+    return out.transpose(1, 2).to(query.dtype).contiguous()
 
 
 def plan_prompt(batch: int, columns: int, mask: Tensor | None) -> tuple[Plan, list[int]]:
