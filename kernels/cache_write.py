@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import ADMITTED, MARKED, POSITION_BITS, Pages
+from ..ops import ADMITTED, MARKED, POSITION_BITS, Heads, Pages, Ring
 from ._launch import cdiv, check_dense, dense_last, on, power_of_two
 from ._math import narrow
 from ._slabs import KEYS, META, SUMMARY, VALUES, page_offset
@@ -26,7 +26,7 @@ def append(
     dest: Tensor,
     rows: Tensor,
 ) -> None:
-    """Stores tokens in pages that the table already names; see the reference."""
+    """Stores tokens in pages that the table already names; see `Ops.append`."""
     heads, tokens, dim = key.shape
     if tokens == 0:
         return
@@ -72,28 +72,27 @@ def _append(
 
 def decode_write(
     pages: Pages,
-    table: Tensor,
-    counts: Tensor,
-    ring_k: Tensor,
-    ring_v: Tensor,
-    ring_flags: Tensor,
+    heads: Heads,
+    ring: Ring,
     key: Tensor,
     value: Tensor,
     flags: Tensor | None,
     lengths: Tensor,
     active: Tensor,
     window: int,
+    *,
     minmax: bool = False,
     bits: int = 0,
     query: Tensor | None = None,
     queries: Tensor | None = None,
 ) -> None:
-    """Writes one decoded token a sequence and promotes the one that leaves; see the reference.
+    """Writes one decoded token a sequence and promotes the one that leaves; see `Ops.decode_write`.
 
     One program per (sequence, KV head). The order in which heads take pages from the free stack is
     not fixed; what the pages hold is. Where the stack is empty the token goes to the null page.
     """
-    batch, heads, slots, dim = ring_k.shape
+    (table, counts), (ring_k, ring_v, ring_flags) = heads, ring
+    batch, kv_heads, slots, dim = ring_k.shape
     check_dense(
         "decode_write",
         table=table,
@@ -110,12 +109,12 @@ def decode_write(
     if query is None or queries is None:
         query, queries = key, ring_k
     else:
-        query, group = dense_last(query), query.shape[1] // heads
+        query, group = dense_last(query), query.shape[1] // kv_heads
     summary = pages.summary
     if minmax and (summary is None or summary.shape[1] != 2 * dim):
         raise ValueError(f"decode_write: minmax wants summaries [n, {2 * dim}] in pages.summary")
     with on(ring_k):
-        _decode_write[batch, heads](
+        _decode_write[batch, kv_heads](
             pages.k, pages.v, pages.meta, summary if minmax else pages.k, pages.slabs,
             pages.free, pages.top, pages.refs, table, counts, ring_k, ring_v, ring_flags,
             key, value, flags, query, queries, lengths, active, window, queries.shape[2],

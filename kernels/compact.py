@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import Pages
+from ..ops import Pages
 from ._launch import cdiv, dense_last, on, power_of_two
 from ._slabs import KEYS, META, VALUES, page_offset
 
@@ -16,7 +16,7 @@ _MOVED = 16 << 10  # bytes of keys or of values that one program holds
 
 
 def read_tokens(pages: Pages, table: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Global tokens `source` `[B, Hkv, n]` of each head; see the reference."""
+    """Global tokens `source` `[B, Hkv, n]` of each head; see `Ops.read_tokens`."""
     batch, heads, tokens = source.shape
     size, dim = pages.k.shape[1:]
     table, source = dense_last(table), dense_last(source)
@@ -65,7 +65,7 @@ def _read_tokens(
 def move_kept(
     pages: Pages, old: Tensor, new: Tensor, keep: Tensor, starts: Tensor, lengths: Tensor
 ) -> None:
-    """Moves the kept tokens of each head `[U]` to its front, in order; see the reference.
+    """Moves the kept tokens of each head `[U]` to its front, in order; see `Ops.move_kept`.
 
     One program for the keys of a head and one for its values walk the tokens in rising order.
     """

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..types import Pages, Segments
+from ..ops import Pages, Segments
 from ._flash import find_flash
 from ._launch import cdiv, check_dtype
 from .page_io import read_pages
@@ -30,7 +30,7 @@ def dense_prefill(
     table: Tensor,
     scale: float,
 ) -> Tensor:
-    """Causal attention where every token is stored `[Hq, Tq, D]`; see the reference.
+    """Causal attention where every token is stored `[Hq, Tq, D]`; see `Ops.dense_prefill`.
 
     FlashAttention-3 runs where it is installed and takes these queries (Hopper devices only);
     else torch's fused attention for whole prompts and the tile kernel for later chunks.

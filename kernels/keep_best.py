@@ -18,7 +18,7 @@ _CHUNK = 4096  # scores that one program looks at
 
 
 def keep_best(scores: Tensor, valid: Tensor, amount: Tensor) -> Tensor:
-    """Marks the `amount` `[...]` best valid tokens of each head `[..., N]`; see the reference."""
+    """Marks the `amount` `[...]` best valid tokens of each head `[..., N]`; see `Ops.keep_best`."""
     keep = torch.empty(valid.shape, dtype=torch.bool, device=valid.device)
     if not keep.numel():
         return keep

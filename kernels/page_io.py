@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import Pages
+from ..ops import Pages
 from ._launch import cdiv, on, power_of_two
 from ._slabs import KEYS, META, SUMMARY, VALUES, page_offset
 
@@ -15,7 +15,7 @@ _CHUNK = 2048  # elements of k and of v that one program moves
 
 
 def read_pages(pages: Pages, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Contents of pages `ids` (any shape `[...]`): k, v `[..., P, D]` and meta `[..., P]`."""
+    """Contents of pages `ids` `[...]`; see `Ops.read_pages`."""
     size, dim = pages.k.shape[1:]
     flat = ids.reshape(-1).contiguous()  # a reshaped column keeps its stride
     k, v = (torch.empty(*ids.shape, size, dim, dtype=x.dtype, device=x.device) for x in pages[:2])
@@ -54,7 +54,7 @@ def _read_pages(
 
 
 def read_meta(pages: Pages, ids: Tensor) -> Tensor:
-    """Meta `[..., P]` of pages `ids` `[...]`, without their keys and values."""
+    """Meta `[..., P]` of pages `ids` `[...]`; see `Ops.read_meta`."""
     size = pages.meta.shape[1]
     flat = ids.reshape(-1).contiguous()  # a reshaped column keeps its stride
     meta = torch.empty(*ids.shape, size, dtype=pages.meta.dtype, device=pages.meta.device)
@@ -80,10 +80,7 @@ def _read_meta(
 
 
 def copy_pages(pages: Pages, source: Tensor, target: Tensor) -> None:
-    """Copies k, v, meta and summary of pages `source` `[N]` to pages `target` `[N]`.
-
-    No page is both source and target, the null page apart.
-    """
+    """Copies pages `source` `[N]` to pages `target` `[N]`; see `Ops.copy_pages`."""
     if source.numel() == 0:
         return
     size, dim = pages.k.shape[1:]
@@ -134,7 +131,7 @@ def _copy_pages(
 
 
 def read_summary(pages: Pages, ids: Tensor) -> Tensor:
-    """Summaries `[..., S]` of pages `ids` `[...]`."""
+    """Summaries `[..., S]` of pages `ids` `[...]`; see `Ops.read_summary`."""
     assert pages.summary is not None
     width = pages.summary.shape[1]
     flat = ids.reshape(-1).contiguous()  # a reshaped column keeps its stride
@@ -150,7 +147,7 @@ def read_summary(pages: Pages, ids: Tensor) -> Tensor:
 
 
 def write_summary(pages: Pages, ids: Tensor, summary: Tensor) -> None:
-    """Stores summaries `[N, S]` of pages `ids` `[N]`; writes to the null page are lost."""
+    """Stores summaries `[N, S]` of pages `ids` `[N]`; see `Ops.write_summary`."""
     assert pages.summary is not None
     if ids.numel() == 0:
         return

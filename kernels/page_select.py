@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import Pages
+from ..ops import Heads, Pages
 from ._launch import cdiv, check_dtype, dense_last, dot_size, on, power_of_two
 from ._math import dot, narrow
 from ._overlap import await_before, dependent, let_next, overlaps
@@ -29,22 +29,21 @@ _THREAD = 8  # scores that one thread should hold
 
 def quest_select(
     pages: Pages,
-    table: Tensor,
-    counts: Tensor,
+    heads: Heads,
     query: Tensor,
     budget: int,
     group: str,
     first: int,
     last: int,
 ) -> Tensor:
-    """Quest's choice `[B, Hkv or Hq, budget]`: pages by a bound of q.k; see the reference."""
+    """Quest's choice `[B, Hkv or Hq, budget]`: pages by a bound of q.k; see `Ops.quest_select`."""
     check_dtype("quest_select", "query", query)
     assert pages.summary is not None
-    batch, kv_heads, width = table.shape
-    heads, dim = query.shape[1:]
-    size = pages.k.shape[1]
-    query, table, counts = dense_last(query), dense_last(table), dense_last(counts)
-    out_heads = heads if group == "each" else kv_heads
+    batch, kv_heads, width = heads.table.shape
+    query_heads, dim = query.shape[1:]
+    size, groups = pages.k.shape[1], query_heads // kv_heads
+    query, table, counts = dense_last(query), dense_last(heads.table), dense_last(heads.counts)
+    out_heads = query_heads if group == "each" else kv_heads
     row = 16 * cdiv(width, 16)  # rows start where 128 bits can be loaded
     scores = torch.empty(batch, out_heads, row, dtype=torch.float32, device=query.device)
     block = max(16, min(_SCORE_BLOCK, 16384 // (dot_size(dim) * query.element_size())))
@@ -52,8 +51,8 @@ def quest_select(
         _quest_scores[cdiv(width, block), kv_heads, batch](
             pages.summary, pages.slabs, table, counts, query, scores, width, row,
             table.stride(0), table.stride(1), counts.stride(0), query.stride(0), query.stride(1),
-            SLAB_PAGES=pages.slab_pages, PAGE=size, KV_HEADS=kv_heads, GROUP=heads // kv_heads,
-            GROUP_PAD=dot_size(heads // kv_heads), DIM=dim, DIM_PAD=dot_size(dim),
+            SLAB_PAGES=pages.slab_pages, PAGE=size, KV_HEADS=kv_heads, GROUP=groups,
+            GROUP_PAD=dot_size(groups), DIM=dim, DIM_PAD=dot_size(dim),
             COMBINE=_GROUPS[group], BLOCK=block, OVERLAP=overlaps(query.device),
             num_warps=_SCORE_WARPS,
         )  # fmt: skip
@@ -110,7 +109,7 @@ def _quest_scores(
 def top_pages(
     scores: Tensor, counts: Tensor, page_size: int, budget: int, first: int, last: int
 ) -> Tensor:
-    """The `budget` best pages of each head `[B, Hs, budget]`; see the reference."""
+    """The `budget` best pages of each head `[B, Hs, budget]`; see `Ops.top_pages`."""
     with on(scores):
         return _choose(scores.contiguous(), scores.shape[2], counts, page_size, budget, first, last)
 

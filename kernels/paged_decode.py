@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import Pages
+from ..ops import Heads, Pages, Ring
 from ._launch import (
     cdiv,
     check_dtype,
@@ -44,29 +44,26 @@ _PARTS = 64  # partial results that the reduction reads at once
 def paged_decode(
     query: Tensor,
     pages: Pages,
-    table: Tensor,
-    counts: Tensor,
-    ring_k: Tensor,
-    ring_v: Tensor,
+    heads: Heads,
+    ring: Ring,
     lengths: Tensor,
     active: Tensor,
     window: int,
     scale: float,
     selected: Tensor | None = None,
 ) -> Tensor:
-    """Attends over the local window and the global tokens; see the reference.
+    """Attends over the local window and the global tokens; see `Ops.paged_decode`.
 
     The result does not depend on how programs are scheduled.
     """
     check_dtype("paged_decode", "query", query)
-    batch, kv_heads, slots, dim = ring_k.shape
-    query_heads = query.shape[1]
+    batch, kv_heads, slots, dim = ring.k.shape
     size = pages.k.shape[1]
-    heads = kv_heads if selected is None else selected.shape[1]
-    group = query_heads // heads
-    units = batch * heads
-    query, table, counts = dense_last(query), dense_last(table), dense_last(counts)
-    ring_k, ring_v = dense_last(ring_k), dense_last(ring_v)
+    readers = kv_heads if selected is None else selected.shape[1]
+    group = query.shape[1] // readers
+    units = batch * readers
+    query, table, counts = dense_last(query), dense_last(heads.table), dense_last(heads.counts)
+    ring_k, ring_v = dense_last(ring.k), dense_last(ring.v)
     picked = table if selected is None else dense_last(selected)
     block, stages = _tile(dot_size(dim), query.element_size(), shared_memory(query.device))
     target = max(_WAVES * processors(query.device) - units, processors(query.device))
@@ -75,7 +72,7 @@ def paged_decode(
     part = torch.empty(programs, group, dim, dtype=torch.float32, device=query.device)
     lse = torch.empty(programs, group, dtype=torch.float32, device=query.device)
     plan = dict(
-        UNITS=units, UNITS_PAD=power_of_two(units), HEADS=heads, REPEAT=heads // kv_heads,
+        UNITS=units, UNITS_PAD=power_of_two(units), HEADS=readers, REPEAT=readers // kv_heads,
         RING_BLOCKS=cdiv(slots, block), BLOCK=block,
         PICKED=-1 if selected is None else selected.shape[2] * size,
         TARGET=target, MIN_BLOCKS=cdiv(_MIN_SPLIT, block), GROUP=group, DIM=dim,

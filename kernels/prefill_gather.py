@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import POSITION_MASK, Held, Pages, Segments
+from ..ops import POSITION_MASK, Bounds, Heads, Pages, Segments
 from ._flash import Attend
 from ._launch import cdiv, dense_last, on, power_of_two
 from ._slabs import KEYS, META, VALUES, page_offset
@@ -125,22 +125,21 @@ def tile_count(segments: Segments, queries: int) -> int:
 def gather(
     segments: Segments,
     pages: Pages,
-    table: Tensor,
-    counts: Tensor,
+    heads: Heads,
     window: int,
     tile: Tile,
     group: int,
     rectangles: Rectangles | None = None,
-    held: Held | None = None,
+    bounds: Bounds | None = None,
 ) -> Far | None:
     """The global tokens of all heads in contiguous rows; None if there are none.
 
-    `group` query heads share a KV head. Plans `rectangles` where they pay. `held` is what the host
-    knows of the counts; without it, it waits for them.
+    `group` query heads share a KV head. Plans `rectangles` where they pay. `bounds` is what the
+    host knows of the counts; without it, it waits for them.
     """
-    batch, heads = counts.shape
-    table, counts = dense_last(table), counts.contiguous()
-    most, expected = held or (counts.tolist(),) * 2
+    batch, kv_heads = heads.counts.shape
+    table, counts = dense_last(heads.table), heads.counts.contiguous()
+    most, expected = bounds or (counts.tolist(),) * 2
     longest = max(map(max, most))
     if longest == 0 or not any(lengths(segments)):
         return None
@@ -155,27 +154,27 @@ def gather(
     k = torch.empty(rows, dim, dtype=pages.k.dtype, device=pages.k.device)
     v = torch.empty_like(k)
     at = torch.empty(rows, dtype=torch.int32, device=k.device)
-    limits = torch.empty(heads, tiles, dtype=torch.int32, device=k.device)
+    limits = torch.empty(kv_heads, tiles, dtype=torch.int32, device=k.device)
     plan, blocks, span = None, 0, 0
     if rectangles is not None and pays:
         span = max(rectangles.queries // queries, 1) * queries  # whole tiles
         blocks = tile_count(segments, span)
-        bounds = torch.empty(4, heads * blocks + 1, dtype=torch.int32, device=k.device)
+        cut = torch.empty(4, kv_heads * blocks + 1, dtype=torch.int32, device=k.device)
         most_queries = min(span, max(lengths(segments)))
-        plan = Plan(rectangles.attend, torch.empty_like(limits), bounds, most_queries, longest)
+        plan = Plan(rectangles.attend, torch.empty_like(limits), cut, most_queries, longest)
     each = cdiv(max(lengths(segments)), queries)
     with on(k):
-        _gather[cdiv(longest, ROWS) * (ROWS // 32), batch * heads](
+        _gather[cdiv(longest, ROWS) * (ROWS // 32), batch * kv_heads](
             pages.k, pages.v, pages.meta, pages.slabs, table, counts, k, v, at,
             table.stride(0), table.stride(1),
-            HEADS=heads, UNITS_PAD=power_of_two(batch * heads), SLAB_PAGES=pages.slab_pages,
+            HEADS=kv_heads, UNITS_PAD=power_of_two(batch * kv_heads), SLAB_PAGES=pages.slab_pages,
             PAGE=size, DIM=dim, DIM_PAD=power_of_two(dim), ROWS=ROWS, BLOCK=32, num_warps=4,
         )  # fmt: skip
-        _limits[cdiv(each, _LIMITS), batch * heads](
+        _limits[cdiv(each, _LIMITS), batch * kv_heads](
             at, counts, segments.cu_q_dev, segments.start_dev, limits,
             plan.taken if plan else limits, plan.bounds if plan else limits, window, tiles,
             blocks, rows, longest.bit_length(), BATCH=batch, BATCH_PAD=power_of_two(batch),
-            HEADS=heads, UNITS_PAD=power_of_two(batch * heads), QUERIES=queries,
+            HEADS=kv_heads, UNITS_PAD=power_of_two(batch * kv_heads), QUERIES=queries,
             ROWS=ROWS, SPAN=span, SPARE=rectangles.spare if rectangles and plan else 0,
             LEAST=rectangles.least if rectangles and plan else 0, BLOCK=_LIMITS, num_warps=4,
         )  # fmt: skip

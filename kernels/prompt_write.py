@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import ADMITTED, MARKED, POSITION_BITS, Pages, Segments
+from ..ops import ADMITTED, MARKED, POSITION_BITS, Heads, Pages, Segments
 from ._launch import cdiv, check_dense, dense_last, on, power_of_two
 from ._slabs import KEYS, META, VALUES, page_offset
 
@@ -26,23 +26,23 @@ _SCAN = 1024  # tiles that are summed up at once
 
 
 def count_leaving(
-    flags: Tensor, counts: Tensor, segments: Segments, window: int, page_size: int
+    flags: Tensor, before: Tensor, segments: Segments, window: int, page_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts after the call, pages to take and each tile's first index; see the reference."""
-    check_dense("count_leaving", counts=counts)
-    batch, heads = counts.shape
+    """Counts after the call, pages to take and each tile's first index; see `Ops.count_leaving`."""
+    check_dense("count_leaving", before=before)
+    batch, heads = before.shape
     longest = max(b - a for a, b in pairwise(segments.cu_k))
     tiles = max(cdiv(longest - window, _TOKENS), 1)
     flags = dense_last(flags)
-    after, fresh = (torch.empty_like(counts) for _ in range(2))
-    ranks = counts.new_empty(batch, heads, tiles)
+    after, fresh = (torch.empty_like(before) for _ in range(2))
+    ranks = before.new_empty(batch, heads, tiles)
     with on(flags):
         _count[cdiv(tiles, _TILES), heads, batch](
             flags, segments.cu_k_dev, ranks, tiles, window, flags.stride(0),
             TOKENS=_TOKENS, TILES=_TILES, num_warps=4,
         )  # fmt: skip
         _scan[heads, batch](
-            ranks, counts, after, fresh, tiles, counts.stride(0), after.stride(0),
+            ranks, before, after, fresh, tiles, before.stride(0), after.stride(0),
             PAGE=page_size, TILES=_SCAN, num_warps=4,
         )  # fmt: skip
     return after, fresh, ranks
@@ -84,8 +84,7 @@ def _scan(
 
 def write_leaving(
     pages: Pages,
-    table: Tensor,
-    counts: Tensor,
+    heads: Heads,
     key: Tensor,
     value: Tensor,
     flags: Tensor,
@@ -95,29 +94,30 @@ def write_leaving(
     fresh: Tensor,
     ranks: Tensor,
 ) -> None:
-    """Stores what `count_leaving` counted in pages from the free stack; see the reference.
+    """Stores what `count_leaving` counted in pages from the free stack; see `Ops.write_leaving`.
 
     A program stores the tokens of one tile and head. Where the stack is empty they go to the null
     page.
     """
+    table, counts = heads
     check_dense("write_leaving", table=table, counts=counts, after=after, fresh=fresh)
     key, value, flags = dense_last(key), dense_last(value), dense_last(flags)
-    batch, heads, tiles = ranks.shape
+    batch, kv_heads, tiles = ranks.shape
     dim, width = key.shape[2], power_of_two(key.shape[2])
     with on(pages.k):
-        _store[tiles, heads, batch](
+        _store[tiles, kv_heads, batch](
             pages.k, pages.v, pages.meta, pages.slabs, pages.free, pages.top, pages.refs,
             table, counts, key, value, flags,
             segments.cu_q_dev, segments.cu_k_dev, segments.start_dev, fresh, ranks, window,
             table.stride(0), table.stride(1), counts.stride(0), key.stride(0), key.stride(1),
             value.stride(0), value.stride(1), flags.stride(0),
             SLAB_PAGES=pages.slab_pages, PAGE=pages.k.shape[1], DIM=dim, DIM_PAD=width,
-            TOKENS=_TOKENS, ROWS=power_of_two(batch * heads),
+            TOKENS=_TOKENS, ROWS=power_of_two(batch * kv_heads),
             num_warps=4 if width * key.element_size() <= 256 else 8,
         )  # fmt: skip
         _settle[1,](
-            counts, after, fresh, pages.top, heads, counts.stride(0),
-            UNITS=batch * heads, UNITS_PAD=power_of_two(batch * heads), num_warps=1,
+            counts, after, fresh, pages.top, kv_heads, counts.stride(0),
+            UNITS=batch * kv_heads, UNITS_PAD=power_of_two(batch * kv_heads), num_warps=1,
         )  # fmt: skip
 
 

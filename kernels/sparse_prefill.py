@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..types import ADMITTED, Held, Pages, Segments
+from ..ops import ADMITTED, Bounds, Heads, Pages, Segments
 from ._flash import find_varlen
 from ._launch import check_dtype, dense_last, dot_size, on, power_of_two, shared_memory
 from ._math import dot, narrow
@@ -44,27 +44,27 @@ def prefill_attention(
     flags: Tensor,
     segments: Segments,
     pages: Pages,
-    table: Tensor,
-    counts: Tensor,
+    heads: Heads,
     window: int,
     scale: float,
-    held: Held | None = None,
+    bounds: Bounds | None = None,
 ) -> Tensor:
-    """Attention over {j <= i : i - j < window or admitted[j]} `[Hq, Tq, D]`; see the reference.
+    """Attention over {j <= i : i - j < window or admitted[j]} `[Hq, Tq, D]`.
 
-    Without `held` it waits for the device, to learn how many rows the gathered tokens need. Long
-    prompts on a Hopper device with FlashAttention-3 leave it the rows that whole blocks of queries
-    see. Whether they do depends on the whole call: results with and without it agree within the
-    error budget (one more rounding to the query's dtype), not bit for bit.
+    See `Ops.prefill_attention`. Without `bounds` it waits for the device, to learn how many rows
+    the gathered tokens need. Long prompts on a Hopper device with FlashAttention-3 leave it the
+    rows that whole blocks of queries see. Whether they do depends on the whole call: results with
+    and without it agree within the error budget (one more rounding to the query's dtype), not bit
+    for bit.
     """
     check_dtype("prefill_attention", "query", query)
     tile = tile_of(query)
     far = None
     reach = max(start + n for start, n in zip(segments.start, lengths(segments), strict=True))
-    if counts.numel() and reach > window:
+    if heads.counts.numel() and reach > window:
         rectangles, group = choose_rectangles(query), query.shape[0] // key.shape[0]
-        far = gather(segments, pages, table, counts, window, tile, group, rectangles, held)
-    return attend(query, key, value, flags, segments, counts, far, window, scale, tile)
+        far = gather(segments, pages, heads, window, tile, group, rectangles, bounds)
+    return attend(query, key, value, flags, segments, heads.counts, far, window, scale, tile)
 
 
 def choose_tile(dim: int, itemsize: int, shared: int) -> Tile:

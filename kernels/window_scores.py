@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import POSITION_MASK, Pages
+from ..ops import POSITION_MASK, Heads, Pages, Ring
 from ._launch import cdiv, check_dtype, dense_last, dot_size, on, shared_memory
 from ._math import dot
 from ._slabs import KEYS, META, page_offset
@@ -50,10 +50,9 @@ def choose_tile(dim: int, itemsize: int, shared: int) -> Tile:
 
 def window_scores(
     pages: Pages,
-    table: Tensor,
-    counts: Tensor,
-    ring_k: Tensor,
-    ring_q: Tensor,
+    heads: Heads,
+    ring: Ring,
+    queries: Tensor,
     lengths: Tensor,
     window: int,
     scale: float,
@@ -64,17 +63,17 @@ def window_scores(
     group: str,
     normalize: str,
 ) -> Tensor:
-    """Scores `[B, Hkv, M * P]` by the weights of the last queries; see the reference."""
-    check_dtype("window_scores", "ring_q", ring_q)
-    batch, kv_heads, slots, dim = ring_k.shape
-    heads, query_slots = ring_q.shape[1:3]
-    units, groups, size = batch * kv_heads, heads // kv_heads, pages.k.shape[1]
-    width, rows = table.shape[2] * size, groups * observation
-    mass = torch.empty(batch, kv_heads, width, dtype=torch.float32, device=ring_q.device)
+    """Scores `[B, Hkv, M * P]` by the weights of the last queries; see `Ops.window_scores`."""
+    check_dtype("window_scores", "queries", queries)
+    batch, kv_heads, slots, dim = ring.k.shape
+    query_heads, query_slots = queries.shape[1:3]
+    units, groups, size = batch * kv_heads, query_heads // kv_heads, pages.k.shape[1]
+    width, rows = heads.table.shape[2] * size, groups * observation
+    mass = torch.empty(batch, kv_heads, width, dtype=torch.float32, device=queries.device)
     if not mass.numel():
         return mass
-    table, counts = dense_last(table), dense_last(counts)
-    ring_k, ring_q = dense_last(ring_k), dense_last(ring_q)
+    table, counts = dense_last(heads.table), dense_last(heads.counts)
+    ring_k, ring_q = dense_last(ring.k), dense_last(queries)
     tile = choose_tile(dot_size(dim), ring_q.element_size(), shared_memory(ring_q.device))
     mode = 0 if group == "mean" else 2 if normalize == "global" else 1
     near = int(normalize == "visible")

@@ -6,15 +6,17 @@ import importlib
 import importlib.util
 import os
 from functools import lru_cache
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from .errors import BackendError
 
+if TYPE_CHECKING:
+    from .ops import Ops
+
 BACKENDS = ("auto", "reference", "triton")
-_KERNELS = {
+_KERNELS = {  # modules of kernels/ by op
     "append": "cache_write",
     "decode_write": "cache_write",
     "move_kept": "compact",
@@ -59,7 +61,7 @@ def resolve(backend: str, device: torch.device) -> str:
     return backend
 
 
-class Ops:
+class _Backend:
     """The ops of one backend as attributes; each is imported when it is first used."""
 
     def __init__(self, backend: str) -> None:
@@ -68,17 +70,13 @@ class Ops:
     def __getattr__(self, name: str) -> Any:
         if name not in _KERNELS:
             raise AttributeError(name)
-        module: ModuleType = (
-            importlib.import_module(".reference", __package__)
-            if self.backend == "reference"
-            else importlib.import_module(f".kernels.{_KERNELS[name]}", __package__)
-        )
-        op = getattr(module, name)
+        where = "reference" if self.backend == "reference" else f"kernels.{_KERNELS[name]}"
+        op = getattr(importlib.import_module(f".{where}", __package__), name)
         setattr(self, name, op)
         return op
 
 
 @lru_cache
-def ops(backend: str) -> Ops:
-    """The ops of a resolved backend."""
-    return Ops(backend)
+def load(name: str) -> Ops:
+    """The ops of a resolved backend, "reference" or "triton"."""
+    return cast("Ops", _Backend(name))

@@ -10,7 +10,7 @@ import attrs
 from torch import Tensor
 
 from ._validate import fraction, not_negative, positive
-from .reference.keep_best import keep_best
+from .backend import load
 
 KeepBest = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -28,7 +28,7 @@ class Budget(ABC):
         `scores`, `valid` `[B, Hkv, N]`; `allowed` `[B]` global tokens per head. Ties keep the later
         token.
         """
-        return self._choose(keep_best, scores, valid, allowed)
+        return self._choose(load("reference").keep_best, scores, valid, allowed)
 
     def keep_by(self, best: KeepBest, scores: Tensor, valid: Tensor, allowed: Tensor) -> Tensor:
         """`keep` by a backend's `keep_best`, unless the budget has a `keep` of its own."""

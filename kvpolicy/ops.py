@@ -1,32 +1,382 @@
-"""Functional ops on plain tensors, for users who bring their own cache.
+"""The contract of the ops: their signatures, what they compute, and the values that they exchange.
 
-Each runs the reference on CPU tensors and the Triton kernel on CUDA tensors; the modules of
-`kvpolicy.reference` document arguments and results.
+`backend.load` finds an implementation: `reference` (torch, which defines the result) or `kernels`
+(Triton). `write_gate`, `prefill_attention` and `paged_decode` are also functions of this module,
+for users who bring their own cache: on CUDA tensors they run the kernel where Triton is installed,
+else the reference.
+
+In shapes, B counts sequences, H heads (Hq of queries, Hkv of keys and values; a group of Hq / Hkv
+query heads shares a KV head), T or N tokens, D channels, M pages of a table row, P tokens of a
+page. Positions and lengths count tokens; token n of a head is the n-th one that it stores.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
-from .backend import ops, resolve
+from .backend import load, resolve
+
+POSITION_BITS = 30
+POSITION_MASK = (1 << POSITION_BITS) - 1
+ADMITTED = 1  # bit 0 of a ring slot's flags: enters the global cache when it leaves the window
+MARKED = 2  # bit 1: kept by a decision taken at write time for the prompt's end
+
+Position = TypeVar("Position", int, Tensor)
 
 
-def _dispatch(name: str, probe: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return getattr(ops(resolve("auto", probe.device)), name)(*args, **kwargs)
+class Pages(NamedTuple):
+    """One device's pages, as every op takes them. Page 0 is the null page and holds nothing.
+
+    `k`, `v` `[n, P, D]`, `meta` `[n, P]` int32 (`position | mark << POSITION_BITS`) and `summary`
+    `[n, S]` (or None) are the first extent: all pages on the reference backend. Kernels find page
+    `i` through `slabs` `[m, 4]` int64: row `i // slab_pages` holds where that slab of k, v, meta
+    and summary starts, relative to the first extent and in units of 16 elements; inside the slab
+    the page is number `i % slab_pages`. `slab_pages` is a power of two.
+    `free` int32 `[c]` is the stack of unused page ids, `top` int32 `[1]` its height (the next page
+    taken is `free[top - 1]`), `refs` int32 `[c]` counts the heads that hold a page.
+    """
+
+    k: Tensor
+    v: Tensor
+    meta: Tensor
+    summary: Tensor | None
+    slabs: Tensor
+    slab_pages: int
+    free: Tensor
+    top: Tensor
+    refs: Tensor
 
 
-def write_gate(key_pre: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Gate scores or decisions `[Hkv, T]`; see `kvpolicy.reference.write_gate`."""
-    return _dispatch("write_gate", key, key_pre, key, *args, **kwargs)
+class Heads(NamedTuple):
+    """The global tokens of a layer's KV heads.
+
+    `table` int32 `[B, Hkv, M]` names the pages of a head in the order of its tokens, `counts` int32
+    `[B, Hkv]` how many tokens it stores. Entries past the last page may hold anything.
+    """
+
+    table: Tensor
+    counts: Tensor
 
 
-def prefill_attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Admission-sparse attention `[Hq, T, D]`; see `kvpolicy.reference.sparse_prefill`."""
-    return _dispatch("prefill_attention", query, query, *args, **kwargs)
+def ring_slot(position: Position, slots: int) -> Position:
+    """The slot of a ring that holds what stands at `position`."""
+    return position % slots
 
 
-def paged_decode(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Ragged paged attention `[B, Hq, D]`; see `kvpolicy.reference.paged_decode`."""
-    return _dispatch("paged_decode", query, query, *args, **kwargs)
+def ring_positions(lengths: Tensor, slots: int) -> Tensor:
+    """The position that each slot of a ring holds after `lengths` `[..., 1]`: `[..., slots]`.
+
+    Negative where a slot has not been written.
+    """
+    newest = lengths - 1
+    return newest - (newest - torch.arange(slots, device=lengths.device)) % slots
+
+
+def pages_of(tokens: Position, page_size: int) -> Position:
+    """Pages that hold so many tokens."""
+    return -(-tokens // page_size)
+
+
+class Ring(NamedTuple):
+    """A layer's most recent tokens: position p is in slot `p % slots`.
+
+    `k`, `v` `[B, Hkv, S, D]`; `flags` uint8 `[B, Hkv, S]` of bits ADMITTED and MARKED. There are at
+    least as many slots as the window is wide; rollback asks for more.
+    """
+
+    k: Tensor
+    v: Tensor
+    flags: Tensor
+
+    @property
+    def slots(self) -> int:
+        """S, the number of slots."""
+        return self.k.shape[2]
+
+    def slot(self, position: Position) -> Position:
+        """Where a position is held."""
+        return ring_slot(position, self.slots)
+
+
+class Segments(NamedTuple):
+    """How packed queries and keys split over sequences in a prompt call; ints live on the host.
+
+    Sequence b has queries `cu_q[b]:cu_q[b+1]` at positions `start[b], start[b]+1, ...` and keys
+    `cu_k[b]:cu_k[b+1]` whose last one is at the last query's position. The tensors hold the same
+    numbers on the device (int32).
+    """
+
+    cu_q: tuple[int, ...]
+    cu_k: tuple[int, ...]
+    start: tuple[int, ...]
+    cu_q_dev: Tensor
+    cu_k_dev: Tensor
+    start_dev: Tensor
+
+    def places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Sequence, position and the sequence's new length of packed keys, `[Tk]` int64 each."""
+        cu_q, cu_k = self.cu_q_dev.long(), self.cu_k_dev.long()
+        rows = torch.repeat_interleave(
+            torch.arange(len(self.start), device=cu_k.device),
+            cu_k[1:] - cu_k[:-1],
+            output_size=self.cu_k[-1],
+        )
+        ends = self.start_dev.long() + cu_q[1:] - cu_q[:-1]
+        at = torch.arange(self.cu_k[-1], device=cu_k.device) - cu_k[1:][rows] + ends[rows]
+        return rows, at, ends[rows]
+
+
+class Bounds(NamedTuple):
+    """Global tokens `[B][Hkv]` of a layer after a prompt call's writes, as the host knows them.
+
+    `most` are bounds, so that the host need not wait for the device; `expected` are guesses, which
+    may decide how something is computed and never what.
+    """
+
+    most: list[list[int]]
+    expected: list[list[int]]
+
+
+class Ops(Protocol):
+    """The ops of one backend.
+
+    Both backends raise ValueError or TypeError before anything is written. Kernels compute in
+    float32, bfloat16 and float16 and refuse float64, which the reference takes; what they write in
+    place wants a contiguous last dimension.
+    """
+
+    backend: str
+
+    # Writing tokens
+
+    def append(
+        self, pages: Pages, table: Tensor, key: Tensor, value: Tensor, meta: Tensor, dest: Tensor,
+        rows: Tensor,
+    ) -> None:  # fmt: skip
+        """Stores tokens in pages that the table already names.
+
+        `key`, `value` `[Hkv, T, D]`, `meta` `[Hkv, T]` int32; token t of head h becomes global
+        token `dest[h, t]` (`[Hkv, T]` int32, -1: not stored) of sequence `rows[t]` (`[T]` int32).
+        `table` `[B, Hkv, M]` as in `Heads`.
+        """
+
+    def decode_write(
+        self, pages: Pages, heads: Heads, ring: Ring, key: Tensor, value: Tensor,
+        flags: Tensor | None, lengths: Tensor, active: Tensor, window: int, *,
+        minmax: bool = False, bits: int = 0, query: Tensor | None = None,
+        queries: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Writes one decoded token a sequence; the one that leaves the window goes to pages if
+        admitted.
+
+        `key`, `value` `[B, Hkv, D]` and flags go to the slot of position `lengths` in `ring`. The
+        flags are `bits` and, if given, those of `flags` `[B, Hkv]` uint8. `lengths` `[B]` counts
+        the tokens before this one. Rows that are not `active` `[B]` bool write nothing. A full last
+        page makes its head take one from the free stack; where that is empty, the reference raises
+        RuntimeError and the kernel writes to the null page: capacity is reserved before. `minmax`
+        extends the page's summary `[2 D]` (minimum and maximum key). `query` `[B, Hq, D]`, if
+        given, goes to the slot of position `lengths` in `queries` `[B, Hq, S', D]`.
+        """
+
+    def count_leaving(
+        self, flags: Tensor, before: Tensor, segments: Segments, window: int, page_size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """How far heads grow: admitted tokens among the recent that are not in the window at the
+        end of a prompt call.
+
+        `flags` `[Hkv, Tk]` uint8 are those of the recent tokens (ring, then new ones) packed as
+        `segments` says, `before` `[B, Hkv]` int32 the global tokens so far. Returns the counts
+        afterwards and the pages that each head takes for that, both `[B, Hkv]` int32, and ranks: a
+        tensor for `write_leaving` of the same backend.
+        """
+
+    def write_leaving(
+        self, pages: Pages, heads: Heads, key: Tensor, value: Tensor, flags: Tensor,
+        segments: Segments, window: int, after: Tensor, fresh: Tensor, ranks: Tensor,
+    ) -> None:  # fmt: skip
+        """Stores what `count_leaving` counted, with the same flags, counts, segments and window.
+
+        `key`, `value` `[Hkv, Tk, D]` are the recent tokens. The table gets pages from the free
+        stack, the topmost first, head after head and column after column; tokens are stored in the
+        order of their positions. `heads.counts` becomes `after`. An empty free stack is met as in
+        `decode_write`.
+        """
+
+    # Attention
+
+    def dense_prefill(
+        self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, pages: Pages,
+        table: Tensor, scale: float,
+    ) -> Tensor:  # fmt: skip
+        """Causal attention of a prompt call where every token is stored. Returns `[Hq, Tq, D]`.
+
+        Arguments as in `prefill_attention`; `table` `[B, Hkv, M]` as in `Heads`. The global token
+        at index n has position n; those before a sequence's first recent key come from its pages.
+        """
+
+    def prefill_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, flags: Tensor, segments: Segments,
+        pages: Pages, heads: Heads, window: int, scale: float, bounds: Bounds | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Exact attention of a prompt call over {j <= i : i - j < window or admitted[j]}.
+
+        `query` `[Hq, Tq, D]`; `key`, `value` `[Hkv, Tk, D]` and `flags` `[Hkv, Tk]` uint8 are the
+        recent tokens (ring, then new ones) packed as `segments` says. `heads` holds the global
+        tokens in position order, including those that leave the window in this call. A tile of
+        queries starting at position s reads global tokens before s - window + 1 without a mask, and
+        recent ones from there on with it: the vertical-slash pattern of WG-KV. `scale` multiplies
+        q.k. `bounds` is what the host knows of the counts, which saves waiting for the device.
+        Returns `[Hq, Tq, D]`.
+        """
+
+    def paged_decode(
+        self, query: Tensor, pages: Pages, heads: Heads, ring: Ring, lengths: Tensor,
+        active: Tensor, window: int, scale: float, selected: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Attention of one decoded token a sequence over the local window and the global tokens,
+        all or the selected pages of them.
+
+        `query` `[B, Hq, D]` stands at position `lengths` `[B]`, whose key is in the ring already.
+        `selected` int32 `[B, Hs, K]` names pages by their number within the head (-1: none) for
+        Hs = Hkv or Hq heads. `scale` multiplies q.k. Returns `[B, Hq, D]`, zeros for rows that are
+        not `active` `[B]` bool.
+        """
+
+    # Choosing
+
+    def quest_select(
+        self, pages: Pages, heads: Heads, query: Tensor, budget: int, group: str, first: int,
+        last: int,
+    ) -> Tensor:  # fmt: skip
+        """Quest's choice: pages by the upper bound of q.k inside them (mit-han-lab/Quest).
+
+        `query` `[B, Hq, D]`; `pages.summary` `[n, 2 D]` holds each page's minimum and maximum key.
+        The score of a page is the sum over channels of max(q * min, q * max), combined over a
+        group's query heads by `group`: "max", "mean" or "each" (a choice per query head). See
+        `top_pages` for the rest and the result `[B, Hkv or Hq, budget]`.
+        """
+
+    def top_pages(
+        self, scores: Tensor, counts: Tensor, page_size: int, budget: int, first: int, last: int
+    ) -> Tensor:
+        """The `budget` best pages of each head, always including the first and last ones.
+
+        `scores` `[B, Hs, M]` floats with Hs = Hkv or Hq, `counts` `[B, Hkv]` tokens. Of the budget,
+        `last` trailing and then `first` leading pages are taken for certain. Ties go to the lower
+        page. Returns `[B, Hs, budget]` int32 page numbers within the head in rising order, padded
+        with -1.
+        """
+
+    def keep_best(self, scores: Tensor, valid: Tensor, amount: Tensor) -> Tensor:
+        """Marks the `amount` best valid tokens of each head, bool `[..., N]`; ties keep the later.
+
+        `scores` (floats) and `valid` (bool) are `[..., N]`, `amount` `[...]` integers of at least
+        0.
+        """
+
+    # Scoring
+
+    def window_scores(
+        self, pages: Pages, heads: Heads, ring: Ring, queries: Tensor, lengths: Tensor,
+        window: int, scale: float, *, observation: int, kernel: int, pooling: str, group: str,
+        normalize: str,
+    ) -> Tensor:  # fmt: skip
+        """SnapKV's scores `[B, Hkv, M * P]` of global tokens: the weights that the last
+        `observation` queries gave them (FasterDecoding/SnapKV).
+
+        The tokens' positions lie before the window. `queries` `[B, Hq, S', D]` holds the query of
+        position p in slot `p % S'`, as the ring its keys; `lengths` `[B]` positions were seen.
+        `scale` > 0 multiplies q.k. The other arguments are those of `kvpolicy.eviction.SnapKV`,
+        whose `score` says the same on dense keys. Slots without a token score as one of weight 0. A
+        head's scores depend on nothing but its own sequence, to the last bit.
+        """
+
+    def write_gate(
+        self, key_pre: Tensor, key: Tensor, norm_pre: Tensor, norm_post: Tensor, w1: Tensor,
+        b1: Tensor, w2: Tensor, b2: Tensor, limit: float | None = None, inclusive: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Gate scores of tokens, in [0, 1] and in the keys' dtype, or decisions about them.
+
+        `key_pre`, `key` `[Hkv, T, D]` (before and after RoPE), `norm_pre`, `norm_post` `[D]`,
+        `w1` `[Hkv, m, 2D]`, `b1` `[Hkv, m]`, `w2` `[Hkv, m]`, `b2` `[Hkv]`; returns `[Hkv, T]`.
+        g = sigmoid(w2 . gelu(w1 [n(key_pre); n(key)] + b1) + b2) with RMS norms n and the exact
+        GELU (EMCLab-Sinica/WG-KV, src/modeling_layers.py). With a `limit`, a number of the keys'
+        dtype, the result is bool: g > limit (`inclusive`: g >= limit), g rounded to the keys' dtype
+        first. A token's score depends on nothing but the token, to the last bit.
+        """
+
+    # Moving tokens and pages
+
+    def move_kept(
+        self, pages: Pages, old: Tensor, new: Tensor, keep: Tensor, starts: Tensor, lengths: Tensor
+    ) -> None:
+        """Moves the kept tokens of each head to its front, in order: k, v and meta.
+
+        Head u holds `lengths[u]` tokens (int32 `[U]`; 0: it is left alone) in pages `old[u]`, and
+        token n stays if `keep[starts[u] + n]` (bool, flat; `starts` int64 `[U]`). They are written
+        to pages `new[u]`; both tables are `[U, M]` int32. A page may be written by one head only
+        and then either has the same place in both tables or is in no old one.
+        """
+
+    def read_tokens(
+        self, pages: Pages, table: Tensor, source: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Global tokens `source` `[B, Hkv, n]` int32 of each head: k, v `[B, Hkv, n, D]`, meta.
+
+        `table` `[B, Hkv, M]` names the heads' pages. -1 reads as zeros.
+        """
+
+    def read_pages(self, pages: Pages, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Contents of pages `ids` (any shape `[...]`): k, v `[..., P, D]` and meta `[..., P]`."""
+
+    def read_meta(self, pages: Pages, ids: Tensor) -> Tensor:
+        """Meta `[..., P]` of pages `ids` `[...]`, without their keys and values."""
+
+    def copy_pages(self, pages: Pages, source: Tensor, target: Tensor) -> None:
+        """Copies k, v, meta and summary of pages `source` `[N]` to pages `target` `[N]`.
+
+        No page is both source and target, the null page apart.
+        """
+
+    def read_summary(self, pages: Pages, ids: Tensor) -> Tensor:
+        """Summaries `[..., S]` of pages `ids` `[...]`."""
+
+    def write_summary(self, pages: Pages, ids: Tensor, summary: Tensor) -> None:
+        """Stores summaries `[N, S]` of pages `ids` `[N]`; writes to the null page are lost."""
+
+
+def write_gate(
+    key_pre: Tensor, key: Tensor, norm_pre: Tensor, norm_post: Tensor, w1: Tensor, b1: Tensor,
+    w2: Tensor, b2: Tensor, limit: float | None = None, inclusive: bool = False,
+) -> Tensor:  # fmt: skip
+    """Gate scores or decisions `[Hkv, T]`; see `Ops.write_gate`."""
+    weights = (norm_pre, norm_post, w1, b1, w2, b2)
+    return _ops(key).write_gate(key_pre, key, *weights, limit, inclusive)
+
+
+def prefill_attention(
+    query: Tensor, key: Tensor, value: Tensor, flags: Tensor, segments: Segments, pages: Pages,
+    heads: Heads, window: int, scale: float, bounds: Bounds | None = None,
+) -> Tensor:  # fmt: skip
+    """Admission-sparse attention `[Hq, Tq, D]`; see `Ops.prefill_attention`."""
+    recent = (key, value, flags)
+    return _ops(query).prefill_attention(
+        query, *recent, segments, pages, heads, window, scale, bounds
+    )
+
+
+def paged_decode(
+    query: Tensor, pages: Pages, heads: Heads, ring: Ring, lengths: Tensor, active: Tensor,
+    window: int, scale: float, selected: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Ragged paged attention `[B, Hq, D]`; see `Ops.paged_decode`."""
+    return _ops(query).paged_decode(
+        query, pages, heads, ring, lengths, active, window, scale, selected
+    )
+
+
+def _ops(probe: Tensor) -> Ops:
+    return load(resolve("auto", probe.device))

@@ -1,4 +1,4 @@
-"""Plain values that policies, store, reference and kernels exchange."""
+"""What policies are given: new tokens, and what one layer of the cache stores."""
 
 from __future__ import annotations
 
@@ -8,11 +8,6 @@ from typing import Any, NamedTuple
 
 import attrs
 from torch import Tensor
-
-POSITION_BITS = 30
-POSITION_MASK = (1 << POSITION_BITS) - 1
-ADMITTED = 1  # bit 0 of a ring slot's flags: enters the global cache when it leaves the window
-MARKED = 2  # bit 1: kept by a decision taken at write time for the prompt's end
 
 
 class Write(NamedTuple):
@@ -91,53 +86,3 @@ class EvictionView:
 
 def _tensor(given: Tensor | Callable[[], Tensor]) -> Tensor:
     return given if isinstance(given, Tensor) else given()
-
-
-class Pages(NamedTuple):
-    """One device's pages, as every op takes them. Page 0 is the null page and holds nothing.
-
-    `k`, `v` `[n, P, D]`, `meta` `[n, P]` int32 (`position | mark << POSITION_BITS`) and `summary`
-    `[n, S]` (or None) are the first extent: all pages on the reference backend. Kernels find page
-    `i` through `slabs` `[m, 4]` int64: row `i // slab_pages` holds where that slab of k, v, meta
-    and summary starts, relative to the first extent and in units of 16 elements; inside the slab
-    the page is number `i % slab_pages`. `slab_pages` is a power of two.
-    `free` int32 `[c]` is the stack of unused page ids, `top` int32 `[1]` its height (the next page
-    taken is `free[top - 1]`), `refs` int32 `[c]` counts the heads that hold a page.
-    """
-
-    k: Tensor
-    v: Tensor
-    meta: Tensor
-    summary: Tensor | None
-    slabs: Tensor
-    slab_pages: int
-    free: Tensor
-    top: Tensor
-    refs: Tensor
-
-
-class Held(NamedTuple):
-    """Global tokens `[B][Hkv]` of a layer after a prompt call's writes, as the host knows them.
-
-    `most` are bounds, so that the host need not wait for the device; `expected` are guesses, which
-    may decide how something is computed and never what.
-    """
-
-    most: list[list[int]]
-    expected: list[list[int]]
-
-
-class Segments(NamedTuple):
-    """How packed queries and keys split over sequences in a prompt call; ints live on the host.
-
-    Sequence b has queries `cu_q[b]:cu_q[b+1]` at positions `start[b], start[b]+1, ...` and keys
-    `cu_k[b]:cu_k[b+1]` whose last one is at the last query's position. The tensors hold the same
-    numbers on the device (int32).
-    """
-
-    cu_q: tuple[int, ...]
-    cu_k: tuple[int, ...]
-    start: tuple[int, ...]
-    cu_q_dev: Tensor
-    cu_k_dev: Tensor
-    start_dev: Tensor

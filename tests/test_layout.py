@@ -19,8 +19,8 @@ LINKS = ("kernels", "adapters")
 
 # Lowest first. A layer imports its own layer and those below it.
 LAYERS = (
+    ("ops", "backend"),
     ("reference", "kernels"),
-    ("ops",),
     ("admission", "selection", "eviction", "store"),
     ("pipeline",),
     ("adapters",),
@@ -145,6 +145,13 @@ def test_imports_point_down(graph, level):
 @pytest.mark.parametrize(("part", "other"), [("reference", "kernels"), ("kernels", "reference")])
 def test_implementations_are_independent(graph, part, other):
     assert not offenders(graph, part, {other})
+
+
+def test_only_the_backend_loads_implementations(graph):
+    """By name, of what `ops` says; the benchmarks time single kernels."""
+    own = ("reference", "kernels", "backend", "bench")
+    parts = {part_of(name) for name in graph} - {*own}
+    assert not [x for part in parts for x in offenders(graph, part, {"reference", "kernels"})]
 
 
 @pytest.mark.parametrize("part", POLICIES)

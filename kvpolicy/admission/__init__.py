@@ -1,5 +1,6 @@
 """Admission policies: what to write."""
 
+from ..types import Write as Write
 from ._base import Admission as Admission
 from ._base import AdmitAll as AdmitAll
 from .combine import AllOf as AllOf

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._validate import fraction, one_of, positive
-from ..backend import ops, resolve
+from ..backend import load, resolve
 from ..types import Write
 from . import _gate_file
 from ._base import Admission
@@ -152,7 +152,7 @@ class WriteGate(Admission):
             raise ValueError("write.key_pre: WriteGate reads keys before RoPE, got None")
         rows = slice(write.heads.start, write.heads.stop)
         n = write.layer
-        return ops(self.backend).write_gate(
+        return load(self.backend).write_gate(
             write.key_pre,
             write.key,
             self.norm_pre[n],

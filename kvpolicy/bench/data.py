@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops import Heads, Segments
 from ..store.pool import PagePool
-from ..types import Segments
 from .context import Bench
 
 SPREAD = (0.4, 1.6)  # shortest and longest head of a ragged layer, over the mean
@@ -20,8 +20,8 @@ def ragged(mean: int, heads: int) -> list[int]:
 
 def stored(
     bench: Bench, sets: list[list[int]], page: int, dim: int, summaries: bool = False
-) -> tuple[PagePool, list[tuple[Tensor, Tensor]]]:
-    """A pool of random keys and values, and per set its table `[1, Hkv, M]` and counts `[1, Hkv]`.
+) -> tuple[PagePool, list[Heads]]:
+    """A pool of random keys and values, and per set the heads of one sequence.
 
     Pages lie in random order. `summaries` fills in each page's smallest and largest key.
     """
@@ -48,7 +48,7 @@ def stored(
             table[0, head, :n] = ids[at : at + n]
             at += n
         held = torch.tensor([lengths], dtype=torch.int32, device=bench.device)
-        found.append((table, held))
+        found.append(Heads(table, held))
     return pool, found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import Pages, Ring
 from ..store.pool import PagePool
 from .context import Bench, Case, check
 from .data import ragged, stored, tokens_of
@@ -38,38 +39,39 @@ class Layer:
         )
         slots = self.window + 32
         shape = (1, self.kv_heads, slots, self.dim)
-        self.rings = [(bench.randn(*shape), bench.randn(*shape)) for _ in self.tables]
+        flags = torch.zeros(shape[:3], dtype=torch.uint8, device=bench.device)
+        self.rings = [Ring(bench.randn(*shape), bench.randn(*shape), flags) for _ in self.tables]
         self.queries = [bench.randn(1, self.heads, self.dim) for _ in self.tables]
         self.now = torch.tensor([2 * mean + self.window], device=bench.device)
         self.active = torch.ones(1, dtype=torch.bool, device=bench.device)
 
     @property
-    def pages(self) -> Any:
+    def pages(self) -> Pages:
         return self.pool.pages
 
     def attend(self, index: int, selected: Tensor | None = None) -> Tensor:
         from ..kernels.paged_decode import paged_decode
 
         return paged_decode(
-            self.queries[index], self.pages, *self.tables[index], *self.rings[index], self.now,
+            self.queries[index], self.pages, self.tables[index], self.rings[index], self.now,
             self.active, self.window, self.dim**-0.5, selected,
         )  # fmt: skip
 
     def choose(self, index: int, budget: int) -> Tensor:
         from ..kernels.page_select import quest_select
 
-        table, counts = self.tables[index]
-        return quest_select(self.pages, table, counts, self.queries[index], budget, "max", 0, 1)
+        heads = self.tables[index]
+        return quest_select(self.pages, heads, self.queries[index], budget, "max", 0, 1)
 
     def check(
         self, name: str, index: int, selected: Tensor | None = None, out: Tensor | None = None
     ) -> None:
         """Compares the shortest and the longest head of `out`, else of `attend`, with float64."""
         out = self.attend(index, selected) if out is None else out
-        table, group = self.tables[index][0], self.heads // self.kv_heads
+        table, group = self.tables[index].table, self.heads // self.kv_heads
         page, slots = self.pool.page_size, self.window + 32
         back = (int(self.now) - torch.arange(slots, device=out.device)) % slots
-        ring = [x[0] for x in self.rings[index]]
+        ring = [x[0] for x in self.rings[index][:2]]
         for head in (0, self.kv_heads - 1):
             used = -(-self.lengths[head] // page)
             k, v, _ = tokens_of(self.pool, table[0, head, :used], self.lengths[head])
@@ -144,7 +146,7 @@ def quest(bench: Bench, case: str) -> Iterator[Row]:
 
 def _check_choice(layer: Layer, index: int, selected: Tensor) -> None:
     """No page left out may score more than one taken, rounding apart."""
-    table, group = layer.tables[index][0], layer.heads // layer.kv_heads
+    table, group = layer.tables[index].table, layer.heads // layer.kv_heads
     for head in (0, layer.kv_heads - 1):
         used = -(-layer.lengths[head] // layer.pool.page_size)
         summary = _summaries(layer.pool, table[0, head, :used])

@@ -55,7 +55,7 @@ class Paged:
                 new = new[count:]
                 token = torch.arange(n, n + window, device=new.device)
                 at = pages[-1][token // page].long(), token % page
-                self.k[at], self.v[at] = (x[0, head, recent] for x in ring)
+                self.k[at], self.v[at] = (x[0, head, recent] for x in ring[:2])
             self.lists.append((starts, torch.cat(pages), ends))
 
 

@@ -10,8 +10,8 @@ import attrs
 import torch
 from torch import Tensor
 
+from ..ops import ADMITTED, Heads, Pages, Segments
 from ..store.pool import PagePool
-from ..types import ADMITTED, Pages, Segments
 from .context import Bench, Case, check
 from .data import segments, stored
 from .dense import HEADS, KV_HEADS, dense_flops, dense_ms
@@ -35,8 +35,7 @@ class Problem:
     recent: tuple[Tensor, Tensor, Tensor]  # keys, values and flags from the ring's first token on
     segments: Segments
     pool: PagePool  # owns the extents behind `pages`
-    table: Tensor
-    counts: Tensor
+    heads: Heads
 
     @property
     def pages(self) -> Pages:
@@ -77,36 +76,35 @@ def problem(bench: Bench, tokens: int, rates: list[float], dim: int, start: int 
     """Random tokens of one sequence; head h admits a fraction `rates[h]` of them."""
     from ..kernels import cache_write
 
-    heads, kv_heads = bench.pick(HEADS, 4), len(rates)
-    window = bench.pick(256, 16)
+    kv_heads, window = len(rates), bench.pick(256, 16)
     # As they leave a projection: [T, H, D], seen as [H, T, D].
-    query = bench.randn(tokens - start, heads, dim).transpose(0, 1)
+    query = bench.randn(tokens - start, bench.pick(HEADS, 4), dim).transpose(0, 1)
     key, value = (bench.randn(tokens, kv_heads, dim).transpose(0, 1) for _ in range(2))
     rate = torch.tensor(rates, device=bench.device)[:, None]
     admitted = torch.rand(kv_heads, tokens, device=bench.device) < rate
     gone = admitted & (torch.arange(tokens, device=bench.device) < tokens - window)
     held = gone.sum(1).tolist()
-    pool, [(table, counts)] = stored(bench, [[max(n, 1) for n in held]], PAGE, dim)
-    counts.copy_(gone.sum(1))
+    pool, [heads] = stored(bench, [[max(n, 1) for n in held]], PAGE, dim)
+    heads.counts.copy_(gone.sum(1))
     dest = torch.where(gone, gone.cumsum(1) - 1, -1).int()
     at = torch.arange(tokens, dtype=torch.int32, device=bench.device)
     cache_write.append(
-        pool.pages, table, key, value, at.expand(kv_heads, -1), dest, torch.zeros_like(at)
+        pool.pages, heads.table, key, value, at.expand(kv_heads, -1), dest, torch.zeros_like(at)
     )
     first = max(start - window, 0)
     flags = admitted.to(torch.uint8) * ADMITTED
     recent = [x[:, first:].contiguous() if first else x for x in (key, value, flags)]
     return Problem(
         tokens=tokens, start=start, window=window, query=query, key=key, value=value,
-        admitted=admitted, recent=(recent[0], recent[1], recent[2]), pool=pool, table=table,
-        counts=counts, segments=segments(bench, start, tokens - start, tokens - first),
+        admitted=admitted, recent=(recent[0], recent[1], recent[2]), pool=pool, heads=heads,
+        segments=segments(bench, start, tokens - start, tokens - first),
     )  # fmt: skip
 
 
 def _row(bench: Bench, case: str, p: Problem, ms: float, **more: Any) -> Row:
     heads, queries, dim = p.query.shape
     flops = 4.0 * dim * p.pairs()
-    held = int(p.counts.sum()) + p.recent[0].shape[0] * p.recent[0].shape[1]
+    held = int(p.heads.counts.sum()) + p.recent[0].shape[0] * p.recent[0].shape[1]
     moved = 2.0 * (2 * p.query.numel() + 2 * held * dim)
     return Row(
         group="prefill", name=case, value=ms, rate=flops / ms / 1e9, rate_unit="TFLOP/s",
@@ -119,14 +117,14 @@ def _gather(p: Problem, rectangles: Any) -> Any:
     from ..kernels.sparse_prefill import gather, tile_of
 
     group, tile = p.query.shape[0] // p.key.shape[0], tile_of(p.query)
-    return gather(p.segments, p.pages, p.table, p.counts, p.window, tile, group, rectangles)
+    return gather(p.segments, p.pages, p.heads, p.window, tile, group, rectangles)
 
 
 def _attend(p: Problem, far: Any) -> Tensor:
     from ..kernels.sparse_prefill import attend, tile_of
 
     more = p.window, p.scale, tile_of(p.query)
-    return attend(p.query, *p.recent, p.segments, p.counts, far, *more)
+    return attend(p.query, *p.recent, p.segments, p.heads.counts, far, *more)
 
 
 def _ways(p: Problem) -> dict[str, Any]:
@@ -158,7 +156,7 @@ def sparse(
         goals = _goals(bench, case, p, ms, wanted, dense)
         against = ", ".join(f"{t / ms:.2f}x {name} {t:.4g} ms" for name, t in dense.items())
         yield _row(bench, case, p, ms, goals=goals, baseline=against, note=way)
-        moved = 2.0 * 2 * 2 * int(p.counts.sum()) * dim
+        moved = 2.0 * 2 * 2 * int(p.heads.counts.sum()) * dim
         took = median_ms([gather], bench.device)
         yield Row(
             group="prefill", name=f"{case}: gather", value=took, rate=moved / took / 1e9,
@@ -192,7 +190,7 @@ def last_chunk(bench: Bench, case: str) -> Iterator[Row]:
         bench, tokens, [0.25] * bench.pick(KV_HEADS, 2), bench.pick(128, 32), tokens - queries
     )
     whole = lambda: kernel.prefill_attention(  # noqa: E731
-        p.query, *p.recent, p.segments, p.pages, p.table, p.counts, p.window, p.scale
+        p.query, *p.recent, p.segments, p.pages, p.heads, p.window, p.scale
     )
     for other, (way, rectangles) in enumerate(_ways(p).items()):
         parts = lambda rectangles=rectangles: _attend(p, _gather(p, rectangles))  # noqa: E731
@@ -213,7 +211,9 @@ def everything(bench: Bench, case: str) -> Iterator[Row]:
     p = problem(bench, tokens, [1.0] * bench.pick(KV_HEADS, 2), dim)
 
     def call() -> Tensor:
-        return kernel.dense_prefill(p.query, *p.recent[:2], p.segments, p.pages, p.table, p.scale)
+        return kernel.dense_prefill(
+            p.query, *p.recent[:2], p.segments, p.pages, p.heads.table, p.scale
+        )
 
     p.check(case, call())
     ms = median_ms([call], bench.device)

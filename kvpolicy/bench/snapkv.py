@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..budget import Tokens
+from ..calls import evict
 from ..eviction import SnapKV
 from ..pipeline import CachePipeline
 from ..spec import CacheSpec

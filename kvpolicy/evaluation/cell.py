@@ -16,7 +16,6 @@ from ..adapters.hf import KVPolicyCache, attach, new_cache
 from ..adapters.hf.capture import Stepper
 from ..pipeline import CachePipeline
 from ..store import Report
-from ..store.trimming import trim
 from .long_text import hit_tokens, losses
 from .prompts import Example, Ids, Question
 from .score import AnswerScore
@@ -230,8 +229,7 @@ def _size_after(
 def _size(cache: KVPolicyCache) -> Row:
     """Mean tokens per head, window included, and bytes, of one of the cache's sequences."""
     assert cache.state is not None
-    for pool in cache.state.pools.values():
-        trim(pool)
+    cache.state.trim()
     found: Report = cache.report()
     batch, spec = cache.state.batch, cache.spec
     heads = sum(len(layer) for layer in found.stored)

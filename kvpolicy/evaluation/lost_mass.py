@@ -13,8 +13,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..adapters.hf.spec import decoder_of
+from ..ops import POSITION_MASK
 from ..store import CacheState
-from ..types import POSITION_MASK
 
 NAME = "kvpolicy_lost_mass"
 _SLOT = "_kvpolicy_lost_mass"

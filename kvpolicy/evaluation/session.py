@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 from ..adapters.hf import KVPolicyCache, new_cache
 from ..pipeline import CachePipeline
 from ..store import CacheState, Report
-from ..store.trimming import trim
 
 
 class PipelineSession:
@@ -60,8 +59,7 @@ class PipelineSession:
 
     def held_bytes(self) -> int:
         """All bytes of the cache, after giving back what forks that are gone had used."""
-        for pool in self.state.pools.values():
-            trim(pool)
+        self.state.trim()
         return self.report().total
 
     def tokens_read(self) -> float:

@@ -1,5 +1,6 @@
 """Eviction policies: what to drop."""
 
+from ..types import EvictionView as EvictionView
 from ._base import Eviction as Eviction
 from ._base import KeepAll as KeepAll
 from .at_prompt_end import AtPromptEnd as AtPromptEnd

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import ADMITTED, MARKED, POSITION_BITS, Pages
+from ..ops import ADMITTED, MARKED, POSITION_BITS, Heads, Pages, Ring, ring_slot
 
 
 def append(
@@ -17,11 +17,7 @@ def append(
     dest: Tensor,
     rows: Tensor,
 ) -> None:
-    """Stores tokens in pages that the table already names.
-
-    `key`, `value` `[Hkv, T, D]`, `meta` `[Hkv, T]`; token t of head h becomes global token `dest[h,
-    t]` (`[Hkv, T]` int32, -1: not stored) of sequence `rows[t]`. `table` `[B, Hkv, M]`.
-    """
+    """Stores tokens in pages that the table already names: `Ops.append`."""
     size = pages.k.shape[1]
     head, token = (dest >= 0).nonzero(as_tuple=True)
     index = dest[head, token].long()
@@ -34,42 +30,32 @@ def append(
 
 def decode_write(
     pages: Pages,
-    table: Tensor,
-    counts: Tensor,
-    ring_k: Tensor,
-    ring_v: Tensor,
-    ring_flags: Tensor,
+    heads: Heads,
+    ring: Ring,
     key: Tensor,
     value: Tensor,
     flags: Tensor | None,
     lengths: Tensor,
     active: Tensor,
     window: int,
+    *,
     minmax: bool = False,
     bits: int = 0,
     query: Tensor | None = None,
     queries: Tensor | None = None,
 ) -> None:
-    """Writes one decoded token a sequence; the one that leaves the window is promoted if admitted.
-
-    `key`, `value` `[B, Hkv, D]` and flags go to ring slot `lengths % slots`; ring tensors are
-    `[B, Hkv, slots, D]` and `[B, Hkv, slots]`. The flags are `bits` and, if given, those of `flags`
-    `[B, Hkv]` uint8. `lengths` `[B]` counts the tokens before this one. Rows that are not `active`
-    `[B]` write nothing. A full last page makes its head take one from the free stack. `minmax`
-    extends the page's summary (minimum and maximum key). `query` `[B, Hq, D]`, if given, goes to
-    slot `lengths % slots'` of the observed `queries` `[B, Hq, slots', D]`.
-    """
-    slots = ring_k.shape[2]
+    """Writes one decoded token a sequence and promotes the one that leaves: `Ops.decode_write`."""
     # Plain ints and rows: tensors of one token are all dispatch.
     for row, (length, on) in enumerate(zip(lengths.tolist(), active.tolist(), strict=True)):
         if not on:
             continue
-        k, v, f = ring_k[row], ring_v[row], ring_flags[row]
+        k, v, f = (x[row] for x in ring)
         if length >= window:
-            out = (length - window) % slots
+            out = ring.slot(length - window)
             leaving = k.select(1, out), v.select(1, out), f.select(1, out)
-            _promote(pages, table[row], counts[row], *leaving, length - window, minmax)
-        slot = length % slots
+            own = Heads(heads.table[row], heads.counts[row])
+            _promote(pages, own, *leaving, length - window, minmax)
+        slot = ring.slot(length)
         k.select(1, slot).copy_(key[row])
         v.select(1, slot).copy_(value[row])
         if flags is None:
@@ -77,13 +63,12 @@ def decode_write(
         else:
             f.select(1, slot).copy_(flags[row] | bits)
         if query is not None and queries is not None:
-            queries[row].select(1, length % queries.shape[2]).copy_(query[row])
+            queries[row].select(1, ring_slot(length, queries.shape[2])).copy_(query[row])
 
 
 def _promote(
     pages: Pages,
-    table: Tensor,
-    counts: Tensor,
+    own: Heads,
     key: Tensor,
     value: Tensor,
     flags: Tensor,
@@ -92,9 +77,10 @@ def _promote(
 ) -> None:
     """Appends a sequence's leaving token to the pages of the heads that admitted it.
 
-    `table` `[Hkv, M]` and `counts` `[Hkv]` are the sequence's.
+    `own` are the sequence's: table `[Hkv, M]` and counts `[Hkv]`.
     """
     size, dim = pages.k.shape[1:]
+    table, counts = own
     bits, held = flags.tolist(), counts.tolist()
     h = [head for head, bit in enumerate(bits) if bit & ADMITTED]
     if not h:

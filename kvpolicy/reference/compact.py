@@ -5,14 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import Pages
+from ..ops import Pages
 
 
 def read_tokens(pages: Pages, table: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Global tokens `source` `[B, Hkv, n]` int32 of each head: k, v `[B, Hkv, n, D]`, meta.
-
-    `table` `[B, Hkv, M]` names the heads' pages. -1 reads as zeros.
-    """
+    """Global tokens `source` `[B, Hkv, n]` of each head: `Ops.read_tokens`."""
     size, dim = pages.k.shape[1:]
     token = source.clamp(min=0).long()
     slot = (table.gather(2, token // size).long() * size + token % size).flatten()
@@ -29,13 +26,7 @@ def read_tokens(pages: Pages, table: Tensor, source: Tensor) -> tuple[Tensor, Te
 def move_kept(
     pages: Pages, old: Tensor, new: Tensor, keep: Tensor, starts: Tensor, lengths: Tensor
 ) -> None:
-    """Moves the kept tokens of each head to its front, in order: k, v and meta.
-
-    Head u holds `lengths[u]` tokens (int32 `[U]`; 0: it is left alone) in pages `old[u]`, and token
-    n stays if `keep[starts[u] + n]` (bool, flat; `starts` int64 `[U]`). They are written to pages
-    `new[u]`; both tables are `[U, M]` int32. A page may be written by one head only and then either
-    has the same place in both tables or is in no old one.
-    """
+    """Moves the kept tokens of each head `[U]` to its front, in order: `Ops.move_kept`."""
     size = pages.k.shape[1]
     for head, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
         token = keep[start : start + length].nonzero().squeeze(1)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import Pages, Segments
+from ..ops import Pages, Segments
 from .page_io import read_pages
 
 
@@ -19,11 +19,7 @@ def dense_prefill(
     table: Tensor,
     scale: float,
 ) -> Tensor:
-    """Causal attention where every token is stored.
-
-    Arguments as in `prefill_attention`. The global token at index n has position n; those before a
-    sequence's first recent key come from its pages. Returns `[Hq, Tq, D]`.
-    """
+    """Causal attention `[Hq, Tq, D]` where every token is stored: `Ops.dense_prefill`."""
     dim = key.shape[2]
     out = torch.empty(query.shape[1], query.shape[0], dim, dtype=query.dtype, device=query.device)
     for row, start in enumerate(segments.start):

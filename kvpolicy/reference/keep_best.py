@@ -7,10 +7,7 @@ from torch import Tensor
 
 
 def keep_best(scores: Tensor, valid: Tensor, amount: Tensor) -> Tensor:
-    """Marks the `amount` best valid tokens of each head, bool `[..., N]`; ties keep the later one.
-
-    `scores` (floats) and `valid` are `[..., N]`, `amount` `[...]` integers of at least 0.
-    """
+    """Marks the `amount` `[...]` best valid tokens of each head `[..., N]`: `Ops.keep_best`."""
     length = scores.shape[-1]
     if length == 0:
         return valid.clone()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..types import Pages
+from ..ops import Pages
 
 
 def read_pages(pages: Pages, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Contents of pages `ids` (any shape `[...]`): k, v `[..., P, D]` and meta `[..., P]`."""
+    """Contents of pages `ids` `[...]`: `Ops.read_pages`."""
     flat = ids.reshape(-1).long()
     k = pages.k.index_select(0, flat).view(*ids.shape, *pages.k.shape[1:])
     v = pages.v.index_select(0, flat).view(*ids.shape, *pages.v.shape[1:])
@@ -17,12 +17,12 @@ def read_pages(pages: Pages, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def read_meta(pages: Pages, ids: Tensor) -> Tensor:
-    """Meta `[..., P]` of pages `ids` `[...]`, without their keys and values."""
+    """Meta `[..., P]` of pages `ids` `[...]`: `Ops.read_meta`."""
     return pages.meta.index_select(0, ids.reshape(-1).long()).view(*ids.shape, -1)
 
 
 def copy_pages(pages: Pages, source: Tensor, target: Tensor) -> None:
-    """Copies k, v, meta and summary of pages `source` `[N]` to pages `target` `[N]`."""
+    """Copies pages `source` `[N]` to pages `target` `[N]`: `Ops.copy_pages`."""
     source, target = source.long(), target.long()
     for store in (pages.k, pages.v, pages.meta, pages.summary):
         if store is not None:
@@ -30,14 +30,14 @@ def copy_pages(pages: Pages, source: Tensor, target: Tensor) -> None:
 
 
 def read_summary(pages: Pages, ids: Tensor) -> Tensor:
-    """Summaries `[..., S]` of pages `ids` `[...]`."""
+    """Summaries `[..., S]` of pages `ids` `[...]`: `Ops.read_summary`."""
     assert pages.summary is not None
     flat = pages.summary.index_select(0, ids.reshape(-1).long())
     return flat.view(*ids.shape, pages.summary.shape[1])
 
 
 def write_summary(pages: Pages, ids: Tensor, summary: Tensor) -> None:
-    """Stores summaries `[N, S]` of pages `ids` `[N]`; writes to the null page are lost."""
+    """Stores summaries `[N, S]` of pages `ids` `[N]`: `Ops.write_summary`."""
     assert pages.summary is not None
     keep = ids > 0
     pages.summary.index_copy_(0, ids[keep].long(), summary[keep].to(pages.summary.dtype))

@@ -5,27 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import Pages
+from ..ops import Heads, Pages
 
 
 def quest_select(
     pages: Pages,
-    table: Tensor,
-    counts: Tensor,
+    heads: Heads,
     query: Tensor,
     budget: int,
     group: str,
     first: int,
     last: int,
 ) -> Tensor:
-    """Quest's choice: pages by the upper bound of q.k inside them.
-
-    `query` `[B, Hq, D]`, `table` `[B, Hkv, M]`, `counts` `[B, Hkv]`; the score of a page is the sum
-    over channels of max(q * min, q * max), combined over a group's query heads by `group`: "max",
-    "mean" or "each" (a choice per query head). See `top_pages` for the rest and the result `[B, Hkv
-    or Hq, budget]`.
-    """
+    """Pages `[B, Hkv or Hq, budget]` by the upper bound of q.k inside them: `Ops.quest_select`."""
     assert pages.summary is not None
+    table, counts = heads
     batch, kv_heads = counts.shape
     size, dim = pages.k.shape[1], pages.k.shape[2]
     used = max(-(-int(counts.max()) // size), 1)
@@ -33,25 +27,17 @@ def quest_select(
     extent = pages.summary.index_select(0, ids).view(batch, kv_heads, 1, used, 2, dim).float()
     q = query.view(batch, kv_heads, -1, 1, dim).float()
     scores = torch.maximum(q * extent[..., 0, :], q * extent[..., 1, :]).sum(-1)
-    return top_pages(combine_group(scores, group), counts, size, budget, first, last)
-
-
-def combine_group(scores: Tensor, group: str) -> Tensor:
-    """Scores `[B, Hkv, G, M]` of query heads to `[B, Hkv, M]`, or `[B, Hq, M]` for "each"."""
     if group == "each":
-        return scores.flatten(1, 2)
-    return scores.amax(2) if group == "max" else scores.mean(2)
+        scores = scores.flatten(1, 2)
+    else:
+        scores = scores.amax(2) if group == "max" else scores.mean(2)
+    return top_pages(scores, counts, size, budget, first, last)
 
 
 def top_pages(
     scores: Tensor, counts: Tensor, page_size: int, budget: int, first: int, last: int
 ) -> Tensor:
-    """The `budget` best pages of each head, always including the first and last ones.
-
-    `scores` `[B, Hs, M]` with Hs = Hkv or Hq, `counts` `[B, Hkv]` tokens. Of the budget, `last`
-    trailing and then `first` leading pages are taken for certain. Ties go to the lower page.
-    Returns `[B, Hs, budget]` int32 page numbers within the head in rising order, padded with -1.
-    """
+    """The `budget` best pages `[B, Hs, budget]` of each head: `Ops.top_pages`."""
     batch, heads, width = scores.shape
     held = (counts + page_size - 1) // page_size
     held = held.repeat_interleave(heads // counts.shape[1], 1)[..., None]

@@ -6,29 +6,23 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..types import Pages
+from ..ops import Heads, Pages, Ring, ring_slot
 
 
 def paged_decode(
     query: Tensor,
     pages: Pages,
-    table: Tensor,
-    counts: Tensor,
-    ring_k: Tensor,
-    ring_v: Tensor,
+    heads: Heads,
+    ring: Ring,
     lengths: Tensor,
     active: Tensor,
     window: int,
     scale: float,
     selected: Tensor | None = None,
 ) -> Tensor:
-    """Attends over the local window and the global tokens, all or the selected pages of them.
-
-    `query` `[B, Hq, D]` stands at position `lengths` `[B]`, whose key is in the ring already; ring
-    `[B, Hkv, slots, D]`, `table` `[B, Hkv, M]`, `counts` `[B, Hkv]`. `selected` `[B, Hs, K]` names
-    pages within the head (-1: none) for Hs = Hkv or Hq heads. Returns `[B, Hq, D]`, zeros for rows
-    that are not `active`.
-    """
+    """Attention `[B, Hq, D]` over the local window and the global tokens: `Ops.paged_decode`."""
+    table, counts = heads
+    ring_k, ring_v, _ = ring
     batch, kv_heads, slots, dim = ring_k.shape
     size = pages.k.shape[1]
     if selected is not None and selected.shape[1] != kv_heads:
@@ -72,7 +66,7 @@ def paged_decode(
     else:
         token = start[..., None] + torch.arange(size, device=table.device)
         token = token.expand(batch, kv_heads, -1, size).flatten(2)
-        back = (lengths[:, None] - torch.arange(slots, device=table.device)).remainder_(slots)
+        back = ring.slot(lengths[:, None] - torch.arange(slots, device=table.device))
         near = back < (lengths + 1).clamp_(max=window)[:, None]
         near = near[:, None].expand(-1, kv_heads, -1)
         hidden = torch.cat([token < counts[..., None], near], -1).logical_not_()[:, :, None]
@@ -87,7 +81,7 @@ def paged_decode(
 def _hide_in_ring(scores: Tensor, length: int, window: int) -> None:
     """Hides the slots `[..., slots]` outside the window that ends at position `length`."""
     slots = scores.shape[-1]
-    low = (length + 1) % slots
+    low = ring_slot(length + 1, slots)
     high = low + slots - min(window, length + 1)
     scores[..., low:high] = float("-inf")
     if high > slots:

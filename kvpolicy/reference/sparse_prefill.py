@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import ADMITTED, POSITION_MASK, Held, Pages, Segments
+from ..ops import ADMITTED, POSITION_MASK, Bounds, Heads, Pages, Segments
 from .page_io import read_pages
 
 TILE = 256
@@ -19,21 +19,13 @@ def prefill_attention(
     flags: Tensor,
     segments: Segments,
     pages: Pages,
-    table: Tensor,
-    counts: Tensor,
+    heads: Heads,
     window: int,
     scale: float,
-    held: Held | None = None,
+    bounds: Bounds | None = None,
 ) -> Tensor:
-    """Exact attention over {j <= i : i - j < window or admitted[j]}.
-
-    `query` `[Hq, Tq, D]`; `key`, `value` `[Hkv, Tk, D]` and `flags` `[Hkv, Tk]` uint8 are the
-    recent tokens (ring, then new ones) packed as `segments` says. `table` `[B, Hkv, M]` and
-    `counts` `[B, Hkv]` name the global tokens, in position order, including those that leave the
-    window in this call. A tile of queries starting at position s reads global tokens before s -
-    window + 1 without a mask, and recent ones from there on with it. `held` is what the host knows
-    of the counts, which saves waiting for the device. Returns `[Hq, Tq, D]`.
-    """
+    """Attention over {j <= i : i - j < window or admitted[j]}: `Ops.prefill_attention`."""
+    table, counts = heads
     kv_heads, dim = key.shape[0], key.shape[2]
     out = torch.empty(query.shape[1], query.shape[0], dim, dtype=query.dtype, device=query.device)
     for row, start in enumerate(segments.start):
@@ -42,7 +34,7 @@ def prefill_attention(
         if q0 == q1:
             continue
         first = start + (q1 - q0) - (k1 - k0)  # position of the row's first recent key
-        longest = max(counts[row].tolist() if held is None else held.most[row], default=0)
+        longest = max(counts[row].tolist() if bounds is None else bounds.most[row], default=0)
         used = -(-longest // pages.k.shape[1])
         far_k, far_v, far_at = _global_tokens(pages, table[row, :, :used], counts[row])
         for tile in range(start, start + q1 - q0, TILE):

@@ -8,17 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import POSITION_MASK, Pages
+from ..ops import POSITION_MASK, Heads, Pages, Ring, ring_slot
 
 _LOGITS = 1 << 22  # logits that a chunk of keys may have
 
 
 def window_scores(
     pages: Pages,
-    table: Tensor,
-    counts: Tensor,
-    ring_k: Tensor,
-    ring_q: Tensor,
+    heads: Heads,
+    ring: Ring,
+    queries: Tensor,
     lengths: Tensor,
     window: int,
     scale: float,
@@ -29,20 +28,15 @@ def window_scores(
     group: str,
     normalize: str,
 ) -> Tensor:
-    """Scores `[B, Hkv, M * P]` of global tokens by the weights of the last `observation` queries.
-
-    `table` `[B, Hkv, M]` and `counts` `[B, Hkv]` name the tokens, whose positions lie before the
-    window. `ring_k` `[B, Hkv, slots, D]` and `ring_q` `[B, Hq, slots', D]` hold position p in slot
-    `p % slots`; `lengths` `[B]` positions were seen. `scale` > 0 multiplies q.k. The other
-    arguments are those of `kvpolicy.eviction.SnapKV`, whose `score` says the same on dense keys.
-    Slots without a token score as one of weight 0.
+    """Scores `[B, Hkv, M * P]` by the weights of the last queries: `Ops.window_scores`.
 
     Keys are read twice, a chunk at a time: for each query's log-sum-exp, then for its weights.
     """
-    batch, kv_heads, slots, dim = ring_k.shape
+    table, counts = heads
+    batch, kv_heads, _, dim = ring.k.shape
     width = table.shape[2] * pages.k.shape[1]
     at = lengths[:, None] - observation + torch.arange(observation, device=lengths.device)
-    q = _ring(ring_q, at).unflatten(1, (kv_heads, -1))  # [B, Hkv, G, w, D]
+    q = _in_ring(queries, at).unflatten(1, (kv_heads, -1))  # [B, Hkv, G, w, D]
     wide = torch.promote_types(q.dtype, torch.float32)
     at = at[:, None, None, :, None]
 
@@ -56,7 +50,7 @@ def window_scores(
     if normalize == "visible":
         where = lengths[:, None] - window + torch.arange(window, device=at.device)
         near = where[:, None, None, None]
-        parts.append(logits(_ring(ring_k, where), (near >= 0) & (near <= at)).logsumexp(-1))
+        parts.append(logits(_in_ring(ring.k, where), (near >= 0) & (near <= at)).logsumexp(-1))
     total = torch.stack(parts).logsumexp(0) if parts else q.new_zeros(q.shape[:4], dtype=wide)
     # A query that saw no key, such as one before the first, weighs nothing.
     total = total.masked_fill(~(total > float("-inf")), float("inf"))[..., None]
@@ -78,9 +72,9 @@ def window_scores(
     return pool(mass, kernel, 1, kernel // 2)
 
 
-def _ring(ring: Tensor, at: Tensor) -> Tensor:
+def _in_ring(ring: Tensor, at: Tensor) -> Tensor:
     """Entries of positions `at` `[B, n]` in a ring `[B, H, slots, D]`: `[B, H, n, D]`."""
-    slot = (at % ring.shape[2])[:, None, :, None]
+    slot = ring_slot(at, ring.shape[2])[:, None, :, None]
     return ring.gather(2, slot.expand(-1, ring.shape[1], -1, ring.shape[3]))
 
 

@@ -22,14 +22,7 @@ def write_gate(
     limit: float | None = None,
     inclusive: bool = False,
 ) -> Tensor:
-    """Gate scores of tokens, in [0, 1] and in the keys' dtype, or decisions about them.
-
-    `key_pre`, `key` `[Hkv, T, D]` (before and after RoPE), `norm_pre`, `norm_post` `[D]`,
-    `w1` `[Hkv, m, 2D]`, `b1` `[Hkv, m]`, `w2` `[Hkv, m]`, `b2` `[Hkv]`; returns `[Hkv, T]`.
-    g = sigmoid(w2 . gelu(w1 [n(key_pre); n(key)] + b1) + b2) with RMS norms n and the exact GELU
-    (WG-KV, src/modeling_layers.py). With a `limit`, a number of the keys' dtype, the result is
-    bool: g > limit (`inclusive`: g >= limit), g rounded to the keys' dtype first.
-    """
+    """Gate scores of tokens `[Hkv, T]`, or decisions about them: `Ops.write_gate`."""
     heads, tokens, dim = key.shape
     x = torch.cat([_norm(key_pre, norm_pre), _norm(key, norm_post)], -1)
     pad = -tokens % TILE

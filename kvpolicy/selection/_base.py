@@ -60,6 +60,13 @@ class Selection(ABC):
         return -(-max(self.budget.tokens - window, 0) // page_size)
 
 
+def combine_group(scores: Tensor, group: str) -> Tensor:
+    """Scores `[B, Hkv, G, M]` of query heads to `[B, Hkv, M]`, or `[B, Hq, M]` for "each"."""
+    if group == "each":
+        return scores.flatten(1, 2)
+    return scores.amax(2) if group == "max" else scores.mean(2)
+
+
 @attrs.frozen(kw_only=True)
 class SelectAll(Selection):
     """Reads every page: the neutral selection."""

@@ -80,7 +80,8 @@ def _draft(pool: PagePool, part: list[Kept]) -> Drop:
     layers, keeps = [x.layer for x in part], [x.keep for x in part]
     counts, device = torch.stack([x.counts for x in part]), pool.device
     table = torch.stack([x.table for x in layers])
-    stays = torch.arange(table.shape[3], device=device) < pages_of(counts, pool.page_size)[..., None]
+    used = pages_of(counts, pool.page_size)[..., None]
+    stays = torch.arange(table.shape[3], device=device) < used
     fewer = (counts < _counts(layers))[..., None]
     begin = [0, *accumulate(x.numel() for x in keeps)][:-1]
     sizes = torch.tensor([begin, [x.shape[2] for x in keeps]], device=device)[..., None]
@@ -157,7 +158,7 @@ def _summaries(state: CacheState, kept: Kept, most: int) -> tuple[Tensor, Tensor
     source = _sources(kept.keep, kept.counts < layer.counts, most)
     source = F.pad(source, (0, -source.shape[2] % size), value=-1)
     page = layer.pool.kv_bytes + 4 * size
-    step = max(SCRATCH // (source[..., 0].numel() * page), 1) * size  # tokens a head, in whole pages
+    step = max(SCRATCH // (source[..., 0].numel() * page), 1) * size  # tokens a head
     places, found = [], []
     for start in range(0, source.shape[2], step):
         chunk = source[..., start : start + step]

@@ -155,7 +155,9 @@ class Devices:
         for pool in self._leases:
             pool.recount()
 
-    def count(self, layers: Iterable[LayerStore], need: Callable[[LayerStore], Tensor | int]) -> dict[PagePool, int]:
+    def count(
+        self, layers: Iterable[LayerStore], need: Callable[[LayerStore], Tensor | int]
+    ) -> dict[PagePool, int]:
         """Pages by pool: the sums of `need(layer)` over its layers; waits once a pool."""
         found: dict[PagePool, Tensor | int] = dict.fromkeys(self._leases, 0)
         for layer in layers:

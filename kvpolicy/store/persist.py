@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import PhaseError
-from ..spec import CacheSpec
 from ..ops import POSITION_MASK, pages_of
+from ..spec import CacheSpec
 from .fingerprint import pipeline_fingerprint, tensors_hash
 from .layer import LayerStore
 from .sequence import SequenceState

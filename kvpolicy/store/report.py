@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 import torch
 
-from ..ops import ADMITTED, position_of
+from ..ops import ADMITTED, ring_positions
 from .layer import LayerStore
 from .sizes import query_bytes, ring_bytes, storage_bytes, table_bytes
 from .state import CacheState
@@ -115,7 +115,7 @@ def _stored(state: CacheState, layer: LayerStore) -> torch.Tensor:
 
 def _admitted(state: CacheState, layer: LayerStore) -> list[float]:
     lengths = torch.tensor(state.lengths)[:, None]
-    at = position_of(lengths, layer.ring.slots)
+    at = ring_positions(lengths, layer.ring.slots)
     near = ((at >= lengths - layer.window) & (at >= 0))[:, None]
     flagged = ((layer.ring.flags.cpu() & ADMITTED) > 0) & near
     total = layer.counts.cpu() + layer.evicted.cpu() + flagged.sum(-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops import Segments, position_of, slot_of
+from ..ops import Segments, ring_positions, ring_slot
 
 
 def recent(ring: Tensor, new: Tensor, seg: Segments) -> Tensor:
@@ -16,16 +16,16 @@ def recent(ring: Tensor, new: Tensor, seg: Segments) -> Tensor:
     if len(seg.start) == 1:
         end = seg.start[0]
         at = torch.arange(end - seg.cu_k[1] + seg.cu_q[1], end, device=new.device)
-        before = ring[0].index_select(1, slot_of(at, slots))
+        before = ring[0].index_select(1, ring_slot(at, slots))
         if ring.ndim == 3:
             return torch.cat([before, new], 1)
         # Token after token, as they leave a projection: whole rows are copied.
         before = before.transpose(0, 1).contiguous()
         return torch.cat([before, new.transpose(0, 1)]).transpose(0, 1)
     # A fixed number of launches for any number of sequences.
-    rows, at, _ = seg.places(new.device)
+    rows, at, _ = seg.places()
     start = seg.start_dev.long()[rows]
-    held = rows * slots + slot_of(at, slots)
+    held = rows * slots + ring_slot(at, slots)
     fresh = len(seg.start) * slots + seg.cu_q_dev.long()[rows] + at - start
     source = torch.cat([ring.transpose(0, 1).flatten(1, 2), new], 1)
     return source.index_select(1, torch.where(at < start, held, fresh))
@@ -36,7 +36,7 @@ def keep_last(rings: tuple[Tensor, ...], news: tuple[Tensor, ...], seg: Segments
     slots, device = rings[0].shape[2], rings[0].device
     if len(seg.start) == 1:
         after, new = seg.start[0] + seg.cu_q[1], min(seg.cu_q[1], slots)
-        slot = slot_of(torch.arange(after - new, after, device=device), slots)
+        slot = ring_slot(torch.arange(after - new, after, device=device), slots)
         for ring, tokens in zip(rings, news, strict=True):
             ring[0].index_copy_(1, slot, tokens[:, seg.cu_q[1] - new :])
         return
@@ -45,7 +45,7 @@ def keep_last(rings: tuple[Tensor, ...], news: tuple[Tensor, ...], seg: Segments
     # A fixed number of launches for any number of sequences.
     cu, start = seg.cu_q_dev.long(), seg.start_dev.long()[:, None]
     first = cu[:-1, None]
-    at = position_of(start + cu[1:, None] - first, slots)
+    at = ring_positions(start + cu[1:, None] - first, slots)
     fresh = at >= start
     index = torch.where(fresh, first + at - start, 0)
     for ring, tokens in zip(rings, news, strict=True):
@@ -60,6 +60,6 @@ def last(ring: Tensor, lengths: Tensor, count: int) -> tuple[Tensor, Tensor]:
     And the positions `[B, count]` that they are at, negative ones before the first token.
     """
     at = torch.arange(-count, 0, device=ring.device) + lengths[:, None]
-    slot = slot_of(at, ring.shape[2])
+    slot = ring_slot(at, ring.shape[2])
     index = slot[:, None, :, None].expand(-1, ring.shape[1], -1, ring.shape[3])
     return ring.gather(2, index), at

@@ -17,6 +17,7 @@ from .layer import LayerStore
 from .pool import PagePool
 from .sequence import SequenceState
 
+
 @attrs.define(eq=False)
 class Call:
     """One forward in flight, between `begin` and `commit`."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 
 from ..budget import Adaptive, Budget, Pyramid, TotalCap
-from ..evicting import score
+from ..calls.evict import longest, score, view
 from ..eviction import Eviction
 from ..eviction._base import WHEN
 from ..pipeline import CachePipeline
 from ..spec import CacheSpec
 from ..store import CacheState
-from ..store.compaction import longest, view
 from ..types import EvictionView
 from ._cache import decode, kept, prompt, random_data
 from ._common import ConformanceError, check_equal, check_tensor, check_value, require, run

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import ops
+from ..backend import load
 from ..pipeline import CachePipeline
-from ..reference.page_select import combine_group
 from ..selection import Selection
-from ..selection._base import GROUPS
+from ..selection._base import GROUPS, combine_group
 from ..spec import CacheSpec
 from ..store.layer import LayerStore
 from . import _spy
@@ -222,7 +221,7 @@ def _chosen(policy: Selection, layer: LayerStore, query: Tensor, size: int, budg
     """The pages that `score` chooses, as for a policy without a fused op."""
     table, counts, pages = layer.table, layer.counts, layer.pool.pages
     held = (counts[..., None] - torch.arange(table.shape[2]) * size).clamp(0, size)
-    op = ops("reference")
+    op = load("reference")
     grouped = query.view(*counts.shape, -1, query.shape[-1])
     scores = combine_group(policy.score(grouped, op.read_summary(pages, table), held), policy.group)
     return op.top_pages(scores, counts, size, budget, policy.first, policy.last)

@@ -155,9 +155,7 @@ def test_prefill_visits_few_pairs_in_vain(
         return original(*args, **kwargs)
 
     monkeypatch.setattr(sparse, "_step", counted)
-    sparse.prefill_attention(
-        p.query, *p.recent, p.segments, p.pages, p.table, p.counts, p.window, p.scale
-    )
+    sparse.prefill_attention(p.query, *p.recent, p.segments, p.pages, p.heads, p.window, p.scale)
     visited = steps["all"] * tile.rows * tile.keys
     # A tile may waste one block of far keys, and of the band a block at each end and a triangle.
     waste = (384 - start) * heads * (3 * tile.keys + tile.rows // heads)

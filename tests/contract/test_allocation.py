@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvpolicy import CacheSpec, CapacityError
-from kvpolicy.store import pages
+from kvpolicy.store import pool as pools
 from kvpolicy.store.fork import adopt, select_rows
 from kvpolicy.store.pool import PagePool
 from kvpolicy.store.rollback import crop
@@ -42,7 +42,7 @@ class Memory:
 
     def __init__(self, monkeypatch, kind):
         self.patch, self.kind, self.left = monkeypatch, kind, None
-        for owner, name in ((PagePool, "_extent"), (pages, "widened")):
+        for owner, name in ((PagePool, "_extent"), (pools, "widened")):
             monkeypatch.setattr(owner, name, self.failing(getattr(owner, name)))
 
     def failing(self, function):

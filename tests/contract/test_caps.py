@@ -143,7 +143,7 @@ def test_a_finished_sequence_loses_nothing_to_the_cap_of_the_others():
     for _ in range(9):
         run.call([1, 1], "decode")
     assert run.state.kept(0, 0, 0).tolist() == list(range(30))
-    assert run.state.cap_evicted[0] == 0 < run.state.cap_evicted[1]
+    assert run.state.sequences[0].cap_evicted == 0 < run.state.sequences[1].cap_evicted
 
 
 def test_caps_that_cannot_work_are_refused():

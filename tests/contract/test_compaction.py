@@ -11,6 +11,7 @@ import torch
 from kvpolicy import CachePipeline, CacheSpec, Tokens, TotalCap
 from kvpolicy.budget import Budget
 from kvpolicy.calls.evict import evict
+from kvpolicy.calls.evict import view as view_of
 from kvpolicy.eviction import Eviction, SnapKV
 from kvpolicy.store import compaction
 from kvpolicy.store.fork import select_rows
@@ -180,7 +181,7 @@ def test_a_view_reads_what_is_asked_for():
     state = run.state
     wanted = [contents(state, 0, row) for row in range(2)]
     state.ops = ops = Counting(state.ops)
-    view = compaction.view(state, state.layers[0], int(state.layers[0].counts.max()))
+    view = view_of(state, state.layers[0], int(state.layers[0].counts.max()))
     changed = view._replace(scale=2.0)
     assert not ops.called and changed.scale == 2.0
     assert torch.equal(view.marked, view.valid) and view.positions.any()

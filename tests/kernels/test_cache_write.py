@@ -7,7 +7,7 @@ import torch
 
 from kvpolicy import reference
 from kvpolicy.kernels import cache_write
-from kvpolicy.types import ADMITTED, MARKED, POSITION_MASK
+from kvpolicy.ops import ADMITTED, MARKED, POSITION_MASK, Heads, Ring
 from tests.support.kernels.pool import DEVICE, Pool, fill_heads, make_pool, randn
 
 
@@ -96,10 +96,11 @@ def test_decode_write_over_many_steps(
         )
         bits = torch.randint(0, 4, (batch, heads), generator=torch.Generator().manual_seed(step))
         bits = bits.to(torch.uint8).to(DEVICE)
+        given = (key, value, bits, lengths, active, window)
         cache_write.decode_write(
-            pool.pages, *ours, key, value, bits, lengths, active, window, minmax
+            pool.pages, Heads(*ours[:2]), Ring(*ours[2:]), *given, minmax=minmax
         )
-        reference.decode_write(want, *theirs, key, value, bits, lengths, active, window, minmax)
+        reference.decode_write(want, Heads(*theirs[:2]), Ring(*theirs[2:]), *given, minmax=minmax)
         lengths = lengths + active
     for got, expected in zip(ours[1:], theirs[1:], strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
@@ -146,7 +147,7 @@ def test_decode_write_flags_and_queries(given: bool, bits: int) -> None:
     ):
         out, seen = flags.clone(), queries.clone()
         write(
-            pages, table, counts, *(x.clone() for x in ring), out, key, key,
+            pages, Heads(table, counts), Ring(*(x.clone() for x in ring), out), key, key,
             decided if given else None, lengths, active, 20, bits=bits, query=query, queries=seen,
         )  # fmt: skip
         for b in (0, 1, 2):
@@ -170,10 +171,8 @@ def test_decode_write_marks_and_empty_stack() -> None:
     before = pool.flat()
     cache_write.decode_write(
         pool.pages,
-        table,
-        counts,
-        *ring,
-        flags,
+        Heads(table, counts),
+        Ring(*ring, flags),
         new,
         new,
         flags[:, :, 0].clone(),
@@ -194,6 +193,7 @@ def test_written_in_place_wants_dense_rows() -> None:
     new = torch.zeros(1, 1, 16, device=DEVICE)
     with pytest.raises(ValueError, match="ring_k wants a contiguous last dimension"):
         cache_write.decode_write(
-            pool.pages, zero, zero[0], ring, ring, zero.byte(), new, new, zero[0].byte(),
+            pool.pages, Heads(zero, zero[0]), Ring(ring, ring, zero.byte()), new, new,
+            zero[0].byte(),
             torch.zeros(1, device=DEVICE), torch.ones(1, device=DEVICE), 1,
         )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 
 from kvpolicy import reference
 from kvpolicy.kernels import compact
-from kvpolicy.types import Pages
+from kvpolicy.ops import Pages
 from tests.support.kernels.pool import DEVICE, fill_heads, make_pool
 
 

@@ -9,7 +9,7 @@ import torch
 
 from kvpolicy import reference
 from kvpolicy.kernels import cache_write, page_io, page_select, paged_decode, write_gate
-from kvpolicy.types import Pages
+from kvpolicy.ops import Heads, Pages, Ring
 from tests.support.kernels.pool import DEVICE, assert_within_budget, fill_heads, make_pool, randn
 
 pytestmark = [
@@ -40,7 +40,9 @@ def test_pool_beyond_int32() -> None:
     ring = randn(1, 2, 4, dim, dtype=torch.bfloat16, seed=4)
     counts = torch.full((1, 2), 90, dtype=torch.int32, device=DEVICE)
     lengths, active = torch.tensor([100], device=DEVICE), torch.ones(1, device=DEVICE).bool()
-    got = paged_decode.paged_decode(query, pages, ids, counts, ring, ring, lengths, active, 4, 0.1)
+    heads = Heads(ids, counts)
+    recent = Ring(ring, ring, torch.zeros(1, 2, 4, dtype=torch.uint8, device=DEVICE))
+    got = paged_decode.paged_decode(query, pages, heads, recent, lengths, active, 4, 0.1)
     keys, values = (torch.cat([x, ring[0]], 1).repeat_interleave(4, 0) for x in (key, value))
     results = []
     for kind in (torch.bfloat16, torch.float64):
@@ -58,6 +60,7 @@ def test_a_step_captures_without_syncs_and_replays_bit_for_bit() -> None:
     active = torch.ones(2, dtype=torch.bool, device=DEVICE)
     ring_k, ring_v = (randn(2, heads, slots, dim, dtype=dtype, seed=s) for s in (2, 3))
     flags = torch.ones(2, heads, slots, dtype=torch.uint8, device=DEVICE)
+    stored, ring = Heads(table, counts), Ring(ring_k, ring_v, flags)
     key, value = (randn(2, heads, dim, dtype=dtype, seed=s) for s in (4, 5))
     query = randn(2, 4 * heads, dim, dtype=dtype, seed=6)
     ones = torch.ones(2, heads, dtype=torch.uint8, device=DEVICE)
@@ -73,13 +76,12 @@ def test_a_step_captures_without_syncs_and_replays_bit_for_bit() -> None:
         across = key.transpose(0, 1)
         scores = write_gate.write_gate(across, across, *gate)
         cache_write.decode_write(
-            pages, table, counts, ring_k, ring_v, flags, key, value, ones, lengths, active,
-            window, True,
-        )  # fmt: skip
-        chosen = page_select.quest_select(pages, table, counts, query, 3, "mean", 1, 1)
-        rest = (ring_k, ring_v, lengths, active, window, 0.1)
-        full = paged_decode.paged_decode(query, pages, table, counts, *rest)
-        some = paged_decode.paged_decode(query, pages, table, counts, *rest, chosen)
+            pages, stored, ring, key, value, ones, lengths, active, window, minmax=True
+        )
+        chosen = page_select.quest_select(pages, stored, query, 3, "mean", 1, 1)
+        rest = (stored, ring, lengths, active, window, 0.1)
+        full = paged_decode.paged_decode(query, pages, *rest)
+        some = paged_decode.paged_decode(query, pages, *rest, chosen)
         lengths.add_(1)
         return scores, chosen, full, some
 
@@ -108,7 +110,7 @@ def test_a_step_captures_without_syncs_and_replays_bit_for_bit() -> None:
     assert int(counts.sum()) == int(before[1].sum()) + 20 * 2 * heads
     pages = pool.flat()
     want = reference.paged_decode(
-        query, pages._replace(k=pages.k.nan_to_num(), v=pages.v.nan_to_num()), table, counts,
-        ring_k, ring_v, lengths - 1, active, window, 0.1,
+        query, pages._replace(k=pages.k.nan_to_num(), v=pages.v.nan_to_num()), stored, ring,
+        lengths - 1, active, window, 0.1,
     )  # fmt: skip
     torch.testing.assert_close(out[2], want, atol=2e-2, rtol=2e-2)

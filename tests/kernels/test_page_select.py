@@ -7,6 +7,7 @@ import torch
 
 from kvpolicy import reference
 from kvpolicy.kernels import page_select
+from kvpolicy.ops import Heads
 from tests.support.kernels.pool import DEVICE, fill_heads, make_pool, randn
 
 CUDA = DEVICE.type == "cuda"
@@ -134,7 +135,7 @@ def test_quest_select(heads: int, dim: int, first: str, group: str, dtype: torch
     pool = make_pool(48, page, dim, dtype, slab_pages=16, width=2 * dim, first=first)
     table, counts = fill_heads(pool, lengths, seed=2)
     query = randn(2, 2 * heads, dim, dtype=dtype, seed=3)
-    got = page_select.quest_select(pool.pages, table, counts, query, budget, group, 1, 1)
+    got = page_select.quest_select(pool.pages, Heads(table, counts), query, budget, group, 1, 1)
     extent = pool.flat().summary[table.long()].nan_to_num().double().view(2, 2, 1, -1, 2, dim)
     q = query.double().view(2, 2, heads, 1, dim)
     bound = torch.maximum(q * extent[..., 0, :], q * extent[..., 1, :]).sum(-1)

@@ -7,6 +7,7 @@ import torch
 
 from kvpolicy.kernels import paged_decode as module
 from kvpolicy.kernels.paged_decode import paged_decode
+from kvpolicy.ops import Heads, Ring
 from tests.support.kernels.pool import (
     DEVICE,
     NAN,
@@ -17,6 +18,10 @@ from tests.support.kernels.pool import (
 )
 
 CUDA = DEVICE.type == "cuda"
+
+
+def ring_of(k: torch.Tensor, v: torch.Tensor) -> Ring:
+    return Ring(k, v, torch.zeros(k.shape[:3], dtype=torch.uint8, device=DEVICE))
 
 
 def oracle(query, k, v, visible, scale):
@@ -54,7 +59,7 @@ def check(
         ring.masked_fill_(~near.to(DEVICE)[:, None, :, None], NAN)
     scale = dim**-0.5
     got = paged_decode(
-        query, pool.pages, table, held, ring_k, ring_v,
+        query, pool.pages, Heads(table, held), ring_of(ring_k, ring_v),
         torch.tensor(lengths, device=DEVICE), torch.tensor(alive, device=DEVICE), window, scale,
         selected=selected,
     )  # fmt: skip
@@ -153,8 +158,8 @@ def test_blocks_of_a_long_head_go_to_all_processors(monkeypatch: pytest.MonkeyPa
     query = torch.zeros(1, 1, 32, device=DEVICE)
     lengths = torch.tensor([2048], device=DEVICE)
     paged_decode(
-        query, pool.pages, table, counts, ring, ring, lengths, lengths > 0, 4, 1.0
-    )  # fmt: skip
+        query, pool.pages, Heads(table, counts), ring_of(ring, ring), lengths, lengths > 0, 4, 1.0
+    )
     tokens = ran["lse"][:15, 0].exp2()  # a query of zeros: the sum of weights counts tokens
     assert tokens.round().tolist() == [4 + 128, 192, 192] + 12 * [128]
 
@@ -165,17 +170,17 @@ def test_many_splits_agree_bit_for_bit_and_float64_is_refused() -> None:
     query = randn(1, 2, 32, dtype=torch.float16, seed=6)
     ring = randn(1, 2, 4, 32, dtype=torch.float16, seed=7)
     rest = (
-        ring,
-        ring,
+        Heads(table, counts),
+        ring_of(ring, ring),
         torch.tensor([1300], device=DEVICE),
         torch.ones(1, device=DEVICE).bool(),
         4,
         0.2,
     )
-    once, twice = (paged_decode(query, pool.pages, table, counts, *rest) for _ in range(2))
+    once, twice = (paged_decode(query, pool.pages, *rest) for _ in range(2))
     assert torch.equal(once, twice)
     with pytest.raises(TypeError, match="query is torch.float64"):
-        paged_decode(query.double(), pool.pages, table, counts, *rest)
+        paged_decode(query.double(), pool.pages, *rest)
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ import torch
 from kvpolicy.kernels import dense_prefill as dense
 from kvpolicy.kernels import prefill_gather
 from kvpolicy.kernels import sparse_prefill as sparse
+from kvpolicy.ops import Heads
 from tests.support.kernels.pool import CUDA, DEVICE, fill_heads, make_pool, randn
 from tests.support.kernels.prefill import check, make_segments
 
@@ -39,7 +40,7 @@ def test_ragged_batches(starts: list[int], queries: list[int], tile: None) -> No
         near = randn(2, 4, 32, dtype=torch.float32, seed=2)
         flags = torch.zeros(2, 4, dtype=torch.uint8, device=DEVICE)
         got = sparse.prefill_attention(
-            empty, near, near, flags, segments, pool.pages, table, counts, 1, 1.0
+            empty, near, near, flags, segments, pool.pages, Heads(table, counts), 1, 1.0
         )
         assert got.shape == empty.shape
         return
@@ -94,8 +95,7 @@ def test_heads_far_apart() -> None:
             flags,
             make_segments([0], [4], [4]),
             pool.pages,
-            table,
-            counts,
+            Heads(table, counts),
             9,
             1.0,
         )

@@ -7,7 +7,7 @@ import torch
 
 from kvpolicy import reference
 from kvpolicy.kernels import prompt_write
-from kvpolicy.types import ADMITTED, MARKED, POSITION_BITS, Segments
+from kvpolicy.ops import ADMITTED, MARKED, POSITION_BITS, Heads, Segments
 from tests.support.kernels.pool import DEVICE, fill_heads, make_pool, randn
 
 
@@ -60,8 +60,8 @@ def test_leaving_tokens_go_to_pages(
     ids = pool.pages.free[top - taken : top].flip(0)
     written = (key, value, flags, segments, window)
     flat = pool.flat()
-    reference.write_leaving(flat, theirs, counts.clone(), *written, *found["reference"])
-    prompt_write.write_leaving(pool.pages, ours, counts, *written, *found["kernel"])
+    reference.write_leaving(flat, Heads(theirs, counts.clone()), *written, *found["reference"])
+    prompt_write.write_leaving(pool.pages, Heads(ours, counts), *written, *found["kernel"])
     got = pool.flat()
     assert int(got.top) == int(flat.top) == top - taken and torch.equal(got.refs, flat.refs)
     assert torch.equal(ours, theirs) and torch.equal(counts, found["kernel"][0])

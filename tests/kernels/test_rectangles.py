@@ -11,6 +11,7 @@ from torch import Tensor
 from kvpolicy.kernels import _flash, prefill_gather
 from kvpolicy.kernels import sparse_prefill as sparse
 from kvpolicy.kernels.prefill_gather import Rectangles, Tile, gather
+from kvpolicy.ops import Heads
 from tests.support.kernels.dense import Dense
 from tests.support.kernels.pool import CUDA, DEVICE, fill_heads, make_pool
 from tests.support.kernels.prefill import check, make_segments
@@ -94,7 +95,8 @@ def test_a_rectangle_is_what_all_of_its_queries_see(spare: int) -> None:
     table, held = fill_heads(pool, counts, seed=1, positions=at)
     segments = make_segments(starts, queries, queries)
     rectangles = Rectangles(Dense(), span, spare, least, average=0, work=0)
-    far = gather(segments, pool.pages, table, held, window, Tile(32, keys, 4, 2), 1, rectangles)
+    heads = Heads(table, held)
+    far = gather(segments, pool.pages, heads, window, Tile(32, keys, 4, 2), 1, rectangles)
     assert far is not None and far.plan is not None
     taken, bounds = [], []
     for h in (0, 1):

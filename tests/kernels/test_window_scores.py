@@ -11,7 +11,8 @@ import torch
 from kvpolicy import reference
 from kvpolicy.eviction import SnapKV
 from kvpolicy.kernels import window_scores as kernels
-from kvpolicy.types import POSITION_BITS, EvictionView, Pages
+from kvpolicy.ops import POSITION_BITS, Heads, Pages, Ring
+from kvpolicy.types import EvictionView
 from tests.support.kernels.pool import (
     DEVICE,
     Pool,
@@ -39,8 +40,7 @@ class Layer:
 
     pool: Pool
     flat: Pages
-    table: torch.Tensor
-    counts: torch.Tensor
+    heads: Heads
     ring_k: torch.Tensor
     ring_q: torch.Tensor
     lengths: torch.Tensor
@@ -48,16 +48,17 @@ class Layer:
 
     def call(self, op, policy, scale, pages=None):
         options = {k: v for k, v in attrs.asdict(policy).items() if k not in ("budget", "when")}
-        args = (self.table, self.counts, self.ring_k, self.ring_q, self.lengths, self.window)
+        ring = Ring(self.ring_k, self.ring_k, self.ring_k[..., 0].byte())
+        args = (self.heads, ring, self.ring_q, self.lengths, self.window)
         return op(self.pool.pages if pages is None else pages, *args, scale, **options)
 
     def view(self, dtype, scale, observation):
         """What a cache shows of the layer, built without the library's code."""
         _, heads, slots, _ = self.ring_k.shape
-        ids = self.table.long()
+        ids = self.heads.table.long()
         meta = self.flat.meta[ids].flatten(2)
         token = torch.arange(meta.shape[2], device=DEVICE)
-        valid = token < self.counts[..., None]
+        valid = token < self.heads.counts[..., None]
         recent = torch.arange(-self.window, 0, device=DEVICE) + self.lengths[:, None]
         at = torch.arange(-observation, 0, device=DEVICE) + self.lengths[:, None]
         ring = lambda x, p: torch.stack([r[:, p[b] % x.shape[2]] for b, r in enumerate(x)])  # noqa: E731
@@ -93,7 +94,7 @@ def make_layer(
     flat = pool.flat()
     flat = flat._replace(k=flat.k.nan_to_num())
     return Layer(
-        pool, flat, table, counts, ring_k, ring_q * factor,
+        pool, flat, Heads(table, counts), ring_k, ring_q * factor,
         torch.tensor(lengths, device=DEVICE), window,
     )  # fmt: skip
 
@@ -190,7 +191,7 @@ def test_nothing_stored():
     layer = make_layer([3, 4], 2, 1, 16, torch.float32, 4, 4)
     policy = SnapKV(budget=99, observation=4)
     assert layer.call(kernels.window_scores, policy, 0.3).eq(0).all()
-    layer.table = layer.table[:, :, :0]
+    layer.heads = Heads(layer.heads.table[:, :, :0], layer.heads.counts)
     for op, pages in ((kernels.window_scores, None), (reference.window_scores, layer.flat)):
         assert layer.call(op, policy, 0.3, pages).shape == (2, 2, 0)
 
@@ -204,19 +205,20 @@ def test_a_sequence_scores_the_same_alone(mode, monkeypatch):
     both = layer.call(kernels.window_scores, policy, 0.3)
     for row in range(2):
         part = slice(row, row + 1)
-        used = -(-int(layer.counts[row].max()) // 4)
+        table, counts = layer.heads
+        used = -(-int(counts[row].max()) // 4)
         alone = attrs.evolve(
-            layer, table=layer.table[part, :, :used], counts=layer.counts[part],
+            layer, heads=Heads(table[part, :, :used], counts[part]),
             ring_k=layer.ring_k[part], ring_q=layer.ring_q[part], lengths=layer.lengths[part],
         ).call(kernels.window_scores, policy, 0.3)  # fmt: skip
-        valid = torch.arange(used * 4, device=DEVICE) < layer.counts[part, :, None]
+        valid = torch.arange(used * 4, device=DEVICE) < counts[part, :, None]
         assert torch.equal(alone[valid], both[part, :, : used * 4][valid])
 
 
 def test_float64_is_refused():
     layer = make_layer([30], 1, 1, 16, torch.float32, 4, 4)
     layer.ring_q = layer.ring_q.double()
-    with pytest.raises(TypeError, match="window_scores: ring_q is torch.float64"):
+    with pytest.raises(TypeError, match="window_scores: queries is torch.float64"):
         layer.call(kernels.window_scores, SnapKV(budget=9, observation=4), 0.3)
 
 

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpolicy.reference.page_select import combine_group, top_pages
+from kvpolicy.reference import top_pages
 from kvpolicy.selection import Quest, SelectAll
+from kvpolicy.selection._base import combine_group
 
 
 def random_pages(seed, scale=1.0):

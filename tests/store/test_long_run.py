@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvpolicy import CachePipeline, CacheSpec, CapacityError, RandomGate, SnapKV
-from kvpolicy.types import POSITION_MASK
+from kvpolicy.ops import POSITION_MASK
 
 SPEC = CacheSpec(layers=1, heads=1, kv_heads=1, head_dim=2, page_size=4, rollback=2, interval=64)
 PIPELINE = CachePipeline(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvpolicy.types import ADMITTED, MARKED, POSITION_MASK
+from kvpolicy.ops import ADMITTED, MARKED, POSITION_MASK
 from tests.support.contract.snapshot import snapshot
 
 

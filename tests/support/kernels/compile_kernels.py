@@ -29,7 +29,7 @@ from kvpolicy.kernels import (
     write_gate,
 )
 from kvpolicy.kernels.prefill_gather import Rectangles
-from kvpolicy.types import Segments
+from kvpolicy.ops import Heads, Ring, Segments
 from tests.support.kernels.pool import make_pool
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KB that one program may use
@@ -84,22 +84,25 @@ def call_all(dim: int, page: int, dtype: torch.dtype) -> None:
     pages = make_pool(4, page, dim, dtype, slab_pages=4, width=2 * dim).pages
     table = torch.zeros(1, heads, 32, dtype=torch.int32)
     counts = torch.full((1, heads), 5, dtype=torch.int32)
-    ring = torch.zeros(1, heads, slots, dim, dtype=dtype)
+    stored = Heads(table, counts)
+    recent = torch.zeros(1, heads, slots, dim, dtype=dtype)
     flags = torch.zeros(1, heads, slots, dtype=torch.uint8)
+    ring = Ring(recent, recent, flags)
     query = torch.zeros(1, heads * group, dim, dtype=dtype)
     new = torch.zeros(1, heads, dim, dtype=dtype)
     lengths, active = torch.full((1,), 400), torch.ones(1, dtype=torch.bool)
     cache_write.decode_write(
-        pages, table, counts, ring, ring, flags, new, new, flags[:, :, 0].contiguous(), lengths,
-        active, window, True, 2, query, torch.zeros(1, heads * group, 64, dim, dtype=dtype),
+        pages, stored, ring, new, new, flags[:, :, 0].contiguous(), lengths, active, window,
+        minmax=True, bits=2, query=query,
+        queries=torch.zeros(1, heads * group, 64, dim, dtype=dtype),
     )  # fmt: skip
     for selected in (None, torch.zeros(1, heads, 256, dtype=torch.int32)):
         paged_decode.paged_decode(
-            query, pages, table, counts, ring, ring, lengths, active, window, 0.1, selected
+            query, pages, stored, ring, lengths, active, window, 0.1, selected
         )
     wide = torch.zeros(1, heads, 10_000, dtype=torch.int32)  # chosen by groups
     for how, ids in (("max", wide), ("each", table)):
-        page_select.quest_select(pages, ids, counts, query, 240, how, 1, 1)
+        page_select.quest_select(pages, Heads(ids, counts), query, 240, how, 1, 1)
     key = torch.zeros(heads, tokens, dim, dtype=dtype)
     dest = torch.zeros(heads, tokens, dtype=torch.int32)
     cache_write.append(pages, table, key, key, dest, dest, dest[0])
@@ -121,13 +124,13 @@ def call_all(dim: int, page: int, dtype: torch.dtype) -> None:
     rectangles = Rectangles(lambda q, *_: (q, q[..., 0].T.float()), average=0, work=0, tile=tile)
     after, fresh, ranks = prompt_write.count_leaving(dest.byte(), counts, segments, window, page)
     prompt_write.write_leaving(
-        pages, table, counts, key, key, dest.byte(), segments, window, after, fresh, ranks
+        pages, stored, key, key, dest.byte(), segments, window, after, fresh, ranks
     )
     for found in (None, rectangles):
         sparse_prefill.choose_rectangles = lambda query, found=found: found
         sparse_prefill.prefill_attention(
             torch.zeros(heads * group, tokens, dim, dtype=dtype), key, key, dest.byte(), segments,
-            pages, table, counts, window, 0.1,
+            pages, stored, window, 0.1,
         )  # fmt: skip
     hidden = 512
     observed = torch.zeros(1, heads * group, 288, dim, dtype=dtype)
@@ -135,7 +138,7 @@ def call_all(dim: int, page: int, dtype: torch.dtype) -> None:
         ("mean", "visible", 256), ("max", "visible", 32), ("max", "global", 300),
     ):  # fmt: skip
         window_scores.window_scores(
-            pages, table, counts, ring, observed, lengths, window, 0.1, observation=count,
+            pages, stored, ring, observed, lengths, window, 0.1, observation=count,
             kernel=5, pooling="avg", group=how, normalize=norm,
         )  # fmt: skip
     write_gate.write_gate(

@@ -12,8 +12,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.backend import ops
-from kvpolicy.types import Pages, Segments
+from kvpolicy.backend import load
+from kvpolicy.ops import Heads, Pages, Ring, Segments
 from tests.support.kernels.pool import DEVICE, Pool, make_pool
 
 SLAB_PAGES = 4
@@ -54,8 +54,9 @@ def pair(given: Any) -> Pair:
         return given
     if isinstance(given, Tensor):
         return Pair(given, given.to(DEVICE, copy=True))
-    if isinstance(given, Segments):
-        return Pair(given, Segments(*(pair(x).device for x in given)))
+    if isinstance(given, Segments | Heads | Ring):
+        sides = [pair(x) for x in given]
+        return Pair(*(type(given)(*side) for side in zip(*sides, strict=True)))
     return Pair(given, given)
 
 
@@ -63,10 +64,10 @@ def both(op: str, *args: Any, **options: Any) -> Pair:
     """Calls an op of both backends, each with its side of the arguments."""
     pairs = [pair(x) for x in args]
     named = {name: pair(x) for name, x in options.items()}
-    host = getattr(ops("reference"), op)(
+    host = getattr(load("reference"), op)(
         *(x.host for x in pairs), **{name: x.host for name, x in named.items()}
     )
-    device = getattr(ops("triton"), op)(
+    device = getattr(load("triton"), op)(
         *(x.device for x in pairs), **{name: x.device for name, x in named.items()}
     )
     return Pair(host, device)
@@ -91,6 +92,10 @@ class Mirror:
     pages: Pair
     table: Tensor
     counts: Tensor
+
+    @property
+    def heads(self) -> Heads:
+        return Heads(self.table, self.counts)
 
     def fork(self) -> None:
         """Adds a sequence that shares the pages of the first."""

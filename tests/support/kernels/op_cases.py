@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 
 from kvpolicy.kernels import window_scores as scoring
-from kvpolicy.types import ADMITTED, MARKED
+from kvpolicy.ops import ADMITTED, MARKED, Ring
 from tests.support.kernels.gate import weights
 from tests.support.kernels.mirror import Mirror, Pair, Size, agree, both, make_mirror, pair
 
@@ -63,8 +63,9 @@ def _decode_write(size: Size) -> None:
         mirror.counts[2, 1] = 0
         batch, kv_heads = mirror.counts.shape
         rings = [pair(size.randn(batch, kv_heads, slots, size.dim, seed=s)) for s in (2, 3)]
-        flags = pair(torch.full((batch, kv_heads, slots), ADMITTED | MARKED, dtype=torch.uint8))
-        table, counts = pair(mirror.table), pair(mirror.counts)
+        flags = torch.full((batch, kv_heads, slots), ADMITTED | MARKED, dtype=torch.uint8)
+        heads = pair(mirror.heads)
+        ring = pair(Ring(*rings, pair(flags)))
         lengths = torch.tensor([1, 2 * page + slots, 40])
         shape = (batch, kv_heads * size.group)
         seen = pair(torch.zeros(*shape, 5, size.dim, dtype=size.dtype))
@@ -74,13 +75,14 @@ def _decode_write(size: Size) -> None:
             bits = torch.full((batch, kv_heads), step % 2, dtype=torch.uint8)
             query = size.randn(*shape, size.dim, seed=9 + step)
             both(
-                "decode_write", mirror.pages, table, counts, *rings, flags, new, -new,
+                "decode_write", mirror.pages, heads, ring, new, -new,
                 bits if extras else None, lengths, active, window, minmax=extras,
                 bits=MARKED if extras else ADMITTED, query=query if extras else None,
                 queries=seen if extras else None,
             )  # fmt: skip
             lengths = lengths + active
-        for found in (counts, *rings, flags, seen):
+        table, counts = (Pair(*x) for x in zip(*heads, strict=True))
+        for found in (counts, ring, seen):
             agree(found)
         agree(mirror.stored(table, counts.host))
         agree(Pair(mirror.pages.host.top, mirror.pages.device.top))
@@ -96,10 +98,11 @@ def _paged_decode(size: Size) -> None:
     picked[:, 1], picked[0, 2] = -1, torch.tensor([-1, 1, -1, 0])
     each = picked.repeat_interleave(size.group, 1).contiguous()
     for selected, window, slots in ((None, 70, 81), (picked, 5, 5), (each, 3, 9), (None, 1, 1)):
-        ring = size.randn(batch, kv_heads, slots, size.dim, seed=3)
+        keys = size.randn(batch, kv_heads, slots, size.dim, seed=3)
+        ring = Ring(keys, -keys, torch.zeros(keys.shape[:3], dtype=torch.uint8))
         found = both(
-            "paged_decode", query, mirror.pages, mirror.table, mirror.counts, ring, -ring,
-            lengths, active, window, size.dim**-0.5, selected=selected,
+            "paged_decode", query, mirror.pages, mirror.heads, ring, lengths, active, window,
+            size.dim**-0.5, selected=selected,
         )  # fmt: skip
         agree(found, size.atol)
         active = torch.tensor([True, False, True])
@@ -110,7 +113,7 @@ def _page_select(size: Size) -> None:
     mirror = heads(size)
     query = size.randn(3, 3 * size.group, size.dim, seed=2)
     for group, budget in (("max", 3), ("mean", 9), ("each", 2)):
-        given = (mirror.pages, mirror.table, mirror.counts, query, budget, group, 1, 1)
+        given = (mirror.pages, mirror.heads, query, budget, group, 1, 1)
         agree(both("quest_select", *given))
     for width, budget in ((7, 3), (300, 64), (20_000, 50)):  # more than a program holds at once
         counts = torch.tensor([[width * size.page, 0], [width * size.page // 2 - 3, 1]]).int()
@@ -190,12 +193,13 @@ def _window_scores(size: Size) -> None:
         (40, 7, "mean", "global", "max"),
     ):
         lengths = mirror.counts.amax(1).long() + window
-        ring_k = size.randn(batch, kv_heads, window + 3, size.dim, seed=2)
-        ring_q = size.randn(batch, kv_heads * size.group, observed + 2, size.dim, seed=3)
+        keys = size.randn(batch, kv_heads, window + 3, size.dim, seed=2)
+        ring = Ring(keys, keys, torch.zeros(keys.shape[:3], dtype=torch.uint8))
+        queries = size.randn(batch, kv_heads * size.group, observed + 2, size.dim, seed=3)
         with mock.patch.object(scoring, "_SPLIT", 64):  # several, each of whole tiles
             found = both(
-                "window_scores", mirror.pages, mirror.table, mirror.counts, ring_k, ring_q,
-                lengths, window, size.dim**-0.5, observation=observed, kernel=3,
+                "window_scores", mirror.pages, mirror.heads, ring, queries, lengths,
+                 window, size.dim**-0.5, observation=observed, kernel=3,
                 pooling=pooling, group=group, normalize=normalize,
             )  # fmt: skip
         agree(found, size.atol)

@@ -6,7 +6,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.types import Pages
+from kvpolicy.ops import Pages
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CUDA = DEVICE.type == "cuda"

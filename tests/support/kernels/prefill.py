@@ -6,7 +6,7 @@ import torch
 
 from kvpolicy.kernels import dense_prefill as dense
 from kvpolicy.kernels import sparse_prefill as sparse
-from kvpolicy.types import MARKED, Segments
+from kvpolicy.ops import MARKED, Heads, Segments
 from tests.support.kernels.pool import DEVICE, assert_within_budget, fill_heads, make_pool, randn
 
 
@@ -67,7 +67,7 @@ def check(
     scale = dim**-0.5
     if op == "sparse":
         got = sparse.prefill_attention(
-            query, *recent, flags, segments, pool.pages, table, held, window, scale
+            query, *recent, flags, segments, pool.pages, Heads(table, held), window, scale
         )
     else:
         got = dense.dense_prefill(query, *recent, segments, pool.pages, table, scale)

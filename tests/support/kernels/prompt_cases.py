@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend
 from kvpolicy.kernels import dense_prefill as dense
 from kvpolicy.kernels import sparse_prefill as sparse
 from kvpolicy.kernels.prefill_gather import Rectangles, Tile
-from kvpolicy.types import Segments
+from kvpolicy.ops import Heads, Segments
 from tests.support.kernels.dense import Dense
 from tests.support.kernels.mirror import Mirror, Pair, Size, agree, both, make_mirror, pair
 from tests.support.kernels.op_cases import case
@@ -41,7 +41,8 @@ def _prompt_write(size: Size) -> None:
     key = size.randn(segments.cu_k[-1], 2, size.dim, seed=3).transpose(0, 1)
     counts = pair(mirror.counts)
     written = (key, -key, flags, segments, window, after, fresh, ranks)
-    both("write_leaving", pages, table, counts, *written)
+    heads = Pair(*(Heads(*side) for side in zip(table, counts, strict=True)))
+    both("write_leaving", pages, heads, *written)
     agree(table)
     agree(counts)
     agree(Pair(pages.host.top, pages.device.top))
@@ -90,7 +91,7 @@ def _prefill_attention(size: Size) -> None:
             mock.patch.object(sparse, "choose_tile", tile),
             mock.patch.object(sparse, "choose_rectangles", lambda _, chosen=chosen: chosen),
         ):
-            pages = (mirror.pages, mirror.table, mirror.counts)
+            pages = (mirror.pages, mirror.heads)
             found = both("prefill_attention", *given, segments, *pages, 9, size.dim**-0.5)
         agree(found, size.atol)
         assert not cut or any(rectangles.attend.rows)
