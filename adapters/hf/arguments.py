@@ -101,6 +101,12 @@ def check_outputs(attentions: Any) -> None:
         )
 
 
+def check_causal(causal: bool | None) -> None:
+    """Raises UnsupportedError if tokens shall see later ones."""
+    if causal is False:
+        raise UnsupportedError("is_causal=False: tokens would see later ones, which no cache holds")
+
+
 def check_model(decoder: Any, layers: list[Any]) -> None:
     """Raises UnsupportedError for a model whose attention is not what its kind's is."""
     check_outputs(getattr(decoder.config, "output_attentions", False))

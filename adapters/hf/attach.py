@@ -74,7 +74,6 @@ class Attachment:
         changes.later(self._name_back)
         for config in self._named():
             self.configs[id(config)] = config, self._previous(config)
-        decoder.set_attn_implementation(NAME)
         for config, _ in self.configs.values():
             config._attn_implementation = NAME
         changes.later(self._forget_kept)

@@ -27,10 +27,10 @@ def decode_loop(
 ) -> Any:
     """Greedy or sampled decoding of `input_ids` `[B, S]`.
 
-    transformers has validated and prepared everything; it hands `tokenizer` to its stopping criteria
-    and to token healing only if the loop takes it. Sequences that have ended store nothing
-    more. On a GPU the host looks at the stop flag one step late, so that it never waits for the
-    device: the step launched meanwhile stores nothing and its token is dropped.
+    transformers has validated and prepared everything; its stopping criteria and token healing get
+    the `tokenizer` only if the loop takes one. Sequences that have ended store nothing more. On a
+    GPU the host looks at the stop flag one step late, so that it never waits for the device: the
+    step launched meanwhile stores nothing and its token is dropped.
     """
     cache: KVPolicyCache = model_kwargs["past_key_values"]
     config, wanted = generation_config, generation_config.return_dict_in_generate

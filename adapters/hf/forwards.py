@@ -39,7 +39,7 @@ class Forwards:
         self.held = False  # by a generate in progress
         self.cache: KVPolicyCache | None = None  # of the forward in flight
         self.crossing: Crossing | None = None
-        self.private = False  # nobody asked for the cache of the forward in flight
+        self.own = self.kept = False  # whether we made that cache, and whether to hand it out
         self.as_tuple = False
         self.warned = False
 
@@ -102,7 +102,7 @@ class Forwards:
         if given is not None and not isinstance(given, KVPolicyCache):
             check_soft_prompt(attachment.model)  # which hands such caches on
         keeps = config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
-        private = given is None and not keeps
+        kept = given is not None or keeps
         as_tuple = not kwargs.get("return_dict", config.return_dict)
         kwargs["return_dict"] = True
         cache = kwargs["past_key_values"] = attachment.cache_for(given)
@@ -110,7 +110,7 @@ class Forwards:
         batch, columns = ids.shape[:2]
         if given is not None and cache.counts_positions:
             kwargs["position_ids"] = None  # as transformers counted them, by columns
-        texts = split(kwargs, batch, columns, cached=not private)
+        texts = split(kwargs, batch, columns, cached=kept)
         self._remind(given, columns)
         if Crossing.needed(cache, columns):
             crossing = Crossing(decoder, cache, kwargs)
@@ -118,7 +118,8 @@ class Forwards:
             kwargs, self.crossing = crossing.rest, crossing
             columns = inputs_of(kwargs).shape[1]
         open_forward(cache, batch, columns, kwargs.get("attention_mask"), texts)
-        self.cache, self.private, self.as_tuple = cache, private, as_tuple
+        self.cache, self.as_tuple = cache, as_tuple
+        self.own, self.kept = given is None, kept
         if kwargs.get("position_ids") is None and not texts:
             kwargs["position_ids"] = true_positions(cache, ids.device)
         return kwargs
@@ -138,16 +139,16 @@ class Forwards:
             close_forward(cache, failed=False)
             if crossing is not None:
                 output = crossing.finish(output)
-            if self.private:
+            if not self.kept:
                 output.past_key_values = None
-            if not self.held:
+            if self.own and not self.held:
                 self.attachment.used(cache)
             return output.to_tuple() if self.as_tuple else output
         finally:
             self.release()
 
     def _remind(self, given: KVPolicyCache | None, columns: int) -> None:
-        """Warns, once, of forwards after whose prompt nothing selects or evicts."""
+        """Warns, once, of a loop whose prompt does not end although the pipeline would act then."""
         pipeline = self.attachment.pipeline
         if self.held or self.warned or (pipeline.selection.neutral and pipeline.eviction.neutral):
             return

@@ -101,7 +101,7 @@ def test_a_failing_crossing(llama, nth, name, begun):
                 with pytest.raises(Fault):
                     llama(part, past_key_values=cache)
                 assert digest(cache) == before
-                assert attachment.owner is None and attachment.crossing is None
+                assert attachment.forwards.owner is None and attachment.forwards.crossing is None
             logits = llama(part, past_key_values=cache).logits
             assert logits.shape[1] == part.shape[1]
             runs.append((logits, digest(cache)))
@@ -119,7 +119,7 @@ def test_a_failing_eviction_at_a_crossing(llama):
         with pytest.raises(Fault):
             llama(torch.cat([ids[:, 10:], ids[:, :4]], 1), past_key_values=cache)
         assert digest(cache) == before
-        assert attachment.owner is None
+        assert attachment.forwards.owner is None
 
 
 def test_padding_before_a_crossing(llama):
