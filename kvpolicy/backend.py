@@ -6,16 +6,17 @@ import importlib
 import importlib.util
 import os
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 
+from .choices import Backend
 from .errors import BackendError
 
 if TYPE_CHECKING:
     from .ops import Ops
 
-BACKENDS = ("auto", "reference", "triton")
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _KERNELS = {  # modules of kernels/ by op
     "append": "cache_write",
     "decode_write": "cache_write",

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from ._validate import fraction, not_negative, positive
+from ._fields import MOST_INT, fraction, integer, not_negative, number, positive, shown
 from .backend import load
 
 KeepBest = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -50,16 +50,31 @@ class Budget(ABC):
         return max(total - window, 0)
 
 
-def is_budget(instance: Any, attribute: attrs.Attribute, value: Any) -> None:
+def is_budget(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     """A Budget."""
     if not isinstance(value, Budget):
-        raise TypeError(f"{attribute.name}: wanted a budget, got {value!r}")
+        raise TypeError(
+            f"{attribute.alias}: wanted a budget, got {shown(value)}; write {_instead(value)}"
+        )
 
 
-def _per_head(instance: Any, attribute: attrs.Attribute, value: Any) -> None:
+def _instead(value: Any) -> str:
+    """The budget that a wrong value probably means."""
+    if isinstance(value, type) and issubclass(value, Budget):
+        return f"{value.__name__}(...)"
+    if isinstance(value, float) and 0 < value <= 1:
+        return f"Ratio({value}) for this part of the tokens seen"
+    if isinstance(value, int | float) and not isinstance(value, bool) and value >= 1:
+        return f"Tokens({value:.0f})"
+    return "Tokens(1024) for tokens per KV head, or Ratio(0.5) for a part of those seen"
+
+
+def _per_head(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     is_budget(instance, attribute, value)
     if isinstance(value, TotalCap):
-        raise TypeError(f"{attribute.name}: wanted a budget per head, got {value}")
+        raise TypeError(
+            f"{attribute.alias}: wanted a budget per head, got {value}; write Tokens(n) or Ratio(x)"
+        )
 
 
 @attrs.frozen
@@ -116,15 +131,10 @@ class Pyramid(Budget):
     """
 
     base: Budget = attrs.field(validator=_per_head)
-    beta: float = attrs.field(default=20.0)
+    beta: float = attrs.field(
+        default=20.0, validator=number("a number of at least 1", lambda x: x >= 1)
+    )
     observation: int = attrs.field(default=32, validator=not_negative)
-
-    @beta.validator
-    def _check_beta(self, attribute: attrs.Attribute, value: Any) -> None:
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise TypeError(f"beta: wanted a number of at least 1, got {value!r}")
-        if not 1 <= value < float("inf"):
-            raise ValueError(f"beta: wanted a number of at least 1, got {value}")
 
     def _choose(self, best: KeepBest, scores: Tensor, valid: Tensor, allowed: Tensor) -> Tensor:
         return self.base.keep_by(best, scores, valid, allowed)
@@ -152,7 +162,7 @@ class TotalCap(Budget):
     `snapkv_evict_ratio`).
     """
 
-    tokens: int = attrs.field(validator=positive)
+    tokens: int = attrs.field(validator=integer(1, MOST_INT))
     drop: float = attrs.field(default=0.1, validator=fraction(low_open=True))
 
     def tokens_per_head(self, seen: int, layer: int, layers: int) -> int:

@@ -9,8 +9,10 @@ import attrs
 import torch
 from torch import Tensor
 
+from ._fields import shown
 from .admission._base import Admission
 from .budget import TotalCap
+from .choices import When
 from .eviction._base import Eviction
 from .selection._base import Selection
 from .types import EvictionView, Write
@@ -18,21 +20,33 @@ from .types import EvictionView, Write
 Policy = TypeVar("Policy", Admission, Selection, Eviction)
 Layers = tuple[tuple[range, Any], ...]
 
+_MOST_LAYERS = 1 << 16  # a range is spelled out, so its length is bounded first
+
 
 def _spans(value: Mapping[int | range, Any] | Iterable[tuple[int | range, Any]]) -> Layers:
     spans: list[tuple[range, Any]] = []
     taken: set[int] = set()
-    for key, policy in value.items() if isinstance(value, Mapping) else value:
+    pairs: Any = value.items() if isinstance(value, Mapping) else value
+    pairs = tuple(pairs) if isinstance(pairs, Iterable) else (pairs,)
+    if not all(map(_is_pair, pairs)):
+        raise TypeError(f"layers: wanted policies by layer, such as {{0: p}}, got {shown(value)}")
+    for key, policy in pairs:
         if not isinstance(key, int | range) or isinstance(key, bool):
             raise TypeError(f"layers: wanted ints or ranges as keys, got {key!r}")
         span = key if isinstance(key, range) else range(key, key + 1)
         if not span or min(span[0], span[-1]) < 0:
-            raise ValueError(f"layers: wanted layers counted from 0, got {key!r}")
+            raise ValueError(f"layers: wanted layers counted from 0, got {shown(key)}")
+        if max(span[0], span[-1]) >= _MOST_LAYERS:
+            raise ValueError(f"layers: wanted layers below {_MOST_LAYERS:,}, got {shown(key)}")
         if twice := taken.intersection(span):
             raise ValueError(f"layers: layer {min(twice)} has two policies")
         taken.update(span)
         spans.append((span, policy))
     return tuple(spans)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2
 
 
 @attrs.frozen(kw_only=True)
@@ -45,7 +59,7 @@ class _PerLayer:
     def __attrs_post_init__(self) -> None:
         for name, policy in [("default", self.default), *(("layers", p) for _, p in self.layers)]:
             if not isinstance(policy, self._kind):
-                raise TypeError(f"{name}: wanted {self._kind.__name__}, got {policy!r}")
+                raise TypeError(f"{name}: wanted {self._kind.__name__}, got {shown(policy)}")
         self._agree()
 
     def _agree(self) -> None:
@@ -161,7 +175,7 @@ class PerLayerEviction(_PerLayer, Eviction):
         return self._needs()
 
     @property
-    def when(self) -> str:  # type: ignore[override]
+    def when(self) -> When:  # type: ignore[override]
         acting = {p.when for p in self.members if not p.neutral}
         return "decode" if "decode" in acting else "prompt_end"
 
@@ -204,4 +218,6 @@ def per_layer(default: Policy, layers: Mapping[int | range, Policy]) -> Policy:
         if isinstance(default, slot._kind):
             policy: Any = slot(default=default, layers=layers)
             return policy
-    raise TypeError(f"default: wanted an admission, a selection or an eviction, got {default!r}")
+    raise TypeError(
+        f"default: wanted an admission, a selection or an eviction, got {shown(default)}"
+    )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import attrs
 from torch import Tensor
 
-from ._validate import one_of
+from ._fields import is_a, one_of, optional, positive, shown
 from .admission import Admission, AdmitAll
 from .backend import BACKENDS, load, resolve
 from .budget import Adaptive, TotalCap
@@ -18,6 +18,7 @@ from .calls.call import abort, close_call, open_call
 from .calls.decode import decode
 from .calls.evict import evict
 from .calls.prompt import prompt
+from .choices import Backend, Phase
 from .errors import PhaseError, UnsupportedError
 from .eviction import Eviction, KeepAll
 from .selection import SelectAll, Selection
@@ -29,12 +30,33 @@ from .store.report import report
 DEFAULT_WINDOW = 256
 
 
-def _a(kind: type) -> Any:
-    return attrs.validators.instance_of(kind)
+SLOTS = {"admission": Admission, "selection": Selection, "eviction": Eviction}
 
 
-def _or_zero(window: int | None) -> int:
-    return 0 if window is None else window
+def _instead(value: Any) -> str:
+    """The argument that takes a policy, which was given to another one."""
+    fits = [name for name, kind in SLOTS.items() if isinstance(value, kind)]
+    return f"{fits[0]}={shown(value)}" if fits else ""
+
+
+def _slot(name: str) -> Any:
+    article = "a" if name == "selection" else "an"
+    return is_a(SLOTS[name], f"{article} {name}", _instead)
+
+
+def is_pipeline(value: Any) -> None:
+    """Raises TypeError for anything but a CachePipeline."""
+    if not isinstance(value, CachePipeline):
+        fits = _instead(value)
+        raise TypeError(
+            f"pipeline: wanted a CachePipeline, got {shown(value)}"
+            + (f"; write CachePipeline({fits})" if fits else "")
+        )
+
+
+def _window(window: int | None) -> int:
+    """None stands for the policies' own until `__attrs_post_init__` has asked them."""
+    return cast(int, window)
 
 
 @attrs.frozen(kw_only=True)
@@ -49,11 +71,11 @@ class CachePipeline:
         `CachePipeline(admission=gate, selection=Quest(budget=1024), eviction=SnapKV(budget=4096))`
     """
 
-    admission: Admission = attrs.field(factory=AdmitAll, validator=_a(Admission))
-    selection: Selection = attrs.field(factory=SelectAll, validator=_a(Selection))
-    eviction: Eviction = attrs.field(factory=KeepAll, validator=_a(Eviction))
-    window: int = attrs.field(default=None, converter=_or_zero)
-    backend: str = attrs.field(default="auto", validator=one_of(*BACKENDS))
+    admission: Admission = attrs.field(factory=AdmitAll, validator=_slot("admission"))
+    selection: Selection = attrs.field(factory=SelectAll, validator=_slot("selection"))
+    eviction: Eviction = attrs.field(factory=KeepAll, validator=_slot("eviction"))
+    window: int = attrs.field(default=None, converter=_window, validator=optional(positive))
+    backend: Backend = attrs.field(default="auto", validator=one_of(*BACKENDS))
 
     def __attrs_post_init__(self) -> None:
         object.__setattr__(self, "window", self._resolve_window())
@@ -61,10 +83,8 @@ class CachePipeline:
             _check_budget(policy, self.window)
 
     def _resolve_window(self) -> int:
-        if not isinstance(self.window, int) or isinstance(self.window, bool) or self.window < 0:
-            raise ValueError(f"window: wanted an int of at least 1, got {self.window!r}")
         named = {
-            "window": self.window or None,
+            "window": self.window,
             "admission": self.admission.window,
             "eviction": self.eviction.window,
         }
@@ -108,7 +128,7 @@ class CachePipeline:
         self,
         state: CacheState,
         lengths: Sequence[int],
-        phase: str,
+        phase: Phase,
         valid: Tensor | None = None,
     ) -> None:
         """Opens a call that adds `lengths[b]` real tokens to each sequence.

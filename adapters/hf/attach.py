@@ -5,23 +5,24 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Unpack
 
+import torch
 from torch import Tensor, nn
 
 from ...errors import PhaseError, UnsupportedError
-from ...pipeline import CachePipeline
-from ...spec import CacheSpec
+from ...pipeline import CachePipeline, is_pipeline
+from ...spec import CacheSpec, Sizes
 from ...store import Report
 from . import phases
 from .arguments import check_model
-from .attention import forget_kept, keep_hidden, keep_pre, key_source
+from .attention import forget_kept, keep_hidden, keep_pre
 from .cache import NAME, KVPolicyCache, new_cache
 from .changes import Changes
-from .compiled import COMPILED, PLACE, CompiledLayers, check_compiles
+from .compile import COMPILED, PLACE, CompiledLayers, check_compiles
 from .forwards import Forwards
 from .generate import generate
-from .spec import attention_modules, decoder_of
+from .models import attention_modules, decoder_of, key_source
 from .wrappers import base_of, check_soft_prompt, unwrapped
 
 # The model's hooks keep its attachment alive; nothing here keeps the model alive.
@@ -39,11 +40,16 @@ class Attachment:
     """
 
     def __init__(
-        self, model: Any, pipeline: CachePipeline, *, compile: bool = False, **sizes: Any
+        self,
+        model: Any,
+        pipeline: CachePipeline,
+        *,
+        compile: bool = False,
+        dtype: torch.dtype | None = None,
+        **sizes: Unpack[Sizes],
     ) -> None:
-        if not isinstance(pipeline, CachePipeline):
-            raise TypeError(f"pipeline: wanted a CachePipeline, got {type(pipeline).__name__}")
-        self.model, self.pipeline, self.sizes = model, pipeline, sizes
+        is_pipeline(pipeline)
+        self.model, self.pipeline, self.sizes, self.dtype = model, pipeline, sizes, dtype
         self.base, self.decoder = base_of(model), decoder_of(base_of(model))
         check_soft_prompt(model)
         self.layers = attention_modules(self.base)
@@ -54,7 +60,7 @@ class Attachment:
         pipeline.check(self.spec)
         if compile:
             check_compiles(self.decoder, self.layers)
-        self.forwards = Forwards(self)
+        self.forwards = Forwards(self.decoder)
         self.idle: dict[int, KVPolicyCache] = {}  # private caches with a captured graph, by batch
         self.decoding = "not yet"  # how the last generate decoded, and why not captured
         self.configs: dict[int, tuple[Any, str | None]] = {}  # and the attention that they named
@@ -77,8 +83,8 @@ class Attachment:
         for config, _ in self.configs.values():
             config._attn_implementation = NAME
         changes.later(self._forget_kept)
-        changes.hook(decoder, self.forwards.open, pre=True, with_kwargs=True)
-        changes.hook(decoder, self.forwards.close, with_kwargs=True, always_call=True)
+        changes.hook(decoder, self._open, pre=True, with_kwargs=True)
+        changes.hook(decoder, self._close, with_kwargs=True, always_call=True)
         needs = self.pipeline.admission.needs | self.pipeline.eviction.needs
         for module in self.layers:
             if "key_pre" in needs:
@@ -141,6 +147,15 @@ class Attachment:
         for module in self.layers:
             forget_kept(module)
 
+    # Methods of the attachment, so that the model's hooks keep it alive.
+    @torch.compiler.disable
+    def _open(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.forwards.open(self, args, kwargs)
+
+    @torch.compiler.disable
+    def _close(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        return self.forwards.close(self, output)
+
     @property
     def cache(self) -> KVPolicyCache | None:
         """The cache of the forward in flight."""
@@ -148,7 +163,7 @@ class Attachment:
 
     def new_cache(self) -> KVPolicyCache:
         """An empty cache of this pipeline."""
-        return new_cache(self.base, self.pipeline, **self.sizes)
+        return new_cache(self.base, self.pipeline, dtype=self.dtype, **self.sizes)
 
     def cache_for(self, given: Any) -> KVPolicyCache:
         """`given` if it is a cache of this pipeline, a new cache for None."""
@@ -243,17 +258,23 @@ def _attached(decoder: nn.Module) -> Attachment | None:
 
 
 def attach(
-    model: nn.Module, pipeline: CachePipeline, *, compile: bool = False, **sizes: Any
+    model: nn.Module,
+    pipeline: CachePipeline,
+    *,
+    compile: bool = False,
+    dtype: torch.dtype | None = None,
+    **sizes: Unpack[Sizes],
 ) -> Attachment:
     """Attaches `pipeline` to `model`; use as `with attach(model, pipeline): model.generate(...)`.
 
     Serves Llama, Mistral, Qwen2 and Qwen3 in eval mode. `compile` compiles the decoder layers by
-    `torch.compile` at their first calls, around the attention. `sizes` are those of CacheSpec for
-    the caches it makes: `page_size`, `rollback` and `interval` in tokens, the caps `max_bytes`,
-    `max_tokens` (of a KV head) with `at_cap`, and the `dtype` to store in. Raises UnsupportedError
-    for other models, ValueError for policies that do not fit, PhaseError for a second attach.
+    `torch.compile` at their first calls, around the attention. `dtype` is what caches store and
+    compute in, by default the model's; `sizes` are those of CacheSpec for the caches it makes:
+    `page_size`, `rollback` and `interval` in tokens, and the caps `max_bytes`, `max_tokens` (of a
+    KV head) with `at_cap`. Raises UnsupportedError for other models, ValueError for policies that
+    do not fit, PhaseError for a second attach.
     """
-    return Attachment(model, pipeline, compile=compile, **sizes)
+    return Attachment(model, pipeline, compile=compile, dtype=dtype, **sizes)
 
 
 def detach(model: nn.Module) -> None:

@@ -9,18 +9,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ...errors import UnsupportedError
-from . import plan
+from . import layout
 from .arguments import check_attention
 from .cache import NAME, KVRef
-from .compiled import PLACE, attend
+from .compile import PLACE, attend
+from .models import key_source
 
 PRE = "_kvpolicy_pre_rope"  # left by a hook on the module whose output are keys before RoPE
 HIDDEN = "_kvpolicy_hidden"  # left on the attention module
-
-
-def key_source(module: Any) -> nn.Module:
-    """The submodule of an attention module whose output are its keys before RoPE."""
-    return module.k_norm if hasattr(module, "k_norm") else module.k_proj
 
 
 def keep_pre(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -75,7 +71,7 @@ def attention(
 
 
 # Not traced where the whole model is compiled: a cache is no part of a graph.
-_attend = torch.compiler.disable(plan.attend)
+_attend = torch.compiler.disable(layout.attend)
 
 
 class _NoGradient(torch.autograd.Function):

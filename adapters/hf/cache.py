@@ -5,25 +5,24 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ...errors import PhaseError, RollbackError, UnsupportedError
-from ...pipeline import CachePipeline
+from ...errors import PhaseError, RollbackError
+from ...pipeline import CachePipeline, is_pipeline
+from ...spec import Sizes
 from ...store import CacheState, Report
 from ...store.fork import adopt, select_rows
 from ...store.rollback import crop
 from .columns import Chunks, append, pick, real, take_back
+from .layout import Columns
+from .models import spec_of
 from .modes import ordinary
-from .plan import Plan
-from .spec import spec_of
 
 NAME = "kvpolicy"
-# Of CacheSpec, as a caller may choose.
-SIZES = ("page_size", "rollback", "interval", "max_bytes", "max_tokens", "at_cap", "dtype")
 
 
 class KVRef:
@@ -93,15 +92,23 @@ class KVPolicyCache(Cache):
     until `end_prompt()`, and decode from then on until `begin_prompt()`.
     """
 
-    def __init__(self, model: nn.Module, pipeline: CachePipeline, **sizes: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        pipeline: CachePipeline,
+        *,
+        dtype: torch.dtype | None = None,
+        **sizes: Unpack[Sizes],
+    ) -> None:
         self.pipeline, self.sizes, self.model = pipeline, sizes, weakref.ref(model)
-        self.spec = spec_of(model, **dict[str, Any](sizes))
+        self.dtype, self.spec = dtype, spec_of(model, dtype=dtype, **sizes)
         self.state: CacheState | None = None
         self.phase = "prompt"
         self.boundary: int | None = None  # column where the prompt that `generate` announced ends
         self.chunks: Chunks = []
-        self.plan: Plan | None = None  # of the forward in flight
+        self.layout: Columns | None = None  # of the forward in flight
         self.evicts = True  # whether the end of the prompt does
+        self.singles = 0  # forwards of one column in a row, in a prompt that goes on
         self.counts_positions = False  # whether the real tokens seen give position ids
         self.recording = False  # columns may be taken back before the next forward
         self.graph: Any = None  # CapturedStep of this cache's buffers
@@ -267,13 +274,13 @@ class KVPolicyCache(Cache):
         self.recording = True
 
 
-def new_cache(model: nn.Module, pipeline: CachePipeline, **sizes: Any) -> KVPolicyCache:
-    """An empty cache for `model`; `sizes`: those of CacheSpec that `SIZES` names."""
-    if not isinstance(pipeline, CachePipeline):
-        raise TypeError(f"pipeline: wanted a CachePipeline, got {type(pipeline).__name__}")
-    unknown = set(sizes) - set(SIZES)
-    if unknown:
-        raise UnsupportedError(
-            f"new_cache: unknown sizes {sorted(unknown)}; wanted {', '.join(SIZES)}"
-        )
-    return KVPolicyCache(model, pipeline, **sizes)
+def new_cache(
+    model: nn.Module,
+    pipeline: CachePipeline,
+    *,
+    dtype: torch.dtype | None = None,
+    **sizes: Unpack[Sizes],
+) -> KVPolicyCache:
+    """An empty cache for `model`, in its own or another `dtype`; `sizes`: those of `Sizes`."""
+    is_pipeline(pipeline)
+    return KVPolicyCache(model, pipeline, dtype=dtype, **sizes)

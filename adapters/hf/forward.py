@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ...errors import UnsupportedError
 from .cache import KVPolicyCache
 from .columns import new_columns
+from .layout import Columns, decode_columns, prompt_columns
 from .modes import ordinary
-from .plan import Plan, plan_decode, plan_prompt
 
 
 def inputs_of(kwargs: dict[str, Any]) -> Tensor:
@@ -43,35 +43,35 @@ def open_forward(
     mask = new_columns(mask, cache.chunks, batch, columns)
     state = cache.ensure_state(len(texts) if texts else batch)
     if texts:
-        plan = Plan(batch, columns, 0)
+        layout = Columns(batch, columns, 0)
         cache.pipeline.begin(state, texts, "prompt")
     elif cache.phase == "prompt":
-        plan, lengths = plan_prompt(batch, columns, mask)
+        layout, lengths = prompt_columns(batch, columns, mask)
         cache.pipeline.begin(state, lengths, "prompt")
     else:
-        plan, lengths, valid = plan_decode(batch, columns, mask)
+        layout, lengths, valid = decode_columns(batch, columns, mask)
         cache.pipeline.begin(state, lengths, "decode", valid=valid)
-    cache.plan = plan
+    cache.layout = layout
 
 
 @ordinary
 def true_positions(cache: KVPolicyCache, device: torch.device) -> Tensor:
     """Position ids `[B, S]` of the open forward: each sequence's real tokens from 0."""
-    state, plan = cache.state, cache.plan
-    assert state is not None and plan is not None
+    state, layout = cache.state, cache.layout
+    assert state is not None and layout is not None
     start = state.on(state.layers[0]).lengths.to(device)[:, None]
-    columns = plan.prompt + plan.decode
-    if plan.valid is None:
+    columns = layout.prompt + layout.decode
+    if layout.valid is None:
         return start + torch.arange(columns, device=device)
-    return (start - 1 + plan.valid.to(device).long().cumsum(1)).clamp(min=0)
+    return (start - 1 + layout.valid.to(device).long().cumsum(1)).clamp(min=0)
 
 
 @ordinary
 def close_forward(cache: KVPolicyCache, failed: bool) -> None:
     """Commits the call, or takes it back."""
-    plan, cache.plan = cache.plan, None
+    layout, cache.layout = cache.layout, None
     state = cache.state
-    assert plan is not None and state is not None
+    assert layout is not None and state is not None
     if failed:
         cache.pipeline.abort(state)
         if not cache.chunks:
@@ -80,15 +80,15 @@ def close_forward(cache: KVPolicyCache, failed: bool) -> None:
     if cache.capturing:
         cache.pipeline.commit(state, evict=False)
         return
-    valid = plan.valid
-    if plan.decode and not all(state.active):
-        active = torch.tensor(state.active)[:, None].expand(plan.batch, plan.decode)
+    valid = layout.valid
+    if layout.decode and not all(state.active):
+        active = torch.tensor(state.active)[:, None].expand(layout.batch, layout.decode)
         valid = active if valid is None else valid & active
     try:
         cache.pipeline.commit(state, evict=not cache.recording)
     finally:
         if state.call is None:  # an eviction may fail after the tokens are in
-            cache.saw(plan.prompt + plan.decode, valid)
+            cache.saw(layout.prompt + layout.decode, valid)
     if cache.phase == "prompt" and cache.boundary is not None and cache.columns >= cache.boundary:
         cache.end_prompt()
 

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from ...errors import PhaseError, UnsupportedError
+from ...pipeline import CachePipeline
 from .arguments import check_forward
 from .cache import KVPolicyCache
-from .compiled import check_forward as check_compiled
+from .compile import check_forward as check_compiled
 from .forward import Crossing, close_forward, inputs_of, open_forward, true_positions
 from .packed import split
 from .wrappers import check_soft_prompt
@@ -27,12 +28,11 @@ if TYPE_CHECKING:
 class Forwards:
     """Opens a call on a cache before the decoder's forward and closes it afterwards.
 
-    `open` and `close` are the decoder's hooks. One thread at a time: another's forward raises.
+    One thread at a time: another's forward raises.
     """
 
-    def __init__(self, attachment: Attachment) -> None:
-        self.attachment = attachment
-        parameters = inspect.signature(type(attachment.decoder).forward).parameters
+    def __init__(self, decoder: nn.Module) -> None:
+        parameters = inspect.signature(type(decoder).forward).parameters
         self.names = list(parameters)[1:]
         self.lock = threading.Lock()  # of owner
         self.owner: threading.Thread | None = None
@@ -73,24 +73,24 @@ class Forwards:
         """Undoes the forward in flight, if there is one."""
         cache, self.cache = self.cache, None
         crossing, self.crossing = self.crossing, None
-        if cache is not None and cache.plan is not None:
+        if cache is not None and cache.layout is not None:
             close_forward(cache, failed=True)
         if crossing is not None:
             crossing.undo()
 
-    @torch.compiler.disable
-    def open(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def open(self, attachment: Attachment, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The arguments with which the decoder's forward goes on."""
         self.claim()
         try:
             kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
-            return (), self._open(decoder, kwargs)
+            return (), self._open(attachment, kwargs)
         except BaseException:
             self.take_back()
             self.release()
             raise
 
-    def _open(self, decoder: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        attachment, config = self.attachment, decoder.config
+    def _open(self, attachment: Attachment, kwargs: dict[str, Any]) -> dict[str, Any]:
+        decoder, config = attachment.decoder, attachment.decoder.config
         if decoder.training and torch.is_grad_enabled():
             raise UnsupportedError(
                 "an attached model serves inference only; detach it to train, or call model.eval()"
@@ -111,7 +111,7 @@ class Forwards:
         if given is not None and cache.counts_positions:
             kwargs["position_ids"] = None  # as transformers counted them, by columns
         texts = split(kwargs, batch, columns, cached=kept)
-        self._remind(given, columns)
+        self._remind(attachment.pipeline, given, columns)
         if Crossing.needed(cache, columns):
             crossing = Crossing(decoder, cache, kwargs)
             self.claim()
@@ -124,10 +124,8 @@ class Forwards:
             kwargs["position_ids"] = true_positions(cache, ids.device)
         return kwargs
 
-    @torch.compiler.disable
-    def close(
-        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
+    def close(self, attachment: Attachment, output: Any) -> Any:
+        """What the decoder's forward returns; None leaves `output` as it is."""
         if self.owner is not threading.current_thread() or self.cache is None:
             return None  # the forward failed before it opened
         try:
@@ -142,22 +140,23 @@ class Forwards:
             if not self.kept:
                 output.past_key_values = None
             if self.own and not self.held:
-                self.attachment.used(cache)
+                attachment.used(cache)
             return output.to_tuple() if self.as_tuple else output
         finally:
             self.release()
 
-    def _remind(self, given: KVPolicyCache | None, columns: int) -> None:
+    def _remind(self, pipeline: CachePipeline, given: KVPolicyCache | None, columns: int) -> None:
         """Warns, once, of a loop whose prompt does not end although the pipeline would act then."""
-        pipeline = self.attachment.pipeline
         if self.held or self.warned or (pipeline.selection.neutral and pipeline.eviction.neutral):
             return
         if given is None:
             what = "this forward read all its tokens as a prompt"
-        elif given.phase == "prompt" and given.columns and columns == 1:
-            what = "this cache's prompt has not ended, and a single token follows"
         else:
-            return
+            single = columns == 1 and given.phase == "prompt" and given.columns > 0
+            given.singles = given.singles + 1 if single else 0
+            if given.singles < 2:  # one may be what is left of a prompt in chunks
+                return
+            what = "this cache's prompt has not ended, and single tokens follow"
         self.warned = True
         warnings.warn(
             f"{what}, so that the pipeline's selection and prompt-end eviction do not act: fill a "

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Unpack
 
 import attrs
 import torch
 from torch import Tensor, nn
 
+from ..._fields import shown
 from ...admission import Admission, AdmitAll, DuoAttention, LocalAttention, RandomGate, Write
 from ...budget import TotalCap
 from ...eviction import AtPromptEnd
 from ...pipeline import CachePipeline
-from ...spec import CacheSpec
+from ...spec import CacheSpec, Sizes
 from ...store.plan import planned
-from .spec import spec_of
+from .models import spec_of
 
 # Decisions that follow from layer, head and position, so that tokens can be counted exactly.
 _BY_POSITION = (AdmitAll, DuoAttention, LocalAttention, RandomGate)
@@ -86,7 +87,7 @@ def fit_report(
     pipeline: CachePipeline | None = None,
     batch: int = 1,
     dtype: torch.dtype | None = None,
-    **sizes: Any,
+    **sizes: Unpack[Sizes],
 ) -> FitReport:
     """Plans memory without running anything.
 
@@ -142,11 +143,18 @@ def _model(config_or_model: Any, dtype: torch.dtype | None) -> tuple[nn.Module, 
     """A model to read sizes from, and the device that it would run on."""
     if isinstance(config_or_model, nn.Module):
         return config_or_model, next(config_or_model.parameters()).device
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+    if not isinstance(config_or_model, PreTrainedConfig):
+        hint = "; load it: AutoConfig.from_pretrained(name)"
+        raise TypeError(
+            f"config_or_model: wanted a config or a model of transformers, got "
+            f"{shown(config_or_model)}{hint if isinstance(config_or_model, str) else ''}"
+        )
+    config: Any = config_or_model
     with torch.device("meta"):
-        dtype = dtype or config_or_model.dtype or torch.bfloat16
-        model = AutoModelForCausalLM.from_config(config_or_model, dtype=dtype)
+        dtype = dtype or config.dtype or torch.bfloat16
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model, torch.device("cuda")
 
 

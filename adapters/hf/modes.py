@@ -42,8 +42,7 @@ def in_cache_dtype(cache: KVPolicyCache, name: str, x: Tensor) -> Tensor:
     wanted = cache.spec.dtype
     if x.dtype == wanted:
         return x
-    chosen = cache.sizes.get("dtype") is not None
-    if not chosen and torch.promote_types(x.dtype, wanted) != wanted:
+    if cache.dtype is None and torch.promote_types(x.dtype, wanted) != wanted:
         raise TypeError(
             f"{name}: wanted {wanted}, in which the cache was made, got {x.dtype}; make the cache "
             f"in it by attach(..., dtype={x.dtype})"

@@ -2,48 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from typing import Any
+from typing import Any, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import PhaseError
 from ...pipeline import CachePipeline
+from ...spec import Sizes
 from ...store import persist
 from .cache import KVPolicyCache, new_cache
-from .spec import decoder_of
-
-SAMPLES = 64  # elements read of each parameter
-_VOLATILE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """A hash of the model's config and of a few elements of every parameter.
-
-    Tells fine-tuned or merged weights from others; an edit that spares every sampled element goes
-    unnoticed.
-    """
-    decoder = decoder_of(model)
-    config = {
-        name: value
-        for name, value in decoder.config.to_dict().items()
-        if name not in _VOLATILE and "attn_implementation" not in name
-    }
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    samples = [_sample(parameter) for parameter in decoder.parameters()]
-    for device in {sample.device for sample in samples}:
-        here = [sample for sample in samples if sample.device == device]
-        digest.update(torch.cat(here).cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _sample(parameter: Tensor) -> Tensor:
-    local = getattr(parameter, "to_local", lambda: parameter)().detach().flatten()
-    step = max(local.numel() // SAMPLES, 1)
-    return local[::step][:SAMPLES].float()
+from .models import model_fingerprint
 
 
 def save_cache(cache: KVPolicyCache, path: str | os.PathLike[str]) -> None:
@@ -70,15 +40,20 @@ def save_cache(cache: KVPolicyCache, path: str | os.PathLike[str]) -> None:
 
 
 def load_cache(
-    model: nn.Module, pipeline: CachePipeline, path: str | os.PathLike[str], **sizes: Any
+    model: nn.Module,
+    pipeline: CachePipeline,
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    **sizes: Unpack[Sizes],
 ) -> KVPolicyCache:
     """The cache that `KVPolicyCache.save` wrote, on `model`'s device.
 
-    `sizes` are those the saved cache was made with. What follows is what would have followed the
-    saved cache, token for token. Raises ValueError, with the reason, for a file that is truncated
-    or altered, or that another model, pipeline or size wrote; loading never runs code.
+    `dtype` and `sizes` are those the saved cache was made with. What follows is what would have
+    followed the saved cache, token for token. Raises ValueError, with the reason, for a file that
+    is truncated or altered, or that another model, pipeline or size wrote; loading never runs code.
     """
-    cache: Any = new_cache(model, pipeline, **sizes)
+    cache: Any = new_cache(model, pipeline, dtype=dtype, **sizes)
     cache.state, extra, notes = persist.load(
         path, pipeline, cache.spec, fingerprint=model_fingerprint(model)
     )

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from functools import reduce
+from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
+from .._fields import shown
 from ..types import Write
 from ._base import Admission
 
 
-def _members(instance: Admission, attribute: attrs.Attribute, value: tuple[Admission, ...]) -> None:
+def _members(instance: Admission, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if not isinstance(value, tuple):
+        raise TypeError(f"policies: wanted a tuple of admissions, got {shown(value)}")
     if not value:
         raise ValueError("policies: wanted at least one admission, got none")
     for policy in value:
         if not isinstance(policy, Admission):
-            raise TypeError(f"policies: wanted admissions, got {policy!r}")
+            many = isinstance(policy, list | tuple)
+            raise TypeError(
+                f"policies: wanted admissions, got {shown(policy)}"
+                + ("; write them one by one, or with a star: any_of(*policies)" if many else "")
+            )
     windows = {policy.window for policy in value if policy.window is not None}
     if len(windows) > 1:
         raise ValueError(f"policies: their windows disagree: {sorted(windows)}")

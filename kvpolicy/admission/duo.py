@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from .._validate import not_negative, positive
+from .._fields import MOST, check_int, check_number, is_a, not_negative, optional, positive, shown
 from ..types import Write
 from ._base import Admission
 from ._files import find_folder
@@ -26,9 +26,17 @@ def _rows(value: Iterable[Iterable[Any]]) -> tuple[tuple[Any, ...], ...]:
     return tuple(tuple(row) for row in value)
 
 
-def _pattern(
-    instance: DuoAttention, attribute: attrs.Attribute, value: tuple[tuple[Any, ...], ...]
-) -> None:
+def _given(value: Any) -> Any:
+    """Rows as tuples; what has none is left to the validator."""
+    try:
+        return _rows(value)
+    except TypeError:
+        return value
+
+
+def _pattern(instance: DuoAttention, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(row, tuple) for row in value):
+        raise TypeError(f"full_heads: wanted a row of bools for each layer, got {shown(value)}")
     if not value or not value[0]:
         raise ValueError("full_heads: wanted a row of bools for each layer, got none")
     for layer, row in enumerate(value):
@@ -38,7 +46,7 @@ def _pattern(
             )
         for head in row:
             if not isinstance(head, bool):
-                raise TypeError(f"full_heads: wanted bools, got {head!r} in layer {layer}")
+                raise TypeError(f"full_heads: wanted bools, got {shown(head)} in layer {layer}")
 
 
 @attrs.frozen(kw_only=True)
@@ -54,11 +62,13 @@ class DuoAttention(Admission):
     """
 
     full_heads: tuple[tuple[bool, ...], ...] = attrs.field(
-        converter=_rows, validator=_pattern, repr=lambda rows: f"<{len(rows)}x{len(rows[0])}>"
+        converter=_given, validator=_pattern, repr=lambda rows: f"<{len(rows)}x{len(rows[0])}>"
     )
     sinks: int = attrs.field(default=128, validator=not_negative)
     window: int = attrs.field(default=256, validator=positive)
-    _mask: Tensor | None = attrs.field(default=None, eq=False, repr=False)  # set by `place`
+    _mask: Tensor | None = attrs.field(  # set by `place`
+        default=None, eq=False, repr=False, validator=optional(is_a(Tensor, "a tensor"))
+    )
 
     @property
     def sparsity(self) -> float:
@@ -103,6 +113,10 @@ class DuoAttention(Admission):
             raise ValueError(
                 f"sparsity, threshold: wanted exactly one, got {sparsity!r} and {threshold!r}"
             )
+        for name, value in (("sparsity", sparsity), ("threshold", threshold)):
+            if value is not None:
+                check_number(name, value, "a number in [0, 1]", lambda x: 0 <= x <= 1)
+        check_int("seed", seed, 0, (1 << 32) - 1)  # what RandomState takes
         folder = find_folder(path_or_repo, (PATTERN, CONFIG), revision)
         values = _read_pattern(folder / PATTERN)
         config = _read_config(folder / CONFIG)
@@ -178,7 +192,7 @@ def _read_config(path: Path) -> dict[str, int]:
         raise ValueError(f"{path}: wanted an object, got {type(config).__name__}")
     for name, least in {"sink_size": 0, "recent_size": 1}.items():
         value = config.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST:
             found = repr(value) if name in config else "no such key"
             raise ValueError(f"{path}: {name}: wanted an int of at least {least}, got {found}")
     return config

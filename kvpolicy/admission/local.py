@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 from torch import Tensor
 
-from .._validate import not_negative, positive
+from .._fields import not_negative, positive
 from ..types import Write
 from ._base import Admission
 

@@ -6,7 +6,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from .._validate import fraction
+from .._fields import fraction, seed
 from ..types import Write
 from ._base import Admission
 
@@ -24,7 +24,7 @@ class RandomGate(Admission):
     """
 
     sparsity: float = attrs.field(validator=fraction())
-    seed: int = attrs.field(default=0, validator=attrs.validators.instance_of(int))
+    seed: int = attrs.field(default=0, validator=seed)
 
     def admit(self, write: Write) -> Tensor:
         heads = torch.arange(write.heads.start, write.heads.stop, device=write.positions.device)

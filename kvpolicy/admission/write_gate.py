@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from .._validate import fraction, one_of, positive
+from .._fields import flag, fraction, is_a, one_of, optional, positive
 from ..backend import load, resolve
 from ..types import Write
 from . import _gate_file
@@ -22,7 +22,7 @@ WEIGHTS = ("norm_pre", "norm_post", "w1", "b1", "w2", "b2")
 
 
 def _weight() -> Any:
-    return attrs.field(repr=False, validator=attrs.validators.instance_of(Tensor))
+    return attrs.field(repr=False, validator=is_a(Tensor, "a tensor"))
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -46,17 +46,12 @@ class WriteGate(Admission):
     w2: Tensor = _weight()
     b2: Tensor = _weight()
     threshold: float = attrs.field(default=0.1, validator=fraction())
-    inclusive: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
-    window: int | None = attrs.field(default=256)
+    inclusive: bool = attrs.field(default=False, validator=flag)
+    window: int | None = attrs.field(default=256, validator=optional(positive))
     backend: str = attrs.field(
         default="reference", repr=False, validator=one_of("reference", "triton")
     )
     needs = frozenset({"key_pre"})
-
-    @window.validator
-    def _check_window(self, attribute: attrs.Attribute, value: Any) -> None:
-        if value is not None:
-            positive(self, attribute, value)
 
     def __attrs_post_init__(self) -> None:
         if self.w1.ndim != 4 or self.norm_pre.ndim != 2 or 0 in self.w1.shape:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from ..choices import Phase
 from ..errors import CapacityError, PhaseError
 from ..ops import POSITION_MASK
 from ..store.layer import LayerStore
 from ..store.state import CacheState, Call
 
-PHASES = ("prompt", "decode")
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 def check_call(state: CacheState, lengths: Sequence[int], phase: str, valid: Tensor | None) -> None:

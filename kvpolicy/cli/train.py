@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .._extras import extra
 from .common import Device, Model, errors, load, read
 
 
@@ -184,7 +185,8 @@ def _documents(
         raise ValueError("texts, dataset: wanted exactly one")
     if texts is not None:
         return read(texts)
-    import datasets
+    with extra("train"):
+        import datasets
 
     return datasets.load_dataset(dataset, subset, split=split, streaming=True)
 

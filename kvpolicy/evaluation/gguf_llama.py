@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from .._extras import extra
+
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
@@ -37,10 +39,8 @@ def open_gguf(path: Path) -> GGUFReader:
     Raises:
         ImportError: the `gguf` package is missing.
     """
-    try:
+    with extra("eval"):
         from gguf import GGUFReader
-    except ImportError as error:
-        raise ImportError("reading GGUF needs the package gguf: pip install gguf") from error
     return GGUFReader(path)
 
 
@@ -71,7 +71,8 @@ def read_config(reader: GGUFReader) -> LlamaConfig:
 
 def read_weights(reader: GGUFReader, config: LlamaConfig, dtype: torch.dtype) -> dict[str, Tensor]:
     """Dequantized weights under the names of `LlamaForCausalLM`, cast to `dtype`."""
-    from gguf import dequantize
+    with extra("eval"):
+        from gguf import dequantize
 
     heads = {
         "attn_q": config.num_attention_heads,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from .._extras import extra
 from ..store import CacheState
 from .prompts import Example
 
@@ -55,8 +56,9 @@ def draw(
     Above, the text around the first question's answer; a token is the darker, the more heads kept
     it. Below, all heads by position, answers marked.
     """
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
+    with extra("plots"):
+        from matplotlib.colors import LinearSegmentedColormap
+        from matplotlib.figure import Figure
 
     colours = LinearSegmentedColormap.from_list("kept", SCALE)
     pieces = [str(tokenizer.decode([i])) for i in example.context_ids]
@@ -89,7 +91,8 @@ def _text(
     axes: Any, pieces: Sequence[str], share: Tensor, spans: Sequence[tuple[int, int]], colours: Any
 ) -> None:
     """Lines of text from before the first answer on, one box a token."""
-    from matplotlib.patches import Rectangle
+    with extra("plots"):
+        from matplotlib.patches import Rectangle
 
     first, after = spans[0] if spans else (len(pieces) // 2, len(pieces) // 2)
     start, room = first, LINE_CHARS * LINES * 2 // 5
@@ -150,7 +153,8 @@ def _profile(axes: Any, share: Tensor, spans: Sequence[tuple[int, int]]) -> None
 
 
 def _heads(axes: Any, held: Tensor, spans: Sequence[tuple[int, int]]) -> None:
-    from matplotlib.colors import ListedColormap
+    with extra("plots"):
+        from matplotlib.colors import ListedColormap
 
     layers, heads, tokens = held.shape
     axes.imshow(

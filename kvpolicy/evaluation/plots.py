@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._extras import extra
 from .grid import FULL, LOSS, SEEN
 from .kept_map import ACCENT, INK, MUTED, PAPER
 from .results import Row, estimate
@@ -74,7 +75,8 @@ def _of_family(
 
 def _panels(path: Path, rows: Sequence[Row], x: Where, label: str) -> None:
     """A row of panels a task, a panel a length; a line a family, full attention dotted."""
-    from matplotlib.figure import Figure
+    with extra("plots"):
+        from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     lengths = sorted({row["length"] for row in rows})
@@ -126,7 +128,8 @@ def _panel(axes: Any, rows: Sequence[Row], score: str, x: Where) -> None:
 
 def _percent(axis: Any) -> None:
     """Ticks at whole percents."""
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    with extra("plots"):
+        from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -134,7 +137,8 @@ def _percent(axis: Any) -> None:
 
 def front(path: Path, found: Front, title: str) -> None:
     """Saves a plot of all points, a line an eviction budget, and the front."""
-    from matplotlib.figure import Figure
+    with extra("plots"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.6), facecolor=PAPER, layout="constrained")
     axes = figure.subplots()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, get_args
 
 import attrs
 import torch
 from torch import Tensor
 
-from .._validate import one_of
+from .._fields import one_of
 from ..budget import Budget
+from ..choices import When
 from ..types import EvictionView, Write
 
-WHEN = ("prompt_end", "decode")
+WHEN: tuple[When, ...] = get_args(When)
 
 
 class Eviction(ABC):
@@ -26,7 +27,7 @@ class Eviction(ABC):
 
     budget: Budget | None = None
     window: int | None = None  # wanted local window, as for an admission
-    when: str = "prompt_end"
+    when: When = "prompt_end"
     queries: int = 0
     needs: frozenset[str] = frozenset()  # extra inputs of `mark`, as for an admission
     # Name and options of the op that gives what `score` says straight from the pages.

@@ -6,6 +6,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from .._fields import is_a
 from ..admission._base import Admission
 from ..types import EvictionView, Write
 from ._base import Eviction
@@ -24,9 +25,7 @@ class AtPromptEnd(Eviction):
         `CachePipeline(eviction=AtPromptEnd(DuoAttention.from_pretrained(path, sparsity=0.5)))`
     """
 
-    admission: Admission = attrs.field(
-        validator=attrs.validators.instance_of(Admission)  # type: ignore[type-abstract]
-    )
+    admission: Admission = attrs.field(validator=is_a(Admission, "an admission"))
 
     @property
     def window(self) -> int | None:  # type: ignore[override]

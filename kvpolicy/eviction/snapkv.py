@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import attrs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._validate import one_of, positive
+from .._fields import one_of, positive
 from ..budget import Budget, is_budget, tokens_from_int
+from ..choices import HeadGroup, Normalize, Pooling, When
 from ..types import EvictionView
 from ._base import Eviction, when_field
 
 
-def _odd(instance: SnapKV, attribute: attrs.Attribute, value: int) -> None:
+def _odd(instance: SnapKV, attribute: attrs.Attribute[Any], value: int) -> None:
     positive(instance, attribute, value)
     if value % 2 == 0:
-        raise ValueError(f"{attribute.name}: wanted an odd number, got {value}")
+        raise ValueError(f"{attribute.name}: wanted an odd number, got {value}; write {value + 1}")
 
 
 @attrs.frozen(kw_only=True)
@@ -37,12 +38,12 @@ class SnapKV(Eviction):
     """
 
     budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
-    when: str = when_field()
+    when: When = when_field()
     observation: int = attrs.field(default=32, validator=positive)
     kernel: int = attrs.field(default=5, validator=_odd)
-    pooling: str = attrs.field(default="avg", validator=one_of("avg", "max"))
-    group: str = attrs.field(default="mean", validator=one_of("mean", "max"))
-    normalize: str = attrs.field(default="visible", validator=one_of("visible", "global"))
+    pooling: Pooling = attrs.field(default="avg", validator=one_of(*get_args(Pooling)))
+    group: HeadGroup = attrs.field(default="mean", validator=one_of(*get_args(HeadGroup)))
+    normalize: Normalize = attrs.field(default="visible", validator=one_of(*get_args(Normalize)))
 
     @property
     def queries(self) -> int:  # type: ignore[override]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, get_args
 
 import attrs
 from torch import Tensor
 
-from .._validate import not_negative, one_of
+from .._fields import not_negative, one_of
 from ..budget import Tokens
+from ..choices import PageGroup
 
-GROUPS = ("max", "mean", "each")
+GROUPS: tuple[PageGroup, ...] = get_args(PageGroup)
 
 
 class Selection(ABC):
@@ -26,7 +27,7 @@ class Selection(ABC):
     budget: Tokens | None = None
     first: int = 0
     last: int = 0
-    group: str = "max"
+    group: PageGroup = "max"
     fused: str | None = None  # name of the op that does summary, score and choice in one
 
     @property

@@ -6,7 +6,9 @@ import attrs
 import torch
 from torch import Tensor
 
+from .._fields import is_a
 from ..budget import Tokens, tokens_from_int
+from ..choices import PageGroup
 from ._base import Selection, group_field, pages_field
 
 
@@ -26,11 +28,12 @@ class Quest(Selection):
     """
 
     budget: Tokens = attrs.field(
-        converter=tokens_from_int, validator=attrs.validators.instance_of(Tokens)
+        converter=tokens_from_int,
+        validator=is_a(Tokens, "Tokens(n) or an int", lambda value: "budget=1024"),
     )
     first: int = pages_field(0)
     last: int = pages_field(1)
-    group: str = group_field()
+    group: PageGroup = group_field()
 
     @property
     def fused(self) -> str:  # type: ignore[override]

@@ -21,9 +21,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
-from .attach import AttachedModel, attach_for_training, dense_attention
+from ..adapters.hf.models import keys_fingerprint
+from ..adapters.hf.training import AttachedModel, attach_for_training, dense_attention
 from .data import Texts, TrainingMix, as_mix
-from .gate import model_fingerprint
 from .objective import distillation_loss
 from .run import Run, Stateful, average_gradients
 
@@ -130,7 +130,7 @@ def train_duo_attention(
         schedule = get_cosine_schedule_with_warmup(optimizer, int(0.1 * steps), steps)
     mask = _streaming_mask(mix.length, sink_size, recent_size, model.device)
     settings = {
-        "model": model_fingerprint(model), "objective": objective, "steps": steps,
+        "model": keys_fingerprint(model), "objective": objective, "steps": steps,
         "sink_size": sink_size, "recent_size": recent_size, "lam": weight, "length": mix.length,
         "batch_size": batch_size, "seed": seed, "processes": accelerator.num_processes,
     }  # fmt: skip

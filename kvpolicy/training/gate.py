@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import attrs
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
+
+from ..adapters.hf.models import decoder_of, head_dim_of, keys_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,7 +83,7 @@ class WriteGates(nn.Module):
     @classmethod
     def for_model(cls, model: PreTrainedModel, expand: float = 4.0) -> WriteGates:
         """Fresh fp32 gates on the model's device."""
-        config, head_dim = model.config.get_text_config(), _head_dim(model)
+        config, head_dim = model.config.get_text_config(), head_dim_of(decoder_of(model).config)
         gates = cls(config.num_hidden_layers, config.num_key_value_heads, head_dim, expand)
         return gates.to(model.device)
 
@@ -102,14 +103,14 @@ class WriteGates(nn.Module):
                 metadata = file.metadata() or {}
         else:
             raise ValueError(f"path must end in .pt or .safetensors, got {str(path)!r}")
-        mine = model_fingerprint(model)
+        mine = keys_fingerprint(model)
         if metadata.get("model", mine) != mine:
             raise ValueError(f"{path} belongs to model {metadata['model']}, this one is {mine}")
         bias = state.get("model.layers.0.self_attn.g_predictors.conv1.bias")
         if bias is None:
             raise ValueError(f"{path} holds no gates of the published names")
         heads = model.config.get_text_config().num_key_value_heads
-        gates = cls.for_model(model, bias.numel() / heads / _head_dim(model))
+        gates = cls.for_model(model, bias.numel() / heads / head_dim_of(decoder_of(model).config))
         try:
             gates.load_published_state(state)
         except RuntimeError as error:
@@ -151,30 +152,6 @@ class WriteGates(nn.Module):
             save_file(state, path, metadata=metadata)
         else:
             raise ValueError(f"path must end in .pt or .safetensors, got {str(path)!r}")
-
-
-def _head_dim(model: PreTrainedModel) -> int:
-    config = model.config.get_text_config()
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def model_fingerprint(model: PreTrainedModel) -> str:
-    """Short hash of a model's attention shape and of its first key projection in bf16."""
-    config = model.config.get_text_config()
-    shape = (
-        config.model_type,
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.hidden_size,
-        config.vocab_size,
-    )
-    layers: Any = model.base_model.layers
-    weight = layers[0].self_attn.k_proj.weight
-    bits = weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
-    digest = hashlib.sha256(repr(shape).encode())
-    digest.update(bits.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 @attrs.frozen(kw_only=True)

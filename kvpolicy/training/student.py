@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .attach import AttachedModel
+from ..adapters.hf.training import AttachedModel
 from .gate import WriteGates
 from .objective import Kernel, gated_attention, kept_fraction, log_gate, ungate
 

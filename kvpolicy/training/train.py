@@ -13,10 +13,11 @@ import torch
 from accelerate import Accelerator
 from transformers import get_cosine_schedule_with_warmup
 
-from .attach import AttachedModel, attach_for_training
+from ..adapters.hf.models import keys_fingerprint
+from ..adapters.hf.training import AttachedModel, attach_for_training
 from .controller import KeepController
 from .data import Texts, TrainingMix, as_mix
-from .gate import TrainedGate, WriteGates, model_fingerprint
+from .gate import TrainedGate, WriteGates
 from .objective import Kernel, answer_loss, distillation_loss, kept_fraction, memory_cost
 from .run import Run, Stateful, average_gradients
 from .student import Evaluation, evaluate_gates, gated_forward
@@ -117,7 +118,7 @@ def train_write_gate(
     if steer is not None:
         parts["controller"] = steer
     settings = {
-        "model": model_fingerprint(model), "steps": steps, "window": window,
+        "model": keys_fingerprint(model), "steps": steps, "window": window,
         "target_keep": target_keep, "lam": lam, "batch_size": batch_size,
         "length": [mix.length for mix, _ in streams], "answer_share": answer_share,
         "threshold": threshold, "lr": lr, "seed": seed, "ungated": ungated,
@@ -177,7 +178,7 @@ def train_write_gate(
         threshold=threshold,
         lam=float(lam if steer is None else steer.lam),  # type: ignore[arg-type]
         keep=keep if steer is None or steer.keep is None else steer.keep,
-        fingerprint=model_fingerprint(model),
+        fingerprint=keys_fingerprint(model),
     )
 
 

@@ -8,8 +8,8 @@ import random
 import pytest
 import torch
 
+from kvpolicy.adapters.hf.training import attach_for_training
 from kvpolicy.training import TrainingMix, WriteGates, documents, train_write_gate
-from kvpolicy.training.attach import attach_for_training
 from kvpolicy.training.objective import choose_kernel, kept_fraction, ungate
 from kvpolicy.training.student import gated_forward
 from tests.support.training.small import TEXT, make_mix, make_model, make_tokenizer

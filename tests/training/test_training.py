@@ -16,14 +16,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from kvpolicy.adapters.hf.training import AttachedModel, attach_for_training
 from kvpolicy.training import (
     TrainingMix,
     WriteGates,
-    model_fingerprint,
+    keys_fingerprint,
     train_duo_attention,
     train_write_gate,
 )
-from kvpolicy.training.attach import AttachedModel, attach_for_training
 from kvpolicy.training.objective import distillation_loss, memory_cost
 from kvpolicy.training.student import evaluate_gates, gated_forward
 from tests.support.training.small import SIZES, TEXT, make_mix, make_tokenizer
@@ -126,7 +126,7 @@ def test_training_lowers_the_loss_and_leaves_the_model(mix: TrainingMix) -> None
     options = {"window": 8, "batch_size": 2, "lam": 0.16, "lr": 1e-2}
     start = train_write_gate(model, mix, steps=1, **options)  # the first update has rate 0
     trained = train_write_gate(model, mix, steps=15, **options)
-    assert trained.lam == 0.16 and trained.fingerprint == model_fingerprint(model)
+    assert trained.lam == 0.16 and trained.fingerprint == keys_fingerprint(model)
     assert _losses(model, trained.gates, mix) < 0.9 * _losses(model, start.gates, mix)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch._inductor.runtime import benchmarking
 
-from kvpolicy.adapters.hf import compiled
-from kvpolicy.adapters.hf.tuning import cold_timing
+from kvpolicy.adapters.hf import compile as compiled
+from kvpolicy.adapters.hf.compile import cold_timing
 
 OWN = benchmarking.benchmarker
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @attrs.define(eq=False)
-class Plan:
+class Columns:
     """How the columns of one forward map to the pipeline's packed or decode layout.
 
     `prompt` and `decode` are numbers of columns; one of them is 0. `index` `[T]` picks the real
@@ -84,8 +84,8 @@ def attend(
     `query`, `key`, `value` are `[B, H, S, D]`, `pre` `[B, S, ...]`, `hidden` `[B, S, hidden]`.
     Computes in the cache's dtype and answers in the query's.
     """
-    state, plan = cache.state, cache.plan
-    if plan is None or state is None:
+    state, layout = cache.state, cache.layout
+    if layout is None or state is None:
         raise PhaseError("attention outside a forward of the attached model's decoder")
     if pre is not None:
         batch, heads, columns, dim = key.shape
@@ -93,28 +93,28 @@ def attend(
     named = {"query": query, "key": key, "value": value}
     q, k, v = (in_cache_dtype(cache, name, x) for name, x in named.items())
     with exactly(query.device):
-        out = plan.attend(cache.pipeline, state, layer, q, k, v, pre, hidden)
+        out = layout.attend(cache.pipeline, state, layer, q, k, v, pre, hidden)
     return out.transpose(1, 2).to(query.dtype).contiguous()
 
 
-def plan_prompt(batch: int, columns: int, mask: Tensor | None) -> tuple[Plan, list[int]]:
-    """The plan of a prompt call and each sequence's real tokens; reads the mask once."""
+def prompt_columns(batch: int, columns: int, mask: Tensor | None) -> tuple[Columns, list[int]]:
+    """The columns of a prompt call and each sequence's real tokens; reads the mask once."""
     if mask is None or bool(mask.all()):
-        return Plan(batch, columns, 0), [columns] * batch
+        return Columns(batch, columns, 0), [columns] * batch
     real = mask.bool()
     index = real.flatten().nonzero().squeeze(1)
     host = real.cpu()
-    return Plan(batch, columns, 0, index, host), host.sum(1).tolist()
+    return Columns(batch, columns, 0, index, host), host.sum(1).tolist()
 
 
-def plan_decode(
+def decode_columns(
     batch: int, columns: int, mask: Tensor | None
-) -> tuple[Plan, list[int], Tensor | None]:
-    """The plan of a decode call, each sequence's real tokens, and the valid columns for `begin`."""
+) -> tuple[Columns, list[int], Tensor | None]:
+    """The columns of a decode call, each sequence's real tokens, and `valid` for `begin`."""
     if mask is None or bool(mask.all()):
         valid = None
         if columns > 1:
             valid = torch.ones(batch, columns, dtype=torch.bool)
-        return Plan(batch, 0, columns), [columns] * batch, valid
+        return Columns(batch, 0, columns), [columns] * batch, valid
     host = mask.bool().cpu()
-    return Plan(batch, 0, columns, None, host), host.sum(1).tolist(), host
+    return Columns(batch, 0, columns, None, host), host.sum(1).tolist(), host

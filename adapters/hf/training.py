@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
+from .models import key_source
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -129,8 +131,7 @@ def attach_for_training(
             undo.callback(parameter.requires_grad_, flag)
             parameter.requires_grad_(False)
         for module, layer in zip(modules, layers, strict=True):
-            source = getattr(module, "k_norm", None) or module.k_proj
-            undo.callback(source.register_forward_hook(_stash(layer)).remove)
+            undo.callback(key_source(module).register_forward_hook(_stash(layer)).remove)
             setattr(module, _SLOT, layer)
             undo.callback(delattr, module, _SLOT)
         if checkpointing:
