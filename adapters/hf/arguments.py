@@ -50,6 +50,8 @@ def check_generate(attachment: Attachment, kwargs: dict[str, Any], config: Any) 
         raise UnsupportedError("use_cache=False: an attached pipeline needs its cache; detach it")
     if kwargs.get("synced_gpus"):
         raise UnsupportedError("synced_gpus: an attached model does not wait for other ranks")
+    if config.is_assistant:
+        raise UnsupportedError("is_assistant: an attached model drafts for no other; detach it")
     check_outputs(config.output_attentions)
     check_soft_prompt(attachment.model)
     given = kwargs.get("generation_config")
@@ -152,6 +154,7 @@ def check_attention(module: Any, scaling: Any, dropout: float, kwargs: dict[str,
             f"scaling: wanted the module's {module.scaling}, with which the cache was made, got "
             f"{scaling}"
         )
+    check_causal(kwargs.get("is_causal"))
     for name in SCORES:
         if kwargs.get(name) is not None:
             raise UnsupportedError(f"{name}: this model's attention scores are not served")

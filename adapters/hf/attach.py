@@ -75,7 +75,7 @@ class Attachment:
 
     def _attach(self, compile: bool) -> None:
         decoder, changes = self.decoder, self.changes
-        changes.later(functools.partial(_ATTACHED.pop, decoder, None))
+        changes.later(self._unlist)
         _ATTACHED[decoder] = weakref.ref(self)
         changes.later(self._name_back)
         for config in self._named():
@@ -133,6 +133,9 @@ class Attachment:
         """The attention that `config` named before any attachment."""
         sharing = next(self._sharing(config), None)
         return config._attn_implementation if sharing is None else sharing.configs[id(config)][1]
+
+    def _unlist(self) -> None:
+        _ATTACHED.pop(self.decoder, None)
 
     def _name_back(self) -> None:
         first = next((previous for _, previous in self.configs.values()), None)

@@ -21,16 +21,13 @@ def decode_loop(
     stopping_criteria: Any,
     generation_config: Any,
     kvp_streamer: Any = None,
-    tokenizer: Any = None,
-    assistant_tokenizer: Any = None,
     **model_kwargs: Any,
 ) -> Any:
     """Greedy or sampled decoding of `input_ids` `[B, S]`.
 
-    transformers has validated and prepared everything; its stopping criteria and token healing get
-    the `tokenizer` only if the loop takes one. Sequences that have ended store nothing more. On a
-    GPU the host looks at the stop flag one step late, so that it never waits for the device: the
-    step launched meanwhile stores nothing and its token is dropped.
+    transformers has validated and prepared everything. Sequences that have ended store nothing
+    more. On a GPU the host looks at the stop flag one step late, so that it never waits for the
+    device: the step launched meanwhile stores nothing and its token is dropped.
     """
     cache: KVPolicyCache = model_kwargs["past_key_values"]
     config, wanted = generation_config, generation_config.return_dict_in_generate
@@ -52,7 +49,10 @@ def decode_loop(
     ids = input_ids.new_zeros(batch, prompt + room + 1)
     ids[:, :prompt] = input_ids
     unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
-    pad = config._pad_token_tensor
+    # As in transformers, rows that another criterion than an EOS token stopped go on with the rest.
+    ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    pad = config._pad_token_tensor if ends else None
+    going = torch.ones_like(unfinished)
     late = _LateFlags(stepper.captured, kvp_streamer)
     length = prompt
     while True:
@@ -72,7 +72,7 @@ def decode_loop(
         if stopped or length == ids.shape[1] - 1:
             break
         # A row is active for the token that it sampled before it ended; nothing is when all ended.
-        logits = stepper.step(token, unfinished & alive.any())
+        logits = stepper.step(token, (unfinished if ends else going) & alive.any())
         for name in names:
             recorded[name].append(getattr(stepper.output, name))
         unfinished = alive

@@ -11,6 +11,7 @@ from transformers.generation import GenerationConfig, GenerationMode
 from .arguments import check_ahead, check_generate
 from .decode_loop import decode_loop
 from .modes import ordinary
+from .tokens import use_tokenizer
 from .wrappers import soft_prompt
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def run(attachment: Attachment, kwargs: dict[str, Any], question: str | None = N
             # transformers drops a streamer that goes with custom_generate
             kwargs["kvp_streamer"] = kwargs.pop("streamer")
     with attachment.forwards.holding():
+        if own:
+            use_tokenizer(attachment.base, kwargs, config)
         # A cache that nobody else sees is used again, with its captured graph.
         private = given is None and own and not config.return_dict_in_generate
         rows = next((x.shape[0] for x in _inputs(kwargs)), 1)

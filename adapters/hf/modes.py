@@ -13,7 +13,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .cache import KVPolicyCache
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def ordinary(function: Callable[P, R]) -> Callable[P, R]:

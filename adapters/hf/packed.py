@@ -24,14 +24,16 @@ def split(kwargs: dict[str, Any], batch: int, columns: int, cached: bool) -> lis
     if places is None and not named:
         return None
     if kwargs.get("attention_mask") is not None or columns == 1:
-        return _alone(named)
+        _refuse_alone(named)
+        return None
     found = {} if places is None else {"position_ids": _of_positions(places, batch, columns)}
     for name in named:
         lengths = _of_bounds(name, kwargs[name], columns)
         if lengths is not None:
             found[name] = lengths
     if not found:
-        return _alone(named)
+        _refuse_alone(named)
+        return None
     (first, lengths), *others = found.items()
     for name, other in others:
         if other != lengths:
@@ -49,13 +51,12 @@ def split(kwargs: dict[str, Any], batch: int, columns: int, cached: bool) -> lis
     return None if cached else lengths
 
 
-def _alone(named: list[str]) -> None:
+def _refuse_alone(named: list[str]) -> None:
     if named:
         raise UnsupportedError(
             f"{named[0]}: bounds of packed texts are served in forwards of several columns without "
             "attention_mask and cache, with position_ids or cu_seq_lens_q"
         )
-    return None
 
 
 def _of_positions(places: Tensor, batch: int, columns: int) -> list[int]:
