@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, Unpack
 
+import torch
 from torch import nn
 
 from ...pipeline import CachePipeline
@@ -16,15 +17,20 @@ from .fingerprints import model_fingerprint
 
 
 def load_cache(
-    model: nn.Module, pipeline: CachePipeline, path: str | os.PathLike[str], **sizes: Unpack[Sizes]
+    model: nn.Module,
+    pipeline: CachePipeline,
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    **sizes: Unpack[Sizes],
 ) -> KVPolicyCache:
     """The cache that `KVPolicyCache.save` wrote, on `model`'s device.
 
-    `sizes` are those the saved cache was made with. What follows is what would have followed the
-    saved cache, token for token. Raises ValueError, with the reason, for a file that is truncated
-    or altered, or that another model, pipeline or size wrote; loading never runs code.
+    `dtype` and `sizes` are those the saved cache was made with. What follows is what would have
+    followed the saved cache, token for token. Raises ValueError, with the reason, for a file that
+    is truncated or altered, or that another model, pipeline or size wrote; loading never runs code.
     """
-    cache: Any = new_cache(model, pipeline, **sizes)
+    cache: Any = new_cache(model, pipeline, dtype=dtype, **sizes)
     cache.state, extra, notes = persist.load(
         path, pipeline, cache.spec, fingerprint=model_fingerprint(model)
     )
