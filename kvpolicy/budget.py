@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from ._fields import MOST_INT, fraction, integer, not_negative, number, positive, shown
+from ._fields import MOST, MOST_INT, fraction, integer, not_negative, number, positive, shown
 from .backend import load
 
 KeepBest = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -64,8 +64,8 @@ def _instead(value: Any) -> str:
         return f"{value.__name__}(...)"
     if isinstance(value, float) and 0 < value <= 1:
         return f"Ratio({value}) for this part of the tokens seen"
-    if isinstance(value, int | float) and not isinstance(value, bool) and value >= 1:
-        return f"Tokens({value:.0f})"
+    if isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value <= MOST:
+        return f"Tokens({int(value)})"
     return "Tokens(1024) for tokens per KV head, or Ratio(0.5) for a part of those seen"
 
 

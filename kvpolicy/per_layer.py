@@ -27,7 +27,8 @@ def _spans(value: Mapping[int | range, Any] | Iterable[tuple[int | range, Any]])
     spans: list[tuple[range, Any]] = []
     taken: set[int] = set()
     pairs: Any = value.items() if isinstance(value, Mapping) else value
-    pairs = tuple(pairs) if isinstance(pairs, Iterable) else (pairs,)
+    listed = isinstance(pairs, Iterable) and not isinstance(pairs, str | bytes)
+    pairs = tuple(pairs) if listed else (pairs,)
     if not all(map(_is_pair, pairs)):
         raise TypeError(f"layers: wanted policies by layer, such as {{0: p}}, got {shown(value)}")
     for key, policy in pairs:

@@ -36,7 +36,7 @@ SLOTS = {"admission": Admission, "selection": Selection, "eviction": Eviction}
 def _instead(value: Any) -> str:
     """The argument that takes a policy, which was given to another one."""
     fits = [name for name, kind in SLOTS.items() if isinstance(value, kind)]
-    return f"{fits[0]}={shown(value)}" if fits else ""
+    return f"{fits[0]}={type(value).__name__}(...)" if fits else ""
 
 
 def _slot(name: str) -> Any:

@@ -92,8 +92,8 @@ class KVPolicyCache(Cache):
     """
 
     def __init__(self, model: nn.Module, pipeline: CachePipeline, **sizes: Unpack[Sizes]) -> None:
-        self.pipeline, self.sizes, self.model = pipeline, sizes, weakref.ref(model)
         self.spec = spec_of(model, **sizes)
+        self.pipeline, self.sizes, self.model = pipeline, sizes, weakref.ref(model)
         self.state: CacheState | None = None
         self.phase = "prompt"
         self.boundary: int | None = None  # column where the prompt that `generate` announced ends
