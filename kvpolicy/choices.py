@@ -10,5 +10,6 @@ AtCap = Literal["raise", "evict"]  # what happens where a cap is reached
 Backend = Literal["auto", "reference", "triton"]
 PageGroup = Literal["max", "mean", "each"]  # how query heads share a choice of pages
 HeadGroup = Literal["mean", "max"]  # how query heads share a token's score
+FloorForm = Literal["minimum", "window", "blend"]  # what AdaKV counts as a head's floor
 Pooling = Literal["avg", "max"]
 Normalize = Literal["visible", "global"]

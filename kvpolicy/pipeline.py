@@ -8,10 +8,10 @@ from typing import Any, cast
 import attrs
 from torch import Tensor
 
-from ._fields import is_a, one_of, optional, positive, shown
+from ._fields import check_int, is_a, one_of, optional, positive, shown
 from .admission import Admission, AdmitAll
 from .backend import BACKENDS, load, resolve
-from .budget import Adaptive, TotalCap
+from .budget import budget_of
 from .calls import capacity
 from .calls._checks import check_call, check_complete, check_layer
 from .calls.call import abort, close_call, open_call
@@ -28,8 +28,6 @@ from .store.allocate import allocate
 from .store.report import report
 
 DEFAULT_WINDOW = 256
-
-
 SLOTS = {"admission": Admission, "selection": Selection, "eviction": Eviction}
 
 
@@ -80,7 +78,7 @@ class CachePipeline:
     def __attrs_post_init__(self) -> None:
         object.__setattr__(self, "window", self._resolve_window())
         for policy in (self.selection, self.eviction):
-            _check_budget(policy, self.window)
+            policy.check_window(self.window)
 
     def _resolve_window(self) -> int:
         named = {
@@ -96,8 +94,7 @@ class CachePipeline:
 
     def init(self, spec: CacheSpec, batch: int = 1) -> CacheState:
         """An empty cache for `batch` sequences; ValueError if a policy does not fit `spec`."""
-        if batch < 1:
-            raise ValueError(f"batch: wanted at least 1, got {batch}")
+        check_int("batch", batch, 1)
         self.check(spec)
         backend = load(resolve(self.backend, spec.device))
         return allocate(
@@ -119,7 +116,7 @@ class CachePipeline:
             slot.check(spec.layers, spec.model_kv_heads, spec.head_dim)
         for layer in range(spec.layers):
             for policy in (self.selection.at(layer), self.eviction.at(layer)):
-                _check_budget(policy, self.window)
+                policy.check_window(self.window)
             capacity.check(spec, layer, self.window, self.eviction.at(layer))
             if spec.kv_heads < spec.model_kv_heads:
                 _check_shard(self.eviction.at(layer))
@@ -251,25 +248,14 @@ class CachePipeline:
 
 
 def _check_shard(eviction: Eviction) -> None:
-    budget: Any = eviction.budget
-    while budget is not None:
-        if isinstance(budget, Adaptive | TotalCap):
-            raise UnsupportedError(
-                f"{type(eviction).__name__}.budget: {type(budget).__name__} shares tokens between "
-                "KV heads, but a tensor-parallel rank sees only its own"
-            )
-        budget = getattr(budget, "base", None)
-
-
-def _check_budget(policy: Any, window: int) -> None:
-    budget = getattr(policy, "budget", None)
-    if budget is None or isinstance(budget, TotalCap):
-        return
-    while hasattr(budget, "base"):
-        budget = budget.base
-    tokens = getattr(budget, "tokens", None)
-    if tokens is not None and tokens < window + 1:
-        raise ValueError(
-            f"{type(policy).__name__}.budget: wanted at least window + 1 = {window + 1} tokens "
-            f"(budgets include the window), got {tokens}"
+    budget = budget_of(eviction)
+    if budget is not None and budget.shares_heads:
+        raise UnsupportedError(
+            f"{type(eviction).__name__}.budget: {budget} shares tokens between KV heads, but a "
+            "tensor-parallel rank sees only its own"
+        )
+    if eviction.across_heads:
+        raise UnsupportedError(
+            f"{type(eviction).__name__}: scores look across KV heads, but a tensor-parallel rank "
+            "sees only its own"
         )

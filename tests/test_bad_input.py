@@ -258,6 +258,9 @@ def test_calls_out_of_order():
 def test_no_sequences():
     with pytest.raises(ValueError, match="batch: wanted at least 1, got 0"):
         PIPELINE.init(SPEC, 0)
+    for batch in (True, 1.0, None):
+        with pytest.raises(TypeError, match=f"batch: wanted an int of at least 1, got {batch}"):
+            PIPELINE.init(SPEC, batch)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 4, 5, 6])

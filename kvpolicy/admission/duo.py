@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .._fields import MOST, check_int, check_number, is_a, not_negative, optional, positive, shown
-from ..types import Write
-from ._base import Admission
+from .._knob import Knob
+from ._base import Admission, Write
 from ._files import find_folder
 
 PATTERN, CONFIG = "full_attention_heads.tsv", "config.json"
@@ -80,6 +81,10 @@ class DuoAttention(Admission):
     def neutral(self) -> bool:
         return all(map(all, self.full_heads))
 
+    @property
+    def by_position(self) -> bool:
+        return True
+
     @classmethod
     def from_pretrained(
         cls,
@@ -141,6 +146,12 @@ class DuoAttention(Admission):
 
     def place(self, device: torch.device, dtype: torch.dtype, backend: str) -> DuoAttention:
         return attrs.evolve(self, mask=torch.tensor(self.full_heads, device=device))
+
+    def knob(self, pattern: str | os.PathLike[str] | None = None) -> Knob[Admission]:
+        if pattern is None:
+            raise ValueError("pattern: DuoAttention wants the folder of its head values, got None")
+        read = partial(self.from_pretrained, pattern, sinks=self.sinks, window=self.window)
+        return Knob(name="sparsity", at=lambda x: 1 - x, set=lambda x: read(sparsity=x))
 
 
 def full_heads(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor
 
 from .._fields import flag, fraction, is_a, one_of, optional, positive
+from .._knob import Knob
 from ..backend import load, resolve
-from ..types import Write
 from . import _gate_file
-from ._base import Admission
+from ._base import Admission, Write
 from ._files import find_file
 from ._threshold import rounded
 
+_STEEPEST = 12.0  # a knob's thresholds run over the sigmoid of -12 to 12
 WEIGHTS = ("norm_pre", "norm_post", "w1", "b1", "w2", "b2")
 
 
@@ -174,6 +176,20 @@ class WriteGate(Admission):
     def place(self, device: torch.device, dtype: torch.dtype, backend: str) -> WriteGate:
         weights = {name: getattr(self, name).to(device, dtype).contiguous() for name in WEIGHTS}
         return attrs.evolve(self, **weights, backend=resolve(backend, torch.device(device)))
+
+    def knob(self, pattern: str | os.PathLike[str] | None = None) -> Knob[Admission]:
+        return Knob(
+            name="threshold",
+            at=_even_logits,
+            set=lambda value: attrs.evolve(self, threshold=value),
+        )
+
+
+def _even_logits(x: float) -> float:
+    """1 at 0, 0 at 1, and even steps of the gate's logit between."""
+    if x in (0, 1):
+        return float(1 - x)
+    return 1 / (1 + math.exp(_STEEPEST * (2 * x - 1)))
 
 
 def _number(path: Path, metadata: dict[str, str], name: str, default: Any) -> Any:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..admission import Write
-from ..eviction import AtPromptEnd
 from ..ops import ADMITTED, MARKED
 from ..store.layer import LayerStore
 
@@ -19,8 +18,7 @@ def decide(layer: LayerStore, write: Write) -> tuple[Tensor | None, int]:
     """
     if layer.slides:
         return None, 0
-    evicts = isinstance(layer.eviction, AtPromptEnd) or not layer.eviction.neutral
-    bits = MARKED if evicts else 0
+    bits = 0 if layer.eviction.neutral else MARKED
     if layer.admission.neutral:
         return None, ADMITTED | bits
     return _decision(layer.admission, layer.admission.admit(write), write), bits

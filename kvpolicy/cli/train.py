@@ -188,7 +188,8 @@ def _documents(
     with extra("train"):
         import datasets
 
-    return datasets.load_dataset(dataset, subset, split=split, streaming=True)
+    found: Iterable[Any] = datasets.load_dataset(dataset, subset, split=split, streaming=True)
+    return found
 
 
 def _dtype(device: str | None) -> str:

@@ -76,7 +76,7 @@ def calibrate(
 
     Args:
         model: a model that the adapters serve, with nothing attached.
-        pipeline: whose WriteGate, RandomGate, DuoAttention or eviction is turned.
+        pipeline: its admission or eviction is turned, by what its `knob` gives.
         texts: prompts: token ids `[N]`, or texts with a `tokenizer`.
         target: a part of the tokens seen, window included, such as "25%".
         tokens: tokens per head, window included.
@@ -97,8 +97,8 @@ def calibrate(
     prompts = [token_ids(text, tokenizer) for text in texts]
     seen = max(len(ids) for ids in prompts)
     spec = spec_of(model)
-    heads = spec.layers * spec.kv_heads
-    knob = knob_of(pipeline, seen=seen, heads=heads, slot=slot, pattern=pattern)
+    sizes = {"layers": spec.layers, "kv_heads": spec.kv_heads}
+    knob = knob_of(pipeline, seen=seen, slot=slot, pattern=pattern, **sizes)
     tried: list[Trial] = []
 
     def size_at(x: float) -> float:

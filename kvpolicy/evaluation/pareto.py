@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 import attrs
 from transformers import PreTrainedModel
 
+from .._knob import Knob
 from ..adapters.hf import spec_of
 from ..eviction import KeepAll
 from ..pipeline import CachePipeline
 from .cell import answer
-from .knobs import Knob, knob_of
+from .knobs import knob_of
 from .prompts import Example
 from .results import estimate
 from .score import Estimate
@@ -77,10 +78,11 @@ def pareto(
     if not admissions or not evictions or not examples:
         raise ValueError("admissions, evictions, examples: wanted at least one of each")
     spec = spec_of(model)
-    seen, heads = max(len(x.context_ids) for x in examples), spec.layers * spec.kv_heads
+    seen = max(len(x.context_ids) for x in examples)
+    sizes = {"layers": spec.layers, "kv_heads": spec.kv_heads}
 
-    def knob(of: CachePipeline, slot: str) -> Knob:
-        return knob_of(of, seen=seen, heads=heads, slot=slot, pattern=pattern)
+    def knob(of: CachePipeline, slot: str) -> Knob[CachePipeline]:
+        return knob_of(of, seen=seen, slot=slot, pattern=pattern, **sizes)
 
     points = []
     names = knob(pipeline, "admission").name, knob(pipeline, "eviction").name

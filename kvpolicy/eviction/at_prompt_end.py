@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from .._fields import is_a
-from ..admission._base import Admission
-from ..types import EvictionView, Write
-from ._base import Eviction
+from ..admission import Admission, Write
+from ._base import Eviction, EvictionView
 
 
 @attrs.frozen
@@ -28,12 +27,16 @@ class AtPromptEnd(Eviction):
     admission: Admission = attrs.field(validator=is_a(Admission, "an admission"))
 
     @property
-    def window(self) -> int | None:  # type: ignore[override]
+    def window(self) -> int | None:
         return self.admission.window
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
+    def needs(self) -> frozenset[str]:
         return self.admission.needs
+
+    @property
+    def forgets_window(self) -> bool:
+        return True
 
     def mark(self, write: Write) -> Tensor:
         return self.admission.admit(write)

@@ -12,8 +12,8 @@ from torch import Tensor
 from .._fields import one_of, positive
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import HeadGroup, Normalize, Pooling, When
-from ..types import EvictionView
-from ._base import Eviction, when_field
+from ..ops import Ops
+from ._base import Eviction, EvictionView, StoredTokens, when_field
 
 
 def _odd(instance: SnapKV, attribute: attrs.Attribute[Any], value: int) -> None:
@@ -46,13 +46,16 @@ class SnapKV(Eviction):
     normalize: Normalize = attrs.field(default="visible", validator=one_of(*get_args(Normalize)))
 
     @property
-    def queries(self) -> int:  # type: ignore[override]
+    def queries(self) -> int:
         return self.observation
 
-    @property
-    def fused(self) -> tuple[str, dict[str, Any]]:  # type: ignore[override]
-        names = ("observation", "kernel", "pooling", "group", "normalize")
-        return "window_scores", {name: getattr(self, name) for name in names}
+    def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
+        assert stored.queries is not None
+        return ops.window_scores(
+            stored.pages, stored.heads, stored.ring, stored.queries, stored.lengths, stored.window,
+            stored.scale, observation=self.observation, kernel=self.kernel, pooling=self.pooling,
+            group=self.group, normalize=self.normalize,
+        )  # fmt: skip
 
     def score(self, view: EvictionView) -> Tensor:
         weights = self._weights(view)  # [B, Hkv, G, w, N]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import attrs
 import torch
 from torch import Tensor
@@ -9,7 +11,12 @@ from torch import Tensor
 from .._fields import is_a
 from ..budget import Tokens, tokens_from_int
 from ..choices import PageGroup
+from ..ops import Heads, Ops, Pages
 from ._base import Selection, group_field, pages_field
+
+
+def _tokens(value: Tokens | int) -> Tokens:
+    return cast(Tokens, tokens_from_int(value))
 
 
 @attrs.frozen(kw_only=True)
@@ -28,7 +35,7 @@ class Quest(Selection):
     """
 
     budget: Tokens = attrs.field(
-        converter=tokens_from_int,
+        converter=_tokens,
         validator=is_a(Tokens, "Tokens(n) or an int", lambda value: "budget=1024"),
     )
     first: int = pages_field(0)
@@ -36,8 +43,11 @@ class Quest(Selection):
     group: PageGroup = group_field()
 
     @property
-    def fused(self) -> str:  # type: ignore[override]
-        return "quest_select"
+    def extends_minmax(self) -> bool:
+        return True
+
+    def select(self, ops: Ops, pages: Pages, heads: Heads, query: Tensor, budget: int) -> Tensor:
+        return ops.quest_select(pages, heads, query, budget, self.group, self.first, self.last)
 
     def summarize(self, keys: Tensor, valid: Tensor) -> Tensor:
         low = keys.masked_fill(~valid[..., None], float("inf")).amin(1)

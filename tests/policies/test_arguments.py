@@ -77,7 +77,8 @@ TABLE = [
     (Tokens, {"tokens": 2.0}, TypeError, "tokens: wanted an int .*2.0"),
     (Ratio, {"ratio": 0}, ValueError, r"ratio: wanted a number in \(0, 1\], got 0"),
     (Ratio, {"ratio": 1.01}, ValueError, "ratio: wanted .*got 1.01"),
-    (Adaptive, {"base": 64}, TypeError, "base: wanted a budget, got 64"),
+    (Adaptive, {"base": 64.0}, TypeError, "base: wanted a budget, got 64.0"),
+    (Adaptive, {"base": 64, "form": "mean"}, ValueError, "form: wanted one of .*'mean'"),
     (Adaptive, {"base": TotalCap(64)}, TypeError, "base: wanted a budget per head, got TotalCap"),
     (Adaptive, {"base": Tokens(64), "floor": 1.2}, ValueError, "floor: wanted .*got 1.2"),
     (Pyramid, {"base": "x"}, TypeError, "base: wanted a budget, got 'x'"),
@@ -103,7 +104,7 @@ HINTS = [
     (SnapKV, {"budget": 64.0}, r"got 64\.0; write Tokens\(64\)"),
     (SnapKV, {"budget": "many"}, r"got 'many'; write Tokens\(1024\) .* or Ratio\(0\.5\)"),
     (SnapKV, {"budget": Ratio}, r"got the class Ratio; write Ratio\(\.\.\.\)"),
-    (Adaptive, {"base": 64}, r"got 64; write Tokens\(64\)"),
+    (Adaptive, {"base": 0.25}, r"base: .*got 0\.25; write Ratio\(0\.25\)"),
     (Quest, {"budget": Ratio(0.5)}, r"budget: wanted Tokens\(n\) or an int, .*; write budget=1024"),
     (LocalAttention, {"window": 8.0}, r"got 8\.0; write 8"),
     (SnapKV, {"budget": 64, "kernel": 4}, "got 4; write 5"),
@@ -160,3 +161,4 @@ def test_admissions_take_keywords_only(make):
 
 def test_an_int_budget_is_tokens():
     assert SnapKV(budget=64).budget == Quest(budget=64).budget == Tokens(64)
+    assert Adaptive(64) == Adaptive(Tokens(64)) and Pyramid(64) == Pyramid(Tokens(64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import importlib
 import re
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from kvpolicy import (
     CacheSpec,
     DuoAttention,
     KeepAll,
+    Knob,
     LocalAttention,
     Pyramid,
     Quest,
@@ -34,9 +36,19 @@ from kvpolicy._fields import shown
 from kvpolicy.admission import AllOf, AnyOf
 from kvpolicy.per_layer import PerLayerAdmission, PerLayerEviction, PerLayerSelection
 
-ROOMS = ("", ".admission", ".selection", ".eviction", ".budget", ".per_layer", ".pipeline", ".spec")
+ROOMS = (
+    "",
+    "._knob",
+    ".admission",
+    ".selection",
+    ".eviction",
+    ".budget",
+    ".per_layer",
+    ".pipeline",
+    ".spec",
+)
 # What the library makes and users read.
-MADE = {"EvictionView", "LayerSizes", "Report"}
+MADE = {"BudgetView", "EvictionView", "LayerSizes", "Report"}
 MOST = 1 << 30
 NAN, INF = float("nan"), float("inf")
 
@@ -70,13 +82,14 @@ def words(*options):
 FRACTION = numbers(lambda value: 0 <= value <= 1)
 POSITIVE_FRACTION = numbers(lambda value: 0 < value <= 1)
 BUDGET = Kind((Tokens, Ratio, Adaptive, Pyramid, TotalCap))
-PER_HEAD = Kind((Tokens, Ratio, Adaptive, Pyramid))
 INT_OR_OTHER = lambda value: type(value) is not int or 1 <= value <= MOST  # noqa: E731
 BUDGET_OR_INT = Kind((*BUDGET.types, int), INT_OR_OTHER)
+BASE = Kind((Tokens, Ratio, Adaptive, Pyramid, int), INT_OR_OTHER)
 TOKENS_OR_INT = Kind((Tokens, int), INT_OR_OTHER)
 INT64 = ints(-(1 << 63), (1 << 63) - 1)
 TENSOR = Kind((torch.Tensor,), lambda value: value.shape == (1, 4))
 FLAG = Kind((bool,))
+FUNCTION = Kind((type(lambda: 0), type, abc.ABCMeta))
 EMPTY = Kind((tuple, list, dict), lambda value: not value)
 NOTHING = Kind(())  # of the values below
 ADMISSION, SELECTION = Kind((AdmitAll, LocalAttention)), Kind((SelectAll, Quest))
@@ -168,12 +181,19 @@ CLASSES = {
     AtPromptEnd: ({"admission": LOCAL}, {"admission": ADMISSION}),
     Tokens: ({"tokens": 64}, {"tokens": ints(1)}),
     Ratio: ({"ratio": 0.5}, {"ratio": POSITIVE_FRACTION}),
-    Adaptive: ({"base": Tokens(64)}, {"base": PER_HEAD, "floor": FRACTION}),
+    Adaptive: (
+        {"base": Tokens(64)},
+        {"base": BASE, "floor": FRACTION, "form": words("minimum", "window", "blend")},
+    ),
     Pyramid: (
         {"base": Tokens(64)},
-        {"base": PER_HEAD, "beta": numbers(lambda value: value >= 1), "observation": ints(0)},
+        {"base": BASE, "beta": numbers(lambda value: value >= 1), "observation": ints(0)},
     ),
     TotalCap: ({"tokens": 64}, {"tokens": ints(1, (1 << 63) - 1), "drop": POSITIVE_FRACTION}),
+    Knob: (
+        {"name": "budget", "at": abs, "set": abs},
+        {"name": Kind((str,)), "at": FUNCTION, "set": FUNCTION},
+    ),
     PerLayerAdmission: ({"default": LOCAL, "layers": {}}, {"default": ADMISSION, "layers": EMPTY}),
     PerLayerSelection: (
         {"default": SelectAll(), "layers": {}},
@@ -238,7 +258,9 @@ def test_a_field_takes_what_it_says_and_names_what_it_refuses(kind, name):
         except (TypeError, ValueError) as error:
             wanted = TypeError if not fields[name].of_type(value) else ValueError
             # An int budget is Tokens, which names its own field.
-            names = f"({name}|tokens)" if name == "budget" and type(value) is int else name
+            names = (
+                f"({name}|tokens)" if name in ("budget", "base") and type(value) is int else name
+            )
             says = re.match(rf"(\w+, )*{names}(, \w+)*: wanted .*, got .", str(error), re.DOTALL)
             if fields[name].takes(value) or not says or len(str(error)) > 500:
                 wrong.append((shown(value), error))

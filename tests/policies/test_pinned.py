@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvpolicy import Eviction, LocalAttention, Pyramid, RandomGate, Tokens
-from kvpolicy.types import Write
+from kvpolicy import Eviction, LocalAttention, Pyramid, RandomGate, Tokens, Write
 
 WHOLE = (1 << 64) - 1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvpolicy.types import Write
+from kvpolicy import Write
 from tests.support.rules import read
 
 

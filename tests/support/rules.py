@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from kvpolicy import Adaptive, AtPromptEnd, TotalCap
-from kvpolicy.types import EvictionView
+from kvpolicy import Adaptive, AtPromptEnd, EvictionView, TotalCap
 
 
 def read(o, i, h):

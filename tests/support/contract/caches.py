@@ -11,8 +11,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
 
-from kvpolicy import CacheSpec, Ratio
-from kvpolicy.types import Write
+from kvpolicy import CacheSpec, Ratio, Write
 from tests.support.contract.cases import SELECTIONS, Sizes, build, gate
 from tests.support.contract.contents import digest
 from tests.support.contract.driver import Run, stream
