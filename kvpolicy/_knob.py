@@ -7,6 +7,8 @@ from typing import Generic, TypeVar
 
 import attrs
 
+from ._fields import function, is_a
+
 Turned = TypeVar("Turned", covariant=True)
 Other = TypeVar("Other")
 
@@ -18,9 +20,9 @@ class Knob(Generic[Turned]):
     `set(value)` is the policy, budget or pipeline with that value.
     """
 
-    name: str
-    at: Callable[[float], float]
-    set: Callable[[float], Turned]
+    name: str = attrs.field(validator=is_a(str, "a name"))
+    at: Callable[[float], float] = attrs.field(validator=function)
+    set: Callable[[float], Turned] = attrs.field(validator=function)
 
     def map(self, change: Callable[[Turned], Other]) -> Knob[Other]:
         """The same number of something that holds what `set` gives."""

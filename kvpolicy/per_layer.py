@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import attrs
 import torch
@@ -26,7 +26,8 @@ def _spans(value: Mapping[int | range, Any] | Iterable[tuple[int | range, Any]])
     spans: list[tuple[range, Any]] = []
     taken: set[int] = set()
     pairs: Any = value.items() if isinstance(value, Mapping) else value
-    pairs = tuple(pairs) if isinstance(pairs, Iterable) else (pairs,)
+    listed = isinstance(pairs, Iterable) and not isinstance(pairs, str | bytes)
+    pairs = tuple(pairs) if listed else (pairs,)
     if not all(map(_is_pair, pairs)):
         raise TypeError(f"layers: wanted policies by layer, such as {{0: p}}, got {shown(value)}")
     for key, policy in pairs:
@@ -88,7 +89,7 @@ class _PerLayer:
         for policy in self.members:
             policy.check_window(window)
 
-    def _map(self, change: Callable[[Any], Any]) -> Any:
+    def _map(self, change: Callable[[Any], Any]) -> Self:
         changed = {id(p): change(p) for p in self.members}
         layers = tuple((span, changed[id(p)]) for span, p in self.layers)
         return attrs.evolve(self, default=changed[id(self.default)], layers=layers)
@@ -125,7 +126,8 @@ class PerLayerAdmission(_PerLayer, Admission):
         return all(p.by_position for p in self.members)
 
     def admit(self, write: Write) -> Tensor:
-        return self.at(write.layer).admit(write)
+        policy: Admission = self.at(write.layer)
+        return policy.admit(write)
 
     def place(self, device: torch.device, dtype: torch.dtype, backend: str) -> PerLayerAdmission:
         return self._map(lambda p: p.place(device, dtype, backend))
@@ -149,7 +151,7 @@ class PerLayerSelection(_PerLayer, Selection):
             )
 
     def summarize(self, keys: Tensor, valid: Tensor) -> Tensor:
-        policy = next((p for p in self.members if not p.neutral), self.default)
+        policy: Selection = next((p for p in self.members if not p.neutral), self.default)
         return policy.summarize(keys, valid)
 
     def score(self, query: Tensor, summary: Tensor, counts: Tensor) -> Tensor:
@@ -189,7 +191,7 @@ class PerLayerEviction(_PerLayer, Eviction):
 
     @property
     def queries(self) -> int:
-        return max(p.queries for p in self.members)
+        return max(int(p.queries) for p in self.members)
 
     @property
     def prefers_window(self) -> int | None:
@@ -204,13 +206,15 @@ class PerLayerEviction(_PerLayer, Eviction):
         return any(p.across_heads for p in self.members)
 
     def mark(self, write: Write) -> Tensor | None:
-        return self.at(write.layer).mark(write)
+        policy: Eviction = self.at(write.layer)
+        return policy.mark(write)
 
     def admit(self, write: Write) -> Tensor | None:
-        return self.at(write.layer).admit(write)
+        policy: Eviction = self.at(write.layer)
+        return policy.admit(write)
 
     def score(self, view: EvictionView) -> Tensor:
-        policy = self.at(view.layer)
+        policy: Eviction = self.at(view.layer)
         if view.queries is not None and view.query_valid is not None:
             extra = max(view.queries.shape[2] - policy.queries, 0)
             view = view._replace(
@@ -239,8 +243,7 @@ def per_layer(default: Policy, layers: Mapping[int | range, Policy]) -> Policy:
     """
     for slot in (PerLayerAdmission, PerLayerSelection, PerLayerEviction):
         if isinstance(default, slot._kind):
-            policy: Any = slot(default=default, layers=layers)
-            return policy
+            return cast(Policy, slot(default=default, layers=layers))
     raise TypeError(
         f"default: wanted an admission, a selection or an eviction, got {shown(default)}"
     )

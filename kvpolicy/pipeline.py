@@ -8,7 +8,7 @@ from typing import Any, cast
 import attrs
 from torch import Tensor
 
-from ._fields import is_a, one_of, optional, positive, shown
+from ._fields import check_int, is_a, one_of, optional, positive, shown
 from .admission import Admission, AdmitAll
 from .backend import BACKENDS, resolve
 from .budget import budget_of
@@ -29,15 +29,13 @@ from .store.allocate import allocate
 from .store.report import report
 
 DEFAULT_WINDOW = 256
-
-
 SLOTS = {"admission": Admission, "selection": Selection, "eviction": Eviction}
 
 
 def _instead(value: Any) -> str:
     """The argument that takes a policy, which was given to another one."""
     fits = [name for name, kind in SLOTS.items() if isinstance(value, kind)]
-    return f"{fits[0]}={shown(value)}" if fits else ""
+    return f"{fits[0]}={type(value).__name__}(...)" if fits else ""
 
 
 def _slot(name: str) -> Any:
@@ -99,8 +97,7 @@ class CachePipeline:
 
     def init(self, spec: CacheSpec, batch: int = 1) -> CacheState:
         """An empty cache for `batch` sequences; ValueError if a policy does not fit `spec`."""
-        if batch < 1:
-            raise ValueError(f"batch: wanted at least 1, got {batch}")
+        check_int("batch", batch, 1)
         self.check(spec)
         backend = load(resolve(self.backend, spec.device))
         return allocate(

@@ -41,8 +41,8 @@ class KVPolicyCache(Cache):
         dtype: torch.dtype | None = None,
         **sizes: Unpack[Sizes],
     ) -> None:
-        self.pipeline, self.sizes, self.model = pipeline, sizes, weakref.ref(model)
         self.dtype, self.spec = dtype, spec_of(model, dtype=dtype, **sizes)
+        self.pipeline, self.sizes, self.model = pipeline, sizes, weakref.ref(model)
         self.state: CacheState | None = None
         self.phase = "prompt"
         self.boundary: int | None = None  # column where the prompt that `generate` announced ends

@@ -27,7 +27,7 @@ def _rows(value: Iterable[Iterable[Any]]) -> tuple[tuple[Any, ...], ...]:
 def _given(value: Any) -> Any:
     """Rows as tuples; what has none is left to the validator."""
     try:
-        return _rows(value)
+        return value if isinstance(value, str | bytes) else _rows(value)
     except TypeError:
         return value
 

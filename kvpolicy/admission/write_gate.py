@@ -80,6 +80,9 @@ class WriteGate(Admission):
                 raise ValueError(f"{name}: wanted shape {shape}, got {tuple(found.shape)}")
             if not found.is_floating_point() or found.dtype != self.w1.dtype:
                 raise TypeError(f"{name}: wanted floats of w1's dtype, got {found.dtype}")
+            # On other devices it would wait, and files are checked when they are read.
+            if found.device.type == "cpu" and not found.isfinite().all():
+                raise ValueError(f"{name}: wanted finite weights, got NaN or infinite ones")
 
     @property
     def layers(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from .._fields import shown
+from .._fields import MOST, shown
 from .._knob import Knob
 from .._option import option
 
@@ -116,17 +116,16 @@ class Budget(ABC):
 def is_budget(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     """A Budget."""
     if not isinstance(value, Budget):
-        raise TypeError(
-            f"{attribute.alias}: wanted a budget, got {shown(value)}; write {instead(value)}"
-        )
+        raise TypeError(f"{attribute.alias}: {not_a_budget(value)}")
 
 
-def instead(value: Any) -> str:
-    """The budget that a wrong value probably means."""
+def not_a_budget(value: Any) -> str:
+    """What is wrong with a value, and the budget that it probably means."""
+    write = "Tokens(1024) for tokens per KV head, or Ratio(0.5) for a part of those seen"
     if isinstance(value, type) and issubclass(value, Budget):
-        return f"{value.__name__}(...)"
-    if isinstance(value, float) and 0 < value <= 1:
-        return f"Ratio({value}) for this part of the tokens seen"
-    if isinstance(value, int | float) and not isinstance(value, bool) and value >= 1:
-        return f"Tokens({value:.0f})"
-    return "Tokens(1024) for tokens per KV head, or Ratio(0.5) for a part of those seen"
+        write = f"{value.__name__}(...)"
+    elif isinstance(value, float) and 0 < value <= 1:
+        write = f"Ratio({value}) for this part of the tokens seen"
+    elif isinstance(value, float) and value.is_integer() and 1 < value <= MOST:
+        write = f"Tokens({int(value)})"
+    return f"wanted a budget, got {shown(value)}; write {write}"

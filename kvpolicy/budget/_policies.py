@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .._fields import shown
-from ._base import Budget, instead
+from ._base import Budget, not_a_budget
 from .tokens import tokens_from_int
 
 
@@ -14,10 +13,7 @@ def budget_of(policy: Any) -> Budget | None:
     """A policy's budget, a plain int as Tokens; TypeError, naming the policy, for other values."""
     found = tokens_from_int(policy.budget)
     if found is not None and not isinstance(found, Budget):
-        raise TypeError(
-            f"{type(policy).__name__}.budget: wanted a budget, got {shown(found)}; write "
-            f"{instead(found)}"
-        )
+        raise TypeError(f"{type(policy).__name__}.budget: {not_a_budget(found)}")
     return found
 
 

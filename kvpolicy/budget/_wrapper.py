@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 from torch import Tensor
 
+from .._fields import number
 from .._knob import Knob
 from ._base import Budget, BudgetView, Counts, KeepBest, is_budget
 from .tokens import tokens_from_int
@@ -66,12 +67,9 @@ class Scaled(Wrapper):
     """`factor` times the tokens that `base` leaves, window included: what calibration turns."""
 
     base: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
-    factor: float = attrs.field(default=1.0)
-
-    @factor.validator
-    def _check_factor(self, attribute: attrs.Attribute, value: Any) -> None:
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 2**31:
-            raise ValueError(f"factor: wanted a number of at least 0, got {value!r}")
+    factor: float = attrs.field(
+        default=1.0, validator=number("a number of at least 0", lambda x: 0 <= x < 2**31)
+    )
 
     def tokens_per_head(self, seen: int, layer: int, layers: int) -> int:
         return round(self.factor * self.base.tokens_per_head(seen, layer, layers))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import attrs
 from torch import Tensor
 
 from .._fields import fraction, one_of
+from ..choices import FloorForm
 from ._base import KeepBest
 from ._wrapper import Wrapper
-
-FORMS = ("minimum", "window", "blend")
 
 
 @attrs.frozen
@@ -26,7 +27,7 @@ class Adaptive(Wrapper):
     """
 
     floor: float = attrs.field(default=0.2, validator=fraction())
-    form: str = attrs.field(default="minimum", validator=one_of(*FORMS))
+    form: FloorForm = attrs.field(default="minimum", validator=one_of(*get_args(FloorForm)))
 
     @property
     def shares_heads(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import attrs
 
@@ -47,6 +47,8 @@ class Ratio(Budget):
         return Knob(name="budget", at=lambda x: low + (1.0 - low) * x, set=Ratio)
 
 
-def tokens_from_int(value: Any) -> Any:
+def tokens_from_int(value: Budget | int) -> Budget:
     """An int becomes Tokens; anything else is left to the validator."""
-    return Tokens(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return Tokens(value)
+    return cast(Budget, value)

@@ -118,7 +118,9 @@ def _check_targets(budget: Budget, targets: Counts, view: BudgetView) -> None:
         )
 
 
-def _by_layer(layers: Sequence[LayerStore], numbers: Mapping[int, list]) -> dict[int, Tensor]:
+def _by_layer(
+    layers: Sequence[LayerStore], numbers: Mapping[int, list[list[int]]]
+) -> dict[int, Tensor]:
     """Numbers `[B][Hkv]` of each layer as a tensor beside it; the host copies them once."""
     if not layers:
         return {}

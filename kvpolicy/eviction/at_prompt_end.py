@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import attrs
 import torch
 from torch import Tensor
 
 from .._fields import is_a, one_of
 from ..admission import Admission, Write
+from ..choices import Generated
 from ._base import Eviction, EvictionView
-
-GENERATED = ("admission", "keep")
 
 
 @attrs.frozen
@@ -29,7 +30,9 @@ class AtPromptEnd(Eviction):
     """
 
     admission: Admission = attrs.field(validator=is_a(Admission, "an admission"))
-    generated: str = attrs.field(default="admission", kw_only=True, validator=one_of(*GENERATED))
+    generated: Generated = attrs.field(
+        default="admission", kw_only=True, validator=one_of(*get_args(Generated))
+    )
 
     @property
     def window(self) -> int | None:

@@ -147,7 +147,7 @@ def first_field() -> Any:
     return attrs.field(default=0, validator=not_negative)
 
 
-def _last(instance: Any, attribute: attrs.Attribute, value: Any) -> None:
+def _last(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     if value != "partial":
         not_negative(instance, attribute, value)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import attrs
 import torch
@@ -13,6 +13,10 @@ from ..budget import Tokens, tokens_from_int
 from ..choices import PageGroup
 from ..ops import Heads, Ops, Pages
 from ._base import Selection, first_field, group_field, last_field, last_pages
+
+
+def _tokens(value: Tokens | int) -> Tokens:
+    return cast(Tokens, tokens_from_int(value))
 
 
 @attrs.frozen(kw_only=True)
@@ -33,7 +37,7 @@ class Quest(Selection):
     """
 
     budget: Tokens = attrs.field(
-        converter=tokens_from_int,
+        converter=_tokens,
         validator=is_a(Tokens, "Tokens(n) or an int", lambda value: "budget=1024"),
     )
     first: int = first_field()

@@ -95,7 +95,7 @@ def check_decisions(
     """Checks what every decision at write time must keep; returns each sequence's decisions."""
 
     def call(write: Write) -> Tensor:
-        result = run(policy, decide, write)
+        result: Tensor = run(policy, decide, write)
         check_tensor(policy, result, decide.__name__, write.key.shape[:2], write.key, torch.bool)
         return result.clone()
 

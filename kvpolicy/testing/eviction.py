@@ -94,7 +94,7 @@ def _options(policy: Eviction) -> None:
 
 def _scores(policy: Eviction, view: EvictionView) -> None:
     def call(view: EvictionView) -> torch.Tensor:
-        result = run(policy, policy.score, view)
+        result: torch.Tensor = run(policy, policy.score, view)
         check_tensor(policy, result, "score", tuple(view.valid.shape), view.keys)
         wanted = "scores without NaN, in invalid slots too"
         require(not result.isnan().any(), "no NaN", policy, wanted, "NaN")

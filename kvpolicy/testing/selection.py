@@ -101,7 +101,7 @@ def _options(policy: Selection, window: int, page_size: int) -> None:
 
 def _summaries(policy: Selection, keys: Tensor, valid: Tensor) -> Tensor:
     def call(keys: Tensor, valid: Tensor) -> Tensor:
-        result = run(policy, policy.summarize, keys, valid)
+        result: Tensor = run(policy, policy.summarize, keys, valid)
         width = result.shape[-1] if isinstance(result, Tensor) and result.ndim else 0
         check_tensor(policy, result, "summarize (any S)", (len(keys), width), keys)
         return result.clone()
@@ -123,7 +123,7 @@ def _summaries(policy: Selection, keys: Tensor, valid: Tensor) -> Tensor:
 
 def _scores(policy: Selection, query: Tensor, summary: Tensor, counts: Tensor) -> None:
     def call(query: Tensor, summary: Tensor, counts: Tensor) -> Tensor:
-        result = run(policy, policy.score, query, summary, counts)
+        result: Tensor = run(policy, policy.score, query, summary, counts)
         check_tensor(policy, result, "score", (*query.shape[:3], summary.shape[2]), query)
         return result.clone()
 
