@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,7 +53,9 @@ def read_pt(path: Path) -> Any:
                 if unpacked > size:
                     raise ValueError(f"its {size:,} bytes unpack to {unpacked:,}")
             file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():  # of torch, about pickles that are no files of its own
+                warnings.simplefilter("ignore")
+                return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch and pickle raise a dozen kinds for damaged files
             own = str(error) if type(error) is ValueError else type(error).__name__
             raise ValueError(f"{path}: not a readable file of plain tensors: {own}") from error
