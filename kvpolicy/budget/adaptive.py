@@ -26,7 +26,9 @@ class Adaptive(Wrapper):
     """
 
     floor: float = attrs.field(default=0.2, validator=fraction())
-    form: str = attrs.field(default="minimum", validator=one_of(*FORMS))
+    form: str = attrs.field(
+        default="minimum", validator=one_of(*FORMS), metadata={"before": "minimum"}
+    )
 
     @property
     def shares_heads(self) -> bool:

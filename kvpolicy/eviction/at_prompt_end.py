@@ -31,7 +31,12 @@ class AtPromptEnd(Eviction):
     admission: Admission = attrs.field(
         validator=attrs.validators.instance_of(Admission)  # type: ignore[type-abstract]
     )
-    generated: str = attrs.field(default="admission", kw_only=True, validator=one_of(*GENERATED))
+    generated: str = attrs.field(
+        default="admission",
+        kw_only=True,
+        validator=one_of(*GENERATED),
+        metadata={"before": "keep"},
+    )
 
     @property
     def window(self) -> int | None:
