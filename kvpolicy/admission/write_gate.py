@@ -53,7 +53,9 @@ class WriteGate(Admission):
     threshold: float = attrs.field(default=0.1, validator=fraction())
     inclusive: bool = attrs.field(default=False, validator=flag)
     window: int | None = attrs.field(default=256, validator=optional(positive))
-    activation: str = attrs.field(default="gelu", validator=one_of(*ACTIVATIONS))
+    activation: str = attrs.field(
+        default="gelu", validator=one_of(*ACTIVATIONS), metadata={"before": "gelu"}
+    )
     backend: str = attrs.field(
         default="reference", repr=False, validator=one_of("reference", "triton")
     )

@@ -27,7 +27,11 @@ class Adaptive(Wrapper):
     """
 
     floor: float = attrs.field(default=0.2, validator=fraction())
-    form: FloorForm = attrs.field(default="minimum", validator=one_of(*get_args(FloorForm)))
+    form: FloorForm = attrs.field(
+        default="minimum",
+        validator=one_of(*get_args(FloorForm)),
+        metadata={"before": "minimum"},
+    )
 
     @property
     def shares_heads(self) -> bool:

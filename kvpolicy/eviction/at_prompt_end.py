@@ -31,7 +31,10 @@ class AtPromptEnd(Eviction):
 
     admission: Admission = attrs.field(validator=is_a(Admission, "an admission"))
     generated: Generated = attrs.field(
-        default="admission", kw_only=True, validator=one_of(*get_args(Generated))
+        default="admission",
+        kw_only=True,
+        validator=one_of(*get_args(Generated)),
+        metadata={"before": "keep"},
     )
 
     @property

@@ -78,7 +78,8 @@ def launches() -> Iterator[list[str]]:
     [
         (make(), WRITE + ATTEND),
         (make(admission=LocalAttention(window=WINDOW, sinks=4)), ["lt", *WRITE, *ATTEND]),
-        (make(eviction=AtPromptEnd(GATE)), WRITE + ATTEND),
+        (make(eviction=AtPromptEnd(GATE, generated="keep")), WRITE + ATTEND),
+        (make(eviction=AtPromptEnd(GATE)), DECIDE + WRITE + ATTEND),
         (make(admission=GATE), DECIDE + WRITE + ATTEND),
         (make(admission=GATE, selection=Quest(budget=32)), DECIDE + WRITE + SELECT + ATTEND),
         (make(admission=GATE, eviction=OBSERVER), DECIDE + WRITE + ATTEND),
@@ -87,7 +88,7 @@ def launches() -> Iterator[list[str]]:
             DECIDE + WRITE + SELECT + ATTEND,
         ),
     ],
-    ids=["dense", "local", "at end", "gate", "gate + quest", "gate + snapkv", "all three"],
+    ids=["dense", "local", "keep", "at end", "gate", "gate + quest", "gate + snapkv", "all three"],
 )
 def test_launches_of_a_decode_layer(pipeline: CachePipeline, wanted: list[str]) -> None:
     state, token = decode_state(pipeline, SPEC, 48)

@@ -149,11 +149,12 @@ def call_all(dim: int, page: int, dtype: torch.dtype) -> None:
             pages, stored, ring, observed, lengths, window, 0.1, observation=count,
             kernel=5, pooling="avg", group=how, normalize=norm,
         )  # fmt: skip
-    write_gate.write_gate(
-        key, key, key[0, 0], key[0, 0], torch.zeros(heads, hidden, 2 * dim, dtype=dtype),
-        torch.zeros(heads, hidden, dtype=dtype), torch.zeros(heads, hidden, dtype=dtype),
-        torch.zeros(heads, dtype=dtype),
-    )  # fmt: skip
+    for silu in (False, True):
+        write_gate.write_gate(
+            key, key, key[0, 0], key[0, 0], torch.zeros(heads, hidden, 2 * dim, dtype=dtype),
+            torch.zeros(heads, hidden, dtype=dtype), torch.zeros(heads, hidden, dtype=dtype),
+            torch.zeros(heads, dtype=dtype), silu=silu,
+        )  # fmt: skip
 
 
 def overlap(ptx: str) -> str:
