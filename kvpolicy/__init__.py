@@ -1,20 +1,28 @@
 """kvpolicy: admission, selection and eviction of the KV cache, composed.
 
     pipeline = CachePipeline(admission=..., selection=..., eviction=...)
+    with attach(model, pipeline):
+        model.generate(...)
 
-See `kvpolicy.adapters.hf` for models of Hugging Face transformers.
+See `kvpolicy.adapters.hf` for all that serves models of Hugging Face transformers.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._knob import Knob as Knob
 from .admission import Admission as Admission
 from .admission import AdmitAll as AdmitAll
 from .admission import DuoAttention as DuoAttention
 from .admission import LocalAttention as LocalAttention
 from .admission import RandomGate as RandomGate
+from .admission import Write as Write
 from .admission import WriteGate as WriteGate
 from .admission import all_of as all_of
 from .admission import any_of as any_of
 from .budget import Adaptive as Adaptive
 from .budget import Budget as Budget
+from .budget import BudgetView as BudgetView
 from .budget import Pyramid as Pyramid
 from .budget import Ratio as Ratio
 from .budget import Tokens as Tokens
@@ -27,6 +35,7 @@ from .errors import RollbackError as RollbackError
 from .errors import UnsupportedError as UnsupportedError
 from .eviction import AtPromptEnd as AtPromptEnd
 from .eviction import Eviction as Eviction
+from .eviction import EvictionView as EvictionView
 from .eviction import KeepAll as KeepAll
 from .eviction import SnapKV as SnapKV
 from .per_layer import per_layer as per_layer
@@ -38,4 +47,63 @@ from .spec import CacheSpec as CacheSpec
 from .store import CacheState as CacheState
 from .store import Report as Report
 
+if TYPE_CHECKING:
+    from .adapters.hf.attach import attach as attach
+    from .adapters.hf.cache import new_cache as new_cache
+else:
+    _LATER = {"attach": ".adapters.hf", "new_cache": ".adapters.hf"}
+
+    def __getattr__(name: str) -> Any:
+        """Imports what needs transformers when it is first asked for."""
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_LATER[name], __name__), name)
+        return value
+
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Adaptive",
+    "Admission",
+    "AdmitAll",
+    "AtPromptEnd",
+    "BackendError",
+    "Budget",
+    "BudgetView",
+    "CachePipeline",
+    "CacheSpec",
+    "CacheState",
+    "CapacityError",
+    "DuoAttention",
+    "Eviction",
+    "EvictionView",
+    "KVPolicyError",
+    "KeepAll",
+    "Knob",
+    "LocalAttention",
+    "PhaseError",
+    "Pyramid",
+    "Quest",
+    "RandomGate",
+    "Ratio",
+    "Report",
+    "RollbackError",
+    "SelectAll",
+    "Selection",
+    "SnapKV",
+    "Tokens",
+    "TotalCap",
+    "UnsupportedError",
+    "Write",
+    "WriteGate",
+    "all_of",
+    "any_of",
+    "attach",
+    "new_cache",
+    "per_layer",
+]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -3,36 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import attrs
 import torch
 from torch import Tensor
 
-from .admission._base import Admission
-from .budget import TotalCap
-from .eviction._base import Eviction
-from .selection._base import Selection
-from .types import EvictionView, Write
+from ._fields import shown
+from .admission import Admission, Write
+from .budget import budget_of
+from .choices import When
+from .eviction import Eviction, EvictionView
+from .selection import Selection
 
 Policy = TypeVar("Policy", Admission, Selection, Eviction)
 Layers = tuple[tuple[range, Any], ...]
+
+_MOST_LAYERS = 1 << 16  # a range is spelled out, so its length is bounded first
 
 
 def _spans(value: Mapping[int | range, Any] | Iterable[tuple[int | range, Any]]) -> Layers:
     spans: list[tuple[range, Any]] = []
     taken: set[int] = set()
-    for key, policy in value.items() if isinstance(value, Mapping) else value:
+    pairs: Any = value.items() if isinstance(value, Mapping) else value
+    listed = isinstance(pairs, Iterable) and not isinstance(pairs, str | bytes)
+    pairs = tuple(pairs) if listed else (pairs,)
+    if not all(map(_is_pair, pairs)):
+        raise TypeError(f"layers: wanted policies by layer, such as {{0: p}}, got {shown(value)}")
+    for key, policy in pairs:
         if not isinstance(key, int | range) or isinstance(key, bool):
             raise TypeError(f"layers: wanted ints or ranges as keys, got {key!r}")
         span = key if isinstance(key, range) else range(key, key + 1)
         if not span or min(span[0], span[-1]) < 0:
-            raise ValueError(f"layers: wanted layers counted from 0, got {key!r}")
+            raise ValueError(f"layers: wanted layers counted from 0, got {shown(key)}")
+        if max(span[0], span[-1]) >= _MOST_LAYERS:
+            raise ValueError(f"layers: wanted layers below {_MOST_LAYERS:,}, got {shown(key)}")
         if twice := taken.intersection(span):
             raise ValueError(f"layers: layer {min(twice)} has two policies")
         taken.update(span)
         spans.append((span, policy))
     return tuple(spans)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2
 
 
 @attrs.frozen(kw_only=True)
@@ -45,7 +59,7 @@ class _PerLayer:
     def __attrs_post_init__(self) -> None:
         for name, policy in [("default", self.default), *(("layers", p) for _, p in self.layers)]:
             if not isinstance(policy, self._kind):
-                raise TypeError(f"{name}: wanted {self._kind.__name__}, got {policy!r}")
+                raise TypeError(f"{name}: wanted {self._kind.__name__}, got {shown(policy)}")
         self._agree()
 
     def _agree(self) -> None:
@@ -71,7 +85,11 @@ class _PerLayer:
         for policy in self.members:
             policy.check(layers, kv_heads, head_dim)
 
-    def _map(self, change: Callable[[Any], Any]) -> Any:
+    def check_window(self, window: int) -> None:
+        for policy in self.members:
+            policy.check_window(window)
+
+    def _map(self, change: Callable[[Any], Any]) -> Self:
         changed = {id(p): change(p) for p in self.members}
         layers = tuple((span, changed[id(p)]) for span, p in self.layers)
         return attrs.evolve(self, default=changed[id(self.default)], layers=layers)
@@ -96,15 +114,20 @@ class PerLayerAdmission(_PerLayer, Admission):
         self._window()
 
     @property
-    def window(self) -> int | None:  # type: ignore[override]
+    def window(self) -> int | None:
         return self._window()
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
+    def needs(self) -> frozenset[str]:
         return self._needs()
 
+    @property
+    def by_position(self) -> bool:
+        return all(p.by_position for p in self.members)
+
     def admit(self, write: Write) -> Tensor:
-        return self.at(write.layer).admit(write)
+        policy: Admission = self.at(write.layer)
+        return policy.admit(write)
 
     def place(self, device: torch.device, dtype: torch.dtype, backend: str) -> PerLayerAdmission:
         return self._map(lambda p: p.place(device, dtype, backend))
@@ -128,7 +151,7 @@ class PerLayerSelection(_PerLayer, Selection):
             )
 
     def summarize(self, keys: Tensor, valid: Tensor) -> Tensor:
-        policy = next((p for p in self.members if not p.neutral), self.default)
+        policy: Selection = next((p for p in self.members if not p.neutral), self.default)
         return policy.summarize(keys, valid)
 
     def score(self, query: Tensor, summary: Tensor, counts: Tensor) -> Tensor:
@@ -147,33 +170,51 @@ class PerLayerEviction(_PerLayer, Eviction):
     def _agree(self) -> None:
         self._window()
         for policy in self.members:
-            if isinstance(policy.budget, TotalCap):
+            budget = budget_of(policy)
+            if budget is not None and budget.spans_layers:
                 raise ValueError(
-                    f"layers: {policy.budget} counts over all layers and cannot hold for some"
+                    f"layers: {budget} counts over all layers and cannot hold for some"
                 )
 
     @property
-    def window(self) -> int | None:  # type: ignore[override]
+    def window(self) -> int | None:
         return self._window()
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
+    def needs(self) -> frozenset[str]:
         return self._needs()
 
     @property
-    def when(self) -> str:  # type: ignore[override]
+    def when(self) -> When:
         acting = {p.when for p in self.members if not p.neutral}
         return "decode" if "decode" in acting else "prompt_end"
 
     @property
-    def queries(self) -> int:  # type: ignore[override]
-        return max(p.queries for p in self.members)
+    def queries(self) -> int:
+        return max(int(p.queries) for p in self.members)
+
+    @property
+    def prefers_window(self) -> int | None:
+        return max((p.prefers_window for p in self.members if p.prefers_window), default=None)
+
+    @property
+    def forgets_window(self) -> bool:
+        return any(p.forgets_window for p in self.members)
+
+    @property
+    def across_heads(self) -> bool:
+        return any(p.across_heads for p in self.members)
 
     def mark(self, write: Write) -> Tensor | None:
-        return self.at(write.layer).mark(write)
+        policy: Eviction = self.at(write.layer)
+        return policy.mark(write)
+
+    def admit(self, write: Write) -> Tensor | None:
+        policy: Eviction = self.at(write.layer)
+        return policy.admit(write)
 
     def score(self, view: EvictionView) -> Tensor:
-        policy = self.at(view.layer)
+        policy: Eviction = self.at(view.layer)
         if view.queries is not None and view.query_valid is not None:
             extra = max(view.queries.shape[2] - policy.queries, 0)
             view = view._replace(
@@ -202,6 +243,7 @@ def per_layer(default: Policy, layers: Mapping[int | range, Policy]) -> Policy:
     """
     for slot in (PerLayerAdmission, PerLayerSelection, PerLayerEviction):
         if isinstance(default, slot._kind):
-            policy: Any = slot(default=default, layers=layers)
-            return policy
-    raise TypeError(f"default: wanted an admission, a selection or an eviction, got {default!r}")
+            return cast(Policy, slot(default=default, layers=layers))
+    raise TypeError(
+        f"default: wanted an admission, a selection or an eviction, got {shown(default)}"
+    )

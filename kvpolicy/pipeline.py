@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import attrs
 from torch import Tensor
 
-from ._validate import one_of
+from ._fields import check_int, is_a, one_of, optional, positive, shown
 from .admission import Admission, AdmitAll
-from .backend import BACKENDS, load, resolve
-from .budget import Adaptive, TotalCap
+from .backend import BACKENDS, resolve
+from .budget import budget_of
 from .calls import capacity
 from .calls._checks import check_call, check_complete, check_layer
 from .calls.call import abort, close_call, open_call
 from .calls.decode import decode
 from .calls.evict import evict
 from .calls.prompt import prompt
+from .choices import Backend, Phase
 from .errors import PhaseError, UnsupportedError
 from .eviction import Eviction, KeepAll
+from .ops import load
 from .selection import SelectAll, Selection
 from .spec import CacheSpec
 from .store import CacheState, Report
@@ -27,14 +29,33 @@ from .store.allocate import allocate
 from .store.report import report
 
 DEFAULT_WINDOW = 256
+SLOTS = {"admission": Admission, "selection": Selection, "eviction": Eviction}
 
 
-def _a(kind: type) -> Any:
-    return attrs.validators.instance_of(kind)
+def _instead(value: Any) -> str:
+    """The argument that takes a policy, which was given to another one."""
+    fits = [name for name, kind in SLOTS.items() if isinstance(value, kind)]
+    return f"{fits[0]}={type(value).__name__}(...)" if fits else ""
 
 
-def _or_zero(window: int | None) -> int:
-    return 0 if window is None else window
+def _slot(name: str) -> Any:
+    article = "a" if name == "selection" else "an"
+    return is_a(SLOTS[name], f"{article} {name}", _instead)
+
+
+def is_pipeline(value: Any) -> None:
+    """Raises TypeError for anything but a CachePipeline."""
+    if not isinstance(value, CachePipeline):
+        fits = _instead(value)
+        raise TypeError(
+            f"pipeline: wanted a CachePipeline, got {shown(value)}"
+            + (f"; write CachePipeline({fits})" if fits else "")
+        )
+
+
+def _window(window: int | None) -> int:
+    """None stands for the policies' own until `__attrs_post_init__` has asked them."""
+    return cast(int, window)
 
 
 @attrs.frozen(kw_only=True)
@@ -42,29 +63,29 @@ class CachePipeline:
     """What to write, what to read and what to drop, as one frozen value.
 
     `window` is the number of recent tokens, the current one included, that every head keeps; by
-    default the admission's own, else 256. `backend` is "auto", "reference" or "triton". A pipeline
-    holds no state: `init` makes a cache, and one pipeline may serve many of them.
+    default the one that a policy demands (`LocalAttention`, `DuoAttention`, a trained `WriteGate`),
+    else the one that the eviction prefers (`SnapKV`: its observation), else 256. `backend` is
+    "auto", "reference" or "triton". A pipeline holds no state: `init` makes a cache, and one
+    pipeline may serve many of them.
 
     Example:
         `CachePipeline(admission=gate, selection=Quest(budget=1024), eviction=SnapKV(budget=4096))`
     """
 
-    admission: Admission = attrs.field(factory=AdmitAll, validator=_a(Admission))
-    selection: Selection = attrs.field(factory=SelectAll, validator=_a(Selection))
-    eviction: Eviction = attrs.field(factory=KeepAll, validator=_a(Eviction))
-    window: int = attrs.field(default=None, converter=_or_zero)
-    backend: str = attrs.field(default="auto", validator=one_of(*BACKENDS))
+    admission: Admission = attrs.field(factory=AdmitAll, validator=_slot("admission"))
+    selection: Selection = attrs.field(factory=SelectAll, validator=_slot("selection"))
+    eviction: Eviction = attrs.field(factory=KeepAll, validator=_slot("eviction"))
+    window: int = attrs.field(default=None, converter=_window, validator=optional(positive))
+    backend: Backend = attrs.field(default="auto", validator=one_of(*BACKENDS))
 
     def __attrs_post_init__(self) -> None:
         object.__setattr__(self, "window", self._resolve_window())
         for policy in (self.selection, self.eviction):
-            _check_budget(policy, self.window)
+            policy.check_window(self.window)
 
     def _resolve_window(self) -> int:
-        if not isinstance(self.window, int) or isinstance(self.window, bool) or self.window < 0:
-            raise ValueError(f"window: wanted an int of at least 1, got {self.window!r}")
         named = {
-            "window": self.window or None,
+            "window": self.window,
             "admission": self.admission.window,
             "eviction": self.eviction.window,
         }
@@ -72,12 +93,11 @@ class CachePipeline:
         if len(set(given.values())) > 1:
             found = ", ".join(f"{name} says {value}" for name, value in given.items())
             raise ValueError(f"window: the parts of the pipeline disagree: {found}")
-        return next(iter(given.values()), DEFAULT_WINDOW)
+        return next(iter(given.values()), self.eviction.prefers_window or DEFAULT_WINDOW)
 
     def init(self, spec: CacheSpec, batch: int = 1) -> CacheState:
         """An empty cache for `batch` sequences; ValueError if a policy does not fit `spec`."""
-        if batch < 1:
-            raise ValueError(f"batch: wanted at least 1, got {batch}")
+        check_int("batch", batch, 1)
         self.check(spec)
         backend = load(resolve(self.backend, spec.device))
         return allocate(
@@ -99,7 +119,7 @@ class CachePipeline:
             slot.check(spec.layers, spec.model_kv_heads, spec.head_dim)
         for layer in range(spec.layers):
             for policy in (self.selection.at(layer), self.eviction.at(layer)):
-                _check_budget(policy, self.window)
+                policy.check_window(self.window)
             capacity.check(spec, layer, self.window, self.eviction.at(layer))
             if spec.kv_heads < spec.model_kv_heads:
                 _check_shard(self.eviction.at(layer))
@@ -108,7 +128,7 @@ class CachePipeline:
         self,
         state: CacheState,
         lengths: Sequence[int],
-        phase: str,
+        phase: Phase,
         valid: Tensor | None = None,
     ) -> None:
         """Opens a call that adds `lengths[b]` real tokens to each sequence.
@@ -231,25 +251,14 @@ class CachePipeline:
 
 
 def _check_shard(eviction: Eviction) -> None:
-    budget: Any = eviction.budget
-    while budget is not None:
-        if isinstance(budget, Adaptive | TotalCap):
-            raise UnsupportedError(
-                f"{type(eviction).__name__}.budget: {type(budget).__name__} shares tokens between "
-                "KV heads, but a tensor-parallel rank sees only its own"
-            )
-        budget = getattr(budget, "base", None)
-
-
-def _check_budget(policy: Any, window: int) -> None:
-    budget = getattr(policy, "budget", None)
-    if budget is None or isinstance(budget, TotalCap):
-        return
-    while hasattr(budget, "base"):
-        budget = budget.base
-    tokens = getattr(budget, "tokens", None)
-    if tokens is not None and tokens < window + 1:
-        raise ValueError(
-            f"{type(policy).__name__}.budget: wanted at least window + 1 = {window + 1} tokens "
-            f"(budgets include the window), got {tokens}"
+    budget = budget_of(eviction)
+    if budget is not None and budget.shares_heads:
+        raise UnsupportedError(
+            f"{type(eviction).__name__}.budget: {budget} shares tokens between KV heads, but a "
+            "tensor-parallel rank sees only its own"
+        )
+    if eviction.across_heads:
+        raise UnsupportedError(
+            f"{type(eviction).__name__}: scores look across KV heads, but a tensor-parallel rank "
+            "sees only its own"
         )

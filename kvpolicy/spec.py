@@ -2,28 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict, get_args
 
 import attrs
 import torch
 
-from ._validate import one_of, positive
+from ._fields import (
+    MOST_INT,
+    check_int,
+    integer,
+    not_negative,
+    number,
+    one_of,
+    optional,
+    positive,
+    shown,
+)
+from .choices import AtCap
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def _windows(value: Iterable[int | None]) -> tuple[int | None, ...]:
-    return tuple(value)
+class Sizes(TypedDict, total=False):
+    """The sizes of a cache that a caller of the adapters chooses; `CacheSpec` describes them."""
+
+    page_size: int
+    rollback: int
+    interval: int
+    max_bytes: int | None
+    max_tokens: int | None
+    at_cap: AtCap
 
 
-def _sliding(
-    instance: CacheSpec, attribute: attrs.Attribute, value: tuple[int | None, ...]
-) -> None:
+def check_sizes(sizes: Mapping[str, Any]) -> None:
+    """Raises TypeError for a word that names no size."""
+    names = list(Sizes.__annotations__)
+    for name in sizes:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            instead = f"; write {near[0]}={shown(sizes[name])}" if near else ""
+            raise TypeError(f"{name}: wanted one of {', '.join(names)}, got {name!r}{instead}")
+
+
+def _windows(value: Any) -> Any:
+    """A tuple; what is no sequence is left to the validator."""
+    listed = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return tuple(value) if listed else value
+
+
+def _sliding(instance: CacheSpec, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if not isinstance(value, tuple):
+        raise TypeError(f"sliding: wanted a window or None for each layer, got {shown(value)}")
+    for window in value:
+        if window is not None:
+            check_int("sliding", window, 1)
     if value and len(value) != instance.layers:
         raise ValueError(
             f"sliding: wanted one entry for each of {instance.layers} layers, got {len(value)}"
         )
-    for window in value:
-        if window is not None and window < 1:
-            raise ValueError(f"sliding: wanted None or a window of at least 1, got {window}")
+
+
+def _dtype(instance: CacheSpec, attribute: attrs.Attribute[Any], value: Any) -> None:
+    wanted = "dtype: wanted one of " + ", ".join(map(str, DTYPES))
+    if not isinstance(value, torch.dtype):
+        known = value in [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+        instead = f"; write torch.{value}" if known else ""
+        raise TypeError(f"{wanted}, got {shown(value)}{instead}")
+    if value not in DTYPES:
+        raise ValueError(f"{wanted}, got {value}")
+
+
+def _device(value: Any) -> torch.device:
+    wanted = "device: wanted a torch.device or its name, such as 'cpu' or 'cuda:0'"
+    if not isinstance(value, torch.device | str):
+        raise TypeError(f"{wanted}, got {shown(value)}")
+    try:
+        return torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"{wanted}, got {shown(value)}") from error
 
 
 @attrs.frozen(kw_only=True)
@@ -63,22 +121,23 @@ class CacheSpec:
     heads: int = attrs.field(validator=positive)
     kv_heads: int = attrs.field(validator=positive)
     head_dim: int = attrs.field(validator=positive)
-    dtype: torch.dtype = torch.float32
-    device: torch.device = attrs.field(default=torch.device("cpu"), converter=torch.device)
-    scale: float | None = None
+    dtype: torch.dtype = attrs.field(default=torch.float32, validator=_dtype)
+    device: torch.device = attrs.field(default=torch.device("cpu"), converter=_device)
+    scale: float | None = attrs.field(
+        default=None,
+        validator=optional(number("a finite number above 0", lambda x: x > 0)),
+    )
     sliding: tuple[int | None, ...] = attrs.field(
         default=(), converter=_windows, validator=_sliding
     )
     page_size: int = attrs.field(default=16, validator=positive)
-    rollback: int = attrs.field(default=32, validator=attrs.validators.ge(0))
+    rollback: int = attrs.field(default=32, validator=not_negative)
     interval: int = attrs.field(default=16, validator=positive)
-    head_offset: int = attrs.field(default=0, validator=attrs.validators.ge(0))
-    all_kv_heads: int | None = None
-    max_bytes: int | None = attrs.field(default=None, validator=attrs.validators.optional(positive))
-    max_tokens: int | None = attrs.field(
-        default=None, validator=attrs.validators.optional(positive)
-    )
-    at_cap: str = attrs.field(default="raise", validator=one_of("raise", "evict"))
+    head_offset: int = attrs.field(default=0, validator=not_negative)
+    all_kv_heads: int | None = attrs.field(default=None, validator=optional(positive))
+    max_bytes: int | None = attrs.field(default=None, validator=optional(integer(1, MOST_INT)))
+    max_tokens: int | None = attrs.field(default=None, validator=optional(positive))
+    at_cap: AtCap = attrs.field(default="raise", validator=one_of(*get_args(AtCap)))
 
     def __attrs_post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -87,6 +146,12 @@ class CacheSpec:
             )
         if self.page_size & (self.page_size - 1):
             raise ValueError(f"page_size: wanted a power of two, got {self.page_size}")
+        here = self.head_offset + self.kv_heads
+        if self.all_kv_heads is not None and self.all_kv_heads < here:
+            raise ValueError(
+                f"all_kv_heads: wanted at least head_offset + kv_heads = {here}, got "
+                f"{self.all_kv_heads}"
+            )
 
     @property
     def group(self) -> int:

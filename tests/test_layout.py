@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,11 +115,29 @@ def test_transformers_imports_from_the_root():
 
 
 def test_import_of_kvpolicy_is_light():
+    heavy = ["triton", "transformers", "accelerate", "datasets", "matplotlib", "rich", "typer"]
     out = run_fresh(
+        "import warnings\n"
+        "warnings.simplefilter('error')\n"
         "import sys, kvpolicy\n"
-        "print([name for name in ('triton', 'transformers') if name in sys.modules])"
+        f"print([name for name in {heavy} if name in sys.modules])\n"
+        "print(kvpolicy.attach.__module__, kvpolicy.new_cache.__name__)\n"
+        "print('transformers' in sys.modules)"
     )
-    assert out.strip() == "[]"
+    assert out.splitlines() == ["[]", "kvpolicy.adapters.hf.attach new_cache", "True"]
+
+
+def test_the_root_names_what_it_exports():
+    import kvpolicy
+
+    tree = ast.parse((ROOT / "kvpolicy" / "__init__.py").read_text(encoding="utf-8"))
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+    names = {alias.name for node in found for alias in node.names}
+    assert sorted(names) == kvpolicy.__all__
+    assert set(dir(kvpolicy)) == {*names, "__version__"}
+    assert all(hasattr(kvpolicy, name) for name in names)
+    with pytest.raises(AttributeError, match="no attribute 'atach'"):
+        kvpolicy.atach  # noqa: B018
 
 
 @pytest.mark.parametrize(
@@ -161,6 +181,7 @@ def test_policies_do_not_know_the_store(graph, part):
 
 def test_core_does_not_know_transformers_or_adapters(graph):
     core = {name: targets for name, targets in graph.items() if part_of(name) not in OUTSIDE_CORE}
+    del core["kvpolicy"]  # imports what it exports of adapters when asked; see the test above
     bad = [
         f"{name} imports {target}"
         for name, targets in core.items()
@@ -180,6 +201,111 @@ def test_only_kernels_import_triton(graph):
         if target.split(".")[0] == "triton"
     ]
     assert not bad
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+# Modules of packages whose names differ; vllm waits for its adapter.
+MODULES = {"fa3-fwd": "fa3_fwd_interface"}
+UNUSED = {"vllm"}
+# What transformers requires, and so brings.
+BROUGHT = {"huggingface_hub", "numpy", "tokenizers"}
+# Not for users of the library: what baselines of the benchmark and tests need.
+BASELINES = {"flashinfer"}
+
+
+def packages(requirements: list[str]) -> set[str]:
+    """The modules of required packages, kvpolicy's own extras resolved."""
+    found = set()
+    for text in requirements:
+        name = re.match(r"[\w.-]+", text)[0]
+        if name == "kvpolicy":
+            for extra in re.search(r"\[(.*)\]", text)[1].split(","):
+                found |= packages(EXTRAS[extra])
+        else:
+            found.add(MODULES.get(name, name))
+    return found
+
+
+EXTRAS = PROJECT["optional-dependencies"]
+USERS = {name: packages(found) for name, found in EXTRAS.items() if name != "dev"}
+
+
+def third_party(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Returns the modules that import each package from outside the library and Python."""
+    found: dict[str, set[str]] = {}
+    for name, targets in graph.items():
+        for target in targets:
+            top = target.split(".")[0]
+            if top and top != "kvpolicy" and top not in sys.stdlib_module_names:
+                found.setdefault(top, set()).add(name)
+    return found
+
+
+def test_requirements_are_what_is_imported(graph):
+    required, optional = packages(PROJECT["dependencies"]), set().union(*USERS.values())
+    found = set(third_party(graph))
+    assert found - required - optional - BROUGHT - BASELINES == set()
+    texts = [path.read_text(encoding="utf-8") for _, path in modules()]
+    by_name = {name for name in required | optional if any(f'"{name}"' in x for x in texts)}
+    assert (required | optional) - found - by_name == UNUSED, "required and imported nowhere"
+
+
+def guarded(tree: ast.AST, package: str) -> bool:
+    """Whether each import of `package` stands in a `with extra(...)` that brings it."""
+    allowed: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        call = node.items[0].context_expr if isinstance(node, ast.With) else None
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "extra":
+            if package in USERS[call.args[0].value]:
+                allowed |= set(ast.walk(node))
+        elif isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            allowed |= set(ast.walk(node))
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module]
+        if any(name.split(".")[0] == package for name in names) and node not in allowed:
+            return False
+    return True
+
+
+def test_a_missing_extra_is_named(graph):
+    """Where the import stands, or in the package that it belongs to."""
+    files = dict(modules())
+    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in files.items()}
+    entries = {"kvpolicy.cli": {"typer", "rich"}, "kvpolicy.training": {"accelerate"}}
+    for package in set().union(*USERS.values()) - packages(PROJECT["dependencies"]):
+        for name in third_party(graph).get(package, ()):
+            part = ".".join(name.split(".")[:2])
+            name = part if package in entries.get(part, ()) else name
+            assert guarded(trees[name], package), f"{name} imports {package} without a hint"
+    for part, wanted in entries.items():
+        assert wanted <= set(third_party({part: graph[part]})), f"{part} does not look for {wanted}"
+
+
+MISSING = {
+    "typer": ("cli", "import kvpolicy.cli; kvpolicy.cli.main()"),
+    "accelerate": ("train", "import kvpolicy.training"),
+    "matplotlib": ("plots", "from kvpolicy.bench.plots import draw; draw(None, [])"),
+    "gguf": ("eval", "from kvpolicy.evaluation.models.gguf_llama import open_gguf; open_gguf('x')"),
+}
+
+
+def test_what_a_missing_package_says():
+    out = run_fresh(
+        "import sys\n"
+        f"sys.modules |= dict.fromkeys({[*MISSING]})\n"
+        f"for _, code in {[*MISSING.values()]}:\n"
+        "    try:\n"
+        "        exec(code)\n"
+        "    except (ImportError, SystemExit) as error:\n"
+        "        print(error)\n"
+    )
+    says = [
+        f"the package {name} is not installed; pip install 'kvpolicy[{extra}]' brings it"
+        for name, (extra, _) in MISSING.items()
+    ]
+    assert out.splitlines() == [f"error: {says[0]}", *says[1:]]
 
 
 def packaged_files() -> set[str]:

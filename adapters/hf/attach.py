@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import threading
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn, Unpack
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...errors import PhaseError, UnsupportedError
-from ...pipeline import CachePipeline
-from ...spec import CacheSpec
-from . import attention as attention
+from ...pipeline import CachePipeline, is_pipeline
+from ...spec import CacheSpec, Sizes
+from ...store import Report
+from . import phases
+from .arguments import check_model
 from .attention import forget_kept, keep_hidden, keep_pre
-from .cache import NAME, KVPolicyCache, new_cache
-from .compile import CompiledLayers, check_compiles, check_forward
-from .forward import POSITIONAL, Crossing, close_forward, inputs_of, open_forward, true_positions
+from .cache import KVPolicyCache, new_cache
+from .changes import Changes
+from .compile import COMPILED, PLACE, CompiledLayers, check_compiles
+from .faces import NAME
+from .forwards import Forwards
 from .generate import generate
 from .models import attention_modules, decoder_of, key_source
+from .wrappers import base_of, check_soft_prompt, unwrapped
 
 # The model's hooks keep its attachment alive; nothing here keeps the model alive.
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = (
@@ -32,53 +35,72 @@ _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = (
 class Attachment:
     """A pipeline on a model; a context manager that detaches on exit.
 
-    Sets the names of the attention and mask functions in the model's config, forward hooks, one
+    Sets the names of the attention and mask functions in the decoder's config, forward hooks, one
     instance attribute, `generate`, and with `compile` what calling a layer runs and where its
     attention finds the cache; `detach` takes exactly these back.
     """
 
     def __init__(
-        self, model: Any, pipeline: CachePipeline, *, compile: bool = False, **sizes: Any
+        self,
+        model: Any,
+        pipeline: CachePipeline,
+        *,
+        compile: bool = False,
+        dtype: torch.dtype | None = None,
+        **sizes: Unpack[Sizes],
     ) -> None:
-        if not isinstance(pipeline, CachePipeline):
-            raise TypeError(f"pipeline: wanted a CachePipeline, got {type(pipeline).__name__}")
-        layers = attention_modules(model)
-        decoder = decoder_of(model)
-        if _attached(decoder) is not None:
+        is_pipeline(pipeline)
+        self.model, self.pipeline, self.sizes, self.dtype = model, pipeline, sizes, dtype
+        self.base, self.decoder = base_of(model), decoder_of(base_of(model))
+        check_soft_prompt(model)
+        self.layers = attention_modules(self.base)
+        if _attached(self.decoder) is not None:
             raise PhaseError("attach: the model has a pipeline attached already; detach it first")
-        self.model, self.pipeline, self.sizes = model, pipeline, sizes
-        self.spec = new_cache(model, pipeline, **sizes).spec
+        check_model(self.decoder, self.layers)
+        self.spec = self.new_cache().spec
         pipeline.check(self.spec)
         if compile:
-            check_compiles(decoder, layers)
-        self.decoder = decoder
-        self.base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.lock = threading.Lock()  # of owner
-        self.owner: threading.Thread | None = None
-        self.held = False  # by a generate in progress
-        self.cache: KVPolicyCache | None = None  # of the forward in flight
-        self.crossing: Crossing | None = None
+            check_compiles(self.decoder, self.layers)
+        self.forwards = Forwards(self.decoder)
         self.idle: dict[int, KVPolicyCache] = {}  # private caches with a captured graph, by batch
         self.decoding = "not yet"  # how the last generate decoded, and why not captured
-        # Several models may share one config, which tells all of them the attention's name.
-        sharing = next(self._sharing(), None)
-        config = self.base.config
-        self.previous: str | None = sharing.previous if sharing else config._attn_implementation
-        self.original, self.replaced = model.generate, model.__dict__.get("generate")
-        self.base.set_attn_implementation(NAME)
-        self.handles = [
-            decoder.register_forward_pre_hook(self._open, with_kwargs=True),
-            decoder.register_forward_hook(self._close, with_kwargs=True, always_call=True),
-        ]
-        needs = (pipeline.admission.needs | pipeline.eviction.needs) & {"key_pre", "hidden"}
-        for module in layers:
-            if "key_pre" in needs:
-                self.handles.append(key_source(module).register_forward_hook(keep_pre))
-            if "hidden" in needs:
-                self.handles.append(module.register_forward_pre_hook(keep_hidden, with_kwargs=True))
-        self.compiled = CompiledLayers(self, decoder, layers, needs) if compile else None
-        model.generate = functools.wraps(self.original)(functools.partial(generate, self))
+        self.configs: dict[int, tuple[Any, str | None]] = {}  # and the attention that they named
+        self.compiled: CompiledLayers | None = None
+        self._last: Report | None = None
+        self.changes = Changes()
+        try:
+            self._attach(compile)
+        except BaseException:
+            self.changes.undo()
+            raise
+
+    def _attach(self, compile: bool) -> None:
+        decoder, changes = self.decoder, self.changes
+        changes.later(self._unlist)
         _ATTACHED[decoder] = weakref.ref(self)
+        changes.later(self._name_back)
+        for config in self._named():
+            self.configs[id(config)] = config, self._previous(config)
+        for config, _ in self.configs.values():
+            config._attn_implementation = NAME
+        changes.later(self._forget_kept)
+        changes.hook(decoder, self._open, pre=True, with_kwargs=True)
+        changes.hook(decoder, self._close, with_kwargs=True, always_call=True)
+        needs = self.pipeline.admission.needs | self.pipeline.eviction.needs
+        for module in self.layers:
+            if "key_pre" in needs:
+                changes.hook(key_source(module), keep_pre)
+            if "hidden" in needs:
+                changes.hook(module, keep_hidden, pre=True, with_kwargs=True)
+        if compile:
+            changes.later(functools.partial(_make_eager, list(decoder.layers), self.layers))
+            hooks = frozenset(needs & {"key_pre", "hidden"})
+            self.compiled = CompiledLayers(self, decoder, self.layers, hooks)
+        target = unwrapped(self.model)
+        if hasattr(target, "generate"):
+            self.original = target.generate
+            ours = functools.wraps(self.original)(functools.partial(generate, self))
+            changes.attribute(target, "generate", ours)
 
     def __enter__(self) -> Attachment:
         return self
@@ -88,29 +110,64 @@ class Attachment:
 
     def detach(self) -> None:
         """Restores the model to the letter; calling it twice does nothing."""
-        if _attached(self.decoder) is not self:
-            return
-        del _ATTACHED[self.decoder]
-        for handle in self.handles:
-            handle.remove()
-        if next(self._sharing(), None) is None:
-            self.base.set_attn_implementation(self.previous)
-        del self.model.__dict__["generate"]
-        if self.replaced is not None:
-            self.model.__dict__["generate"] = self.replaced
-        if self.compiled is not None:
-            self.compiled.remove()
-        for module in attention_modules(self.model):
-            forget_kept(module)
+        if _attached(self.decoder) is self:
+            self.changes.undo()
 
-    def _sharing(self) -> Iterator[Attachment]:
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise UnsupportedError(
+            "copy: an attached model cannot be copied or pickled, since its hooks belong to one "
+            "attachment; detach it first, or copy it before attaching"
+        )
+
+    def _named(self) -> list[Any]:
+        """The config objects that name the attention of the decoder's layers."""
+        holders = [self.decoder, *self.layers]
+        found = {id(m.config): m.config for m in holders if hasattr(m, "config")}
+        return list(found.values())
+
+    def _sharing(self, config: Any) -> Iterator[Attachment]:
         """Other attachments whose model has the same config object."""
         others = [found() for found in _ATTACHED.values()]
-        return (a for a in others if a and a is not self and a.base.config is self.base.config)
+        return (a for a in others if a and a is not self and id(config) in a.configs)
+
+    def _previous(self, config: Any) -> str | None:
+        """The attention that `config` named before any attachment."""
+        sharing = next(self._sharing(config), None)
+        return config._attn_implementation if sharing is None else sharing.configs[id(config)][1]
+
+    def _unlist(self) -> None:
+        _ATTACHED.pop(self.decoder, None)
+
+    def _name_back(self) -> None:
+        first = next((previous for _, previous in self.configs.values()), None)
+        for config, previous in self.configs.values():
+            if next(self._sharing(config), None) is None:
+                config._attn_implementation = previous
+        for config in self._named():  # one that replaced ours meanwhile
+            if id(config) not in self.configs and config._attn_implementation == NAME:
+                config._attn_implementation = first
+
+    def _forget_kept(self) -> None:
+        for module in self.layers:
+            forget_kept(module)
+
+    # Methods of the attachment, so that the model's hooks keep it alive.
+    @torch.compiler.disable
+    def _open(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.forwards.open(self, args, kwargs)
+
+    @torch.compiler.disable
+    def _close(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        return self.forwards.close(self, output)
+
+    @property
+    def cache(self) -> KVPolicyCache | None:
+        """The cache of the forward in flight."""
+        return self.forwards.cache
 
     def new_cache(self) -> KVPolicyCache:
         """An empty cache of this pipeline."""
-        return new_cache(self.model, self.pipeline, **self.sizes)
+        return new_cache(self.base, self.pipeline, dtype=self.dtype, **self.sizes)
 
     def cache_for(self, given: Any) -> KVPolicyCache:
         """`given` if it is a cache of this pipeline, a new cache for None."""
@@ -119,7 +176,7 @@ class Attachment:
         if not isinstance(given, KVPolicyCache):
             raise TypeError(
                 f"past_key_values: wanted a KVPolicyCache from new_cache(model, pipeline), got "
-                f"{type(given).__name__}"
+                f"{type(given).__name__}; call generate of the model that was attached"
             )
         if given.pipeline is not self.pipeline and given.pipeline != self.pipeline:
             raise ValueError("past_key_values: the cache belongs to another pipeline")
@@ -129,84 +186,70 @@ class Attachment:
             raise ValueError("past_key_values: the cache was made for another model")
         return given
 
-    @contextlib.contextmanager
-    def generating(self) -> Iterator[None]:
-        """Holds the model for this thread; another's forward or generate raises meanwhile."""
-        self._claim()
-        outer, self.held = self.held, True
-        try:
-            yield
-        finally:
-            self.held = outer
-            self._release()
+    def read(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        cache: KVPolicyCache | None = None,
+        chunk_size: int | None = None,
+    ) -> KVPolicyCache:
+        """A cache filled with a context, or `cache` after its next turn; the prompt has ended.
 
-    def _claim(self) -> None:
-        me = threading.current_thread()
-        with self.lock:
-            if self.owner not in (None, me) and self.owner.is_alive():
-                raise PhaseError(
-                    "the attached model is running in another thread; attach a copy of it"
-                )
-            self.owner = me
-        self._take_back()  # an interrupt skips forward hooks and leaves its forward open
+        `input_ids` and `attention_mask` `[B, S]` are of the new columns. `chunk_size` cuts the
+        context into forwards of so many columns.
+        """
+        return phases.read(self, input_ids, attention_mask, inputs_embeds, cache, chunk_size)
 
-    def _release(self) -> None:
-        if not self.held:
-            self.owner = None
-
-    def _take_back(self) -> None:
-        """Undoes the forward in flight, if there is one."""
-        cache, self.cache = self.cache, None
-        crossing, self.crossing = self.crossing, None
-        if cache is not None and cache.layout is not None:
-            close_forward(cache, failed=True)
-        if crossing is not None:
-            crossing.undo()
-
-    def _open(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._claim()
-        try:
-            if decoder.training and torch.is_grad_enabled():
-                raise UnsupportedError(
-                    "an attached model serves inference only; detach it to train, or call "
-                    "model.eval()"
-                )
-            kwargs = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
-            if self.compiled is not None:
-                check_forward(decoder.config, kwargs)
-            cache = self.cache_for(kwargs.get("past_key_values"))
-            kwargs["past_key_values"] = cache
-            ids, crossing = inputs_of(kwargs), None
-            if Crossing.needed(cache, ids.shape[1]):
-                crossing = Crossing(decoder, cache, kwargs)
-                self._claim()
-                kwargs, self.crossing = crossing.rest, crossing
-                ids = inputs_of(kwargs)
-            open_forward(cache, ids.shape[0], ids.shape[1], kwargs.get("attention_mask"))
-            self.cache = cache
-            if cache.counts_positions or kwargs.get("position_ids") is None:
-                kwargs["position_ids"] = true_positions(cache, ids.device)
-            return (), kwargs
-        except BaseException:
-            self._take_back()
-            self._release()
-            raise
-
-    def _close(
-        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    def ask(
+        self,
+        cache: KVPolicyCache,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        question: str = "decode",
+        **options: Any,
     ) -> Any:
-        if self.owner is not threading.current_thread() or self.cache is None:
-            return None  # the forward failed before it opened
-        try:
-            if output is None:
-                self._take_back()
-                return None
-            cache, self.cache = self.cache, None
-            crossing, self.crossing = self.crossing, None
-            close_forward(cache, failed=False)
-            return None if crossing is None else crossing.finish(output)
-        finally:
-            self._release()
+        """Generates on a fork of `cache` after a question `[B, S]`, without another eviction.
+
+        A cache of one sequence is asked every row of `input_ids`. The question's tokens are decoded
+        tokens, which select ("decode"), or a prompt, which reads all that is left ("prompt").
+        `options` and the answer are generate's: ids begin with the question.
+        """
+        return phases.ask(self, cache, input_ids, attention_mask, question, options)
+
+    def loglikelihood(
+        self,
+        input_ids: Tensor,
+        continuation_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        question: str = "decode",
+    ) -> Tensor:
+        """Log-probabilities `[B, N]` of continuations `[B, N]` after contexts `[B, S]`.
+
+        The prompt ends, and evictions act, before a context's last token; it and the continuation
+        are read as `ask` reads a question.
+        """
+        return phases.loglikelihood(self, input_ids, continuation_ids, attention_mask, question)
+
+    def used(self, cache: KVPolicyCache) -> None:
+        """Remembers what a cache did that no caller gave."""
+        if cache.state is not None:
+            self._last = cache.report()
+
+    def last_report(self) -> Report:
+        """What took effect in the last cache that no caller gave: of a generate or a forward."""
+        if self._last is None:
+            raise PhaseError("last_report: no generate or forward made a cache of its own yet")
+        return self._last
+
+
+def _make_eager(layers: list[Any], attention: list[Any]) -> None:
+    for layer, module in zip(layers, attention, strict=True):
+        layer.__dict__.pop(COMPILED, None)
+        module.__dict__.pop(PLACE, None)
 
 
 def _shape(spec: CacheSpec) -> tuple[int, ...]:
@@ -219,22 +262,28 @@ def _attached(decoder: nn.Module) -> Attachment | None:
 
 
 def attach(
-    model: nn.Module, pipeline: CachePipeline, *, compile: bool = False, **sizes: Any
+    model: nn.Module,
+    pipeline: CachePipeline,
+    *,
+    compile: bool = False,
+    dtype: torch.dtype | None = None,
+    **sizes: Unpack[Sizes],
 ) -> Attachment:
     """Attaches `pipeline` to `model`; use as `with attach(model, pipeline): model.generate(...)`.
 
     Serves Llama, Mistral, Qwen2 and Qwen3 in eval mode. `compile` compiles the decoder layers by
-    `torch.compile` at their first calls, around the attention. `sizes` are those of CacheSpec for
-    the caches it makes: `page_size`, `rollback` and `interval` in tokens, and the caps `max_bytes`,
-    `max_tokens` (of a KV head) with `at_cap`. Raises UnsupportedError for other models, ValueError
-    for policies that do not fit, PhaseError for a second attach.
+    `torch.compile` at their first calls, around the attention. `dtype` is what caches store and
+    compute in, by default the model's; `sizes` are those of CacheSpec for the caches it makes:
+    `page_size`, `rollback` and `interval` in tokens, and the caps `max_bytes`, `max_tokens` (of a
+    KV head) with `at_cap`. Raises UnsupportedError for other models, ValueError for policies that
+    do not fit, PhaseError for a second attach.
     """
-    return Attachment(model, pipeline, compile=compile, **sizes)
+    return Attachment(model, pipeline, compile=compile, dtype=dtype, **sizes)
 
 
 def detach(model: nn.Module) -> None:
     """Takes the pipeline off `model`."""
-    attachment = _attached(decoder_of(model))
+    attachment = _attached(decoder_of(base_of(model)))
     if attachment is None:
         raise PhaseError("detach: no pipeline is attached to this model")
     attachment.detach()

@@ -5,83 +5,24 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
-from ...errors import PhaseError, RollbackError, UnsupportedError
-from ...pipeline import CachePipeline
-from ...store import CacheState, Report
+from ...errors import PhaseError, RollbackError
+from ...pipeline import CachePipeline, is_pipeline
+from ...spec import Sizes
+from ...store import CacheState, Report, save
 from ...store.fork import adopt, select_rows
 from ...store.rollback import crop
-from .columns import Chunks, append, pick, take_back
+from .columns import Chunks, append, pick, real, take_back, to_tensors
+from .faces import KVPolicyLayer, KVRef
+from .fingerprints import model_fingerprint
 from .layout import Columns
 from .models import spec_of
-
-NAME = "kvpolicy"
-# Of CacheSpec, as a caller may choose.
-SIZES = ("page_size", "rollback", "interval", "max_bytes", "max_tokens", "at_cap")
-
-
-class KVRef:
-    """What `update` returns for keys and values: a handle that only our attention understands."""
-
-    def __init__(self, cache: KVPolicyCache, key: Tensor, value: Tensor) -> None:
-        self.cache, self.key, self.value = cache, key, value
-
-    @property
-    def shape(self) -> Any:
-        raise PhaseError(
-            f"a KVPolicyCache needs the attention implementation {NAME!r}: run inside "
-            "attach(model, pipeline)"
-        )
-
-
-class KVPolicyLayer(CacheLayerMixin):
-    """One layer's face towards transformers; everything is in the cache's state."""
-
-    is_sliding = False
-    is_compileable = False
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, cache: KVPolicyCache, index: int) -> None:
-        super().__init__()
-        # Weak: a cycle would keep a dropped cache's pages until the collector happens to run.
-        self._cache, self.index = weakref.ref(cache), index
-        self.is_initialized = True
-
-    @property
-    def cache(self) -> KVPolicyCache:
-        cache = self._cache()
-        assert cache is not None
-        return cache
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """The state is made by the model's first forward."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Any, Any]:
-        return self.cache.update(key_states, value_states, self.index)
-
-    def get_seq_length(self) -> int:
-        return self.cache.columns
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.columns + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    def offload(self) -> None:
-        """Nothing: pages stay where they are."""
-
-    prefetch = offload
+from .modes import exactly, in_dtype, ordinary
 
 
 class KVPolicyCache(Cache):
@@ -92,14 +33,23 @@ class KVPolicyCache(Cache):
     until `end_prompt()`, and decode from then on until `begin_prompt()`.
     """
 
-    def __init__(self, model: nn.Module, pipeline: CachePipeline, **sizes: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        pipeline: CachePipeline,
+        *,
+        dtype: torch.dtype | None = None,
+        **sizes: Unpack[Sizes],
+    ) -> None:
+        self.dtype, self.spec = dtype, spec_of(model, dtype=dtype, **sizes)
         self.pipeline, self.sizes, self.model = pipeline, sizes, weakref.ref(model)
-        self.spec = spec_of(model, **dict[str, Any](sizes))
         self.state: CacheState | None = None
         self.phase = "prompt"
         self.boundary: int | None = None  # column where the prompt that `generate` announced ends
         self.chunks: Chunks = []
         self.layout: Columns | None = None  # of the forward in flight
+        self.evicts = True  # whether the end of the prompt does
+        self.singles = 0  # forwards of one column in a row, in a prompt that goes on
         self.counts_positions = False  # whether the real tokens seen give position ids
         self.recording = False  # columns may be taken back before the next forward
         self.graph: Any = None  # CapturedStep of this cache's buffers
@@ -115,10 +65,40 @@ class KVPolicyCache(Cache):
         ref = KVRef(self, key_states, value_states)
         return ref, ref
 
+    @ordinary
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pre: Tensor | None,
+        hidden: Tensor | None,
+    ) -> Tensor:
+        """Attention `[B, S, Hq, D]` of one layer of the forward in flight; stores its tokens.
+
+        `query`, `key`, `value` are `[B, H, S, D]`, `pre` `[B, S, ...]`, `hidden` `[B, S, hidden]`.
+        Computes in the cache's dtype and answers in the query's.
+        """
+        if self.layout is None or self.state is None:
+            raise PhaseError("attention outside a forward of the attached model's decoder")
+        if pre is not None:
+            batch, heads, columns, dim = key.shape
+            pre = self._own(pre.view(batch, columns, heads, dim).transpose(1, 2), "key_pre")
+        q, k, v = self._own(query, "query"), self._own(key, "key"), self._own(value, "value")
+        with exactly(query.device):
+            out = self.layout.attend(self.pipeline, self.state, layer, q, k, v, pre, hidden)
+        return out.transpose(1, 2).to(query.dtype).contiguous()
+
+    def _own(self, x: Tensor, name: str) -> Tensor:
+        """`x` in the cache's dtype, where nothing is lost or the caller chose the dtype."""
+        return in_dtype(x, name, self.spec.dtype, chosen=self.dtype is not None)
+
     @property
     def columns(self) -> int:
         return sum(n for n, _ in self.chunks)
 
+    @ordinary
     def ensure_state(self, batch: int) -> CacheState:
         """The state, made for `batch` sequences by the first forward."""
         if self.state is None or (not self.chunks and self.state.batch != batch):
@@ -145,18 +125,40 @@ class KVPolicyCache(Cache):
             self.forget_columns(columns)
             self.saw(columns, torch.arange(columns) < torch.tensor(stored)[:, None])
 
+    @ordinary
     def begin_prompt(self, boundary: int | None = None) -> None:
         """Says that the next columns are a prompt (or turn), up to column `boundary` if given."""
         self.phase, self.boundary, self.recording = "prompt", boundary, False
-        self.counts_positions = False
+        self.counts_positions, self.evicts = False, True
         if self.state is not None:
             self.state.resume()
 
+    @ordinary
     def end_prompt(self) -> None:
         """Says that the prompt is complete: prompt-end evictions act, and decoding begins."""
         self.phase, self.boundary = "decode", None
-        if self.state is not None:
-            self.pipeline.end_prompt(self.state)
+        if self.state is None:
+            return
+        if not self.evicts:
+            for row in self.state.sequences:
+                row.prompt_open = False
+        self.pipeline.end_prompt(self.state)
+
+    def begin_question(self, boundary: int | None) -> None:
+        """Says that the next columns ask about what the cache holds, without another eviction.
+
+        Up to column `boundary` they are a prompt, which reads all that is left; without one they
+        are decoded tokens, which select.
+        """
+        self.begin_prompt(boundary)
+        if boundary is None:
+            self.phase = "decode"
+        else:
+            self.evicts = False
+
+    def real(self) -> Tensor:
+        """Which of the columns so far are real tokens, bool `[B, columns]` on the host."""
+        return real(self.chunks, 0 if self.state is None else self.state.batch)
 
     def report(self) -> Report:
         """What took effect and what it costs in bytes."""
@@ -164,6 +166,7 @@ class KVPolicyCache(Cache):
             raise PhaseError("report: nothing went through this cache yet")
         return self.pipeline.report(self.state)
 
+    @ordinary
     def fork(self, rows: Sequence[int] | None = None) -> KVPolicyCache:
         """A cache that goes its own way; full pages are shared until either gives them up."""
         new = object.__new__(KVPolicyCache)
@@ -178,6 +181,7 @@ class KVPolicyCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> KVPolicyCache:
         return self.fork()
 
+    @ordinary
     def crop(self, tokens: Any) -> None:
         """Takes back columns: `-n` of them, or down to `n` in all, as transformers has both."""
         n = int(tokens)
@@ -192,6 +196,7 @@ class KVPolicyCache(Cache):
         crop(self.state, counts)
         self.chunks = chunks
 
+    @ordinary
     def restore(self, before: KVPolicyCache) -> None:
         """Goes back to what `fork` gave, in place; `before` is spent."""
         self.chunks, self.phase, self.boundary = before.chunks, before.phase, before.boundary
@@ -201,6 +206,7 @@ class KVPolicyCache(Cache):
             assert self.state is not None
             adopt(self.state, before.state)
 
+    @ordinary
     def reset(self) -> None:
         """Empties the cache and gives its pages back."""
         self.chunks, self.phase, self.boundary, self.recording = [], "prompt", None, False
@@ -210,12 +216,22 @@ class KVPolicyCache(Cache):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the cache to a safetensors file, for `load_cache`; only pages in use are written.
 
-        Raises PhaseError before the first forward and during one.
+        Raises PhaseError before the first forward, during one, and when the model is gone.
         """
-        from .persist import save_cache
+        model = self.model()
+        if self.state is None or model is None:
+            what = "its model is gone" if model is None else "nothing went through this cache yet"
+            raise PhaseError(f"save: {what}")
+        save(
+            self.state,
+            path,
+            self.pipeline,
+            fingerprint=model_fingerprint(model),
+            extra=to_tensors(self.chunks, self.state.batch),
+            notes={"phase": self.phase, "counts_positions": str(self.counts_positions)},
+        )
 
-        save_cache(self, path)
-
+    @ordinary
     def _select(self, rows: Tensor) -> None:
         picked = [int(r) for r in rows.tolist()]
         if self.state is not None:
@@ -237,13 +253,13 @@ class KVPolicyCache(Cache):
         self.recording = True
 
 
-def new_cache(model: nn.Module, pipeline: CachePipeline, **sizes: Any) -> KVPolicyCache:
-    """An empty cache for `model`; `sizes`: those of CacheSpec that `SIZES` names."""
-    if not isinstance(pipeline, CachePipeline):
-        raise TypeError(f"pipeline: wanted a CachePipeline, got {type(pipeline).__name__}")
-    unknown = set(sizes) - set(SIZES)
-    if unknown:
-        raise UnsupportedError(
-            f"new_cache: unknown sizes {sorted(unknown)}; wanted {', '.join(SIZES)}"
-        )
-    return KVPolicyCache(model, pipeline, **sizes)
+def new_cache(
+    model: nn.Module,
+    pipeline: CachePipeline,
+    *,
+    dtype: torch.dtype | None = None,
+    **sizes: Unpack[Sizes],
+) -> KVPolicyCache:
+    """An empty cache for `model`, in its own or another `dtype`; `sizes`: those of `Sizes`."""
+    is_pipeline(pipeline)
+    return KVPolicyCache(model, pipeline, dtype=dtype, **sizes)

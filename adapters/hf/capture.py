@@ -68,6 +68,7 @@ def forward(
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        return_dict=True,
         **{f"output_{name}": True for name in records},
     )
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+from ...errors import UnsupportedError
 
 Chunks = list[tuple[int, Tensor | None]]  # columns; which are real `[B, columns]`, None for all
 
@@ -13,6 +17,23 @@ def append(chunks: Chunks, columns: int, valid: Tensor | None) -> Chunks:
     if valid is None and chunks and chunks[-1][1] is None:
         return [*chunks[:-1], (chunks[-1][0] + columns, None)]
     return [*chunks, (columns, valid)]
+
+
+def to_tensors(chunks: Chunks, batch: int) -> dict[str, Tensor]:
+    """`chunks` of `batch` sequences for a file."""
+    masks = [valid for _, valid in chunks if valid is not None]
+    return {
+        "columns": torch.tensor([n for n, _ in chunks]),
+        "masked": torch.tensor([valid is not None for _, valid in chunks]),
+        "valid": torch.cat(masks, 1) if masks else torch.zeros(batch, 0).bool(),
+    }
+
+
+def from_tensors(filed: Mapping[str, Tensor]) -> Chunks:
+    """The chunks that `to_tensors` filed."""
+    columns, masked = filed["columns"].tolist(), filed["masked"].tolist()
+    valid = iter(filed["valid"].split([n for n, m in zip(columns, masked, strict=True) if m], 1))
+    return [(n, next(valid) if m else None) for n, m in zip(columns, masked, strict=True)]
 
 
 def pick(chunks: Chunks, rows: list[int]) -> Chunks:
@@ -35,3 +56,35 @@ def take_back(chunks: Chunks, drop: int, batch: int) -> tuple[Chunks, list[int]]
         if cut < size:
             chunks.append((size - cut, None if valid is None else valid[:, : size - cut]))
     return chunks, counts
+
+
+def real(chunks: Chunks, batch: int) -> Tensor:
+    """Which columns are real, bool `[B, columns]`."""
+    parts = [torch.ones(batch, n, dtype=torch.bool) if v is None else v for n, v in chunks]
+    return torch.cat([torch.ones(batch, 0, dtype=torch.bool), *parts], 1)
+
+
+def new_columns(mask: Tensor | None, chunks: Chunks, batch: int, columns: int) -> Tensor | None:
+    """The part of a 2D mask that is about the next `columns`.
+
+    A mask is about the next columns alone, or about all that went through and these; what lies
+    beyond is about tokens to come. Raises UnsupportedError if it hides a column that is stored.
+    """
+    if mask is None:
+        return None
+    seen = sum(n for n, _ in chunks)
+    width = mask.shape[1]
+    if mask.shape[0] != batch or (width != columns and width < seen + columns):
+        raise ValueError(
+            f"attention_mask: wanted [{batch}, {columns}], or at least [{batch}, {seen + columns}] "
+            f"with the {seen} columns in the cache, got {list(mask.shape)}"
+        )
+    if width < seen + columns or not seen:
+        return mask[:, :columns]
+    before = mask[:, :seen].bool().cpu()
+    if bool((real(chunks, batch) & ~before).any()):
+        raise UnsupportedError(
+            "attention_mask: it hides columns that the cache holds; a cache cannot hide them from "
+            "one call. Use a new cache, or take trailing columns back by cache.crop"
+        )
+    return mask[:, seen : seen + columns]

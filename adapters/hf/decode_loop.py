@@ -11,7 +11,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from .cache import KVPolicyCache
 from .capture import Stepper
 
-RECORDS = ("attentions", "hidden_states")  # of every step's output, if generate is asked for them
+RECORDS = ("hidden_states",)  # of every step's output, if generate is asked for them
 
 
 def decode_loop(
@@ -36,7 +36,11 @@ def decode_loop(
     if kvp_streamer is not None:
         kvp_streamer.put(input_ids.cpu())  # a streamer expects the prompt first
     names = [n for n in RECORDS if wanted and getattr(config, f"output_{n}")]
-    output = model._prefill(input_ids, config, model_kwargs)
+    output = model._prefill(
+        input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant
+    )
+    if cache.phase == "prompt":
+        cache.end_prompt()
     logits, recorded = output.logits, {name: [getattr(output, name)] for name in names}
     batch, prompt = input_ids.shape
     room = max(config.max_length - prompt, 1)
@@ -45,7 +49,10 @@ def decode_loop(
     ids = input_ids.new_zeros(batch, prompt + room + 1)
     ids[:, :prompt] = input_ids
     unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
-    pad = config._pad_token_tensor
+    # As in transformers, rows that another criterion than an EOS token stopped go on with the rest.
+    ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    pad = config._pad_token_tensor if ends else None
+    going = torch.ones_like(unfinished)
     late = _LateFlags(stepper.captured, kvp_streamer)
     length = prompt
     while True:
@@ -65,7 +72,7 @@ def decode_loop(
         if stopped or length == ids.shape[1] - 1:
             break
         # A row is active for the token that it sampled before it ended; nothing is when all ended.
-        logits = stepper.step(token, unfinished & alive.any())
+        logits = stepper.step(token, (unfinished if ends else going) & alive.any())
         for name in names:
             recorded[name].append(getattr(stepper.output, name))
         unfinished = alive

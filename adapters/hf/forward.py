@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedError
 from .cache import KVPolicyCache
-from .layout import decode_columns, prompt_columns
-
-POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values")  # a decoder's first
+from .columns import new_columns
+from .layout import Columns, decode_columns, prompt_columns
+from .modes import ordinary
 
 
 def inputs_of(kwargs: dict[str, Any]) -> Tensor:
@@ -23,20 +23,29 @@ def inputs_of(kwargs: dict[str, Any]) -> Tensor:
     return found
 
 
-def open_forward(cache: KVPolicyCache, batch: int, columns: int, mask: Tensor | None) -> None:
-    """Plans a forward and opens the call on the cache's state."""
+@ordinary
+def open_forward(
+    cache: KVPolicyCache,
+    batch: int,
+    columns: int,
+    mask: Tensor | None,
+    texts: list[int] | None = None,
+) -> None:
+    """Plans a forward and opens the call on the cache's state.
+
+    `texts`: lengths of the texts that the rows pack, each a sequence of the cache.
+    """
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         raise UnsupportedError(
             "attention_mask: wanted a 2D mask of real tokens [B, columns]; custom 4D masks are not "
             "served"
         )
-    mask = None if mask is None else mask[:, -columns:]
-    if mask is not None and mask.shape != (batch, columns):
-        raise ValueError(
-            f"attention_mask: wanted at least [{batch}, {columns}], got {list(mask.shape)}"
-        )
-    state = cache.ensure_state(batch)
-    if cache.phase == "prompt":
+    mask = new_columns(mask, cache.chunks, batch, columns)
+    state = cache.ensure_state(len(texts) if texts else batch)
+    if texts:
+        layout = Columns(batch, columns, 0)
+        cache.pipeline.begin(state, texts, "prompt")
+    elif cache.phase == "prompt":
         layout, lengths = prompt_columns(batch, columns, mask)
         cache.pipeline.begin(state, lengths, "prompt")
     else:
@@ -45,6 +54,7 @@ def open_forward(cache: KVPolicyCache, batch: int, columns: int, mask: Tensor | 
     cache.layout = layout
 
 
+@ordinary
 def true_positions(cache: KVPolicyCache, device: torch.device) -> Tensor:
     """Position ids `[B, S]` of the open forward: each sequence's real tokens from 0."""
     state, layout = cache.state, cache.layout
@@ -56,6 +66,7 @@ def true_positions(cache: KVPolicyCache, device: torch.device) -> Tensor:
     return (start - 1 + layout.valid.to(device).long().cumsum(1)).clamp(min=0)
 
 
+@ordinary
 def close_forward(cache: KVPolicyCache, failed: bool) -> None:
     """Commits the call, or takes it back."""
     layout, cache.layout = cache.layout, None
@@ -98,8 +109,9 @@ class Crossing:
         for name in ("input_ids", "inputs_embeds", "position_ids"):
             if kwargs.get(name) is not None:
                 first[name], self.rest[name] = kwargs[name][:, :head], kwargs[name][:, head:]
-        if kwargs.get("attention_mask") is not None:
-            first["attention_mask"] = kwargs["attention_mask"][:, :-extra]
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.shape[1] == head + extra:  # of the new columns
+            first["attention_mask"], self.rest["attention_mask"] = mask[:, :head], mask[:, head:]
         try:
             self.head = decoder(**first)
         except BaseException:

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.generation import GenerationConfig, GenerationMode
 
-from ...errors import UnsupportedError
+from .arguments import check_ahead, check_generate
 from .decode_loop import decode_loop
+from .modes import ordinary
+from .tokens import use_tokenizer
+from .wrappers import soft_prompt
 
 if TYPE_CHECKING:
     from .attach import Attachment
+    from .cache import KVPolicyCache
 
 OWN_LOOP = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
@@ -23,20 +27,15 @@ def generate(attachment: Attachment, *args: Any, **kwargs: Any) -> Any:
     Greedy decoding and sampling run our loop; beam search and assisted decoding run transformers'
     own loops on our cache.
     """
-    kwargs = {**_named(attachment, args), **kwargs}
-    if kwargs.get("custom_generate") is not None:
-        raise UnsupportedError("custom_generate: not together with an attached pipeline")
+    return run(attachment, {**_named(attachment, args), **kwargs})
+
+
+@ordinary
+def run(attachment: Attachment, kwargs: dict[str, Any], question: str | None = None) -> Any:
+    """Generates after a prompt, or after a question about what the given cache holds."""
+    config = merged_config(attachment, kwargs)
+    check_generate(attachment, kwargs, config)
     given = kwargs.pop("past_key_values", None)
-    config = _config(attachment, kwargs)
-    if config.use_cache is False:
-        raise UnsupportedError("use_cache=False: an attached pipeline needs its cache; detach it")
-    pipeline = attachment.pipeline
-    phases_matter = not (pipeline.selection.neutral and pipeline.eviction.neutral)
-    if phases_matter and config.guidance_scale not in (None, 1):
-        raise UnsupportedError(
-            "guidance_scale: the unconditional branch of classifier-free guidance does not say "
-            "where its prompt ends; use an admission only"
-        )
     mode = config.get_generation_mode(kwargs.get("assistant_model"))
     own = mode in OWN_LOOP
     if config.cache_implementation is not None:
@@ -46,26 +45,37 @@ def generate(attachment: Attachment, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("streamer") is not None:
             # transformers drops a streamer that goes with custom_generate
             kwargs["kvp_streamer"] = kwargs.pop("streamer")
-    with attachment.generating():
+    with attachment.forwards.holding():
+        if own:
+            use_tokenizer(attachment.base, kwargs, config)
         # A cache that nobody else sees is used again, with its captured graph.
         private = given is None and own and not config.return_dict_in_generate
         rows = next((x.shape[0] for x in _inputs(kwargs)), 1)
         rows *= int(config.num_return_sequences or 1)
         cache = attachment.idle.pop(rows, None) if private else None
         cache = cache or attachment.cache_for(given)
-        cache.begin_prompt(_prompt_columns(kwargs))
+        columns = _prompt_columns(attachment, cache, kwargs)
+        check_ahead(kwargs.get("attention_mask"), columns)
+        # Our loop says itself when the prompt has ended.
+        boundary = None if own else columns
+        if question is None:
+            cache.begin_prompt(boundary)
+        else:
+            cache.begin_question(None if question == "decode" else columns)
         cache.counts_positions = "position_ids" not in kwargs
         output = attachment.original(**kwargs, past_key_values=cache)
         attachment.decoding = cache.decoding if own else f"transformers' loop: {mode.value}"
+        if given is None:
+            attachment.used(cache)
         if private and cache.graph is not None and cache.state is not None:
             cache.reset()
             attachment.idle[cache.state.batch] = cache
     return output
 
 
-def _config(attachment: Attachment, kwargs: dict[str, Any]) -> GenerationConfig:
+def merged_config(attachment: Attachment, kwargs: dict[str, Any]) -> GenerationConfig:
     """The options as transformers will merge them: the call's, else the model's."""
-    own = attachment.base.generation_config
+    own = getattr(attachment.model, "generation_config", attachment.base.generation_config)
     config = copy.deepcopy(kwargs.get("generation_config") or own)
     config.update(**own.to_dict(), defaults_only=True)
     config.update(**kwargs)
@@ -83,8 +93,17 @@ def _inputs(kwargs: dict[str, Any]) -> list[Any]:
     return [x for x in found if x is not None]
 
 
-def _prompt_columns(kwargs: dict[str, Any]) -> int:
-    """Columns in cache and prompt together; without inputs generate starts from one BOS token."""
-    widths = [x.shape[1] for x in _inputs(kwargs)]
+def _prompt_columns(attachment: Attachment, cache: KVPolicyCache, kwargs: dict[str, Any]) -> int:
+    """Columns in cache and prompt together; without inputs generate starts from one BOS token.
+
+    As transformers reads its arguments: ids are the whole sequence if the mask is as wide, else
+    what follows the cache; embeddings are always the whole.
+    """
+    soft = soft_prompt(attachment.model)
+    extra = soft.num_virtual_tokens if soft and not cache.columns else 0
+    if kwargs.get("inputs_embeds") is not None:
+        return kwargs["inputs_embeds"].shape[1] + extra
+    width = max([x.shape[1] for x in _inputs(kwargs)], default=1)
     mask = kwargs.get("attention_mask")
-    return max([*widths, 1 if mask is None else mask.shape[1]])
+    follows = mask is not None and mask.shape[1] != width
+    return width + extra + (cache.columns if follows else 0)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Unpack
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from ...admission import Admission, AdmitAll, DuoAttention, LocalAttention, RandomGate, Write
-from ...budget import TotalCap
-from ...eviction import AtPromptEnd
+from ..._fields import shown
+from ...admission import Admission, Write
+from ...budget import BudgetView, bound_layers
 from ...pipeline import CachePipeline
-from ...spec import CacheSpec
+from ...spec import CacheSpec, Sizes
 from ...store.plan import planned
 from .models import spec_of
-
-# Decisions that follow from layer, head and position, so that tokens can be counted exactly.
-_BY_POSITION = (AdmitAll, DuoAttention, LocalAttention, RandomGate)
 
 
 @attrs.frozen
@@ -86,7 +83,7 @@ def fit_report(
     pipeline: CachePipeline | None = None,
     batch: int = 1,
     dtype: torch.dtype | None = None,
-    **sizes: Any,
+    **sizes: Unpack[Sizes],
 ) -> FitReport:
     """Plans memory without running anything.
 
@@ -142,19 +139,26 @@ def _model(config_or_model: Any, dtype: torch.dtype | None) -> tuple[nn.Module, 
     """A model to read sizes from, and the device that it would run on."""
     if isinstance(config_or_model, nn.Module):
         return config_or_model, next(config_or_model.parameters()).device
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+    if not isinstance(config_or_model, PreTrainedConfig):
+        hint = "; load it: AutoConfig.from_pretrained(name)"
+        raise TypeError(
+            f"config_or_model: wanted a config or a model of transformers, got "
+            f"{shown(config_or_model)}{hint if isinstance(config_or_model, str) else ''}"
+        )
+    config: Any = config_or_model
     with torch.device("meta"):
-        dtype = dtype or config_or_model.dtype or torch.bfloat16
-        model = AutoModelForCausalLM.from_config(config_or_model, dtype=dtype)
+        dtype = dtype or config.dtype or torch.bfloat16
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model, torch.device("cuda")
 
 
 def _check_admitted(pipeline: CachePipeline, spec: CacheSpec, admitted: float | None) -> None:
     deciding = [pipeline.admission.at(n) for n in range(spec.layers)]
-    evictions = [pipeline.eviction.at(n) for n in range(spec.layers)]
-    deciding += [x.admission for x in evictions if isinstance(x, AtPromptEnd)]
-    learned = [type(p).__name__ for p in deciding if not isinstance(p, _BY_POSITION)]
+    marking = [pipeline.eviction.at(n).admission for n in range(spec.layers)]
+    deciding += [admission for admission in marking if admission is not None]
+    learned = [type(p).__name__ for p in deciding if not p.by_position]
     if learned and admitted is None:
         raise ValueError(
             f"admitted: wanted the fraction of tokens that {learned[0]} admits, got None; it "
@@ -171,35 +175,45 @@ def _global_tokens(
     pipeline: CachePipeline, spec: CacheSpec, tokens: int, admitted: float
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Global tokens `[L][Hkv]` of a sequence: written, and left when the prompt has ended."""
-    shape = (spec.layers, spec.kv_heads)
-    written, left = (torch.zeros(shape, dtype=torch.long) for _ in range(2))
-    for layer in range(spec.layers):
-        if spec.slides(layer) is not None:
-            continue
-        far = max(tokens - pipeline.window, 0)
-        eviction = pipeline.eviction.at(layer)
+    written = [[0] * spec.at(layer).kv_heads for layer in range(spec.layers)]
+    left = [list(heads) for heads in written]
+    far = max(tokens - pipeline.window, 0)
+    managed = [layer for layer in range(spec.layers) if spec.slides(layer) is None]
+    evictions = {layer: pipeline.eviction.at(layer) for layer in managed}
+    for layer, eviction in evictions.items():
         written[layer] = _count(pipeline.admission.at(layer), spec, layer, far, admitted)
         left[layer] = written[layer]
-        if isinstance(eviction, AtPromptEnd):
-            inner = _count(eviction.admission, spec, layer, far, admitted)
-            left[layer] = torch.minimum(written[layer], inner)
-        elif eviction.budget is not None and not isinstance(eviction.budget, TotalCap):
-            most = eviction.budget.allowed(tokens, pipeline.window, layer, spec.layers)
-            left[layer] = written[layer].clamp(max=most)
-    if isinstance(pipeline.eviction.budget, TotalCap):
-        left = torch.tensor(pipeline.eviction.budget.lengths(written.tolist()))
-    return written.tolist(), left.tolist()
+        if eviction.admission is not None:
+            marked = _count(eviction.admission, spec, layer, far, admitted)
+            left[layer] = [min(pair) for pair in zip(left[layer], marked, strict=True)]
+    for budget, layers in bound_layers(evictions):
+        counts = [[left[layer] for layer in layers]]
+        view = BudgetView(
+            seen=(tokens,),
+            window=pipeline.window,
+            layers=tuple(layers),
+            of=spec.layers,
+            kv_heads=tuple(spec.at(layer).kv_heads for layer in layers),
+            counts=lambda counts=counts: counts,  # type: ignore[misc]
+        )
+        for layer, targets in zip(layers, budget.targets(view)[0], strict=True):
+            left[layer] = [min(pair) for pair in zip(left[layer], targets, strict=True)]
+    return written, left
 
 
-def _count(admission: Admission, spec: CacheSpec, layer: int, far: int, admitted: float) -> Tensor:
-    """Tokens `[Hkv]` that each head of a layer admits of the first `far`."""
-    if isinstance(admission, _BY_POSITION):
-        keys = torch.zeros(1).expand(spec.kv_heads, far, spec.head_dim)
-        bounds = torch.tensor([0, far], dtype=torch.int32)
-        heads = range(spec.head_offset, spec.head_offset + spec.kv_heads)
-        write = Write(keys, keys, torch.arange(far), bounds, layer, heads)
-        return admission.admit(write).sum(1)
-    return torch.full((spec.kv_heads,), round(admitted * far))
+def _count(
+    admission: Admission, spec: CacheSpec, layer: int, far: int, admitted: float
+) -> list[int]:
+    """Tokens that each head of a layer admits of the first `far`."""
+    heads, dim = spec.at(layer).kv_heads, spec.at(layer).head_dim
+    if not admission.by_position:
+        return [round(admitted * far)] * heads
+    keys = torch.zeros(1).expand(heads, far, dim)
+    bounds = torch.tensor([0, far], dtype=torch.int32)
+    ids = range(spec.head_offset, spec.head_offset + heads)
+    write = Write(keys, keys, torch.arange(far), bounds, layer, ids)
+    counts: list[int] = admission.admit(write).sum(1).tolist()
+    return counts
 
 
 def _tensors(policy: Any) -> Iterator[Tensor]:

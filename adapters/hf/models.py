@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any
+from typing import Any, Unpack
 
 import attrs
 import torch
 from torch import Tensor, nn
 
+from ..._fields import shown
 from ...errors import UnsupportedError
-from ...spec import CacheSpec
+from ...spec import CacheSpec, Sizes, check_sizes
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -30,6 +31,7 @@ def base_of(model: Any) -> Any:
 
 def decoder_of(model: Any) -> Any:
     """The decoder stack of a language model, through wrappers and around other modalities."""
+    _check_model(model)
     found = base_of(model)
     while hasattr(found, "get_decoder"):
         inner = base_of(found.get_decoder())
@@ -86,6 +88,15 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
         )
         for module, layer, window in zip(modules, layers, windows, strict=True)
     ]
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        hint = f"; load it: AutoModelForCausalLM.from_pretrained({model!r})"
+        raise TypeError(
+            f"model: wanted a model of transformers, got {shown(model)}"
+            + (hint if isinstance(model, str) else "")
+        )
 
 
 def attention_modules(model: nn.Module) -> list[Any]:
@@ -182,14 +193,16 @@ def spec_of(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
-    **sizes: Any,
+    **sizes: Unpack[Sizes],
 ) -> CacheSpec:
     """The cache sizes of `model`; under tensor parallelism those of this rank's heads.
 
     `dtype` and `device` replace those of the attention layers: the widest dtype of their keys and
     values, the first layer's device. `sizes` passes `page_size`, `rollback` and `interval` on.
+    Raises TypeError for a word that names no size, UnsupportedError for a model not served.
     """
     layers = attention_layers(model)
+    check_sizes(sizes)
     first = layers[0]
     for index, layer in enumerate(layers):
         for name in ("heads", "kv_heads", "head_dim", "scale"):

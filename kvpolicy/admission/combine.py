@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from functools import reduce
+from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
-from ..types import Write
-from ._base import Admission
+from .._fields import shown
+from ._base import Admission, Write
 
 
-def _members(instance: Admission, attribute: attrs.Attribute, value: tuple[Admission, ...]) -> None:
+def _members(instance: Admission, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if not isinstance(value, tuple):
+        raise TypeError(f"policies: wanted a tuple of admissions, got {shown(value)}")
     if not value:
         raise ValueError("policies: wanted at least one admission, got none")
     for policy in value:
         if not isinstance(policy, Admission):
-            raise TypeError(f"policies: wanted admissions, got {policy!r}")
+            many = isinstance(policy, list | tuple)
+            raise TypeError(
+                f"policies: wanted admissions, got {shown(policy)}"
+                + ("; write them one by one, or with a star: any_of(*policies)" if many else "")
+            )
     windows = {policy.window for policy in value if policy.window is not None}
     if len(windows) > 1:
         raise ValueError(f"policies: their windows disagree: {sorted(windows)}")
@@ -28,12 +35,16 @@ class _Combined(Admission):
     policies: tuple[Admission, ...] = attrs.field(validator=_members)
 
     @property
-    def window(self) -> int | None:  # type: ignore[override]
+    def window(self) -> int | None:
         return next((p.window for p in self.policies if p.window is not None), None)
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
+    def needs(self) -> frozenset[str]:
         return frozenset().union(*(p.needs for p in self.policies))
+
+    @property
+    def by_position(self) -> bool:
+        return all(p.by_position for p in self.policies)
 
     def at(self, layer: int) -> Admission:
         return attrs.evolve(self, policies=tuple(p.at(layer) for p in self.policies))

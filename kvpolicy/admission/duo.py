@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
-from .._validate import not_negative, positive
-from ..types import Write
+from .._fields import check_int, check_number, is_a, not_negative, optional, positive, shown
+from .._knob import Knob
 from . import _duo_file
-from ._base import Admission
+from ._base import Admission, Write
 from ._files import find_folder
 
 NOISE = 1e-6
@@ -23,9 +24,17 @@ def _rows(value: Iterable[Iterable[Any]]) -> tuple[tuple[Any, ...], ...]:
     return tuple(tuple(row) for row in value)
 
 
-def _pattern(
-    instance: DuoAttention, attribute: attrs.Attribute, value: tuple[tuple[Any, ...], ...]
-) -> None:
+def _given(value: Any) -> Any:
+    """Rows as tuples; what has none is left to the validator."""
+    try:
+        return value if isinstance(value, str | bytes) else _rows(value)
+    except TypeError:
+        return value
+
+
+def _pattern(instance: DuoAttention, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(row, tuple) for row in value):
+        raise TypeError(f"full_heads: wanted a row of bools for each layer, got {shown(value)}")
     if not value or not value[0]:
         raise ValueError("full_heads: wanted a row of bools for each layer, got none")
     for layer, row in enumerate(value):
@@ -35,7 +44,7 @@ def _pattern(
             )
         for head in row:
             if not isinstance(head, bool):
-                raise TypeError(f"full_heads: wanted bools, got {head!r} in layer {layer}")
+                raise TypeError(f"full_heads: wanted bools, got {shown(head)} in layer {layer}")
 
 
 @attrs.frozen(kw_only=True)
@@ -51,11 +60,13 @@ class DuoAttention(Admission):
     """
 
     full_heads: tuple[tuple[bool, ...], ...] = attrs.field(
-        converter=_rows, validator=_pattern, repr=lambda rows: f"<{len(rows)}x{len(rows[0])}>"
+        converter=_given, validator=_pattern, repr=lambda rows: f"<{len(rows)}x{len(rows[0])}>"
     )
     sinks: int = attrs.field(default=128, validator=not_negative)
     window: int = attrs.field(default=256, validator=positive)
-    _mask: Tensor | None = attrs.field(default=None, eq=False, repr=False)  # set by `place`
+    _mask: Tensor | None = attrs.field(  # set by `place`
+        default=None, eq=False, repr=False, validator=optional(is_a(Tensor, "a tensor"))
+    )
 
     @property
     def sparsity(self) -> float:
@@ -66,6 +77,10 @@ class DuoAttention(Admission):
     @property
     def neutral(self) -> bool:
         return all(map(all, self.full_heads))
+
+    @property
+    def by_position(self) -> bool:
+        return True
 
     @classmethod
     def from_pretrained(
@@ -100,6 +115,10 @@ class DuoAttention(Admission):
             raise ValueError(
                 f"sparsity, threshold: wanted exactly one, got {sparsity!r} and {threshold!r}"
             )
+        for name, value in (("sparsity", sparsity), ("threshold", threshold)):
+            if value is not None:
+                check_number(name, value, "a number in [0, 1]", lambda x: 0 <= x <= 1)
+        check_int("seed", seed, 0, (1 << 32) - 1)  # what RandomState takes
         files = (_duo_file.PATTERN, _duo_file.CONFIG)
         values, config = _duo_file.read(find_folder(path_or_repo, files, revision))
         return cls(
@@ -123,6 +142,12 @@ class DuoAttention(Admission):
 
     def place(self, device: torch.device, dtype: torch.dtype, backend: str) -> DuoAttention:
         return attrs.evolve(self, mask=torch.tensor(self.full_heads, device=device))
+
+    def knob(self, pattern: str | os.PathLike[str] | None = None) -> Knob[Admission]:
+        if pattern is None:
+            raise ValueError("pattern: DuoAttention wants the folder of its head values, got None")
+        read = partial(self.from_pretrained, pattern, sinks=self.sinks, window=self.window)
+        return Knob(name="sparsity", at=lambda x: 1 - x, set=lambda x: read(sparsity=x))
 
 
 def full_heads(

@@ -1,4 +1,4 @@
-"""The benchmark of kvpolicy: `kvpolicy bench`, or `python -m kvpolicy.bench`."""
+"""The benchmark of kvpolicy: `kvpolicy bench`."""
 
 from .runner import GROUPS as GROUPS
 from .runner import run as run

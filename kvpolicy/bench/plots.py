@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .._extras import extra
 from .model import FRACTION, SHAPES
 from .rows import Row
 
@@ -14,7 +15,8 @@ UNITS = {"TTFT": "s", "TPOT": "ms"}
 
 def draw(out: Path, rows: list[Row]) -> None:
     """Writes `group-unit.png` for each group and unit, and `model-over-what.png` for costs."""
-    import matplotlib
+    with extra("plots"):
+        import matplotlib
 
     matplotlib.use("agg")
     for group in dict.fromkeys(row.group for row in rows if row.value is not None):
@@ -28,7 +30,8 @@ def draw(out: Path, rows: list[Row]) -> None:
 
 def _bars(path: Path, group: str, unit: str, rows: list[Row]) -> None:
     """Measured times with their floors."""
-    import matplotlib.pyplot as plt
+    with extra("plots"):
+        import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 1 + 0.4 * len(rows)), layout="constrained")
     at = range(len(rows))
@@ -47,7 +50,8 @@ def _bars(path: Path, group: str, unit: str, rows: list[Row]) -> None:
 
 def _curves(path: Path, label: str, x: Callable[[Any], float], rows: list[Row]) -> None:
     """A panel for each cost: measured points, and a line of what operations and bytes predict."""
-    import matplotlib.pyplot as plt
+    with extra("plots"):
+        import matplotlib.pyplot as plt
 
     costs = [what for what in UNITS if any(r.extra["what"] == what for r in rows)]
     if not costs:

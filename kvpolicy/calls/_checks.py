@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from ..choices import Phase
 from ..errors import CapacityError, PhaseError
 from ..ops import POSITION_MASK
 from ..store.layer import LayerStore
 from ..store.state import CacheState, Call
 
-PHASES = ("prompt", "decode")
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 def check_call(state: CacheState, lengths: Sequence[int], phase: str, valid: Tensor | None) -> None:
@@ -23,7 +25,7 @@ def check_call(state: CacheState, lengths: Sequence[int], phase: str, valid: Ten
         raise PhaseError("begin: a call is in flight already; commit or abort it first")
     whole = all(isinstance(n, int) and not isinstance(n, bool) for n in lengths)
     if not whole or len(lengths) != state.batch or any(n < 0 for n in lengths):
-        raise ValueError(f"lengths: wanted {state.batch} ints from 0, got {list(lengths)}")
+        raise ValueError(f"lengths: wanted {state.batch} numbers from 0, got {list(lengths)}")
     longest = max(a + b for a, b in zip(state.lengths, lengths, strict=True))
     if longest > POSITION_MASK + 1:
         raise CapacityError(
@@ -45,12 +47,12 @@ def check_call(state: CacheState, lengths: Sequence[int], phase: str, valid: Ten
 def _check_valid(state: CacheState, lengths: Sequence[int], phase: str, valid: Tensor) -> None:
     if phase == "prompt":
         raise ValueError("valid: prompt calls are packed and take None")
-    shaped = valid.ndim == 2 and valid.shape[0] == state.batch and valid.shape[1] > 0
-    if valid.dtype != torch.bool or not shaped:
+    if valid.dtype != torch.bool or valid.ndim != 2 or valid.shape[0] != state.batch:
         raise ValueError(
-            f"valid: wanted bools [{state.batch}, T] of at least one column, got {valid.dtype} "
-            f"{list(valid.shape)}"
+            f"valid: wanted bools [{state.batch}, T], got {valid.dtype} {list(valid.shape)}"
         )
+    if not valid.shape[1]:
+        raise ValueError(f"valid: wanted at least one column, got {list(valid.shape)}")
     if valid.device.type == "cpu" and valid.sum(1).tolist() != list(lengths):
         raise ValueError(
             f"lengths: wanted the real tokens that valid names, {valid.sum(1).tolist()}, got "

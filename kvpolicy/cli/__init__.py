@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-import typer
+import sys
+from typing import TYPE_CHECKING, Any
 
-from .bench import bench
-from .calibrate import calibrate, pareto
-from .evaluate import evaluate
-from .inspect import inspect
-from .plan import plan
-from .train import train_duo, train_gate
+from .._extras import extra
 
-app = typer.Typer(
-    help="KV-cache admission, selection and eviction policies that compose and free real memory.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-for command in (plan, train_gate, train_duo, calibrate, pareto, evaluate, inspect, bench):
-    app.command()(command)
+if TYPE_CHECKING:
+    from .commands import app as app
+else:
+
+    def __getattr__(name: str) -> Any:
+        """`app` is made when it is asked for: it needs typer, which the extra `cli` brings."""
+        if name != "app":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        with extra("cli"):
+            from .commands import app
+        globals()["app"] = app
+        return app
+
+
+def main() -> None:
+    """The console script; without the extra `cli` it says what to install and exits with 1."""
+    try:
+        with extra("cli"):
+            import rich  # noqa: F401
+            import typer  # noqa: F401
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error}")
+    from .commands import app
+
+    app()

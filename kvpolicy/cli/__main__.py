@@ -1,5 +1,5 @@
 """`python -m kvpolicy.cli`."""
 
-from . import app
+from . import main
 
-app()
+main()

@@ -198,7 +198,8 @@ def _documents(
     with extra("train"):
         import datasets
 
-    return datasets.load_dataset(dataset, subset, split=split, streaming=True)
+    found: Iterable[Any] = datasets.load_dataset(dataset, subset, split=split, streaming=True)
+    return found
 
 
 def _dtype(name: str | None, device: str | None) -> str:

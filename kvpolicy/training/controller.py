@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from .._validate import fraction
+from .._fields import fraction
 
 
 @attrs.define(kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from .._validate import fraction, not_negative, one_of, positive
+from .._fields import fraction, not_negative, one_of, positive
 from .objective import Kernel
 
 

@@ -101,7 +101,7 @@ def test_a_failing_crossing(llama, nth, name, begun):
                 with pytest.raises(Fault):
                     llama(part, past_key_values=cache)
                 assert digest(cache) == before
-                assert attachment.owner is None and attachment.crossing is None
+                assert attachment.forwards.owner is None and attachment.forwards.crossing is None
             logits = llama(part, past_key_values=cache).logits
             assert logits.shape[1] == part.shape[1]
             runs.append((logits, digest(cache)))
@@ -119,7 +119,7 @@ def test_a_failing_eviction_at_a_crossing(llama):
         with pytest.raises(Fault):
             llama(torch.cat([ids[:, 10:], ids[:, :4]], 1), past_key_values=cache)
         assert digest(cache) == before
-        assert attachment.owner is None
+        assert attachment.forwards.owner is None
 
 
 def test_padding_before_a_crossing(llama):
@@ -132,3 +132,37 @@ def test_padding_before_a_crossing(llama):
         wanted = llama.generate(ids, **options)
         out = llama.generate(padded, attention_mask=mask, **options)
     assert torch.equal(out[:, 4:], wanted)
+
+
+OPTIONS = [
+    {"num_assistant_tokens": 2},
+    {"num_assistant_tokens_schedule": "constant", "num_assistant_tokens": 3},
+    {"assistant_confidence_threshold": 0.9},
+    {"assistant_ensemble_weight": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_assistant_options(llama, options):
+    """They belong to the assistant's own config, except those that mix both models."""
+    assistant = tiny(seed=5)
+    for name, value in options.items():
+        setattr(assistant.generation_config, name, value)
+    ids = prompt([9])["input_ids"].repeat(1, 3)
+    given = {"max_new_tokens": 16, "do_sample": False, "assistant_model": assistant}
+    if "assistant_ensemble_weight" in options:
+        given |= {**options, "do_sample": True}
+    torch.manual_seed(1)
+    plain = llama.generate(ids, **given)
+    torch.manual_seed(1)
+    with attach(llama, CachePipeline(window=5)):
+        assert torch.equal(plain, llama.generate(ids, **given))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_lookup_options(llama, size):
+    ids = prompt([9])["input_ids"].repeat(1, 3)
+    given = {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": size, "max_new_tokens": 16}
+    plain = llama.generate(ids, do_sample=False, **given)
+    with attach(llama, CachePipeline(window=5)):
+        assert torch.equal(plain, llama.generate(ids, do_sample=False, **given))

@@ -74,7 +74,7 @@ def test_a_failing_attach_changes_nothing(llama):
         attach(llama, CachePipeline(admission=gate(layers=3)))
     with pytest.raises(TypeError, match="pipeline: wanted a CachePipeline"):
         attach(llama, gate())
-    with pytest.raises(UnsupportedError, match="unknown sizes"):
+    with pytest.raises(TypeError, match="wanted one of page_size, .*at_cap"):
         attach(llama, PIPELINE, pages=3)
     assert snapshot(llama) == before
 

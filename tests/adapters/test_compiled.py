@@ -13,7 +13,8 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
 from kvpolicy import Admission, CachePipeline, UnsupportedError
-from kvpolicy.adapters.hf import attach, compiled
+from kvpolicy.adapters.hf import attach
+from kvpolicy.adapters.hf import compile as compiled
 from tests.support.adapters.faults import Fault, digest, snapshot
 from tests.support.adapters.models import SIZES, pipelines, prompt, tiny
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from kvpolicy import CachePipeline
@@ -21,27 +20,23 @@ def ending(model, inputs, after):
     return stop
 
 
-@pytest.mark.parametrize("what", ["attentions", "hidden_states"])
-def test_recorded(llama, what):
+def test_recorded(llama):
     """As transformers' own loop records it; sequences that ended store no padding."""
     inputs = prompt([17, 11])
     options = {
         "max_new_tokens": 9, "do_sample": False, "return_dict_in_generate": True,
-        f"output_{what}": True, "eos_token_id": ending(llama, inputs, 3),
+        "output_hidden_states": True, "eos_token_id": ending(llama, inputs, 3),
     }  # fmt: skip
     plain = llama.generate(**inputs, **options)
     with attach(llama, PIPELINE, **SIZES) as attachment:
         ours = llama.generate(**inputs, **options)
-        assert attachment.decoding == f"eager: {what} are wanted of every step"
+        assert attachment.decoding == "eager: hidden_states are wanted of every step"
     assert torch.equal(plain.sequences, ours.sequences)
-    found, wanted = ours[what], plain[what]
+    found, wanted = ours.hidden_states, plain.hidden_states
     assert [len(step) for step in found] == [len(step) for step in wanted]
-    if what == "hidden_states":
-        alive = slice(1, 2)
-        for a, b in zip(found[1:], wanted[1:], strict=True):
-            assert all(
-                torch.allclose(x[alive], y[alive], atol=1e-4) for x, y in zip(a, b, strict=True)
-            )
+    alive = slice(1, 2)
+    for a, b in zip(found[1:], wanted[1:], strict=True):
+        assert all(torch.allclose(x[alive], y[alive], atol=1e-4) for x, y in zip(a, b, strict=True))
     assert ours.past_key_values.state.lengths == [17 + 4, 11 + 8]
 
 

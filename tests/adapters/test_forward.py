@@ -42,7 +42,7 @@ def test_a_failing_layer(llama, name, when, error):
             step(llama, caches[0], ids[:, part], mask[:, part])
         if error is Fault:
             assert digest(caches[0]) == before
-            assert attachment.owner is None
+            assert attachment.forwards.owner is None
         again = step(llama, caches[0], ids[:, part], mask[:, part])
         assert torch.equal(again, step(llama, caches[1], ids[:, part], mask[:, part]))
         assert digest(caches[0]) == digest(caches[1])
@@ -57,7 +57,7 @@ def test_a_failing_generate(llama, nth):
         Break(llama, nth)
         with pytest.raises(Fault):
             llama.generate(**inputs, max_new_tokens=8, do_sample=False)
-        assert attachment.owner is None and not attachment.held
+        assert attachment.forwards.owner is None and not attachment.forwards.held
         assert torch.equal(wanted, llama.generate(**inputs, max_new_tokens=8, do_sample=False))
 
 
@@ -76,7 +76,7 @@ def test_an_error_in_open_releases_the_model(llama):
         for bad in (cache, object()):
             with pytest.raises((TypeError, ValueError)):
                 step(llama, bad, prompt([9])["input_ids"])
-            assert attachment.owner is None
+            assert attachment.forwards.owner is None
         done = []
         thread = threading.Thread(target=lambda: done.append(llama(prompt([9])["input_ids"])))
         thread.start()
@@ -93,7 +93,7 @@ def test_a_failing_eviction(llama, length):
         with pytest.raises(Fault):
             llama.generate(**prompt([20]), past_key_values=cache, max_new_tokens=12)
         assert cache.columns == cache.state.lengths[0] == length
-        assert attachment.owner is None
+        assert attachment.forwards.owner is None
 
 
 def test_end_prompt_is_asked_for(llama):

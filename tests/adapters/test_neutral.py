@@ -32,7 +32,6 @@ CASES = {
     "beams": {"max_new_tokens": 8, "num_beams": 3},
     "beams_returned": {"max_new_tokens": 8, "num_beams": 3, "num_return_sequences": 2},
     "beam_sample": {"max_new_tokens": 6, "num_beams": 2, "do_sample": True},
-    "attentions": {"max_new_tokens": 6, "output_attentions": True, **DICT},
     "hidden": {"max_new_tokens": 6, "output_hidden_states": True, **DICT},
 }
 

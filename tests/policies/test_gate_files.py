@@ -81,6 +81,17 @@ def test_metadata_is_the_default_and_arguments_win(tmp_path, gate_state):
     assert (gate.window, gate.threshold) == (16, 0.0)
 
 
+def test_the_activation_is_an_argument_or_metadata(tmp_path, gate_state):
+    """The tensors do not tell gelu from silu."""
+    plain = save(tmp_path / "plain.pt", gate_state())
+    assert WriteGate.from_pretrained(plain).activation == "gelu"
+    gate = WriteGate.from_pretrained(plain, activation="silu")
+    gate.save(tmp_path / "named.safetensors")
+    assert WriteGate.from_pretrained(tmp_path / "named.safetensors").activation == "silu"
+    with pytest.raises(ValueError, match="activation: wanted one of 'gelu', 'silu', got 'relu'"):
+        WriteGate.from_pretrained(plain, activation="relu")
+
+
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [

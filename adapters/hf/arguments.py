@@ -1,0 +1,160 @@
+"""What is refused by name: arguments of generate, of forwards and of the attention interface."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers.generation import GenerationConfig, GenerationMode
+
+from ...errors import UnsupportedError
+from .wrappers import check_soft_prompt, soft_prompt
+
+if TYPE_CHECKING:
+    from .attach import Attachment
+
+MODES = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+    GenerationMode.ASSISTED_GENERATION,
+)
+# Fields that ask for a way to generate which is not served, and what is in the way.
+OTHER_LOOPS = {
+    "assistant_early_exit": "it drafts with the model's first layers, whose cache is another one",
+    "use_mtp": "it drafts with layers that the cache does not hold",
+    "speculation_type": "its drafter reads the model's cache",
+    "dola_layers": "its loop is fetched from the Hub",
+    "penalty_alpha": "its loop is fetched from the Hub",
+    "constraints": "its loop is fetched from the Hub",
+    "force_words_ids": "its loop is fetched from the Hub",
+    "num_beam_groups": "its loop is fetched from the Hub",
+}
+# Fields that are about a cache or a compilation of transformers.
+OTHER_CACHES = {
+    "cache_implementation": "the pipeline's cache is used",
+    "cache_config": "the pipeline's cache is used",
+    "max_cache_len": "the pipeline's cache grows; cap it by attach(max_tokens=...)",
+    "compile_config": "compile the layers by attach(compile=True)",
+    "continuous_batching_config": "generate_batch does not serve an attached model",
+}
+# Arguments of other attention functions that change what is attended.
+SCORES = ("softcap", "s_aux", "position_bias", "head_mask", "cache")
+
+
+def check_generate(attachment: Attachment, kwargs: dict[str, Any], config: Any) -> None:
+    """Raises UnsupportedError for what an attached model's `generate` does not serve."""
+    if kwargs.get("custom_generate") is not None:
+        raise UnsupportedError("custom_generate: not together with an attached pipeline")
+    if config.use_cache is False:
+        raise UnsupportedError("use_cache=False: an attached pipeline needs its cache; detach it")
+    if kwargs.get("synced_gpus"):
+        raise UnsupportedError("synced_gpus: an attached model does not wait for other ranks")
+    if config.is_assistant:
+        raise UnsupportedError("is_assistant: an attached model drafts for no other; detach it")
+    check_outputs(config.output_attentions)
+    check_soft_prompt(attachment.model)
+    given = kwargs.get("generation_config")
+    for name, reason in OTHER_CACHES.items():
+        asked = kwargs.get(name, None if given is None else getattr(given, name, None))
+        if asked is not None:
+            raise UnsupportedError(f"{name}: not beside an attached pipeline: {reason}")
+    mode = config.get_generation_mode(kwargs.get("assistant_model"))
+    _check_loop(config, mode, kwargs)
+    if mode == GenerationMode.ASSISTED_GENERATION and soft_prompt(attachment.model):
+        raise UnsupportedError(
+            "assisted generation: not with a soft prompt, which hides where candidates begin"
+        )
+    pipeline = attachment.pipeline
+    phases_matter = not (pipeline.selection.neutral and pipeline.eviction.neutral)
+    if phases_matter and config.guidance_scale not in (None, 1):
+        raise UnsupportedError(
+            "guidance_scale: the unconditional branch of classifier-free guidance does not say "
+            "where its prompt ends; use an admission only"
+        )
+
+
+def _check_loop(config: GenerationConfig, mode: GenerationMode, kwargs: dict[str, Any]) -> None:
+    for name in ("assistant_early_exit", "use_mtp", "speculation_type"):
+        if getattr(config, name, None):
+            raise UnsupportedError(f"{name}: not served: {OTHER_LOOPS[name]}")
+    if mode in MODES:
+        return
+    asked = [name for name in OTHER_LOOPS if getattr(config, name, None) not in (None, 1)]
+    name = asked[0] if asked else str(mode.value)
+    raise UnsupportedError(f"{name}: not served: {OTHER_LOOPS.get(name, mode.value)}")
+
+
+def check_ahead(mask: Any, columns: int) -> None:
+    """Raises UnsupportedError if a mask hides tokens that are yet to be generated."""
+    if mask is not None and mask.ndim == 2 and not bool(mask[:, columns:].all()):
+        raise UnsupportedError(
+            f"attention_mask: it goes on after the {columns} columns of the prompt and hides "
+            "tokens to come, which is not served"
+        )
+
+
+def check_outputs(attentions: Any) -> None:
+    """Raises UnsupportedError if attention weights are asked for."""
+    if attentions:
+        raise UnsupportedError(
+            "output_attentions: an attached pipeline computes no attention weights; detach it and "
+            "use attn_implementation='eager'"
+        )
+
+
+def check_causal(causal: bool | None) -> None:
+    """Raises UnsupportedError if tokens shall see later ones."""
+    if causal is False:
+        raise UnsupportedError("is_causal=False: tokens would see later ones, which no cache holds")
+
+
+def check_model(decoder: Any, layers: list[Any]) -> None:
+    """Raises UnsupportedError for a model whose attention is not what its kind's is."""
+    check_outputs(getattr(decoder.config, "output_attentions", False))
+    causal = [
+        getattr(decoder.config, "is_causal", True),
+        *(getattr(m, "is_causal", True) for m in layers),
+    ]
+    if not all(causal):
+        raise UnsupportedError(
+            "is_causal=False: every token would see later ones; caches hold none"
+        )
+
+
+def check_forward(decoder: Any, layers: list[Any], kwargs: dict[str, Any]) -> None:
+    """Raises UnsupportedError for a forward that an attached decoder does not serve."""
+    wanted = kwargs.get("output_attentions")
+    check_outputs(decoder.config.output_attentions if wanted is None else wanted)
+    if kwargs.get("is_causal") is False:
+        raise UnsupportedError(
+            "is_causal=False: every token would see later ones; caches hold none"
+        )
+    if not decoder.training and not any(module.training for module in layers):
+        return
+    if any(getattr(m, "gradient_checkpointing", False) and m.training for m in decoder.modules()):
+        raise UnsupportedError(
+            "gradient checkpointing: it runs layers without their cache; call model.eval(), or "
+            "detach to train"
+        )
+    if any(module.training and getattr(module, "attention_dropout", 0) for module in layers):
+        raise UnsupportedError(
+            "attention_dropout: an attached model serves inference only; call model.eval()"
+        )
+
+
+def check_attention(module: Any, scaling: Any, dropout: float, kwargs: dict[str, Any]) -> None:
+    """Raises UnsupportedError for arguments of an attention function that are not served."""
+    if dropout:
+        raise UnsupportedError(
+            "dropout: an attached model serves inference only; call model.eval()"
+        )
+    if scaling is not None and scaling != module.scaling:
+        raise UnsupportedError(
+            f"scaling: wanted the module's {module.scaling}, with which the cache was made, got "
+            f"{scaling}"
+        )
+    check_causal(kwargs.get("is_causal"))
+    for name in SCORES:
+        if kwargs.get(name) is not None:
+            raise UnsupportedError(f"{name}: this model's attention scores are not served")

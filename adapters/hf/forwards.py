@@ -1,0 +1,167 @@
+"""The forward in flight of an attached decoder, and the thread that runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ...errors import PhaseError, UnsupportedError
+from ...pipeline import CachePipeline
+from .arguments import check_forward
+from .cache import KVPolicyCache
+from .compile import check_forward as check_compiled
+from .forward import Crossing, close_forward, inputs_of, open_forward, true_positions
+from .packed import split
+from .wrappers import check_soft_prompt
+
+if TYPE_CHECKING:
+    from .attach import Attachment
+
+
+class Forwards:
+    """Opens a call on a cache before the decoder's forward and closes it afterwards.
+
+    One thread at a time: another's forward raises.
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        parameters = inspect.signature(type(decoder).forward).parameters
+        self.names = list(parameters)[1:]
+        self.lock = threading.Lock()  # of owner
+        self.owner: threading.Thread | None = None
+        self.held = False  # by a generate in progress
+        self.cache: KVPolicyCache | None = None  # of the forward in flight
+        self.crossing: Crossing | None = None
+        self.own = self.kept = False  # whether we made that cache, and whether to hand it out
+        self.as_tuple = False
+        self.warned = False
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """Holds the model for this thread; another's forward or generate raises meanwhile."""
+        self.claim()
+        outer, self.held = self.held, True
+        try:
+            yield
+        finally:
+            self.held = outer
+            self.release()
+
+    def claim(self) -> None:
+        me = threading.current_thread()
+        with self.lock:
+            if self.owner not in (None, me) and self.owner.is_alive():
+                raise PhaseError(
+                    "the attached model is running in another thread; attach a copy of it, made "
+                    "before attaching"
+                )
+            self.owner = me
+        self.take_back()  # an interrupt skips forward hooks and leaves its forward open
+
+    def release(self) -> None:
+        if not self.held:
+            self.owner = None
+
+    def take_back(self) -> None:
+        """Undoes the forward in flight, if there is one."""
+        cache, self.cache = self.cache, None
+        crossing, self.crossing = self.crossing, None
+        if cache is not None and cache.layout is not None:
+            close_forward(cache, failed=True)
+        if crossing is not None:
+            crossing.undo()
+
+    def open(self, attachment: Attachment, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The arguments with which the decoder's forward goes on."""
+        self.claim()
+        try:
+            kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+            return (), self._open(attachment, kwargs)
+        except BaseException:
+            self.take_back()
+            self.release()
+            raise
+
+    def _open(self, attachment: Attachment, kwargs: dict[str, Any]) -> dict[str, Any]:
+        decoder, config = attachment.decoder, attachment.decoder.config
+        if decoder.training and torch.is_grad_enabled():
+            raise UnsupportedError(
+                "an attached model serves inference only; detach it to train, or call model.eval()"
+            )
+        check_forward(decoder, attachment.layers, kwargs)
+        if attachment.compiled is not None:
+            check_compiled(config, kwargs)
+        given = kwargs.get("past_key_values")
+        if given is not None and not isinstance(given, KVPolicyCache):
+            check_soft_prompt(attachment.model)  # which hands such caches on
+        keeps = config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
+        kept = given is not None or keeps
+        as_tuple = not kwargs.get("return_dict", config.return_dict)
+        kwargs["return_dict"] = True
+        cache = kwargs["past_key_values"] = attachment.cache_for(given)
+        ids, crossing = inputs_of(kwargs), None
+        batch, columns = ids.shape[:2]
+        if given is not None and cache.counts_positions:
+            kwargs["position_ids"] = None  # as transformers counted them, by columns
+        texts = split(kwargs, batch, columns, cached=kept)
+        self._remind(attachment.pipeline, given, columns)
+        if Crossing.needed(cache, columns):
+            crossing = Crossing(decoder, cache, kwargs)
+            self.claim()
+            kwargs, self.crossing = crossing.rest, crossing
+            columns = inputs_of(kwargs).shape[1]
+        open_forward(cache, batch, columns, kwargs.get("attention_mask"), texts)
+        self.cache, self.as_tuple = cache, as_tuple
+        self.own, self.kept = given is None, kept
+        if kwargs.get("position_ids") is None and not texts:
+            kwargs["position_ids"] = true_positions(cache, ids.device)
+        return kwargs
+
+    def close(self, attachment: Attachment, output: Any) -> Any:
+        """What the decoder's forward returns; None leaves `output` as it is."""
+        if self.owner is not threading.current_thread() or self.cache is None:
+            return None  # the forward failed before it opened
+        try:
+            if output is None:
+                self.take_back()
+                return None
+            cache, self.cache = self.cache, None
+            crossing, self.crossing = self.crossing, None
+            close_forward(cache, failed=False)
+            if crossing is not None:
+                output = crossing.finish(output)
+            if not self.kept:
+                output.past_key_values = None
+            if self.own and not self.held:
+                attachment.used(cache)
+            return output.to_tuple() if self.as_tuple else output
+        finally:
+            self.release()
+
+    def _remind(self, pipeline: CachePipeline, given: KVPolicyCache | None, columns: int) -> None:
+        """Warns, once, of a loop whose prompt does not end although the pipeline would act then."""
+        if self.held or self.warned or (pipeline.selection.neutral and pipeline.eviction.neutral):
+            return
+        if given is None:
+            what = "this forward read all its tokens as a prompt"
+        else:
+            single = columns == 1 and given.phase == "prompt" and given.columns > 0
+            given.singles = given.singles + 1 if single else 0
+            if given.singles < 2:  # one may be what is left of a prompt in chunks
+                return
+            what = "this cache's prompt has not ended, and single tokens follow"
+        self.warned = True
+        warnings.warn(
+            f"{what}, so that the pipeline's selection and prompt-end eviction do not act: fill a "
+            "cache by attached.read(context), which ends the prompt, or call cache.end_prompt(); "
+            "attached.loglikelihood(context, continuation) scores texts",
+            UserWarning,
+            stacklevel=3,
+        )

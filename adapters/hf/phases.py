@@ -1,0 +1,132 @@
+"""Contexts and questions: what reads a context into a cache, and what asks about it afterwards."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...errors import PhaseError, UnsupportedError
+from .cache import KVPolicyCache
+from .generate import merged_config, run
+from .wrappers import soft_prompt
+
+if TYPE_CHECKING:
+    from .attach import Attachment
+
+QUESTIONS = ("decode", "prompt")
+
+
+def read(
+    attachment: Attachment,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    inputs_embeds: Tensor | None,
+    cache: KVPolicyCache | None,
+    chunk_size: int | None,
+) -> KVPolicyCache:
+    """See `Attachment.read`."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("input_ids: wanted either input_ids or inputs_embeds")
+    name = "input_ids" if inputs_embeds is None else "inputs_embeds"
+    inputs: Any = input_ids if inputs_embeds is None else inputs_embeds
+    whole = inputs.shape[1]
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size: wanted at least 1, got {chunk_size}")
+    if attention_mask is not None and attention_mask.shape != inputs.shape[:2]:
+        raise ValueError(
+            f"attention_mask: wanted {list(inputs.shape[:2])}, of the new columns, got "
+            f"{list(attention_mask.shape)}"
+        )
+    reader: Any = attachment.decoder
+    if soft_prompt(attachment.model):
+        if cache is not None or chunk_size is not None:
+            raise UnsupportedError("read: a soft prompt goes before one forward of one context")
+        reader = attachment.model
+    cache = attachment.cache_for(cache)
+    with torch.no_grad(), attachment.forwards.holding():
+        cache.begin_prompt()
+        for start in range(0, whole, chunk_size or whole):
+            part = slice(start, start + (chunk_size or whole))
+            mask = None if attention_mask is None else attention_mask[:, part]
+            reader(
+                **{name: inputs[:, part]},
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        cache.end_prompt()
+    return cache
+
+
+def ask(
+    attachment: Attachment,
+    cache: KVPolicyCache,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    question: str,
+    options: dict[str, Any],
+) -> Any:
+    """See `Attachment.ask`."""
+    config = merged_config(attachment, options)
+    rows = max(config.num_beams or 1, config.num_return_sequences or 1)
+    fork = _fork(attachment, cache, input_ids, question, rows)
+    mask = _full_mask(fork, input_ids, attention_mask, rows)
+    given = {"input_ids": input_ids, "attention_mask": mask, "past_key_values": fork}
+    return run(attachment, {**options, **given}, question)
+
+
+def loglikelihood(
+    attachment: Attachment,
+    input_ids: Tensor,
+    continuation_ids: Tensor,
+    attention_mask: Tensor | None,
+    question: str,
+) -> Tensor:
+    """See `Attachment.loglikelihood`."""
+    if input_ids.shape[1] < 2 or not continuation_ids.shape[1]:
+        raise ValueError("input_ids: wanted two columns or more, and a continuation of one or more")
+    mask = None if attention_mask is None else attention_mask[:, :-1]
+    cache = read(attachment, input_ids[:, :-1], mask, None, None, None)
+    _check(question)
+    asked = torch.cat([input_ids[:, -1:], continuation_ids[:, :-1]], 1)
+    with torch.no_grad(), attachment.forwards.holding():
+        cache.begin_question(None if question == "decode" else cache.columns + asked.shape[1])
+        output = attachment.base(input_ids=asked, past_key_values=cache, return_dict=True)
+    attachment.used(cache)
+    scores = output.logits.float().log_softmax(-1)
+    return scores.gather(-1, continuation_ids[..., None].to(scores.device)).squeeze(-1)
+
+
+def _check(question: str) -> None:
+    if question not in QUESTIONS:
+        raise ValueError(f"question: wanted one of {', '.join(QUESTIONS)}, got {question!r}")
+
+
+def _fork(
+    attachment: Attachment, cache: KVPolicyCache, input_ids: Tensor, question: str, rows: int
+) -> KVPolicyCache:
+    """A copy with a sequence for each that will be generated."""
+    _check(question)
+    cache = attachment.cache_for(cache)
+    if cache.state is None or cache.phase != "decode":
+        raise PhaseError(
+            "ask: the cache's prompt has not ended; read the context by attached.read(context), or "
+            "call cache.end_prompt()"
+        )
+    batch, held = input_ids.shape[0], cache.state.batch
+    if held not in (1, batch):
+        raise ValueError(
+            f"input_ids: wanted 1 or {held} questions for {held} sequences, got {batch}"
+        )
+    of = range(batch) if held == batch else [0] * batch
+    return cache.fork([row for row in of for _ in range(rows)])
+
+
+def _full_mask(
+    fork: KVPolicyCache, input_ids: Tensor, attention_mask: Tensor | None, rows: int
+) -> Tensor:
+    new = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    before = fork.real()[::rows].to(new.device, new.dtype)
+    return torch.cat([before, new], 1)

@@ -1,0 +1,59 @@
+"""The model inside the wrappers that other libraries put around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ...errors import UnsupportedError
+
+# By name: importing what defines them takes long, and most are never used.
+REPLICAS = (
+    "DataParallel",
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+    "FSDPModule",
+    "DeepSpeedEngine",
+)
+READY_STATES = ("PREFIX_TUNING", "CARTRIDGE")  # of PEFT: they fill caches before the prompt
+
+
+def unwrapped(model: Any) -> Any:
+    """`model` without torch.compile's wrapper, which writes its attributes to the model inside.
+
+    Raises UnsupportedError for wrappers that run replicas or shards of a model.
+    """
+    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        model = inner
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    for name in REPLICAS:
+        if name in kinds:
+            raise UnsupportedError(
+                f"model: {name} runs replicas or shards of a model, an attached model runs once; "
+                "attach to the model itself"
+            )
+    return model
+
+
+def base_of(model: Any) -> Any:
+    """transformers' model inside the wrappers of PEFT and torch.compile."""
+    model = unwrapped(model)
+    return base_of(model.get_base_model()) if hasattr(model, "get_base_model") else model
+
+
+def soft_prompt(model: Any) -> Any:
+    """The active PEFT configuration if it puts virtual tokens before prompts, else None."""
+    config = getattr(unwrapped(model), "active_peft_config", None)
+    return config if getattr(config, "is_prompt_learning", False) else None
+
+
+def check_soft_prompt(model: Any) -> None:
+    """Raises UnsupportedError for soft prompts that are keys and values instead of tokens."""
+    config = soft_prompt(model)
+    kind = getattr(getattr(config, "peft_type", None), "value", None)
+    if kind in READY_STATES:
+        raise UnsupportedError(
+            f"peft_type {kind}: the adapter hands ready keys and values to the model, which a "
+            "pipeline's cache cannot judge; use prompt tuning, p-tuning or LoRA"
+        )

@@ -1,0 +1,135 @@
+"""What fields of the frozen classes take; the same checks serve plain arguments.
+
+Every message is "name: wanted X, got Y", with what to write instead where that can be known: a
+TypeError for a value of another kind, a ValueError for one out of range.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+Check = Callable[[Any, "attrs.Attribute[Any]", Any], None]
+
+MOST = 1 << 30  # tokens of a sequence: what a stored position can count
+MOST_INT = (1 << 63) - 1  # bytes and sums over heads
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: short, and without a tensor's contents."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)} of {value.dtype}"
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more digits than Python prints
+        return f"an {type(value).__name__} of more digits than can be shown"
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def check_int(name: str | None, value: Any, least: int, most: int = MOST) -> None:
+    """Raises unless `value` is an int from `least` to `most`; a bool is none."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        whole = isinstance(value, float) and value.is_integer() and least <= value <= most
+        instead = f"; write {int(value)}" if whole else ""
+        raise TypeError(f"{name}: wanted an int of at least {least}, got {shown(value)}{instead}")
+    if value < least:
+        raise ValueError(f"{name}: wanted at least {least}, got {shown(value)}")
+    if value > most:
+        raise ValueError(f"{name}: wanted at most {most:,}, got {shown(value)}")
+
+
+def check_number(name: str | None, value: Any, wanted: str, fits: Callable[[float], bool]) -> None:
+    """Raises unless `value` is a finite int or float that `fits`; a bool is none."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name}: wanted {wanted}, got {shown(value)}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or not fits(number):
+        raise ValueError(f"{name}: wanted {wanted}, got {shown(value)}")
+
+
+def integer(least: int, most: int = MOST) -> Check:
+    """An int from `least` to `most`."""
+
+    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        check_int(attribute.alias, value, least, most)
+
+    return check
+
+
+positive = integer(1)
+not_negative = integer(0)
+seed = integer(-MOST_INT - 1, MOST_INT)
+
+
+def optional(check: Check) -> Check:
+    """None, or what `check` takes."""
+
+    def checked(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if value is not None:
+            check(instance, attribute, value)
+
+    return checked
+
+
+def number(wanted: str, fits: Callable[[float], bool]) -> Check:
+    """A finite number that `fits`, which `wanted` says in words."""
+
+    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        check_number(attribute.alias, value, wanted, fits)
+
+    return check
+
+
+def fraction(low_open: bool = False, high_open: bool = False) -> Check:
+    """A number in [0, 1], without the named ends."""
+    wanted = f"a number in {'(' if low_open else '['}0, 1{')' if high_open else ']'}"
+
+    def fits(value: float) -> bool:
+        return (value > 0 if low_open else value >= 0) and (value < 1 if high_open else value <= 1)
+
+    return number(wanted, fits)
+
+
+def one_of(*options: str) -> Check:
+    """One of the named words."""
+    wanted = "one of " + ", ".join(repr(option) for option in options)
+
+    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if not isinstance(value, str):
+            raise TypeError(f"{attribute.alias}: wanted {wanted}, got {shown(value)}")
+        if value not in options:
+            raise ValueError(f"{attribute.alias}: wanted {wanted}, got {shown(value)}")
+
+    return check
+
+
+def is_a(kind: type, wanted: str, instead: Callable[[Any], str] = lambda value: "") -> Check:
+    """An instance of `kind`, which `wanted` says in words.
+
+    `instead` gives what to write in place of a wrong value, or "".
+    """
+
+    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if isinstance(value, kind):
+            return
+        is_class = isinstance(value, type) and issubclass(value, kind)
+        hint = f"{value.__name__}(...)" if is_class else instead(value)
+        raise TypeError(
+            f"{attribute.alias}: wanted {wanted}, got {shown(value)}"
+            + (f"; write {hint}" if hint else "")
+        )
+
+    return check
+
+
+flag = is_a(bool, "a bool")
+function = is_a(Callable, "a function")  # type: ignore[arg-type]

@@ -1,0 +1,77 @@
+"""What generate does with a tokenizer: stop strings and token healing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from kvpolicy import CachePipeline
+from kvpolicy.adapters.hf import attach
+from tests.support.adapters.models import pipelines, prompt, tiny
+
+PIPELINE = CachePipeline(window=5)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Letters, and pairs of them; 199 tokens."""
+    letters = [chr(n) for n in range(ord("a"), ord("z") + 1)]
+    pairs = [(a, b) for a in letters for b in letters][:170]
+    words = ["<pad>", "<s>", "<unk>", *letters, *("".join(pair) for pair in pairs)]
+    inner = Tokenizer(models.BPE({word: n for n, word in enumerate(words)}, pairs))
+    inner.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", unk_token="<unk>"
+    )
+
+
+@pytest.mark.parametrize("mode", [{}, {"do_sample": True}, {"num_beams": 2}])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_stop_strings(llama, tokenizer, rows, mode):
+    """A row that stops goes on until all have, as transformers has it without an EOS token."""
+    inputs = prompt([9, 12] if rows == 2 else [12])
+    options = {"do_sample": False, "max_new_tokens": 12, **mode, "tokenizer": tokenizer}
+
+    def run(model, **more):
+        torch.manual_seed(2)
+        return model.generate(**inputs, **options, **more)
+
+    free = run(llama)
+    stops = [tokenizer.decode(row[15]) for row in free]
+    plain = run(llama, stop_strings=stops)
+    assert plain.shape != free.shape
+    with attach(llama, PIPELINE):
+        assert torch.equal(run(llama, stop_strings=stops), plain)
+        llama.generation_config.stop_strings = stops
+        assert torch.equal(run(llama), plain)
+        with pytest.raises(ValueError, match="tokenizer"):
+            llama.generate(**inputs, stop_strings=stops, max_new_tokens=3)
+
+
+def test_token_healing(tokenizer):
+    """The prompt's last token is chosen anew among its extensions, by a generate inside."""
+    model = tiny(bos_token_id=1)
+    model.generation_config.bos_token_id = 1
+    vocabulary = tokenizer.get_vocab()
+    ids = torch.tensor([[1, 20, 130, 140, vocabulary["b"]]])
+    options = {"max_new_tokens": 5, "do_sample": False, "tokenizer": tokenizer}
+    plain = model.generate(ids, token_healing=True, **options)
+    assert not torch.equal(plain, model.generate(ids, **options))
+    for pipeline in (PIPELINE, pipelines()["snapkv"]):
+        with attach(model, pipeline):
+            ours = model.generate(ids, token_healing=True, **options)
+        assert torch.equal(ours, plain)
+
+
+def test_assistant_of_another_vocabulary(llama, tokenizer):
+    """Drafts are translated by both tokenizers."""
+    given = {
+        "assistant_model": tiny(seed=5, vocab_size=199), "tokenizer": tokenizer,
+        "assistant_tokenizer": tokenizer, "max_new_tokens": 12, "do_sample": False,
+    }  # fmt: skip
+    ids = prompt([9])["input_ids"].clamp(max=198)
+    plain = llama.generate(ids, **given)
+    with attach(llama, PIPELINE):
+        assert torch.equal(plain, llama.generate(ids, **given))
