@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from .._extras import extra
-from .common import Device, Model, errors, load, read
+from .common import Device, Model, OfWeights, errors, load, read
 
 
 class Objective(StrEnum):
@@ -39,9 +39,6 @@ Split = Annotated[str, typer.Option(help="The data set's split.")]
 Steps = Annotated[int, typer.Option(min=1, help="Optimiser steps.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens of a training sequence.")]
 Seed = Annotated[int, typer.Option(help="Of data and initialisation.")]
-Dtype = Annotated[
-    str | None, typer.Option(help="Of the frozen weights; default bfloat16, on a CPU float32.")
-]
 RunDir = Annotated[
     Path | None, typer.Option(help="Metrics and state; a run resumes from it.", file_okay=False)
 ]
@@ -82,7 +79,7 @@ def train_gate(
     eval_every: Annotated[int, typer.Option(min=0, help="Steps between hard evaluations.")] = 0,
     seed: Seed = 0,
     device: Device = None,
-    dtype: Dtype = None,
+    dtype: OfWeights = None,
     run_dir: RunDir = None,
     save_every: SaveEvery = 100,
 ) -> None:
@@ -96,7 +93,7 @@ def train_gate(
         if out.suffix not in (".safetensors", ".pt"):
             raise ValueError(f"out: wanted a name ending in .safetensors or .pt, got {str(out)!r}")
         found = _documents(texts, dataset, subset, split)
-        language_model, tokenizer = load(model, device, dtype or _dtype(device))
+        language_model, tokenizer = load(model, device, dtype)
         before = None if start is None else WriteGates.load(start, language_model)
         trained = train_write_gate(
             language_model,
@@ -146,7 +143,7 @@ def train_duo(
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations.")] = True,
     seed: Seed = 0,
     device: Device = None,
-    dtype: Dtype = None,
+    dtype: OfWeights = None,
     run_dir: RunDir = None,
     save_every: SaveEvery = 100,
 ) -> None:
@@ -155,7 +152,7 @@ def train_duo(
         from ..training import train_duo_attention
 
         found = _documents(texts, dataset, subset, split)
-        language_model, tokenizer = load(model, device, dtype or _dtype(device))
+        language_model, tokenizer = load(model, device, dtype)
         trained = train_duo_attention(
             language_model,
             found,
@@ -189,13 +186,6 @@ def _documents(
         import datasets
 
     return datasets.load_dataset(dataset, subset, split=split, streaming=True)
-
-
-def _dtype(device: str | None) -> str:
-    import torch
-
-    on_cpu = not torch.cuda.is_available() if device is None else device == "cpu"
-    return "float32" if on_cpu else "bfloat16"
 
 
 def _is_main() -> bool:
