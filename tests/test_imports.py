@@ -13,7 +13,7 @@ LINKS = ("kernels", "adapters")
 
 # Lowest first. A part of kvpolicy, a module or a folder, imports its own layer and those below it.
 LAYERS = (
-    ("errors", "choices", "_fields", "_extras", "_knob", "_option", "_markdown"),
+    ("errors", "choices", "_fields", "_extras", "_knob", "_option", "_markdown", "_files"),
     ("backend",),
     ("ops",),
     ("reference", "kernels"),

@@ -8,15 +8,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Device, Duo, Gate, Model, errors, load, read
+from .._fields import MOST
+from .._files import write_text
+from .common import (
+    Device,
+    Duo,
+    Gate,
+    Model,
+    OfWeights,
+    Texts,
+    Window,
+    check_fractions,
+    errors,
+    load,
+    read,
+)
 
 if TYPE_CHECKING:
     from ..evaluation.search.pareto import Front, Point
     from ..pipeline import CachePipeline
 
-Texts = Annotated[Path, typer.Option(help="A .txt file or a folder of them.", exists=True)]
 AsJson = Annotated[bool, typer.Option("--json", help="The report as JSON.")]
-Window = Annotated[int | None, typer.Option(min=1, help="Local window without a gate.")]
 
 
 def calibrate(
@@ -32,10 +44,11 @@ def calibrate(
     max_bytes: Annotated[
         float | None, typer.Option("--bytes", help="Bytes of one prompt's cache instead.")
     ] = None,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of a prompt.")] = 4096,
+    length: Annotated[int, typer.Option(min=2, max=MOST, help="Tokens of a prompt.")] = 4096,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts that sizes are measured on.")] = 4,
     window: Window = None,
     device: Device = None,
+    dtype: OfWeights = None,
     as_json: AsJson = False,
 ) -> None:
     """Find the threshold, sparsity or budget that gives a cache of a wanted size."""
@@ -46,7 +59,7 @@ def calibrate(
         from ..evaluation.tasks.loss import documents
 
         pipeline = _pipeline(gate, duo, snapkv, window)
-        language_model, tokenizer = load(model, device)
+        language_model, tokenizer = load(model, device, dtype)
         text = "\n\n".join(read(texts))
         found = calibration.calibrate(
             language_model,
@@ -81,13 +94,14 @@ def pareto(
         list[float] | None, typer.Option(help="Parts of the context that SnapKV leaves.")
     ] = None,
     task: Annotated[str, typer.Option(help="What is asked.")] = "eight needles",
-    length: Annotated[int, typer.Option(min=2, help="Context tokens.")] = 2048,
+    length: Annotated[int, typer.Option(min=2, max=MOST, help="Context tokens.")] = 2048,
     contexts: Annotated[int, typer.Option(min=1, help="Contexts of a point.")] = 8,
     question_seen: Annotated[
         bool, typer.Option("--question-seen", help="The eviction knows the question.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the contexts.")] = 0,
     device: Device = None,
+    dtype: OfWeights = None,
 ) -> None:
     """Measure thresholds x eviction budgets, and which of them are worth their bytes."""
     with errors():
@@ -97,11 +111,12 @@ def pareto(
         asking = [name for name in TASKS if TASKS[name].questions]
         if task not in asking:
             raise ValueError(f"task: wanted one of {', '.join(asking)}, got {task!r}")
-        language_model, tokenizer = load(model, device)
+        parts = budget or [0.25, 0.125, 0.0625]
+        check_fractions("budget", parts)
+        language_model, tokenizer = load(model, device, dtype)
         examples = TASKS[task].make(
             tokenizer, "\n\n".join(read(texts)), length=length, contexts=contexts, seed=seed
         )
-        parts = budget or [0.25, 0.125, 0.0625]
         found = measuring.pareto(
             language_model,
             _pipeline(gate, None, True, None),
@@ -149,5 +164,5 @@ def _write(out: Path, found: Front, title: str) -> None:
 
     points = [attrs.asdict(point) | {"best": point in found.best} for point in found.points]
     record = {"knobs": found.knobs, "points": points}
-    (out / "pareto.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    write_text(out / "pareto.json", json.dumps(record, indent=1))
     front(out / "pareto.png", found, title)
