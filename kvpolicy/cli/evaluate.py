@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import Device, Duo, errors, load, read
+from .common import Device, Duo, errors, load, own_pipeline, read
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -45,6 +45,9 @@ def evaluate(
         list[float] | None, typer.Option(help="Thresholds of every gate, not its own.")
     ] = None,
     duo: Duo = None,
+    pipeline: Annotated[
+        list[str] | None, typer.Option(help="CachePipelines of yours too: module:name.")
+    ] = None,
     keep: Annotated[
         list[float] | None, typer.Option(help="Parts of the cache, where there are no gates.")
     ] = None,
@@ -62,11 +65,12 @@ def evaluate(
     """Evaluate policies: accuracy and loss at equal cache sizes, as tables and plots."""
     began = time.monotonic()
     with errors():
-        from ..evaluation.grid import LOSS
+        from ..evaluation.grid import LOSS, own
         from ..evaluation.results import Store
         from ..evaluation.runner import QUESTIONS, Runner, variants_for
         from ..evaluation.tasks import TASKS
         from ..evaluation.texts import python_topics
+        from ..store.fingerprint import pipeline_fingerprint
 
         tasks = task or ["eight needles", "copy", "eight facts", LOSS, "key-value"]
         unknown = set(tasks) - {*TASKS, LOSS}
@@ -78,6 +82,8 @@ def evaluate(
             contexts = -(-questions // QUESTIONS)
         gates, keeps, budgets = gate or [], keep or [0.25, 0.1], budget or [0.125, 0.25, 0.0625]
         found = variants_for(model, gates, threshold or [], duo, keeps, budgets, window)
+        mine = {name: own_pipeline(name) for name in pipeline or []}
+        found += [own(*item) for item in mine.items()]
         names = [row.name for row in found]
         if variant:
             chosen = [row for row in found if row.name.startswith(tuple(variant))]
@@ -100,6 +106,8 @@ def evaluate(
             "threshold": threshold,
             "page_size": page_size,
         }
+        if mine:
+            settings["pipeline"] = {n: pipeline_fingerprint(x) for n, x in mine.items()}
         store = Store(out)
         runner = Runner(
             model=language_model,

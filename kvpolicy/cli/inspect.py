@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Device, Duo, Gate, Model, composed, errors, load, read
+from .common import Device, Duo, Gate, Model, Own, composed, errors, load, read
 
 if TYPE_CHECKING:
     from ..evaluation.fidelity import Fidelity
@@ -24,6 +24,7 @@ def inspect(
     window: Annotated[int | None, typer.Option(min=1, help="Local window in tokens.")] = None,
     quest: Annotated[int | None, typer.Option(help="Tokens a head reads.")] = None,
     snapkv: Annotated[int | None, typer.Option(help="Tokens a head holds.")] = None,
+    pipeline: Own = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens of the text that are read.")] = 1024,
     continuation: Annotated[
         int, typer.Option(min=1, help="The last of them, decoded one by one.")
@@ -39,15 +40,15 @@ def inspect(
         from ..evaluation.kept import kept_map
         from ..evaluation.prompts import encode
 
-        pipeline = composed(window, gate, duo, sparsity, quest, snapkv)
-        if pipeline is None:
-            raise ValueError("gate, duo, window, quest, snapkv: wanted at least one")
+        composition = composed(window, gate, duo, sparsity, quest, snapkv, pipeline)
+        if composition is None:
+            raise ValueError("gate, duo, window, quest, snapkv, pipeline: wanted at least one")
         language_model, tokenizer = load(model, device)
         ids = encode(tokenizer, "\n\n".join(read(texts)))[:length]
-        found = compare(language_model, pipeline, ids, continuation=continuation)
+        found = compare(language_model, composition, ids, continuation=continuation)
         out.mkdir(parents=True, exist_ok=True)
         (out / "fidelity.json").write_text(json.dumps(_record(found), indent=1), encoding="utf-8")
-        kept = kept_map(_prompt(language_model, pipeline, ids), tokenizer, ids)
+        kept = kept_map(_prompt(language_model, composition, ids), tokenizer, ids)
         kept.html(out / "kept.html")
         kept.png(out / "kept.png", tokenizer)
         typer.echo(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import composed, errors
+from .common import Own, composed, errors
 
 
 class Dtype(StrEnum):
@@ -33,6 +33,7 @@ def plan(
     sparsity: Annotated[float, typer.Option(help="Streaming heads, with --duo.")] = 0.5,
     quest: Annotated[int | None, typer.Option(help="Tokens a head reads.")] = None,
     snapkv: Annotated[int | None, typer.Option(help="Tokens a head holds.")] = None,
+    pipeline: Own = None,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and cache.")] = Dtype.bfloat16,
     page_size: Annotated[int, typer.Option(min=1, help="Tokens of a page.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Bytes as JSON.")] = False,
@@ -45,12 +46,12 @@ def plan(
 
         from ..adapters.hf import fit_report
 
-        pipeline = composed(window, gate, duo, sparsity, quest, snapkv)
+        composition = composed(window, gate, duo, sparsity, quest, snapkv, pipeline)
         result = fit_report(
             AutoConfig.from_pretrained(model),
             tokens,
             admitted=admitted,
-            pipeline=pipeline,
+            pipeline=composition,
             batch=batch,
             dtype=getattr(torch, dtype.value),
             page_size=page_size,

@@ -111,7 +111,7 @@ def _panel(axes: Any, rows: Sequence[Row], score: str, x: Where) -> None:
             [at for at, _, _ in points],
             [mean for _, mean, _ in points],
             yerr=[0.0 if math.isnan(error) else error for _, _, error in points],
-            color=_COLOURS[family],
+            color=_COLOURS.get(family),
             linestyle="--" if seen else "-",
             marker="s" if seen else "o",
             markersize=5,
