@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from kvpolicy import DuoAttention, WriteGate
 from kvpolicy.adapters.hf import fit_report
 from kvpolicy.cli import app, common
+from kvpolicy.evaluation.grid.variants import LOSS
 from kvpolicy.evaluation.models import smollm2, tiny_llama
 from tests.support.evaluation.small import small_gate
 
@@ -181,7 +182,64 @@ def test_inspect_reports_and_shows(folder: Path, tmp_path: Path) -> None:
     assert "<span data-i" in (tmp_path / "kept.html").read_text()
     assert (tmp_path / "kept.png").read_bytes()[:4] == b"\x89PNG"
     said = fails("inspect", folder / "model", *options)
-    assert said.startswith("error: gate, duo, window, quest, snapkv: wanted at least one")
+    assert said.startswith("error: gate, duo, window, quest, snapkv, pipeline: wanted at least")
+
+
+OWN = """
+import attrs
+from kvpolicy import Admission, Budget, CachePipeline, Eviction
+
+@attrs.frozen(kw_only=True)
+class Even(Admission):
+    by_position = True
+    def admit(self, write):
+        return (write.positions % 2 == 0).expand(write.key.shape[0], -1)
+
+@attrs.frozen
+class Root(Budget):
+    def tokens_per_head(self, seen, layer, layers):
+        return round(4 * seen ** 0.5)
+
+@attrs.frozen(kw_only=True)
+class Norms(Eviction):
+    budget: Budget = Root()
+    def score(self, view):
+        return view.keys.norm(dim=-1)
+
+pipeline = CachePipeline(eviction=Norms(), window=16)
+sparse = CachePipeline(admission=Even(), window=16)
+"""
+
+
+def test_a_pipeline_of_one_s_own(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command that takes policies takes one that no file of the library knows."""
+    (tmp_path / "mine_for_cli.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    mine = ("--pipeline", "mine_for_cli:pipeline")
+    found = json.loads(call("plan", folder / "model", "--tokens", 400, *mine, "--json"))
+    assert found["kept"] == 80 / 400
+    options = ("--texts", folder / "texts", "--device", "cpu")
+    read = ("--length", 200, "--prompts", 1)
+    said = call("calibrate", folder / "model", *options, *read, *mine, "--tokens", 100)
+    assert said.startswith("budget's factor 1.") and "reached tokens 100" in said
+    out = ("--out", tmp_path / "seen", "--length", 200, "--continuation", 8)
+    said = call("inspect", folder / "model", *options, *out, *mine)
+    assert "eviction Norms: " in said
+    out = ("--out", tmp_path / "grid", "--length", 256, "--contexts", 1, "--window", 16)
+    own = ("--pipeline", "mine_for_cli:sparse", "--variant", "mine")
+    read = ("--task", LOSS, "--keep", 0.5, "--dtype", "float32", "--eager")
+    said = call("evaluate", folder / "model", *options, *out, *own, *read)
+    assert re.search(rf"{LOSS}, 256: mine_for_cli:sparse: loss .*, cache 5\d\.\d%", said), said
+    for wrong, message in (
+        ("mine_for_cli", "wanted module:name"),
+        ("mine_for_cli:Root", "wanted a CachePipeline in mine_for_cli:Root"),
+        ("no_such_module:x", "No module named 'no_such_module'"),
+    ):
+        assert message in fails("plan", folder / "model", "--pipeline", wrong)
+    assert "beside it" in fails("plan", folder / "model", *mine, "--snapkv", 500)
 
 
 def test_errors_are_one_line(folder: Path, tmp_path: Path) -> None:

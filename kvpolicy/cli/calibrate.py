@@ -16,11 +16,13 @@ from .common import (
     Gate,
     Model,
     OfWeights,
+    Own,
     Texts,
     Window,
     check_fractions,
     errors,
     load,
+    own_pipeline,
     read,
 )
 
@@ -47,6 +49,10 @@ def calibrate(
     length: Annotated[int, typer.Option(min=2, max=MOST, help="Tokens of a prompt.")] = 4096,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts that sizes are measured on.")] = 4,
     window: Window = None,
+    pipeline: Own = None,
+    slot: Annotated[
+        str | None, typer.Option(help='Of --pipeline: "admission" or "eviction".')
+    ] = None,
     device: Device = None,
     dtype: OfWeights = None,
     as_json: AsJson = False,
@@ -58,17 +64,23 @@ def calibrate(
         from ..evaluation.search import calibrate as calibration
         from ..evaluation.tasks.loss import documents
 
-        pipeline = _pipeline(gate, duo, snapkv, window)
+        if pipeline is None:
+            turned = _pipeline(gate, duo, snapkv, window)
+            slot = "eviction" if snapkv else "admission"
+        elif gate or duo or snapkv or window:
+            raise ValueError("pipeline: wanted no window and no policies beside it")
+        else:
+            turned = own_pipeline(pipeline)
         language_model, tokenizer = load(model, device, dtype)
         text = "\n\n".join(read(texts))
         found = calibration.calibrate(
             language_model,
-            pipeline,
+            turned,
             documents(tokenizer, text, length=length, contexts=prompts),
             target=target,
             tokens=tokens,
             bytes=max_bytes,
-            slot="eviction" if snapkv else "admission",
+            slot=slot,
             pattern=duo,
         )
         if as_json:
@@ -86,12 +98,15 @@ def calibrate(
 
 def pareto(
     model: Model,
-    gate: Annotated[Path, typer.Option(help="A write gate's file.")],
     out: Annotated[Path, typer.Option(help="Folder of the points and the plot.")],
     texts: Texts,
-    threshold: Annotated[list[float] | None, typer.Option(help="Of the gate.")] = None,
+    gate: Gate = None,
+    pipeline: Own = None,
+    threshold: Annotated[
+        list[float] | None, typer.Option(help="Of the gate, or values of an admission of yours.")
+    ] = None,
     budget: Annotated[
-        list[float] | None, typer.Option(help="Parts of the context that SnapKV leaves.")
+        list[float] | None, typer.Option(help="Parts of the context that the eviction leaves.")
     ] = None,
     task: Annotated[str, typer.Option(help="What is asked.")] = "eight needles",
     length: Annotated[int, typer.Option(min=2, max=MOST, help="Context tokens.")] = 2048,
@@ -111,6 +126,9 @@ def pareto(
         asking = [name for name in TASKS if TASKS[name].questions]
         if task not in asking:
             raise ValueError(f"task: wanted one of {', '.join(asking)}, got {task!r}")
+        if (gate is None) == (pipeline is None):
+            raise ValueError("gate, pipeline: wanted exactly one")
+        measured = _pipeline(gate, None, True, None) if gate else own_pipeline(str(pipeline))
         parts = budget or [0.25, 0.125, 0.0625]
         check_fractions("budget", parts)
         language_model, tokenizer = load(model, device, dtype)
@@ -119,7 +137,7 @@ def pareto(
         )
         found = measuring.pareto(
             language_model,
-            _pipeline(gate, None, True, None),
+            measured,
             examples,
             admissions=threshold or [0.02, 0.05, 0.1, 0.2, 0.4],
             evictions=[None, *(round(part * length) for part in parts)],

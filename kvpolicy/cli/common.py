@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -37,6 +39,10 @@ OfWeights = Annotated[
     Dtype | None, typer.Option(help="Of weights and cache; default bfloat16, on a CPU float32.")
 ]
 Gate = Annotated[Path | None, typer.Option(help="A write gate's file.")]
+Own = Annotated[
+    str | None,
+    typer.Option(help="A CachePipeline of yours instead of policies: module:name."),
+]
 Duo = Annotated[Path | None, typer.Option(help="A DuoAttention pattern folder.")]
 Texts = Annotated[Path, typer.Option(help="A .txt file or a folder of them.", exists=True)]
 Sparsity = Annotated[float, typer.Option(help="Streaming heads, with --duo.")]
@@ -154,8 +160,13 @@ def composed(
     sparsity: float,
     quest: int | None,
     snapkv: int | None,
+    own: str | None = None,
 ) -> CachePipeline | None:
     """The pipeline that options ask for; None where nothing but a fraction is known."""
+    if own is not None:
+        if any((window, gate, duo, quest, snapkv)):
+            raise ValueError("pipeline: wanted no window and no policies beside it")
+        return own_pipeline(own)
     if gate and duo:
         raise ValueError("gate, duo: wanted at most one admission, got both")
     if not any((window, gate, duo, quest, snapkv)):
@@ -172,6 +183,21 @@ def composed(
     if snapkv:
         policies["eviction"] = SnapKV(budget=Tokens(snapkv))
     return CachePipeline(window=window, **policies)
+
+
+def own_pipeline(name: str) -> CachePipeline:
+    """The pipeline `module:name`; modules of the current folder are found as well."""
+    from ..pipeline import CachePipeline
+
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise ValueError(f"pipeline: wanted module:name, got {name!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    found = getattr(importlib.import_module(module), attribute, None)
+    if not isinstance(found, CachePipeline):
+        raise TypeError(f"pipeline: wanted a CachePipeline in {name}, got {found!r}")
+    return found
 
 
 @contextmanager

@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .._fields import MOST, check_number
-from .common import SMOLLM2, Device, Duo, Model, OfWeights, check_fractions, errors, load, read
+from .common import (
+    SMOLLM2,
+    Device,
+    Duo,
+    Model,
+    OfWeights,
+    check_fractions,
+    errors,
+    load,
+    own_pipeline,
+    read,
+)
 
 if TYPE_CHECKING:
     from ..evaluation.grid.runner import Runner
@@ -54,6 +65,9 @@ def evaluate(
         list[float] | None, typer.Option(help="Thresholds of every gate, not its own.")
     ] = None,
     duo: Duo = None,
+    pipeline: Annotated[
+        list[str] | None, typer.Option(help="CachePipelines of yours too: module:name.")
+    ] = None,
     keep: Annotated[
         list[float] | None,
         typer.Option(help="Parts of the cache, where there are no gates. [0.25 0.1]"),
@@ -79,8 +93,10 @@ def evaluate(
     with errors():
         from ..evaluation.grid.results import Store
         from ..evaluation.grid.runner import Runner, variants_for
+        from ..evaluation.grid.variants import own
         from ..evaluation.tasks.task import QUESTIONS
         from ..evaluation.texts import python_topics
+        from ..store.fingerprint import pipeline_fingerprint
 
         tasks = _tasks(task)
         if questions is not None:
@@ -90,7 +106,8 @@ def evaluate(
         check_fractions("keep", keeps)
         check_fractions("budget", budgets)
         found = variants_for(model, gates, threshold or [], duo, keeps, budgets, window)
-        found = _chosen(found, variant)
+        mine = {name: own_pipeline(name) for name in pipeline or []}
+        found = _chosen([*found, *(own(*item) for item in mine.items())], variant)
         text = python_topics() if texts is None else "\n\n".join(read(texts))
         language_model, tokenizer = load(model, device, dtype)
         of = str(language_model.dtype).removeprefix("torch.")
@@ -107,6 +124,8 @@ def evaluate(
             "threshold": threshold,
             "page_size": page_size,
         }
+        if mine:
+            settings["pipeline"] = {n: pipeline_fingerprint(x) for n, x in mine.items()}
         store = Store(out)
         runner = Runner(
             model=language_model,

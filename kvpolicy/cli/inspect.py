@@ -16,6 +16,7 @@ from .common import (
     Gate,
     Model,
     OfWeights,
+    Own,
     QuestTokens,
     SnapKVTokens,
     Sparsity,
@@ -41,6 +42,7 @@ def inspect(
     window: Window = None,
     quest: QuestTokens = None,
     snapkv: SnapKVTokens = None,
+    pipeline: Own = None,
     length: Annotated[
         int, typer.Option(min=2, max=MOST, help="Tokens of the text that are read.")
     ] = 1024,
@@ -59,15 +61,15 @@ def inspect(
         from ..evaluation.look.kept import kept_map
         from ..evaluation.tasks.prompts import encode
 
-        pipeline = composed(window, gate, duo, sparsity, quest, snapkv)
-        if pipeline is None:
-            raise ValueError("gate, duo, window, quest, snapkv: wanted at least one")
+        composition = composed(window, gate, duo, sparsity, quest, snapkv, pipeline)
+        if composition is None:
+            raise ValueError("gate, duo, window, quest, snapkv, pipeline: wanted at least one")
         language_model, tokenizer = load(model, device, dtype)
         ids = encode(tokenizer, "\n\n".join(read(texts)))[:length]
-        found = compare(language_model, pipeline, ids, continuation=continuation)
+        found = compare(language_model, composition, ids, continuation=continuation)
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "fidelity.json", json.dumps(_record(found), indent=1))
-        kept = kept_map(_prompt(language_model, pipeline, ids), tokenizer, ids)
+        kept = kept_map(_prompt(language_model, composition, ids), tokenizer, ids)
         kept.html(out / "kept.html")
         kept.png(out / "kept.png", tokenizer)
         typer.echo(

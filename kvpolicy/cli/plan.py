@@ -13,6 +13,7 @@ from .common import (
     Dtype,
     Duo,
     Gate,
+    Own,
     QuestTokens,
     SnapKVTokens,
     Sparsity,
@@ -40,6 +41,7 @@ def plan(
     sparsity: Sparsity = 0.5,
     quest: QuestTokens = None,
     snapkv: SnapKVTokens = None,
+    pipeline: Own = None,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and cache.")] = Dtype.bfloat16,
     page_size: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of a page.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Bytes as JSON.")] = False,
@@ -51,12 +53,12 @@ def plan(
 
         from ..adapters.hf import fit_report
 
-        pipeline = composed(window, gate, duo, sparsity, quest, snapkv)
+        composition = composed(window, gate, duo, sparsity, quest, snapkv, pipeline)
         result = fit_report(
             config_of(model),
             tokens,
             admitted=admitted,
-            pipeline=pipeline,
+            pipeline=composition,
             batch=batch,
             dtype=getattr(torch, dtype.value),
             page_size=page_size,
