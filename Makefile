@@ -24,7 +24,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow"
 
-# The compile matrix, a million decoded tokens, tensor parallelism: about half an hour.
+# Every pair of policies, the compile matrix, a million decoded tokens, several processes.
 test-slow: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m slow
 

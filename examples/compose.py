@@ -37,7 +37,7 @@ from kvpolicy import (
     any_of,
 )
 from kvpolicy.adapters.hf import attach, new_cache, spec_of
-from kvpolicy.evaluation.tiny import tiny_llama
+from kvpolicy.evaluation.models import tiny_llama
 
 
 def random_gate(spec: CacheSpec, window: int) -> WriteGate:

@@ -31,9 +31,10 @@ from kvpolicy import (
     Tokens,
     WriteGate,
 )
-from kvpolicy.evaluation import kept_map, tasks, texts
-from kvpolicy.evaluation.comparison import Composition, Run, compare, speed_ratio, work_of
-from kvpolicy.evaluation.smollm2 import load_smollm2
+from kvpolicy.evaluation import tasks, texts
+from kvpolicy.evaluation.look import kept_map
+from kvpolicy.evaluation.look.comparison import Composition, Run, compare, speed_ratio, work_of
+from kvpolicy.evaluation.models import load_smollm2
 from kvpolicy.pretrained import path
 
 PLAIN, FULL, LOCAL, GATE = "plain transformers", "full", "local", "write gate"

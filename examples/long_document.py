@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kvpolicy import CachePipeline, Quest, RandomGate, SnapKV, WriteGate
 from kvpolicy.adapters.hf import KVPolicyCache, attach, new_cache
-from kvpolicy.evaluation.tiny import tiny_llama
+from kvpolicy.evaluation.models import tiny_llama
 from kvpolicy.pretrained import path
 
 GATE = "smollm2-135m-instruct-w64-keep25"
@@ -39,8 +39,8 @@ class Talk:
             self.model = tiny_llama()
             self.document = torch.randint(2, 500, (1, tokens))
             return
-        from kvpolicy.evaluation.prompts import Frame
-        from kvpolicy.evaluation.smollm2 import load_smollm2
+        from kvpolicy.evaluation.models import load_smollm2
+        from kvpolicy.evaluation.tasks.prompts import Frame
         from kvpolicy.evaluation.texts import python_topics
 
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -18,12 +18,13 @@ from kvpolicy import (
     CachePipeline,
     CacheSpec,
     Eviction,
+    EvictionView,
     Report,
     Selection,
     Tokens,
+    Write,
 )
 from kvpolicy.testing import check_admission, check_eviction, check_selection
-from kvpolicy.types import EvictionView, Write
 
 
 @attrs.frozen(kw_only=True)

@@ -31,11 +31,13 @@ def dependent(device: torch.device) -> dict[str, bool]:
 
 @triton.jit
 def await_before(OVERLAP: tl.constexpr):
+    """Waits for the kernel before this one, whose results are then visible."""
     if OVERLAP:
         gdc_wait()
 
 
 @triton.jit
 def let_next(OVERLAP: tl.constexpr):
+    """Lets the kernel after this one start."""
     if OVERLAP:
         gdc_launch_dependents()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops import Pages
 from ._launch import cdiv, dense_last, on, power_of_two
-from ._slabs import KEYS, META, VALUES, page_offset
+from ._pages import KEYS, META, VALUES, find, page_offset, token_rows
 
 _TOKENS = 32  # that one program of `read_tokens` reads
 _MOVED = 16 << 10  # bytes of keys or of values that one program holds
@@ -26,7 +26,7 @@ def read_tokens(pages: Pages, table: Tensor, source: Tensor) -> tuple[Tensor, Te
         with on(pages.k):
             _read_tokens[cdiv(tokens, _TOKENS), batch * heads](
                 pages.k, pages.v, pages.meta, pages.slabs, table, source, k, v, meta, tokens,
-                table.stride(0), table.stride(1), source.stride(0), source.stride(1),
+                table.stride(), source.stride(),
                 HEADS=heads, SLAB_PAGES=pages.slab_pages, PAGE=size, DIM=dim,
                 DIM_PAD=power_of_two(dim), TOKENS=_TOKENS, num_warps=4,
             )  # fmt: skip
@@ -36,29 +36,30 @@ def read_tokens(pages: Pages, table: Tensor, source: Tensor) -> tuple[Tensor, Te
 @triton.jit
 def _read_tokens(
     pages_k, pages_v, pages_meta, slabs, table, source, k, v, meta, tokens,
-    table_b, table_h, source_b, source_h,
+    table_strides, source_strides,
     HEADS: tl.constexpr, SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
+    """Copies a block of the tokens asked for of one head; zeros for those of number -1."""
     unit = tl.program_id(1).to(tl.int64)
     b, h = unit // HEADS, unit % HEADS
     i = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     d = tl.arange(0, DIM_PAD)
-    token = tl.load(source + b * source_b + h * source_h + i, mask=i < tokens, other=-1)
+    source += b * source_strides[0] + h * source_strides[1]
+    token = tl.load(source + i, mask=i < tokens, other=-1)  # [T]
     there = token >= 0
     token = tl.where(there, token, 0)
-    page = tl.load(table + b * table_b + h * table_h + token // PAGE, mask=there, other=0)
-    slot = token % PAGE
-    inside = slot[:, None] * DIM + d[None, :]
+    own = table + b * table_strides[0] + h * table_strides[1]
+    page, slot = find(own, token, there, PAGE)
     mask = there[:, None] & (d < DIM)[None, :]
-    from_k = page_offset(slabs, page, KEYS, SLAB_PAGES, PAGE * DIM)
-    from_v = page_offset(slabs, page, VALUES, SLAB_PAGES, PAGE * DIM)
-    from_meta = page_offset(slabs, page, META, SLAB_PAGES, PAGE)
+    from_k = token_rows(pages_k, slabs, page, slot, d, KEYS, SLAB_PAGES, PAGE, DIM)
+    from_v = token_rows(pages_v, slabs, page, slot, d, VALUES, SLAB_PAGES, PAGE, DIM)
+    from_meta = page_offset(slabs, page, META, SLAB_PAGES, PAGE) + slot
     to = (unit * tokens + i)[:, None] * DIM + d[None, :]
     real = (i < tokens)[:, None] & (d < DIM)[None, :]
-    tl.store(k + to, tl.load(pages_k + from_k[:, None] + inside, mask=mask, other=0.0), mask=real)
-    tl.store(v + to, tl.load(pages_v + from_v[:, None] + inside, mask=mask, other=0.0), mask=real)
-    about = tl.load(pages_meta + from_meta + slot, mask=there, other=0)
+    tl.store(k + to, tl.load(from_k, mask=mask, other=0.0), mask=real)  # [T, D]
+    tl.store(v + to, tl.load(from_v, mask=mask, other=0.0), mask=real)  # [T, D]
+    about = tl.load(pages_meta + from_meta, mask=there, other=0)  # [T]
     tl.store(meta + unit * tokens + i, about, mask=i < tokens)
 
 
@@ -88,6 +89,7 @@ def _move_kept(
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     TOKENS: tl.constexpr,
 ):  # fmt: skip
+    """Moves the keys and meta of a head, or its values."""
     unit = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + unit)
     if length > 0:
@@ -130,23 +132,19 @@ def _move(
         start += TOKENS
         kept = tl.load(keep + start + i, mask=start + i < length, other=0)  # the next block's
         mask = stays[:, None] & (d < DIM)[None, :]
-        page = tl.load(old + n // PAGE, mask=stays, other=0)
-        from_page = page_offset(slabs, page, COLUMN, SLAB_PAGES, PAGE * DIM)
-        row = tl.load(
-            store + from_page[:, None] + (n % PAGE)[:, None] * DIM + d[None, :], mask=mask,
-            other=0.0,
-        )  # fmt: skip
+        page, slot = find(old, n, stays, PAGE)
+        source = token_rows(store, slabs, page, slot, d, COLUMN, SLAB_PAGES, PAGE, DIM)
+        row = tl.load(source, mask=mask, other=0.0)  # [T, D]
         about = n * 0
         if WITH_META:
-            from_meta = page_offset(slabs, page, META, SLAB_PAGES, PAGE)
-            about = tl.load(pages_meta + from_meta + n % PAGE, mask=stays, other=0)
+            from_meta = page_offset(slabs, page, META, SLAB_PAGES, PAGE) + slot
+            about = tl.load(pages_meta + from_meta, mask=stays, other=0)  # [T]
         place = placed + tl.cumsum(stays.to(tl.int32), 0) - 1
         placed += tl.sum(stays.to(tl.int32), 0)
-        page = tl.load(new + place // PAGE, mask=stays, other=0)
-        to_page = page_offset(slabs, page, COLUMN, SLAB_PAGES, PAGE * DIM)
+        page, slot = find(new, place, stays, PAGE)
+        target = token_rows(store, slabs, page, slot, d, COLUMN, SLAB_PAGES, PAGE, DIM)
         tl.debug_barrier()
-        slot = place % PAGE
-        tl.store(store + to_page[:, None] + slot[:, None] * DIM + d[None, :], row, mask=mask)
+        tl.store(target, row, mask=mask)
         if WITH_META:
-            to_meta = page_offset(slabs, page, META, SLAB_PAGES, PAGE)
-            tl.store(pages_meta + to_meta + slot, about, mask=stays)
+            to_meta = page_offset(slabs, page, META, SLAB_PAGES, PAGE) + slot
+            tl.store(pages_meta + to_meta, about, mask=stays)

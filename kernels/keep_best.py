@@ -54,7 +54,7 @@ def keep_best(scores: Tensor, valid: Tensor, amount: Tensor) -> Tensor:
 def _ranks(scores, valid, n, length, BITS: tl.constexpr):
     """Unsigned integers that fall as the scores of tokens n rise, and which tokens are valid."""
     there = n < length
-    score = tl.load(scores + n, mask=there, other=0.0)
+    score = tl.load(scores + n, mask=there, other=0.0)  # [N]
     # Adding zero makes -0 and 0 equal, as they are as scores.
     if BITS == 64:
         bits = (score + 0.0).to(tl.uint64, bitcast=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops import Pages
 from ._launch import cdiv, on, power_of_two
-from ._slabs import KEYS, META, SUMMARY, VALUES, page_offset
+from ._pages import KEYS, META, SUMMARY, VALUES, page_offset
 
 _CHUNK = 2048  # elements of k and of v that one program moves
 
@@ -36,20 +36,21 @@ def _read_pages(
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, PAGE_PAD: tl.constexpr, DIM: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
+    """Copies a chunk of a page to its place among the pages asked for; the first one its meta."""
     n = tl.program_id(0).to(tl.int64)
     page = tl.load(ids + n)
     e = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     mask = e < PAGE * DIM
     from_k = page_offset(slabs, page, KEYS, SLAB_PAGES, PAGE * DIM)
     from_v = page_offset(slabs, page, VALUES, SLAB_PAGES, PAGE * DIM)
-    read_k = tl.load(pages_k + from_k + e, mask=mask, other=0.0)
-    read_v = tl.load(pages_v + from_v + e, mask=mask, other=0.0)
+    read_k = tl.load(pages_k + from_k + e, mask=mask, other=0.0)  # [E]
+    read_v = tl.load(pages_v + from_v + e, mask=mask, other=0.0)  # [E]
     tl.store(k + n * (PAGE * DIM) + e, read_k, mask=mask)
     tl.store(v + n * (PAGE * DIM) + e, read_v, mask=mask)
     if tl.program_id(1) == 0:
         s = tl.arange(0, PAGE_PAD)
         from_meta = page_offset(slabs, page, META, SLAB_PAGES, PAGE)
-        read_meta = tl.load(pages_meta + from_meta + s, mask=s < PAGE, other=0)
+        read_meta = tl.load(pages_meta + from_meta + s, mask=s < PAGE, other=0)  # [P]
         tl.store(meta + n * PAGE + s, read_meta, mask=s < PAGE)
 
 
@@ -72,10 +73,11 @@ def _read_meta(
     pages_meta, slabs, ids, meta,
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, PAGE_PAD: tl.constexpr,
 ):  # fmt: skip
+    """Copies the meta of a page."""
     n = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, PAGE_PAD)
     start = page_offset(slabs, tl.load(ids + n), META, SLAB_PAGES, PAGE)
-    read = tl.load(pages_meta + start + s, mask=s < PAGE, other=0)
+    read = tl.load(pages_meta + start + s, mask=s < PAGE, other=0)  # [P]
     tl.store(meta + n * PAGE + s, read, mask=s < PAGE)
 
 
@@ -101,31 +103,30 @@ def _copy_pages(
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, PAGE_PAD: tl.constexpr, DIM: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
+    """Copies a chunk of a page to another page; the first one meta and summary too."""
     old = tl.load(source + tl.program_id(0))
     new = tl.load(target + tl.program_id(0))
     e = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     mask = e < PAGE * DIM
     k = pages_k + e
     v = pages_v + e
-    read_k = tl.load(
-        k + page_offset(slabs, old, KEYS, SLAB_PAGES, PAGE * DIM), mask=mask, other=0.0
-    )
-    read_v = tl.load(
-        v + page_offset(slabs, old, VALUES, SLAB_PAGES, PAGE * DIM), mask=mask, other=0.0
-    )
+    from_k = page_offset(slabs, old, KEYS, SLAB_PAGES, PAGE * DIM)
+    from_v = page_offset(slabs, old, VALUES, SLAB_PAGES, PAGE * DIM)
+    read_k = tl.load(k + from_k, mask=mask, other=0.0)  # [E]
+    read_v = tl.load(v + from_v, mask=mask, other=0.0)  # [E]
     tl.store(k + page_offset(slabs, new, KEYS, SLAB_PAGES, PAGE * DIM), read_k, mask=mask)
     tl.store(v + page_offset(slabs, new, VALUES, SLAB_PAGES, PAGE * DIM), read_v, mask=mask)
     if tl.program_id(1) == 0:
         s = tl.arange(0, PAGE_PAD)
         about = pages_meta + s
         from_meta = page_offset(slabs, old, META, SLAB_PAGES, PAGE)
-        read_meta = tl.load(about + from_meta, mask=s < PAGE, other=0)
+        read_meta = tl.load(about + from_meta, mask=s < PAGE, other=0)  # [P]
         tl.store(about + page_offset(slabs, new, META, SLAB_PAGES, PAGE), read_meta, mask=s < PAGE)
         if WIDTH > 0:
             w = tl.arange(0, WIDTH_PAD)
             extent = summary + w
             from_summary = page_offset(slabs, old, SUMMARY, SLAB_PAGES, WIDTH)
-            kept = tl.load(extent + from_summary, mask=w < WIDTH, other=0.0)
+            kept = tl.load(extent + from_summary, mask=w < WIDTH, other=0.0)  # [S]
             to_summary = page_offset(slabs, new, SUMMARY, SLAB_PAGES, WIDTH)
             tl.store(extent + to_summary, kept, mask=w < WIDTH)
 
@@ -166,12 +167,13 @@ def _move_summary(
     pool, slabs, ids, dense,
     SLAB_PAGES: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, READ: tl.constexpr,
 ):  # fmt: skip
+    """Copies the summary of a page from the pool, or to it if the page is not the null page."""
     n = tl.program_id(0).to(tl.int64)
     page = tl.load(ids + n)
     w = tl.arange(0, WIDTH_PAD)
     stored = pool + page_offset(slabs, page, SUMMARY, SLAB_PAGES, WIDTH) + w
     dense += n * WIDTH + w
     if READ:
-        tl.store(dense, tl.load(stored, mask=w < WIDTH, other=0.0), mask=w < WIDTH)
+        tl.store(dense, tl.load(stored, mask=w < WIDTH, other=0.0), mask=w < WIDTH)  # [S]
     elif page > 0:
-        tl.store(stored, tl.load(dense, mask=w < WIDTH, other=0.0), mask=w < WIDTH)
+        tl.store(stored, tl.load(dense, mask=w < WIDTH, other=0.0), mask=w < WIDTH)  # [S]

@@ -17,7 +17,7 @@ from ..ops import Heads, Pages
 from ._launch import cdiv, check_dtype, dense_last, dot_size, on, power_of_two
 from ._math import dot, narrow
 from ._overlap import await_before, dependent, let_next, overlaps
-from ._slabs import SUMMARY, page_offset
+from ._pages import SUMMARY, page_offset
 
 _GROUPS = {"max": 0, "mean": 1, "each": 2}
 _SCORE_BLOCK = 64  # pages that one program scores
@@ -50,7 +50,7 @@ def quest_select(
     with on(query):
         _quest_scores[cdiv(width, block), kv_heads, batch](
             pages.summary, pages.slabs, table, counts, query, scores, width, row,
-            table.stride(0), table.stride(1), counts.stride(0), query.stride(0), query.stride(1),
+            table.stride(), counts.stride(), query.stride(),
             SLAB_PAGES=pages.slab_pages, PAGE=size, KV_HEADS=kv_heads, GROUP=groups,
             GROUP_PAD=dot_size(groups), DIM=dim, DIM_PAD=dot_size(dim),
             COMBINE=_GROUPS[group], BLOCK=block, OVERLAP=overlaps(query.device),
@@ -62,11 +62,12 @@ def quest_select(
 @triton.jit
 def _quest_scores(
     summary, slabs, table, counts, query, scores, width, row,
-    table_b, table_h, counts_b, query_b, query_h,
+    table_strides, counts_strides, query_strides,
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     COMBINE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    """Scores of a block of pages of one KV head by the queries of its group."""
     let_next(OVERLAP)
     b = tl.program_id(2).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
@@ -74,21 +75,22 @@ def _quest_scores(
     g = tl.arange(0, GROUP_PAD)
     d = tl.arange(0, DIM_PAD)
     # Loaded beside the count; page ids past it are not used.
-    page = tl.load(table + b * table_b + h * table_h + n, mask=n < width, other=0)
+    table += b * table_strides[0] + h * table_strides[1]
+    page = tl.load(table + n, mask=n < width, other=0)  # [N]
     q = tl.load(
-        query + b * query_b + (h * GROUP + g[:, None]) * query_h + d[None, :],
+        query + b * query_strides[0] + (h * GROUP + g[:, None]) * query_strides[1] + d[None, :],
         mask=(g < GROUP)[:, None] & (d < DIM)[None, :],
         other=0.0,
-    ).to(tl.float32)
-    held = (tl.load(counts + b * counts_b + h) + PAGE - 1) // PAGE
+    ).to(tl.float32)  # [G, D]
+    held = (tl.load(counts + b * counts_strides[0] + h) + PAGE - 1) // PAGE
     if tl.program_id(0) * BLOCK >= held:
         return
     there = n < tl.minimum(held, width)
     page = tl.where(there, page, 0)
     at = page_offset(slabs, page, SUMMARY, SLAB_PAGES, 2 * DIM)[:, None] + d[None, :]
     mask = there[:, None] & (d < DIM)[None, :]
-    low = tl.load(summary + at, mask=mask, other=0.0)
-    high = tl.load(summary + at + DIM, mask=mask, other=0.0)
+    low = tl.load(summary + at, mask=mask, other=0.0)  # [N, D]
+    high = tl.load(summary + at + DIM, mask=mask, other=0.0)  # [N, D]
     # max(q * low, q * high) is q * high where q is positive and q * low elsewhere: two products.
     above = narrow(tl.maximum(q, 0.0), query.dtype.element_ty).to(high.dtype)
     below = narrow(tl.minimum(q, 0.0), query.dtype.element_ty).to(low.dtype)
@@ -134,7 +136,7 @@ def _choose(
     lanes = block if group == 1 else max(first_lanes, next_lanes)
     chosen = out if group == 1 else out.new_empty(batch, heads, fill)
     _top_pages[batch, heads](
-        scores, counts, chosen, out, width, row, counts.stride(0),
+        scores, counts, chosen, out, width, row, counts.stride(),
         HEADS=heads, REPEAT=heads // counts.shape[1], PAGE=page_size, BUDGET=budget,
         FIRST=first, LAST=last, BLOCK=block, GROUP=group, PART=min(4, group, _MAX_BLOCK // block),
         WHOLE=width <= block * group, FILL=fill, OVERLAP=bool(options),
@@ -161,12 +163,12 @@ def _score(rank):
 
 @triton.jit
 def _rank(
-    scores, n, low, held, FIRST: tl.constexpr, LAST: tl.constexpr, BUDGET: tl.constexpr
+    scores, n, low, held, sure, FIRST: tl.constexpr, SURE: tl.constexpr
 ):  # fmt: skip
     """Integers that rise with the precedence of pages n; 0 for those that may not be taken."""
     there = (n >= low) & (n < held)
-    rank = _order(tl.load(scores + n, mask=there, other=0.0))
-    return _certain(rank, there, n < FIRST, n >= held - LAST, LAST > 0 and LAST < BUDGET)
+    rank = _order(tl.load(scores + n, mask=there, other=0.0))  # [N]
+    return _certain(rank, there, n < FIRST, n >= sure, SURE)
 
 
 @triton.jit
@@ -180,7 +182,7 @@ def _certain(rank, there, first, last, TRAILING: tl.constexpr):
 
 @triton.jit
 def _group_rank(
-    scores, g, row, low, held, FIRST: tl.constexpr, LAST: tl.constexpr, BUDGET: tl.constexpr,
+    scores, g, row, low, held, sure, FIRST: tl.constexpr, SURE: tl.constexpr, PARTIAL: tl.constexpr,
     GROUP: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """The highest rank among the pages of each group g."""
@@ -189,15 +191,16 @@ def _group_rank(
         start = (g * GROUP + part)[:, None]
         c = tl.arange(0, PART)[None, :]
         # Whole parts are loaded, past the last page too, for loads of 128 bits.
-        score = tl.load(scores + start + c, mask=(start < held) & (start + c < row)).to(tl.float32)
-        if LAST == 0 or LAST >= BUDGET:  # else the group of the last page is certain
+        score = tl.load(scores + start + c, mask=(start < held) & (start + c < row))  # [N, PART]
+        score = score.to(tl.float32)
+        if PARTIAL or not SURE:  # else the group of the last page is certain
             score = tl.where((c < held - start) & (c >= low - start), score, float("-inf"))
         best = tl.maximum(best, tl.max(score, 1))
     start = g * GROUP
     there = (start + GROUP > low) & (start < held)
-    trailing = start + GROUP > held - LAST
+    trailing = start + GROUP > sure
     leading = tl.maximum(start, low) < FIRST
-    return _certain(_order(best), there, leading, trailing, LAST > 0 and LAST < BUDGET)
+    return _certain(_order(best), there, leading, trailing, SURE)
 
 
 @triton.jit
@@ -240,19 +243,26 @@ def _border(rank, wanted, enough):
 
 @triton.jit
 def _log(count):
+    """Logarithm of a count, which may be 0."""
     return tl.log2(count.to(tl.float32) + 0.5)
 
 
 @triton.jit
 def _top_pages(
-    scores, counts, chosen, out, width, row, counts_b,
+    scores, counts, chosen, out, width, row, counts_strides,
     HEADS: tl.constexpr, REPEAT: tl.constexpr, PAGE: tl.constexpr, BUDGET: tl.constexpr,
     FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
     PART: tl.constexpr, WHOLE: tl.constexpr, FILL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    """The best pages of one head: by one search, by groups first, or over several blocks."""
     b = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
-    held = tl.minimum((tl.load(counts + b * counts_b + h // REPEAT) + PAGE - 1) // PAGE, width)
+    tokens = tl.load(counts + b * counts_strides[0] + h // REPEAT)
+    held = tl.minimum((tokens + PAGE - 1) // PAGE, width)
+    # Pages from `sure` on are taken for certain.
+    PARTIAL: tl.constexpr = LAST < 0
+    SURE: tl.constexpr = (LAST < 0 or LAST > 0) and LAST < BUDGET
+    sure = tokens // PAGE if PARTIAL else held - LAST
     scores += (b * HEADS + h) * row
     out += (b * HEADS + h) * BUDGET
     low = held * 0
@@ -265,20 +275,20 @@ def _top_pages(
     if WHOLE:
         if GROUP > 1:
             some = tl.minimum(tl.cdiv(held, GROUP) - low // GROUP, BUDGET)
-            rank = _group_rank(scores, n, row, low, held, FIRST, LAST, BUDGET, GROUP, PART)
+            rank = _group_rank(scores, n, row, low, held, sure, FIRST, SURE, PARTIAL, GROUP, PART)
             border, left, some = _border(rank, some, some * 0 + FILL)
             chosen += (b * HEADS + h) * FILL
             _write(chosen, rank, n, border, held * 0, held * 0, left)
             tl.debug_barrier()  # what other threads have written is read
             i = tl.arange(0, FILL * GROUP)
             # Groups that are not there start past all pages.
-            n = tl.load(chosen + i // GROUP, mask=i // GROUP < some, other=width) * GROUP
+            n = tl.load(chosen + i // GROUP, mask=i // GROUP < some, other=width) * GROUP  # [N]
             n += i % GROUP
-            rank = _rank(scores, n, low, held, FIRST, LAST, BUDGET)
+            rank = _rank(scores, n, low, held, sure, FIRST, SURE)
             # The best of so many groups: as many pages reach their border.
             rank = tl.where((some < BUDGET) | (rank >= border), rank, 0)
         else:
-            rank = _rank(scores, n, low, held, FIRST, LAST, BUDGET)
+            rank = _rank(scores, n, low, held, sure, FIRST, SURE)
         border, left, wanted = _border(rank, wanted, wanted)  # fewer than wanted only with NaN
         _write(out, rank, n, border, held * 0, held * 0, left)
     else:
@@ -290,18 +300,18 @@ def _top_pages(
             middle = least + ((most - least) >> 1) + ((most - least) & 1)
             reach = held * 0
             for start in range(0, held, BLOCK):
-                rank = _rank(scores, start + n, low, held, FIRST, LAST, BUDGET)
+                rank = _rank(scores, start + n, low, held, sure, FIRST, SURE)
                 reach += tl.sum((rank >= middle).to(tl.int32), 0)
             least = tl.where(reach >= wanted, middle, least)
             most = tl.where(reach > wanted, most, tl.where(reach == wanted, middle, middle - 1))
         reach = held * 0
         for start in range(0, held, BLOCK):
-            rank = _rank(scores, start + n, low, held, FIRST, LAST, BUDGET)
+            rank = _rank(scores, start + n, low, held, sure, FIRST, SURE)
             reach += tl.sum((rank > most).to(tl.int32), 0)
         above = held * 0  # pages of a higher rank, and of this one, in the blocks before
         equal = held * 0
         for start in range(0, held, BLOCK):
-            rank = _rank(scores, start + n, low, held, FIRST, LAST, BUDGET)
+            rank = _rank(scores, start + n, low, held, sure, FIRST, SURE)
             above, equal = _write(out, rank, start + n, most, above, equal, wanted - reach)
     rest = tl.arange(0, FILL)
     tl.store(out + rest, tl.full([FILL], -1, tl.int32), mask=(rest >= wanted) & (rest < BUDGET))

@@ -27,9 +27,10 @@ from ._launch import (
     processors,
     shared_memory,
 )
-from ._math import dot, narrow
+from ._math import narrow
 from ._overlap import await_before, dependent, let_next, overlaps
-from ._slabs import KEYS, VALUES, slab_start
+from ._pages import KEYS, VALUES, offset_in, row_pointers, slab_start
+from ._softmax import attend_step, level_of, merge, normalised
 
 _LOG2E = 1.4426950408889634
 _BLOCK = 64  # tokens, where their keys and values are not more bytes than this:
@@ -82,15 +83,13 @@ def paged_decode(
         _split[programs,](
             query, pages.k, pages.v, pages.slabs, table, counts, ring_k, ring_v, lengths, active,
             picked, part, lse, window, scale * _LOG2E,
-            query.stride(0), query.stride(1), table.stride(0), table.stride(1), counts.stride(0),
-            ring_k.stride(0), ring_k.stride(1), ring_k.stride(2),
-            ring_v.stride(0), ring_v.stride(1), ring_v.stride(2),
-            picked.stride(0), picked.stride(1),
+            query.stride(), table.stride(), counts.stride(), ring_k.stride(), ring_v.stride(),
+            picked.stride(),
             **plan, SLAB_PAGES=pages.slab_pages, PAGE=size, SLOTS=slots,
             GROUP_PAD=dot_size(group), DIM_PAD=dot_size(dim), num_warps=_WARPS, num_stages=stages,
         )  # fmt: skip
         _reduce[units, group](
-            part, lse, counts, active, out, counts.stride(0),
+            part, lse, counts, active, out, counts.stride(),
             **plan, PARTS=_PARTS, DIM_PAD=power_of_two(dim), num_warps=4,
             **dependent(query.device),
         )  # fmt: skip
@@ -106,7 +105,7 @@ def _tile(dim: int, itemsize: int, shared: int) -> tuple[int, int]:
 
 @triton.jit
 def _plan(
-    counts, active, counts_b, units, UNITS: tl.constexpr, HEADS: tl.constexpr,
+    counts, active, counts_strides, units, UNITS: tl.constexpr, HEADS: tl.constexpr,
     REPEAT: tl.constexpr, RING_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PICKED: tl.constexpr,
     TARGET: tl.constexpr, MIN_BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -117,7 +116,8 @@ def _plan(
     """
     b = (units // HEADS).to(tl.int64)
     runs = tl.load(active + b, mask=units < UNITS, other=0) != 0
-    held = tl.load(counts + b * counts_b + (units % HEADS) // REPEAT, mask=units < UNITS, other=0)
+    counts += b * counts_strides[0] + (units % HEADS) // REPEAT
+    held = tl.load(counts, mask=units < UNITS, other=0)  # [UNITS]
     if PICKED >= 0:
         blocks = units * 0 + (RING_BLOCKS + (PICKED + BLOCK - 1) // BLOCK)
     else:
@@ -167,61 +167,57 @@ def _place(
 @triton.jit
 def _rows(store, slab, nth, at, d, DIM: tl.constexpr, PAGE: tl.constexpr):
     """Addresses of tokens `at` of a page or of one page each."""
-    start = slab * 16 + nth.to(tl.int64) * (PAGE * DIM)
-    if len(start.shape) == 1:
-        start = start[:, None]
-    return store + start + (at * DIM)[:, None] + d[None, :]
+    return row_pointers(store, offset_in(slab, nth, PAGE * DIM), at, d, DIM)
 
 
 @triton.jit
-def _attend(q, k, v, seen, scale, high, total, acc):
-    """One step of the online softmax; logarithms are to base 2."""
-    scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32)) * scale
-    scores = tl.where(seen[None, :], scores, float("-inf"))
-    new_high = tl.maximum(high, tl.max(scores, 1))
-    # A row that has seen nothing yet would compute inf - inf.
-    base = tl.where(new_high == float("-inf"), 0.0, new_high)
-    weights = tl.exp2(scores - base[:, None])
-    decay = tl.exp2(high - base)
-    total = total * decay + tl.sum(weights, 1)
-    acc = dot(narrow(weights, v.dtype), v, acc * decay[:, None])
-    return new_high, total, acc
+def _my_split(
+    program, counts, active, lengths, counts_strides,
+    UNITS: tl.constexpr, UNITS_PAD: tl.constexpr, HEADS: tl.constexpr, REPEAT: tl.constexpr,
+    RING_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PICKED: tl.constexpr, TARGET: tl.constexpr,
+    MIN_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Unit of a program (UNITS: none), its blocks `low` to `high`, its tokens and its length."""
+    units = tl.arange(0, UNITS_PAD)
+    # Needed after the plan, loaded beside it.
+    stands = tl.load(lengths + units // HEADS, mask=units < UNITS, other=0).to(tl.int32)  # [UNITS]
+    held, blocks, splits = _plan(
+        counts, active, counts_strides, units, UNITS, HEADS, REPEAT, RING_BLOCKS, BLOCK, PICKED,
+        TARGET, MIN_BLOCKS,
+    )  # fmt: skip
+    ends = tl.cumsum(splits, 0)
+    mine = (ends - splits <= program) & (program < ends)
+    unit = tl.sum((ends <= program).to(tl.int32), 0)
+    split = program - tl.sum(tl.where(mine, ends - splits, 0), 0)
+    of = tl.maximum(tl.sum(tl.where(mine, splits, 0), 0), 1)
+    here = tl.sum(tl.where(mine, blocks, 0), 0)
+    count = tl.sum(tl.where(mine, held, 0), 0)
+    length = tl.sum(tl.where(mine, stands, 0), 0)
+    low = split * (here // of) + tl.minimum(split, here % of)
+    high = low + here // of + (split < here % of).to(tl.int32)
+    return unit, low, high, count, length
 
 
 @triton.jit
 def _split(
     query, pages_k, pages_v, slabs, table, counts, ring_k, ring_v, lengths, active,
     picked, part, lse, window, scale,
-    query_b, query_h, table_b, table_h, counts_b,
-    ring_k_b, ring_k_h, ring_k_s, ring_v_b, ring_v_h, ring_v_s, picked_b, picked_h,
+    query_strides, table_strides, counts_strides, ring_k_strides, ring_v_strides, picked_strides,
     UNITS: tl.constexpr, UNITS_PAD: tl.constexpr, HEADS: tl.constexpr, REPEAT: tl.constexpr,
     RING_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PICKED: tl.constexpr, TARGET: tl.constexpr,
     MIN_BLOCKS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, SLOTS: tl.constexpr,
     GROUP_PAD: tl.constexpr, DIM_PAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    """Attention of a unit's query heads over one split of its blocks, with its log-sum-exps."""
     let_next(OVERLAP)
     program = tl.program_id(0)
-    units = tl.arange(0, UNITS_PAD)
-    # Needed after the plan, loaded beside it.
-    stands = tl.load(lengths + units // HEADS, mask=units < UNITS, other=0).to(tl.int32)
-    held, blocks, splits = _plan(
-        counts, active, counts_b, units, UNITS, HEADS, REPEAT, RING_BLOCKS, BLOCK, PICKED, TARGET,
-        MIN_BLOCKS,
+    unit, low, high, count, length = _my_split(
+        program, counts, active, lengths, counts_strides, UNITS, UNITS_PAD, HEADS, REPEAT,
+        RING_BLOCKS, BLOCK, PICKED, TARGET, MIN_BLOCKS,
     )  # fmt: skip
-    ends = tl.cumsum(splits, 0)
-    mine = (ends - splits <= program) & (program < ends)
-    unit = tl.sum((ends <= program).to(tl.int32), 0)
-    split = program - tl.sum(tl.where(mine, ends - splits, 0), 0)
-    of = tl.sum(tl.where(mine, splits, 0), 0)
-    here = tl.sum(tl.where(mine, blocks, 0), 0)
-    count = tl.sum(tl.where(mine, held, 0), 0)
-    length = tl.sum(tl.where(mine, stands, 0), 0)
     if unit >= UNITS:
         return
-    low = split * (here // of) + tl.minimum(split, here % of)
-    high = low + here // of + (split < here % of).to(tl.int32)
-
     b = (unit // HEADS).to(tl.int64)
     head = (unit % HEADS).to(tl.int64)
     kv_head = head // REPEAT
@@ -229,94 +225,89 @@ def _split(
     d = tl.arange(0, DIM_PAD)
     real = d < DIM
     n = tl.arange(0, BLOCK)
-    table += b * table_b + kv_head * table_h
-    picked += b * picked_b + head * picked_h
+    table += b * table_strides[0] + kv_head * table_strides[1]
+    picked += b * picked_strides[0] + head * picked_strides[1]
     # Pages are found two blocks ahead, where they lie one. What a block leaves to the next are new
     # values, never those that it got itself: a loop that passes on its arguments is not pipelined.
     first = tl.maximum(low - RING_BLOCKS, 0)
     page, room = _find(table, picked, first, count, n, BLOCK, PAGE, PICKED)
     next_page, next_room = _find(table, picked, first + 1, count, n, BLOCK, PAGE, PICKED)
+    query += b * query_strides[0]
     q = tl.load(
-        query + b * query_b + (head * GROUP + g[:, None]) * query_h + d[None, :],
-        mask=(g < GROUP)[:, None] & real[None, :],
-        other=0.0,
-    )
+        query + (head * GROUP + g[:, None]) * query_strides[1] + d[None, :],
+        mask=(g < GROUP)[:, None] & real[None, :], other=0.0,
+    )  # [G, D]  # fmt: skip
     top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
     acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
 
-    ring_k += b * ring_k_b + kv_head * ring_k_h
-    ring_v += b * ring_v_b + kv_head * ring_v_h
+    ring_k += b * ring_k_strides[0] + kv_head * ring_k_strides[1]
+    ring_v += b * ring_v_strides[0] + kv_head * ring_v_strides[1]
     for block in range(low, tl.minimum(high, RING_BLOCKS)):
         slot = block * BLOCK + n
         back = (length - slot + SLOTS) % SLOTS
         seen = (slot < SLOTS) & (back < window) & (back <= length)
         mask = seen[:, None] & real[None, :]
         at = slot.to(tl.int64)[:, None]
-        k = tl.load(ring_k + at * ring_k_s + d[None, :], mask=mask, other=0.0)
-        v = tl.load(ring_v + at * ring_v_s + d[None, :], mask=mask, other=0.0)
-        top, total, acc = _attend(q, k, v, seen, scale, top, total, acc)
+        k = tl.load(ring_k + at * ring_k_strides[2] + d[None, :], mask=mask, other=0.0)  # [N, D]
+        v = tl.load(ring_v + at * ring_v_strides[2] + d[None, :], mask=mask, other=0.0)  # [N, D]
+        top, total, acc = attend_step(q, k, v, seen[None, :], scale, top, total, acc, True)
 
     slab_k, slab_v, nth, at, seen = _place(
         slabs, page, room, first, count, n, BLOCK, PAGE, SLAB_PAGES, PICKED
     )
     for block in range(first, high - RING_BLOCKS):
         mask = seen[:, None] & real[None, :]
-        k = tl.load(_rows(pages_k, slab_k, nth, at, d, DIM, PAGE), mask=mask, other=0.0)
-        v = tl.load(_rows(pages_v, slab_v, nth, at, d, DIM, PAGE), mask=mask, other=0.0)
-        top, total, acc = _attend(q, k, v, seen, scale, top, total, acc)
+        k = tl.load(_rows(pages_k, slab_k, nth, at, d, DIM, PAGE), mask=mask, other=0.0)  # [N, D]
+        v = tl.load(_rows(pages_v, slab_v, nth, at, d, DIM, PAGE), mask=mask, other=0.0)  # [N, D]
+        top, total, acc = attend_step(q, k, v, seen[None, :], scale, top, total, acc, True)
         slab_k, slab_v, nth, at, seen = _place(
             slabs, next_page, next_room, block + 1, count, n, BLOCK, PAGE, SLAB_PAGES, PICKED
         )
         next_page, next_room = _find(table, picked, block + 2, count, n, BLOCK, PAGE, PICKED)
 
     keep = g < GROUP
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     at = program.to(tl.int64) * GROUP + g
-    tl.store(part + at[:, None] * DIM + d[None, :], acc, mask=keep[:, None] & real[None, :])
-    tl.store(lse + at, tl.where(total > 0, top + tl.log2(total), float("-inf")), mask=keep)
+    to = part + at[:, None] * DIM + d[None, :]
+    tl.store(to, normalised(acc, total), mask=keep[:, None] & real[None, :])
+    tl.store(lse + at, level_of(top, total), mask=keep)
 
 
 @triton.jit
 def _reduce(
-    part, lse, counts, active, out, counts_b,
+    part, lse, counts, active, out, counts_strides,
     UNITS: tl.constexpr, UNITS_PAD: tl.constexpr, HEADS: tl.constexpr, REPEAT: tl.constexpr,
     RING_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PICKED: tl.constexpr, TARGET: tl.constexpr,
     MIN_BLOCKS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     PARTS: tl.constexpr, DIM_PAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    """Adds the splits of one query head in their order."""
     unit = tl.program_id(0)
     g = tl.program_id(1)
     units = tl.arange(0, UNITS_PAD)
     # The plan rests on what was there before `_split` started.
     _, _, splits = _plan(
-        counts, active, counts_b, units, UNITS, HEADS, REPEAT, RING_BLOCKS, BLOCK, PICKED, TARGET,
-        MIN_BLOCKS,
+        counts, active, counts_strides, units, UNITS, HEADS, REPEAT, RING_BLOCKS, BLOCK, PICKED,
+        TARGET, MIN_BLOCKS,
     )  # fmt: skip
     first = tl.sum(tl.where(units < unit, splits, 0), 0)
     of = tl.sum(tl.where(units == unit, splits, 0), 0)
     await_before(OVERLAP)
     d = tl.arange(0, DIM_PAD)
     i = tl.arange(0, PARTS)
-    high = float("-inf")
+    top = float("-inf")
     total = 0.0
     acc = tl.zeros([DIM_PAD], tl.float32)
     for start in range(0, of, PARTS):
         mask = start + i < of
         at = (first + start + i).to(tl.int64) * GROUP + g
-        level = tl.load(lse + at, mask=mask, other=float("-inf"))
+        level = tl.load(lse + at, mask=mask, other=float("-inf"))  # [PARTS]
         parts = tl.load(
             part + at[:, None] * DIM + d[None, :],
             mask=mask[:, None] & (d < DIM)[None, :],
             other=0.0,
-        )
-        new_high = tl.maximum(high, tl.max(level, 0))
-        base = tl.where(new_high == float("-inf"), 0.0, new_high)
-        weights = tl.exp2(level - base)
-        decay = tl.exp2(high - base)
-        total = total * decay + tl.sum(weights, 0)
-        acc = acc * decay + tl.sum(weights[:, None] * parts, 0)
-        high = new_high
+        )  # [PARTS, D]
+        top, total, acc = merge(level, parts, top, total, acc)
     acc = acc / tl.where(total > 0, total, 1.0)
     to = out + (unit.to(tl.int64) * GROUP + g) * DIM + d
     tl.store(to, narrow(acc, out.dtype.element_ty), mask=d < DIM)

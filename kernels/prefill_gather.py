@@ -17,7 +17,7 @@ from torch import Tensor
 from ..ops import POSITION_MASK, Bounds, Heads, Pages, Segments
 from ._flash import Attend
 from ._launch import cdiv, dense_last, on, power_of_two
-from ._slabs import KEYS, META, VALUES, page_offset
+from ._pages import KEYS, META, VALUES, find, page_offset, token_rows
 
 _POSITION_MASK = tl.constexpr(POSITION_MASK)
 ROWS = 128  # a head's gathered rows start at, and are padded with zeros to, a multiple of this
@@ -166,7 +166,7 @@ def gather(
     with on(k):
         _gather[cdiv(longest, ROWS) * (ROWS // 32), batch * kv_heads](
             pages.k, pages.v, pages.meta, pages.slabs, table, counts, k, v, at,
-            table.stride(0), table.stride(1),
+            table.stride(),
             HEADS=kv_heads, UNITS_PAD=power_of_two(batch * kv_heads), SLAB_PAGES=pages.slab_pages,
             PAGE=size, DIM=dim, DIM_PAD=power_of_two(dim), ROWS=ROWS, BLOCK=32, num_warps=4,
         )  # fmt: skip
@@ -197,11 +197,35 @@ def _pays(
     return work >= max(rectangles.average * queries, rectangles.work)
 
 
+def run_rectangles(
+    query: Tensor, k: Tensor, v: Tensor, plan: Plan, segments: Segments, scale: float, tile: Tile
+) -> tuple[Tensor, Tensor]:
+    """Outputs `[Hkv * Tq, G, D]` and natural log-sum-exps `[G, Hkv * Tq]` over the planned rows."""
+    heads, total, dim = query.shape
+    kv_heads, tiles = plan.taken.shape
+    group = heads // kv_heads
+    # One sequence for each rectangle wants the queries of a KV head in successive rows.
+    folded = torch.empty(kv_heads * total, group, dim, dtype=query.dtype, device=query.device)
+    batch, together = len(segments.start), tile.heads(group)
+    with on(query):
+        _fold[heads // together, tiles](
+            query, folded, plan.taken, segments.cu_q_dev, tiles, query.stride(),
+            BATCH=batch, BATCH_PAD=power_of_two(batch), GROUP=group, DIM=dim,
+            DIM_PAD=power_of_two(dim), TOGETHER=together, QUERIES=tile.queries(group),
+            M=tile.rows, num_warps=4,
+        )  # fmt: skip
+    cu_q, cu_k, used_q, used_k = plan.bounds
+    return plan.attend(
+        folded, k[:, None], v[:, None], cu_q, cu_k, used_q[:-1], used_k[:-1],
+        plan.queries, plan.rows, scale,
+    )  # fmt: skip
+
+
 @triton.jit
 def first_row(counts, unit, UNITS_PAD: tl.constexpr, ROWS: tl.constexpr):
     """Where the rows of a unit (a head of a sequence) start."""
     units = tl.arange(0, UNITS_PAD)
-    held = tl.load(counts + units, mask=units < unit, other=0)
+    held = tl.load(counts + units, mask=units < unit, other=0)  # [UNITS]
     return tl.sum(((held + ROWS - 1) // ROWS * ROWS).to(tl.int64), 0)
 
 
@@ -209,17 +233,53 @@ def first_row(counts, unit, UNITS_PAD: tl.constexpr, ROWS: tl.constexpr):
 def row_tiles(cu_q, BATCH: tl.constexpr, BATCH_PAD: tl.constexpr, QUERIES: tl.constexpr):
     """Tiles of each sequence."""
     b = tl.arange(0, BATCH_PAD)
-    low = tl.load(cu_q + b, mask=b < BATCH, other=0)
-    high = tl.load(cu_q + b + 1, mask=b < BATCH, other=0)
+    low = tl.load(cu_q + b, mask=b < BATCH, other=0)  # [B]
+    high = tl.load(cu_q + b + 1, mask=b < BATCH, other=0)  # [B]
     return (high - low + QUERIES - 1) // QUERIES
 
 
 @triton.jit
+def find_tile(cu_q, tile, BATCH: tl.constexpr, BATCH_PAD: tl.constexpr, QUERIES: tl.constexpr):
+    """The sequence of a tile, and the tile's number in it."""
+    own = row_tiles(cu_q, BATCH, BATCH_PAD, QUERIES)
+    b = tl.sum((tl.cumsum(own, 0) <= tile).to(tl.int32), 0)
+    return b, tile - tl.sum(tl.where(tl.arange(0, BATCH_PAD) < b, own, 0), 0)
+
+
+@triton.jit
+def _fold(
+    query, folded, taken, cu_q, tiles, query_strides,
+    BATCH: tl.constexpr, BATCH_PAD: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr, TOGETHER: tl.constexpr, QUERIES: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Copies the tiles that have a rectangle: `[Hq, T, D]` to `[Hkv * T, G, D]`."""
+    head = tl.program_id(0).to(tl.int64) * TOGETHER
+    tile = tl.program_id(1)
+    kv_head = head // GROUP
+    if tl.load(taken + kv_head * tiles + tile) == 0:
+        return
+    b, local = find_tile(cu_q, tile, BATCH, BATCH_PAD, QUERIES)
+    q0 = tl.load(cu_q + b)
+    length = tl.load(cu_q + b + 1) - q0
+    t = tl.arange(0, M) // TOGETHER
+    g = tl.arange(0, M) % TOGETHER
+    d = tl.arange(0, DIM_PAD)
+    there = (t < QUERIES) & (local * QUERIES + t < length)
+    mask = there[:, None] & (d < DIM)[None, :]
+    row = (q0 + local * QUERIES + t).to(tl.int64)
+    of = (head + g) * query_strides[0] + row * query_strides[1]
+    to = (kv_head * tl.load(cu_q + BATCH) + row) * GROUP + head % GROUP + g
+    q = tl.load(query + of[:, None] + d[None, :], mask=mask)  # [M, D]
+    tl.store(folded + (to * DIM)[:, None] + d[None, :], q, mask=mask)
+
+
+@triton.jit
 def _gather(
-    pages_k, pages_v, pages_meta, slabs, table, counts, k, v, at, table_b, table_h,
+    pages_k, pages_v, pages_meta, slabs, table, counts, k, v, at, table_strides,
     HEADS: tl.constexpr, UNITS_PAD: tl.constexpr, SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Copies a block of a head's tokens to its rows, and zeros to the rows after the last."""
     unit = tl.program_id(1)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     count = tl.load(counts + unit)
@@ -230,19 +290,18 @@ def _gather(
     h = (unit % HEADS).to(tl.int64)
     d = tl.arange(0, DIM_PAD)
     there = n < count
-    page = tl.load(table + b * table_b + h * table_h + n // PAGE, mask=there, other=0)
-    slot = n % PAGE
+    own = table + b * table_strides[0] + h * table_strides[1]
+    page, slot = find(own, n, there, PAGE)
     mask = there[:, None] & (d < DIM)[None, :]
-    inside = slot[:, None] * DIM + d[None, :]
-    from_k = page_offset(slabs, page, KEYS, SLAB_PAGES, PAGE * DIM)
-    from_v = page_offset(slabs, page, VALUES, SLAB_PAGES, PAGE * DIM)
-    from_meta = page_offset(slabs, page, META, SLAB_PAGES, PAGE)
+    from_k = token_rows(pages_k, slabs, page, slot, d, KEYS, SLAB_PAGES, PAGE, DIM)
+    from_v = token_rows(pages_v, slabs, page, slot, d, VALUES, SLAB_PAGES, PAGE, DIM)
+    from_meta = page_offset(slabs, page, META, SLAB_PAGES, PAGE) + slot
     row = first_row(counts, unit, UNITS_PAD, ROWS) + n
     to = row[:, None] * DIM + d[None, :]
     real = (d < DIM)[None, :] & (n < padded)[:, None]
-    tl.store(k + to, tl.load(pages_k + from_k[:, None] + inside, mask=mask, other=0.0), mask=real)
-    tl.store(v + to, tl.load(pages_v + from_v[:, None] + inside, mask=mask, other=0.0), mask=real)
-    meta = tl.load(pages_meta + from_meta + slot, mask=there, other=0)
+    tl.store(k + to, tl.load(from_k, mask=mask, other=0.0), mask=real)  # [N, D]
+    tl.store(v + to, tl.load(from_v, mask=mask, other=0.0), mask=real)  # [N, D]
+    meta = tl.load(pages_meta + from_meta, mask=there, other=0)  # [N]
     tl.store(at + row, meta & _POSITION_MASK, mask=there)
 
 
@@ -254,7 +313,7 @@ def _rows_before(at, count, cut, steps):
     for _ in range(0, steps):
         middle = (low + high) // 2
         open_ = low < high
-        less = tl.load(at + middle, mask=open_, other=0) < cut
+        less = tl.load(at + middle, mask=open_, other=0) < cut  # [T]
         low = tl.where(open_ & less, middle + 1, low)
         high = tl.where(open_ & (less == 0), middle, high)
     return low

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..ops import ADMITTED, MARKED, POSITION_BITS, Heads, Pages, Segments
 from ._launch import cdiv, check_dense, dense_last, on, power_of_two
-from ._slabs import KEYS, META, VALUES, page_offset
+from ._pages import KEYS, META, VALUES, page_offset, token_rows
 
 _ADMITTED = tl.constexpr(ADMITTED)
 _MARKED = tl.constexpr(MARKED)
@@ -38,11 +38,11 @@ def count_leaving(
     ranks = before.new_empty(batch, heads, tiles)
     with on(flags):
         _count[cdiv(tiles, _TILES), heads, batch](
-            flags, segments.cu_k_dev, ranks, tiles, window, flags.stride(0),
+            flags, segments.cu_k_dev, ranks, tiles, window, flags.stride(),
             TOKENS=_TOKENS, TILES=_TILES, num_warps=4,
         )  # fmt: skip
         _scan[heads, batch](
-            ranks, before, after, fresh, tiles, before.stride(0), after.stride(0),
+            ranks, before, after, fresh, tiles, before.stride(), after.stride(),
             PAGE=page_size, TILES=_SCAN, num_warps=4,
         )  # fmt: skip
     return after, fresh, ranks
@@ -50,14 +50,16 @@ def count_leaving(
 
 @triton.jit
 def _count(
-    flags, cu_k, ranks, tiles, window, flags_h, TOKENS: tl.constexpr, TILES: tl.constexpr
+    flags, cu_k, ranks, tiles, window, flags_strides, TOKENS: tl.constexpr, TILES: tl.constexpr
 ):  # fmt: skip
+    """Counts the admitted tokens of some tiles of a head."""
     h, b = tl.program_id(1).to(tl.int64), tl.program_id(2)
     first = tl.load(cu_k + b)
     leaving = tl.load(cu_k + b + 1) - first - window
     tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
     i = tile[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-    bits = tl.load(flags + h * flags_h + first + i, mask=i < leaving, other=0)
+    flags += h * flags_strides[0] + first
+    bits = tl.load(flags + i, mask=i < leaving, other=0)  # [TILES, T]
     stored = tl.sum((bits & _ADMITTED).to(tl.int32), 1)
     ranks += (b * tl.num_programs(1) + h) * tiles
     tl.store(ranks + tile, stored, mask=tile < tiles)
@@ -65,21 +67,22 @@ def _count(
 
 @triton.jit
 def _scan(
-    ranks, counts, after, fresh, tiles, counts_b, after_b, PAGE: tl.constexpr, TILES: tl.constexpr
+    ranks, before, after, fresh, tiles, before_strides, after_strides,
+    PAGE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Turns a head's counts by tile into the index of each tile's first token."""
     h, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     ranks += (b * tl.num_programs(0) + h) * tiles
-    held = tl.load(counts + b * counts_b + h)
+    held = tl.load(before + b * before_strides[0] + h)
     total = held
     for start in range(0, tiles, TILES):
         tile = start + tl.arange(0, TILES)
-        stored = tl.load(ranks + tile, mask=tile < tiles, other=0)
+        stored = tl.load(ranks + tile, mask=tile < tiles, other=0)  # [TILES]
         tl.store(ranks + tile, total + tl.cumsum(stored, 0) - stored, mask=tile < tiles)
         total += tl.sum(stored, 0)
-    tl.store(after + b * after_b + h, total)
+    tl.store(after + b * after_strides[0] + h, total)
     pages = (total + PAGE - 1) // PAGE - (held + PAGE - 1) // PAGE
-    tl.store(fresh + b * after_b + h, pages)
+    tl.store(fresh + b * after_strides[0] + h, pages)
 
 
 def write_leaving(
@@ -109,27 +112,27 @@ def write_leaving(
             pages.k, pages.v, pages.meta, pages.slabs, pages.free, pages.top, pages.refs,
             table, counts, key, value, flags,
             segments.cu_q_dev, segments.cu_k_dev, segments.start_dev, fresh, ranks, window,
-            table.stride(0), table.stride(1), counts.stride(0), key.stride(0), key.stride(1),
-            value.stride(0), value.stride(1), flags.stride(0),
+            table.stride(), counts.stride(), key.stride(), value.stride(), flags.stride(),
             SLAB_PAGES=pages.slab_pages, PAGE=pages.k.shape[1], DIM=dim, DIM_PAD=width,
             TOKENS=_TOKENS, ROWS=power_of_two(batch * kv_heads),
             num_warps=4 if width * key.element_size() <= 256 else 8,
         )  # fmt: skip
         _settle[1,](
-            counts, after, fresh, pages.top, kv_heads, counts.stride(0),
+            counts, after, fresh, pages.top, kv_heads, counts.stride(),
             UNITS=batch * kv_heads, UNITS_PAD=power_of_two(batch * kv_heads), num_warps=1,
         )  # fmt: skip
 
 
 @triton.jit
 def _settle(
-    counts, after, fresh, top, heads, counts_b, UNITS: tl.constexpr, UNITS_PAD: tl.constexpr
+    counts, after, fresh, top, heads, counts_strides,
+    UNITS: tl.constexpr, UNITS_PAD: tl.constexpr,
 ):  # fmt: skip
     """Makes the new counts current and the stack shorter, when every tile has read both."""
     unit = tl.arange(0, UNITS_PAD)
     real = unit < UNITS
-    held = tl.load(after + unit, mask=real)
-    tl.store(counts + unit // heads * counts_b + unit % heads, held, mask=real)
+    held = tl.load(after + unit, mask=real)  # [UNITS]
+    tl.store(counts + unit // heads * counts_strides[0] + unit % heads, held, mask=real)
     taken = tl.sum(tl.load(fresh + unit, mask=real, other=0), 0)
     tl.store(top, tl.maximum(tl.load(top) - taken, 0))
 
@@ -138,10 +141,11 @@ def _settle(
 def _store(
     pages_k, pages_v, pages_meta, slabs, free, top, refs, table, counts, key, value, flags,
     cu_q, cu_k, starts, fresh, ranks, window,
-    table_b, table_h, counts_b, key_h, key_t, value_h, value_t, flags_h,
+    table_strides, counts_strides, key_strides, value_strides, flags_strides,
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """Stores the tokens of one tile and head, in pages of the free stack where new ones begin."""
     tile, tiles = tl.program_id(0), tl.num_programs(0)
     h, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     b = tl.program_id(2).to(tl.int64)
@@ -152,32 +156,34 @@ def _store(
     i = tile * TOKENS + tl.arange(0, TOKENS)
     t = (first + i).to(tl.int64)
     d = tl.arange(0, DIM_PAD)
-    bits = tl.load(flags + h * flags_h + t, mask=i < span - window, other=0).to(tl.int32)
+    flags += h * flags_strides[0]
+    bits = tl.load(flags + t, mask=i < span - window, other=0).to(tl.int32)  # [T]
     stored = (bits & _ADMITTED) != 0
     mask = stored[:, None] & (d < DIM)[None, :]
     # Before the search for pages, so that both are in flight together.
-    k = tl.load(key + h * key_h + t[:, None] * key_t + d[None, :], mask=mask, other=0.0)
-    v = tl.load(value + h * value_h + t[:, None] * value_t + d[None, :], mask=mask, other=0.0)
+    from_k = key + h * key_strides[0] + t[:, None] * key_strides[1] + d[None, :]
+    from_v = value + h * value_strides[0] + t[:, None] * value_strides[1] + d[None, :]
+    k = tl.load(from_k, mask=mask, other=0.0)  # [T, D]
+    v = tl.load(from_v, mask=mask, other=0.0)  # [T, D]
     row = (b * heads + h).to(tl.int32)
     index = tl.load(ranks + row.to(tl.int64) * tiles + tile) + tl.cumsum(stored.to(tl.int32), 0) - 1
     column, slot = index // PAGE, index % PAGE
     # New pages go to heads in order, to each those that it takes.
     r = tl.arange(0, ROWS)
     given = tl.sum(tl.load(fresh + r, mask=r < row, other=0), 0)
-    have = (tl.load(counts + b * counts_b + h) + PAGE - 1) // PAGE
+    have = (tl.load(counts + b * counts_strides[0] + h) + PAGE - 1) // PAGE
     new = stored & (column >= have)
-    entry = table + b * table_b + h * table_h + column
-    page = tl.load(entry, mask=stored & (column < have), other=0)
+    entry = table + b * table_strides[0] + h * table_strides[1] + column
+    page = tl.load(entry, mask=stored & (column < have), other=0)  # [T]
     place = tl.load(top) - 1 - (given + column - have)
     page += tl.load(free + place, mask=new & (place >= 0), other=0)
     tl.store(entry, page, mask=new & (slot == 0))
     tl.store(refs + page, tl.full([TOKENS], 1, tl.int32), mask=new & (slot == 0) & (page > 0))
-    to = slot[:, None] * DIM + d[None, :]
-    at_k = page_offset(slabs, page, KEYS, SLAB_PAGES, PAGE * DIM)
-    tl.store(pages_k + at_k[:, None] + to, k, mask=mask)
-    at_v = page_offset(slabs, page, VALUES, SLAB_PAGES, PAGE * DIM)
-    tl.store(pages_v + at_v[:, None] + to, v, mask=mask)
+    to_k = token_rows(pages_k, slabs, page, slot, d, KEYS, SLAB_PAGES, PAGE, DIM)
+    tl.store(to_k, k, mask=mask)
+    to_v = token_rows(pages_v, slabs, page, slot, d, VALUES, SLAB_PAGES, PAGE, DIM)
+    tl.store(to_v, v, mask=mask)
     position = tl.load(starts + b) + tl.load(cu_q + b + 1) - tl.load(cu_q + b) - span + i
     meta = position | ((bits & _MARKED) != 0).to(tl.int32) << _POSITION_BITS
-    at_meta = page_offset(slabs, page, META, SLAB_PAGES, PAGE)
-    tl.store(pages_meta + at_meta + slot, meta, mask=stored)
+    to_meta = page_offset(slabs, page, META, SLAB_PAGES, PAGE) + slot
+    tl.store(pages_meta + to_meta, meta, mask=stored)

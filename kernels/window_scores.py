@@ -19,7 +19,8 @@ from torch import Tensor
 from ..ops import POSITION_MASK, Heads, Pages, Ring
 from ._launch import cdiv, check_dtype, dense_last, dot_size, on, shared_memory
 from ._math import dot
-from ._slabs import KEYS, META, page_offset
+from ._pages import KEYS, META, find, page_offset, token_rows
+from ._softmax import level_of, weigh
 
 _POSITION_MASK = tl.constexpr(POSITION_MASK)
 _LOG2E = 1.4426950408889634
@@ -88,15 +89,11 @@ def window_scores(
     )  # fmt: skip
     row_tile = min(tile.held, dot_size(rows))
     query_tile = min(tile.streamed, dot_size(rows if mode == 0 else observation))
-    strides = (
-        table.stride(0), table.stride(1), counts.stride(0),
-        ring_q.stride(0), ring_q.stride(1), ring_q.stride(2),
-    )  # fmt: skip
+    strides = (table.stride(), counts.stride(), ring_q.stride())
     with on(ring_q):
         _row_sums[cdiv(rows, row_tile), parts, units](
             pages.k, pages.meta, pages.slabs, table, counts, ring_k, ring_q, lengths, part,
-            window, scale * _LOG2E, parts, *strides,
-            ring_k.stride(0), ring_k.stride(1), ring_k.stride(2),
+            window, scale * _LOG2E, parts, *strides, ring_k.stride(),
             **sizes, SLOTS=slots, NEAR=near, SPLIT=_SPLIT, QUERIES=row_tile, KEYS_=tile.streamed,
             # Page id, slab and key are loads in a row, each as many steps ahead of the next.
             STAGES=3 * (tile.stages - 1) + 1, num_warps=tile.warps,
@@ -116,17 +113,18 @@ def window_scores(
 
 @triton.jit
 def _queries(
-    ring_q, length, head, g, i, there, query_h, query_s,
+    ring_q, query_strides, b, head, g, i, there, length,
     OBSERVED: tl.constexpr, QUERY_SLOTS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Queries i of the window, of query heads g of a KV head; zeros where there is none."""
+    """Queries i of the window, of query heads g of a KV head: `[M, D]`, zeros where none is."""
     d = tl.arange(0, DIM_PAD)
     at = length - OBSERVED + i
     slot = ((at + OBSERVED * QUERY_SLOTS) % QUERY_SLOTS).to(tl.int64)
-    to = ring_q + (head * GROUP + g) * query_h + slot * query_s
+    ring_q += b * query_strides[0]
+    at_q = ring_q + (head * GROUP + g) * query_strides[1] + slot * query_strides[2]
     mask = (there & (at >= 0))[:, None] & (d < DIM)[None, :]
-    return tl.load(to[:, None] + d[None, :], mask=mask, other=0.0)
+    return tl.load(at_q[:, None] + d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -137,50 +135,26 @@ def _keys(
 ):  # fmt: skip
     """Keys of a head's tokens n, and their positions (0 unless CAUSAL asks for them)."""
     d = tl.arange(0, DIM_PAD)
-    slot = n % PAGE
-    inside = slot[:, None] * DIM + d[None, :]
+    there = n < count
+    page, slot = find(table, n, there, PAGE, MASKED)
+    from_k = token_rows(pages_k, slabs, page, slot, d, KEYS, SLAB_PAGES, PAGE, DIM)
     if MASKED:
-        there = n < count
-        page = tl.load(table + n // PAGE, mask=there, other=0)
-        mask = there[:, None] & (d < DIM)[None, :]
-        from_k = page_offset(slabs, page, KEYS, SLAB_PAGES, PAGE * DIM)
-        k = tl.load(pages_k + from_k[:, None] + inside, mask=mask, other=0.0)
+        k = tl.load(from_k, mask=there[:, None] & (d < DIM)[None, :], other=0.0)  # [N, D]
+    elif DIM == DIM_PAD:
+        k = tl.load(from_k)
     else:
-        page = tl.load(table + n // PAGE)
-        from_k = page_offset(slabs, page, KEYS, SLAB_PAGES, PAGE * DIM)
-        if DIM == DIM_PAD:
-            k = tl.load(pages_k + from_k[:, None] + inside)
-        else:
-            k = tl.load(pages_k + from_k[:, None] + inside, mask=(d < DIM)[None, :], other=0.0)
+        k = tl.load(from_k, mask=(d < DIM)[None, :], other=0.0)
     where = n * 0
     if CAUSAL:
-        from_meta = page_offset(slabs, page, META, SLAB_PAGES, PAGE)
-        where = tl.load(pages_meta + from_meta + slot, mask=n < count, other=0) & _POSITION_MASK
+        from_meta = page_offset(slabs, page, META, SLAB_PAGES, PAGE) + slot
+        where = tl.load(pages_meta + from_meta, mask=there, other=0) & _POSITION_MASK  # [N]
     return k, where
-
-
-@triton.jit
-def _add(scores, scale, top, total, MASKED: tl.constexpr):
-    """One step of the online log-sum-exp of rows, to base 2; masked scores are -inf."""
-    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-    base = new_top
-    if MASKED:  # a row that has seen nothing yet would compute inf - inf
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(scores * scale - base[:, None])
-    return new_top, total * tl.exp2(top - base) + tl.sum(weights, 1)
-
-
-@triton.jit
-def _level(top, total):
-    """The log-sum-exp, to base 2: -inf for a row that has seen nothing."""
-    empty = total == 0
-    return tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, total)))
 
 
 @triton.jit
 def _row_sums(
     pages_k, pages_meta, slabs, table, counts, ring_k, ring_q, lengths, part, window, scale, parts,
-    table_b, table_h, counts_b, query_b, query_h, query_s, ring_b, ring_h, ring_s,
+    table_strides, counts_strides, query_strides, ring_strides,
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     OBSERVED: tl.constexpr, QUERY_SLOTS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     CAUSAL: tl.constexpr, KEYS_: tl.constexpr, STAGES: tl.constexpr, SLOTS: tl.constexpr,
@@ -193,14 +167,14 @@ def _row_sums(
     r = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     g, i = r // OBSERVED, r % OBSERVED
     to = part + (unit * parts + tl.program_id(1)) * rows + r
-    count = tl.load(counts + b * counts_b + head)
+    count = tl.load(counts + b * counts_strides[0] + head)
     low = (tl.program_id(1) - NEAR) * SPLIT
     if low >= count:
         tl.store(to, tl.full([QUERIES], float("-inf"), tl.float32), mask=r < rows)
         return
     length = tl.load(lengths + b).to(tl.int32)
     q = _queries(
-        ring_q + b * query_b, length, head, g, i, r < rows, query_h, query_s,
+        ring_q, query_strides, b, head, g, i, r < rows, length,
         OBSERVED, QUERY_SLOTS, GROUP, DIM, DIM_PAD,
     )  # fmt: skip
     at = length - OBSERVED + i
@@ -210,18 +184,19 @@ def _row_sums(
     total = tl.zeros([QUERIES], tl.float32)
     blank = tl.zeros([QUERIES, KEYS_], tl.float32)
     if low < 0:
-        ring_k += b * ring_b + head * ring_h
+        ring_k += b * ring_strides[0] + head * ring_strides[1]
         for start in tl.range(0, window, KEYS_, num_stages=1):
             where = length - window + start + n
             there = (where >= 0) & (where < length)
             slot = tl.where(there, where, 0) % SLOTS
             mask = there[:, None] & (d < DIM)[None, :]
-            k = tl.load(ring_k + slot[:, None] * ring_s + d[None, :], mask=mask, other=0.0)
+            from_k = ring_k + slot[:, None] * ring_strides[2] + d[None, :]
+            k = tl.load(from_k, mask=mask, other=0.0)  # [N, D]
             seen = there[None, :] & (where[None, :] <= at[:, None])
-            scores = tl.where(seen, dot(q, tl.trans(k), blank), float("-inf"))
-            top, total = _add(scores, scale, top, total, True)
+            scores = tl.where(seen, dot(q, tl.trans(k), blank), float("-inf"))  # [M, N]
+            _, _, top, total = weigh(scores, scale, top, total, 1, True)
     else:
-        table += b * table_b + head * table_h
+        table += b * table_strides[0] + head * table_strides[1]
         high = tl.minimum(low + SPLIT, count)
         whole = low
         if not CAUSAL:
@@ -231,7 +206,8 @@ def _row_sums(
                     pages_k, pages_meta, slabs, table, start + n, count,
                     SLAB_PAGES, PAGE, DIM, DIM_PAD, False, False,
                 )  # fmt: skip
-                top, total = _add(dot(q, tl.trans(k), blank), scale, top, total, False)
+                scores = dot(q, tl.trans(k), blank)
+                _, _, top, total = weigh(scores, scale, top, total, 1, False)
         for start in tl.range(whole, high, KEYS_, num_stages=STAGES if CAUSAL else 1):
             k, where = _keys(
                 pages_k, pages_meta, slabs, table, start + n, count,
@@ -241,8 +217,8 @@ def _row_sums(
             if not CAUSAL:
                 seen = (start + n < count)[None, :]
             scores = tl.where(seen, dot(q, tl.trans(k), blank), float("-inf"))
-            top, total = _add(scores, scale, top, total, True)
-    tl.store(to, _level(top, total), mask=r < rows)
+            _, _, top, total = weigh(scores, scale, top, total, 1, True)
+    tl.store(to, level_of(top, total), mask=r < rows)
 
 
 @triton.jit
@@ -259,19 +235,16 @@ def _add_parts(
     for start in range(0, parts, PARTS):
         mask = (start + p < parts)[:, None] & (r < rows)[None, :]
         at = part + (start + p)[:, None] * rows + r[None, :]
-        level = tl.load(at, mask=mask, other=float("-inf"))
-        new_top = tl.maximum(top, tl.max(level, 0))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(level - base[None, :]), 0)
-        top = new_top
-    level = _level(top, total)
+        level = tl.load(at, mask=mask, other=float("-inf"))  # [PARTS, M]
+        _, _, top, total = weigh(level, 1.0, top, total, 0, True)
+    level = level_of(top, total)
     tl.store(lse + unit * rows + r, tl.where(level > float("-inf"), level, float("inf")), r < rows)
 
 
 @triton.jit
 def _column_sums(
     pages_k, pages_meta, slabs, table, counts, ring_q, lengths, lse, mass, width, scale,
-    table_b, table_h, counts_b, query_b, query_h, query_s,
+    table_strides, counts_strides, query_strides,
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     OBSERVED: tl.constexpr, QUERY_SLOTS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     CAUSAL: tl.constexpr, KEYS_: tl.constexpr, STAGES: tl.constexpr, MODE: tl.constexpr,
@@ -282,12 +255,13 @@ def _column_sums(
     b, head = unit // KV_HEADS, unit % KV_HEADS
     n = tl.program_id(0) * KEYS_ + tl.arange(0, KEYS_)
     mass += unit * width + n
-    count = tl.load(counts + b * counts_b + head)
+    count = tl.load(counts + b * counts_strides[0] + head)
     if tl.program_id(0) * KEYS_ >= count:
         tl.store(mass, tl.zeros([KEYS_], tl.float32), mask=n < width)
         return
+    table += b * table_strides[0] + head * table_strides[1]
     k, where = _keys(
-        pages_k, pages_meta, slabs, table + b * table_b + head * table_h, n, count,
+        pages_k, pages_meta, slabs, table, n, count,
         SLAB_PAGES, PAGE, DIM, DIM_PAD, True, CAUSAL,
     )  # fmt: skip
     length = tl.load(lengths + b).to(tl.int32)
@@ -315,11 +289,11 @@ def _column_sums(
             g = m * 0 + turn
             r = g * OBSERVED + i
         q = _queries(
-            ring_q + b * query_b, length, head, g, i, there, query_h, query_s,
+            ring_q, query_strides, b, head, g, i, there, length,
             OBSERVED, QUERY_SLOTS, GROUP, DIM, DIM_PAD,
         )  # fmt: skip
-        level = tl.load(lse + r, mask=there, other=float("inf"))
-        scores = dot(k, tl.trans(q), blank)
+        level = tl.load(lse + r, mask=there, other=float("inf"))  # [M]
+        scores = dot(k, tl.trans(q), blank)  # [N, M]
         # The maximum replaces NaN: a query that met one weighs nothing.
         weights = tl.maximum(tl.exp2(scores * scale - level[None, :]), 0.0)
         if CAUSAL:

@@ -31,6 +31,7 @@ def write_gate(
     b2: Tensor,
     limit: float | None = None,
     inclusive: bool = False,
+    silu: bool = False,
 ) -> Tensor:
     """Gate scores `[Hkv, T]`, or decisions where a limit is given; see the reference."""
     check_dtype("write_gate", "key", key)
@@ -53,9 +54,9 @@ def write_gate(
         _chunks[tiles, heads, cdiv(chunks, each)](
             key_pre, key, norm_pre.contiguous(), norm_post.contiguous(), w1, b1, w2, partial,
             tokens, heads, each,
-            key_pre.stride(0), key_pre.stride(1), key.stride(0), key.stride(1),
+            key_pre.stride(), key.stride(),
             HIDDEN=hidden, CHUNKS=chunks, DIM=dim, DIM_PAD=dot_size(dim), EPS=_NORM_EPS,
-            ROWS=rows, UNITS=units, num_warps=warps, num_stages=1,
+            ROWS=rows, UNITS=units, SILU=silu, num_warps=warps, num_stages=1,
         )  # fmt: skip
         _finish[cdiv(tokens, _FINISH), heads](
             partial, b2, key, out if limit is None else out.view(torch.uint8), limit or 0.0,
@@ -113,9 +114,9 @@ def _gelu(x, dtype: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens", "heads", "each"])
 def _chunks(
     key_pre, key, norm_pre, norm_post, w1, b1, w2, partial, tokens, heads, each,
-    pre_h, pre_t, key_h, key_t,
+    pre_strides, key_strides,
     HIDDEN: tl.constexpr, CHUNKS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    EPS: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
+    EPS: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Contribution of each chunk of hidden units to the logits: `[chunks, Hkv, T]`."""
     h = tl.program_id(1).to(tl.int64)
@@ -124,12 +125,12 @@ def _chunks(
     real = d < DIM
     mask = (t < tokens)[:, None] & real[None, :]
     weight = w1.dtype.element_ty
-    at_pre = key_pre + h * pre_h + t[:, None] * pre_t + d[None, :]
-    at_key = key + h * key_h + t[:, None] * key_t + d[None, :]
-    scale_pre = tl.load(norm_pre + d, mask=real, other=0.0)
-    scale_key = tl.load(norm_post + d, mask=real, other=0.0)
-    pre = _normed(tl.load(at_pre, mask=mask, other=0.0), scale_pre, DIM, EPS, weight)
-    post = _normed(tl.load(at_key, mask=mask, other=0.0), scale_key, DIM, EPS, weight)
+    at_pre = key_pre + h * pre_strides[0] + t[:, None] * pre_strides[1] + d[None, :]
+    at_key = key + h * key_strides[0] + t[:, None] * key_strides[1] + d[None, :]
+    scale_pre = tl.load(norm_pre + d, mask=real, other=0.0)  # [D]
+    scale_key = tl.load(norm_post + d, mask=real, other=0.0)  # [D]
+    pre = _normed(tl.load(at_pre, mask=mask, other=0.0), scale_pre, DIM, EPS, weight)  # [T, D]
+    post = _normed(tl.load(at_key, mask=mask, other=0.0), scale_key, DIM, EPS, weight)  # [T, D]
     w1 += h * (HIDDEN * 2 * DIM)
     first = tl.program_id(2) * each
     for chunk in range(first, tl.minimum(first + each, CHUNKS)):
@@ -137,13 +138,14 @@ def _chunks(
         at = w1 + unit[:, None] * (2 * DIM) + d[None, :]
         there = (unit < HIDDEN)[:, None] & real[None, :]
         # All loads before the products, so that the chunk waits for memory once.
-        left = tl.load(at, mask=there, other=0.0)
-        right = tl.load(at + DIM, mask=there, other=0.0)
-        bias = tl.load(b1 + h * HIDDEN + unit, mask=unit < HIDDEN, other=0.0)
-        last = tl.load(w2 + h * HIDDEN + unit, mask=unit < HIDDEN, other=0.0)
+        left = tl.load(at, mask=there, other=0.0)  # [m, D]
+        right = tl.load(at + DIM, mask=there, other=0.0)  # [m, D]
+        bias = tl.load(b1 + h * HIDDEN + unit, mask=unit < HIDDEN, other=0.0)  # [m]
+        last = tl.load(w2 + h * HIDDEN + unit, mask=unit < HIDDEN, other=0.0)  # [m]
         x = dot(pre, tl.trans(left), tl.zeros([ROWS, UNITS], tl.float32))
         x = dot(post, tl.trans(right), x)
-        x = _gelu(x + bias.to(tl.float32)[None, :], weight)
+        x += bias.to(tl.float32)[None, :]
+        x = x / (1.0 + tl.exp(-x)) if SILU else _gelu(x, weight)
         total = tl.sum(x * last.to(tl.float32)[None, :], 1)
         tl.store(partial + (chunk * heads + h) * tokens + t, total, mask=t < tokens)
 
@@ -159,7 +161,7 @@ def _finish(
     mask = t < tokens
     logit = tl.zeros([ROWS], tl.float32)
     for chunk in tl.static_range(CHUNKS):
-        logit += tl.load(partial + (chunk * heads + h) * tokens + t, mask=mask, other=0.0)
+        logit += tl.load(partial + (chunk * heads + h) * tokens + t, mask=mask, other=0.0)  # [T]
     logit += tl.load(b2 + h).to(tl.float32)
     score = narrow(1.0 / (1.0 + tl.exp(-logit)), key.dtype.element_ty)
     if DECIDE:

@@ -10,6 +10,7 @@ See `kvpolicy.adapters.hf` for all that serves models of Hugging Face transforme
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ._knob import Knob as Knob
 from .admission import Admission as Admission
 from .admission import AdmitAll as AdmitAll
 from .admission import DuoAttention as DuoAttention
@@ -21,6 +22,7 @@ from .admission import all_of as all_of
 from .admission import any_of as any_of
 from .budget import Adaptive as Adaptive
 from .budget import Budget as Budget
+from .budget import BudgetView as BudgetView
 from .budget import Pyramid as Pyramid
 from .budget import Ratio as Ratio
 from .budget import Tokens as Tokens
@@ -68,6 +70,7 @@ __all__ = [
     "AtPromptEnd",
     "BackendError",
     "Budget",
+    "BudgetView",
     "CachePipeline",
     "CacheSpec",
     "CacheState",
@@ -77,6 +80,7 @@ __all__ = [
     "EvictionView",
     "KVPolicyError",
     "KeepAll",
+    "Knob",
     "LocalAttention",
     "PhaseError",
     "Pyramid",

@@ -132,3 +132,4 @@ def is_a(kind: type, wanted: str, instead: Callable[[Any], str] = lambda value: 
 
 
 flag = is_a(bool, "a bool")
+function = is_a(Callable, "a function")  # type: ignore[arg-type]

@@ -6,15 +6,12 @@ import importlib
 import importlib.util
 import os
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import Any, get_args
 
 import torch
 
 from .choices import Backend
 from .errors import BackendError
-
-if TYPE_CHECKING:
-    from .ops import Ops
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _KERNELS = {  # modules of kernels/ by op
@@ -62,7 +59,7 @@ def resolve(backend: str, device: torch.device) -> str:
     return backend
 
 
-class _Backend:
+class Implementation:
     """The ops of one backend as attributes; each is imported when it is first used."""
 
     def __init__(self, backend: str) -> None:
@@ -78,6 +75,6 @@ class _Backend:
 
 
 @lru_cache
-def load(name: str) -> Ops:
-    """The ops of a resolved backend, "reference" or "triton"."""
-    return cast("Ops", _Backend(name))
+def implementation(name: str) -> Implementation:
+    """That of a resolved backend, "reference" or "triton"."""
+    return Implementation(name)

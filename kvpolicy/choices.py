@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 Phase = Literal["prompt", "decode"]  # of a call: queries read all, or select one by one
+Generated = Literal["admission", "keep"]
 When = Literal["prompt_end", "decode"]  # an eviction acts
 AtCap = Literal["raise", "evict"]  # what happens where a cap is reached
 Backend = Literal["auto", "reference", "triton"]
 PageGroup = Literal["max", "mean", "each"]  # how query heads share a choice of pages
 HeadGroup = Literal["mean", "max"]  # how query heads share a token's score
+FloorForm = Literal["minimum", "window", "blend"]  # what AdaKV counts as a head's floor
 Pooling = Literal["avg", "max"]
 Normalize = Literal["visible", "global"]

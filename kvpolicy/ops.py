@@ -1,6 +1,6 @@
 """The contract of the ops: their signatures, what they compute, and the values that they exchange.
 
-`backend.load` finds an implementation: `reference` (torch, which defines the result) or `kernels`
+`load` finds an implementation: `reference` (torch, which defines the result) or `kernels`
 (Triton). `write_gate`, `prefill_attention` and `paged_decode` are also functions of this module,
 for users who bring their own cache: on CUDA tensors they run the kernel where Triton is installed,
 else the reference.
@@ -12,12 +12,12 @@ page. Positions and lengths count tokens; token n of a head is the n-th one that
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from .backend import load, resolve
+from .backend import implementation, resolve
 
 POSITION_BITS = 30
 POSITION_MASK = (1 << POSITION_BITS) - 1
@@ -265,9 +265,9 @@ class Ops(Protocol):
         """The `budget` best pages of each head, always including the first and last ones.
 
         `scores` `[B, Hs, M]` floats with Hs = Hkv or Hq, `counts` `[B, Hkv]` tokens. Of the budget,
-        `last` trailing and then `first` leading pages are taken for certain. Ties go to the lower
-        page. Returns `[B, Hs, budget]` int32 page numbers within the head in rising order, padded
-        with -1.
+        `last` trailing and then `first` leading pages are taken for certain; `last` = -1 is the
+        trailing page only where it is partly filled. Ties go to the lower page. Returns `[B, Hs,
+        budget]` int32 page numbers within the head in rising order, padded with -1.
         """
 
     def keep_best(self, scores: Tensor, valid: Tensor, amount: Tensor) -> Tensor:
@@ -297,15 +297,17 @@ class Ops(Protocol):
     def write_gate(
         self, key_pre: Tensor, key: Tensor, norm_pre: Tensor, norm_post: Tensor, w1: Tensor,
         b1: Tensor, w2: Tensor, b2: Tensor, limit: float | None = None, inclusive: bool = False,
+        silu: bool = False,
     ) -> Tensor:  # fmt: skip
         """Gate scores of tokens, in [0, 1] and in the keys' dtype, or decisions about them.
 
         `key_pre`, `key` `[Hkv, T, D]` (before and after RoPE), `norm_pre`, `norm_post` `[D]`,
         `w1` `[Hkv, m, 2D]`, `b1` `[Hkv, m]`, `w2` `[Hkv, m]`, `b2` `[Hkv]`; returns `[Hkv, T]`.
         g = sigmoid(w2 . gelu(w1 [n(key_pre); n(key)] + b1) + b2) with RMS norms n and the exact
-        GELU (EMCLab-Sinica/WG-KV, src/modeling_layers.py). With a `limit`, a number of the keys'
-        dtype, the result is bool: g > limit (`inclusive`: g >= limit), g rounded to the keys' dtype
-        first. A token's score depends on nothing but the token, to the last bit.
+        GELU, or SiLU with `silu` (EMCLab-Sinica/WG-KV, src/modeling_layers.py). With a `limit`, a
+        number of the keys' dtype, the result is bool: g > limit (`inclusive`: g >= limit), g
+        rounded to the keys' dtype first. A token's score depends on nothing but the token, to the
+        last bit.
         """
 
     # Moving tokens and pages
@@ -348,13 +350,19 @@ class Ops(Protocol):
         """Stores summaries `[N, S]` of pages `ids` `[N]`; writes to the null page are lost."""
 
 
+def load(name: str) -> Ops:
+    """The ops of a resolved backend, "reference" or "triton"."""
+    return cast(Ops, implementation(name))
+
+
 def write_gate(
     key_pre: Tensor, key: Tensor, norm_pre: Tensor, norm_post: Tensor, w1: Tensor, b1: Tensor,
     w2: Tensor, b2: Tensor, limit: float | None = None, inclusive: bool = False,
+    silu: bool = False,
 ) -> Tensor:  # fmt: skip
     """Gate scores or decisions `[Hkv, T]`; see `Ops.write_gate`."""
     weights = (norm_pre, norm_post, w1, b1, w2, b2)
-    return _ops(key).write_gate(key_pre, key, *weights, limit, inclusive)
+    return _ops(key).write_gate(key_pre, key, *weights, limit, inclusive, silu)
 
 
 def prefill_attention(

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import attrs
 import torch
 from torch import Tensor
 
 from ._fields import shown
-from .admission._base import Admission
-from .budget import TotalCap
+from .admission import Admission, Write
+from .budget import budget_of
 from .choices import When
-from .eviction._base import Eviction
-from .selection._base import Selection
-from .types import EvictionView, Write
+from .eviction import Eviction, EvictionView
+from .selection import Selection
 
 Policy = TypeVar("Policy", Admission, Selection, Eviction)
 Layers = tuple[tuple[range, Any], ...]
@@ -27,7 +26,8 @@ def _spans(value: Mapping[int | range, Any] | Iterable[tuple[int | range, Any]])
     spans: list[tuple[range, Any]] = []
     taken: set[int] = set()
     pairs: Any = value.items() if isinstance(value, Mapping) else value
-    pairs = tuple(pairs) if isinstance(pairs, Iterable) else (pairs,)
+    listed = isinstance(pairs, Iterable) and not isinstance(pairs, str | bytes)
+    pairs = tuple(pairs) if listed else (pairs,)
     if not all(map(_is_pair, pairs)):
         raise TypeError(f"layers: wanted policies by layer, such as {{0: p}}, got {shown(value)}")
     for key, policy in pairs:
@@ -85,7 +85,11 @@ class _PerLayer:
         for policy in self.members:
             policy.check(layers, kv_heads, head_dim)
 
-    def _map(self, change: Callable[[Any], Any]) -> Any:
+    def check_window(self, window: int) -> None:
+        for policy in self.members:
+            policy.check_window(window)
+
+    def _map(self, change: Callable[[Any], Any]) -> Self:
         changed = {id(p): change(p) for p in self.members}
         layers = tuple((span, changed[id(p)]) for span, p in self.layers)
         return attrs.evolve(self, default=changed[id(self.default)], layers=layers)
@@ -110,15 +114,20 @@ class PerLayerAdmission(_PerLayer, Admission):
         self._window()
 
     @property
-    def window(self) -> int | None:  # type: ignore[override]
+    def window(self) -> int | None:
         return self._window()
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
+    def needs(self) -> frozenset[str]:
         return self._needs()
 
+    @property
+    def by_position(self) -> bool:
+        return all(p.by_position for p in self.members)
+
     def admit(self, write: Write) -> Tensor:
-        return self.at(write.layer).admit(write)
+        policy: Admission = self.at(write.layer)
+        return policy.admit(write)
 
     def place(self, device: torch.device, dtype: torch.dtype, backend: str) -> PerLayerAdmission:
         return self._map(lambda p: p.place(device, dtype, backend))
@@ -142,7 +151,7 @@ class PerLayerSelection(_PerLayer, Selection):
             )
 
     def summarize(self, keys: Tensor, valid: Tensor) -> Tensor:
-        policy = next((p for p in self.members if not p.neutral), self.default)
+        policy: Selection = next((p for p in self.members if not p.neutral), self.default)
         return policy.summarize(keys, valid)
 
     def score(self, query: Tensor, summary: Tensor, counts: Tensor) -> Tensor:
@@ -161,33 +170,51 @@ class PerLayerEviction(_PerLayer, Eviction):
     def _agree(self) -> None:
         self._window()
         for policy in self.members:
-            if isinstance(policy.budget, TotalCap):
+            budget = budget_of(policy)
+            if budget is not None and budget.spans_layers:
                 raise ValueError(
-                    f"layers: {policy.budget} counts over all layers and cannot hold for some"
+                    f"layers: {budget} counts over all layers and cannot hold for some"
                 )
 
     @property
-    def window(self) -> int | None:  # type: ignore[override]
+    def window(self) -> int | None:
         return self._window()
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
+    def needs(self) -> frozenset[str]:
         return self._needs()
 
     @property
-    def when(self) -> When:  # type: ignore[override]
+    def when(self) -> When:
         acting = {p.when for p in self.members if not p.neutral}
         return "decode" if "decode" in acting else "prompt_end"
 
     @property
-    def queries(self) -> int:  # type: ignore[override]
-        return max(p.queries for p in self.members)
+    def queries(self) -> int:
+        return max(int(p.queries) for p in self.members)
+
+    @property
+    def prefers_window(self) -> int | None:
+        return max((p.prefers_window for p in self.members if p.prefers_window), default=None)
+
+    @property
+    def forgets_window(self) -> bool:
+        return any(p.forgets_window for p in self.members)
+
+    @property
+    def across_heads(self) -> bool:
+        return any(p.across_heads for p in self.members)
 
     def mark(self, write: Write) -> Tensor | None:
-        return self.at(write.layer).mark(write)
+        policy: Eviction = self.at(write.layer)
+        return policy.mark(write)
+
+    def admit(self, write: Write) -> Tensor | None:
+        policy: Eviction = self.at(write.layer)
+        return policy.admit(write)
 
     def score(self, view: EvictionView) -> Tensor:
-        policy = self.at(view.layer)
+        policy: Eviction = self.at(view.layer)
         if view.queries is not None and view.query_valid is not None:
             extra = max(view.queries.shape[2] - policy.queries, 0)
             view = view._replace(
@@ -216,8 +243,7 @@ def per_layer(default: Policy, layers: Mapping[int | range, Policy]) -> Policy:
     """
     for slot in (PerLayerAdmission, PerLayerSelection, PerLayerEviction):
         if isinstance(default, slot._kind):
-            policy: Any = slot(default=default, layers=layers)
-            return policy
+            return cast(Policy, slot(default=default, layers=layers))
     raise TypeError(
         f"default: wanted an admission, a selection or an eviction, got {shown(default)}"
     )

@@ -8,10 +8,10 @@ from typing import Any, cast
 import attrs
 from torch import Tensor
 
-from ._fields import is_a, one_of, optional, positive, shown
+from ._fields import check_int, is_a, one_of, optional, positive, shown
 from .admission import Admission, AdmitAll
-from .backend import BACKENDS, load, resolve
-from .budget import Adaptive, TotalCap
+from .backend import BACKENDS, resolve
+from .budget import budget_of
 from .calls import capacity
 from .calls._checks import check_call, check_complete, check_layer
 from .calls.call import abort, close_call, open_call
@@ -21,6 +21,7 @@ from .calls.prompt import prompt
 from .choices import Backend, Phase
 from .errors import PhaseError, UnsupportedError
 from .eviction import Eviction, KeepAll
+from .ops import load
 from .selection import SelectAll, Selection
 from .spec import CacheSpec
 from .store import CacheState, Report
@@ -28,15 +29,13 @@ from .store.allocate import allocate
 from .store.report import report
 
 DEFAULT_WINDOW = 256
-
-
 SLOTS = {"admission": Admission, "selection": Selection, "eviction": Eviction}
 
 
 def _instead(value: Any) -> str:
     """The argument that takes a policy, which was given to another one."""
     fits = [name for name, kind in SLOTS.items() if isinstance(value, kind)]
-    return f"{fits[0]}={shown(value)}" if fits else ""
+    return f"{fits[0]}={type(value).__name__}(...)" if fits else ""
 
 
 def _slot(name: str) -> Any:
@@ -64,8 +63,10 @@ class CachePipeline:
     """What to write, what to read and what to drop, as one frozen value.
 
     `window` is the number of recent tokens, the current one included, that every head keeps; by
-    default the admission's own, else 256. `backend` is "auto", "reference" or "triton". A pipeline
-    holds no state: `init` makes a cache, and one pipeline may serve many of them.
+    default the one that a policy demands (`LocalAttention`, `DuoAttention`, a trained `WriteGate`),
+    else the one that the eviction prefers (`SnapKV`: its observation), else 256. `backend` is
+    "auto", "reference" or "triton". A pipeline holds no state: `init` makes a cache, and one
+    pipeline may serve many of them.
 
     Example:
         `CachePipeline(admission=gate, selection=Quest(budget=1024), eviction=SnapKV(budget=4096))`
@@ -80,7 +81,7 @@ class CachePipeline:
     def __attrs_post_init__(self) -> None:
         object.__setattr__(self, "window", self._resolve_window())
         for policy in (self.selection, self.eviction):
-            _check_budget(policy, self.window)
+            policy.check_window(self.window)
 
     def _resolve_window(self) -> int:
         named = {
@@ -92,12 +93,11 @@ class CachePipeline:
         if len(set(given.values())) > 1:
             found = ", ".join(f"{name} says {value}" for name, value in given.items())
             raise ValueError(f"window: the parts of the pipeline disagree: {found}")
-        return next(iter(given.values()), DEFAULT_WINDOW)
+        return next(iter(given.values()), self.eviction.prefers_window or DEFAULT_WINDOW)
 
     def init(self, spec: CacheSpec, batch: int = 1) -> CacheState:
         """An empty cache for `batch` sequences; ValueError if a policy does not fit `spec`."""
-        if batch < 1:
-            raise ValueError(f"batch: wanted at least 1, got {batch}")
+        check_int("batch", batch, 1)
         self.check(spec)
         backend = load(resolve(self.backend, spec.device))
         return allocate(
@@ -119,7 +119,7 @@ class CachePipeline:
             slot.check(spec.layers, spec.model_kv_heads, spec.head_dim)
         for layer in range(spec.layers):
             for policy in (self.selection.at(layer), self.eviction.at(layer)):
-                _check_budget(policy, self.window)
+                policy.check_window(self.window)
             capacity.check(spec, layer, self.window, self.eviction.at(layer))
             if spec.kv_heads < spec.model_kv_heads:
                 _check_shard(self.eviction.at(layer))
@@ -251,25 +251,14 @@ class CachePipeline:
 
 
 def _check_shard(eviction: Eviction) -> None:
-    budget: Any = eviction.budget
-    while budget is not None:
-        if isinstance(budget, Adaptive | TotalCap):
-            raise UnsupportedError(
-                f"{type(eviction).__name__}.budget: {type(budget).__name__} shares tokens between "
-                "KV heads, but a tensor-parallel rank sees only its own"
-            )
-        budget = getattr(budget, "base", None)
-
-
-def _check_budget(policy: Any, window: int) -> None:
-    budget = getattr(policy, "budget", None)
-    if budget is None or isinstance(budget, TotalCap):
-        return
-    while hasattr(budget, "base"):
-        budget = budget.base
-    tokens = getattr(budget, "tokens", None)
-    if tokens is not None and tokens < window + 1:
-        raise ValueError(
-            f"{type(policy).__name__}.budget: wanted at least window + 1 = {window + 1} tokens "
-            f"(budgets include the window), got {tokens}"
+    budget = budget_of(eviction)
+    if budget is not None and budget.shares_heads:
+        raise UnsupportedError(
+            f"{type(eviction).__name__}.budget: {budget} shares tokens between KV heads, but a "
+            "tensor-parallel rank sees only its own"
+        )
+    if eviction.across_heads:
+        raise UnsupportedError(
+            f"{type(eviction).__name__}: scores look across KV heads, but a tensor-parallel rank "
+            "sees only its own"
         )

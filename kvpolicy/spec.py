@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, get_args
 
 import attrs
@@ -47,8 +47,9 @@ def check_sizes(sizes: Mapping[str, Any]) -> None:
 
 
 def _windows(value: Any) -> Any:
-    """A tuple; what is none is left to the validator."""
-    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
+    """A tuple; what is no sequence is left to the validator."""
+    listed = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return tuple(value) if listed else value
 
 
 def _sliding(instance: CacheSpec, attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -75,7 +76,7 @@ def _dtype(instance: CacheSpec, attribute: attrs.Attribute[Any], value: Any) -> 
 
 def _device(value: Any) -> torch.device:
     wanted = "device: wanted a torch.device or its name, such as 'cpu' or 'cuda:0'"
-    if not isinstance(value, torch.device | str | int) or isinstance(value, bool):
+    if not isinstance(value, torch.device | str):
         raise TypeError(f"{wanted}, got {shown(value)}")
     try:
         return torch.device(value)

@@ -18,6 +18,8 @@ if not torch.cuda.is_available():
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support import interpreter
+
 settings.register_profile(
     "suite",
     deadline=None,
@@ -27,6 +29,7 @@ settings.register_profile(
 )
 settings.load_profile("suite")
 torch.set_num_threads(1)
+interpreter.remember()
 
 # torch remembers its constructors at the first use of a device context: now, before `poisoned`
 # replaces some, or models meant for the meta device would take real memory.

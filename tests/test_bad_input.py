@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_type_hints
+
 import attrs
 import pytest
 import torch
@@ -17,7 +23,13 @@ from kvpolicy import (
     Selection,
     SnapKV,
     Tokens,
+    attach,
+    new_cache,
 )
+from kvpolicy.adapters import hf
+from kvpolicy.spec import Sizes, check_sizes
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SPEC = CacheSpec(layers=2, heads=4, kv_heads=2, head_dim=8, page_size=4, interval=4)
 PIPELINE = CachePipeline(
@@ -41,6 +53,128 @@ def call(pipeline, state, phase="prompt", tokens=30, seed=0):
     outs = [pipeline.attend(state, layer, **data) for layer in range(2)]
     pipeline.commit(state)
     return torch.stack(outs)
+
+
+DTYPES = "wanted one of torch.float32, torch.float16, torch.bfloat16, torch.float64, got"
+SPECS = [
+    ({"dtype": "float32"}, TypeError, f"dtype: {DTYPES} 'float32'; write torch.float32$"),
+    ({"dtype": None}, TypeError, f"dtype: {DTYPES} None"),
+    ({"dtype": torch.int32}, ValueError, f"dtype: {DTYPES} torch.int32"),
+    ({"device": "nonsense"}, ValueError, "device: wanted .* 'cpu' or 'cuda:0', got 'nonsense'"),
+    ({"device": None}, TypeError, "device: wanted .*, got None"),
+    ({"scale": "x"}, TypeError, "scale: wanted a finite number above 0, got 'x'"),
+    ({"scale": float("nan")}, ValueError, "scale: wanted a finite number above 0, got nan"),
+    ({"rollback": 2.5}, TypeError, "rollback: wanted an int of at least 0, got 2.5$"),
+    ({"rollback": True}, TypeError, "rollback: wanted an int of at least 0, got True"),
+    ({"head_offset": 1.5}, TypeError, "head_offset: wanted an int of at least 0, got 1.5"),
+    ({"sliding": (4.5, None)}, TypeError, "sliding: wanted an int of at least 1, got 4.5"),
+    ({"sliding": (4,)}, ValueError, "sliding: wanted one entry for each of 2 layers, got 1"),
+    ({"sliding": (0, 4)}, ValueError, "sliding: wanted at least 1, got 0"),
+    ({"all_kv_heads": -3}, ValueError, "all_kv_heads: wanted at least 1, got -3"),
+    ({"all_kv_heads": 1}, ValueError, r"all_kv_heads: wanted .* \+ kv_heads = 2, got 1"),
+    ({"page_size": 12}, ValueError, "page_size: wanted a power of two, got 12"),
+    ({"heads": 3}, ValueError, "heads: wanted a multiple of kv_heads=2, got 3"),
+    ({"interval": 10**30}, ValueError, "interval: wanted at most 1,073,741,824, got 10000"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "error", "message"), SPECS)
+def test_sizes(sizes, error, message):
+    with pytest.raises(error, match=message):
+        attrs.evolve(SPEC, **sizes)
+
+
+def test_words_are_sizes():
+    """Of CacheSpec, with the types that it has for them."""
+    wanted = get_type_hints(CacheSpec)
+    assert get_type_hints(Sizes).items() <= wanted.items()
+    check_sizes({"page_size": 4, "at_cap": "evict"})
+    with pytest.raises(TypeError, match="pagesize: wanted one of .*; write page_size=3$"):
+        check_sizes({"pagesize": 3})
+    with pytest.raises(TypeError, match="max_byte: wanted one of .*; write max_bytes=9$"):
+        check_sizes({"max_byte": 9})
+    with pytest.raises(TypeError, match="wanted one of .*, got 'zebra'$"):
+        check_sizes({"zebra": 9})
+
+
+MODELS = [
+    (lambda: attach("gpt2", PIPELINE), r"model: .*; load it: AutoModel.*from_pretrained\('gpt2'\)"),
+    (
+        lambda: new_cache("gpt2", PIPELINE),
+        "model: wanted a model of transformers, got 'gpt2'; load",
+    ),
+    (lambda: hf.detach(None), "model: wanted a model of transformers, got None$"),
+    (lambda: hf.spec_of(PIPELINE), r"model: wanted a model .*, got CachePipeline\("),
+    (lambda: hf.fit_report("gpt2", 9), "config_or_model: .*; load it: AutoConfig.from_pretrained"),
+    (lambda: attach(None, SnapKV(budget=9)), r"pipeline: .*; write CachePipeline\(eviction=SnapKV"),
+    (lambda: new_cache(None, Quest(budget=9)), r"; write CachePipeline\(selection=Quest\("),
+    (lambda: attach(None, "snapkv"), "pipeline: wanted a CachePipeline, got 'snapkv'$"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), MODELS)
+def test_models_and_pipelines(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_every_size_of_the_adapters_is_typed():
+    found = [
+        hf.attach,
+        hf.Attachment.__init__,
+        hf.new_cache,
+        hf.load_cache,
+        hf.fit_report,
+        hf.spec_of,
+    ]
+    for function in [*found, hf.KVPolicyCache.__init__]:
+        last = [*inspect.signature(function).parameters.values()][-1]
+        assert last.kind is last.VAR_KEYWORD and last.annotation == "Unpack[Sizes]"
+
+
+@pytest.mark.slow
+def test_a_type_checker_sees_a_wrong_word(tmp_path):
+    """One error for each line."""
+    lines = [
+        "SnapKV(budget=64, when='sometimes')",
+        "SnapKV(budget='many')",
+        "SnapKV(budget=64, pooling='sum')",
+        "SnapKV(budget=64, group='each')",
+        "SnapKV(budget=64, normalize='no')",
+        "Quest(budget=None)",
+        "Quest(budget=64, group='sum')",
+        "CachePipeline(backend='cuda')",
+        "CacheSpec(layers=1, heads=1, kv_heads=1, head_dim=1, at_cap='no')",
+        "attach(model, pipeline, pagesize=3)",
+        "attach(model, pipeline, at_cap='no')",
+        "new_cache(model, pipeline, page_size='3')",
+        "fit_report(model, 9, max_byte=3)",
+        "pipeline.begin(state, [1], 'prefill')",
+        "kvpolicy.atach",
+    ]
+    right = [
+        "SnapKV(budget=64, when='decode')",
+        "SnapKV(budget=Ratio(0.5))",
+        "Quest(budget=64)",
+        "attach(model, pipeline, page_size=4, max_bytes=None, at_cap='evict')",
+        "pipeline.begin(state, [1], 'decode')",
+    ]
+    head = [
+        "import kvpolicy",
+        "from kvpolicy import *",
+        "from kvpolicy.adapters.hf import fit_report",
+        "from torch import nn",
+        "def f(model: nn.Module, pipeline: CachePipeline, state: CacheState) -> None:",
+    ]
+    path = tmp_path / "wrong.py"
+    body = [f"    {line}" for line in [*lines, *right]]
+    path.write_text("\n".join([*head, *body]) + "\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--python-version", "3.11", str(path)],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    found = {int(line.split(":")[1]) for line in done.stdout.splitlines() if "wrong.py" in line}
+    assert found == set(range(len(head) + 1, len(head) + len(lines) + 1)), done.stdout
 
 
 TENSORS = [
@@ -124,6 +258,9 @@ def test_calls_out_of_order():
 def test_no_sequences():
     with pytest.raises(ValueError, match="batch: wanted at least 1, got 0"):
         PIPELINE.init(SPEC, 0)
+    for batch in (True, 1.0, None):
+        with pytest.raises(TypeError, match=f"batch: wanted an int of at least 1, got {batch}"):
+            PIPELINE.init(SPEC, batch)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 4, 5, 6])

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from kvpolicy import DuoAttention, WriteGate
 from kvpolicy.adapters.hf import fit_report
 from kvpolicy.cli import app
-from kvpolicy.evaluation.tiny import tiny_llama
+from kvpolicy.evaluation.models import tiny_llama
 
 
 @pytest.fixture(scope="module")

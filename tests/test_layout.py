@@ -287,7 +287,7 @@ MISSING = {
     "typer": ("cli", "import kvpolicy.cli; kvpolicy.cli.main()"),
     "accelerate": ("train", "import kvpolicy.training"),
     "matplotlib": ("plots", "from kvpolicy.bench.plots import draw; draw(None, [])"),
-    "gguf": ("eval", "from kvpolicy.evaluation.gguf_llama import open_gguf; open_gguf('x')"),
+    "gguf": ("eval", "from kvpolicy.evaluation.models.gguf_llama import open_gguf; open_gguf('x')"),
 }
 
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from kvpolicy import CachePipeline, CacheSpec, RandomGate, ops, reference
-from kvpolicy.backend import load
-from kvpolicy.ops import Heads, Segments
+from kvpolicy.ops import Heads, Segments, load
 
 CONTRACT = {
     name: op for name, op in vars(ops.Ops).items() if inspect.isfunction(op) and name[0] != "_"

@@ -17,9 +17,10 @@ from ...store import Report
 from . import phases
 from .arguments import check_model
 from .attention import forget_kept, keep_hidden, keep_pre
-from .cache import NAME, KVPolicyCache, new_cache
+from .cache import KVPolicyCache, new_cache
 from .changes import Changes
 from .compile import COMPILED, PLACE, CompiledLayers, check_compiles
+from .faces import NAME
 from .forwards import Forwards
 from .generate import generate
 from .models import attention_modules, decoder_of, key_source

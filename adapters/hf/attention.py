@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ...errors import UnsupportedError
-from . import layout
 from .arguments import check_attention
-from .cache import NAME, KVRef
 from .compile import PLACE, attend
+from .faces import NAME, KVRef
 from .models import key_source
 
 PRE = "_kvpolicy_pre_rope"  # left by a hook on the module whose output are keys before RoPE
@@ -64,14 +63,18 @@ def attention(
     if torch.compiler.is_compiling() and hasattr(module, PLACE):
         return attend(getattr(module, PLACE), query, key.key, key.value, pre, hidden), None
     check_attention(module, scaling, dropout, kwargs)
-    out = _attend(key.cache, module.layer_idx, query, key.key, key.value, pre, hidden)
+    out = _attend(key, module.layer_idx, query, pre, hidden)
     if torch.is_grad_enabled() and query.requires_grad:
         out = _NoGradient.apply(out, query)
     return out, None
 
 
 # Not traced where the whole model is compiled: a cache is no part of a graph.
-_attend = torch.compiler.disable(layout.attend)
+@torch.compiler.disable
+def _attend(
+    handle: KVRef, layer: int, query: Tensor, pre: Tensor | None, hidden: Tensor | None
+) -> Tensor:
+    return handle.cache.attend(layer, query, handle.key, handle.value, pre, hidden)
 
 
 class _NoGradient(torch.autograd.Function):

@@ -9,79 +9,20 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from ...errors import PhaseError, RollbackError
 from ...pipeline import CachePipeline, is_pipeline
 from ...spec import Sizes
-from ...store import CacheState, Report
+from ...store import CacheState, Report, save
 from ...store.fork import adopt, select_rows
 from ...store.rollback import crop
-from .columns import Chunks, append, pick, real, take_back
+from .columns import Chunks, append, pick, real, take_back, to_tensors
+from .faces import KVPolicyLayer, KVRef
+from .fingerprints import model_fingerprint
 from .layout import Columns
 from .models import spec_of
-from .modes import ordinary
-
-NAME = "kvpolicy"
-
-
-class KVRef:
-    """What `update` returns for keys and values: a handle that only our attention understands."""
-
-    def __init__(self, cache: KVPolicyCache, key: Tensor, value: Tensor) -> None:
-        self.cache, self.key, self.value = cache, key, value
-
-    @property
-    def shape(self) -> Any:
-        raise PhaseError(
-            f"a KVPolicyCache needs the attention implementation {NAME!r}: run inside "
-            "attach(model, pipeline)"
-        )
-
-
-class KVPolicyLayer(CacheLayerMixin):
-    """One layer's face towards transformers; everything is in the cache's state."""
-
-    is_sliding = False
-    is_compileable = False
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, cache: KVPolicyCache, index: int) -> None:
-        super().__init__()
-        # Weak: a cycle would keep a dropped cache's pages until the collector happens to run.
-        self._cache, self.index = weakref.ref(cache), index
-        self.is_initialized = True
-
-    @property
-    def cache(self) -> KVPolicyCache:
-        cache = self._cache()
-        assert cache is not None
-        return cache
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """The state is made by the model's first forward."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Any, Any]:
-        return self.cache.update(key_states, value_states, self.index)
-
-    def get_seq_length(self) -> int:
-        return self.cache.columns
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.columns + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    def offload(self) -> None:
-        """Nothing: pages stay where they are."""
-
-    prefetch = offload
+from .modes import exactly, in_dtype, ordinary
 
 
 class KVPolicyCache(Cache):
@@ -100,8 +41,8 @@ class KVPolicyCache(Cache):
         dtype: torch.dtype | None = None,
         **sizes: Unpack[Sizes],
     ) -> None:
-        self.pipeline, self.sizes, self.model = pipeline, sizes, weakref.ref(model)
         self.dtype, self.spec = dtype, spec_of(model, dtype=dtype, **sizes)
+        self.pipeline, self.sizes, self.model = pipeline, sizes, weakref.ref(model)
         self.state: CacheState | None = None
         self.phase = "prompt"
         self.boundary: int | None = None  # column where the prompt that `generate` announced ends
@@ -123,6 +64,35 @@ class KVPolicyCache(Cache):
         """A handle in place of both, the same for all layers; our attention stores them."""
         ref = KVRef(self, key_states, value_states)
         return ref, ref
+
+    @ordinary
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pre: Tensor | None,
+        hidden: Tensor | None,
+    ) -> Tensor:
+        """Attention `[B, S, Hq, D]` of one layer of the forward in flight; stores its tokens.
+
+        `query`, `key`, `value` are `[B, H, S, D]`, `pre` `[B, S, ...]`, `hidden` `[B, S, hidden]`.
+        Computes in the cache's dtype and answers in the query's.
+        """
+        if self.layout is None or self.state is None:
+            raise PhaseError("attention outside a forward of the attached model's decoder")
+        if pre is not None:
+            batch, heads, columns, dim = key.shape
+            pre = self._own(pre.view(batch, columns, heads, dim).transpose(1, 2), "key_pre")
+        q, k, v = self._own(query, "query"), self._own(key, "key"), self._own(value, "value")
+        with exactly(query.device):
+            out = self.layout.attend(self.pipeline, self.state, layer, q, k, v, pre, hidden)
+        return out.transpose(1, 2).to(query.dtype).contiguous()
+
+    def _own(self, x: Tensor, name: str) -> Tensor:
+        """`x` in the cache's dtype, where nothing is lost or the caller chose the dtype."""
+        return in_dtype(x, name, self.spec.dtype, chosen=self.dtype is not None)
 
     @property
     def columns(self) -> int:
@@ -246,11 +216,20 @@ class KVPolicyCache(Cache):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the cache to a safetensors file, for `load_cache`; only pages in use are written.
 
-        Raises PhaseError before the first forward and during one.
+        Raises PhaseError before the first forward, during one, and when the model is gone.
         """
-        from .persist import save_cache
-
-        save_cache(self, path)
+        model = self.model()
+        if self.state is None or model is None:
+            what = "its model is gone" if model is None else "nothing went through this cache yet"
+            raise PhaseError(f"save: {what}")
+        save(
+            self.state,
+            path,
+            self.pipeline,
+            fingerprint=model_fingerprint(model),
+            extra=to_tensors(self.chunks, self.state.batch),
+            notes={"phase": self.phase, "counts_positions": str(self.counts_positions)},
+        )
 
     @ordinary
     def _select(self, rows: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,23 @@ def append(chunks: Chunks, columns: int, valid: Tensor | None) -> Chunks:
     if valid is None and chunks and chunks[-1][1] is None:
         return [*chunks[:-1], (chunks[-1][0] + columns, None)]
     return [*chunks, (columns, valid)]
+
+
+def to_tensors(chunks: Chunks, batch: int) -> dict[str, Tensor]:
+    """`chunks` of `batch` sequences for a file."""
+    masks = [valid for _, valid in chunks if valid is not None]
+    return {
+        "columns": torch.tensor([n for n, _ in chunks]),
+        "masked": torch.tensor([valid is not None for _, valid in chunks]),
+        "valid": torch.cat(masks, 1) if masks else torch.zeros(batch, 0).bool(),
+    }
+
+
+def from_tensors(filed: Mapping[str, Tensor]) -> Chunks:
+    """The chunks that `to_tensors` filed."""
+    columns, masked = filed["columns"].tolist(), filed["masked"].tolist()
+    valid = iter(filed["valid"].split([n for n, m in zip(columns, masked, strict=True) if m], 1))
+    return [(n, next(valid) if m else None) for n, m in zip(columns, masked, strict=True)]
 
 
 def pick(chunks: Chunks, rows: list[int]) -> Chunks:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import PhaseError, UnsupportedError
-from . import layout
 from .models import shards
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def attend(
     cache = None if attachment is None else attachment.cache
     if cache is None:
         raise PhaseError("attention outside a forward of the attached model's decoder")
-    return layout.attend(cache, layer, query, key, value, pre, hidden)
+    return cache.attend(layer, query, key, value, pre, hidden)
 
 
 @attend.register_fake
@@ -74,7 +73,7 @@ def _(
 
 def check_compiles(decoder: Any, attention: list[Any]) -> None:
     """Raises UnsupportedError for a model whose layers cannot be compiled."""
-    if shards(attention[0].k_proj.weight)[1] > 1:
+    if shards(attention[0].k_proj)[1] > 1:
         reason = "its weights are sharded over ranks"
     elif any(hasattr(module, "_hf_hook") for module in decoder.modules()):
         reason = "accelerate moves its weights or activations between devices"

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import attrs
 import torch
 from torch import Tensor
 
-from ...errors import PhaseError
 from ...pipeline import CachePipeline
 from ...store import CacheState
-from .modes import exactly, in_cache_dtype, ordinary
-
-if TYPE_CHECKING:
-    from .cache import KVPolicyCache
 
 
 @attrs.define(eq=False)
@@ -67,34 +60,6 @@ class Columns:
         if self.index is not None:
             rows = rows.index_select(0, self.index)
         return rows.transpose(0, 1)
-
-
-@ordinary
-def attend(
-    cache: KVPolicyCache,
-    layer: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pre: Tensor | None,
-    hidden: Tensor | None,
-) -> Tensor:
-    """Attention `[B, S, Hq, D]` of one layer of the forward in flight; stores its tokens.
-
-    `query`, `key`, `value` are `[B, H, S, D]`, `pre` `[B, S, ...]`, `hidden` `[B, S, hidden]`.
-    Computes in the cache's dtype and answers in the query's.
-    """
-    state, layout = cache.state, cache.layout
-    if layout is None or state is None:
-        raise PhaseError("attention outside a forward of the attached model's decoder")
-    if pre is not None:
-        batch, heads, columns, dim = key.shape
-        pre = in_cache_dtype(cache, "key_pre", pre.view(batch, columns, heads, dim).transpose(1, 2))
-    named = {"query": query, "key": key, "value": value}
-    q, k, v = (in_cache_dtype(cache, name, x) for name, x in named.items())
-    with exactly(query.device):
-        out = layout.attend(cache.pipeline, state, layer, q, k, v, pre, hidden)
-    return out.transpose(1, 2).to(query.dtype).contiguous()
 
 
 def prompt_columns(batch: int, columns: int, mask: Tensor | None) -> tuple[Columns, list[int]]:

@@ -10,16 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..._fields import shown
-from ...admission import Admission, AdmitAll, DuoAttention, LocalAttention, RandomGate, Write
-from ...budget import TotalCap
-from ...eviction import AtPromptEnd
+from ...admission import Admission, Write
+from ...budget import BudgetView, bound_layers
 from ...pipeline import CachePipeline
 from ...spec import CacheSpec, Sizes
 from ...store.plan import planned
 from .models import spec_of
-
-# Decisions that follow from layer, head and position, so that tokens can be counted exactly.
-_BY_POSITION = (AdmitAll, DuoAttention, LocalAttention, RandomGate)
 
 
 @attrs.frozen
@@ -160,9 +156,9 @@ def _model(config_or_model: Any, dtype: torch.dtype | None) -> tuple[nn.Module, 
 
 def _check_admitted(pipeline: CachePipeline, spec: CacheSpec, admitted: float | None) -> None:
     deciding = [pipeline.admission.at(n) for n in range(spec.layers)]
-    evictions = [pipeline.eviction.at(n) for n in range(spec.layers)]
-    deciding += [x.admission for x in evictions if isinstance(x, AtPromptEnd)]
-    learned = [type(p).__name__ for p in deciding if not isinstance(p, _BY_POSITION)]
+    marking = [pipeline.eviction.at(n).admission for n in range(spec.layers)]
+    deciding += [admission for admission in marking if admission is not None]
+    learned = [type(p).__name__ for p in deciding if not p.by_position]
     if learned and admitted is None:
         raise ValueError(
             f"admitted: wanted the fraction of tokens that {learned[0]} admits, got None; it "
@@ -179,35 +175,45 @@ def _global_tokens(
     pipeline: CachePipeline, spec: CacheSpec, tokens: int, admitted: float
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Global tokens `[L][Hkv]` of a sequence: written, and left when the prompt has ended."""
-    shape = (spec.layers, spec.kv_heads)
-    written, left = (torch.zeros(shape, dtype=torch.long) for _ in range(2))
-    for layer in range(spec.layers):
-        if spec.slides(layer) is not None:
-            continue
-        far = max(tokens - pipeline.window, 0)
-        eviction = pipeline.eviction.at(layer)
+    written = [[0] * spec.at(layer).kv_heads for layer in range(spec.layers)]
+    left = [list(heads) for heads in written]
+    far = max(tokens - pipeline.window, 0)
+    managed = [layer for layer in range(spec.layers) if spec.slides(layer) is None]
+    evictions = {layer: pipeline.eviction.at(layer) for layer in managed}
+    for layer, eviction in evictions.items():
         written[layer] = _count(pipeline.admission.at(layer), spec, layer, far, admitted)
         left[layer] = written[layer]
-        if isinstance(eviction, AtPromptEnd):
-            inner = _count(eviction.admission, spec, layer, far, admitted)
-            left[layer] = torch.minimum(written[layer], inner)
-        elif eviction.budget is not None and not isinstance(eviction.budget, TotalCap):
-            most = eviction.budget.allowed(tokens, pipeline.window, layer, spec.layers)
-            left[layer] = written[layer].clamp(max=most)
-    if isinstance(pipeline.eviction.budget, TotalCap):
-        left = torch.tensor(pipeline.eviction.budget.lengths(written.tolist()))
-    return written.tolist(), left.tolist()
+        if eviction.admission is not None:
+            marked = _count(eviction.admission, spec, layer, far, admitted)
+            left[layer] = [min(pair) for pair in zip(left[layer], marked, strict=True)]
+    for budget, layers in bound_layers(evictions):
+        counts = [[left[layer] for layer in layers]]
+        view = BudgetView(
+            seen=(tokens,),
+            window=pipeline.window,
+            layers=tuple(layers),
+            of=spec.layers,
+            kv_heads=tuple(spec.at(layer).kv_heads for layer in layers),
+            counts=lambda counts=counts: counts,  # type: ignore[misc]
+        )
+        for layer, targets in zip(layers, budget.targets(view)[0], strict=True):
+            left[layer] = [min(pair) for pair in zip(left[layer], targets, strict=True)]
+    return written, left
 
 
-def _count(admission: Admission, spec: CacheSpec, layer: int, far: int, admitted: float) -> Tensor:
-    """Tokens `[Hkv]` that each head of a layer admits of the first `far`."""
-    if isinstance(admission, _BY_POSITION):
-        keys = torch.zeros(1).expand(spec.kv_heads, far, spec.head_dim)
-        bounds = torch.tensor([0, far], dtype=torch.int32)
-        heads = range(spec.head_offset, spec.head_offset + spec.kv_heads)
-        write = Write(keys, keys, torch.arange(far), bounds, layer, heads)
-        return admission.admit(write).sum(1)
-    return torch.full((spec.kv_heads,), round(admitted * far))
+def _count(
+    admission: Admission, spec: CacheSpec, layer: int, far: int, admitted: float
+) -> list[int]:
+    """Tokens that each head of a layer admits of the first `far`."""
+    heads, dim = spec.at(layer).kv_heads, spec.at(layer).head_dim
+    if not admission.by_position:
+        return [round(admitted * far)] * heads
+    keys = torch.zeros(1).expand(heads, far, dim)
+    bounds = torch.tensor([0, far], dtype=torch.int32)
+    ids = range(spec.head_offset, spec.head_offset + heads)
+    write = Write(keys, keys, torch.arange(far), bounds, layer, ids)
+    counts: list[int] = admission.admit(write).sum(1).tolist()
+    return counts
 
 
 def _tensors(policy: Any) -> Iterator[Tensor]:

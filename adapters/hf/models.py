@@ -1,11 +1,16 @@
-"""CacheSpec of a transformers model, and the modules that the adapter hooks."""
+"""What is known of a transformers model: where its decoder is, and what its attention computes on.
+
+Attaching, training and evaluation read models through this module alone. Its rules read configs
+and modules and name no family; `FAMILIES` are the model types on which they were checked.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import functools
+import itertools
 from typing import Any, Unpack
 
+import attrs
 import torch
 from torch import Tensor, nn
 
@@ -14,15 +19,75 @@ from ...errors import UnsupportedError
 from ...spec import CacheSpec, Sizes, check_sizes
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-SAMPLES = 64  # elements read of each parameter
-_VOLATILE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+
+
+def base_of(model: Any) -> Any:
+    """transformers' model inside the wrappers of torch.compile and PEFT."""
+    inner = getattr(model, "_orig_mod", None)
+    if inner is None and hasattr(model, "get_base_model"):
+        inner = model.get_base_model()
+    return model if inner is None or inner is model else base_of(inner)
 
 
 def decoder_of(model: Any) -> Any:
-    """The decoder stack of a causal language model, through wrappers such as PEFT's."""
+    """The decoder stack of a language model, through wrappers and around other modalities."""
     _check_model(model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.get_decoder() if hasattr(base, "get_decoder") else base
+    found = base_of(model)
+    while hasattr(found, "get_decoder"):
+        inner = base_of(found.get_decoder())
+        if inner is found:
+            break
+        found = inner
+    return found
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class AttentionLayer:
+    """What the attention of one layer computes on, on this rank.
+
+    Attributes:
+        module: the attention module.
+        window: keys that a query sees, of a layer that only slides; None where it sees all.
+        heads: query heads.
+        kv_heads: KV heads.
+        head_dim: channels of a head.
+        scale: factor of q.k.
+        dtype: of its keys and values.
+        device: where it runs.
+    """
+
+    module: Any
+    window: int | None
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    dtype: torch.dtype
+    device: torch.device
+
+
+def attention_layers(model: nn.Module) -> list[AttentionLayer]:
+    """The layers of `model` in order.
+
+    Raises:
+        UnsupportedError: the model, or the kind of one of its layers, is not served.
+    """
+    decoder, modules = decoder_of(model), attention_modules(model)
+    config, windows = decoder.config, sliding_windows(model)
+    layers = getattr(decoder, "layers", modules)
+    return [
+        AttentionLayer(
+            module=module,
+            window=window,
+            heads=config.num_attention_heads // (parts := shards(module.k_proj)[1]),
+            kv_heads=config.num_key_value_heads // parts,
+            head_dim=getattr(module, "head_dim", None) or head_dim_of(config),
+            scale=module.scaling,
+            dtype=_dtype_of(module, layer, config),
+            device=_device_of(module, layer),
+        )
+        for module, layer, window in zip(modules, layers, windows, strict=True)
+    ]
 
 
 def _check_model(model: Any) -> None:
@@ -37,7 +102,8 @@ def _check_model(model: Any) -> None:
 def attention_modules(model: nn.Module) -> list[Any]:
     """Attention modules in layer order; raises UnsupportedError for models that are not served."""
     decoder = decoder_of(model)
-    family = getattr(decoder.config, "model_type", None)
+    config: Any = getattr(decoder, "config", None)
+    family = getattr(config, "model_type", None)
     if family not in FAMILIES:
         raise UnsupportedError(
             f"model: {type(model).__name__} has model_type {family!r}; the adapters serve "
@@ -45,36 +111,81 @@ def attention_modules(model: nn.Module) -> list[Any]:
         )
     found = [m for m in decoder.modules() if hasattr(m, "k_proj") and hasattr(m, "layer_idx")]
     found.sort(key=lambda m: m.layer_idx)
-    if [m.layer_idx for m in found] != list(range(decoder.config.num_hidden_layers)):
+    if [m.layer_idx for m in found] != list(range(config.num_hidden_layers)):
         raise UnsupportedError(
-            f"model: wanted {decoder.config.num_hidden_layers} attention layers, found {len(found)}"
+            f"model: wanted {config.num_hidden_layers} attention layers, found {len(found)}"
         )
     return found
 
 
 def key_source(module: Any) -> nn.Module:
     """The submodule of an attention module whose output are its keys before RoPE."""
-    return module.k_norm if hasattr(module, "k_norm") else module.k_proj
+    norm = getattr(module, "k_norm", None)
+    return module.k_proj if norm is None else norm
 
 
 def sliding_windows(model: nn.Module) -> tuple[int | None, ...]:
-    """The window of each layer that only slides, None for the others."""
+    """The window of each layer that only slides, None for the others.
+
+    The config names each layer's kind, or one `sliding_window` for all, as for transformers' own
+    caches. Raises UnsupportedError for other kinds.
+    """
     config = decoder_of(model).config
-    if config.model_type == "mistral":
-        return (config.sliding_window,) * config.num_hidden_layers
-    return tuple(getattr(m, "sliding_window", None) for m in attention_modules(model))
+    window = getattr(config, "sliding_window", None)
+    default = "full_attention" if window is None else "sliding_attention"
+    kinds = getattr(config, "layer_types", None) or [default] * config.num_hidden_layers
+    served = {"full_attention": None, "sliding_attention": window}
+    for layer, kind in enumerate(kinds):
+        if kind not in served:
+            raise UnsupportedError(
+                f"model: layer {layer} is of kind {kind!r}; the adapters serve {', '.join(served)}"
+            )
+    return tuple(served[kind] for kind in kinds)
 
 
 def head_dim_of(config: Any) -> int:
+    """Channels of a head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def shards(weight: Any) -> tuple[int, int]:
-    """Which part of a tensor-parallel weight's rows this rank holds, and of how many."""
+def shards(projection: Any) -> tuple[int, int]:
+    """Which part of a tensor-parallel layer's rows this rank holds, and of how many."""
+    weight: Any = getattr(projection, "weight", None)
     for axis, placement in enumerate(getattr(weight, "placements", ())):
         if placement.is_shard(0) and weight.device_mesh.size(axis) > 1:
             return weight.device_mesh.get_local_rank(axis), weight.device_mesh.size(axis)
     return 0, 1
+
+
+def _dtype_of(module: Any, layer: nn.Module, config: Any) -> torch.dtype:
+    """The dtype of what the key and value projections put out.
+
+    Quantised projections hold bits, and put out the dtype that comes in: that of the layer's norms.
+    """
+    projections = (module.k_proj, module.v_proj)
+    found: list[Any] = [getattr(projection, "weight", None) for projection in projections]
+    if not all(isinstance(x, Tensor) and _computes(x) for x in found):
+        found = [p for p in layer.parameters() if p.ndim == 1 and _computes(p)][:1]
+    if not found:
+        return getattr(config, "dtype", None) or torch.get_default_dtype()
+    return functools.reduce(torch.promote_types, [x.dtype for x in found])
+
+
+def _computes(weight: Tensor) -> bool:
+    return weight.is_floating_point() and weight.dtype.itemsize > 1
+
+
+def _device_of(module: Any, layer: nn.Module) -> torch.device:
+    """Where the key projection runs, which weights that accelerate moves there may not say."""
+    for part in (module.k_proj, module, layer):
+        hook = getattr(part, "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook]):
+            if getattr(each, "execution_device", None) is not None:
+                return torch.device(each.execution_device)
+    tensors = itertools.chain(
+        module.k_proj.parameters(), module.k_proj.buffers(), layer.parameters(), layer.buffers()
+    )
+    return next(tensors).device
 
 
 def spec_of(
@@ -86,69 +197,32 @@ def spec_of(
 ) -> CacheSpec:
     """The cache sizes of `model`; under tensor parallelism those of this rank's heads.
 
+    `dtype` and `device` replace those of the attention layers: the widest dtype of their keys and
+    values, the first layer's device. `sizes` passes `page_size`, `rollback` and `interval` on.
     Raises TypeError for a word that names no size, UnsupportedError for a model not served.
     """
-    attention = attention_modules(model)
+    layers = attention_layers(model)
     check_sizes(sizes)
-    config = decoder_of(model).config
-    weight = next(p for p in model.parameters() if p.is_floating_point())
-    sliding = sliding_windows(model)
-    part, parts = shards(attention[0].k_proj.weight)
-    kv_heads = config.num_key_value_heads // parts
+    first = layers[0]
+    for index, layer in enumerate(layers):
+        for name in ("heads", "kv_heads", "head_dim", "scale"):
+            if getattr(layer, name) != getattr(first, name):
+                raise UnsupportedError(
+                    f"model: layer {index} has {name}={getattr(layer, name)}, layer 0 has "
+                    f"{getattr(first, name)}; the adapters serve layers of one size"
+                )
+    sliding = tuple(layer.window for layer in layers)
+    part, _ = shards(first.module.k_proj)
     return CacheSpec(
-        layers=len(attention),
-        heads=config.num_attention_heads // parts,
-        kv_heads=kv_heads,
-        head_dim=head_dim_of(config),
-        dtype=dtype or weight.dtype,
-        device=device or weight.device,
-        scale=attention[0].scaling,
+        layers=len(layers),
+        heads=first.heads,
+        kv_heads=first.kv_heads,
+        head_dim=first.head_dim,
+        dtype=dtype or functools.reduce(torch.promote_types, [layer.dtype for layer in layers]),
+        device=device or first.device,
+        scale=first.scale,
         sliding=sliding if any(w is not None for w in sliding) else (),
-        head_offset=part * kv_heads,
-        all_kv_heads=config.num_key_value_heads,
+        head_offset=part * first.kv_heads,
+        all_kv_heads=decoder_of(model).config.num_key_value_heads,
         **sizes,
     )
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """A hash of the model's config and of a few elements of every parameter.
-
-    Tells fine-tuned or merged weights from others; an edit that spares every sampled element goes
-    unnoticed.
-    """
-    decoder = decoder_of(model)
-    config = {
-        name: value
-        for name, value in decoder.config.to_dict().items()
-        if name not in _VOLATILE and "attn_implementation" not in name
-    }
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    samples = [_sample(parameter) for parameter in decoder.parameters()]
-    for device in {sample.device for sample in samples}:
-        here = [sample for sample in samples if sample.device == device]
-        digest.update(torch.cat(here).cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _sample(parameter: Tensor) -> Tensor:
-    local = getattr(parameter, "to_local", lambda: parameter)().detach().flatten()
-    step = max(local.numel() // SAMPLES, 1)
-    return local[::step][:SAMPLES].float()
-
-
-def keys_fingerprint(model: nn.Module) -> str:
-    """Short hash of a model's attention shape and of its first key projection in bf16."""
-    config = decoder_of(model).config
-    shape = (
-        config.model_type,
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.hidden_size,
-        config.vocab_size,
-    )
-    weight = attention_modules(model)[0].k_proj.weight
-    bits = weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
-    digest = hashlib.sha256(repr(shape).encode())
-    digest.update(bits.numpy().tobytes())
-    return digest.hexdigest()[:16]

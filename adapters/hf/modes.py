@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .cache import KVPolicyCache
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,12 +35,11 @@ def exactly(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def in_cache_dtype(cache: KVPolicyCache, name: str, x: Tensor) -> Tensor:
-    """`x` in the dtype of `cache`: where nothing is lost, or the caller chose the dtype."""
-    wanted = cache.spec.dtype
+def in_dtype(x: Tensor, name: str, wanted: torch.dtype, *, chosen: bool) -> Tensor:
+    """`x` in the dtype of a cache: where nothing is lost, or its user chose the dtype."""
     if x.dtype == wanted:
         return x
-    if cache.dtype is None and torch.promote_types(x.dtype, wanted) != wanted:
+    if not chosen and torch.promote_types(x.dtype, wanted) != wanted:
         raise TypeError(
             f"{name}: wanted {wanted}, in which the cache was made, got {x.dtype}; make the cache "
             f"in it by attach(..., dtype={x.dtype})"

@@ -1,7 +1,7 @@
 """Runs an unmodified transformers model as teacher or gated student.
 
-Public extension points only: a registered attention function and forward hooks on the key
-projection. Written for Llama, Mistral, Qwen2 and Qwen3.
+Public extension points only: a registered attention function and forward hooks where keys before
+RoPE come from. What it serves, and where that is, `models` says.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
-from .models import key_source
+from .models import attention_layers, base_of, decoder_of, key_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +38,8 @@ class AttentionRule(Protocol):
 class _Layer:
     """Stash of one attention module between its key projection and its attention call."""
 
-    def __init__(self) -> None:
+    def __init__(self, window: int | None) -> None:
+        self.window = window  # of a layer that only slides
         self.rule: AttentionRule | None = None
         self.key_pre: Tensor | None = None
 
@@ -58,14 +59,13 @@ def _attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     layer: _Layer = getattr(module, _SLOT)
     key_pre, layer.key_pre = layer.key_pre, None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if sliding_window is not None:  # nothing far to gate: rules do not apply
-        out = _sliding(query, key, value, scale, sliding_window)
+    if layer.window is not None:  # nothing far to gate: rules do not apply
+        out = _sliding(query, key, value, scale, layer.window)
     elif layer.rule is None:
         out = dense_attention(query, key, value, scale)
     else:
@@ -87,8 +87,8 @@ def _sliding(query: Tensor, key: Tensor, value: Tensor, scale: float, window: in
 class AttachedModel:
     """A frozen model whose attention can be given a rule for one forward."""
 
-    def __init__(self, model: PreTrainedModel, layers: list[_Layer]) -> None:
-        self._model, self._layers = model, layers
+    def __init__(self, decoder: nn.Module, layers: list[_Layer]) -> None:
+        self._decoder, self._layers = decoder, layers
 
     def hidden(self, input_ids: Tensor, rule: AttentionRule | None = None) -> Tensor:
         """Final normed hidden states `[B, N, hidden]`; without a rule, those of the teacher.
@@ -100,7 +100,7 @@ class AttachedModel:
             layer.rule, layer.key_pre = rule, None
         device = input_ids.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            return self._model.base_model(input_ids, use_cache=False).last_hidden_state
+            return self._decoder(input_ids, use_cache=False).last_hidden_state
 
 
 @contextmanager
@@ -110,37 +110,35 @@ def attach_for_training(
     """Freeze a model, install the training attention and undo everything on exit.
 
     Args:
-        model: a Llama, Mistral, Qwen2 or Qwen3 causal language model.
+        model: a causal language model that the adapter serves.
         checkpointing: recompute each layer's activations in the backward pass.
 
     Raises:
-        TypeError: the model's layers have no `self_attn.k_proj`.
+        UnsupportedError: the adapter does not serve the model.
     """
+    known = attention_layers(model)
+    base, decoder = base_of(model), decoder_of(model)
     AttentionInterface.register(NAME, _attention)
-    decoder_layers: Any = model.base_model.layers
-    modules = [layer.self_attn for layer in decoder_layers]
-    if not all(hasattr(module, "k_proj") for module in modules):
-        raise TypeError(f"{type(model).__name__} has no self_attn.k_proj to read keys from")
-    implementation, was_training = model.config._attn_implementation, model.training
+    implementation, was_training = base.config._attn_implementation, model.training
     frozen = [(p, p.requires_grad) for p in model.parameters()]
-    layers = [_Layer() for _ in modules]
+    layers = [_Layer(layer.window) for layer in known]
     with ExitStack() as undo:
         undo.callback(model.train, was_training)
-        undo.callback(model.set_attn_implementation, implementation)
+        undo.callback(base.set_attn_implementation, implementation)
         for parameter, flag in frozen:
             undo.callback(parameter.requires_grad_, flag)
             parameter.requires_grad_(False)
-        for module, layer in zip(modules, layers, strict=True):
+        for module, layer in zip([x.module for x in known], layers, strict=True):
             undo.callback(key_source(module).register_forward_hook(_stash(layer)).remove)
             setattr(module, _SLOT, layer)
             undo.callback(delattr, module, _SLOT)
         if checkpointing:
-            for decoder_layer in decoder_layers:
+            for decoder_layer in decoder.layers:
                 _checkpoint(decoder_layer)
                 undo.callback(delattr, decoder_layer, "forward")
         model.eval()
-        model.set_attn_implementation(NAME)
-        yield AttachedModel(model, layers)
+        base.set_attn_implementation(NAME)
+        yield AttachedModel(decoder, layers)
 
 
 def _checkpoint(layer: nn.Module) -> None:

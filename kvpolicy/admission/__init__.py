@@ -1,8 +1,8 @@
 """Admission policies: what to write."""
 
-from ..types import Write as Write
 from ._base import Admission as Admission
 from ._base import AdmitAll as AdmitAll
+from ._base import Write as Write
 from .combine import AllOf as AllOf
 from .combine import AnyOf as AnyOf
 from .combine import all_of as all_of

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from .._fields import shown
-from ..types import Write
-from ._base import Admission
+from ._base import Admission, Write
 
 
 def _members(instance: Admission, attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -36,12 +35,16 @@ class _Combined(Admission):
     policies: tuple[Admission, ...] = attrs.field(validator=_members)
 
     @property
-    def window(self) -> int | None:  # type: ignore[override]
+    def window(self) -> int | None:
         return next((p.window for p in self.policies if p.window is not None), None)
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
+    def needs(self) -> frozenset[str]:
         return frozenset().union(*(p.needs for p in self.policies))
+
+    @property
+    def by_position(self) -> bool:
+        return all(p.by_position for p in self.policies)
 
     def at(self, layer: int) -> Admission:
         return attrs.evolve(self, policies=tuple(p.at(layer) for p in self.policies))

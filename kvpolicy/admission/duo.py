@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Iterable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
-from .._fields import MOST, check_int, check_number, is_a, not_negative, optional, positive, shown
-from ..types import Write
-from ._base import Admission
+from .._fields import check_int, check_number, is_a, not_negative, optional, positive, shown
+from .._knob import Knob
+from . import _duo_file
+from ._base import Admission, Write
 from ._files import find_folder
 
-PATTERN, CONFIG = "full_attention_heads.tsv", "config.json"
 NOISE = 1e-6
 
 
@@ -29,7 +27,7 @@ def _rows(value: Iterable[Iterable[Any]]) -> tuple[tuple[Any, ...], ...]:
 def _given(value: Any) -> Any:
     """Rows as tuples; what has none is left to the validator."""
     try:
-        return _rows(value)
+        return value if isinstance(value, str | bytes) else _rows(value)
     except TypeError:
         return value
 
@@ -80,6 +78,10 @@ class DuoAttention(Admission):
     def neutral(self) -> bool:
         return all(map(all, self.full_heads))
 
+    @property
+    def by_position(self) -> bool:
+        return True
+
     @classmethod
     def from_pretrained(
         cls,
@@ -117,9 +119,8 @@ class DuoAttention(Admission):
             if value is not None:
                 check_number(name, value, "a number in [0, 1]", lambda x: 0 <= x <= 1)
         check_int("seed", seed, 0, (1 << 32) - 1)  # what RandomState takes
-        folder = find_folder(path_or_repo, (PATTERN, CONFIG), revision)
-        values = _read_pattern(folder / PATTERN)
-        config = _read_config(folder / CONFIG)
+        files = (_duo_file.PATTERN, _duo_file.CONFIG)
+        values, config = _duo_file.read(find_folder(path_or_repo, files, revision))
         return cls(
             full_heads=full_heads(values, sparsity, threshold, seed),
             sinks=config["sink_size"] if sinks is None else sinks,
@@ -142,6 +143,12 @@ class DuoAttention(Admission):
     def place(self, device: torch.device, dtype: torch.dtype, backend: str) -> DuoAttention:
         return attrs.evolve(self, mask=torch.tensor(self.full_heads, device=device))
 
+    def knob(self, pattern: str | os.PathLike[str] | None = None) -> Knob[Admission]:
+        if pattern is None:
+            raise ValueError("pattern: DuoAttention wants the folder of its head values, got None")
+        read = partial(self.from_pretrained, pattern, sinks=self.sinks, window=self.window)
+        return Knob(name="sparsity", at=lambda x: 1 - x, set=lambda x: read(sparsity=x))
+
 
 def full_heads(
     values: Iterable[Iterable[float]],
@@ -162,37 +169,3 @@ def full_heads(
         return _rows(numpy.full(heads.shape, sparsity == 0).tolist())
     heads = heads + numpy.random.RandomState(seed).uniform(0.0, NOISE, heads.shape)
     return _rows((heads >= numpy.quantile(heads, sparsity)).tolist())
-
-
-def _read_pattern(path: Path) -> list[list[float]]:
-    rows: list[list[float]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = [float(cell) for cell in line.split("\t")]
-        except ValueError as error:
-            raise ValueError(f"{path}: line {number}: {error}") from error
-        if not all(map(math.isfinite, row)):
-            raise ValueError(f"{path}: line {number}: wanted finite numbers, got {line!r}")
-        if rows and len(row) != len(rows[0]):
-            raise ValueError(
-                f"{path}: line {number}: wanted {len(rows[0])} columns as in line 1, got {len(row)}"
-            )
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: wanted one line per layer, got an empty file")
-    return rows
-
-
-def _read_config(path: Path) -> dict[str, int]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: wanted an object, got {type(config).__name__}")
-    for name, least in {"sink_size": 0, "recent_size": 1}.items():
-        value = config.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST:
-            found = repr(value) if name in config else "no such key"
-            raise ValueError(f"{path}: {name}: wanted an int of at least {least}, got {found}")
-    return config

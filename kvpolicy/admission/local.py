@@ -6,8 +6,7 @@ import attrs
 from torch import Tensor
 
 from .._fields import not_negative, positive
-from ..types import Write
-from ._base import Admission
+from ._base import Admission, Write
 
 
 @attrs.frozen(kw_only=True)
@@ -19,6 +18,10 @@ class LocalAttention(Admission):
 
     window: int = attrs.field(default=256, validator=positive)
     sinks: int = attrs.field(default=4, validator=not_negative)
+
+    @property
+    def by_position(self) -> bool:
+        return True
 
     def admit(self, write: Write) -> Tensor:
         return (write.positions < self.sinks).expand(write.key.shape[0], -1)

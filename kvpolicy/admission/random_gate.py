@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import attrs
 import torch
 from torch import Tensor
 
 from .._fields import fraction, seed
-from ..types import Write
-from ._base import Admission
+from .._knob import Knob
+from ._base import Admission, Write
 
 # Odd constants of the splitmix64 finaliser, as signed 64-bit numbers.
 _MIX = (-4658895280553007687, -7723592293110705685)
@@ -26,6 +28,10 @@ class RandomGate(Admission):
     sparsity: float = attrs.field(validator=fraction())
     seed: int = attrs.field(default=0, validator=seed)
 
+    @property
+    def by_position(self) -> bool:
+        return True
+
     def admit(self, write: Write) -> Tensor:
         heads = torch.arange(write.heads.start, write.heads.stop, device=write.positions.device)
         salt = (write.layer + 1) * 0x10001 + self.seed * 0x100000001
@@ -33,6 +39,11 @@ class RandomGate(Admission):
         x = _mix(x[:, None] ^ (write.positions.long() * _GOLDEN))
         # 53 bits: every value is an exact double.
         return ((x >> 11) & ((1 << 53) - 1)).double() * 2.0**-53 >= self.sparsity
+
+    def knob(self, pattern: str | os.PathLike[str] | None = None) -> Knob[Admission]:
+        return Knob(
+            name="sparsity", at=lambda x: 1 - x, set=lambda x: attrs.evolve(self, sparsity=x)
+        )
 
 
 def _mix(x: Tensor) -> Tensor:

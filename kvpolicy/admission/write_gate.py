@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ import torch
 from torch import Tensor
 
 from .._fields import flag, fraction, is_a, one_of, optional, positive
-from ..backend import load, resolve
-from ..types import Write
+from .._knob import Knob
+from ..backend import resolve
+from ..ops import load
 from . import _gate_file
-from ._base import Admission
+from ._base import Admission, Write
 from ._files import find_file
 from ._threshold import rounded
 
+_STEEPEST = 12.0  # a knob's thresholds run over the sigmoid of -12 to 12
+ACTIVATIONS = ("gelu", "silu")
 WEIGHTS = ("norm_pre", "norm_post", "w1", "b1", "w2", "b2")
 
 
@@ -30,7 +34,8 @@ class WriteGate(Admission):
     """Admits a token of a KV head if its gate g is above `threshold` (EMCLab-Sinica/WG-KV).
 
     g = sigmoid(w2 . gelu(w1 [n(key_pre); n(key)] + b1) + b2), an MLP per layer and KV head on the
-    RMS-normalised key before and after RoPE. Weights of L layers are stacked: `norm_pre`,
+    RMS-normalised key before and after RoPE; `activation` "silu" stands in for "gelu" where a gate
+    was trained with it. Weights of L layers are stacked: `norm_pre`,
     `norm_post` `[L, D]`, `w1` `[L, Hkv, m, 2D]`, `b1`, `w2` `[L, Hkv, m]`, `b2` `[L, Hkv]`. Gate
     and threshold are compared in the keys' dtype; `inclusive` admits equality too. `window` is the
     local window that the gate was trained with (256 for the published ones).
@@ -48,6 +53,9 @@ class WriteGate(Admission):
     threshold: float = attrs.field(default=0.1, validator=fraction())
     inclusive: bool = attrs.field(default=False, validator=flag)
     window: int | None = attrs.field(default=256, validator=optional(positive))
+    activation: str = attrs.field(
+        default="gelu", validator=one_of(*ACTIVATIONS), metadata={"before": "gelu"}
+    )
     backend: str = attrs.field(
         default="reference", repr=False, validator=one_of("reference", "triton")
     )
@@ -74,6 +82,9 @@ class WriteGate(Admission):
                 raise ValueError(f"{name}: wanted shape {shape}, got {tuple(found.shape)}")
             if not found.is_floating_point() or found.dtype != self.w1.dtype:
                 raise TypeError(f"{name}: wanted floats of w1's dtype, got {found.dtype}")
+            # On other devices it would wait, and files are checked when they are read.
+            if found.device.type == "cpu" and not found.isfinite().all():
+                raise ValueError(f"{name}: wanted finite weights, got NaN or infinite ones")
 
     @property
     def layers(self) -> int:
@@ -103,6 +114,7 @@ class WriteGate(Admission):
         *,
         threshold: float | None = None,
         window: int | None = None,
+        activation: str | None = None,
         revision: str | None = None,
     ) -> WriteGate:
         """Reads gates in the layout of WG-KV; all sizes come from the file.
@@ -112,6 +124,8 @@ class WriteGate(Admission):
             file: the file's name in the directory or repository.
             threshold: admits above it; default the file's metadata, else 0.1.
             window: local window in tokens; default the file's metadata, else 256.
+            activation: "gelu" or "silu", which the tensors do not tell; default the file's
+                metadata, else "gelu".
             revision: branch, tag or commit of the hub repository.
 
         Raises:
@@ -120,16 +134,24 @@ class WriteGate(Admission):
         """
         path = find_file(path_or_repo, file, revision)
         stacks, metadata = _gate_file.read(path)
-        if threshold is None:
-            threshold = _number(path, metadata, "threshold", 0.1)
-        if window is None:
-            window = _number(path, metadata, "window", 256)
+        given: dict[str, Any] = {"threshold": threshold, "window": window, "activation": activation}
+        noted: dict[str, Any] = {
+            name: _number(path, metadata, name, default)
+            for name, default in (("threshold", 0.1), ("window", 256))
+            if given[name] is None
+        }
+        if activation is None:
+            noted["activation"] = metadata.get("activation", "gelu")
         weights: dict[str, Any] = dict(stacks)
-        return cls(**weights, threshold=threshold, window=window)
+        try:
+            gate = cls(**weights, **noted)
+        except ValueError as error:
+            raise ValueError(f"{path}: metadata {error}") from error
+        return attrs.evolve(gate, **{k: v for k, v in given.items() if v is not None})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the published layout: `.pt`, or `.safetensors` with window and threshold."""
-        metadata = {"threshold": repr(float(self.threshold))}
+        """Writes the published layout: `.pt`, or `.safetensors` with all but the weights too."""
+        metadata = {"threshold": repr(float(self.threshold)), "activation": self.activation}
         if self.window is not None:
             metadata["window"] = str(self.window)
         _gate_file.write(Path(path), {name: getattr(self, name) for name in WEIGHTS}, metadata)
@@ -156,6 +178,7 @@ class WriteGate(Admission):
             self.b1[n, rows],
             self.w2[n, rows],
             self.b2[n, rows],
+            silu=self.activation == "silu",
             **decide,
         )
 
@@ -171,6 +194,20 @@ class WriteGate(Admission):
     def place(self, device: torch.device, dtype: torch.dtype, backend: str) -> WriteGate:
         weights = {name: getattr(self, name).to(device, dtype).contiguous() for name in WEIGHTS}
         return attrs.evolve(self, **weights, backend=resolve(backend, torch.device(device)))
+
+    def knob(self, pattern: str | os.PathLike[str] | None = None) -> Knob[Admission]:
+        return Knob(
+            name="threshold",
+            at=_even_logits,
+            set=lambda value: attrs.evolve(self, threshold=value),
+        )
+
+
+def _even_logits(x: float) -> float:
+    """1 at 0, 0 at 1, and even steps of the gate's logit between."""
+    if x in (0, 1):
+        return float(1 - x)
+    return 1 / (1 + math.exp(_STEEPEST * (2 * x - 1)))
 
 
 def _number(path: Path, metadata: dict[str, str], name: str, default: Any) -> Any:

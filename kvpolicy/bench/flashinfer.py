@@ -10,16 +10,14 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .context import Bench
+from .layer import Layer
 from .timing import captured_ms
-
-if TYPE_CHECKING:
-    from .decode import Layer
 
 KINDS = {"tensor cores": True, "CUDA cores": False}
 WORKSPACE = 128 << 20  # bytes, what FlashInfer recommends

@@ -6,8 +6,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..admission import Admission, RandomGate, WriteGate
-from ..types import Write
+from ..admission import Admission, RandomGate, Write, WriteGate
 
 _STRIDE = 997  # positions between the decisions of one layer and the next
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .._markdown import table
 from .context import Bench
 from .rows import Row
 
@@ -54,20 +55,20 @@ def number(value: float | None, unit: str = "") -> str:
 
 def markdown(about: dict[str, Any], rows: list[Row]) -> str:
     """One table; goals with their verdicts."""
-    lines = [
-        ", ".join(f"{key} {value}" for key, value in about.items()),
-        "",
-        "| group | benchmark | shape | measured | rate | floor | target: found | same run | how |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        cells = [
+    heads = (
+        "group", "benchmark", "shape", "measured", "rate", "floor", "target: found", "same run",
+        "how",
+    )  # fmt: skip
+    cells = (
+        (
             row.group, row.name, row.shape, number(row.value, row.unit),
             number(row.rate, row.rate_unit), number(row.floor, row.unit),
             "; ".join(map(str, row.goals)), row.baseline, row.error or row.note,
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+        )
+        for row in rows
+    )  # fmt: skip
+    said = ", ".join(f"{key} {value}" for key, value in about.items())
+    return "\n".join([said, "", *table(heads, cells)]) + "\n"
 
 
 def print_table(rows: list[Row]) -> None:

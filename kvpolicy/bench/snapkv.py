@@ -8,14 +8,14 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from ..budget import Tokens
+from ..budget import Tokens, budget_of
 from ..calls import evict
-from ..eviction import SnapKV
+from ..eviction import EvictionView, SnapKV
 from ..pipeline import CachePipeline
 from ..spec import CacheSpec
 from ..store import CacheState, compaction
-from ..types import EvictionView
 from .context import Bench, Case, check
 from .rows import Goal, Row
 from .timing import median_ms
@@ -133,13 +133,17 @@ def _round(bench: Bench, state: CacheState) -> tuple[float, int]:
 def _parts(bench: Bench, state: CacheState, held: int) -> dict[str, tuple[float, float, str]]:
     """Milliseconds of each part for all layers, the bytes it has to move, what was measured."""
     layer, pool, layers = state.layers[0], state.layers[0].pool, len(state.layers)
-    budget = layer.eviction.budget
+    budget = budget_of(layer.eviction)
     assert budget is not None
     scores, valid = evict.score(state, layer, held)
     limit = budget.allowed(state.lengths[0], layer.window, 0, 1)
-    allowed = torch.tensor([limit], device=scores.device)
+    target = torch.full_like(layer.counts, limit)
     best = state.ops.keep_best
-    keep = budget.keep_by(best, scores, valid, allowed)
+
+    def choose() -> Tensor:
+        return budget.keep(scores, valid, target, layer.window, best)
+
+    keep = choose()
     mutable = [y for x in state.layers for y in (x.table, x.counts, x.evicted)]
     mutable += [pool.free, pool.top, pool.refs]
     saved = [x.clone() for x in mutable]
@@ -155,7 +159,7 @@ def _parts(bench: Bench, state: CacheState, held: int) -> dict[str, tuple[float,
     token, one = 2.0 * state.spec.head_dim, f"one layer measured, times {layers}"
     calls = {
         "scores": (lambda: evict.score(state, layer, held), 2 * token * int(valid.sum())),
-        "budget": (lambda: budget.keep_by(best, scores, valid, allowed), 2.0 * scores.nbytes),
+        "budget": (choose, 2.0 * scores.nbytes),
     }
     found = {
         name: (layers * median_ms([call], bench.device), layers * least, one)

@@ -6,29 +6,26 @@ import torch
 from torch import Tensor
 
 from ..admission import Write
-from ..eviction import AtPromptEnd
 from ..ops import ADMITTED, MARKED
 from ..store.layer import LayerStore
 
 
 def decide(layer: LayerStore, write: Write) -> tuple[Tensor | None, int]:
-    """Flags of new tokens: the admission's bit, uint8 `[Hkv, T]`, and bits that all tokens get.
+    """Flags of generated tokens: the bit of admission, uint8 `[Hkv, T]`, and bits that all get.
 
     The tensor is None where nothing is decided. Generated tokens are not the prompt's and always
-    keep the eviction's mark.
+    keep the eviction's mark; whether they outlive the window, the eviction may decide as well.
     """
-    if layer.slides:
-        return None, 0
-    evicts = isinstance(layer.eviction, AtPromptEnd) or not layer.eviction.neutral
-    bits = MARKED if evicts else 0
-    if layer.admission.neutral:
-        return None, ADMITTED | bits
-    return _decision(layer.admission, layer.admission.admit(write), write), bits
+    flags, bits = _admitted(layer, write)
+    if bits & MARKED and (stays := layer.eviction.admit(write)) is not None:
+        both = _decision(layer.eviction, stays, write)
+        flags, bits = both if flags is None else flags & both, bits & ~ADMITTED
+    return flags, bits
 
 
 def decide_prompt(layer: LayerStore, write: Write) -> Tensor:
     """Flags uint8 `[Hkv, T]` of a prompt's tokens, which an eviction may leave without its mark."""
-    flags, bits = decide(layer, write)
+    flags, bits = _admitted(layer, write)
     if bits & MARKED and (mark := layer.eviction.mark(write)) is not None:
         marks = _decision(layer.eviction, mark, write) * MARKED
         flags, bits = marks if flags is None else flags | marks, bits & ~MARKED
@@ -36,6 +33,16 @@ def decide_prompt(layer: LayerStore, write: Write) -> Tensor:
         shape = write.key.shape[:2]
         return torch.full(shape, bits, dtype=torch.uint8, device=write.key.device)
     return flags | bits if bits else flags
+
+
+def _admitted(layer: LayerStore, write: Write) -> tuple[Tensor | None, int]:
+    """The admission's bit where it decides, and the bits of every token otherwise."""
+    if layer.slides:
+        return None, 0
+    bits = 0 if layer.eviction.neutral else MARKED
+    if layer.admission.neutral:
+        return None, ADMITTED | bits
+    return _decision(layer.admission, layer.admission.admit(write), write), bits
 
 
 def _decision(policy: object, decision: Tensor, write: Write) -> Tensor:

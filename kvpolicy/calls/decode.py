@@ -58,7 +58,7 @@ def _token(
 ) -> Tensor:
     """Attention `[B, Hq, D]` of one token a sequence, which is stored where `active` `[B]`."""
     decided, bits = decide(layer, write)
-    lengths, minmax = write.positions, layer.selection.fused == "quest_select" and not layer.slides
+    lengths, minmax = write.positions, layer.selection.extends_minmax and not layer.slides
     state.ops.decode_write(
         layer.pool.pages, layer.heads, layer.ring,
         write.key.transpose(0, 1), write.value.transpose(0, 1),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from ..budget import TotalCap
-from ..eviction import AtPromptEnd, EvictionView
+from ..budget import Budget, BudgetView, Counts, bound_layers, budget_of
+from ..eviction import EvictionView, StoredTokens
 from ..ops import POSITION_BITS, POSITION_MASK, pages_of
 from ..store import compaction
 from ..store.compaction import Drop
@@ -30,25 +31,23 @@ def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
         for x in state.layers
         if not (x.slides or x.eviction.neutral or (decoding and x.eviction.when != "decode"))
     ]
-    targets = _targets(state, layers, rows)
+    targets = _targets(state, layers)
     others = torch.tensor([not on for on in rows], device=state.spec.device)[:, None, None]
 
     def keeps() -> Iterator[tuple[LayerStore, Tensor]]:
         """Left to the device, layer by layer, while it is busy with scores."""
         for layer, scores, valid in _rated(state, layers):
             keep = valid & (scores > float("-inf"))
-            budget, target = layer.eviction.budget, targets.get(layer.index)
-            if target is not None and target.ndim == 2:
-                keep &= state.ops.keep_best(scores, valid, target)
-            elif target is not None and budget is not None:
-                keep &= budget.keep_by(state.ops.keep_best, scores, valid, target)
+            budget = budget_of(layer.eviction)
+            if budget is not None:
+                keep &= _keep(budget, state, layer, scores, valid, targets[layer.index])
             if not all(rows):
                 keep |= others.to(keep.device)
             yield layer, keep
 
     _drop(state, compaction.plan(state, keeps()))
     for layer in state.layers:
-        if isinstance(layer.eviction, AtPromptEnd) and not (layer.slides or decoding):
+        if layer.eviction.forgets_window and not (layer.slides or decoding):
             compaction.forget_unmarked(layer, torch.tensor(rows, device=layer.device))
             _raise_floor(state, rows)
     for row, on in zip(state.sequences, rows, strict=True):
@@ -75,33 +74,73 @@ def _raise_floor(state: CacheState, rows: list[bool]) -> None:
             row.evicted_at = row.length
 
 
-def _targets(
-    state: CacheState, layers: Sequence[LayerStore], rows: list[bool]
+def _targets(state: CacheState, layers: Sequence[LayerStore]) -> dict[int, Tensor]:
+    """Global tokens `[B, Hkv]` that budgets leave, by layer; a budget is asked once."""
+    found: dict[int, list[list[int]]] = {}
+    for budget, own in bound_layers({x.index: x.eviction for x in layers}):
+        view = budget_view(state, [state.layers[n] for n in own])
+        targets = budget.targets(view)
+        _check_targets(budget, targets, view)
+        found |= {n: [row[i] for row in targets] for i, n in enumerate(own)}
+    return _by_layer([x for x in layers if x.index in found], found)
+
+
+def budget_view(state: CacheState, layers: Sequence[LayerStore]) -> BudgetView:
+    """What a budget is told of the layers that it binds, which share a window."""
+
+    def counts() -> list[list[list[int]]]:
+        flat = torch.cat([x.counts.to(layers[0].device) for x in layers], 1).tolist()
+        ends = list(accumulate(x.counts.shape[1] for x in layers))
+        return [[row[a:b] for a, b in pairwise([0, *ends])] for row in flat]
+
+    return BudgetView(
+        seen=tuple(state.lengths),
+        window=layers[0].window,
+        layers=tuple(x.index for x in layers),
+        of=state.spec.layers,
+        kv_heads=tuple(x.counts.shape[1] for x in layers),
+        counts=counts,
+    )
+
+
+def _check_targets(budget: Budget, targets: Counts, view: BudgetView) -> None:
+    shape = [list(view.kv_heads)] * len(view.seen)
+    try:
+        fits = [[len(heads) for heads in row] for row in targets] == shape and all(
+            isinstance(n, int) and n >= 0 for row in targets for heads in row for n in heads
+        )
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{type(budget).__name__}.targets: wanted ints from 0 as [row][layer][head] of "
+            f"{len(view.seen)} sequences and {list(view.kv_heads)} heads, got {targets!r}"
+        )
+
+
+def _by_layer(
+    layers: Sequence[LayerStore], numbers: Mapping[int, list[list[int]]]
 ) -> dict[int, Tensor]:
-    """Global tokens that budgets leave, by layer: `[B]` a head, or `[B, Hkv]` of a TotalCap."""
-    capped = _capped_lengths(state, rows)
-    if capped is not None:
-        return _by_layer(layers, [[row[x.index] for row in capped] for x in layers])
-    bound = [x for x in layers if x.eviction.budget is not None]
-    return _by_layer(bound, [_allowed(state, x, rows) for x in bound])
-
-
-def _by_layer(layers: Sequence[LayerStore], numbers: list) -> dict[int, Tensor]:
-    """The numbers of each layer as a tensor beside it; the host copies them once."""
+    """Numbers `[B][Hkv]` of each layer as a tensor beside it; the host copies them once."""
     if not layers:
         return {}
-    every = torch.tensor(numbers, device=layers[0].counts.device)
-    return {x.index: own.to(x.counts.device) for x, own in zip(layers, every, strict=True)}
+    flat = [n for x in layers for row in numbers[x.index] for n in row]
+    parts = torch.tensor(flat, device=layers[0].device).split([x.counts.numel() for x in layers])
+    return {x.index: n.view_as(x.counts).to(x.device) for x, n in zip(layers, parts, strict=True)}
 
 
-def _allowed(state: CacheState, layer: LayerStore, rows: list[bool]) -> list[int]:
-    """Global tokens per head `[B]` that a budget per head leaves."""
-    budget = layer.eviction.budget
-    assert budget is not None
-    return [
-        budget.allowed(length, layer.window, layer.index, state.spec.layers) if on else 0
-        for length, on in zip(state.lengths, rows, strict=True)
-    ]
+def _keep(
+    budget: Budget, state: CacheState, layer: LayerStore, scores: Tensor, valid: Tensor,
+    target: Tensor,
+) -> Tensor:  # fmt: skip
+    """The tokens `[B, Hkv, N]` that a budget keeps of a layer."""
+    keep = budget.keep(scores, valid, target, layer.window, state.ops.keep_best)
+    if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != valid.shape:
+        got = f"{keep.dtype} {list(keep.shape)}" if isinstance(keep, Tensor) else repr(keep)
+        raise ValueError(
+            f"{type(budget).__name__}.keep: wanted a bool tensor {list(valid.shape)}, got {got}"
+        )
+    return keep
 
 
 def _rated(
@@ -128,19 +167,15 @@ def _rated(
 def score(state: CacheState, layer: LayerStore, most: int) -> tuple[Tensor, Tensor]:
     """Scores `[B, Hkv, N]` of a layer's global tokens by its eviction, and which slots hold one.
 
-    `most` is the largest number of global tokens of a head. A fused eviction reads the pages
-    itself; any other one sees a view of them.
+    `most` is the largest number of global tokens of a head.
     """
     policy = layer.eviction
     table, valid = held(layer, most)
-    if policy.fused is not None:
-        name, options = policy.fused
-        scores = getattr(state.ops, name)(
-            layer.pool.pages, layer.heads._replace(table=table), layer.ring, layer.queries,
-            state.on(layer).lengths, layer.window, layer.sizes.scale, **options,
-        )  # fmt: skip
-    else:
-        scores = policy.score(view(state, layer, most))
+    stored = StoredTokens(
+        layer.pool.pages, layer.heads._replace(table=table), layer.ring, layer.queries,
+        state.on(layer).lengths, layer.window, layer.sizes.scale, partial(view, state, layer, most),
+    )  # fmt: skip
+    scores = policy.scores(state.ops, stored)
     wanted = f"{type(policy).__name__}.score: wanted floats {list(valid.shape)} without NaN"
     if not isinstance(scores, Tensor) or not scores.dtype.is_floating_point:
         got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
@@ -203,26 +238,15 @@ def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:
     )
 
 
-def _capped_lengths(state: CacheState, rows: list[bool]) -> list[list[list[int]]] | None:
-    """Tokens that TotalCap leaves, `[row][layer][head]`; None without such a cap."""
-    capped = [x for x in state.layers if isinstance(x.eviction.budget, TotalCap)]
-    if not capped:
-        return None
-    budget = capped[0].eviction.budget
-    assert isinstance(budget, TotalCap)
-    device = state.layers[0].counts.device
-    counts = torch.stack([layer.counts.to(device) for layer in state.layers]).tolist()
-    per_row = [[layer[row] for layer in counts] for row in range(state.batch)]
-    return [budget.lengths(c) if on else c for c, on in zip(per_row, rows, strict=True)]
-
-
 def shrink_to(state: CacheState, targets: list[list[list[int]]]) -> list[int]:
     """Leaves the best `targets[row][i][head]` global tokens in the i-th layer that policies manage.
 
     All or nothing, as `evict`. Returns the tokens dropped, by sequence.
     """
     layers = [x for x in state.layers if not x.slides]
-    best = _by_layer(layers, [[row[place] for row in targets] for place in range(len(layers))])
+    best = _by_layer(
+        layers, {x.index: [row[place] for row in targets] for place, x in enumerate(layers)}
+    )
     keeps = (
         (layer, state.ops.keep_best(scores, valid, best[layer.index]))
         for layer, scores, valid in _rated(state, layers)

@@ -57,7 +57,7 @@ def prompt(
     pages, scale, begun = layer.pool.pages, sizes.scale, any(state.lengths)
     # Dense kernels take one sequence after the other, which pays for whole prompts only.
     alone = state.batch == 1 or not begun
-    whole = not any(row.evicted_at for row in state.sequences)
+    whole = not any(row.evicted_at for row in state.sequences) and _holds_all(state, call, layer)
     if layer.admission.neutral and not layer.slides and whole and alone:
         out = state.ops.dense_prefill(query, k, v, seg, pages, layer.table, scale)
     else:
@@ -70,6 +70,16 @@ def prompt(
     if layer.queries is not None:
         keep_last((layer.queries,), (query,), seg)
     return out
+
+
+def _holds_all(state: CacheState, call: Call, layer: LayerStore) -> bool:
+    """Whether all earlier tokens are stored; generated ones may have been forgotten."""
+    held = call.held.get(layer.index)  # unknown where all fit in the window
+    return held is None or all(
+        n == max(length - layer.window, 0)
+        for length, heads in zip(state.lengths, held, strict=True)
+        for n in heads
+    )
 
 
 def segments_of(state: CacheState, call: Call, layer: LayerStore) -> Segments:

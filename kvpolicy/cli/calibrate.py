@@ -11,7 +11,7 @@ import typer
 from .common import Device, Duo, Gate, Model, errors, load, read
 
 if TYPE_CHECKING:
-    from ..evaluation.pareto import Front, Point
+    from ..evaluation.search.pareto import Front, Point
     from ..pipeline import CachePipeline
 
 Texts = Annotated[Path, typer.Option(help="A .txt file or a folder of them.", exists=True)]
@@ -42,8 +42,8 @@ def calibrate(
     with errors():
         import attrs
 
-        from ..evaluation import calibrate as calibration
-        from ..evaluation.long_text import documents
+        from ..evaluation.search import calibrate as calibration
+        from ..evaluation.tasks.loss import documents
 
         pipeline = _pipeline(gate, duo, snapkv, window)
         language_model, tokenizer = load(model, device)
@@ -91,14 +91,14 @@ def pareto(
 ) -> None:
     """Measure thresholds x eviction budgets, and which of them are worth their bytes."""
     with errors():
-        from ..evaluation import pareto as measuring
+        from ..evaluation.search import pareto as measuring
         from ..evaluation.tasks import TASKS
 
-        if task not in TASKS:
-            raise ValueError(f"task: wanted one of {', '.join(TASKS)}, got {task!r}")
+        asking = [name for name in TASKS if TASKS[name].questions]
+        if task not in asking:
+            raise ValueError(f"task: wanted one of {', '.join(asking)}, got {task!r}")
         language_model, tokenizer = load(model, device)
-        make = TASKS[task]
-        examples = make(
+        examples = TASKS[task].make(
             tokenizer, "\n\n".join(read(texts)), length=length, contexts=contexts, seed=seed
         )
         parts = budget or [0.25, 0.125, 0.0625]
@@ -145,7 +145,7 @@ def _said(point: Point) -> str:
 def _write(out: Path, found: Front, title: str) -> None:
     import attrs
 
-    from ..evaluation.plots import front
+    from ..evaluation.search.plots import front
 
     points = [attrs.asdict(point) | {"best": point in found.best} for point in found.points]
     record = {"knobs": found.knobs, "points": points}

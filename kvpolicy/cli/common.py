@@ -33,7 +33,7 @@ def load(name: str, device: str | None, dtype: str | None = None) -> tuple[Any, 
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if name == SMOLLM2:
-        from ..evaluation.smollm2 import load_smollm2
+        from ..evaluation.models import load_smollm2
 
         wanted = torch.bfloat16 if dtype is None else getattr(torch, dtype)
         return load_smollm2(wanted, device)

@@ -59,19 +59,23 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="Of weights and cache.")] = "bfloat16",
     eager: Annotated[bool, typer.Option("--eager", help="No captured decoding.")] = False,
 ) -> None:
-    """Evaluate policies: accuracy and loss at equal cache sizes, as tables and plots."""
+    """Evaluate policies: accuracy and loss at equal cache sizes, as tables and plots.
+
+    Exits with 1 where a cell failed; the next run with the same folder tries it again.
+    """
     began = time.monotonic()
     with errors():
-        from ..evaluation.grid import LOSS
-        from ..evaluation.results import Store
-        from ..evaluation.runner import QUESTIONS, Runner, variants_for
+        from ..evaluation.grid.results import Store
+        from ..evaluation.grid.runner import Runner, variants_for
+        from ..evaluation.grid.tables import summary
         from ..evaluation.tasks import TASKS
+        from ..evaluation.tasks.task import QUESTIONS
         from ..evaluation.texts import python_topics
 
-        tasks = task or ["eight needles", "copy", "eight facts", LOSS, "key-value"]
-        unknown = set(tasks) - {*TASKS, LOSS}
+        unknown = set(task or ()) - TASKS.keys()
         if unknown:
-            raise ValueError(f"task: wanted {', '.join([*TASKS, LOSS])}; got {sorted(unknown)}")
+            raise ValueError(f"task: wanted {', '.join(TASKS)}; got {sorted(unknown)}")
+        tasks = [TASKS[x] for x in task or TASKS if task or TASKS[x].default]
         if dtype not in DTYPES:
             raise ValueError(f"dtype: wanted one of {', '.join(DTYPES)}, got {dtype!r}")
         if questions is not None:
@@ -109,20 +113,25 @@ def evaluate(
             seed=seed,
             deadline=began + 60 * minutes,
             store=store,
-            rows=store.open(settings, _made_with(language_model)),
+            results=store.open(settings, _made_with(language_model)),
             captured=not eager,
             page_size=page_size,
             say=typer.echo,
         )
         runner.run(tasks, length or [2048, 4096, 8192, 1024], found)
-        store.summarize(runner.rows, f"{model}, {dtype}, {language_model.device.type}")
+        title = f"{model}, {dtype}, {language_model.device.type}"
+        store.write(runner.results, summary(store.record(), runner.results, title))
         try:
-            from ..evaluation.plots import plots
+            from ..evaluation.grid.plots import plots
 
-            plots(out, runner.rows)
+            plots(out, runner.results)
         except ModuleNotFoundError as error:
             typer.echo(f"no plots: {error}")
-        typer.echo(f"{out / 'results.md'}: {len(runner.rows)} cells, {runner.left} left")
+        done = len(runner.results) - len(runner.failed)
+        counts = f"{done} cells, {len(runner.failed)} failed, {runner.left} left"
+        typer.echo(f"{out / 'results.md'}: {counts}")
+    if runner.failed:
+        raise typer.Exit(1)
 
 
 def _digest(file: Path) -> str:

@@ -11,7 +11,7 @@ import typer
 from .common import Device, Duo, Gate, Model, composed, errors, load, read
 
 if TYPE_CHECKING:
-    from ..evaluation.fidelity import Fidelity
+    from ..evaluation.look.fidelity import Fidelity
 
 
 def inspect(
@@ -35,9 +35,9 @@ def inspect(
     Writes fidelity.json, kept.html and kept.png.
     """
     with errors():
-        from ..evaluation.fidelity import compare
-        from ..evaluation.kept import kept_map
-        from ..evaluation.prompts import encode
+        from ..evaluation.look.fidelity import compare
+        from ..evaluation.look.kept import kept_map
+        from ..evaluation.tasks.prompts import encode
 
         pipeline = composed(window, gate, duo, sparsity, quest, snapkv)
         if pipeline is None:
@@ -64,7 +64,7 @@ def _prompt(model: Any, pipeline: Any, ids: Any) -> Any:
     import torch
 
     from ..adapters.hf import attach
-    from ..evaluation.session import PipelineSession
+    from ..evaluation.sessions.pipeline import PipelineSession
 
     with attach(model, pipeline):
         session = PipelineSession(model, pipeline)

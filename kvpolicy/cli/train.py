@@ -12,6 +12,7 @@ import typer
 
 from .._extras import extra
 from .common import Device, Model, errors, load, read
+from .progress import StepProgress
 
 
 class Objective(StrEnum):
@@ -91,17 +92,11 @@ def train_gate(
     Give --target-keep or --lam, and --texts or --dataset.
     """
     with errors():
-        from ..training import WriteGates, train_write_gate
+        from ..training import GateTraining, WriteGates, train_write_gate
 
         if out.suffix not in (".safetensors", ".pt"):
             raise ValueError(f"out: wanted a name ending in .safetensors or .pt, got {str(out)!r}")
-        found = _documents(texts, dataset, subset, split)
-        language_model, tokenizer = load(model, device, dtype or _dtype(device))
-        before = None if start is None else WriteGates.load(start, language_model)
-        trained = train_write_gate(
-            language_model,
-            found,
-            tokenizer=tokenizer,
+        settings = GateTraining(
             steps=steps,
             window=window,
             target_keep=target_keep,
@@ -112,16 +107,28 @@ def train_gate(
             expand=expand,
             lr=lr,
             seed=seed,
-            start=before,
             start_lam=start_lam,
             ungated=ungated,
             answer_share=answer_share,
             kernel=kernel.value,
             checkpointing=checkpointing,
             eval_every=eval_every,
-            out_dir=run_dir,
-            save_every=save_every,
         )
+        wanted = _dtype(dtype, device)
+        found = _documents(texts, dataset, subset, split)
+        language_model, tokenizer = load(model, device, wanted)
+        before = None if start is None else WriteGates.load(start, language_model)
+        with StepProgress(steps, shown=_is_main()) as progress:
+            trained = train_write_gate(
+                language_model,
+                found,
+                settings,
+                tokenizer=tokenizer,
+                start=before,
+                out_dir=run_dir,
+                save_every=save_every,
+                progress=progress,
+            )
         if not _is_main():
             return
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -154,24 +161,27 @@ def train_duo(
     with errors():
         from ..training import train_duo_attention
 
+        wanted = _dtype(dtype, device)
         found = _documents(texts, dataset, subset, split)
-        language_model, tokenizer = load(model, device, dtype or _dtype(device))
-        trained = train_duo_attention(
-            language_model,
-            found,
-            tokenizer=tokenizer,
-            steps=steps,
-            objective=objective.value,
-            sink_size=sinks,
-            recent_size=window,
-            lam=lam,
-            length=length,
-            batch_size=batch_size,
-            seed=seed,
-            checkpointing=checkpointing,
-            out_dir=run_dir,
-            save_every=save_every,
-        )
+        language_model, tokenizer = load(model, device, wanted)
+        with StepProgress(steps, shown=_is_main()) as progress:
+            trained = train_duo_attention(
+                language_model,
+                found,
+                tokenizer=tokenizer,
+                steps=steps,
+                objective=objective.value,
+                sink_size=sinks,
+                recent_size=window,
+                lam=lam,
+                length=length,
+                batch_size=batch_size,
+                seed=seed,
+                checkpointing=checkpointing,
+                out_dir=run_dir,
+                save_every=save_every,
+                progress=progress,
+            )
         if not _is_main():
             return
         trained.save(out)
@@ -188,12 +198,19 @@ def _documents(
     with extra("train"):
         import datasets
 
-    return datasets.load_dataset(dataset, subset, split=split, streaming=True)
+    found: Iterable[Any] = datasets.load_dataset(dataset, subset, split=split, streaming=True)
+    return found
 
 
-def _dtype(device: str | None) -> str:
+def _dtype(name: str | None, device: str | None) -> str:
+    """The dtype to load a model in; raises ValueError for a name that is none."""
     import torch
 
+    if name is not None:
+        found = getattr(torch, name, None)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise ValueError(f"dtype: wanted one such as float32 or bfloat16, got {name!r}")
+        return name
     on_cpu = not torch.cuda.is_available() if device is None else device == "cpu"
     return "float32" if on_cpu else "bfloat16"
 

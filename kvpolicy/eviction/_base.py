@@ -3,47 +3,173 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, get_args
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple, get_args
 
 import attrs
 import torch
 from torch import Tensor
 
 from .._fields import one_of
-from ..budget import Budget
+from .._knob import Knob
+from .._option import option
+from ..admission import Admission, Write
+from ..budget import Budget, budget_knob, budget_of, check_budget
 from ..choices import When
-from ..types import EvictionView, Write
+from ..ops import Heads, Ops, Pages, Ring
 
 WHEN: tuple[When, ...] = get_args(When)
+
+
+@attrs.frozen(eq=False, slots=False)
+class EvictionView:
+    """What one layer of the cache stores, as an eviction sees it.
+
+    Global tokens, padded to the longest head: `keys`, `values` `[B, Hkv, N, D]`, `positions`
+    `[B, Hkv, N]`, `valid` `[B, Hkv, N]`, and `marked` (decisions taken when the token was written).
+    Local window in position order: `recent_keys` `[B, Hkv, W, D]`, `recent_valid` `[B, W]`,
+    ending at position `lengths - 1` in the last column. Where the eviction asks for `queries`:
+    `queries` `[B, Hq, w, D]` (after RoPE) ending at the same position, `query_valid` `[B, w]`.
+    `lengths` `[B]` counts the tokens seen; `scale` multiplies q.k.
+
+    What comes from pages may be given as a function that returns the tensor; it is called when a
+    policy first asks, so that a cache copies only what is used.
+    """
+
+    layer: int
+    _keys: Tensor | Callable[[], Tensor]
+    _values: Tensor | Callable[[], Tensor]
+    _positions: Tensor | Callable[[], Tensor]
+    valid: Tensor
+    _marked: Tensor | Callable[[], Tensor]
+    recent_keys: Tensor
+    recent_valid: Tensor
+    lengths: Tensor
+    scale: float
+    queries: Tensor | None = None
+    query_valid: Tensor | None = None
+
+    @cached_property
+    def keys(self) -> Tensor:
+        return _tensor(self._keys)
+
+    @cached_property
+    def values(self) -> Tensor:
+        return _tensor(self._values)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        return _tensor(self._positions)
+
+    @cached_property
+    def marked(self) -> Tensor:
+        return _tensor(self._marked)
+
+    def _replace(self, **changes: Any) -> EvictionView:
+        """A view with other values in the named places, as of a named tuple."""
+        return attrs.evolve(self, **changes)
+
+    def _asdict(self) -> dict[str, Any]:
+        """All values by name, as of a named tuple."""
+        names = (field.alias or field.name for field in attrs.fields(EvictionView))
+        return {name: getattr(self, name) for name in names}
+
+
+def _tensor(given: Tensor | Callable[[], Tensor]) -> Tensor:
+    return given if isinstance(given, Tensor) else given()
+
+
+class StoredTokens(NamedTuple):
+    """What one layer of the cache stores, as an op reads it; see `kvpolicy.ops`.
+
+    `heads` names the pages in use of every head; `queries` `[B, Hq, S', D]` is the ring of recent
+    queries where the eviction asks for them, `lengths` `[B]` the tokens seen. `view` makes the same
+    an `EvictionView`.
+    """
+
+    pages: Pages
+    heads: Heads
+    ring: Ring
+    queries: Tensor | None
+    lengths: Tensor
+    window: int
+    scale: float
+    view: Callable[[], EvictionView]
 
 
 class Eviction(ABC):
     """Scores the global tokens of a layer; those beyond the budget are dropped, their pages freed.
 
-    `when="prompt_end"` evicts once, when a prompt has ended; `"decode"` also every `interval`
-    decoded tokens while a head holds more than its budget. `queries` is the number of recent
-    queries that `score` wants in its view. The local window is never evicted.
+    A subclass is a frozen value. The local window is never evicted.
     """
 
-    budget: Budget | None = None
-    window: int | None = None  # wanted local window, as for an admission
-    when: When = "prompt_end"
-    queries: int = 0
-    needs: frozenset[str] = frozenset()  # extra inputs of `mark`, as for an admission
-    # Name and options of the op that gives what `score` says straight from the pages.
-    fused: tuple[str, dict[str, Any]] | None = None
+    @option
+    def budget(self) -> Budget | int | None:
+        """What stays: a budget, or tokens per KV head; None: whatever is not scored -inf."""
+        return None
 
-    @property
+    @option
+    def window(self) -> int | None:
+        """The local window that it demands, in tokens; None: any."""
+        return None
+
+    @option
+    def prefers_window(self) -> int | None:
+        """The window to take where nothing demands one; None: the pipeline's default."""
+        return None
+
+    @option
+    def when(self) -> When:
+        """ "prompt_end": once, when a prompt has ended; "decode": also every `interval` decoded
+        tokens while a head holds more than its budget."""
+        return "prompt_end"
+
+    @option
+    def queries(self) -> int:
+        """The number of recent queries that `score` wants in its view."""
+        return 0
+
+    @option
+    def needs(self) -> frozenset[str]:
+        """Extra inputs of `mark` and `admit`, as for an admission."""
+        return frozenset()
+
+    @option
     def neutral(self) -> bool:
         """Whether nothing is ever evicted."""
+        return False
+
+    @option
+    def admission(self) -> Admission | None:
+        """The admission whose decisions `mark` gives, None without one; for plans of memory."""
+        return None
+
+    @option
+    def forgets_window(self) -> bool:
+        """Whether unmarked tokens still in the window at the prompt's end go when they leave it."""
+        return False
+
+    @option
+    def across_heads(self) -> bool:
+        """Whether a token's score depends on other heads; a tensor-parallel rank has few."""
         return False
 
     @abstractmethod
     def score(self, view: EvictionView) -> Tensor:
         """Scores `[B, Hkv, N]` of the global tokens; higher stays, -inf always goes."""
 
+    def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
+        """What `score` says of the tokens stored; an op may say so without copying them."""
+        return self.score(stored.view())
+
     def mark(self, write: Write) -> Tensor | None:
-        """A decision bool `[Hkv, T]` to store with new tokens, or None."""
+        """A decision bool `[Hkv, T]` to store with a prompt's new tokens, or None."""
+        return None
+
+    def admit(self, write: Write) -> Tensor | None:
+        """Which generated tokens outlive the window, bool `[Hkv, T]`; None: all that the admission
+        admits. Under the rules of an admission's `admit`."""
         return None
 
     def at(self, layer: int) -> Eviction:
@@ -53,9 +179,27 @@ class Eviction(ABC):
     def check(self, layers: int, kv_heads: int, head_dim: int) -> None:  # noqa: B027
         """Raises ValueError if the policy does not fit a model with these sizes."""
 
+    def check_window(self, window: int) -> None:
+        """Raises ValueError if the policy cannot keep a window of so many tokens."""
+        check_budget(self, window)
+
     def place(self, device: torch.device, dtype: torch.dtype, backend: str) -> Eviction:
         """The same policy with its tensors on `device`; called once per cache."""
         return self
+
+    def knob(self, *, window: int, seen: int, layers: int, kv_heads: int) -> Knob[Eviction] | None:
+        """The number that decides how much stays of a text of `seen` tokens, for calibration.
+
+        The default turns the field `budget`; None: there is none.
+        """
+        policy: Any = self
+        budget = budget_of(policy)
+        if budget is None or not attrs.has(type(policy)):
+            return None
+        if "budget" not in attrs.fields_dict(type(policy)):
+            return None
+        sizes = {"window": window, "seen": seen, "layers": layers, "kv_heads": kv_heads}
+        return budget_knob(budget, **sizes).map(lambda found: attrs.evolve(policy, budget=found))
 
 
 @attrs.frozen(kw_only=True)

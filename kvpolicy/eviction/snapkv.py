@@ -12,8 +12,8 @@ from torch import Tensor
 from .._fields import one_of, positive
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import HeadGroup, Normalize, Pooling, When
-from ..types import EvictionView
-from ._base import Eviction, when_field
+from ..ops import Ops
+from ._base import Eviction, EvictionView, StoredTokens, when_field
 
 
 def _odd(instance: SnapKV, attribute: attrs.Attribute[Any], value: int) -> None:
@@ -30,11 +30,14 @@ class SnapKV(Eviction):
     window's keys out, as WG-KV's decode-time form does), averaged over queries, combined over the
     group's query heads by `group` and pooled along stored tokens with an odd `kernel`.
     FasterDecoding/SnapKV pools per query head with "avg" or "max"; a store per KV head needs a
-    group rule: kvpress uses "mean", WG-KV "max". The last `observation` tokens themselves are kept
-    while they are in the window.
+    group rule: kvpress uses "mean", WG-KV "max".
+
+    Where no policy demands a local window it is `observation` tokens wide, so that budgets and
+    kept sets are those of the original and of kvpress: the observing tokens stay, and the best of
+    all others. A wider window keeps more recent tokens and leaves fewer to the scores.
 
     Example:
-        `CachePipeline(eviction=SnapKV(budget=1024, when="decode"))`
+        `CachePipeline(eviction=SnapKV(budget=1024))`
     """
 
     budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
@@ -46,13 +49,20 @@ class SnapKV(Eviction):
     normalize: Normalize = attrs.field(default="visible", validator=one_of(*get_args(Normalize)))
 
     @property
-    def queries(self) -> int:  # type: ignore[override]
+    def queries(self) -> int:
         return self.observation
 
     @property
-    def fused(self) -> tuple[str, dict[str, Any]]:  # type: ignore[override]
-        names = ("observation", "kernel", "pooling", "group", "normalize")
-        return "window_scores", {name: getattr(self, name) for name in names}
+    def prefers_window(self) -> int:
+        return self.observation
+
+    def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
+        assert stored.queries is not None
+        return ops.window_scores(
+            stored.pages, stored.heads, stored.ring, stored.queries, stored.lengths, stored.window,
+            stored.scale, observation=self.observation, kernel=self.kernel, pooling=self.pooling,
+            group=self.group, normalize=self.normalize,
+        )  # fmt: skip
 
     def score(self, view: EvictionView) -> Tensor:
         weights = self._weights(view)  # [B, Hkv, G, w, N]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..admission._duo_file import PATTERN
+
 _FOLDER = Path(__file__).parent
 
 
 def names() -> list[str]:
     """What is shipped: write gates (`*.safetensors`) and folders with DuoAttention patterns."""
     gates = (path.name for path in _FOLDER.glob("*.safetensors"))
-    patterns = (path.parent.name for path in _FOLDER.glob("*/full_attention_heads.tsv"))
+    patterns = (path.parent.name for path in _FOLDER.glob(f"*/{PATTERN}"))
     return sorted([*gates, *patterns])
 
 

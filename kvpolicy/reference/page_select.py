@@ -44,7 +44,10 @@ def top_pages(
     page = torch.arange(width, device=scores.device)
     scores = scores.float().masked_fill(page < first, float("inf"))
     # The trailing pages come before the leading ones when the budget is too small for both.
-    tier = ((page >= held - last) & (page < held)).to(torch.int8)
+    trailing = held - last
+    if last < 0:  # a full page ends where the next would begin
+        trailing = (counts // page_size).repeat_interleave(heads // counts.shape[1], 1)[..., None]
+    tier = ((page >= trailing) & (page < held)).to(torch.int8)
     scores = scores.masked_fill(page >= held, float("-inf"))
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     tier = tier.gather(-1, order)

@@ -21,6 +21,7 @@ def write_gate(
     b2: Tensor,
     limit: float | None = None,
     inclusive: bool = False,
+    silu: bool = False,
 ) -> Tensor:
     """Gate scores of tokens `[Hkv, T]`, or decisions about them: `Ops.write_gate`."""
     heads, tokens, dim = key.shape
@@ -29,7 +30,8 @@ def write_gate(
     x = F.pad(x, (0, 0, 0, pad)).view(heads, -1, TILE, 2 * dim).to(w1.dtype)
     tiles = x.shape[1]
     w = w1[:, None].expand(-1, tiles, -1, -1).transpose(2, 3)
-    hidden = F.gelu(torch.matmul(x, w) + b1[:, None, None])
+    hidden = torch.matmul(x, w) + b1[:, None, None]
+    hidden = F.silu(hidden) if silu else F.gelu(hidden)
     logit = (hidden * w2[:, None, None]).sum(-1) + b2[:, None, None]
     scores = logit.sigmoid().flatten(1)[:, :tokens].to(key.dtype)
     if limit is None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import attrs
+import torch
 from torch import Tensor
 
 from .._fields import not_negative, one_of
-from ..budget import Tokens
+from .._option import option
+from ..budget import Tokens, budget_of, check_budget
 from ..choices import PageGroup
+from ..ops import Heads, Ops, Pages
 
 GROUPS: tuple[PageGroup, ...] = get_args(PageGroup)
 
@@ -18,21 +21,41 @@ GROUPS: tuple[PageGroup, ...] = get_args(PageGroup)
 class Selection(ABC):
     """Decides at read time which pages of the global cache a decoding query reads.
 
-    The window is always read. `budget` is in tokens per KV head including the window; `first` and
-    `last` pages of a head are always among the pages read. `group` combines the scores of the query
-    heads that share a KV head ("max" or "mean"), or lets "each" choose for itself. A selection
-    frees nothing and is applied to decode calls only.
+    A subclass is a frozen value. The window is always read. A selection frees nothing and is
+    applied to decode calls only.
     """
 
-    budget: Tokens | None = None
-    first: int = 0
-    last: int = 0
-    group: PageGroup = "max"
-    fused: str | None = None  # name of the op that does summary, score and choice in one
+    @option
+    def budget(self) -> Tokens | int | None:
+        """What is read, in tokens per KV head including the window."""
+        return None
 
-    @property
+    @option
+    def first(self) -> int:
+        """Leading pages of a head that are always among the pages read."""
+        return 0
+
+    @option
+    def last(self) -> int | Literal["partial"]:
+        """Trailing pages of a head that are always among the pages read; "partial": the trailing
+        page as long as it is not full."""
+        return 0
+
+    @option
+    def group(self) -> PageGroup:
+        """How scores of the query heads of a KV head are combined: "max" or "mean", or "each"
+        chooses for itself."""
+        return "max"
+
+    @option
     def neutral(self) -> bool:
         """Whether everything is read."""
+        return False
+
+    @option
+    def extends_minmax(self) -> bool:
+        """Whether summaries are a page's smallest and largest key, as `decode_write` extends them;
+        else they are computed again when a token enters the page."""
         return False
 
     @abstractmethod
@@ -54,11 +77,42 @@ class Selection(ABC):
     def check(self, layers: int, kv_heads: int, head_dim: int) -> None:  # noqa: B027
         """Raises ValueError if the policy does not fit a model with these sizes."""
 
+    def check_window(self, window: int) -> None:
+        """Raises ValueError if the policy cannot read a window of so many tokens."""
+        check_budget(self, window)
+
     def pages(self, window: int, page_size: int) -> int:
         """The number of pages read besides the window."""
-        if self.budget is None:
-            raise ValueError(f"{type(self).__name__}.budget: wanted Tokens(n), got None")
-        return -(-max(self.budget.tokens - window, 0) // page_size)
+        budget = budget_of(self)
+        tokens = None if budget is None else budget.fixed
+        if tokens is None:
+            raise ValueError(f"{type(self).__name__}.budget: wanted Tokens(n), got {budget}")
+        return -(-max(tokens - window, 0) // page_size)
+
+    def select(self, ops: Ops, pages: Pages, heads: Heads, query: Tensor, budget: int) -> Tensor:
+        """The `budget` pages that queries `[B, Hq, D]` read, `[B, Hkv or Hq, budget]` int32.
+
+        Numbers within the head in rising order, padded with -1. An op may choose without copying
+        the summaries, but chooses as `score`, `group`, `first` and `last` say.
+        """
+        batch, kv_heads, width = heads.table.shape
+        size = pages.k.shape[1]
+        column = torch.arange(width, device=query.device)
+        tokens = (heads.counts[..., None] - column * size).clamp(0, size)
+        grouped = query.view(batch, kv_heads, -1, query.shape[-1])
+        scores = self.score(grouped, ops.read_summary(pages, heads.table), tokens)
+        wanted = (batch, kv_heads, grouped.shape[2], width)
+        if scores.shape != wanted:
+            raise ValueError(
+                f"{type(self).__name__}.score: wanted {list(wanted)}, got {list(scores.shape)}"
+            )
+        scores = combine_group(scores, self.group)
+        return ops.top_pages(scores, heads.counts, size, budget, self.first, last_pages(self))
+
+
+def last_pages(policy: Selection) -> int:
+    """`last` as ops take it."""
+    return -1 if policy.last == "partial" else policy.last
 
 
 def combine_group(scores: Tensor, group: str) -> Tensor:
@@ -88,6 +142,16 @@ def group_field() -> Any:
     return attrs.field(default="max", validator=one_of(*GROUPS))
 
 
-def pages_field(default: int) -> Any:
-    """A number of always-kept pages."""
-    return attrs.field(default=default, validator=not_negative)
+def first_field() -> Any:
+    """A number of leading pages that are always read."""
+    return attrs.field(default=0, validator=not_negative)
+
+
+def _last(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value != "partial":
+        not_negative(instance, attribute, value)
+
+
+def last_field(default: int) -> Any:
+    """A number of trailing pages that are always read, or "partial"."""
+    return attrs.field(default=default, validator=_last)

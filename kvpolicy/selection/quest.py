@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, cast
+
 import attrs
 import torch
 from torch import Tensor
@@ -9,7 +11,12 @@ from torch import Tensor
 from .._fields import is_a
 from ..budget import Tokens, tokens_from_int
 from ..choices import PageGroup
-from ._base import Selection, group_field, pages_field
+from ..ops import Heads, Ops, Pages
+from ._base import Selection, first_field, group_field, last_field, last_pages
+
+
+def _tokens(value: Tokens | int) -> Tokens:
+    return cast(Tokens, tokens_from_int(value))
 
 
 @attrs.frozen(kw_only=True)
@@ -19,7 +26,9 @@ class Quest(Selection):
     A page's score is the sum over channels of max(q * min, q * max) with the page's smallest and
     largest key: no q.k inside exceeds it. `budget` counts tokens per KV head including the window,
     so `ceil((budget - window) / page_size)` pages are read besides it; the trailing page is always
-    one of them (`last=1`). `group="each"` is the original's choice per query head. Behind an
+    one of them (`last=1`, as the original's kernels do), only while it is partly filled
+    (`last="partial"`, as WG-KV does) or as its score says (`last=0`, as the original's evaluation
+    does). `group="each"` is the original's choice per query head. Behind an
     admission a page's tokens lie far apart, which loosens its bound: smaller pages
     (`attach(..., page_size=4)`) then choose better.
 
@@ -28,16 +37,21 @@ class Quest(Selection):
     """
 
     budget: Tokens = attrs.field(
-        converter=tokens_from_int,
+        converter=_tokens,
         validator=is_a(Tokens, "Tokens(n) or an int", lambda value: "budget=1024"),
     )
-    first: int = pages_field(0)
-    last: int = pages_field(1)
+    first: int = first_field()
+    last: int | Literal["partial"] = last_field(1)
     group: PageGroup = group_field()
 
     @property
-    def fused(self) -> str:  # type: ignore[override]
-        return "quest_select"
+    def extends_minmax(self) -> bool:
+        return True
+
+    def select(self, ops: Ops, pages: Pages, heads: Heads, query: Tensor, budget: int) -> Tensor:
+        return ops.quest_select(
+            pages, heads, query, budget, self.group, self.first, last_pages(self)
+        )
 
     def summarize(self, keys: Tensor, valid: Tensor) -> Tensor:
         low = keys.masked_fill(~valid[..., None], float("inf")).amin(1)

@@ -49,7 +49,12 @@ def _described(value: Any) -> Any:
     if isinstance(value, Mapping):
         return [[_described(key), _described(item)] for key, item in value.items()]
     if attrs.has(type(value)):
-        fields = {a.name: getattr(value, a.name) for a in attrs.fields(type(value))}
+        # A field that came later says what was done before it: files of that time still fit.
+        fields = {
+            a.name: getattr(value, a.name)
+            for a in attrs.fields(type(value))
+            if "before" not in a.metadata or getattr(value, a.name) != a.metadata["before"]
+        }
     elif hasattr(value, "__dict__") and not callable(value):
         fields = vars(value)
     elif isinstance(value, torch.dtype | torch.device):

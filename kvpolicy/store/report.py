@@ -5,6 +5,7 @@ from __future__ import annotations
 import attrs
 import torch
 
+from ..budget import budget_of
 from ..ops import ADMITTED, ring_positions
 from .layer import LayerStore
 from .sizes import query_bytes, ring_bytes, storage_bytes, table_bytes
@@ -23,6 +24,8 @@ class Report:
     held per sequence with the window, `evicted` the tokens dropped, `read` the mean tokens that the
     last decoded token read. `overshoot` is the most tokens by which a head came to exceed
     `max_tokens` during a prompt call, `cap_evicted` the tokens dropped because a cap was reached.
+    `floored` counts, for each layer, the sequences whose budget was less than the window at their
+    last eviction, so that the window was kept instead.
     """
 
     pages: int
@@ -41,6 +44,7 @@ class Report:
     shared_pages: int
     overshoot: int
     cap_evicted: int
+    floored: list[int]
 
     @property
     def total(self) -> int:
@@ -101,6 +105,7 @@ def report(state: CacheState) -> Report:
         shared_pages=shared,
         overshoot=max(row.overshoot for row in state.sequences),
         cap_evicted=sum(row.cap_evicted for row in state.sequences),
+        floored=[_floored(state, x) for x in state.layers],
     )
 
 
@@ -120,6 +125,14 @@ def _admitted(state: CacheState, layer: LayerStore) -> list[float]:
     flagged = ((layer.ring.flags.cpu() & ADMITTED) > 0) & near
     total = layer.counts.cpu() + layer.evicted.cpu() + flagged.sum(-1)
     return (total.sum(0) / max(sum(state.lengths), 1)).tolist()
+
+
+def _floored(state: CacheState, layer: LayerStore) -> int:
+    budget = None if layer.slides else budget_of(layer.eviction)
+    if budget is None:
+        return 0
+    lengths = [row.considered_at for row in state.sequences if row.considered_at]
+    return sum(budget.floored(n, layer.window, layer.index, state.spec.layers) for n in lengths)
 
 
 def _read(state: CacheState, layer: LayerStore) -> list[float]:

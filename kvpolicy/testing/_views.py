@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import EvictionView
+from ..eviction import EvictionView
 
 GARBAGE = 1e3  # a view holds zeros where nothing is valid; other finite values must do as well
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..types import Write
+from ..admission import Write
 
 
 def sequence(

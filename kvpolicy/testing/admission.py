@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..admission import Admission
-from ..types import Write
+from ..admission import Admission, Write
 from . import _spy
 from ._common import ConformanceError, check_equal, check_tensor, check_value, require, run
 from ._writes import join, part, scaled, sequence, shard
@@ -96,7 +95,7 @@ def check_decisions(
     """Checks what every decision at write time must keep; returns each sequence's decisions."""
 
     def call(write: Write) -> Tensor:
-        result = run(policy, decide, write)
+        result: Tensor = run(policy, decide, write)
         check_tensor(policy, result, decide.__name__, write.key.shape[:2], write.key, torch.bool)
         return result.clone()
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ..budget import Adaptive, Budget, Pyramid, TotalCap
-from ..calls.evict import longest, score, view
-from ..eviction import Eviction
+from ..budget import Budget, BudgetView, Counts, bound_layers, budget_of
+from ..calls.evict import budget_view, longest, score, view
+from ..eviction import Eviction, EvictionView
 from ..eviction._base import WHEN
 from ..pipeline import CachePipeline
 from ..spec import CacheSpec
 from ..store import CacheState
-from ..types import EvictionView
 from ._cache import decode, kept, prompt, random_data
 from ._common import ConformanceError, check_equal, check_tensor, check_value, require, run
 from ._views import one_head, one_row, poisoned, random_view, widened
@@ -86,13 +85,16 @@ def _options(policy: Eviction) -> None:
     require(policy.when in WHEN, "options", policy, wanted, f"{policy.when!r}")
     holds = isinstance(policy.queries, int) and policy.queries >= 0
     require(holds, "options", policy, "queries from 0", f"{policy.queries!r}")
-    holds = policy.budget is None or isinstance(policy.budget, Budget)
-    require(holds, "options", policy, "budget to be None or a Budget", f"{policy.budget!r}")
+    try:
+        budget_of(policy)
+    except TypeError:
+        wanted = "budget to be None, a Budget or tokens"
+        raise ConformanceError("options", policy, wanted, f"{policy.budget!r}") from None
 
 
 def _scores(policy: Eviction, view: EvictionView) -> None:
     def call(view: EvictionView) -> torch.Tensor:
-        result = run(policy, policy.score, view)
+        result: torch.Tensor = run(policy, policy.score, view)
         check_tensor(policy, result, "score", tuple(view.valid.shape), view.keys)
         wanted = "scores without NaN, in invalid slots too"
         require(not result.isnan().any(), "no NaN", policy, wanted, "NaN")
@@ -114,7 +116,7 @@ def _scores(policy: Eviction, view: EvictionView) -> None:
     for row in range(len(valid)):
         result = call(one_row(view, row)).masked_fill(hide[row : row + 1], 0.0)
         check_equal("batch", policy, result, clean[row : row + 1], f"for sequence {row} alone")
-    for head in range(valid.shape[1]):
+    for head in range(0 if policy.across_heads else valid.shape[1]):
         part = slice(head, head + 1)
         result = call(one_head(view, head)).masked_fill(hide[:, part], 0.0)
         check_equal("heads", policy, result, clean[:, part], f"for KV head {head} alone")
@@ -131,14 +133,14 @@ def _pipeline(
 ) -> None:
     pipeline = CachePipeline(eviction=policy, window=window, backend="reference")
     size = spec.page_size
-    at = [policy.at(layer) for layer in range(spec.layers)]
     if tokens is None:
-        tokens = max([window, *(_tokens(p.budget, spec, window) for p in at)]) + 4 * size - 5
+        tokens = window + _room(policy, spec, window) + 3 * size - 5
     steps = 2 * spec.interval if policy.when == "decode" else 2
     data = random_data(spec, [tokens, max(tokens - size, 1)], steps, hidden, seed)
     state = prompt(pipeline, data, tokens)
     before = pipeline.report(state)
     _fused(state)
+    asked = _asked(pipeline, state)
     pipeline.end_prompt(state)
     found, wanted = pipeline.report(state), kept(state, range(2))
 
@@ -168,23 +170,40 @@ def _pipeline(
         wanted_text = f"fewer bytes of pages than {before.pages}, {evicted} tokens having gone"
         holds = found.pages < before.pages
         require(holds, "frees pages", policy, wanted_text, f"{found.pages}")
-    _budget(pipeline, state, data.lengths, 0)
+    _budget(pipeline, state, asked)
     decode(pipeline, state, data)
     if policy.when == "decode":
-        _budget(pipeline, state, state.lengths, spec.interval)
+        # What a budget over layers asks for depends on what is stored when it is asked.
+        asked = [x for x in _asked(pipeline, state) if not x[0].spans_layers]
+        _budget(pipeline, state, asked, spec.interval)
 
 
 def _fused(state: CacheState) -> None:
-    """An op that scores straight from the pages says what `score` says."""
+    """`scores`, which may read the pages by an op, gives what `score` says of a view of them."""
     for layer, most in zip(state.layers, longest(state.layers), strict=True):
         policy = layer.eviction
-        if policy.fused is None or not most:
+        if policy.neutral or not most:
             continue
         got, valid = run(policy, score, state, layer, most)
         wanted = policy.score(view(state, layer, most)).masked_fill(~valid, 0.0)
-        case = f"from {policy.fused[0]}, as from score"
         got = got.masked_fill(~valid, 0.0)
-        check_equal("fused", policy, got.to(wanted.dtype), wanted, case)
+        check_equal("fused", policy, got.to(wanted.dtype), wanted, "from scores, as from score")
+
+
+def _room(policy: Eviction, spec: CacheSpec, window: int) -> int:
+    """Global tokens a head, in whole pages, of which the budgets drop some in every layer."""
+    room = 0
+    for budget, layers in bound_layers({n: policy.at(n) for n in range(spec.layers)}):
+        for stored in range(spec.page_size, 256 * spec.page_size, spec.page_size):
+            counts = [[[stored] * spec.kv_heads for _ in layers]]
+            seen = BudgetView(
+                seen=(window + stored,), window=window, layers=tuple(layers), of=spec.layers,
+                kv_heads=(spec.kv_heads,) * len(layers), counts=lambda counts=counts: counts,  # type: ignore[misc]
+            )  # fmt: skip
+            if all(sum(heads) < stored * spec.kv_heads for heads in budget.targets(seen)[0]):
+                room = max(room, stored)
+                break
+    return room
 
 
 def _lengths(spec: CacheSpec, lengths: list[int]) -> list[int]:
@@ -199,29 +218,33 @@ def _same_kept(
             raise ConformanceError(rule, policy, case, f"{sorted(set(a) ^ set(b))} differing")
 
 
-def _tokens(budget: Budget | None, spec: CacheSpec, window: int) -> int:
-    """Tokens per head that a budget allows, 0 if it follows the length."""
-    if isinstance(budget, TotalCap):
-        return window + -(-budget.tokens // (spec.layers * spec.kv_heads))
-    while isinstance(budget, Adaptive | Pyramid):
-        budget = budget.base
-    return getattr(budget, "tokens", 0)
+def _asked(pipeline: CachePipeline, state: CacheState) -> list[tuple[Budget, list[int], Counts]]:
+    """What the budgets would leave now: the layers that each binds, and its targets."""
+    bound = bound_layers({x.index: pipeline.eviction.at(x.index) for x in state.layers})
+    return [
+        (budget, layers, budget.targets(budget_view(state, [state.layers[n] for n in layers])))
+        for budget, layers in bound
+    ]
 
 
-def _budget(pipeline: CachePipeline, state: CacheState, lengths: list[int], slack: int) -> None:
-    """No layer, and no sequence under a TotalCap, holds more than its budget and `slack` a head."""
-    spec, policy = state.spec, pipeline.eviction
-    counts = torch.stack([layer.counts for layer in state.layers])
-    for row, length in enumerate(lengths):
-        for layer in range(spec.layers):
-            budget, held = policy.at(layer).budget, int(counts[layer, row].sum())
-            if budget is None:
-                continue
-            if isinstance(budget, TotalCap):
-                most, held = budget.tokens, int(counts[:, row].sum())
-                most += slack * spec.layers * spec.kv_heads
-            else:
-                allowed = budget.allowed(length, pipeline.window, layer, spec.layers)
-                most = (allowed + slack) * spec.kv_heads
-            wanted = f"at most {most} global tokens in layer {layer} of {length} seen"
-            require(held <= most, "budget", policy, wanted, f"{held}")
+def _budget(
+    pipeline: CachePipeline,
+    state: CacheState,
+    asked: list[tuple[Budget, list[int], Counts]],
+    slack: int = 0,
+) -> None:
+    """No layer, and no sequence where layers share tokens, holds more than was asked for.
+
+    Heads may hold `slack` tokens more. A budget's rounding may add half a token a head.
+    """
+    for budget, layers, targets in asked:
+        held = budget_view(state, [state.layers[n] for n in layers]).counts
+        for seen, target, counts in zip(state.lengths, targets, held, strict=True):
+            pairs = list(zip(target, counts, strict=True))
+            if budget.spans_layers:
+                pairs = [(sum(target, []), sum(counts, []))]
+            for place, (left, found) in enumerate(pairs):
+                most = sum(left) + slack * len(found) + len(found) // 2
+                where = "all layers" if budget.spans_layers else f"layer {layers[place]}"
+                wanted = f"at most {most} global tokens in {where} of {seen} seen"
+                require(sum(found) <= most, "budget", pipeline.eviction, wanted, f"{sum(found)}")

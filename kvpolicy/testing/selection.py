@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import load
+from ..budget import budget_of
+from ..ops import load
 from ..pipeline import CachePipeline
 from ..selection import Selection
-from ..selection._base import GROUPS, combine_group
+from ..selection._base import GROUPS
 from ..spec import CacheSpec
-from ..store.layer import LayerStore
 from . import _spy
 from ._cache import decode, decoded, prompt, random_data
 from ._common import ConformanceError, check_equal, check_tensor, check_value, require, run
@@ -85,21 +85,23 @@ def _options(policy: Selection, window: int, page_size: int) -> None:
     require(policy.group in GROUPS, "options", policy, wanted, f"{policy.group!r}")
     for name in ("first", "last"):
         value = getattr(policy, name)
-        holds = isinstance(value, int) and value >= 0
+        partial = name == "last" and value == "partial"
+        holds = partial or (isinstance(value, int) and value >= 0)
         require(holds, "options", policy, f"{name} to be a number of pages from 0", f"{value!r}")
     if not policy.neutral:
         pages = run(policy, policy.pages, window, page_size)
         holds = isinstance(pages, int) and pages >= 1
         require(holds, "options", policy, f"pages({window}, {page_size}) from 1", f"{pages!r}")
-        if policy.budget is not None:
-            most = -(-(policy.budget.tokens - window) // page_size)
-            wanted = f"pages({window}, {page_size}) of at most {most} for {policy.budget}"
+        budget = budget_of(policy)
+        if budget is not None and budget.fixed is not None:
+            most = -(-(budget.fixed - window) // page_size)
+            wanted = f"pages({window}, {page_size}) of at most {most} for {budget}"
             require(pages <= max(most, 1), "budget", policy, wanted, f"{pages}")
 
 
 def _summaries(policy: Selection, keys: Tensor, valid: Tensor) -> Tensor:
     def call(keys: Tensor, valid: Tensor) -> Tensor:
-        result = run(policy, policy.summarize, keys, valid)
+        result: Tensor = run(policy, policy.summarize, keys, valid)
         width = result.shape[-1] if isinstance(result, Tensor) and result.ndim else 0
         check_tensor(policy, result, "summarize (any S)", (len(keys), width), keys)
         return result.clone()
@@ -121,7 +123,7 @@ def _summaries(policy: Selection, keys: Tensor, valid: Tensor) -> Tensor:
 
 def _scores(policy: Selection, query: Tensor, summary: Tensor, counts: Tensor) -> None:
     def call(query: Tensor, summary: Tensor, counts: Tensor) -> Tensor:
-        result = run(policy, policy.score, query, summary, counts)
+        result: Tensor = run(policy, policy.score, query, summary, counts)
         check_tensor(policy, result, "score", (*query.shape[:3], summary.shape[2]), query)
         return result.clone()
 
@@ -208,20 +210,12 @@ def _pipeline(
             stored = min(found.stored[index])
             limit = f"less read than the {stored} tokens stored (else say takes_effect=False)"
             require(read < stored, "takes effect", policy, limit, f"{read}")
-        if at.fused is not None and layer.selected is not None:
+        if layer.selected is not None:
             query = decoded(data, index, steps - 1)["query"][:, :, 0]
-            chosen = _chosen(at, state.layers[index], query, size, layer.selected.shape[-1])
-            case = f"the pages that score() chooses, from the op {at.fused}"
+            amount = layer.selected.shape[-1]
+            given = (layer.pool.pages, layer.heads, query, amount)
+            chosen = Selection.select(at, load("reference"), *given)
+            case = "from select, the pages that score chooses"
             check_equal("fused", policy, layer.selected, chosen, case)
     holds = not effect or any(not at.neutral for at in members)
     require(holds, "takes effect", policy, "a selection that is not neutral", "a neutral one")
-
-
-def _chosen(policy: Selection, layer: LayerStore, query: Tensor, size: int, budget: int) -> Tensor:
-    """The pages that `score` chooses, as for a policy without a fused op."""
-    table, counts, pages = layer.table, layer.counts, layer.pool.pages
-    held = (counts[..., None] - torch.arange(table.shape[2]) * size).clamp(0, size)
-    op = load("reference")
-    grouped = query.view(*counts.shape, -1, query.shape[-1])
-    scores = combine_group(policy.score(grouped, op.read_summary(pages, table), held), policy.group)
-    return op.top_pages(scores, counts, size, budget, policy.first, policy.last)

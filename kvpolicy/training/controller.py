@@ -7,6 +7,8 @@ from typing import Any
 
 import attrs
 
+from .._fields import fraction
+
 
 @attrs.define(kw_only=True)
 class KeepController:
@@ -22,16 +24,12 @@ class KeepController:
         keep: running mean of the kept fraction, None before the first update.
     """
 
-    target: float
+    target: float = attrs.field(validator=fraction(low_open=True, high_open=True))
     integral: float = 0.02
     proportional: float = 0.5
     smoothing: float = 0.9
     log_lam: float = math.log(0.16)
     keep: float | None = None
-
-    def __attrs_post_init__(self) -> None:
-        if not 0 < self.target < 1:
-            raise ValueError(f"target must lie in (0, 1), got {self.target}")
 
     @property
     def error(self) -> float:
@@ -56,6 +54,11 @@ class KeepController:
         return attrs.asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of state_dict."""
+        """Inverse of state_dict; raises ValueError for other names or values."""
+        if state.keys() != self.state_dict().keys():
+            raise ValueError(f"wanted {', '.join(self.state_dict())}, got {', '.join(state)}")
+        for name, value in state.items():
+            if not isinstance(value, float | int) and not (name == "keep" and value is None):
+                raise ValueError(f"{name}: wanted a number, got {value!r}")
         for name, value in state.items():
             setattr(self, name, value)

@@ -72,11 +72,11 @@ class TrainingMix:
     def __attrs_post_init__(self) -> None:
         unknown = set(self.kinds) - set(MIX)
         if unknown or not any(self.kinds.values()):
-            raise ValueError(f"kinds must be of {sorted(MIX)}, got {self.kinds}")
+            raise ValueError(f"kinds: wanted shares of {', '.join(sorted(MIX))}, got {self.kinds}")
         tokens = [self._encode(t) if isinstance(t, str) else t for t in self.texts]
         tokens = [ids for ids in tokens if len(ids) > self.length]
         if not tokens:
-            raise ValueError(f"texts: none is longer than {self.length} tokens")
+            raise ValueError(f"texts: wanted one of more than {self.length} tokens, got none")
         object.__setattr__(self, "_tokens", tokens)
         object.__setattr__(self, "_chat", _chat_parts(self.tokenizer))
 
@@ -211,7 +211,7 @@ def documents(
     for text in texts:
         if isinstance(text, Mapping):
             if column not in text:
-                raise ValueError(f"texts: a row has no column {column!r}, only {sorted(text)}")
+                raise ValueError(f"texts: wanted rows with a column {column!r}, got {sorted(text)}")
             text = text[column]
         if isinstance(text, str):
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -242,7 +242,7 @@ def as_mix(
     if isinstance(texts, TrainingMix):
         return texts
     if tokenizer is None:
-        raise ValueError("tokenizer is needed to cut documents into batches, got None")
+        raise ValueError("tokenizer: wanted one to cut documents into batches, got None")
     return TrainingMix(
         texts=documents(texts, tokenizer, length=length, sequences=sequences),
         tokenizer=tokenizer,

@@ -8,7 +8,6 @@ counts every token.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +20,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
-from ..adapters.hf.models import keys_fingerprint
+from ..adapters.hf.fingerprints import keys_fingerprint
+from ..adapters.hf.models import attention_layers
 from ..adapters.hf.training import AttachedModel, attach_for_training, dense_attention
+from ..admission import _duo_file
 from .data import Texts, TrainingMix, as_mix
 from .objective import distillation_loss
-from .run import Run, Stateful, average_gradients
+from .run import Progress, Run, Stateful, average_gradients
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,12 +53,8 @@ class TrainedPattern:
 
     def save(self, folder: str | Path) -> None:
         """Write the published layout: `full_attention_heads.tsv` and `config.json`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = ("\t".join(f"{value:.10f}" for value in row) for row in self.heads.tolist())
-        (folder / "full_attention_heads.tsv").write_text("\n".join(rows) + "\n")
         config = {"sink_size": self.sink_size, "recent_size": self.recent_size, **self.config}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        _duo_file.write(Path(folder), self.heads.tolist(), config)
 
 
 def train_duo_attention(
@@ -77,13 +74,14 @@ def train_duo_attention(
     out_dir: str | Path | None = None,
     save_every: int = 0,
     stop_after: int | None = None,
+    progress: Progress | None = None,
 ) -> TrainedPattern:
     """Train one weight per KV head of a frozen model.
 
     Under `accelerate launch` every process takes its own batches and gradients are averaged.
 
     Args:
-        model: a Llama, Mistral, Qwen2 or Qwen3 causal language model, on its device.
+        model: a causal language model that the adapter serves, on its device.
         texts: documents, see `documents`, or a ready stream of batches; "duo" needs kinds that
             have answers.
         tokenizer: needed for documents.
@@ -101,26 +99,30 @@ def train_duo_attention(
         out_dir: folder for `metrics.jsonl` and `state.pt`; training resumes from the latter.
         save_every: steps between saves of `state.pt`; 0 for the end only.
         stop_after: stop (and save) at this step of the schedule, to be resumed later.
+        progress: called with the metrics of each step.
 
     Raises:
-        ValueError: an unknown objective, sizes that leave nothing to drop, or, for "duo", a batch
-            without answers.
+        ValueError: an unknown objective, sizes that leave nothing to drop, for "duo" a batch
+            without answers, or a folder with another run or a damaged state.
+        UnsupportedError: the adapter does not serve the model.
     """
     if objective not in ("duo", "wgkv"):
-        raise ValueError(f'objective must be "duo" or "wgkv", got {objective!r}')
-    duo = objective == "duo"
+        raise ValueError(f"objective: wanted one of 'duo', 'wgkv', got {objective!r}")
+    for name, value in (("steps", steps), ("batch_size", batch_size), ("length", length)):
+        if value < 1:
+            raise ValueError(f"{name}: wanted at least 1, got {value}")
+    duo, layers = objective == "duo", attention_layers(model)
     accelerator = Accelerator(cpu=model.device.type == "cpu")
     rank, most = accelerator.process_index, steps * batch_size * accelerator.num_processes
     kinds = _ANSWERED if duo else None
     mix = as_mix(texts, tokenizer, length, seed, sequences=most, kinds=kinds)
     if recent_size < 1 or sink_size < 0 or sink_size + recent_size >= mix.length:
         raise ValueError(
-            f"sink_size + recent_size must be less than the length {mix.length}, "
-            f"got {sink_size} + {recent_size}"
+            f"sink_size, recent_size: wanted at least 0 and 1, together less than the length "
+            f"{mix.length}, got {sink_size} and {recent_size}"
         )
     weight = 0.05 if lam is None else lam
-    config = model.config.get_text_config()
-    shape = (config.num_hidden_layers, config.num_key_value_heads)
+    shape = (len(layers), layers[0].kv_heads)
     heads = nn.Parameter(torch.full(shape, 1.0 if duo else 0.0, device=model.device))
     optimizer = torch.optim.AdamW([heads], lr=0.02 if duo else 0.2, weight_decay=0.0)
     schedule: torch.optim.lr_scheduler.LRScheduler
@@ -146,7 +148,7 @@ def train_duo_attention(
             batch = mix.batch(step, batch_size, rank=rank)
             ids, answers = (t.to(model.device) for t in batch)
             if duo and not bool(batch.answers.any()):
-                raise ValueError('texts: objective "duo" needs batches with answers, got none')
+                raise ValueError('texts: wanted batches with answers for "duo", got none')
             if duo:
                 with torch.no_grad():
                     heads.clamp_(0, 1)
@@ -165,14 +167,15 @@ def train_duo_attention(
             optimizer.step()
             schedule.step()
             step += 1
-            run.log(
-                {
-                    "step": step,
-                    "loss": loss.item(),
-                    "heads": share.mean().item(),
-                    "seconds": round(time.perf_counter() - began, 4),
-                }
-            )
+            metrics = {
+                "step": step,
+                "loss": loss.item(),
+                "heads": share.mean().item(),
+                "seconds": round(time.perf_counter() - began, 4),
+            }
+            run.log(metrics)
+            if progress is not None:
+                progress(metrics)
             if save_every and step % save_every == 0:
                 run.save(step)
         run.save(step)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import attrs
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..adapters.hf.models import decoder_of, head_dim_of, keys_fingerprint
+from ..adapters.hf.fingerprints import keys_fingerprint
+from ..adapters.hf.models import attention_layers
+from ..admission import _gate_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +51,20 @@ class GatePredictor(nn.Module):
         self.conv1 = nn.Conv1d(kv_heads * 2 * head_dim, kv_heads * width, 1, groups=kv_heads)
         self.conv2 = nn.Conv1d(kv_heads * width, kv_heads, 1, groups=kv_heads)
 
+    def fields(self) -> dict[str, Tensor]:
+        """Views of the parameters, detached, under the names and shapes of a WriteGate's layer."""
+        heads, width = self.kv_heads, self.width
+        bias1, bias2 = cast(Tensor, self.conv1.bias), cast(Tensor, self.conv2.bias)
+        views = {
+            "norm_pre": self.pre_key_norm.weight,
+            "norm_post": self.post_key_norm.weight,
+            "w1": self.conv1.weight.view(heads, width, 2 * self.head_dim),
+            "b1": bias1.view(heads, width),
+            "w2": self.conv2.weight.view(heads, width),
+            "b2": bias2,
+        }
+        return {name: view.detach() for name, view in views.items()}
+
     def forward(self, key_pre: Tensor, key_post: Tensor) -> Tensor:
         """Gate values `[B, H, N]` in [FLOOR, 1], fp32, of two keys `[B, H, N, D]`."""
         with torch.autocast(key_pre.device.type, enabled=False):
@@ -77,15 +93,19 @@ class WriteGates(nn.Module):
         super().__init__()
         width = int(head_dim * expand + 1e-6)
         if width < 1:
-            raise ValueError(f"expand must give at least one hidden unit, got {expand}")
+            raise ValueError(f"expand: wanted at least one hidden unit a head, got {expand}")
         self.layers = nn.ModuleList(GatePredictor(kv_heads, head_dim, width) for _ in range(layers))
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, expand: float = 4.0) -> WriteGates:
-        """Fresh fp32 gates on the model's device."""
-        config, head_dim = model.config.get_text_config(), head_dim_of(decoder_of(model).config)
-        gates = cls(config.num_hidden_layers, config.num_key_value_heads, head_dim, expand)
-        return gates.to(model.device)
+        """Fresh fp32 gates on the model's device.
+
+        Raises:
+            UnsupportedError: the adapter does not serve the model.
+        """
+        layers = attention_layers(model)
+        gates = cls(len(layers), layers[0].kv_heads, layers[0].head_dim, expand)
+        return gates.to(layers[0].device)
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel) -> WriteGates:
@@ -94,45 +114,34 @@ class WriteGates(nn.Module):
         Raises:
             ValueError: the file is malformed or belongs to another model.
         """
-        path, metadata = Path(path), dict[str, str]()
-        if path.suffix == ".pt":
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        elif path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                metadata = file.metadata() or {}
-        else:
-            raise ValueError(f"path must end in .pt or .safetensors, got {str(path)!r}")
+        fields, metadata = _gate_file.read(Path(path))
         mine = keys_fingerprint(model)
         if metadata.get("model", mine) != mine:
-            raise ValueError(f"{path} belongs to model {metadata['model']}, this one is {mine}")
-        bias = state.get("model.layers.0.self_attn.g_predictors.conv1.bias")
-        if bias is None:
-            raise ValueError(f"{path} holds no gates of the published names")
-        heads = model.config.get_text_config().num_key_value_heads
-        gates = cls.for_model(model, bias.numel() / heads / head_dim_of(decoder_of(model).config))
-        try:
-            gates.load_published_state(state)
-        except RuntimeError as error:
-            raise ValueError(f"{path} does not fit the model: {error}") from error
+            raise ValueError(
+                f"{path}: wanted gates of model {mine}, got those of {metadata['model']}"
+            )
+        gates = cls.for_model(model, fields["w1"].shape[2] / fields["norm_pre"].shape[1])
+        for name, wanted in gates.fields().items():
+            if fields[name].shape != wanted.shape:
+                raise ValueError(
+                    f"{path}: {name}: wanted {list(wanted.shape)}, which fits the model, got "
+                    f"{list(fields[name].shape)}"
+                )
+        gates.load_fields(fields)
         return gates
 
-    def published_state(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """Parameters under the names of the published checkpoints, on the CPU."""
-        return {
-            f"model.layers.{n}.self_attn.g_predictors.{name}": value.detach().to("cpu", dtype)
-            for n, layer in enumerate(self.layers)
-            for name, value in layer.state_dict().items()
-        }
+    def fields(self) -> dict[str, Tensor]:
+        """Parameters stacked over layers, under the names of WriteGate's fields, on the CPU."""
+        layers = cast(list[GatePredictor], self.layers)
+        each = [layer.fields() for layer in layers]
+        return {name: torch.stack([part[name] for part in each]).cpu() for name in each[0]}
 
-    def load_published_state(self, state: dict[str, Tensor]) -> None:
-        """Inverse of published_state. Missing, unexpected or misshapen keys raise RuntimeError."""
-        self.load_state_dict(
-            {
-                name.removeprefix("model.").replace(".self_attn.g_predictors.", "."): value
-                for name, value in state.items()
-            }
-        )
+    @torch.no_grad()
+    def load_fields(self, fields: Mapping[str, Tensor]) -> None:
+        """Inverse of `fields`, which must fit."""
+        for n, layer in enumerate(cast(list[GatePredictor], self.layers)):
+            for name, own in layer.fields().items():
+                own.copy_(fields[name][n])
 
     def save(
         self,
@@ -142,16 +151,8 @@ class WriteGates(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """Write a plain dict (`.pt`) or safetensors with metadata (`.safetensors`)."""
-        path = Path(path)
-        state = {name: value.contiguous() for name, value in self.published_state(dtype).items()}
-        if path.suffix == ".pt":
-            torch.save(state, path)
-        elif path.suffix == ".safetensors":
-            from safetensors.torch import save_file
-
-            save_file(state, path, metadata=metadata)
-        else:
-            raise ValueError(f"path must end in .pt or .safetensors, got {str(path)!r}")
+        fields = {name: value.to(dtype) for name, value in self.fields().items()}
+        _gate_file.write(Path(path), fields, metadata or {})
 
 
 @attrs.frozen(kw_only=True)

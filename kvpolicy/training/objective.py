@@ -75,7 +75,7 @@ def gated_attention(
         `[B, H, N, D]`.
     """
     if window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
+        raise ValueError(f"window: wanted at least 1, got {window}")
     # Under autocast RoPE may leave queries and keys in fp32.
     query, key = query.to(value.dtype), key.to(value.dtype)
     if kernel == "auto":
@@ -90,7 +90,7 @@ def gated_attention(
         from .flash import flash_gated
 
         return flash_gated(query, key, value, log_gate, window=window, scale=scale)
-    raise ValueError(f'kernel must be "auto", "dense", "flex" or "flash", got {kernel!r}')
+    raise ValueError(f"kernel: wanted one of 'auto', 'dense', 'flex', 'flash', got {kernel!r}")
 
 
 def _dense(

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+
+from .._files import read_pt, write_pt, write_text
+
+Progress = Callable[[dict[str, Any]], None]  # called with the metrics of a step
+_WORDS = {int: "a number of steps", dict: "a dict"}
 
 
 class Stateful(Protocol):
@@ -55,9 +60,7 @@ class Run:
             return
         state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts.items()}
         state |= {"step": step, "settings": self._settings, "more": more}
-        partial = self._folder / "state.pt.partial"
-        torch.save(state, partial)
-        partial.replace(self._folder / "state.pt")  # an interrupted save leaves the old state
+        write_pt(self._folder / "state.pt", state)
 
     def load(self) -> tuple[int, dict[str, float]]:
         """Restore a saved run; its step (0 if there is none) and what `save` was given more.
@@ -65,7 +68,7 @@ class Run:
         Metrics of steps that were not saved are dropped: they are made again.
 
         Raises:
-            ValueError: the state was made with other settings.
+            ValueError: the state was made with other settings, or a file is damaged.
         """
         if self._folder is None:
             return 0, {}
@@ -73,18 +76,35 @@ class Run:
         if not path.exists():
             self._truncate(0)
             return 0, {}
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_pt(path)
+        self._check(state, path)
+        for name, part in self._parts.items():
+            try:
+                part.load_state_dict(state[name])
+            except Exception as error:  # torch and optimisers raise whatever they meet first
+                raise ValueError(
+                    f"{path}: {name}: wanted one that fits this run, got {error}"
+                ) from error
+        self._truncate(state["step"])
+        return state["step"], state["more"]
+
+    def _check(self, state: Any, path: Path) -> None:
+        """Raises ValueError unless `state` is what `save` writes, with this run's settings."""
+        kinds = {"step": int, "settings": dict, "more": dict} | dict.fromkeys(self._parts, dict)
+        if not isinstance(state, dict):
+            raise ValueError(f"{path}: wanted the state of a run, got {type(state).__name__}")
+        for name, kind in kinds.items():
+            if not isinstance(state.get(name), kind) or (kind is int and state[name] < 0):
+                found = type(state[name]).__name__ if name in state else "no such key"
+                raise ValueError(f"{path}: {name}: wanted {_WORDS[kind]}, got {found}")
         found = state["settings"]
-        other = [name for name, value in self._settings.items() if found.get(name) != value]
+        # A setting that an older version did not note down is taken as the same.
+        other = [n for n, value in self._settings.items() if found.get(n, value) != value]
         if other:
             raise ValueError(
                 f"out_dir: {self._folder} holds a run of another {', '.join(other)}: "
                 f"{', '.join(repr(found.get(name)) for name in other)}"
             )
-        for name, part in self._parts.items():
-            part.load_state_dict(state[name])
-        self._truncate(state["step"])
-        return int(state["step"]), state["more"]
 
     def _truncate(self, step: int) -> None:
         assert self._folder is not None
@@ -92,11 +112,16 @@ class Run:
         if not self._main or not path.exists():
             return
         # A kill may leave half a line.
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line[-1] == "\n"]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.replace(path)
+        lines = [x for x in path.read_text(encoding="utf-8").split("\n")[:-1]]
+        kept = [line for n, line in enumerate(lines, 1) if _step_of(line, n, path) <= step]
+        write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def _step_of(line: str, number: int, path: Path) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path}: line {number}: wanted the metrics of a step") from error
 
 
 def average_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:

@@ -22,7 +22,7 @@ from kvpolicy import (
     per_layer,
 )
 from kvpolicy.adapters.hf import attach, fit_report, new_cache
-from kvpolicy.evaluation.tiny import tiny_llama
+from kvpolicy.evaluation.models import tiny_llama
 
 DUO = DuoAttention(full_heads=[[True, False], [False, False]], sinks=20, window=32)
 PIPELINES = {

@@ -7,7 +7,7 @@ import torch
 
 from kvpolicy import PhaseError
 from kvpolicy.adapters.hf import attach, load_cache, new_cache
-from kvpolicy.adapters.hf.models import model_fingerprint
+from kvpolicy.adapters.hf.fingerprints import model_fingerprint
 from tests.support.adapters.models import SIZES, pipelines, prompt, tiny
 
 OPTIONS = {

@@ -78,7 +78,8 @@ def launches() -> Iterator[list[str]]:
     [
         (make(), WRITE + ATTEND),
         (make(admission=LocalAttention(window=WINDOW, sinks=4)), ["lt", *WRITE, *ATTEND]),
-        (make(eviction=AtPromptEnd(GATE)), WRITE + ATTEND),
+        (make(eviction=AtPromptEnd(GATE, generated="keep")), WRITE + ATTEND),
+        (make(eviction=AtPromptEnd(GATE)), DECIDE + WRITE + ATTEND),
         (make(admission=GATE), DECIDE + WRITE + ATTEND),
         (make(admission=GATE, selection=Quest(budget=32)), DECIDE + WRITE + SELECT + ATTEND),
         (make(admission=GATE, eviction=OBSERVER), DECIDE + WRITE + ATTEND),
@@ -87,7 +88,7 @@ def launches() -> Iterator[list[str]]:
             DECIDE + WRITE + SELECT + ATTEND,
         ),
     ],
-    ids=["dense", "local", "at end", "gate", "gate + quest", "gate + snapkv", "all three"],
+    ids=["dense", "local", "keep", "at end", "gate", "gate + quest", "gate + snapkv", "all three"],
 )
 def test_launches_of_a_decode_layer(pipeline: CachePipeline, wanted: list[str]) -> None:
     state, token = decode_state(pipeline, SPEC, 48)
@@ -148,13 +149,13 @@ def test_prefill_visits_few_pairs_in_vain(
     p = attrs.evolve(p, query=p.query[:heads])
     tile = sparse.Tile(64, 32, 4, 2)
     monkeypatch.setattr(sparse, "choose_tile", lambda *_: tile)
-    steps, original = Counter(), sparse._step
+    steps, original = Counter(), sparse.attend_step
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         steps["all"] += 1
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(sparse, "_step", counted)
+    monkeypatch.setattr(sparse, "attend_step", counted)
     sparse.prefill_attention(p.query, *p.recent, p.segments, p.pages, p.heads, p.window, p.scale)
     visited = steps["all"] * tile.rows * tile.keys
     # A tile may waste one block of far keys, and of the band a block at each end and a triangle.

@@ -7,13 +7,13 @@ import random
 import attrs
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpolicy import CachePipeline
 from tests.support.contract.cases import EXACT, NAMES, SMALL, build, caches, seeds
 from tests.support.contract.contents import contents
 from tests.support.contract.driver import Run, feed, stream, streams_of
+from tests.support.contract.examples import examples
 
 
 def assert_same(one, other, rows=None):
@@ -31,8 +31,7 @@ def assert_same(one, other, rows=None):
                 assert torch.equal(*kept)
 
 
-@settings(max_examples=25)
-@given(caches(), seeds)
+@examples(25, 100, caches(), seeds)
 def test_neutral_is_dense_causal_attention(sizes, seed):
     spec, length = sizes.spec, sizes.length
     tokens = stream(spec, length, seed)
@@ -70,8 +69,9 @@ def test_neutral_is_dense_causal_attention(sizes, seed):
             assert kept == [list(range(length))] * spec.kv_heads
 
 
-@settings(max_examples=40)
-@given(caches(dtypes=EXACT, page_sizes=SMALL), st.tuples(*map(st.sampled_from, NAMES)), seeds)
+@examples(
+    10, 100, caches(dtypes=EXACT, page_sizes=SMALL), st.tuples(*map(st.sampled_from, NAMES)), seeds
+)
 def test_triples(sizes, names, seed):
     """Any three policies, ragged batches, random cuts, two turns, single and verify calls."""
     pipeline, rng = build(sizes, *names), random.Random(seed)
@@ -90,8 +90,9 @@ def test_triples(sizes, names, seed):
     run.check()
 
 
-@settings(max_examples=30)
-@given(caches(dtypes=EXACT, page_sizes=SMALL), st.tuples(*map(st.sampled_from, NAMES)), seeds)
+@examples(
+    8, 100, caches(dtypes=EXACT, page_sizes=SMALL), st.tuples(*map(st.sampled_from, NAMES)), seeds
+)
 def test_any_cut_stores_the_same(sizes, names, seed):
     pipeline = build(sizes, *names)
     rows = [sizes.length, sizes.length + 3]
@@ -112,8 +113,7 @@ def test_any_cut_stores_the_same(sizes, names, seed):
     runs[0].check_effect()
 
 
-@settings(max_examples=30)
-@given(caches(), st.sampled_from(NAMES[0]), st.integers(1, 12), seeds)
+@examples(30, 100, caches(), st.sampled_from(NAMES[0]), st.integers(1, 12), seeds)
 def test_prompt_and_decode_calls_store_the_same(sizes, admission, decoded, seed):
     """Without eviction a token's fate does not depend on the phase of its call."""
     pipeline = build(sizes, admission)
@@ -128,8 +128,9 @@ def test_prompt_and_decode_calls_store_the_same(sizes, admission, decoded, seed)
     one.check_effect()
 
 
-@settings(max_examples=30)
-@given(caches(dtypes=EXACT, page_sizes=SMALL), st.tuples(*map(st.sampled_from, NAMES)), seeds)
+@examples(
+    8, 100, caches(dtypes=EXACT, page_sizes=SMALL), st.tuples(*map(st.sampled_from, NAMES)), seeds
+)
 def test_batch_gives_what_each_gets_alone(sizes, names, seed):
     pipeline, rng = build(sizes, *names), random.Random(seed)
     short = sizes.length if "ratio" in names else rng.choice([1, sizes.window, sizes.window + 1])
@@ -156,8 +157,7 @@ def test_batch_gives_what_each_gets_alone(sizes, names, seed):
                 assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@settings(max_examples=30)
-@given(caches(), st.sampled_from(NAMES[0]), st.sampled_from(NAMES[1]), seeds)
+@examples(8, 100, caches(), st.sampled_from(NAMES[0]), st.sampled_from(NAMES[1]), seeds)
 def test_verify_calls_are_single_steps(sizes, admission, selection, seed):
     """Columns of a call select for themselves; those that are not real leave no trace."""
     pipeline, rng = build(sizes, admission, selection), random.Random(seed)
@@ -178,8 +178,7 @@ def test_verify_calls_are_single_steps(sizes, admission, selection, seed):
     one.check_effect()
 
 
-@settings(max_examples=20)
-@given(caches(page_sizes=SMALL), st.tuples(*map(st.sampled_from, NAMES)), seeds)
+@examples(20, 100, caches(page_sizes=SMALL), st.tuples(*map(st.sampled_from, NAMES)), seeds)
 def test_finished_sequences_store_nothing(sizes, names, seed):
     pipeline = build(sizes, names[0], names[1])
     rows = [sizes.length, sizes.length]
@@ -198,8 +197,7 @@ def test_finished_sequences_store_nothing(sizes, names, seed):
     run.check_effect()
 
 
-@settings(max_examples=15)
-@given(caches(sliding=False), st.sampled_from([1, 3, 8, 21]), seeds)
+@examples(15, 100, caches(sliding=False), st.sampled_from([1, 3, 8, 21]), seeds)
 def test_layers_that_slide_have_no_pages(sizes, slides, seed):
     spec = attrs.evolve(sizes.spec, sliding=[slides] * sizes.spec.layers)
     rows = [sizes.length, 3]

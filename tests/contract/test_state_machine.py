@@ -12,6 +12,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.support.contract.caches import SPEC
 from tests.support.contract.cases import ADMISSIONS, EVICTIONS, SELECTIONS
+from tests.support.contract.kinds import KINDS, meet
 from tests.support.contract.lives import Life
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -22,8 +23,9 @@ KERNELS = {
     "phases": (Phase.generate,),  # shrinking would take hours
 }
 PAIRS = [(a, e) for a in ADMISSIONS for e in EVICTIONS]
+MET = meet("admission", "eviction")
 RULES = {name for name in dir(Life) if hasattr(getattr(Life, name), "hypothesis_stateful_rule")}
-# More lives by hand: KVPOLICY_LIVES=10000 python -m pytest tests/contract/test_state_machine.py
+# Of the slow tests; more by hand: KVPOLICY_LIVES=10000 python -m pytest -m slow tests/contract
 LIVES = int(os.environ.get("KVPOLICY_LIVES", "2000"))
 STEPS = 14
 
@@ -47,23 +49,46 @@ def live(admission, eviction, count, **options):
     return log
 
 
-@pytest.mark.parametrize("admission, eviction", PAIRS)
+@pytest.mark.parametrize("admission, eviction", MET)
 def test_lives(admission, eviction):
+    """A few lives of every policy beside each kind of the others."""
+    number = MET.index((admission, eviction))
+    selections = tuple(names[number % len(names)] for names in KINDS["selection"].values())
+    log = live(admission, eviction, len(selections), selections=selections)
+    assert {names for names, _ in log} == {(admission, s, eviction) for s in selections}
+    assert any("left out" in rules for _, rules in log)  # a selection read less than there was
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("admission, eviction", PAIRS)
+def test_many_lives(admission, eviction):
     log = live(admission, eviction, -(-LIVES // len(PAIRS)))
     did = set().union(*(rules for _, rules in log))
     assert len(log) < 14 or len(RULES - did) <= 2
     assert {names for names, _ in log} == {(admission, s, eviction) for s in SELECTIONS}
-    assert "left out" in did  # a selection read less than there was
+    assert "left out" in did
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="compiled lives say more")
-@pytest.mark.parametrize("number, eviction", list(enumerate(EVICTIONS)))
-def test_interpreted_lives(number, eviction):
-    """Two short lives of each eviction, with other policies beside it each time."""
+def interpreted(eviction, count):
+    """Short lives on interpreted kernels, with other policies beside each eviction."""
+    number = list(EVICTIONS).index(eviction)
     admission, selection = (sorted(x)[number % len(x)] for x in (ADMISSIONS, SELECTIONS))
     spec = attrs.evolve(KERNELS["spec"], layers=2, heads=2, kv_heads=1, sliding=())
     options = {**KERNELS, "spec": spec, "most": 1, "steps": 3, "selections": (selection,)}
-    assert len(live(admission, eviction, 2, **options)) >= 2
+    assert len(live(admission, eviction, count, **options)) >= count
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="compiled lives say more")
+@pytest.mark.parametrize("kind", KINDS["eviction"])
+def test_interpreted_lives(kind):
+    interpreted(KINDS["eviction"][kind][0], 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="compiled lives say more")
+@pytest.mark.parametrize("eviction", EVICTIONS)
+def test_many_interpreted_lives(eviction):
+    interpreted(eviction, 2)
 
 
 @pytest.mark.gpu

@@ -20,8 +20,8 @@ from kvpolicy import (  # noqa: E402
     Tokens,
     TotalCap,
 )
-from kvpolicy.evaluation.calibrate import calibrate, measure  # noqa: E402
-from kvpolicy.evaluation.tiny import tiny_llama  # noqa: E402
+from kvpolicy.evaluation.models import tiny_llama  # noqa: E402
+from kvpolicy.evaluation.search.calibrate import calibrate, measure  # noqa: E402
 
 TOKENS, WINDOW = 200, 16
 

@@ -15,14 +15,18 @@ tokenizers = pytest.importorskip("tokenizers")
 
 from typer.testing import CliRunner  # noqa: E402
 
-from kvpolicy import CachePipeline, LocalAttention, Quest, SnapKV  # noqa: E402
+from kvpolicy import CachePipeline, LocalAttention, Quest, SnapKV, WriteGate  # noqa: E402
 from kvpolicy.adapters.hf import attach  # noqa: E402
 from kvpolicy.cli import app  # noqa: E402
-from kvpolicy.evaluation import cell, grid, long_text, results  # noqa: E402
-from kvpolicy.evaluation.prompts import Example, Question  # noqa: E402
-from kvpolicy.evaluation.score import score  # noqa: E402
-from kvpolicy.evaluation.session import PipelineSession  # noqa: E402
-from kvpolicy.evaluation.tiny import tiny_llama  # noqa: E402
+from kvpolicy.evaluation.grid import cell, runner  # noqa: E402
+from kvpolicy.evaluation.grid import variants as grid  # noqa: E402
+from kvpolicy.evaluation.models import tiny_llama  # noqa: E402
+from kvpolicy.evaluation.sessions import estimates  # noqa: E402
+from kvpolicy.evaluation.sessions.pipeline import PipelineSession  # noqa: E402
+from kvpolicy.evaluation.sessions.score import score  # noqa: E402
+from kvpolicy.evaluation.tasks import TASKS  # noqa: E402
+from kvpolicy.evaluation.tasks import loss as long_text  # noqa: E402
+from kvpolicy.evaluation.tasks.prompts import Example, Question  # noqa: E402
 
 CHAT = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}~"
 
@@ -78,15 +82,16 @@ def test_questions_asked_together_score_as_alone(pipeline, in_prompt, examples):
     row = cell.answer(model, pipeline, examples, question_in_prompt=in_prompt)
     for at, context in enumerate(alone.answers):
         likelihood = sum(a.log_likelihood for a in context) / len(context)
-        assert row["log_likelihood"][at] == pytest.approx(likelihood, abs=1e-4)
+        assert row.scores["log_likelihood"][at] == pytest.approx(likelihood, abs=1e-4)
         accuracy = sum(a.token_accuracy for a in context) / len(context)
-        assert row["accuracy"][at] == pytest.approx(accuracy)
-    assert row["seen_tokens"] == 96 and row["questions"] == 6
+        assert row.scores["accuracy"][at] == pytest.approx(accuracy)
+    assert row.footprint.seen_tokens == 96 and row.questions == 6
     held = {"LocalAttention": 18, "Quest": 96, "SnapKV": 41 if in_prompt else 46}
     policies = (pipeline.admission, pipeline.selection, pipeline.eviction)
     name = next(type(p).__name__ for p in policies if not p.neutral)
-    assert row["held_tokens"] == held[name]
-    assert row["read_tokens"] <= (48 if name == "Quest" else row["held_tokens"])
+    size = row.footprint
+    assert size.held_tokens == held[name]
+    assert size.read_tokens <= (48 if name == "Quest" else size.held_tokens)
 
 
 def test_hit_tokens_repeat_a_trigram_that_is_far():
@@ -105,13 +110,14 @@ def test_losses_are_those_of_one_forward(monkeypatch):
     row = cell.read_text(model, CachePipeline(window=8), texts)
     with torch.no_grad():
         want = [model(x[None], labels=x[None]).loss.item() for x in texts]
-    assert row["loss"] == pytest.approx(want, abs=1e-4) and row["hit_loss"] == []
-    assert row["held_tokens"] == row["seen_tokens"] == 69
+    assert row.scores["loss"] == pytest.approx(want, abs=1e-4) and row.scores["hit_loss"] == ()
+    assert row.footprint.held_tokens == row.footprint.seen_tokens == 69
 
 
 def test_the_most_informative_cells_come_first():
     rows = grid.variants([], None, [0.25], [0.125, 0.25], 64)
-    tasks, lengths = ["key-value", "eight needles", "loss"], [1024, 2048, 4096]
+    tasks = [TASKS[name] for name in ("key-value", "eight needles", "loss")]
+    lengths = [1024, 2048, 4096]
     found = grid.cells(tasks, lengths, rows)
     gates = [("a", None), ("b", None)]
     named = [row.name for row in grid.variants(gates, None, [], [0.125], 64)]
@@ -124,9 +130,9 @@ def test_the_most_informative_cells_come_first():
     ]
     eighth = ["Quest at 0.125", "SnapKV at 0.125"]
     assert [cell.key for cell in found[8:10]] == [("eight needles", 4096, x) for x in eighth]
-    losses = [cell for cell in found if cell.task == "loss"]
+    losses = [cell for cell in found if cell.task is TASKS["loss"]]
     assert {cell.variant.name for cell in losses} == {"full", "local 25%", "random 25%"}
-    assert [cell.task for cell in found[10:19]] == ["loss"] * 9
+    assert [cell.task.name for cell in found[10:19]] == ["loss"] * 9
     assert len(found) == 2 * 3 * len(rows) + 3 * 3
     assert ranks["key-value", 1024, "full"] < ranks["eight needles", 2048, "Quest at 0.25"]
 
@@ -134,24 +140,24 @@ def test_the_most_informative_cells_come_first():
 @pytest.mark.parametrize("keep", [0.5, 0.7])
 def test_matched_families_take_as_many_bytes(keep, examples):
     """Random decisions made to be half a page off on average differ by some; others by a page."""
-    model, row = tiny_llama(), {"slots": keep * 96, "seen_tokens": 96}
+    model = tiny_llama()
     token = 2 * 4 * 32 * 4  # keys and values, layers x heads, channels, bytes
     for variant in grid.variants([], None, [keep], [keep], 16)[1:]:
-        room = grid.Room(row["slots"], 96, 0 if variant.family.endswith("cap") else 6)
+        room = grid.Room(keep * 96, 96, 0 if variant.family.endswith("cap") else 6)
         got = cell.answer(
             model,
             variant.build(room),
             examples,
             question_in_prompt=variant.question_in_prompt,
-        )
-        assert got["slots"] == pytest.approx(got["kv_bytes"] / token - 32, abs=1)
+        ).footprint
+        assert got.slots == pytest.approx(got.kv_bytes / token - 32, abs=1)
         if "Quest" in variant.family:
-            assert room.slots - 16 < got["read_tokens"] <= room.slots
+            assert room.slots - 16 < got.read_tokens <= room.slots
         if "Quest" not in variant.family or "SnapKV" in variant.family:
             unseen = not variant.question_in_prompt and variant.family.endswith("cap")
             grown = 6 if unseen else 0
-            assert got["slots"] == pytest.approx(room.slots + grown, abs=17), variant.name
-            assert got["held_tokens"] <= got["slots"]
+            assert got.slots == pytest.approx(room.slots + grown, abs=17), variant.name
+            assert got.held_tokens <= got.slots
         assert variant.build(grid.Room(2, 96)) is None
 
 
@@ -169,9 +175,9 @@ def call(folder, out, *arguments, code=0):
 def test_a_run_is_boxed_resumed_and_summarized(folder, tmp_path):
     sizes = ("--contexts", 2, "--length", 420)
     said = call(folder, tmp_path, *sizes, "--minutes", 0).stdout
-    assert "0 cells, 12 left" in said
+    assert "0 cells, 0 failed, 12 left" in said
     said = call(folder, tmp_path, *sizes, "--minutes", 5).stdout
-    assert "12 cells, 0 left" in said and said.count("copy, 420: ") == 9
+    assert "12 cells, 0 failed, 0 left" in said and said.count("copy, 420: ") == 9
     lines = (tmp_path / "cells.jsonl").read_text().splitlines()
     rows = {(r["task"], r["variant"]): r for r in map(json.loads, lines)}
     assert len(rows) == len(lines) == 12
@@ -184,10 +190,10 @@ def test_a_run_is_boxed_resumed_and_summarized(folder, tmp_path):
     text = (tmp_path / "results.md").read_text()
     assert (
         f"| local 50% | {local['held_tokens'] / local['seen_tokens']:.1%} |" in text
-        and results.shown(local["accuracy"]) in text
+        and estimates.shown(local["accuracy"]) in text
     )
-    part = results.ratio(local["accuracy"], full["accuracy"])
-    assert f"| {results.said(part)} | 2 |" in text
+    part = estimates.ratio(local["accuracy"], full["accuracy"])
+    assert f"| {estimates.said(part)} | 2 |" in text
     for name in ("copy.png", "loss.png", "read.png", "cap.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
     record = json.loads((tmp_path / "results.json").read_text())
@@ -198,16 +204,57 @@ def test_a_run_is_boxed_resumed_and_summarized(folder, tmp_path):
     # What an interrupted run left is measured again, the rest is not.
     (tmp_path / "cells.jsonl").write_text("\n".join(lines[:11]) + "\n" + lines[11][:20])
     said = call(folder, tmp_path, *sizes, "--minutes", 5).stdout
-    assert "12 cells, 0 left" in said and said.count(", 420: ") == 1
+    assert "12 cells, 0 failed, 0 left" in said and said.count(", 420: ") == 1
     assert call(folder, tmp_path, *sizes).stdout.count(", 420: ") == 0
     wrong = call(folder, tmp_path, "--contexts", 3, code=1).stderr
     assert "error: out: " in wrong and "another contexts: 2" in wrong
 
 
-def test_a_task_that_does_not_fit_is_skipped_with_the_reason(folder, tmp_path):
-    said = call(folder, tmp_path, "--contexts", 1, "--length", 40).stdout
-    assert "copy, 40: full: length: got 40 tokens, too few" in said
+def test_a_task_that_does_not_fit_fails_with_the_reason_and_is_tried_again(folder, tmp_path):
+    said = call(folder, tmp_path, "--contexts", 1, "--length", 40, code=1).stdout
+    assert "copy, 40: full: failed: length: got 40 tokens, too few" in said
+    assert "3 cells, 9 failed, 0 left" in said  # the loss needs no more
     assert "| full | length: got 40 tokens" in (tmp_path / "results.md").read_text()
+    again = call(folder, tmp_path, "--contexts", 1, "--length", 40, code=1).stdout
+    assert again.count("copy, 40: ") == 9 and "loss, 40: " not in again
+    lines = (tmp_path / "cells.jsonl").read_text().splitlines()
+    assert len(lines) == 3 + 2 * 9
+    assert len(json.loads((tmp_path / "results.json").read_text())["cells"]) == 12
+
+
+def test_a_cell_that_fails_is_measured_by_the_next_run(folder, tmp_path, monkeypatch):
+    options = ("--length", 420, "--contexts", 1, "--variant", "full", "--variant", "local")
+    measure = runner.answer
+
+    def broken(model, pipeline, examples, **options):
+        if not pipeline.admission.neutral:
+            raise torch.OutOfMemoryError("no more memory")
+        return measure(model, pipeline, examples, **options)
+
+    monkeypatch.setattr(runner, "answer", broken)
+    said = call(folder, tmp_path, *options, code=1).stdout
+    assert "copy, 420: local 50%: failed: no more memory" in said
+    assert "3 cells, 1 failed, 0 left" in said
+    monkeypatch.undo()
+    said = call(folder, tmp_path, *options).stdout
+    assert said.count(", 420: ") == 1 and "4 cells, 0 failed, 0 left" in said
+    assert "no more memory" not in (tmp_path / "results.md").read_text()
+    assert "4 cells, 0 failed, 0 left" in call(folder, tmp_path, *options).stdout
+
+
+def test_what_takes_the_bytes_of_a_failed_cell_fails_too(folder, tmp_path, monkeypatch):
+    small_gate().save(tmp_path / "some.safetensors")
+    measure = runner.answer
+
+    def broken(model, pipeline, examples, **options):
+        if isinstance(pipeline.admission, WriteGate):
+            raise ValueError("the gate broke")
+        return measure(model, pipeline, examples, **options)
+
+    monkeypatch.setattr(runner, "answer", broken)
+    options = ("--length", 420, "--contexts", 1, "--gate", tmp_path / "some.safetensors")
+    said = call(folder, tmp_path / "out", *options, "--variant", "local", code=1).stdout
+    assert "copy, 420: local (gate some): failed: it takes the bytes of gate some, which" in said
 
 
 def test_unknown_tasks_are_named(folder, tmp_path):
@@ -218,7 +265,7 @@ def test_unknown_tasks_are_named(folder, tmp_path):
 def test_questions_set_the_contexts_and_variants_are_chosen(folder, tmp_path):
     options = ("--length", 420, "--variant", "full", "--variant", "local", "--questions", 9)
     said = call(folder, tmp_path, *options).stdout
-    assert "4 cells, 0 left" in said
+    assert "4 cells, 0 failed, 0 left" in said
     rows = json.loads((tmp_path / "results.json").read_text())["cells"]
     assert {row["variant"] for row in rows} == {"full", "local 50%"}
     assert {row["questions"] for row in rows if row["task"] == "copy"} == {16}

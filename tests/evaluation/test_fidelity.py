@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("transformers")
 
 from kvpolicy import CachePipeline, LocalAttention, Quest, SnapKV, Tokens  # noqa: E402
-from kvpolicy.evaluation.fidelity import compare  # noqa: E402
-from kvpolicy.evaluation.tiny import tiny_llama  # noqa: E402
+from kvpolicy.evaluation.look.fidelity import compare  # noqa: E402
+from kvpolicy.evaluation.models import tiny_llama  # noqa: E402
 
 PROMPT, REST = 70, 10
 

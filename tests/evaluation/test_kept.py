@@ -14,8 +14,8 @@ tokenizers = pytest.importorskip("tokenizers")
 
 from kvpolicy import CachePipeline, DuoAttention, LocalAttention  # noqa: E402
 from kvpolicy.adapters.hf import attach, new_cache  # noqa: E402
-from kvpolicy.evaluation.kept import kept_map  # noqa: E402
-from kvpolicy.evaluation.tiny import tiny_llama  # noqa: E402
+from kvpolicy.evaluation.look.kept import kept_map  # noqa: E402
+from kvpolicy.evaluation.models import tiny_llama  # noqa: E402
 
 TOKENS, WINDOW = 60, 16
 

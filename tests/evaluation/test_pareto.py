@@ -14,11 +14,11 @@ from tests.support.evaluation.small import small_gate
 pytest.importorskip("transformers")
 
 from kvpolicy import CachePipeline, LocalAttention, SnapKV  # noqa: E402
-from kvpolicy.evaluation import cell  # noqa: E402
-from kvpolicy.evaluation.pareto import Front, Point, pareto  # noqa: E402
-from kvpolicy.evaluation.prompts import Example, Question  # noqa: E402
-from kvpolicy.evaluation.score import Estimate  # noqa: E402
-from kvpolicy.evaluation.tiny import tiny_llama  # noqa: E402
+from kvpolicy.evaluation.grid import cell  # noqa: E402
+from kvpolicy.evaluation.models import tiny_llama  # noqa: E402
+from kvpolicy.evaluation.search.pareto import Front, Point, pareto  # noqa: E402
+from kvpolicy.evaluation.sessions.estimates import Estimate  # noqa: E402
+from kvpolicy.evaluation.tasks.prompts import Example, Question  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,9 @@ def test_every_pair_is_measured(pipeline, examples):
     assert [(x.admission, x.eviction) for x in seen] == [(0, None), (0, 40), (0.5, None), (0.5, 40)]
     full = cell.answer(model, CachePipeline(window=16), examples)
     assert seen[0].fraction == 1
-    assert seen[0].log_likelihood.mean == pytest.approx(sum(full["log_likelihood"]) / 2, abs=1e-4)
+    assert seen[0].log_likelihood.mean == pytest.approx(
+        sum(full.scores["log_likelihood"]) / 2, abs=1e-4
+    )
     assert seen[1].fraction == pytest.approx((40 + 5 + 1) / 126)
     assert seen[3].fraction < seen[2].fraction < 1 and seen[3].fraction <= seen[1].fraction
     with pytest.raises(ValueError, match="LocalAttention"):

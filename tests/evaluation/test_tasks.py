@@ -11,10 +11,14 @@ import torch
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-from kvpolicy.evaluation import archives, prose, smollm2, tasks, texts  # noqa: E402
-from kvpolicy.evaluation.prompts import Example, Question  # noqa: E402
-from kvpolicy.evaluation.score import PlainSession, score  # noqa: E402
+from kvpolicy.evaluation import texts  # noqa: E402
+from kvpolicy.evaluation.models import smollm2  # noqa: E402
+from kvpolicy.evaluation.sessions.score import PlainSession, score  # noqa: E402
+from kvpolicy.evaluation.tasks import recall as tasks  # noqa: E402
+from kvpolicy.evaluation.tasks.prompts import Example, Question  # noqa: E402
+from kvpolicy.evaluation.texts import archives, prose  # noqa: E402
 
+RECALL = {task.name: task for task in tasks.RECALL}
 LENGTH = 3000
 CHAT = (
     "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
@@ -43,9 +47,9 @@ def decode(tokenizer, ids) -> str:
     return "".join(tokenizer.convert_ids_to_tokens(ids))
 
 
-@pytest.mark.parametrize("name", tasks.TASKS)
+@pytest.mark.parametrize("name", RECALL)
 def test_length_seed_and_template(name, tokenizer, text):
-    make = tasks.TASKS[name]
+    make = RECALL[name].make
     examples = make(tokenizer, text, length=LENGTH, contexts=3, seed=1)
     assert examples == make(tokenizer, text, length=LENGTH, contexts=3, seed=1)
     assert examples != make(tokenizer, text, length=LENGTH, contexts=3, seed=2)
@@ -72,7 +76,7 @@ def asked_thing(question: str, before: str, after: str) -> str:
     ],
 )
 def test_answer_is_said_once_and_far_from_the_end(name, before, after, says, tokenizer, text):
-    for example in tasks.TASKS[name](tokenizer, text, length=LENGTH, contexts=4):
+    for example in RECALL[name].make(tokenizer, text, length=LENGTH, contexts=4):
         context = decode(tokenizer, example.context_ids)
         for question in example.questions:
             thing = asked_thing(decode(tokenizer, question.question_ids), before, after)
@@ -92,10 +96,10 @@ def test_copy_answers_continue_their_cues(tokenizer, text):
             assert LENGTH - (at + 40) >= tasks.TAIL
 
 
-@pytest.mark.parametrize("name", tasks.TASKS)
+@pytest.mark.parametrize("name", RECALL)
 def test_a_context_too_short_is_refused(name, tokenizer, text):
     with pytest.raises(ValueError, match="length"):
-        tasks.TASKS[name](tokenizer, text, length=320, contexts=1)
+        RECALL[name].make(tokenizer, text, length=320, contexts=1)
 
 
 def test_a_tokenizer_without_template_is_refused(tokenizer, text):

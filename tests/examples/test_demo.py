@@ -18,11 +18,11 @@ from rich.console import Console  # noqa: E402
 
 from kvpolicy import CachePipeline, LocalAttention, Quest, RandomGate, SnapKV  # noqa: E402
 from kvpolicy.adapters.hf import attach  # noqa: E402
-from kvpolicy.evaluation import kept_map  # noqa: E402
-from kvpolicy.evaluation.comparison import Composition, compare, speed_ratio, work_of  # noqa: E402
-from kvpolicy.evaluation.prompts import Example, Question  # noqa: E402
-from kvpolicy.evaluation.score import AnswerScore  # noqa: E402
-from kvpolicy.evaluation.session import PipelineSession  # noqa: E402
+from kvpolicy.evaluation.look import kept_map  # noqa: E402
+from kvpolicy.evaluation.look.comparison import Composition, compare, speed_ratio, work_of  # noqa: E402
+from kvpolicy.evaluation.sessions.pipeline import PipelineSession  # noqa: E402
+from kvpolicy.evaluation.sessions.score import AnswerScore  # noqa: E402
+from kvpolicy.evaluation.tasks.prompts import Example, Question  # noqa: E402
 from kvpolicy.pretrained import names, path  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from kvpolicy.evaluation.tiny import tiny_llama
+from kvpolicy.evaluation.models import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
 

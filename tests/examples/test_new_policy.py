@@ -61,7 +61,7 @@ def test_doc_shows_the_example(example):
 
 
 def _view(keys, count):
-    from kvpolicy.types import EvictionView
+    from kvpolicy import EvictionView
 
     batch, heads, slots, dim = keys.shape
     valid = (torch.arange(slots) < count).expand(batch, heads, slots)

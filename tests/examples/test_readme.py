@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from kvpolicy import WriteGate
-from kvpolicy.evaluation.tiny import tiny_llama
+from kvpolicy.evaluation.models import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

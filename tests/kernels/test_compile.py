@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.kernels.compiled import compiled
 
 
-def run(configuration: str, cache: Path) -> None:
-    # The interpreter's flag is read when triton is imported, so this needs a process of its own.
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(cache)
-    env["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.kernels.compile_kernels", configuration],
-        env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    compiled = {line.split()[1] for line in done.stdout.splitlines()}
+def run(configuration: str, cache: Path, *options: str) -> None:
     assert {
         "_append",
         "_attend",
@@ -39,9 +26,14 @@ def run(configuration: str, cache: Path) -> None:
         "_split",
         "_store",
         "_top_pages",
-    } <= compiled
+    } <= {name for name, _ in compiled(configuration, cache, *options)}
 
 
+def test_each_kernel_compiles(tmp_path: Path) -> None:
+    run("90:128:64:bfloat16", tmp_path, "--once")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("cc", [80, 86, 89, 90, 100])
 def test_compiles(cc: int, tmp_path: Path) -> None:
     run(f"{cc}:128:{64 if cc == 90 else 16}:bfloat16", tmp_path)

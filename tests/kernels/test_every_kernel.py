@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 
 from kvpolicy.backend import _KERNELS
 from tests.support.kernels import every_kernel, op_cases
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+
+
+def compiled_functions() -> list[tuple[str, ast.FunctionDef]]:
+    """Every function that Triton compiles."""
+    return [
+        (f"{path.stem}.{node.name}", node)
+        for path in KERNELS.glob("*.py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef)
+        and any("jit" in ast.unparse(x) for x in node.decorator_list)
+    ]
+
+
+def test_kernels_are_short_and_say_what_they_do() -> None:
+    found = compiled_functions()
+    assert len(found) > 50
+    assert not [name for name, node in found if not ast.get_docstring(node)]
+    assert not [name for name, node in found if node.end_lineno - node.lineno + 1 > 90]
 
 
 def test_every_kernel(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,8 @@ CUDA = DEVICE.type == "cuda"
         (20, 2, 1, 2),
         (20, 2, 0, 5),
         (9, 3, 4, 2),
+        (150, 9, 1, -1),
+        (20, 1, 0, -1),
     ],
 )
 def test_top_pages(width: int, budget: int, first: int, last: int, dtype: torch.dtype) -> None:
@@ -44,7 +46,8 @@ def test_top_pages(width: int, budget: int, first: int, last: int, dtype: torch.
 
 
 @pytest.mark.parametrize(
-    ("budget", "first", "last"), [(5, 2, 3), (300, 2, 3), (4, 0, 300), (200, 0, 0), (3, 3, 2)]
+    ("budget", "first", "last"),
+    [(5, 2, 3), (300, 2, 3), (4, 0, 300), (200, 0, 0), (3, 3, 2), (3, 1, -1)],
 )
 def test_top_pages_over_several_blocks(
     budget: int, first: int, last: int, monkeypatch: pytest.MonkeyPatch
@@ -68,7 +71,7 @@ def test_top_pages_of_any_scores(seed: int, monkeypatch: pytest.MonkeyPatch) -> 
         return int(torch.randint(high, (), generator=generator))
 
     width, size = 1 + draw(300), 1 + draw(5)
-    budget, first, last = 1 + draw(40), draw(6), draw(6)
+    budget, first, last = 1 + draw(40), draw(6), draw(7) - 1
     counts = torch.randint(width * size + 1, (2, 2), generator=generator).int().to(DEVICE)
     kinds = torch.tensor([0.0, -0.0, 1e-40, -1e30, 3e38, float("inf"), -float("inf")])
     scores = torch.randn(2, 4, width, generator=generator) * 10.0 ** draw(9)
@@ -96,7 +99,7 @@ SPREADS = {
 
 
 @pytest.mark.parametrize("spread", SPREADS)
-@pytest.mark.parametrize(("budget", "last"), [(60, 0), (240, 1), (256, 2), (1000, 1)])
+@pytest.mark.parametrize(("budget", "last"), [(60, 0), (240, 1), (256, 2), (1000, 1), (60, -1)])
 def test_top_pages_of_a_long_head(spread: str, budget: int, last: int) -> None:
     width = 2500
     counts = torch.tensor([[width, 1801]], dtype=torch.int32, device=DEVICE)

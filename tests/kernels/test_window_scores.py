@@ -8,11 +8,10 @@ import attrs
 import pytest
 import torch
 
-from kvpolicy import reference
+from kvpolicy import EvictionView, reference
 from kvpolicy.eviction import SnapKV
 from kvpolicy.kernels import window_scores as kernels
 from kvpolicy.ops import POSITION_BITS, Heads, Pages, Ring
-from kvpolicy.types import EvictionView
 from tests.support.kernels.pool import (
     DEVICE,
     Pool,

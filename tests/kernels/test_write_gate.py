@@ -16,14 +16,14 @@ from tests.support.kernels.pool import DEVICE, NAN, assert_within_budget, randn
 CUDA = DEVICE.type == "cuda"
 
 
-def oracle(pre, key, norm_pre, norm_post, w1, b1, w2, b2):
+def oracle(pre, key, norm_pre, norm_post, w1, b1, w2, b2, activation=F.gelu):
     def norm(x, weight):
         wide = x.float() if x.dtype != torch.float64 else x
         wide = wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
         return weight * wide.to(x.dtype)
 
     x = torch.cat([norm(pre, norm_pre), norm(key, norm_post)], -1)
-    hidden = F.gelu(torch.einsum("htd,hmd->htm", x, w1) + b1[:, None])
+    hidden = activation(torch.einsum("htd,hmd->htm", x, w1) + b1[:, None])
     return ((hidden * w2[:, None]).sum(-1) + b2[:, None]).sigmoid()
 
 
@@ -41,6 +41,17 @@ def test_write_gate(tokens: int, dim: int, hidden: int, dtype: torch.dtype) -> N
     exact = oracle(*(x.double() for x in (pre, key, *parts)))
     assert_within_budget(got, oracle(pre, key, *parts), exact)
     assert exact.max() - exact.min() > 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gates_with_silu(dtype: torch.dtype) -> None:
+    parts = weights(2, 32, 40, dtype)
+    pre, key = (3 * randn(2, 33, 32, dtype=dtype, seed=s) for s in (7, 8))
+    exact = oracle(*(x.double() for x in (pre, key, *parts)), activation=F.silu)
+    low = oracle(pre, key, *parts, activation=F.silu)
+    assert_within_budget(write_gate(pre, key, *parts, silu=True), low, exact)
+    assert_within_budget(reference.write_gate(pre, key, *parts, silu=True), low, exact)
+    assert (write_gate(pre, key, *parts) - low).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvpolicy.types import Write
+from kvpolicy import Write
 
 
 @pytest.fixture

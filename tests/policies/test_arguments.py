@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvpolicy.admission import DuoAttention, LocalAttention, RandomGate, WriteGate
+from kvpolicy import CachePipeline, per_layer
+from kvpolicy.admission import DuoAttention, LocalAttention, RandomGate, WriteGate, any_of
 from kvpolicy.budget import Adaptive, Pyramid, Ratio, Tokens, TotalCap
 from kvpolicy.eviction import AtPromptEnd, SnapKV
 from kvpolicy.selection import Quest
@@ -44,6 +45,7 @@ TABLE = [
     (gate, {"b2": [0.0]}, TypeError, "b2: wanted a tensor, got"),
     (gate, {"w1": torch.ones(2, 3, 8)}, ValueError, r"w1, norm_pre: wanted shapes.*\(2, 3, 8\)"),
     (gate, {"w1": torch.ones(1, 2, 3, 7)}, ValueError, r"w1: wanted .*\(1, 2, 3, 8\).*3, 7\)"),
+    (gate, {"b2": torch.full((1, 2), NAN)}, ValueError, "b2: wanted finite weights, got NaN"),
     (gate, {"b1": torch.ones(1, 2, 3).int()}, TypeError, "b1: wanted floats.*int32"),
     (DuoAttention, {"full_heads": ()}, ValueError, "full_heads: wanted a row"),
     (DuoAttention, {"full_heads": ((),)}, ValueError, "full_heads: wanted a row"),
@@ -56,6 +58,7 @@ TABLE = [
     (Quest, {"budget": True}, TypeError, "budget.*True"),
     (Quest, {"budget": 64, "group": "sum"}, ValueError, "group: wanted one of .*got 'sum'"),
     (Quest, {"budget": 64, "first": -1}, ValueError, "first: wanted at least 0, got -1"),
+    (Quest, {"budget": 64, "last": "full"}, TypeError, "last: wanted an int .*'full'"),
     (Quest, {"budget": 64, "last": 0.5}, TypeError, "last: wanted an int .*0.5"),
     (SnapKV, {"budget": 0}, ValueError, "tokens: wanted at least 1, got 0"),
     (SnapKV, {"budget": 0.5}, TypeError, "budget: wanted a budget, got 0.5"),
@@ -75,7 +78,8 @@ TABLE = [
     (Tokens, {"tokens": 2.0}, TypeError, "tokens: wanted an int .*2.0"),
     (Ratio, {"ratio": 0}, ValueError, r"ratio: wanted a number in \(0, 1\], got 0"),
     (Ratio, {"ratio": 1.01}, ValueError, "ratio: wanted .*got 1.01"),
-    (Adaptive, {"base": 64}, TypeError, "base: wanted a budget, got 64"),
+    (Adaptive, {"base": 64.0}, TypeError, "base: wanted a budget, got 64.0"),
+    (Adaptive, {"base": 64, "form": "mean"}, ValueError, "form: wanted one of .*'mean'"),
     (Adaptive, {"base": TotalCap(64)}, TypeError, "base: wanted a budget per head, got TotalCap"),
     (Adaptive, {"base": Tokens(64), "floor": 1.2}, ValueError, "floor: wanted .*got 1.2"),
     (Pyramid, {"base": "x"}, TypeError, "base: wanted a budget, got 'x'"),
@@ -96,6 +100,60 @@ def test_a_wrong_argument_names_itself(make, kwargs, error, message):
         make(**kwargs)
 
 
+HINTS = [
+    (SnapKV, {"budget": 0.5}, r"got 0\.5; write Ratio\(0\.5\) for this part of the tokens seen"),
+    (SnapKV, {"budget": 64.0}, r"got 64\.0; write Tokens\(64\)"),
+    (SnapKV, {"budget": "many"}, r"got 'many'; write Tokens\(1024\) .* or Ratio\(0\.5\)"),
+    (SnapKV, {"budget": Ratio}, r"got the class Ratio; write Ratio\(\.\.\.\)"),
+    (Adaptive, {"base": 0.25}, r"base: .*got 0\.25; write Ratio\(0\.25\)"),
+    (Quest, {"budget": Ratio(0.5)}, r"budget: wanted Tokens\(n\) or an int, .*; write budget=1024"),
+    (LocalAttention, {"window": 8.0}, r"got 8\.0; write 8"),
+    (SnapKV, {"budget": 64, "kernel": 4}, "got 4; write 5"),
+    (AtPromptEnd, {"admission": LocalAttention}, r"got the class LocalAttention; write LocalAtt"),
+    (CachePipeline, {"admission": SnapKV}, r"admission: wanted an admission, got the class SnapKV"),
+    (CachePipeline, {"selection": Quest}, r"selection: .*; write Quest\(\.\.\.\)"),
+    (CachePipeline, {"admission": Quest(budget=9)}, r"; write selection=Quest\(\.\.\.\)"),
+    (CachePipeline, {"eviction": LocalAttention()}, r"eviction: wanted .*; write admission=Local"),
+    (CachePipeline, {"selection": SnapKV(budget=9)}, "selection: wanted .*; write eviction=SnapKV"),
+    (CachePipeline, {"eviction": 64}, "eviction: wanted an eviction, got 64$"),
+]
+
+
+@pytest.mark.parametrize(("make", "kwargs", "message"), HINTS)
+def test_a_message_says_what_to_write(make, kwargs, message):
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
+        make(**kwargs)
+    assert "Attribute(" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_one_admission_at_a_time():
+    with pytest.raises(TypeError, match=r"write them one by one, or with a star: any_of\(\*pol"):
+        any_of([LocalAttention(), LocalAttention()])
+
+
+@pytest.mark.parametrize("layers", [range(2, 3 * 10**7), range(10**30), 1 << 16])
+def test_ranges_without_end_are_refused_at_once(layers):
+    with pytest.raises(ValueError, match="layers: wanted layers below 65,536"):
+        per_layer(LocalAttention(), {layers: LocalAttention()})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("threshold", NAN, ValueError),
+        ("threshold", "0.5", TypeError),
+        ("sparsity", NAN, ValueError),
+        ("sparsity", True, TypeError),
+        ("sparsity", 1.5, ValueError),
+    ],
+)
+def test_a_pattern_is_cut_at_a_number(name, value, error):
+    with pytest.raises(error, match=rf"{name}: wanted a number in \[0, 1\], got"):
+        DuoAttention.from_pretrained("no such folder", **{name: value})
+    with pytest.raises((TypeError, ValueError), match="seed: wanted"):
+        DuoAttention.from_pretrained("no such folder", sparsity=0.5, seed=-1)
+
+
 @pytest.mark.parametrize("make", [LocalAttention, RandomGate, WriteGate, DuoAttention])
 def test_admissions_take_keywords_only(make):
     with pytest.raises(TypeError, match="positional argument"):
@@ -104,3 +162,4 @@ def test_admissions_take_keywords_only(make):
 
 def test_an_int_budget_is_tokens():
     assert SnapKV(budget=64).budget == Quest(budget=64).budget == Tokens(64)
+    assert Adaptive(64) == Adaptive(Tokens(64)) and Pyramid(64) == Pyramid(Tokens(64))

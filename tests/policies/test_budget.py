@@ -7,9 +7,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpolicy.budget import Adaptive, Pyramid, Ratio, Tokens, TotalCap, keep_best
+from kvpolicy.budget import Adaptive, BudgetView, Pyramid, Ratio, Tokens, TotalCap
+from kvpolicy.reference import keep_best
 
 INF = float("inf")
+
+
+def keep(budget, scores, valid, share, window=4):
+    """What a budget keeps where each head has a share of so many global tokens."""
+    target = torch.tensor(share)[:, None].expand(valid.shape[:2])
+    return budget.keep(scores, valid, target, window, keep_best)
+
+
+def told(seen, window=32, layers=1, heads=2, counts=None):
+    """A view of all layers of a model with as many sequences as lengths."""
+    return BudgetView(
+        seen=tuple(seen), window=window, layers=tuple(range(layers)), of=layers,
+        kv_heads=(heads,) * layers, counts=lambda: counts,
+    )  # fmt: skip
 
 
 def best_by_hand(scores, valid, amount):
@@ -47,7 +62,7 @@ def test_keep_best_is_a_sort(data, amounts):
 
 def test_budget_keep_gives_each_head_its_share():
     scores = torch.tensor([[[1.0, 3.0, 2.0], [9.0, 9.0, 9.0]]])
-    kept = Tokens(5).keep(scores, torch.ones_like(scores).bool(), torch.tensor([2]))
+    kept = keep(Tokens(5), scores, torch.ones_like(scores).bool(), [2])
     assert kept.tolist() == [[[False, True, True], [False, True, True]]]
 
 
@@ -70,7 +85,7 @@ def test_adaptive_is_adakv(floor, n_keep):
     scores = torch.randn(2, 4, 30, generator=rng, dtype=torch.float64)
     scores[:, 0] += 2  # a head that would take everything
     budget = Adaptive(Tokens(1000), floor=floor)
-    kept = budget.keep(scores, torch.ones(2, 4, 30).bool(), torch.tensor([n_keep, n_keep]))
+    kept = keep(budget, scores, torch.ones(2, 4, 30).bool(), [n_keep, n_keep])
     for b in range(2):
         wanted = ada_by_hand(scores[b].tolist(), n_keep, floor)
         assert {tuple(c) for c in kept[b].nonzero().tolist()} == wanted
@@ -79,9 +94,7 @@ def test_adaptive_is_adakv(floor, n_keep):
 def test_adaptive_floor_counts_as_python_does():
     # 0.29 * 100 is 28.999999999999996: int() of it is 28, and 29 in float32.
     scores = torch.arange(400.0).view(1, 2, 200)
-    kept = Adaptive(Tokens(100), floor=0.29).keep(
-        scores, torch.ones(1, 2, 200).bool(), torch.tensor([100])
-    )
+    kept = keep(Adaptive(Tokens(100), floor=0.29), scores, torch.ones(1, 2, 200).bool(), [100])
     assert kept.sum(-1).tolist() == [[28, 172]]
 
 
@@ -90,10 +103,10 @@ def test_adaptive_gives_what_short_heads_leave():
     valid[:, 0, 2:] = False
     scores = torch.zeros(1, 3, 10)
     scores[:, 1] = 1.0
-    kept = Adaptive(Tokens(50), floor=0.5).keep(scores, valid, torch.tensor([6]))
+    kept = keep(Adaptive(Tokens(50), floor=0.5), scores, valid, [6])
     assert not (kept & ~valid).any()
     assert kept.sum(-1).tolist() == [[2, 10, 6]]
-    kept = Adaptive(Tokens(50)).keep(scores, valid, torch.tensor([8]))
+    kept = keep(Adaptive(Tokens(50)), scores, valid, [8])
     assert torch.equal(kept, valid)  # 24 allowed, 22 there
 
 
@@ -102,16 +115,33 @@ def test_tokens_and_ratio():
     assert [Ratio(0.25).tokens_per_head(n, 0, 4) for n in (3, 4, 103)] == [0, 1, 25]
 
 
-@pytest.mark.parametrize("budget", [Tokens(32), Ratio(0.32), Adaptive(Tokens(32))])
-def test_a_budget_that_cannot_hold_the_window_is_named(budget):
-    assert budget.allowed(100, 31, 0, 1) == 1
-    with pytest.raises(ValueError, match=r"budget: .* is 32 tokens .*window \+ 1 = 33"):
-        budget.allowed(100, 32, 0, 1)
+@pytest.mark.parametrize("budget", [Tokens(32), Adaptive(32), Pyramid(Adaptive(Tokens(32)))])
+def test_a_fixed_budget_that_cannot_hold_the_window_is_refused_at_once(budget):
+    budget.check(31)
+    with pytest.raises(ValueError, match=r"budget: wanted at least window \+ 1 = 33 .*, got 32"):
+        budget.check(32)
 
 
-def test_a_short_prompt_needs_no_budget():
-    assert Ratio(0.1).allowed(32, 32, 0, 1) == 0
-    assert Tokens(40).allowed(4, 32, 0, 1) == 8
+@pytest.mark.parametrize("budget", [Ratio(0.5), Adaptive(Ratio(0.5)), TotalCap(1)])
+def test_what_depends_on_lengths_or_counts_fits_any_window(budget):
+    budget.check(10**6)
+
+
+def test_a_ratio_keeps_at_least_the_window():
+    lengths = (31, 32, 33, 64, 66, 100)
+    assert Ratio(0.5).targets(told(lengths)) == [[[n, n]] for n in (0, 0, 0, 0, 1, 18)]
+    floored = [Ratio(0.5).floored(n, 32, 0, 1) for n in lengths]
+    assert floored == [True, True, True, False, False, False]
+    assert Tokens(40).allowed(4, 32, 0, 1) == 8 and not Tokens(40).floored(4, 32, 0, 1)
+
+
+def test_a_pyramid_s_last_layers_keep_the_window():
+    budget = Pyramid(1024)
+    (found,) = budget.targets(told([9000], window=256, layers=32))
+    asked = [budget.tokens_per_head(9000, layer, 32) for layer in range(32)]
+    assert [heads[0] for heads in found] == [max(n - 256, 0) for n in asked]
+    floored = [budget.floored(9000, 256, layer, 32) for layer in range(32)]
+    assert floored == [n < 256 for n in asked] and 0 < sum(floored) < 32
 
 
 @pytest.mark.parametrize("seen", [200, 1000, 100_000])
@@ -142,10 +172,10 @@ def test_pyramid_without_a_slope_is_its_base():
 
 def test_pyramid_and_adaptive_nest_both_ways():
     scores = torch.arange(40.0).view(1, 2, 20)
-    valid, allowed = torch.ones(1, 2, 20).bool(), torch.tensor([10])
+    valid = torch.ones(1, 2, 20).bool()
     inner, outer = Pyramid(Adaptive(Tokens(64))), Adaptive(Pyramid(Tokens(64)))
-    assert inner.keep(scores, valid, allowed).sum(-1).tolist() == [[2, 18]]
-    assert outer.keep(scores, valid, allowed).sum(-1).tolist() == [[2, 18]]
+    assert keep(inner, scores, valid, [10]).sum(-1).tolist() == [[2, 18]]
+    assert keep(outer, scores, valid, [10]).sum(-1).tolist() == [[2, 18]]
     for layer in range(4):
         assert inner.tokens_per_head(500, layer, 4) == outer.tokens_per_head(500, layer, 4)
 
@@ -166,8 +196,12 @@ def test_total_cap_ends_where_no_part_is_left():
     assert sum(TotalCap(1).lengths([[9] * 3] * 3)[0]) == 0
     with pytest.raises(TypeError, match="TotalCap counts over all heads"):
         TotalCap(10).tokens_per_head(1, 0, 1)
-    with pytest.raises(TypeError, match="TotalCap counts over all heads"):
-        TotalCap(10).allowed(1, 1, 0, 1)
+    counts = [[[9, 9], [1, 0]], [[2, 3], [4, 1]]]
+    assert TotalCap(10).targets(told([20, 20], layers=2, counts=counts)) == [
+        [[5, 5], [0, 0]],
+        [[2, 3], [4, 1]],
+    ]
+    assert not TotalCap(10).floored(1, 1, 0, 1)
 
 
 def test_budgets_are_values():

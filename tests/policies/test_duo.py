@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvpolicy.admission import DuoAttention
+from kvpolicy.admission import DuoAttention, _duo_file
 
 
 @pytest.fixture
@@ -123,12 +123,36 @@ def test_a_broken_pattern_names_the_line(folder, text, message):
         ({"sink_size": "4", "recent_size": 4}, "sink_size: .*got '4'"),
         ({"sink_size": True, "recent_size": 4}, "sink_size: .*got True"),
         ([], "wanted an object, got list"),
+        ({"sink_size": 10**30, "recent_size": 4}, "sink_size: wanted at most 1,073,741,824 tokens"),
     ],
 )
 def test_a_broken_config_names_the_key(folder, config, message):
     path = folder([[0.1]], config)
     with pytest.raises(ValueError, match=rf"config\.json: {message}"):
         DuoAttention.from_pretrained(path, sparsity=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b"[" * 100_000, "not JSON"),
+        ("config.json", b'{"sink_size": ' + b"9" * 5000 + b"}", "not JSON"),
+        ("config.json", b"\xff\xfe{}", "not a text in UTF-8"),
+        ("full_attention_heads.tsv", b"0.5\t\xff", "not a text in UTF-8"),
+    ],
+)
+def test_damaged_bytes_name_the_file(folder, name, content, message):
+    path = folder([[0.1]])
+    (path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        DuoAttention.from_pretrained(path, sparsity=0.5)
+
+
+def test_what_is_written_is_read(tmp_path):
+    values = [[0.25, 1.0], [0.0, 0.1234567891]]
+    _duo_file.write(tmp_path / "new", values, {"sink_size": 4, "recent_size": 9, "lr": 0.02})
+    assert _duo_file.read(tmp_path / "new") == (values, {"sink_size": 4, "recent_size": 9})
+    assert len(list((tmp_path / "new").iterdir())) == 2
 
 
 def test_missing_files_are_named(folder, tmp_path):

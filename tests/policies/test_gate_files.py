@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import pathlib
 import pickle
+import random
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
+import attrs
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -74,6 +79,17 @@ def test_metadata_is_the_default_and_arguments_win(tmp_path, gate_state):
     assert (gate.window, gate.threshold) == (32, 0.5)
     gate = WriteGate.from_pretrained(path, window=16, threshold=0.0)
     assert (gate.window, gate.threshold) == (16, 0.0)
+
+
+def test_the_activation_is_an_argument_or_metadata(tmp_path, gate_state):
+    """The tensors do not tell gelu from silu."""
+    plain = save(tmp_path / "plain.pt", gate_state())
+    assert WriteGate.from_pretrained(plain).activation == "gelu"
+    gate = WriteGate.from_pretrained(plain, activation="silu")
+    gate.save(tmp_path / "named.safetensors")
+    assert WriteGate.from_pretrained(tmp_path / "named.safetensors").activation == "silu"
+    with pytest.raises(ValueError, match="activation: wanted one of 'gelu', 'silu', got 'relu'"):
+        WriteGate.from_pretrained(plain, activation="relu")
 
 
 @pytest.mark.parametrize(
@@ -213,3 +229,124 @@ def test_a_hub_repository_is_asked_for_the_file(tmp_path, gate_state, monkeypatc
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     gate = WriteGate.from_pretrained("owner/gates", "a/gate.pt", revision="main")
     assert (gate.layers, asked) == (2, [("owner/gates", "a/gate.pt", "main")])
+
+
+def expanded(name, shape):
+    """A tensor that says to be large and holds one number."""
+    return lambda state: state.update({name: torch.zeros(1).expand(shape)})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (expanded(key(0, "conv1.weight"), 2**45), r"layers\.0\..*conv1\.weight: wanted shape"),
+        (expanded(key(1, "conv2.bias"), (2**30, 2**30)), r"layers\.1\..*conv2\.bias: wanted shape"),
+        (expanded(key(1, "conv1.weight"), (72, 32, 1)), "stand for .* bytes, the file has"),
+        (expanded(key(0, "conv2.bias"), 2**40), "wanted shape"),
+    ],
+)
+def test_no_value_is_read_on_the_file_s_word(tmp_path, gate_state, damage, message, monkeypatch):
+    """A tensor of stride 0 has any number of elements in a file of 3 KB."""
+    state = gate_state(layers=2)
+    damage(state)
+    path = save(tmp_path / "gate.pt", state)
+    read = []
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda self: read.append(self))
+    with pytest.raises(ValueError, match=rf"gate\.pt: .*{message}"):
+        WriteGate.from_pretrained(path)
+    assert not read
+
+
+def test_layers_may_not_share_their_memory(tmp_path, gate_state):
+    """A file of 1 MB with a thousand layers of one storage would be a GB."""
+    state = gate_state()
+    for name in [name for name in state if ".0." in name]:
+        for layer in range(1, 9):
+            state[name.replace(".0.", f".{layer}.")] = state[name]
+    path = save(tmp_path / "gate.pt", state)
+    assert path.stat().st_size < sum(v.nbytes for v in state.values())
+    with pytest.raises(ValueError, match=r"gate\.pt: its keys stand for .* must not share"):
+        WriteGate.from_pretrained(path)
+
+
+def test_a_deflated_file_is_refused_before_it_is_unpacked(tmp_path, gate_state, monkeypatch):
+    state = gate_state() | {"padding": torch.zeros(1 << 20)}
+    plain = save(tmp_path / "plain.pt", state)
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(tmp_path / "gate.pt", "w") as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry), compress_type=zipfile.ZIP_DEFLATED)
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("it was unpacked"))
+    with pytest.raises(ValueError, match=r"gate\.pt: not a readable .* bytes unpack to 4,"):
+        WriteGate.from_pretrained(tmp_path / "gate.pt")
+
+
+def test_a_truncated_or_altered_file_is_named(tmp_path, gate_state):
+    """Wherever the damage is: torch, pickle and zip raise a dozen kinds of errors."""
+    path = save(tmp_path / "gate.pt", gate_state())
+    whole, rng, accepted = path.read_bytes(), random.Random(0), 0
+    cuts = [whole[:n] for n in range(0, len(whole), len(whole) // 60)]
+    for _ in range(60):
+        at = rng.randrange(len(whole))
+        cuts.append(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1 :])
+    for content in cuts:
+        path.write_bytes(content)
+        try:
+            WriteGate.from_pretrained(path)
+            accepted += 1  # a bit of a weight
+        except ValueError as error:
+            assert "gate.pt" in str(error)
+    assert accepted < len(cuts) / 2
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (torch.zeros(3).to(torch.float8_e4m3fn), "float8_e4m3fn"),
+        (torch.zeros(3).to_sparse(), "sparse_coo on cpu"),
+        (torch.zeros(3, dtype=torch.complex64), "complex64"),
+    ],
+)
+def test_other_kinds_of_tensors_are_named(tmp_path, gate_state, value, kind):
+    path = save(tmp_path / "gate.pt", gate_state() | {key(1, "conv2.bias"): value})
+    with pytest.raises(ValueError, match=rf"gate\.pt: .*conv2\.bias: wanted a float.*got .*{kind}"):
+        WriteGate.from_pretrained(path)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_layers_of_two_dtypes_are_refused(tmp_path, gate_state, suffix):
+    state = gate_state()
+    state[key(1, "conv1.bias")] = state[key(1, "conv1.bias")].to(torch.float16)
+    path = save(tmp_path / f"gate{suffix}", state)
+    with pytest.raises(ValueError, match=r"layers\.1\..*conv1\.bias: wanted torch\.float32 as in"):
+        WriteGate.from_pretrained(path)
+
+
+def test_metadata_out_of_range_names_the_file(tmp_path, gate_state):
+    path = save(tmp_path / "gate.safetensors", gate_state(), {"threshold": "7"})
+    with pytest.raises(ValueError, match=r"gate\.safetensors: metadata threshold: wanted .*got 7"):
+        WriteGate.from_pretrained(path)
+    assert WriteGate.from_pretrained(path, threshold=0.5).threshold == 0.5
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, gate_state, monkeypatch, suffix):
+    gate = WriteGate.from_pretrained(save(tmp_path / "in.pt", gate_state()))
+    gate.save(tmp_path / f"gate{suffix}")
+    before = (tmp_path / f"gate{suffix}").read_bytes()
+
+    def full(self, target):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        attrs.evolve(gate, b2=gate.b2 + 1).save(tmp_path / f"gate{suffix}")
+    assert (tmp_path / f"gate{suffix}").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["in.pt", f"gate{suffix}"])
+
+
+def test_threads_may_save_to_one_path(tmp_path, gate_state):
+    gate = WriteGate.from_pretrained(save(tmp_path / "in.pt", gate_state()))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(gate.save, [tmp_path / "gate.pt"] * 40))
+    assert torch.equal(WriteGate.from_pretrained(tmp_path / "gate.pt").w1, gate.w1)
+    assert len(list(tmp_path.iterdir())) == 2

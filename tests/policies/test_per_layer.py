@@ -6,12 +6,12 @@ import attrs
 import pytest
 import torch
 
+from kvpolicy import EvictionView
 from kvpolicy.admission import Admission, AdmitAll, DuoAttention, LocalAttention, RandomGate
 from kvpolicy.budget import Tokens, TotalCap
 from kvpolicy.eviction import AtPromptEnd, Eviction, KeepAll, SnapKV
 from kvpolicy.per_layer import per_layer
 from kvpolicy.selection import Quest, SelectAll, Selection
-from kvpolicy.types import EvictionView
 
 
 @attrs.frozen(eq=False)

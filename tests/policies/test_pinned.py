@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 import torch
 
-from kvpolicy import Eviction, LocalAttention, Pyramid, RandomGate, Tokens
-from kvpolicy.types import Write
+from kvpolicy import (
+    Adaptive,
+    AtPromptEnd,
+    CachePipeline,
+    Eviction,
+    LocalAttention,
+    Pyramid,
+    Quest,
+    RandomGate,
+    SnapKV,
+    Tokens,
+    Write,
+    WriteGate,
+)
+from kvpolicy.store.fingerprint import pipeline_fingerprint
 
 WHOLE = (1 << 64) - 1
 
@@ -38,3 +52,22 @@ def test_defaults():
     assert Eviction.queries == 0
     assert LocalAttention().window == 256
     assert Pyramid(Tokens(600)).observation == 32
+
+
+def test_names_of_pipelines_are_those_of_0_1():
+    """A cache that was saved with these goes on; what is new is named where it is used."""
+    ones = torch.ones
+    gate = WriteGate(
+        norm_pre=ones(1, 4), norm_post=ones(1, 4), w1=ones(1, 2, 3, 8), b1=ones(1, 2, 3),
+        w2=ones(1, 2, 3), b2=ones(1, 2),
+    )  # fmt: skip
+    named = {
+        "90417647": CachePipeline(admission=gate, selection=Quest(budget=500)),
+        "70d5c80c": CachePipeline(eviction=SnapKV(budget=Adaptive(Tokens(500))), window=64),
+        "0705315d": CachePipeline(eviction=AtPromptEnd(LocalAttention(), generated="keep")),
+    }
+    for name, pipeline in named.items():
+        assert pipeline_fingerprint(pipeline).startswith(name)
+    silu = CachePipeline(admission=attrs.evolve(gate, activation="silu"))
+    plain = CachePipeline(admission=gate)
+    assert pipeline_fingerprint(silu) != pipeline_fingerprint(plain)

@@ -12,12 +12,14 @@ from kvpolicy import (
     BackendError,
     CachePipeline,
     CacheSpec,
+    KeepAll,
     LocalAttention,
     Pyramid,
     Quest,
     RandomGate,
     SnapKV,
     Tokens,
+    per_layer,
 )
 
 SPEC = CacheSpec(layers=1, heads=2, kv_heads=1, head_dim=8)
@@ -31,6 +33,19 @@ def test_where_the_window_comes_from():
     assert CachePipeline(eviction=AtPromptEnd(LOCAL)).window == 7
     assert CachePipeline(admission=LOCAL, window=7).window == 7
     assert CachePipeline(window=1).window == 1
+
+
+def test_an_eviction_prefers_a_window():
+    """SnapKV's own is its observation; what is demanded goes before."""
+    snap = SnapKV(budget=64, observation=16)
+    assert CachePipeline(eviction=SnapKV(budget=64)).window == 32
+    assert CachePipeline(eviction=snap, admission=RandomGate(sparsity=0.5)).window == 16
+    assert CachePipeline(eviction=snap, admission=LOCAL).window == 7
+    assert CachePipeline(eviction=snap, window=9).window == 9
+    mixed = per_layer(snap, {0: SnapKV(budget=64, observation=24), 1: KeepAll()})
+    assert CachePipeline(eviction=mixed).window == 24
+    at_end = per_layer(snap, {0: AtPromptEnd(LOCAL)})
+    assert CachePipeline(eviction=at_end).window == 7
 
 
 @pytest.mark.parametrize(

@@ -69,10 +69,11 @@ def test_summarize_ignores_invalid_slots():
     assert torch.equal(Quest(budget=64).summarize(nan, valid), summary)
 
 
-def pick(scores, held, budget, first, last):
-    """The choice of pages on plain lists."""
+def pick(scores, held, budget, first, last, full):
+    """The choice of pages on plain lists; `full` is whether the trailing page is."""
+    sure = range(held - (not full if last < 0 else last), held)
     worth = [math.inf if p < first else score for p, score in enumerate(scores)]
-    order = sorted(range(held), key=lambda p: (p < held - last, -worth[p], p))
+    order = sorted(range(held), key=lambda p: (p not in sure, -worth[p], p))
     chosen = sorted(order[:budget])
     return chosen + [-1] * (budget - len(chosen))
 
@@ -84,7 +85,7 @@ def pick(scores, held, budget, first, last):
     page_size=st.sampled_from([1, 4, 16]),
     budget=st.integers(0, 11),
     first=st.integers(0, 3),
-    last=st.integers(0, 3),
+    last=st.integers(-1, 3),
     group=st.sampled_from([1, 3]),
 )
 def test_top_pages_is_the_plain_choice(seed, width, page_size, budget, first, last, group):
@@ -97,7 +98,9 @@ def test_top_pages_is_the_plain_choice(seed, width, page_size, budget, first, la
     assert chosen.dtype == torch.int32
     for n, row in enumerate(chosen.view(4 * group, budget).tolist()):
         held = math.ceil(counts.flatten()[n // group].item() / page_size)
-        assert row == pick(scores.view(4 * group, width)[n].tolist(), held, budget, first, last)
+        full = counts.flatten()[n // group].item() % page_size == 0
+        scored = scores.view(4 * group, width)[n].tolist()
+        assert row == pick(scored, held, budget, first, last, full)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

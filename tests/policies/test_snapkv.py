@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from kvpolicy import CachePipeline, CacheSpec
+from kvpolicy import CachePipeline, CacheSpec, EvictionView
 from kvpolicy.admission import LocalAttention, RandomGate
-from kvpolicy.budget import keep_best
 from kvpolicy.eviction import AtPromptEnd, KeepAll, SnapKV
-from kvpolicy.types import EvictionView
+from kvpolicy.reference import keep_best
 
 SCALE = 0.3
 KV_HEADS, GROUP, DIM = 2, 3, 8

@@ -193,4 +193,6 @@ def test_a_gate_is_frozen_and_equal_to_itself_only():
         gate.threshold = 0.2
     assert gate != twin
     assert len({gate, twin, gate}) == 2
-    assert repr(gate) == "WriteGate(threshold=0.1, inclusive=False, window=256)"
+    assert repr(gate) == (
+        "WriteGate(threshold=0.1, inclusive=False, window=256, activation='gelu')"
+    )

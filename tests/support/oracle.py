@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvpolicy.types import Write
+from kvpolicy import Write
 from tests.support.rules import read
 
 
@@ -36,6 +36,8 @@ class Oracle:
         cu, at = torch.tensor([0, self.n - old], dtype=torch.int32), torch.arange(old, self.n)
         write = Write(k, v, at, cu, self.layer, range(self.heads), key_pre=pre)
         admit, mark = self.admission.admit(write), self.eviction.mark(write)
+        if not prompt and (stays := self.eviction.admit(write)) is not None:
+            admit = admit & stays
         mark = torch.ones_like(admit) if mark is None or not prompt else mark
         self.alive = torch.cat([self.alive, admit & (not self.slides)], 1)
         self.mark = torch.cat([self.mark, mark], 1)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from kvpolicy import Adaptive, AtPromptEnd, TotalCap
-from kvpolicy.types import EvictionView
+from kvpolicy import Adaptive, AtPromptEnd, EvictionView, TotalCap
 
 
 def read(o, i, h):
@@ -26,7 +25,8 @@ def read(o, i, h):
     scores = policy.score(query[None, None], summary[None, None], counts[None, None])[0, 0]
     if policy.group != "each":
         scores = (scores.mean(0) if policy.group == "mean" else scores.amax(0))[None]
-    sure = [*range(m - 1, max(m - 1 - policy.last, -1), -1), *range(min(policy.first, m))]
+    last = len(pages[-1]) < size if policy.last == "partial" else policy.last
+    sure = [*range(m - 1, max(m - 1 - last, -1), -1), *range(min(policy.first, m))]
     chosen = []
     for s in scores.tolist():
         rest = sorted(set(range(m)) - set(sure), key=lambda p: (-s[p], p))

@@ -86,6 +86,7 @@ def test_built_in_admission_passes_in_bfloat16():
         Quest(budget=40, group="mean"),
         Quest(budget=40, group="each"),
         Quest(budget=56, first=1, last=2),
+        Quest(budget=40, last="partial"),
         per_layer(Quest(budget=40), {0: Quest(budget=24, first=1)}),
     ],
     ids=str,

@@ -26,5 +26,5 @@ def test_controller_reaches_the_target(target: float, sensitivity: float) -> Non
 
 @pytest.mark.parametrize("target", [0.0, 1.0, 25])
 def test_controller_wants_a_fraction(target: float) -> None:
-    with pytest.raises(ValueError, match="target must lie in"):
+    with pytest.raises(ValueError, match=r"target: wanted a number in \(0, 1\), got"):
         KeepController(target=target)

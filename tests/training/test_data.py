@@ -22,7 +22,9 @@ def test_documents_are_strings_ids_or_rows():
     assert [len(ids) for ids in found] == [3000, 300, 500]
     named = documents([{"body": TEXT}], tokenizer, length=192, column="body")
     assert named == [[ord(c) for c in TEXT]]
-    with pytest.raises(ValueError, match="no column 'text', only \\['body'\\]"):
+    with pytest.raises(
+        ValueError, match="texts: wanted rows with a column 'text', got \\['body'\\]"
+    ):
         documents([{"body": TEXT}], tokenizer, length=192)
     with pytest.raises(TypeError, match="got int"):
         documents([7], tokenizer, length=192)  # type: ignore[list-item]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
+from kvpolicy.admission._gate_file import named, stack
 from kvpolicy.training.gate import FLOOR, WriteGates
 
 HEADS, DIM, WIDTH = 2, 8, 12
@@ -22,7 +23,7 @@ def gates() -> WriteGates:
 
 
 def test_published_names_and_shapes(gates: WriteGates) -> None:
-    shapes = {name: tuple(value.shape) for name, value in gates.published_state().items()}
+    shapes = {name: tuple(value.shape) for name, value in named(gates.fields()).items()}
     want = {
         "pre_key_norm.weight": (DIM,),
         "post_key_norm.weight": (DIM,),
@@ -74,11 +75,11 @@ def test_files_hold_the_same_gates(gates: WriteGates, tmp_path: Path) -> None:
         assert sorted(file.keys()) == sorted(plain)
         assert all(torch.equal(file.get_tensor(name), plain[name]) for name in plain)
     copy = WriteGates(layers=2, kv_heads=HEADS, head_dim=DIM, expand=1.5)
-    copy.load_published_state(plain)
+    copy.load_fields(stack(plain, "here"))
     assert all(
         torch.equal(a, b) for a, b in zip(copy.parameters(), gates.parameters(), strict=True)
     )
-    with pytest.raises(ValueError, match=r"\.pt or \.safetensors"):
+    with pytest.raises(ValueError, match=r"path: .*\.pt or \.safetensors"):
         gates.save(tmp_path / "gate.bin")
-    with pytest.raises(RuntimeError, match="Unexpected key"):
-        copy.load_published_state({**plain, "model.layers.9.x": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"here: unexpected key model\.layers\.9\.x"):
+        stack({**plain, "model.layers.9.x": torch.zeros(1)}, "here")

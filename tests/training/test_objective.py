@@ -156,7 +156,7 @@ def test_merged_flash_calls_equal_the_dense_kernel(
 
 def test_gated_attention_rejects_what_it_does_not_know() -> None:
     query, key, value, gate = _inputs(4)
-    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="window: wanted at least 1, got 0"):
         gated_attention(query, key, value, gate, window=0, scale=1.0)
     with pytest.raises(ValueError, match="got 'eager'"):
         gated_attention(query, key, value, gate, window=1, scale=1.0, kernel="eager")  # type: ignore[arg-type]

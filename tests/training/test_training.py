@@ -108,7 +108,7 @@ def test_attach_restores_the_model() -> None:
 
 def test_a_model_that_slides_everywhere_is_refused(mix: TrainingMix) -> None:
     model = MistralForCausalLM(MistralConfig(sliding_window=8, **SIZES)).eval()
-    with pytest.raises(ValueError, match="every layer uses a sliding window"):
+    with pytest.raises(ValueError, match="model: every layer uses a sliding window"):
         train_write_gate(model, mix, steps=1, window=4, lam=0.1)
 
 
@@ -167,13 +167,13 @@ def test_training_moves_the_cache_to_the_target(mix: TrainingMix) -> None:
 
 def test_arguments_are_checked(mix: TrainingMix) -> None:
     model = make_model()
-    with pytest.raises(ValueError, match="target_keep or lam"):
+    with pytest.raises(ValueError, match="target_keep, lam: wanted exactly one"):
         train_write_gate(model, mix, steps=1)
-    with pytest.raises(ValueError, match="target_keep must exceed"):
+    with pytest.raises(ValueError, match="target_keep: wanted more than window / length"):
         train_write_gate(model, mix, steps=1, window=64, target_keep=0.3)
-    with pytest.raises(ValueError, match="tokenizer is needed"):
+    with pytest.raises(ValueError, match="tokenizer: wanted one"):
         train_write_gate(model, ["text"], steps=1, lam=0.1)
-    with pytest.raises(ValueError, match="none is longer"):
+    with pytest.raises(ValueError, match="texts: wanted one of more than 100 tokens, got none"):
         TrainingMix(texts=["short"], tokenizer=mix.tokenizer, length=100)
 
 
@@ -242,7 +242,7 @@ def test_a_share_of_the_loss_is_taken_at_answers(tmp_path: Path) -> None:
     at_answers = torch.stack([x for x in rows if not x.isnan()]).mean()
     assert loss == pytest.approx(float(0.75 * error.mean() + 0.25 * at_answers), rel=1e-4)
     assert loss != pytest.approx(float(error.mean()), rel=1e-2)
-    with pytest.raises(ValueError, match=r"answer_share must be in \[0, 1\), got 1"):
+    with pytest.raises(ValueError, match=r"answer_share: wanted a number in \[0, 1\), got 1"):
         train_write_gate(make_model(), mix, **options, answer_share=1)
 
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections import Counter
 
-import pytest
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
 
-from kvpolicy import CacheSpec, Ratio
-from kvpolicy.types import Write
+from kvpolicy import CacheSpec, Write
 from tests.support.contract.cases import SELECTIONS, Sizes, build, gate
-from tests.support.contract.contents import digest
 from tests.support.contract.driver import Run, stream
 from tests.support.contract.invariants import check_pool, check_report, check_summaries
 from tests.support.contract.snapshot import snapshot
@@ -108,27 +104,10 @@ class Caches(RuleBasedStateMachine):
     def feed(self, run, counts):
         run.prompt([max(min(n, LENGTH - 20 - at), 0) for n, at in zip(counts, run.at, strict=True)])
 
-    def end(self, run):
-        """Ends the prompt; sequences too short for a ratio of them are refused, then fed."""
-        budget, window = self.pipeline.eviction.budget, self.window
-        if isinstance(budget, Ratio):
-            least = math.ceil((window + 1) / budget.ratio)
-            short = [
-                least - n if p and n > window and int(budget.ratio * n) <= window else 0
-                for n, p in zip(run.at, run.pending, strict=True)
-            ]
-            if any(short):
-                before = digest(run.state)
-                with pytest.raises(ValueError, match="budget: Ratio"):
-                    self.pipeline.end_prompt(run.state)
-                assert digest(run.state) == before
-                run.prompt(short)
-        run.end_prompt()
-
     def ready(self, run, valid):
         """Ends the prompt; whether tokens are left for a decode call."""
         if run.state.pending_end:
-            self.end(run)
+            run.end_prompt()
         return max(run.at) + len(valid[0]) <= LENGTH
 
     def resume(self, tokens, kept):

@@ -120,7 +120,7 @@ def quest(s, pages=1, **options):
 SELECTIONS = {
     "all": lambda s: SelectAll(),
     "quest": quest,
-    "quest_mean": lambda s: quest(s, 2, group="mean"),
+    "quest_mean": lambda s: quest(s, 2, group="mean", last="partial"),
     "quest_each": lambda s: quest(s, 2, group="each", last=0),
     "quest_first": lambda s: quest(s, 2, group="max", first=1, last=1),
     "user": lambda s: LargestKey(budget=Tokens(s.window + 1), group="each"),
@@ -152,7 +152,7 @@ EVICTIONS = {
     "cap": lambda s: snap(cap(s), normalize="global"),
     "cap_decode": lambda s: snap(cap(s), when="decode"),
     "at_end": lambda s: AtPromptEnd(RandomGate(sparsity=0.3, seed=5)),
-    "at_end_gate": lambda s: AtPromptEnd(gate(s, seed=2)),
+    "at_end_gate": lambda s: AtPromptEnd(gate(s, seed=2), generated="keep"),
     "at_end_local": lambda s: AtPromptEnd(LocalAttention(window=s.window, sinks=s.room - 2)),
     "per_layer": lambda s: per_layer(snap(s.kept), {0: AtPromptEnd(RandomGate(sparsity=0.2))}),
     "per_layer_decode": lambda s: per_layer(snap(s.kept, when="decode"), {0: snap(s.kept)}),

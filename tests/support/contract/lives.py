@@ -29,7 +29,7 @@ class Life(Caches):
 
     @rule(which=caches)
     def end_prompt(self, which):
-        self.end(self.pick(which, "end_prompt"))
+        self.pick(which, "end_prompt").end_prompt()
 
     @rule(which=caches, steps=st.integers(1, 6))
     def decode(self, which, steps):

@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from kvpolicy import Admission, Eviction, Selection
-from kvpolicy.backend import load
+from kvpolicy.ops import load
 
 POLICIES = (Admission, Selection, Eviction)
 

@@ -1,11 +1,12 @@
 """Compiles every kernel for the named compute capabilities without a device; run by test_compile.
 
 Each op is called once on CPU tensors while launches are recorded instead of run; what was recorded
-is compiled with the specialisation that a launch would get. Prints a line for each kernel.
+is compiled with the specialisation that a launch would get. Prints a line for each launch.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import Any
 
@@ -53,29 +54,36 @@ def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Non
     launches.append((self, bound, kwargs))
 
 
-def compile_launch(kernel: Any, bound: dict[str, Any], options: dict[str, Any], cc: int) -> int:
-    """Compiles one recorded launch; returns its shared memory in bytes."""
-    signature, constants, attributes = {}, {}, {}
+def compile_launch(kernel: Any, bound: dict[str, Any], options: dict[str, Any], cc: int) -> Any:
+    """Compiles one recorded launch."""
+    signature: dict[str, Any] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def kind(value: Any, special: bool, path: tuple[int, ...]) -> Any:
+        """The type of an argument, as a launch would specialise it."""
+        if isinstance(value, tuple):
+            return tuple(kind(x, special, (*path, place)) for place, x in enumerate(value))
+        if special and type(value) is int and value == 1:
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, TensorDescriptor):
+            element = TYPES[value.base.dtype].removeprefix("*")
+            return f"tensordesc<{element}{list(value.block_shape)}>"
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, torch.Tensor) or (special and value % 16 == 0):
+            attributes[path] = [["tt.divisibility", 16]]
+        return TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+
     for index, parameter in enumerate(kernel.params):
         value, name = bound[parameter.name], parameter.name
-        special = not parameter.do_not_specialize
-        if parameter.is_constexpr or (special and type(value) is int and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, TensorDescriptor):
-            kind = TYPES[value.base.dtype].removeprefix("*")
-            signature[name] = f"tensordesc<{kind}{list(value.block_shape)}>"
-        elif isinstance(value, torch.Tensor):
-            signature[name] = TYPES[value.dtype]
-            attributes[index,] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
+        if parameter.is_constexpr:
+            signature[name], constants[index,] = "constexpr", value
         else:
-            signature[name] = "i32"
-            if special and value % 16 == 0:
-                attributes[index,] = [["tt.divisibility", 16]]
+            signature[name] = kind(value, not parameter.do_not_specialize, (index,))
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
-    return compiled.metadata.shared
+    return triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
 
 
 def call_all(dim: int, page: int, dtype: torch.dtype) -> None:
@@ -141,28 +149,47 @@ def call_all(dim: int, page: int, dtype: torch.dtype) -> None:
             pages, stored, ring, observed, lengths, window, 0.1, observation=count,
             kernel=5, pooling="avg", group=how, normalize=norm,
         )  # fmt: skip
-    write_gate.write_gate(
-        key, key, key[0, 0], key[0, 0], torch.zeros(heads, hidden, 2 * dim, dtype=dtype),
-        torch.zeros(heads, hidden, dtype=dtype), torch.zeros(heads, hidden, dtype=dtype),
-        torch.zeros(heads, dtype=dtype),
-    )  # fmt: skip
+    for silu in (False, True):
+        write_gate.write_gate(
+            key, key, key[0, 0], key[0, 0], torch.zeros(heads, hidden, 2 * dim, dtype=dtype),
+            torch.zeros(heads, hidden, dtype=dtype), torch.zeros(heads, hidden, dtype=dtype),
+            torch.zeros(heads, dtype=dtype), silu=silu,
+        )  # fmt: skip
 
 
-def main(arguments: list[str]) -> None:
-    """Arguments: capability:head_dim:page_size:dtype, ..."""
+def overlap(ptx: str) -> str:
+    """How often code copies ahead in pieces of 16 bytes, and meets the kernels around it."""
+    counts = {
+        "copies": ptx.count("cp.async.cg.shared.global"),
+        "in_flight": ptx.count("cp.async.wait_group \t2"),
+        "waits": ptx.count("griddepcontrol.wait"),
+        "triggers": ptx.count("griddepcontrol.launch_dependents"),
+    }
+    return " ".join(f"{name}={count}" for name, count in counts.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("configuration", help="capability:head_dim:page_size:dtype")
+    parser.add_argument("--once", action="store_true", help="the first launch of each kernel only")
+    parser.add_argument("--only", nargs="*", metavar="KERNEL", help="launches of these kernels")
+    given = parser.parse_args()
     triton.runtime.jit.JITFunction.run = record
-    for argument in arguments:
-        cc, dim, page, dtype = argument.split(":")
-        _launch.capability = lambda device, cc=cc: int(cc)
-        launches.clear()
-        call_all(int(dim), int(page), getattr(torch, dtype))
-        for kernel, bound, options in launches:
-            shared = compile_launch(kernel, bound, options, int(cc))
-            limit = SHARED[int(cc)] * 1024
-            print(f"{argument} {kernel.__name__} shared={shared}", flush=True)
-            if shared > limit:
-                sys.exit(f"{argument} {kernel.__name__}: {shared} bytes shared, {limit} there")
+    cc, dim, page, dtype = given.configuration.split(":")
+    _launch.capability = lambda device: int(cc)
+    call_all(int(dim), int(page), getattr(torch, dtype))
+    limit, seen = SHARED[int(cc)] * 1024, set()
+    for kernel, bound, options in launches:
+        name = kernel.__name__
+        if (given.only and name not in given.only) or (given.once and name in seen):
+            continue
+        seen.add(name)
+        compiled = compile_launch(kernel, bound, options, int(cc))
+        shared = compiled.metadata.shared
+        print(f"{name} shared={shared} {overlap(compiled.asm['ptx'])}", flush=True)
+        if shared > limit:
+            sys.exit(f"{given.configuration} {name}: {shared} bytes shared, {limit} there")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -12,8 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.backend import load
-from kvpolicy.ops import Heads, Pages, Ring, Segments
+from kvpolicy.ops import Heads, Pages, Ring, Segments, load
 from tests.support.kernels.pool import DEVICE, Pool, make_pool
 
 SLAB_PAGES = 4

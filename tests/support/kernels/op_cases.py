@@ -213,6 +213,7 @@ def _write_gate(size: Size) -> None:
         key = size.randn(3, tokens, size.dim, seed=8)
         scores = both("write_gate", pre, key, *parts)
         agree(scores, size.atol)
+        agree(both("write_gate", pre, key, *parts, silu=True), size.atol)
         limit = float(scores.device[1, 0])
         for inclusive in (False, True):
             found = both("write_gate", pre, key, *parts, limit, inclusive).device.cpu()

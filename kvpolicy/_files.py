@@ -1,0 +1,61 @@
+"""Files that are written whole or not at all, and `.pt` files that hold no more than they are."""
+
+from __future__ import annotations
+
+import uuid
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, under a name of its own, that takes its place at the end.
+
+    After an error, or on a disk that is full, `path` is as it was and nothing else is left.
+    """
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a text file; see `replacing`."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_pt(path: Path, content: Any) -> None:
+    """Replaces a `.pt` file; its bytes do not depend on its name."""
+    with replacing(path) as partial, partial.open("wb") as file:
+        torch.save(content, file)
+
+
+def read_pt(path: Path) -> Any:
+    """What a `.pt` file of plain values and tensors holds, on the CPU; runs no code of the file.
+
+    Raises:
+        ValueError: it is damaged, holds anything else, or unpacks to more than its own size.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        try:
+            if zipfile.is_zipfile(file):
+                unpacked = sum(entry.file_size for entry in zipfile.ZipFile(file).infolist())
+                if unpacked > size:
+                    raise ValueError(f"its {size:,} bytes unpack to {unpacked:,}")
+            file.seek(0)
+            with warnings.catch_warnings():  # of torch, about pickles that are no files of its own
+                warnings.simplefilter("ignore")
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch and pickle raise a dozen kinds for damaged files
+            own = str(error) if type(error) is ValueError else type(error).__name__
+            raise ValueError(f"{path}: not a readable file of plain tensors: {own}") from error

@@ -1,0 +1,254 @@
+"""Measuring one cell: what a composition answers, holds and reads on one task."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...adapters.hf import KVPolicyCache, attach, new_cache
+from ...adapters.hf.capture import Stepper
+from ...pipeline import CachePipeline
+from ..sessions.pipeline import settled
+from ..sessions.score import AnswerScore
+from ..tasks.loss import hit_tokens, losses
+from ..tasks.prompts import Example, Ids, Question
+from .records import Footprint, Measured
+
+_CAPTURE_FROM = 6  # steps from which a graph saves more than its capture costs
+_CPU_TOKENS = 1 << 13  # context tokens of a batch on the host
+_ROOM = 24  # device memory for a context token, in units of its keys and values
+
+
+class OutOfTime(Exception):
+    """The time limit came before the cell was finished."""
+
+
+@torch.no_grad()
+def answer(
+    model: PreTrainedModel,
+    pipeline: CachePipeline,
+    examples: Sequence[Example],
+    *,
+    question_in_prompt: bool = True,
+    captured: bool = True,
+    page_size: int = 16,
+    check: Callable[[], None] = lambda: None,
+) -> Measured:
+    """Scores by context, and sizes after the first question; `check` may raise OutOfTime.
+
+    As many contexts as fit are read together, each in a sequence of its own, and every question in
+    a copy of its context's sequence. Answers are decoded token by token by the cache; with
+    `captured`, by a CUDA graph where there is a device for it. Pages hold `page_size` tokens.
+    """
+    began, scores, sizes = time.monotonic(), [], []
+    with attach(model, pipeline, page_size=page_size) as attached:
+        for group in _groups(model, pipeline, examples):
+            check()
+            cache = attached.new_cache()
+            _forward(model, cache, *_block([example.context_ids for example in group]))
+            if not question_in_prompt:
+                cache.end_prompt()
+            asked = [example.questions for example in group]
+            scores += ask_together(
+                model, cache, asked, question_in_prompt=question_in_prompt, captured=captured
+            )
+            firsts = [questions[0] for questions in asked]
+            sizes += [_size_after(model, cache, firsts, question_in_prompt)] * len(group)
+    kinds: dict[str, Callable[[AnswerScore], float]] = {
+        "accuracy": lambda answer: answer.token_accuracy,
+        "exact": lambda answer: answer.exact_match,
+        "log_likelihood": lambda answer: answer.log_likelihood,
+    }
+    return Measured(
+        scores={n: tuple(statistics.fmean(map(of, x)) for x in scores) for n, of in kinds.items()},
+        questions=sum(map(len, scores)),
+        footprint=_mean(sizes),
+        seconds=time.monotonic() - began,
+    )
+
+
+@torch.no_grad()
+def read_text(
+    model: PreTrainedModel,
+    pipeline: CachePipeline,
+    documents: Sequence[Tensor],
+    *,
+    page_size: int = 16,
+    check: Callable[[], None] = lambda: None,
+) -> Measured:
+    """Losses by document, over all tokens and over hit tokens; `check` may raise OutOfTime.
+
+    Documents `[N]` are of one length; pages hold `page_size` tokens.
+    """
+    began, sizes = time.monotonic(), []
+    everywhere, hits = [], []
+    with attach(model, pipeline, page_size=page_size) as attached:
+        for group in _groups(model, pipeline, documents):
+            check()
+            cache = attached.new_cache()
+            ids = torch.stack(group).to(model.device)
+            found = losses(partial(_run, model, cache), ids)
+            for document, row in zip(group, found, strict=True):
+                everywhere.append(row.mean().item())
+                hit = row[hit_tokens(document)[1:]]
+                if len(hit):
+                    hits.append(hit.mean().item())
+            sizes += [_size(cache)] * len(group)
+    return Measured(
+        scores={"loss": tuple(everywhere), "hit_loss": tuple(hits)},
+        footprint=_mean(sizes),
+        seconds=time.monotonic() - began,
+    )
+
+
+def ask_together(
+    model: PreTrainedModel,
+    cache: KVPolicyCache,
+    asked: Sequence[Sequence[Question]],
+    *,
+    question_in_prompt: bool = True,
+    captured: bool = True,
+) -> list[list[AnswerScore]]:
+    """Asks each of the cache's sequences its own questions, all at once, in copies of them.
+
+    Answers are decoded teacher-forced.
+    """
+    questions = [question for one in asked for question in one]
+    twins = cache.fork([row for row, one in enumerate(asked) for _ in one])
+    logits = _forward(model, twins, *_block([question.question_ids for question in questions]))
+    if question_in_prompt:
+        twins.end_prompt()
+    found = iter(_decode(model, twins, logits, [q.answer_ids for q in questions], captured))
+    return [[next(found) for _ in one] for one in asked]
+
+
+def _decode(
+    model: PreTrainedModel,
+    cache: KVPolicyCache,
+    logits: Tensor,
+    answers: Sequence[Ids],
+    captured: bool,
+) -> list[AnswerScore]:
+    """Scores of `answers`, one a sequence, from the `logits` `[B, V]` before their first tokens."""
+    assert cache.state is not None
+    device, steps = logits.device, max(map(len, answers))
+    # One column more than is fed, so that sequences of any length end inside.
+    ids = torch.tensor([[*row, *[0] * (steps - len(row))] for row in answers], device=device)
+    left = torch.tensor([len(row) for row in answers], device=device)
+    position = torch.tensor(cache.state.lengths, device=device)[:, None]
+    stepper = Stepper(model, cache, position, steps)
+    if stepper.captured and not (captured and steps > _CAPTURE_FROM):
+        stepper.captured = False
+    chosen, likely = [], []
+    for at in range(steps):
+        chosen.append(logits.argmax(-1))
+        right = torch.log_softmax(logits.float(), -1).gather(1, ids[:, at, None])
+        likely.append(right[:, 0])
+        if at + 1 < steps:
+            logits = stepper.step(ids[:, at], left > at + 1)[:, -1]
+    picked, values = (torch.stack(rows, 1).tolist() for rows in (chosen, likely))
+    return [
+        AnswerScore(
+            predicted_ids=tuple(picked[row][: len(wanted)]),
+            answer_ids=wanted,
+            log_likelihood=statistics.fmean(values[row][: len(wanted)]),
+        )
+        for row, wanted in enumerate(answers)
+    ]
+
+
+def _groups(
+    model: PreTrainedModel, pipeline: CachePipeline, items: Sequence[Any]
+) -> Iterator[list[Any]]:
+    """As many contexts, or documents `[N]`, at a time as the device holds with their questions."""
+    spec = new_cache(model, pipeline).spec
+    if spec.device.type == "cuda":
+        each = 2 * spec.layers * spec.kv_heads * spec.head_dim * spec.dtype.itemsize
+        idle = torch.cuda.memory_reserved(spec.device) - torch.cuda.memory_allocated(spec.device)
+        tokens = (torch.cuda.mem_get_info(spec.device)[0] + idle) // (_ROOM * each)
+    else:
+        tokens = _CPU_TOKENS
+    longest = max(len(x.context_ids) if isinstance(x, Example) else len(x) for x in items)
+    count = max(int(tokens) // longest, 1)
+    for begin in range(0, len(items), count):
+        yield list(items[begin : begin + count])
+
+
+def _block(rows: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+    """Ids `[B, S]` of sequences padded on the left, and which of them are real."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*[0] * (width - len(row)), *row] for row in rows])
+    real = torch.tensor([[i >= width - len(row) for i in range(width)] for row in rows])
+    return ids, real
+
+
+def _forward(model: PreTrainedModel, cache: KVPolicyCache, ids: Tensor, real: Tensor) -> Tensor:
+    """Appends `ids` `[B, S]` that are `real`; logits `[B, vocabulary]` after the last column."""
+    mask = None
+    if not real.all():
+        past = torch.ones(len(ids), cache.columns, dtype=torch.long)
+        mask = torch.cat([past, real.long()], 1).to(model.device)
+    return _run(model, cache, ids, mask, logits_to_keep=1)[:, -1]
+
+
+def _run(
+    model: PreTrainedModel,
+    cache: KVPolicyCache,
+    ids: Tensor,
+    mask: Tensor | None = None,
+    logits_to_keep: int = 0,
+) -> Tensor:
+    """Logits `[B, S, vocabulary]` of a forward, or of its last columns."""
+    return model(
+        input_ids=ids.to(model.device),
+        attention_mask=mask,
+        past_key_values=cache,
+        logits_to_keep=logits_to_keep,
+    ).logits
+
+
+def _size_after(
+    model: PreTrainedModel,
+    cache: KVPolicyCache,
+    questions: Sequence[Question],
+    question_in_prompt: bool,
+) -> Footprint:
+    """What each sequence holds after a question and the answer's first token."""
+    _forward(model, cache, *_block([question.question_ids for question in questions]))
+    if question_in_prompt:
+        cache.end_prompt()
+    _forward(model, cache, *_block([question.answer_ids[:1] for question in questions]))
+    return _size(cache)
+
+
+def _size(cache: KVPolicyCache) -> Footprint:
+    """Mean tokens per head, window included, and bytes, of one of the cache's sequences."""
+    assert cache.state is not None
+    found = settled(cache)
+    batch, spec = cache.state.batch, cache.spec
+    heads = sum(len(layer) for layer in found.stored)
+    token = 2 * spec.head_dim * spec.dtype.itemsize
+    return Footprint(
+        held_tokens=statistics.fmean(x for layer in found.stored for x in layer),
+        seen_tokens=found.tokens / batch,
+        read_tokens=found.mean_read,
+        bytes=found.total / batch,
+        kv_bytes=found.kv / batch,
+        # Places for tokens: the window and pages, without the ring's places for rollback.
+        slots=found.kv / batch / heads / token - spec.rollback,
+        admitted=found.mean_admitted,
+        evicted=sum(map(sum, found.evicted)) / batch,
+    )
+
+
+def _mean(sizes: Sequence[Footprint]) -> Footprint:
+    names = [field.name for field in attrs.fields(Footprint)]
+    return Footprint(**{n: statistics.fmean(getattr(size, n) for size in sizes) for n in names})

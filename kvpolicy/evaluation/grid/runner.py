@@ -1,0 +1,170 @@
+"""Measures cells in a time box, and goes on where an earlier run stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...admission import WriteGate
+from ...errors import KVPolicyError
+from ...pipeline import CachePipeline
+from ...pretrained import path
+from ..sessions.estimates import shown
+from ..tasks import Task
+from .cell import OutOfTime, answer, read_text
+from .records import TOO_SMALL, Measured, Result
+from .results import Store
+from .variants import Cell, Room, Variant, cells, variants
+
+SHIPPED_GATES = ("25", "17", "10")
+
+
+@attrs.define(kw_only=True, eq=False)
+class Runner:
+    """Measures cells until all are done or the time is over.
+
+    `contexts` are those of a cell of eight questions each; tasks of one question get eight times as
+    many, so that every cell asks as much. `results` are what earlier runs measured; cells that
+    failed are tried again.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    text: str
+    contexts: int
+    seed: int
+    deadline: float
+    store: Store
+    results: list[Result]
+    captured: bool = True
+    page_size: int = 16
+    say: Callable[[str], object] = print
+    left: int = 0
+    _prompts: dict[tuple[str, int], list[Any]] = attrs.field(factory=dict)
+
+    def run(self, tasks: Sequence[Task], lengths: Sequence[int], found: Sequence[Variant]) -> None:
+        """Measures what is not measured yet, the most informative first."""
+        done = {result.key for result in self.results if not result.failed}
+        todo = [cell for cell in cells(tasks, lengths, found) if cell.key not in done]
+        for number, cell in enumerate(todo):
+            try:
+                result = self._measure(cell)
+            except OutOfTime:
+                self.left = len(todo) - number
+                return
+            self.results = [x for x in self.results if x.key != result.key] + [result]
+            self.store.add(result)
+            self.say(_said(result))
+
+    @property
+    def failed(self) -> list[Result]:
+        """Cells without a result that another run could have."""
+        return [result for result in self.results if result.failed]
+
+    def _measure(self, cell: Cell) -> Result:
+        self._check()
+        variant = cell.variant
+        result = Result(
+            task=cell.task.name,
+            length=cell.length,
+            variant=variant.name,
+            family=variant.family,
+            keep=variant.keep,
+            seed=self.seed,
+        )
+        try:
+            prompts = self._prompts_of(cell.task, cell.length)
+            pipeline = variant.build(self._room(cell))
+            if pipeline is None:
+                return attrs.evolve(result, skipped=TOO_SMALL)
+            measured = self._run(cell, pipeline, prompts)
+        # A text or a length that does not do for the task, or more than the device holds.
+        except (KVPolicyError, ValueError, torch.OutOfMemoryError) as error:
+            return attrs.evolve(result, failed=str(error) or type(error).__name__)
+        return attrs.evolve(result, measured=measured)
+
+    def _run(self, cell: Cell, pipeline: CachePipeline, prompts: list[Any]) -> Measured:
+        if not cell.task.questions:
+            return read_text(
+                self.model, pipeline, prompts, page_size=self.page_size, check=self._check
+            )
+        return answer(
+            self.model,
+            pipeline,
+            prompts,
+            question_in_prompt=cell.variant.question_in_prompt,
+            captured=self.captured,
+            page_size=self.page_size,
+            check=self._check,
+        )
+
+    def _check(self) -> None:
+        if time.monotonic() > self.deadline:
+            raise OutOfTime
+
+    def _room(self, cell: Cell) -> Room:
+        """What the variant may hold: the bytes of its match on the same prompts."""
+        match = cell.variant.matches
+        if match is None:
+            return Room(cell.variant.keep * cell.length, cell.length, page=self.page_size)
+        wanted = (cell.task.name, cell.length, match)
+        for result in self.results:
+            if result.key == wanted and result.measured is not None:
+                size = result.measured.footprint
+                asked = size.seen_tokens - cell.length
+                return Room(size.slots, size.seen_tokens, asked, page=self.page_size)
+        raise ValueError(f"it takes the bytes of {match}, which was not measured")
+
+    def _prompts_of(self, task: Task, length: int) -> list[Any]:
+        """The same for every variant."""
+        if (task.name, length) not in self._prompts:
+            count = task.contexts(self.contexts)
+            self._prompts[task.name, length] = task.make(
+                self.tokenizer, self.text, length=length, contexts=count, seed=self.seed
+            )
+        return self._prompts[task.name, length]
+
+
+def variants_for(
+    model: str,
+    gates: Sequence[Path],
+    thresholds: Sequence[float],
+    duo: Path | None,
+    keeps: Sequence[float],
+    budgets: Sequence[float],
+    window: int,
+) -> list[Variant]:
+    """The grid's variants; without gates, "smollm2" has those that are shipped.
+
+    Each gate counts once with its own threshold, or once with each of `thresholds`.
+    """
+    named = [(file.stem, WriteGate.from_pretrained(file)) for file in gates]
+    if model == "smollm2":
+        duo = duo or path("duo-smollm2-135m-instruct")
+        named = named or [
+            (f"{keep}%", WriteGate.from_pretrained(path(f"smollm2-135m-instruct-w64-keep{keep}")))
+            for keep in SHIPPED_GATES
+        ]
+    if thresholds:
+        named = [
+            (f"{name} over {least:.3g}", attrs.evolve(gate, threshold=least))
+            for name, gate in named
+            for least in sorted(thresholds)
+        ]
+    return variants(named, duo, keeps, budgets, window)
+
+
+def _said(result: Result) -> str:
+    place = f"{result.task}, {result.length}: {result.variant}"
+    done = result.measured
+    if done is None:
+        return f"{place}: {'failed: ' if result.failed else ''}{result.reason}"
+    name, values = next(iter(done.scores.items()))
+    size = f"cache {done.footprint.held:.1%}"
+    return f"{place}: {name} {shown(values)}, {size}, {done.seconds:.1f} s"

@@ -1,0 +1,4 @@
+"""Models to evaluate with: SmolLM2 from its package, and a tiny random Llama."""
+
+from .smollm2 import load_smollm2 as load_smollm2
+from .tiny import tiny_llama as tiny_llama

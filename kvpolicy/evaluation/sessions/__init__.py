@@ -1,0 +1,1 @@
+"""One conversation with a model through a cache, and how its answers score."""

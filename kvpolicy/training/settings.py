@@ -1,0 +1,92 @@
+"""What a training of write gates is told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+
+from .._fields import fraction, not_negative, one_of, positive
+from .objective import Kernel
+
+
+def _number(least: float, *, above: bool = False) -> Any:
+    """A finite number of at least `least`, or above it."""
+
+    def check(instance: Any, attribute: attrs.Attribute, value: Any) -> None:
+        wanted = f"a number {'above' if above else 'of at least'} {least:g}"
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise TypeError(f"{attribute.name}: wanted {wanted}, got {value!r}")
+        if not (least < value or (value == least and not above)) or value == float("inf"):
+            raise ValueError(f"{attribute.name}: wanted {wanted}, got {value}")
+
+    return check
+
+
+def _lengths(value: int | Sequence[int]) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _check_lengths(instance: Any, attribute: Any, value: tuple[int, ...]) -> None:
+    if not value or not all(isinstance(n, int) and n >= 2 for n in value):
+        raise ValueError(f"length: wanted one or more, each at least 2, got {list(value)}")
+
+
+@attrs.frozen(kw_only=True)
+class GateTraining:
+    """How write gates are trained; every value is checked when this is made.
+
+    Exactly one of `target_keep` and `lam` says how much is kept.
+
+    Args:
+        steps: optimiser steps.
+        window: tokens of the local window W.
+        target_keep: wanted fraction of tokens in the cache, window included; steers lambda.
+        lam: a fixed lambda instead.
+        length: tokens of a training sequence, for documents; several take turns.
+        batch_size: sequences a step and process, of the longest length; about as many tokens
+            of others.
+        threshold: of the hard decision, for the kept fraction and evaluation.
+        expand: hidden units of the gate per channel of a head.
+        lr: peak learning rate.
+        seed: of initialisation and data.
+        start_lam: first lambda when steered.
+        ungated: random positions of each head that are open in a step (published, default 0).
+        answer_share: part in [0, 1) of the loss that is the error where answers are predicted
+            (ours; the published loss has 0).
+        kernel: attention kernel of the student, see gated_attention.
+        checkpointing: recompute activations layer by layer.
+        eval_every: steps between hard evaluations on held-out batches; 0 for none.
+
+    Example:
+        >>> GateTraining(steps=1500, target_keep=0.25).threshold
+        0.1
+    """
+
+    steps: int = attrs.field(validator=positive)
+    window: int = attrs.field(default=64, validator=positive)
+    target_keep: float | None = attrs.field(
+        default=None, validator=attrs.validators.optional(fraction(low_open=True, high_open=True))
+    )
+    lam: float | None = attrs.field(default=None, validator=attrs.validators.optional(_number(0)))
+    length: tuple[int, ...] = attrs.field(
+        default=(4096,), converter=_lengths, validator=_check_lengths
+    )
+    batch_size: int = attrs.field(default=2, validator=positive)
+    threshold: float = attrs.field(default=0.1, validator=fraction())
+    expand: float = attrs.field(default=4.0, validator=_number(0, above=True))
+    lr: float = attrs.field(default=1e-3, validator=_number(0, above=True))
+    seed: int = attrs.field(default=0, validator=attrs.validators.instance_of(int))
+    start_lam: float = attrs.field(default=0.16, validator=_number(0, above=True))
+    ungated: int = attrs.field(default=0, validator=not_negative)
+    answer_share: float = attrs.field(default=0.0, validator=fraction(high_open=True))
+    kernel: Kernel = attrs.field(default="auto", validator=one_of("auto", "dense", "flex", "flash"))
+    checkpointing: bool = attrs.field(default=True, validator=attrs.validators.instance_of(bool))
+    eval_every: int = attrs.field(default=0, validator=not_negative)
+
+    def __attrs_post_init__(self) -> None:
+        if (self.target_keep is None) == (self.lam is None):
+            raise ValueError(
+                f"target_keep, lam: wanted exactly one, got {self.target_keep} and {self.lam}"
+            )

@@ -1,0 +1,279 @@
+"""Every field of every public class, given every kind of nonsense: refused by name, or kept."""
+
+from __future__ import annotations
+
+import abc
+import importlib
+import re
+from typing import NamedTuple
+
+import attrs
+import pytest
+import torch
+
+from kvpolicy import (
+    Adaptive,
+    AdmitAll,
+    AtPromptEnd,
+    Budget,
+    CachePipeline,
+    CacheSpec,
+    DuoAttention,
+    KeepAll,
+    Knob,
+    LocalAttention,
+    Pyramid,
+    Quest,
+    RandomGate,
+    Ratio,
+    SelectAll,
+    SnapKV,
+    Tokens,
+    TotalCap,
+    WriteGate,
+)
+from kvpolicy._fields import shown
+from kvpolicy.admission import AllOf, AnyOf
+from kvpolicy.per_layer import PerLayerAdmission, PerLayerEviction, PerLayerSelection
+
+ROOMS = (
+    "",
+    "._knob",
+    ".admission",
+    ".selection",
+    ".eviction",
+    ".budget",
+    ".per_layer",
+    ".pipeline",
+    ".spec",
+)
+# What the library makes and users read.
+MADE = {"BudgetView", "EvictionView", "LayerSizes", "Report"}
+MOST = 1 << 30
+NAN, INF = float("nan"), float("inf")
+
+
+class Kind(NamedTuple):
+    """Which values a field takes: those of `types` that `fits`, and None where `none` says so."""
+
+    types: tuple[type, ...]
+    fits: object = lambda value: True
+    none: bool = False
+
+    def takes(self, value):
+        return self.none if value is None else self.of_type(value) and self.fits(value)
+
+    def of_type(self, value):
+        return type(value) in self.types
+
+
+def ints(least, most=MOST, none=False):
+    return Kind((int,), lambda value: least <= value <= most, none)
+
+
+def numbers(fits, none=False):
+    return Kind((int, float), lambda value: abs(value) < 1e300 and fits(value), none)
+
+
+def words(*options):
+    return Kind((str,), lambda value: value in options)
+
+
+FRACTION = numbers(lambda value: 0 <= value <= 1)
+POSITIVE_FRACTION = numbers(lambda value: 0 < value <= 1)
+BUDGET = Kind((Tokens, Ratio, Adaptive, Pyramid, TotalCap))
+INT_OR_OTHER = lambda value: type(value) is not int or 1 <= value <= MOST  # noqa: E731
+BUDGET_OR_INT = Kind((*BUDGET.types, int), INT_OR_OTHER)
+BASE = Kind((Tokens, Ratio, Adaptive, Pyramid, int), INT_OR_OTHER)
+TOKENS_OR_INT = Kind((Tokens, int), INT_OR_OTHER)
+INT64 = ints(-(1 << 63), (1 << 63) - 1)
+TENSOR = Kind((torch.Tensor,), lambda value: value.shape == (1, 4))
+FLAG = Kind((bool,))
+FUNCTION = Kind((type(lambda: 0), type, abc.ABCMeta))
+EMPTY = Kind((tuple, list, dict), lambda value: not value)
+NOTHING = Kind(())  # of the values below
+ADMISSION, SELECTION = Kind((AdmitAll, LocalAttention)), Kind((SelectAll, Quest))
+EVICTION = Kind((KeepAll, SnapKV))
+GATE = {
+    "norm_pre": torch.ones(1, 4), "norm_post": torch.ones(1, 4), "w1": torch.ones(1, 2, 3, 8),
+    "b1": torch.ones(1, 2, 3), "w2": torch.ones(1, 2, 3), "b2": torch.ones(1, 2),
+}  # fmt: skip
+LOCAL = LocalAttention(window=8)
+
+# Class: arguments that make one, and what each field takes.
+CLASSES = {
+    CacheSpec: (
+        {"layers": 1, "heads": MOST, "kv_heads": 1, "head_dim": 8},
+        {
+            **dict.fromkeys(("layers", "heads", "kv_heads", "head_dim", "interval"), ints(1)),
+            "dtype": NOTHING,
+            "device": words("cpu"),
+            "scale": numbers(lambda value: value > 0, none=True),
+            "sliding": Kind((tuple, list), lambda value: not value),
+            "page_size": ints(1),
+            "rollback": ints(0),
+            "head_offset": ints(0),
+            "all_kv_heads": ints(1, none=True),
+            "max_bytes": ints(1, (1 << 63) - 1, none=True),
+            "max_tokens": ints(1, none=True),
+            "at_cap": words("raise", "evict"),
+        },
+    ),
+    CachePipeline: (
+        {"window": 8},
+        {
+            "admission": ADMISSION,
+            "selection": SELECTION,
+            "eviction": EVICTION,
+            "window": ints(1, none=True),
+            "backend": words("auto", "reference", "triton"),
+        },
+    ),
+    AdmitAll: ({}, {}),
+    LocalAttention: ({}, {"window": ints(1), "sinks": ints(0)}),
+    RandomGate: ({"sparsity": 0.5}, {"sparsity": FRACTION, "seed": INT64}),
+    WriteGate: (
+        GATE,
+        {
+            "norm_pre": TENSOR,
+            "norm_post": TENSOR,
+            **dict.fromkeys(("w1", "b1", "w2", "b2"), Kind((torch.Tensor,), lambda value: False)),
+            "threshold": FRACTION,
+            "inclusive": FLAG,
+            "window": ints(1, none=True),
+            "backend": words("reference", "triton"),
+        },
+    ),
+    DuoAttention: (
+        {"full_heads": ((True, False),)},
+        {
+            "full_heads": Kind((tuple, list, dict), lambda value: False),
+            "sinks": ints(0),
+            "window": ints(1),
+            "mask": Kind((torch.Tensor,), none=True),
+        },
+    ),
+    AnyOf: ({"policies": (LOCAL,)}, {"policies": Kind((tuple,), lambda value: False)}),
+    AllOf: ({"policies": (LOCAL,)}, {"policies": Kind((tuple,), lambda value: False)}),
+    SelectAll: ({}, {}),
+    Quest: (
+        {"budget": 64},
+        {
+            "budget": TOKENS_OR_INT,
+            "first": ints(0),
+            "last": ints(0),
+            "group": words("max", "mean", "each"),
+        },
+    ),
+    KeepAll: ({}, {}),
+    SnapKV: (
+        {"budget": 64},
+        {
+            "budget": BUDGET_OR_INT,
+            "when": words("prompt_end", "decode"),
+            "observation": ints(1),
+            "kernel": Kind((int,), lambda value: 1 <= value <= MOST and value % 2),
+            "pooling": words("avg", "max"),
+            "group": words("mean", "max"),
+            "normalize": words("visible", "global"),
+        },
+    ),
+    AtPromptEnd: ({"admission": LOCAL}, {"admission": ADMISSION}),
+    Tokens: ({"tokens": 64}, {"tokens": ints(1)}),
+    Ratio: ({"ratio": 0.5}, {"ratio": POSITIVE_FRACTION}),
+    Adaptive: (
+        {"base": Tokens(64)},
+        {"base": BASE, "floor": FRACTION, "form": words("minimum", "window", "blend")},
+    ),
+    Pyramid: (
+        {"base": Tokens(64)},
+        {"base": BASE, "beta": numbers(lambda value: value >= 1), "observation": ints(0)},
+    ),
+    TotalCap: ({"tokens": 64}, {"tokens": ints(1, (1 << 63) - 1), "drop": POSITIVE_FRACTION}),
+    Knob: (
+        {"name": "budget", "at": abs, "set": abs},
+        {"name": Kind((str,)), "at": FUNCTION, "set": FUNCTION},
+    ),
+    PerLayerAdmission: ({"default": LOCAL, "layers": {}}, {"default": ADMISSION, "layers": EMPTY}),
+    PerLayerSelection: (
+        {"default": SelectAll(), "layers": {}},
+        {"default": SELECTION, "layers": EMPTY},
+    ),
+    PerLayerEviction: (
+        {"default": KeepAll(), "layers": {}},
+        {"default": EVICTION, "layers": EMPTY},
+    ),
+}  # fmt: skip
+
+VALUES = [
+    None, True, False, -1, 0, 1, 2, MOST, MOST + 1, 10**30, 10**5000, -1.5, 0.5, 1.5, 3.0, NAN, INF,
+    -INF, 1j, "", "raise", "cpu", "max", "prompt_end", "reference", "64", b"x", (), [], {}, ((),),
+    (1.5,), ((0.5,),), {1}, range(3), object(), torch.ones(1, 4), torch.ones(2), torch.float32, int,
+    LocalAttention, Quest, LOCAL, Quest(budget=9), SnapKV(budget=9), Tokens(9), Ratio(0.5),
+    TotalCap(9), lambda value: value,
+]  # fmt: skip
+
+
+def public():
+    found = {}
+    for room in ROOMS:
+        for name, value in vars(importlib.import_module(f"kvpolicy{room}")).items():
+            if isinstance(value, type) and attrs.has(value) and not name.startswith("_"):
+                found[value] = value.__name__
+    return {kind for kind, name in found.items() if name not in MADE}
+
+
+def test_every_public_class_and_field_stands_here():
+    assert public() == set(CLASSES)
+    for kind, (_, fields) in CLASSES.items():
+        assert [f.alias for f in attrs.fields(kind) if f.init] == sorted(
+            fields, key=[f.alias for f in attrs.fields(kind)].index
+        )
+
+
+# Fields that hold what they were given.
+SCALARS = {
+    "window",
+    "sinks",
+    "tokens",
+    "sparsity",
+    "seed",
+    "threshold",
+    "rollback",
+    "scale",
+    "beta",
+}
+CASES = [(kind, name) for kind, (_, fields) in CLASSES.items() for name in fields]
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_a_field_takes_what_it_says_and_names_what_it_refuses(kind, name):
+    arguments, fields = CLASSES[kind]
+    wrong = []
+    for value in VALUES:
+        if name == "dtype" and value is torch.float32:
+            continue
+        try:
+            made = kind(**arguments | {name: value})
+        except (TypeError, ValueError) as error:
+            wanted = TypeError if not fields[name].of_type(value) else ValueError
+            # An int budget is Tokens, which names its own field.
+            names = (
+                f"({name}|tokens)" if name in ("budget", "base") and type(value) is int else name
+            )
+            says = re.match(rf"(\w+, )*{names}(, \w+)*: wanted .*, got .", str(error), re.DOTALL)
+            if fields[name].takes(value) or not says or len(str(error)) > 500:
+                wrong.append((shown(value), error))
+            elif type(error) is not wanted and type(value) not in (type(None), tuple, range):
+                wrong.append((shown(value), f"wanted {wanted.__name__}", error))
+        else:
+            if not fields[name].takes(value):
+                wrong.append((shown(value), made))
+            elif name in SCALARS and value is not None and getattr(made, name) != value:
+                wrong.append((value, "is kept as", getattr(made, name)))
+    assert not wrong
+
+
+def test_a_budget_is_a_budget_for_fields_of_budgets():
+    """So that the kinds above name all of them."""
+    assert {kind for kind in CLASSES if issubclass(kind, Budget)} == set(BUDGET.types)

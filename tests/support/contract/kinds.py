@@ -1,0 +1,46 @@
+"""How policies decide, and the pairs in which every policy meets each way of deciding.
+
+What works beside one policy of a kind should work beside the next: the fast suite takes these
+pairs, the slow one every pair.
+"""
+
+from __future__ import annotations
+
+from tests.support.contract.cases import ADMISSIONS, EVICTIONS, SELECTIONS
+
+# Not at all; by positions; by a number of each token; by queries; for several heads together.
+KINDS = {
+    "admission": {
+        "neutral": ("all",),
+        "position": ("local", "duo"),
+        "number": ("random", "gate", "any_of", "all_of", "per_layer"),
+    },
+    "selection": {
+        "neutral": ("all",),
+        "query": ("quest_each", "user"),
+        "heads": ("quest", "quest_mean", "quest_first", "per_layer"),
+    },
+    "eviction": {
+        "neutral": ("none",),
+        "position": ("at_end_local",),
+        "number": ("at_end", "at_end_gate", "per_layer", "per_layer_mixed"),
+        "query": ("tokens", "tokens_decode", "ratio", "pyramid", "per_layer_decode"),
+        "heads": ("adaptive", "adaptive_pyramid", "cap", "cap_decode"),
+    },
+}
+for slot, table in (("admission", ADMISSIONS), ("selection", SELECTIONS), ("eviction", EVICTIONS)):
+    missing = set(table) ^ {name for names in KINDS[slot].values() for name in names}
+    assert not missing, f"the {slot} {missing} has no kind"
+
+
+def meet(one: str, other: str) -> list[tuple[str, str]]:
+    """Pairs of names in which every policy of either slot meets each kind of the other."""
+    found: list[tuple[str, str]] = []
+    ours, theirs = KINDS[one], KINDS[other]
+    for number, name in enumerate(x for names in ours.values() for x in names):
+        found += [(name, names[number % len(names)]) for names in theirs.values()]
+    for number, name in enumerate(x for names in theirs.values() for x in names):
+        met = {x for x, y in found if y == name}
+        left = [names for names in ours.values() if not met & set(names)]
+        found += [(names[number % len(names)], name) for names in left]
+    return found
