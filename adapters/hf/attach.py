@@ -143,7 +143,7 @@ class Attachment:
         for config, previous in self.configs.values():
             if next(self._sharing(config), None) is None:
                 config._attn_implementation = previous
-        for config in self._named():  # one that replaced ours meanwhile
+        for config in [*self._named(), self.base.config]:  # one that replaced ours meanwhile
             if id(config) not in self.configs and config._attn_implementation == NAME:
                 config._attn_implementation = first
 

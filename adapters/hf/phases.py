@@ -74,6 +74,8 @@ def ask(
     fork = _fork(attachment, cache, input_ids, question, rows)
     mask = _full_mask(fork, input_ids, attention_mask, rows)
     given = {"input_ids": input_ids, "attention_mask": mask, "past_key_values": fork}
+    if question == "decode" and _evicts_while_decoding(attachment):
+        given["prefill_chunk_size"] = 1
     return run(attachment, {**options, **given}, question)
 
 
@@ -91,12 +93,23 @@ def loglikelihood(
     cache = read(attachment, input_ids[:, :-1], mask, None, None, None)
     _check(question)
     asked = torch.cat([input_ids[:, -1:], continuation_ids[:, :-1]], 1)
+    decoded = question == "decode"
+    width = 1 if decoded and _evicts_while_decoding(attachment) else asked.shape[1]
     with torch.no_grad(), attachment.forwards.holding():
-        cache.begin_question(None if question == "decode" else cache.columns + asked.shape[1])
-        output = attachment.base(input_ids=asked, past_key_values=cache, return_dict=True)
+        cache.begin_question(None if decoded else cache.columns + asked.shape[1])
+        logits = [
+            attachment.base(input_ids=part, past_key_values=cache, return_dict=True).logits
+            for part in asked.split(width, 1)
+        ]
     attachment.used(cache)
-    scores = output.logits.float().log_softmax(-1)
+    scores = torch.cat(logits, 1).float().log_softmax(-1)
     return scores.gather(-1, continuation_ids[..., None].to(scores.device)).squeeze(-1)
+
+
+def _evicts_while_decoding(attachment: Attachment) -> bool:
+    """Whether a question's tokens must come one by one, so that evictions fall between them."""
+    eviction = attachment.pipeline.eviction
+    return eviction.when == "decode" and not eviction.neutral
 
 
 def _check(question: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvpolicy import CachePipeline
+from kvpolicy import CachePipeline, UnsupportedError
 from kvpolicy.adapters.hf import attach
 from tests.support.adapters.faults import snapshot
 from tests.support.adapters.models import SIZES, error, pipelines, prompt, tiny
@@ -13,7 +13,8 @@ from tests.support.adapters.models import SIZES, error, pipelines, prompt, tiny
 peft = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"  # asked for by PEFT
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",  # asked for by PEFT
+    "ignore:Position ids are not supported:UserWarning",  # transformers hands them to PEFT
 )
 
 GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -81,3 +82,59 @@ def test_adapters_may_change_while_attached():
         for name, plain in wanted.items():
             model.set_adapter(name)
             assert error(model.generate(**inputs), plain) < 1e-3
+
+
+def soft(kind, **extra):
+    config = getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", num_virtual_tokens=12, **extra)
+    torch.manual_seed(5)
+    return peft.get_peft_model(tiny(), config).eval()
+
+
+SOFT = {"PromptTuning": {}, "PromptEncoder": {"encoder_hidden_size": 16}}
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("name", [None, "quest", "snapkv", "gate-quest-snapkv"])
+@pytest.mark.parametrize("kind", SOFT)
+def test_a_soft_prompt_is_part_of_the_prompt(kind, name, beams):
+    """As if its virtual tokens were embedded by hand: the prompt ends after all of it."""
+    model = soft(kind, **SOFT[kind])
+    base, ids = model.get_base_model(), prompt([33])["input_ids"]
+    whole = torch.cat([model.get_prompt(1), base.get_input_embeddings()(ids)], 1)
+    pipeline = pipelines()[name] if name else CachePipeline(window=5)
+    options = {"max_new_tokens": 6, "num_beams": beams, **GREEDY}
+    with attach(model, pipeline, **SIZES):
+        ours = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    with attach(base, pipeline, **SIZES):
+        wanted = base.generate(inputs_embeds=whole, **options)
+    assert error(ours, wanted) < 1e-4
+    mine, theirs = ours.past_key_values.report(), wanted.past_key_values.report()
+    assert mine.evicted == theirs.evicted
+    if name is None:
+        assert error(ours, model.generate(input_ids=ids, **options)) < 1e-4
+
+
+def test_a_soft_prompt_is_read():
+    model, context = soft("PromptTuning"), prompt([33])
+    with attach(model, pipelines()["snapkv"], **SIZES) as attached:
+        cache = attached.read(**context)
+        assert cache.columns == 45 and cache.report().evicted[0][0] > 0
+        with pytest.raises(UnsupportedError, match="soft prompt"):
+            attached.read(**context, chunk_size=4)
+        with pytest.raises(UnsupportedError, match="^assisted generation: not with a soft prompt"):
+            model.generate(input_ids=context["input_ids"], prompt_lookup_num_tokens=3)
+
+
+def test_ready_keys_and_values_are_refused():
+    model = soft("PrefixTuning")
+    before = snapshot(model.get_base_model()), dict(model.__dict__)
+    with pytest.raises(UnsupportedError, match="^peft_type PREFIX_TUNING"):
+        attach(model, CachePipeline(window=5))
+    assert (snapshot(model.get_base_model()), dict(model.__dict__)) == before
+    model = lora()
+    prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with attach(model, CachePipeline(window=5)):
+        model.peft_config["prefix"] = prefix
+        model.active_adapter = "prefix"
+        with pytest.raises(UnsupportedError, match="^peft_type PREFIX_TUNING"):
+            model.generate(**prompt([9]), max_new_tokens=2)

@@ -41,7 +41,7 @@ def test_stop_strings(llama, tokenizer, rows, mode):
     free = run(llama)
     stops = [tokenizer.decode(row[15]) for row in free]
     plain = run(llama, stop_strings=stops)
-    assert plain.shape != free.shape
+    assert plain.shape != free.shape or not torch.equal(plain, free)
     with attach(llama, PIPELINE):
         assert torch.equal(run(llama, stop_strings=stops), plain)
         llama.generation_config.stop_strings = stops

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
-from kvpolicy import CachePipeline, PhaseError
-from kvpolicy.adapters.hf import attach
+from kvpolicy import CachePipeline, LocalAttention, PhaseError, UnsupportedError
+from kvpolicy.adapters.hf import KVPolicyCache, attach
 from tests.support.adapters.faults import snapshot
-from tests.support.adapters.models import prompt
+from tests.support.adapters.models import prompt, tiny
 
 PIPELINE = CachePipeline(window=5)
 
@@ -48,3 +49,77 @@ def check_wrapped(model):
 
 def snapshot_of_wrapped(model):
     return snapshot(model.get_base_model()), dict(model.__dict__)
+
+
+def test_a_compiled_model(llama):
+    """Attaches to the model inside, whose attributes the wrapper shows; both are restored."""
+    compiled = torch.compile(llama, backend="eager")
+    inputs = prompt([12, 9])
+    options = {"max_new_tokens": 6, "do_sample": False}
+    plain, logits = llama.generate(**inputs, **options), compiled(**inputs).logits
+    before = snapshot(llama)
+    for target in (compiled, llama):
+        attached = attach(target, PIPELINE)
+        for model in (compiled, llama):
+            assert torch.equal(model.generate(**inputs, **options), plain)
+            output = model(**inputs)
+            assert isinstance(output.past_key_values, KVPolicyCache)
+            real = inputs["attention_mask"].bool()
+            assert (output.logits - logits)[real].abs().max() < 1e-4
+        attached.detach()
+        assert snapshot(llama) == before
+        assert torch.equal(compiled(**inputs).logits, logits)
+
+
+@pytest.mark.parametrize(
+    "kind", ["LlamaModel", "LlamaForSequenceClassification", "LlamaForTokenClassification"]
+)
+def test_models_without_generate(llama, kind):
+    """Embedding, reward and classification models are served in bare forwards."""
+    torch.manual_seed(2)
+    model = getattr(transformers, kind)(llama.config).eval()
+    inputs = prompt([12, 9])
+    real = inputs["attention_mask"].bool()
+    before = snapshot(model)
+
+    def run(model):
+        found = model(**inputs)[0]
+        return found[real] if found.shape[:2] == real.shape else found
+
+    plain = run(model)
+    with attach(model, PIPELINE) as attached:
+        assert (run(model) - plain).abs().max() < 1e-4
+        assert not hasattr(model, "generate")
+        assert attached.read(**inputs).columns == 12
+    assert snapshot(model) == before
+    with attach(model, CachePipeline(admission=LocalAttention(window=5))):
+        assert (run(model) - plain).abs().max() > 1e-3
+
+
+def test_replicas_are_refused(llama):
+    before = snapshot(llama)
+    with pytest.raises(UnsupportedError, match="^model: DataParallel"):
+        attach(torch.nn.DataParallel(llama), PIPELINE)
+    assert snapshot(llama) == before
+
+
+def test_a_multimodal_model_keeps_its_other_towers():
+    torch.manual_seed(1)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        image_size=28, patch_size=14,
+    )  # fmt: skip
+    config = transformers.LlavaConfig(
+        text_config=tiny().config, vision_config=vision, image_token_index=199,
+        image_seq_length=4, vision_feature_layer=-1,
+    )  # fmt: skip
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    ids = torch.tensor([[5, 6, 199, 199, 199, 199, 7, 8]])
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 28, 28)}
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    plain = model.generate(**inputs, **options)
+    before = snapshot(model)
+    with attach(model, PIPELINE):
+        assert torch.equal(model.generate(**inputs, **options), plain)
+        assert model.model.vision_tower.config._attn_implementation != "kvpolicy"
+    assert snapshot(model) == before

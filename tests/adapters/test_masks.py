@@ -1,0 +1,85 @@
+"""Masks against what a cache holds: equal to before, longer, shorter, hiding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvpolicy import CachePipeline, UnsupportedError
+from kvpolicy.adapters.hf import attach
+from tests.support.adapters.faults import digest
+from tests.support.adapters.models import SIZES, error, pipelines, prompt
+
+PIPELINE = CachePipeline(window=5)
+GREEDY = {
+    "max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True,
+}  # fmt: skip
+
+
+def test_a_mask_that_hides_what_the_cache_holds(llama):
+    inputs = prompt([33, 21])
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    with attach(llama, PIPELINE, **SIZES) as attached:
+        cache = attached.new_cache()
+        llama(ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
+        before = digest(cache)
+        hides = mask.clone()
+        hides[0, 3] = 0
+        for run in (
+            lambda: llama(ids[:, 20:], attention_mask=hides, past_key_values=cache),
+            lambda: llama.generate(
+                ids, attention_mask=hides, past_key_values=cache, max_new_tokens=2
+            ),
+        ):
+            with pytest.raises(UnsupportedError, match="^attention_mask: it hides columns"):
+                run()
+            assert digest(cache) == before
+        same = llama(ids[:, 20:], attention_mask=mask, past_key_values=cache.fork()).logits
+        alone = llama(ids[:, 20:], attention_mask=mask[:, 20:], past_key_values=cache.fork()).logits
+        assert torch.equal(same, alone)
+        with pytest.raises(ValueError, match="attention_mask: wanted"):
+            llama(ids[:, 20:], attention_mask=mask[:, 5:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("more", [0, 1, 24])
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}])
+def test_a_mask_that_is_longer_than_the_prompt(llama, more, mode):
+    """The prompt ends where the ids end."""
+    ids = prompt([13])["input_ids"].repeat(1, 3)
+    mask = torch.ones(1, 39 + more, dtype=torch.long)
+    plain = llama.generate(ids, attention_mask=mask, **GREEDY, **mode)
+    with attach(llama, PIPELINE, **SIZES):
+        assert error(llama.generate(ids, attention_mask=mask, **GREEDY, **mode), plain) < 1e-4
+    with attach(llama, pipelines()["snapkv"], **SIZES):
+        wanted = llama.generate(ids, attention_mask=mask[:, :39], **GREEDY, **mode)
+        found = llama.generate(ids, attention_mask=mask, **GREEDY, **mode)
+    assert error(found, wanted) < 1e-4 and found.past_key_values.phase == "decode"
+    reports = [out.past_key_values.report().evicted for out in (found, wanted)]
+    assert reports[0] == reports[1] and reports[0][0][0] > 0
+
+
+def test_a_mask_that_hides_tokens_to_come(llama):
+    ids = prompt([9])["input_ids"]
+    mask = torch.ones(1, 12, dtype=torch.long)
+    mask[0, 10] = 0
+    with attach(llama, PIPELINE), pytest.raises(UnsupportedError, match="tokens to come"):
+        llama.generate(ids, attention_mask=mask, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["snapkv", "all"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_new_ids_with_a_mask_of_everything(llama, name, whole):
+    """As transformers takes a next turn: all ids, or the new ones beside a mask of all."""
+    ids, more = prompt([33])["input_ids"], prompt([12], seed=4)["input_ids"]
+    with attach(llama, pipelines()[name], **SIZES) as attached:
+        caches = [attached.read(ids) for _ in range(2)]
+        mask = torch.ones(1, 45, dtype=torch.long)
+        given = torch.cat([ids, more], 1) if whole else more
+        out = llama.generate(given, attention_mask=mask, past_key_values=caches[0], **GREEDY)
+        caches[1].begin_prompt()
+        llama(more, past_key_values=caches[1])
+        caches[1].end_prompt()
+        token = out.sequences[:, given.shape[1] :][:, :-1]
+        for n in range(token.shape[1]):
+            llama(token[:, n : n + 1], past_key_values=caches[1])
+        assert digest(caches[0])[2:] == digest(caches[1])[2:]
