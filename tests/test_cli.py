@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from kvpolicy import DuoAttention, WriteGate
 from kvpolicy.adapters.hf import fit_report
 from kvpolicy.cli import app, common
-from kvpolicy.evaluation.grid.variants import LOSS
 from kvpolicy.evaluation.models import smollm2, tiny_llama
+from kvpolicy.evaluation.tasks import LOSS
 from tests.support.evaluation.small import small_gate
 
 

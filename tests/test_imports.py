@@ -38,7 +38,8 @@ ROOMS = {
         ("fork",),
     ),
     "calls": (
-        ("_checks", "decide", "select", "evict"),
+        ("_checks", "budgets", "decide", "select"),
+        ("evict",),
         ("capacity",),
         ("prompt_pages", "call"),
         ("prompt", "decode"),
