@@ -213,6 +213,13 @@ class CachePipeline:
             raise PhaseError("reserve: a call is in flight; commit or abort it first")
         capacity.reserve(state, 1, steps)
 
+    def activate(self, state: CacheState, active: Tensor) -> None:
+        """Says which sequences, bool `[B]` on the device, store what decode calls bring.
+
+        The host does not look: it learns of it when it next asks the device.
+        """
+        state.devices.activate(active)
+
     def prepare_replay(self, state: CacheState, most: int) -> None:
         """Makes a captured decode step of one token ready to run; up to `most` will follow."""
         if state.steps_reserved < 1:

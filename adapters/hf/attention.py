@@ -65,7 +65,7 @@ def attention(
     check_attention(module, scaling, dropout, kwargs)
     out = _attend(key, module.layer_idx, query, pre, hidden)
     if torch.is_grad_enabled() and query.requires_grad:
-        out = _NoGradient.apply(out, query)
+        out = _NoGradient.apply(out, query)  # type: ignore[no-untyped-call]
     return out, None
 
 

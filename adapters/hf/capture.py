@@ -75,7 +75,8 @@ def forward(
 
 def run(model: Any, cache: KVPolicyCache, tokens: Tensor, positions: Tensor) -> Tensor:
     """Logits `[B, 1, V]` of one eager step."""
-    return forward(model, cache, tokens, positions).logits
+    logits: Tensor = forward(model, cache, tokens, positions).logits
+    return logits
 
 
 class Stepper:
@@ -115,7 +116,7 @@ class Stepper:
                 state.finish([row for row, on in enumerate(rows) if not on])
             at = token[:, None], self.position
             self.output = forward(self.model, self.cache, *at, self.records)
-            logits = self.output.logits
+            logits: Tensor = self.output.logits
         else:
             logits = self._captured(token[:, None], active)
         self.position = self.position + 1
@@ -125,7 +126,7 @@ class Stepper:
     def _captured(self, tokens: Tensor, active: Tensor) -> Tensor:
         cache, state = self.cache, self.cache.state
         assert state is not None
-        state.devices.activate(active)
+        cache.pipeline.activate(state, active)
         if self.eager_steps < WARM_UP and cache.graph is None:
             self.eager_steps += 1
             return run(self.model, cache, tokens, self.position)
@@ -133,7 +134,7 @@ class Stepper:
         if cache.graph is None or cache.graph.generation != state.generation:
             cache.graph = CapturedStep(self.model, cache, tokens, self.position)
             cache.captures += 1
-        logits = cache.graph.replay(tokens, self.position)
+        logits: Tensor = cache.graph.replay(tokens, self.position)
         cache.saw(1, None)  # before an eviction, which may fail when the token is in
         cache.pipeline.replayed(state)
         return logits

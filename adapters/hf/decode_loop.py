@@ -104,7 +104,8 @@ def _next_position(
 ) -> Tensor:
     """Position ids `[B, 1]` of the first generated token."""
     if not cache.counts_positions:
-        return model_kwargs["position_ids"][:, -1:] + 1
+        last: Tensor = model_kwargs["position_ids"][:, -1:]
+        return last + 1
     assert cache.state is not None
     return torch.tensor(cache.state.lengths, device=device)[:, None]
 

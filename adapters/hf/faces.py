@@ -55,7 +55,7 @@ class KVPolicyLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, cache: Owner, index: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         # Weak: a cycle would keep a dropped cache's pages until the collector happens to run.
         self._cache, self.index = weakref.ref(cache), index
         self.is_initialized = True
@@ -72,7 +72,8 @@ class KVPolicyLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        return self.cache.update(key_states, value_states, self.index)
+        key, value = self.cache.update(key_states, value_states, self.index)
+        return key, value
 
     def get_seq_length(self) -> int:
         return self.cache.columns

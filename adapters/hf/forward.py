@@ -16,7 +16,7 @@ from .modes import ordinary
 
 def inputs_of(kwargs: dict[str, Any]) -> Tensor:
     """Token ids or embeddings `[B, S, ...]` of a decoder's forward."""
-    found = kwargs.get("inputs_embeds")
+    found: Tensor | None = kwargs.get("inputs_embeds")
     found = kwargs.get("input_ids") if found is None else found
     if found is None:
         raise ValueError("input_ids: wanted token ids, or inputs_embeds, got neither")

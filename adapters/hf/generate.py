@@ -74,7 +74,7 @@ def run(attachment: Attached, kwargs: dict[str, Any], question: str | None = Non
 def merged_config(attachment: Attached, kwargs: dict[str, Any]) -> GenerationConfig:
     """The options as transformers will merge them: the call's, else the model's."""
     own = getattr(attachment.model, "generation_config", attachment.base.generation_config)
-    config = copy.deepcopy(kwargs.get("generation_config") or own)
+    config: GenerationConfig = copy.deepcopy(kwargs.get("generation_config") or own)
     config.update(**own.to_dict(), defaults_only=True)
     config.update(**kwargs)
     return config
@@ -100,7 +100,7 @@ def _prompt_columns(attachment: Attached, cache: KVPolicyCache, kwargs: dict[str
     soft = soft_prompt(attachment.model)
     extra = soft.num_virtual_tokens if soft and not cache.columns else 0
     if kwargs.get("inputs_embeds") is not None:
-        return kwargs["inputs_embeds"].shape[1] + extra
+        return int(kwargs["inputs_embeds"].shape[1]) + extra
     width = max([x.shape[1] for x in _inputs(kwargs)], default=1)
     mask = kwargs.get("attention_mask")
     follows = mask is not None and mask.shape[1] != width

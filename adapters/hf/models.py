@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import Any, Unpack
 
 import attrs
@@ -114,7 +115,8 @@ def attention_modules(model: nn.Module) -> list[Any]:
 def key_source(module: Any) -> nn.Module:
     """The submodule of an attention module whose output are its keys before RoPE."""
     norm = getattr(module, "k_norm", None)
-    return module.k_proj if norm is None else norm
+    found: nn.Module = module.k_proj if norm is None else norm
+    return found
 
 
 def sliding_windows(model: nn.Module) -> tuple[int | None, ...]:
@@ -138,7 +140,8 @@ def sliding_windows(model: nn.Module) -> tuple[int | None, ...]:
 
 def head_dim_of(config: Any) -> int:
     """Channels of a head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    given = getattr(config, "head_dim", None)
+    return int(given or config.hidden_size // config.num_attention_heads)
 
 
 def shards(projection: Any) -> tuple[int, int]:
@@ -161,7 +164,8 @@ def _dtype_of(module: Any, layer: nn.Module, config: Any) -> torch.dtype:
         found = [p for p in layer.parameters() if p.ndim == 1 and _computes(p)][:1]
     if not found:
         return getattr(config, "dtype", None) or torch.get_default_dtype()
-    return functools.reduce(torch.promote_types, [x.dtype for x in found])
+    widest: torch.dtype = functools.reduce(torch.promote_types, [x.dtype for x in found])
+    return widest
 
 
 def _computes(weight: Tensor) -> bool:
@@ -175,7 +179,7 @@ def _device_of(module: Any, layer: nn.Module) -> torch.device:
         for each in getattr(hook, "hooks", [hook]):
             if getattr(each, "execution_device", None) is not None:
                 return torch.device(each.execution_device)
-    tensors = itertools.chain(
+    tensors: Iterator[Tensor] = itertools.chain(
         module.k_proj.parameters(), module.k_proj.buffers(), layer.parameters(), layer.buffers()
     )
     return next(tensors).device

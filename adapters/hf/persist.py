@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ def load_cache(
     followed the saved cache, token for token. Raises ValueError, with the reason, for a file that
     is truncated or altered, or that another model, pipeline or size wrote; loading never runs code.
     """
-    cache: Any = new_cache(model, pipeline, dtype=dtype, **sizes)
+    cache = new_cache(model, pipeline, dtype=dtype, **sizes)
     cache.state, extra, notes = persist.load(
         path, pipeline, cache.spec, fingerprint=model_fingerprint(model)
     )

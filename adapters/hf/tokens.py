@@ -41,4 +41,5 @@ def _mask_of(ids: Tensor, config: Any) -> Tensor:
     ends = ends if isinstance(ends, list) else [ends]
     if pad is None or pad in ends:
         return torch.ones_like(ids)
-    return (ids != pad).long()
+    mask: Tensor = (ids != pad).long()
+    return mask

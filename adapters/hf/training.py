@@ -101,7 +101,8 @@ class AttachedModel:
             layer.rule, layer.key_pre = rule, None
         device = input_ids.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            return self._decoder(input_ids, use_cache=False).last_hidden_state
+            states: Tensor = self._decoder(input_ids, use_cache=False).last_hidden_state
+            return states
 
 
 @contextmanager

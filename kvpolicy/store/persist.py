@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import attrs
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .._files import replacing
 from ..errors import PhaseError
 from ..ops import POSITION_MASK, pages_of
 from ..spec import CacheSpec
@@ -84,13 +82,10 @@ def save(
         "notes": json.dumps(dict(notes or {})),
     }
     header["checksum"] = tensors_hash(tensors, header)
-    target = Path(path)
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")  # threads save too
-    try:
+    from safetensors.torch import save_file
+
+    with replacing(Path(path)) as partial:
         save_file(tensors, partial, metadata=header)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load(
@@ -148,6 +143,8 @@ def _numbers() -> list[tuple[str, str, type]]:
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Header and tensors; safetensors bounds both by the file's size."""
+    from safetensors import SafetensorError, safe_open
+
     if not Path(path).is_file():
         raise FileNotFoundError(f"path: no file {path}")
     try:
