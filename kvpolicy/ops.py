@@ -145,7 +145,8 @@ class Ops(Protocol):
 
     Both backends raise ValueError or TypeError before anything is written. Kernels compute in
     float32, bfloat16 and float16 and refuse float64, which the reference takes; what they write in
-    place wants a contiguous last dimension.
+    place wants a contiguous last dimension. A product q.k in float16, whose range it may exceed, is
+    scaled before it is rounded.
     """
 
     backend: str

@@ -65,39 +65,52 @@ class SnapKV(Eviction):
         )  # fmt: skip
 
     def score(self, view: EvictionView) -> Tensor:
-        weights = self._weights(view)  # [B, Hkv, G, w, N]
-        seen = view.query_valid.sum(-1).clamp(min=1)[:, None, None, None]  # type: ignore[union-attr]
-        if self.group == "max" and self.normalize == "global":
-            mass = weights.amax(2).sum(2) / seen[:, 0]  # WG-KV: max over the group, then the mean
-        else:
-            mass = weights.sum(3) / seen
-            mass = mass.amax(2) if self.group == "max" else mass.mean(2)
-        mass = mass.masked_fill(~view.valid, 0.0)
+        # Sequence by sequence, as long as each is: how a product or a sum is rounded depends on
+        # its length.
+        batch, kv_heads, length = view.valid.shape
+        wide = torch.promote_types(view.keys.dtype, torch.float32)
+        mass = torch.zeros(batch, kv_heads, length, dtype=wide, device=view.valid.device)
         if mass.shape[-1] == 0:  # pooling refuses to pool nothing
             return mass
-        half = self.kernel // 2
-        if self.pooling == "avg":
-            return F.avg_pool1d(mass, self.kernel, 1, half)
-        return F.max_pool1d(mass, self.kernel, 1, half)
+        place = torch.arange(1, length + 1, device=mass.device)
+        for row, used in enumerate((view.valid * place).amax((1, 2)).tolist()):
+            mass[row, :, :used] = self._mass(view, row, used)
+        pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
+        return pool(mass, self.kernel, 1, self.kernel // 2)
 
-    def _weights(self, view: EvictionView) -> Tensor:
+    def _mass(self, view: EvictionView, row: int, used: int) -> Tensor:
+        """Weights `[Hkv, used]` of a sequence's first `used` slots, before pooling."""
+        weights = self._weights(view, row, used)  # [Hkv, G, w, used]
+        seen = view.query_valid[row].sum().clamp(min=1)  # type: ignore[index]
+        if self.group == "max" and self.normalize == "global":
+            mass = weights.amax(1).sum(1) / seen  # WG-KV: max over the group, then the mean
+        else:
+            mass = weights.sum(2) / seen
+            mass = mass.amax(1) if self.group == "max" else mass.mean(1)
+        return mass.masked_fill(~view.valid[row, :, :used], 0.0)
+
+    def _weights(self, view: EvictionView, row: int, used: int) -> Tensor:
         assert view.queries is not None and view.query_valid is not None
-        batch, kv_heads, length, dim = view.keys.shape
-        w = view.queries.shape[2]
-        q = view.queries.view(batch, kv_heads, -1, w, dim)
+        kv_heads, w = view.keys.shape[1], view.queries.shape[2]
+        q = view.queries[row].unflatten(0, (kv_heads, -1))  # [Hkv, G, w, D]
+        keys, recent_keys = view.keys[row, :, :used], view.recent_keys[row]
         wide = torch.promote_types(q.dtype, torch.float32)
-        at = view.lengths[:, None] - w + torch.arange(w, device=q.device)  # query positions [B, w]
-        at = at[:, None, None, :, None]
-        logits = (q @ view.keys[:, :, None].transpose(3, 4)).to(wide) * view.scale
-        ok = view.valid[:, :, None, None] & (view.positions[:, :, None, None] <= at)
+        if q.dtype == torch.float16:  # q.k may exceed its range where the logit does not
+            q, keys, recent_keys = q.float(), keys.float(), recent_keys.float()
+        end = view.lengths[row]
+        at = (end - w + torch.arange(w, device=q.device))[:, None]  # query positions [w, 1]
+        logits = (q @ keys[:, None].transpose(2, 3)).to(wide) * view.scale
+        ok = (view.valid[row, :, None, :used] & (view.positions[row, :, None, :used] <= at))[
+            :, None
+        ]
         if self.normalize == "visible":
-            recent = view.recent_keys.shape[2]
-            near = (q @ view.recent_keys[:, :, None].transpose(3, 4)).to(wide) * view.scale
-            key_at = view.lengths[:, None] - recent + torch.arange(recent, device=q.device)
-            near_ok = view.recent_valid[:, None, None, None] & (key_at[:, None, None, None] <= at)
+            recent = recent_keys.shape[1]
+            near = (q @ recent_keys[:, None].transpose(2, 3)).to(wide) * view.scale
+            key_at = end - recent + torch.arange(recent, device=q.device)
+            near_ok = view.recent_valid[row] & (key_at <= at)  # [w, W]
             logits = torch.cat([logits, near], -1)
-            ok = torch.cat([ok, near_ok.expand(-1, kv_heads, 1, -1, -1)], -1)
+            ok = torch.cat([ok, near_ok.expand(kv_heads, 1, -1, -1)], -1)
         logits = logits.masked_fill(~ok, float("-inf"))
         # A query without any key gives NaN, and a query not yet seen gives nothing.
-        weights = logits.softmax(-1).nan_to_num(0.0)[..., :length]
-        return weights * view.query_valid[:, None, None, :, None]
+        weights = logits.softmax(-1).nan_to_num(0.0)[..., :used]
+        return weights * view.query_valid[row, :, None]

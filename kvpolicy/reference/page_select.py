@@ -29,8 +29,10 @@ def quest_select(
     scores = torch.maximum(q * extent[..., 0, :], q * extent[..., 1, :]).sum(-1)
     if group == "each":
         scores = scores.flatten(1, 2)
-    else:
-        scores = scores.amax(2) if group == "max" else scores.mean(2)
+    elif group == "max":
+        scores = scores.amax(2)
+    else:  # one after the other: a sum over a dimension is rounded by the place in the others
+        scores = sum(scores.unbind(2), scores.new_zeros(())) / scores.shape[2]
     return top_pages(scores, counts, size, budget, first, last)
 
 

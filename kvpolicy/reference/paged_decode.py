@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ops import Heads, Pages, Ring, ring_slot
+from ._logits import logits, widened
 
 
 def paged_decode(
@@ -55,8 +56,7 @@ def paged_decode(
         parts.insert(0, (lying[0], lying[1]))
 
     q = query.view(batch, kv_heads, -1, dim)
-    scores = torch.cat([q @ k.transpose(2, 3) for k, _ in parts], -1)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).mul_(scale)
+    scores = torch.cat([logits(q, k, scale) for k, _ in parts], -1)
     tokens = scores.shape[3] - slots
     held = counts[0].tolist() if batch == 1 and selected is None else []
     if held and held == held[:1] * kv_heads:
@@ -72,9 +72,9 @@ def paged_decode(
         hidden = torch.cat([token < counts[..., None], near], -1).logical_not_()[:, :, None]
         scores.masked_fill_(hidden, float("-inf"))
     weights = scores.softmax(-1).to(ring_v.dtype)
-    shares = weights.split([v.shape[2] for _, v in parts], -1)
-    out = sum(share @ v for share, (_, v) in zip(shares, parts, strict=True))
-    out = out.view(batch, -1, dim)
+    shares = widened(weights).split([v.shape[2] for _, v in parts], -1)
+    out = sum(share @ widened(v) for share, (_, v) in zip(shares, parts, strict=True))
+    out = out.view(batch, -1, dim).to(query.dtype)
     return out if bool(active.all()) else out * active[:, None, None]
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import POSITION_MASK, Heads, Pages, Ring, ring_slot
+from ._logits import logits
 
 _LOGITS = 1 << 22  # logits that a chunk of keys may have
 
@@ -30,46 +31,65 @@ def window_scores(
 ) -> Tensor:
     """Scores `[B, Hkv, M * P]` by the weights of the last queries: `Ops.window_scores`.
 
+    Sequences are looked at one by one, as long as each is: how a product or a sum is rounded
+    depends on its length.
+    """
+    size, (batch, kv_heads, columns) = pages.k.shape[1], heads.table.shape
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    mass = torch.zeros(batch, kv_heads, columns * size, dtype=wide, device=queries.device)
+    if not mass.numel():  # pooling refuses to pool nothing
+        return mass
+    for row, most in enumerate(heads.counts.amax(1).tolist()):
+        used, own = -(-most // size), slice(row, row + 1)
+        mass[own, :, : used * size] = _mass(
+            pages, Heads(heads.table[own, :, :used], heads.counts[own]), ring.k[own],
+            queries[own], lengths[own], window, scale, observation, group, normalize,
+        )  # fmt: skip
+    pool = F.avg_pool1d if pooling == "avg" else F.max_pool1d
+    return pool(mass, kernel, 1, kernel // 2)
+
+
+def _mass(
+    pages: Pages, heads: Heads, ring_k: Tensor, queries: Tensor, lengths: Tensor, window: int,
+    scale: float, observation: int, group: str, normalize: str,
+) -> Tensor:  # fmt: skip
+    """Weights `[1, Hkv, M * P]` of one sequence's tokens, before pooling.
+
     Keys are read twice, a chunk at a time: for each query's log-sum-exp, then for its weights.
     """
-    table, counts = heads
-    batch, kv_heads, _, dim = ring.k.shape
-    width = table.shape[2] * pages.k.shape[1]
+    kv_heads, dim = ring_k.shape[1], ring_k.shape[3]
     at = lengths[:, None] - observation + torch.arange(observation, device=lengths.device)
-    q = _in_ring(queries, at).unflatten(1, (kv_heads, -1))  # [B, Hkv, G, w, D]
+    q = _in_ring(queries, at).unflatten(1, (kv_heads, -1))  # [1, Hkv, G, w, D]
     wide = torch.promote_types(q.dtype, torch.float32)
     at = at[:, None, None, :, None]
 
-    def logits(keys: Tensor, seen: Tensor) -> Tensor:
-        found = (q @ keys[:, :, None].transpose(3, 4)).to(wide) * scale
-        return found.masked_fill(~seen, float("-inf"))
+    def seen_logits(keys: Tensor, seen: Tensor) -> Tensor:
+        return logits(q, keys[:, :, None], scale).masked_fill_(~seen, float("-inf"))
 
     chunk = max(_LOGITS // (q.numel() // dim), 1)
-    parts = [logits(k, ok & (where <= at)).logsumexp(-1) for k, where, ok in
-             _chunks(pages, table, counts, chunk)]  # fmt: skip
+    parts = [
+        seen_logits(k, ok & (where <= at)).logsumexp(-1)
+        for k, where, ok in _chunks(pages, heads, chunk)
+    ]
     if normalize == "visible":
         where = lengths[:, None] - window + torch.arange(window, device=at.device)
         near = where[:, None, None, None]
-        parts.append(logits(_in_ring(ring.k, where), (near >= 0) & (near <= at)).logsumexp(-1))
+        seen = (near >= 0) & (near <= at)
+        parts.append(seen_logits(_in_ring(ring_k, where), seen).logsumexp(-1))
     total = torch.stack(parts).logsumexp(0) if parts else q.new_zeros(q.shape[:4], dtype=wide)
     # A query that saw no key, such as one before the first, weighs nothing.
     total = total.masked_fill(~(total > float("-inf")), float("inf"))[..., None]
-    seen = lengths.clamp(min=1, max=observation)[:, None, None]
-    mass = torch.zeros(batch, kv_heads, width, dtype=wide, device=q.device)
-    start = 0
-    for k, where, ok in _chunks(pages, table, counts, chunk):
-        weights = (logits(k, ok & (where <= at)) - total).exp().nan_to_num(0.0)
+    count = lengths.clamp(min=1, max=observation)[:, None, None]
+    masses = [q.new_zeros(1, kv_heads, 0, dtype=wide)]
+    for k, where, ok in _chunks(pages, heads, chunk):
+        weights = (seen_logits(k, ok & (where <= at)) - total).exp().nan_to_num(0.0)
         if group == "max" and normalize == "global":
             part = weights.amax(2).sum(2)
         else:
             part = weights.sum(3)
             part = part.amax(2) if group == "max" else part.mean(2)
-        mass[..., start : start + k.shape[2]] = part / seen
-        start += k.shape[2]
-    if not width:  # pooling refuses to pool nothing
-        return mass
-    pool = F.avg_pool1d if pooling == "avg" else F.max_pool1d
-    return pool(mass, kernel, 1, kernel // 2)
+        masses.append(part / count)
+    return torch.cat(masses, -1)
 
 
 def _in_ring(ring: Tensor, at: Tensor) -> Tensor:
@@ -78,11 +98,9 @@ def _in_ring(ring: Tensor, at: Tensor) -> Tensor:
     return ring.gather(2, slot.expand(-1, ring.shape[1], -1, ring.shape[3]))
 
 
-def _chunks(
-    pages: Pages, table: Tensor, counts: Tensor, tokens: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _chunks(pages: Pages, heads: Heads, tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Keys `[B, Hkv, n, D]`, positions and validity `[B, Hkv, 1, 1, n]`, about `tokens` at once."""
-    size = pages.k.shape[1]
+    size, (table, counts) = pages.k.shape[1], heads
     for first in range(0, table.shape[2], max(tokens // size, 1)):
         ids = table[:, :, first : first + max(tokens // size, 1)].long()
         token = first * size + torch.arange(ids.shape[2] * size, device=ids.device)

@@ -119,7 +119,10 @@ def combine_group(scores: Tensor, group: str) -> Tensor:
     """Scores `[B, Hkv, G, M]` of query heads to `[B, Hkv, M]`, or `[B, Hq, M]` for "each"."""
     if group == "each":
         return scores.flatten(1, 2)
-    return scores.amax(2) if group == "max" else scores.mean(2)
+    if group == "max":
+        return scores.amax(2)
+    # One after the other: a sum over a dimension is rounded by the place in the others.
+    return sum(scores.unbind(2), scores.new_zeros(())) / scores.shape[2]
 
 
 @attrs.frozen(kw_only=True)
