@@ -21,7 +21,11 @@ def snapshot(model):
             {key: copy.copy(module.__dict__[key]) for key in hooks},
             {key: id(value) for key, value in vars(type(module)).items()},
         )
-    return found, copy.deepcopy(model.config.__dict__), copy.deepcopy(getattr(model, "generation_config", None))
+    return (
+        found,
+        copy.deepcopy(model.config.__dict__),
+        copy.deepcopy(getattr(model, "generation_config", None)),
+    )
 
 
 def digest(cache):
