@@ -5,7 +5,8 @@
 Facts (7-digit numbers) are hidden in prose of the Python language reference, 2048 tokens a context.
 Every row of the table reads each context with its own admission and answers the same questions.
 Exits with 1 if the library's full attention is not that of plain transformers, or tells itself too
-little from local attention. Saves a picture of what the write gate kept.
+little from local attention; decoding that is slow beside plain transformers' is a warning, since it
+may be the machine that is busy. Saves a picture of what the write gate kept.
 """
 
 from __future__ import annotations
@@ -128,21 +129,28 @@ def table(rows: list[Composition], runs: list[Run]) -> Table:
 
 
 def failures(runs: list[Run]) -> list[str]:
-    """What the library promises and this run did not show."""
+    """What the library promises of answers and this run did not show."""
     done = {run.composition.name: run for run in runs}
     plain, full, local = done[PLAIN], done[FULL], done[LOCAL]
     found = []
     if full.generated != plain.generated:
         found.append("full attention generated other tokens than plain transformers")
-    speed = speed_ratio(full, plain)
-    if speed < LEAST_SPEED:
-        found.append(
-            f"full attention decodes at {speed:.2f}x plain transformers, not {LEAST_SPEED}x"
-        )
     gap = full.score.token_accuracy.mean - local.score.token_accuracy.mean
     if gap < LEAST_GAP:
         found.append(f"full attention beats local by {gap:.2f} only, not {LEAST_GAP}")
     return found
+
+
+def warnings(runs: list[Run]) -> list[str]:
+    """What this run did not show and a busy machine may be the reason of."""
+    done = {run.composition.name: run for run in runs}
+    speed = speed_ratio(done[FULL], done[PLAIN])
+    if speed >= LEAST_SPEED:
+        return []
+    return [
+        f"full attention decoded at {speed:.2f}x plain transformers, not {LEAST_SPEED}x; on a "
+        "machine with nothing else to do, run it again with more --rounds"
+    ]
 
 
 def main() -> int:
@@ -198,6 +206,8 @@ def main() -> int:
         f"full against plain transformers: {ratio:.2f}x the tokens/s, "
         f"{len(by_name[FULL].generated)} greedy tokens compared"
     )
+    for warning in warnings(runs):
+        console.print(f"[yellow]warning: {warning}[/]")
     problems = failures(runs)
     for problem in problems:
         console.print(f"[bold red]{problem}[/]")

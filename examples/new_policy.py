@@ -1,4 +1,4 @@
-"""Three new policies, checked by the conformance kit and composed in one cache.
+"""Three new policies and a budget, checked by the conformance kit and composed in one cache.
 
     python examples/new_policy.py
 
@@ -68,6 +68,16 @@ class KeyDiff(Eviction):
         return -F.cosine_similarity(view.keys, direction.sum(2, keepdim=True), dim=-1)
 
 
+@attrs.frozen
+class SquareRoot(Budget):
+    """`factor` times the square root of the tokens seen."""
+
+    factor: float = 32.0
+
+    def tokens_per_head(self, seen: int, layer: int, layers: int) -> int:
+        return round(self.factor * seen**0.5)
+
+
 def run(pipeline: CachePipeline, prompt: int = 400, steps: int = 8) -> Report:
     """Sends one random sequence through a two-layer cache and reports what it holds."""
     spec = CacheSpec(layers=2, heads=4, kv_heads=2, head_dim=32)
@@ -93,7 +103,8 @@ def main() -> None:
     check_admission(Strided())
     check_selection(MeanKey(budget=Tokens(48)))
     check_eviction(KeyDiff(budget=Tokens(48)))
-    print("the three policies keep the contract")
+    check_eviction(KeyDiff(budget=SquareRoot(factor=4)))
+    print("the three policies and the budget keep the contract")
 
     dense = run(CachePipeline(window=32))
     ours = CachePipeline(

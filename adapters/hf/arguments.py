@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers.generation import GenerationConfig, GenerationMode
 
 from ...errors import UnsupportedError
+from .attached import Attached
 from .wrappers import check_soft_prompt, soft_prompt
-
-if TYPE_CHECKING:
-    from .attach import Attachment
 
 MODES = (
     GenerationMode.GREEDY_SEARCH,
@@ -42,7 +40,7 @@ OTHER_CACHES = {
 SCORES = ("softcap", "s_aux", "position_bias", "head_mask", "cache")
 
 
-def check_generate(attachment: Attachment, kwargs: dict[str, Any], config: Any) -> None:
+def check_generate(attachment: Attached, kwargs: dict[str, Any], config: Any) -> None:
     """Raises UnsupportedError for what an attached model's `generate` does not serve."""
     if kwargs.get("custom_generate") is not None:
         raise UnsupportedError("custom_generate: not together with an attached pipeline")

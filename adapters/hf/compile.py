@@ -8,16 +8,14 @@ import itertools
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import PhaseError, UnsupportedError
+from .attached import Attached
 from .models import shards
-
-if TYPE_CHECKING:
-    from .attach import Attachment
 
 PLACE = "_kvpolicy_place"  # on an attention module: [attachment's number, layer], on the CPU
 Functions = tuple[Callable[..., Any], Callable[..., Any]]  # for prompts and for one column
@@ -29,7 +27,7 @@ _NUMBERS = itertools.count()
 _TOKEN: dict[str, Any] = {"coordinate_descent_tuning": True, "realize_opcount_threshold": 9}
 # Of a decoder, by the hooks in its layers: dynamo does not see hooks that come later.
 _FUNCTIONS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Functions]] = weakref.WeakKeyDictionary()
-_ATTACHMENTS: weakref.WeakValueDictionary[int, Attachment] = weakref.WeakValueDictionary()
+_ATTACHMENTS: weakref.WeakValueDictionary[int, Attached] = weakref.WeakValueDictionary()
 
 
 # The cache that it writes to is no argument: nothing could drop or reorder a call, since a layer's
@@ -103,7 +101,7 @@ class CompiledLayers:
     """Compiles the layers of an attached decoder; `remove` makes them eager again."""
 
     def __init__(
-        self, attachment: Attachment, decoder: Any, attention: list[Any], hooks: frozenset[str]
+        self, attachment: Attached, decoder: Any, attention: list[Any], hooks: frozenset[str]
     ) -> None:
         self.layers, self.attention = list(decoder.layers), attention
         number = next(_NUMBERS)

@@ -7,7 +7,7 @@ import inspect
 import threading
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,14 +15,12 @@ from torch import nn
 from ...errors import PhaseError, UnsupportedError
 from ...pipeline import CachePipeline
 from .arguments import check_forward
+from .attached import Attached
 from .cache import KVPolicyCache
 from .compile import check_forward as check_compiled
 from .forward import Crossing, close_forward, inputs_of, open_forward, true_positions
 from .packed import split
 from .wrappers import check_soft_prompt
-
-if TYPE_CHECKING:
-    from .attach import Attachment
 
 
 class Forwards:
@@ -78,7 +76,7 @@ class Forwards:
         if crossing is not None:
             crossing.undo()
 
-    def open(self, attachment: Attachment, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def open(self, attachment: Attached, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The arguments with which the decoder's forward goes on."""
         self.claim()
         try:
@@ -89,7 +87,7 @@ class Forwards:
             self.release()
             raise
 
-    def _open(self, attachment: Attachment, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _open(self, attachment: Attached, kwargs: dict[str, Any]) -> dict[str, Any]:
         decoder, config = attachment.decoder, attachment.decoder.config
         if decoder.training and torch.is_grad_enabled():
             raise UnsupportedError(
@@ -124,7 +122,7 @@ class Forwards:
             kwargs["position_ids"] = true_positions(cache, ids.device)
         return kwargs
 
-    def close(self, attachment: Attachment, output: Any) -> Any:
+    def close(self, attachment: Attached, output: Any) -> Any:
         """What the decoder's forward returns; None leaves `output` as it is."""
         if self.owner is not threading.current_thread() or self.cache is None:
             return None  # the forward failed before it opened

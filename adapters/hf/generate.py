@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers.generation import GenerationConfig, GenerationMode
 
 from .arguments import check_ahead, check_generate
+from .attached import Attached
+from .cache import KVPolicyCache
 from .decode_loop import decode_loop
 from .modes import ordinary
 from .tokens import use_tokenizer
 from .wrappers import soft_prompt
 
-if TYPE_CHECKING:
-    from .attach import Attachment
-    from .cache import KVPolicyCache
-
 OWN_LOOP = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
-def generate(attachment: Attachment, *args: Any, **kwargs: Any) -> Any:
+def generate(attachment: Attached, *args: Any, **kwargs: Any) -> Any:
     """transformers' generate with a cache of the attached pipeline.
 
     Greedy decoding and sampling run our loop; beam search and assisted decoding run transformers'
@@ -31,7 +29,7 @@ def generate(attachment: Attachment, *args: Any, **kwargs: Any) -> Any:
 
 
 @ordinary
-def run(attachment: Attachment, kwargs: dict[str, Any], question: str | None = None) -> Any:
+def run(attachment: Attached, kwargs: dict[str, Any], question: str | None = None) -> Any:
     """Generates after a prompt, or after a question about what the given cache holds."""
     config = merged_config(attachment, kwargs)
     check_generate(attachment, kwargs, config)
@@ -73,7 +71,7 @@ def run(attachment: Attachment, kwargs: dict[str, Any], question: str | None = N
     return output
 
 
-def merged_config(attachment: Attachment, kwargs: dict[str, Any]) -> GenerationConfig:
+def merged_config(attachment: Attached, kwargs: dict[str, Any]) -> GenerationConfig:
     """The options as transformers will merge them: the call's, else the model's."""
     own = getattr(attachment.model, "generation_config", attachment.base.generation_config)
     config = copy.deepcopy(kwargs.get("generation_config") or own)
@@ -82,7 +80,7 @@ def merged_config(attachment: Attachment, kwargs: dict[str, Any]) -> GenerationC
     return config
 
 
-def _named(attachment: Attachment, args: tuple[Any, ...]) -> dict[str, Any]:
+def _named(attachment: Attached, args: tuple[Any, ...]) -> dict[str, Any]:
     """Positional arguments of generate by their names."""
     names = inspect.signature(type(attachment.base).generate).parameters
     return dict(zip(list(names)[1:], args, strict=False))
@@ -93,7 +91,7 @@ def _inputs(kwargs: dict[str, Any]) -> list[Any]:
     return [x for x in found if x is not None]
 
 
-def _prompt_columns(attachment: Attachment, cache: KVPolicyCache, kwargs: dict[str, Any]) -> int:
+def _prompt_columns(attachment: Attached, cache: KVPolicyCache, kwargs: dict[str, Any]) -> int:
     """Columns in cache and prompt together; without inputs generate starts from one BOS token.
 
     As transformers reads its arguments: ids are the whole sequence if the mask is as wide, else

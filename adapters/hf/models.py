@@ -17,16 +17,9 @@ from torch import Tensor, nn
 from ..._fields import shown
 from ...errors import UnsupportedError
 from ...spec import CacheSpec, Sizes, check_sizes
+from .wrappers import base_of
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-
-
-def base_of(model: Any) -> Any:
-    """transformers' model inside the wrappers of torch.compile and PEFT."""
-    inner = getattr(model, "_orig_mod", None)
-    if inner is None and hasattr(model, "get_base_model"):
-        inner = model.get_base_model()
-    return model if inner is None or inner is model else base_of(inner)
 
 
 def decoder_of(model: Any) -> Any:

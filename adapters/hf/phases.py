@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import PhaseError, UnsupportedError
+from .attached import Attached
 from .cache import KVPolicyCache
 from .generate import merged_config, run
 from .wrappers import soft_prompt
-
-if TYPE_CHECKING:
-    from .attach import Attachment
 
 QUESTIONS = ("decode", "prompt")
 
 
 def read(
-    attachment: Attachment,
+    attachment: Attached,
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
     inputs_embeds: Tensor | None,
@@ -61,7 +59,7 @@ def read(
 
 
 def ask(
-    attachment: Attachment,
+    attachment: Attached,
     cache: KVPolicyCache,
     input_ids: Tensor,
     attention_mask: Tensor | None,
@@ -80,7 +78,7 @@ def ask(
 
 
 def loglikelihood(
-    attachment: Attachment,
+    attachment: Attached,
     input_ids: Tensor,
     continuation_ids: Tensor,
     attention_mask: Tensor | None,
@@ -106,7 +104,7 @@ def loglikelihood(
     return scores.gather(-1, continuation_ids[..., None].to(scores.device)).squeeze(-1)
 
 
-def _evicts_while_decoding(attachment: Attachment) -> bool:
+def _evicts_while_decoding(attachment: Attached) -> bool:
     """Whether a question's tokens must come one by one, so that evictions fall between them."""
     eviction = attachment.pipeline.eviction
     return eviction.when == "decode" and not eviction.neutral
@@ -118,7 +116,7 @@ def _check(question: str) -> None:
 
 
 def _fork(
-    attachment: Attachment, cache: KVPolicyCache, input_ids: Tensor, question: str, rows: int
+    attachment: Attached, cache: KVPolicyCache, input_ids: Tensor, question: str, rows: int
 ) -> KVPolicyCache:
     """A copy with a sequence for each that will be generated."""
     _check(question)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
-from .models import attention_layers, base_of, decoder_of, key_source
+from .models import attention_layers, decoder_of, key_source
+from .wrappers import base_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .._files import write_text
 from .._markdown import table
 from .context import Bench
 from .rows import Row
@@ -45,8 +46,8 @@ def write_results(out: Path, bench: Bench, rows: list[Row]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     about = machine(bench)
     text = json.dumps({"machine": about, "rows": [row.as_dict() for row in rows]}, indent=1)
-    (out / "results.json").write_text(text + "\n", encoding="utf-8")
-    (out / "results.md").write_text(markdown(about, rows), encoding="utf-8")
+    write_text(out / "results.json", text + "\n")
+    write_text(out / "results.md", markdown(about, rows))
 
 
 def number(value: float | None, unit: str = "") -> str:

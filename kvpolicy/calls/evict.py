@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
-from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from ..budget import Budget, BudgetView, Counts, bound_layers, budget_of
+from ..budget import budget_of
 from ..eviction import EvictionView, StoredTokens
 from ..ops import POSITION_BITS, POSITION_MASK, pages_of
 from ..store import compaction
@@ -17,6 +16,7 @@ from ..store.compaction import Drop
 from ..store.layer import LayerStore
 from ..store.ring import last
 from ..store.state import CacheState
+from .budgets import keep_within, targets_of
 
 
 def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
@@ -31,7 +31,8 @@ def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
         for x in state.layers
         if not (x.slides or x.eviction.neutral or (decoding and x.eviction.when != "decode"))
     ]
-    targets = _targets(state, layers)
+    asked = targets_of(state, layers)
+    targets = _by_layer([x for x in layers if x.index in asked], asked)
     others = torch.tensor([not on for on in rows], device=state.spec.device)[:, None, None]
 
     def keeps() -> Iterator[tuple[LayerStore, Tensor]]:
@@ -40,7 +41,7 @@ def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
             keep = valid & (scores > float("-inf"))
             budget = budget_of(layer.eviction)
             if budget is not None:
-                keep &= _keep(budget, state, layer, scores, valid, targets[layer.index])
+                keep &= keep_within(budget, state, layer, scores, valid, targets[layer.index])
             if not all(rows):
                 keep |= others.to(keep.device)
             yield layer, keep
@@ -74,50 +75,6 @@ def _raise_floor(state: CacheState, rows: list[bool]) -> None:
             row.evicted_at = row.length
 
 
-def _targets(state: CacheState, layers: Sequence[LayerStore]) -> dict[int, Tensor]:
-    """Global tokens `[B, Hkv]` that budgets leave, by layer; a budget is asked once."""
-    found: dict[int, list[list[int]]] = {}
-    for budget, own in bound_layers({x.index: x.eviction for x in layers}):
-        view = budget_view(state, [state.layers[n] for n in own])
-        targets = budget.targets(view)
-        _check_targets(budget, targets, view)
-        found |= {n: [row[i] for row in targets] for i, n in enumerate(own)}
-    return _by_layer([x for x in layers if x.index in found], found)
-
-
-def budget_view(state: CacheState, layers: Sequence[LayerStore]) -> BudgetView:
-    """What a budget is told of the layers that it binds, which share a window."""
-
-    def counts() -> list[list[list[int]]]:
-        flat = torch.cat([x.counts.to(layers[0].device) for x in layers], 1).tolist()
-        ends = list(accumulate(x.counts.shape[1] for x in layers))
-        return [[row[a:b] for a, b in pairwise([0, *ends])] for row in flat]
-
-    return BudgetView(
-        seen=tuple(state.lengths),
-        window=layers[0].window,
-        layers=tuple(x.index for x in layers),
-        of=state.spec.layers,
-        kv_heads=tuple(x.counts.shape[1] for x in layers),
-        counts=counts,
-    )
-
-
-def _check_targets(budget: Budget, targets: Counts, view: BudgetView) -> None:
-    shape = [list(view.kv_heads)] * len(view.seen)
-    try:
-        fits = [[len(heads) for heads in row] for row in targets] == shape and all(
-            isinstance(n, int) and n >= 0 for row in targets for heads in row for n in heads
-        )
-    except TypeError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"{type(budget).__name__}.targets: wanted ints from 0 as [row][layer][head] of "
-            f"{len(view.seen)} sequences and {list(view.kv_heads)} heads, got {targets!r}"
-        )
-
-
 def _by_layer(
     layers: Sequence[LayerStore], numbers: Mapping[int, list[list[int]]]
 ) -> dict[int, Tensor]:
@@ -127,20 +84,6 @@ def _by_layer(
     flat = [n for x in layers for row in numbers[x.index] for n in row]
     parts = torch.tensor(flat, device=layers[0].device).split([x.counts.numel() for x in layers])
     return {x.index: n.view_as(x.counts).to(x.device) for x, n in zip(layers, parts, strict=True)}
-
-
-def _keep(
-    budget: Budget, state: CacheState, layer: LayerStore, scores: Tensor, valid: Tensor,
-    target: Tensor,
-) -> Tensor:  # fmt: skip
-    """The tokens `[B, Hkv, N]` that a budget keeps of a layer."""
-    keep = budget.keep(scores, valid, target, layer.window, state.ops.keep_best)
-    if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != valid.shape:
-        got = f"{keep.dtype} {list(keep.shape)}" if isinstance(keep, Tensor) else repr(keep)
-        raise ValueError(
-            f"{type(budget).__name__}.keep: wanted a bool tensor {list(valid.shape)}, got {got}"
-        )
-    return keep
 
 
 def _rated(

@@ -22,13 +22,14 @@ else:
 
 
 def main() -> None:
-    """The console script; without the extra `cli` it says what to install and exits with 1."""
+    """The console script; without the extra `cli` it says what to install and exits with 2."""
     try:
         with extra("cli"):
             import rich  # noqa: F401
             import typer  # noqa: F401
     except ModuleNotFoundError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     from .commands import app
 
     app()

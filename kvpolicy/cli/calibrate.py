@@ -8,15 +8,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Device, Duo, Gate, Model, errors, load, read
+from .._fields import MOST
+from .._files import write_text
+from .common import (
+    Device,
+    Duo,
+    Gate,
+    Model,
+    OfWeights,
+    Own,
+    Texts,
+    Window,
+    check_fractions,
+    errors,
+    load,
+    own_pipeline,
+    read,
+)
 
 if TYPE_CHECKING:
     from ..evaluation.search.pareto import Front, Point
     from ..pipeline import CachePipeline
 
-Texts = Annotated[Path, typer.Option(help="A .txt file or a folder of them.", exists=True)]
 AsJson = Annotated[bool, typer.Option("--json", help="The report as JSON.")]
-Window = Annotated[int | None, typer.Option(min=1, help="Local window without a gate.")]
 
 
 def calibrate(
@@ -32,10 +46,15 @@ def calibrate(
     max_bytes: Annotated[
         float | None, typer.Option("--bytes", help="Bytes of one prompt's cache instead.")
     ] = None,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of a prompt.")] = 4096,
+    length: Annotated[int, typer.Option(min=2, max=MOST, help="Tokens of a prompt.")] = 4096,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts that sizes are measured on.")] = 4,
     window: Window = None,
+    pipeline: Own = None,
+    slot: Annotated[
+        str | None, typer.Option(help='Of --pipeline: "admission" or "eviction".')
+    ] = None,
     device: Device = None,
+    dtype: OfWeights = None,
     as_json: AsJson = False,
 ) -> None:
     """Find the threshold, sparsity or budget that gives a cache of a wanted size."""
@@ -45,17 +64,23 @@ def calibrate(
         from ..evaluation.search import calibrate as calibration
         from ..evaluation.tasks.loss import documents
 
-        pipeline = _pipeline(gate, duo, snapkv, window)
-        language_model, tokenizer = load(model, device)
+        if pipeline is None:
+            turned = _pipeline(gate, duo, snapkv, window)
+            slot = "eviction" if snapkv else "admission"
+        elif gate or duo or snapkv or window:
+            raise ValueError("pipeline: wanted no window and no policies beside it")
+        else:
+            turned = own_pipeline(pipeline)
+        language_model, tokenizer = load(model, device, dtype)
         text = "\n\n".join(read(texts))
         found = calibration.calibrate(
             language_model,
-            pipeline,
+            turned,
             documents(tokenizer, text, length=length, contexts=prompts),
             target=target,
             tokens=tokens,
             bytes=max_bytes,
-            slot="eviction" if snapkv else "admission",
+            slot=slot,
             pattern=duo,
         )
         if as_json:
@@ -73,21 +98,25 @@ def calibrate(
 
 def pareto(
     model: Model,
-    gate: Annotated[Path, typer.Option(help="A write gate's file.")],
     out: Annotated[Path, typer.Option(help="Folder of the points and the plot.")],
     texts: Texts,
-    threshold: Annotated[list[float] | None, typer.Option(help="Of the gate.")] = None,
+    gate: Gate = None,
+    pipeline: Own = None,
+    threshold: Annotated[
+        list[float] | None, typer.Option(help="Of the gate, or values of an admission of yours.")
+    ] = None,
     budget: Annotated[
-        list[float] | None, typer.Option(help="Parts of the context that SnapKV leaves.")
+        list[float] | None, typer.Option(help="Parts of the context that the eviction leaves.")
     ] = None,
     task: Annotated[str, typer.Option(help="What is asked.")] = "eight needles",
-    length: Annotated[int, typer.Option(min=2, help="Context tokens.")] = 2048,
+    length: Annotated[int, typer.Option(min=2, max=MOST, help="Context tokens.")] = 2048,
     contexts: Annotated[int, typer.Option(min=1, help="Contexts of a point.")] = 8,
     question_seen: Annotated[
         bool, typer.Option("--question-seen", help="The eviction knows the question.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the contexts.")] = 0,
     device: Device = None,
+    dtype: OfWeights = None,
 ) -> None:
     """Measure thresholds x eviction budgets, and which of them are worth their bytes."""
     with errors():
@@ -97,14 +126,18 @@ def pareto(
         asking = [name for name in TASKS if TASKS[name].questions]
         if task not in asking:
             raise ValueError(f"task: wanted one of {', '.join(asking)}, got {task!r}")
-        language_model, tokenizer = load(model, device)
+        if (gate is None) == (pipeline is None):
+            raise ValueError("gate, pipeline: wanted exactly one")
+        measured = _pipeline(gate, None, True, None) if gate else own_pipeline(str(pipeline))
+        parts = budget or [0.25, 0.125, 0.0625]
+        check_fractions("budget", parts)
+        language_model, tokenizer = load(model, device, dtype)
         examples = TASKS[task].make(
             tokenizer, "\n\n".join(read(texts)), length=length, contexts=contexts, seed=seed
         )
-        parts = budget or [0.25, 0.125, 0.0625]
         found = measuring.pareto(
             language_model,
-            _pipeline(gate, None, True, None),
+            measured,
             examples,
             admissions=threshold or [0.02, 0.05, 0.1, 0.2, 0.4],
             evictions=[None, *(round(part * length) for part in parts)],
@@ -149,5 +182,5 @@ def _write(out: Path, found: Front, title: str) -> None:
 
     points = [attrs.asdict(point) | {"best": point in found.best} for point in found.points]
     record = {"knobs": found.knobs, "points": points}
-    (out / "pareto.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    write_text(out / "pareto.json", json.dumps(record, indent=1))
     front(out / "pareto.png", found, title)

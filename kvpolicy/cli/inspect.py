@@ -8,7 +8,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Device, Duo, Gate, Model, composed, errors, load, read
+from .._fields import MOST
+from .._files import write_text
+from .common import (
+    Device,
+    Duo,
+    Gate,
+    Model,
+    OfWeights,
+    Own,
+    QuestTokens,
+    SnapKVTokens,
+    Sparsity,
+    Texts,
+    Window,
+    composed,
+    errors,
+    load,
+    read,
+)
 
 if TYPE_CHECKING:
     from ..evaluation.look.fidelity import Fidelity
@@ -16,19 +34,23 @@ if TYPE_CHECKING:
 
 def inspect(
     model: Model,
-    texts: Annotated[Path, typer.Option(help="A .txt file or a folder of them.", exists=True)],
+    texts: Texts,
     out: Annotated[Path, typer.Option(help="Folder of the report and the pages.")],
     gate: Gate = None,
     duo: Duo = None,
-    sparsity: Annotated[float, typer.Option(help="Streaming heads, with --duo.")] = 0.5,
-    window: Annotated[int | None, typer.Option(min=1, help="Local window in tokens.")] = None,
-    quest: Annotated[int | None, typer.Option(help="Tokens a head reads.")] = None,
-    snapkv: Annotated[int | None, typer.Option(help="Tokens a head holds.")] = None,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of the text that are read.")] = 1024,
+    sparsity: Sparsity = 0.5,
+    window: Window = None,
+    quest: QuestTokens = None,
+    snapkv: SnapKVTokens = None,
+    pipeline: Own = None,
+    length: Annotated[
+        int, typer.Option(min=2, max=MOST, help="Tokens of the text that are read.")
+    ] = 1024,
     continuation: Annotated[
         int, typer.Option(min=1, help="The last of them, decoded one by one.")
     ] = 64,
     device: Device = None,
+    dtype: OfWeights = None,
 ) -> None:
     """Compare a composition with full attention on one text, and show what it kept.
 
@@ -39,15 +61,15 @@ def inspect(
         from ..evaluation.look.kept import kept_map
         from ..evaluation.tasks.prompts import encode
 
-        pipeline = composed(window, gate, duo, sparsity, quest, snapkv)
-        if pipeline is None:
-            raise ValueError("gate, duo, window, quest, snapkv: wanted at least one")
-        language_model, tokenizer = load(model, device)
+        composition = composed(window, gate, duo, sparsity, quest, snapkv, pipeline)
+        if composition is None:
+            raise ValueError("gate, duo, window, quest, snapkv, pipeline: wanted at least one")
+        language_model, tokenizer = load(model, device, dtype)
         ids = encode(tokenizer, "\n\n".join(read(texts)))[:length]
-        found = compare(language_model, pipeline, ids, continuation=continuation)
+        found = compare(language_model, composition, ids, continuation=continuation)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "fidelity.json").write_text(json.dumps(_record(found), indent=1), encoding="utf-8")
-        kept = kept_map(_prompt(language_model, pipeline, ids), tokenizer, ids)
+        write_text(out / "fidelity.json", json.dumps(_record(found), indent=1))
+        kept = kept_map(_prompt(language_model, composition, ids), tokenizer, ids)
         kept.html(out / "kept.html")
         kept.png(out / "kept.png", tokenizer)
         typer.echo(

@@ -3,54 +3,62 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .common import composed, errors
-
-
-class Dtype(StrEnum):
-    """dtypes of a cache."""
-
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
+from .._fields import MOST
+from .common import (
+    SMOLLM2,
+    Dtype,
+    Duo,
+    Gate,
+    Own,
+    QuestTokens,
+    SnapKVTokens,
+    Sparsity,
+    Window,
+    composed,
+    config_of,
+    errors,
+)
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="A hub id or a folder; only its config is read.")],
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each sequence.")] = 100_000,
+    model: Annotated[
+        str, typer.Argument(help=f'A hub id, a folder or "{SMOLLM2}"; only its config is read.')
+    ],
+    tokens: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Tokens of each sequence.")
+    ] = 100_000,
     admitted: Annotated[
         float | None, typer.Option(help="Fraction that a learned admission admits.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1)] = 1,
-    window: Annotated[int | None, typer.Option(min=1, help="Local window in tokens.")] = None,
-    gate: Annotated[Path | None, typer.Option(help="A write gate's file.")] = None,
-    duo: Annotated[Path | None, typer.Option(help="A DuoAttention pattern folder.")] = None,
-    sparsity: Annotated[float, typer.Option(help="Streaming heads, with --duo.")] = 0.5,
-    quest: Annotated[int | None, typer.Option(help="Tokens a head reads.")] = None,
-    snapkv: Annotated[int | None, typer.Option(help="Tokens a head holds.")] = None,
+    batch: Annotated[int, typer.Option(min=1, max=1 << 16, help="Sequences.")] = 1,
+    window: Window = None,
+    gate: Gate = None,
+    duo: Duo = None,
+    sparsity: Sparsity = 0.5,
+    quest: QuestTokens = None,
+    snapkv: SnapKVTokens = None,
+    pipeline: Own = None,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and cache.")] = Dtype.bfloat16,
-    page_size: Annotated[int, typer.Option(min=1, help="Tokens of a page.")] = 16,
+    page_size: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of a page.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Bytes as JSON.")] = False,
 ) -> None:
     """Plan memory: what a model and its cache take at a given length."""
     with errors():
         import attrs
         import torch
-        from transformers import AutoConfig
 
         from ..adapters.hf import fit_report
 
-        pipeline = composed(window, gate, duo, sparsity, quest, snapkv)
+        composition = composed(window, gate, duo, sparsity, quest, snapkv, pipeline)
         result = fit_report(
-            AutoConfig.from_pretrained(model),
+            config_of(model),
             tokens,
             admitted=admitted,
-            pipeline=pipeline,
+            pipeline=composition,
             batch=batch,
             dtype=getattr(torch, dtype.value),
             page_size=page_size,

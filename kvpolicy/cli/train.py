@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from .._extras import extra
-from .common import Device, Model, errors, load, read
+from .common import Device, Model, OfWeights, errors, load, read
 from .progress import StepProgress
 
 
@@ -40,9 +40,6 @@ Split = Annotated[str, typer.Option(help="The data set's split.")]
 Steps = Annotated[int, typer.Option(min=1, help="Optimiser steps.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens of a training sequence.")]
 Seed = Annotated[int, typer.Option(help="Of data and initialisation.")]
-Dtype = Annotated[
-    str | None, typer.Option(help="Of the frozen weights; default bfloat16, on a CPU float32.")
-]
 RunDir = Annotated[
     Path | None, typer.Option(help="Metrics and state; a run resumes from it.", file_okay=False)
 ]
@@ -83,7 +80,7 @@ def train_gate(
     eval_every: Annotated[int, typer.Option(min=0, help="Steps between hard evaluations.")] = 0,
     seed: Seed = 0,
     device: Device = None,
-    dtype: Dtype = None,
+    dtype: OfWeights = None,
     run_dir: RunDir = None,
     save_every: SaveEvery = 100,
 ) -> None:
@@ -114,9 +111,8 @@ def train_gate(
             checkpointing=checkpointing,
             eval_every=eval_every,
         )
-        wanted = _dtype(dtype, device)
         found = _documents(texts, dataset, subset, split)
-        language_model, tokenizer = load(model, device, wanted)
+        language_model, tokenizer = load(model, device, dtype)
         before = None if start is None else WriteGates.load(start, language_model)
         with StepProgress(steps, shown=_is_main()) as progress:
             trained = train_write_gate(
@@ -153,7 +149,7 @@ def train_duo(
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations.")] = True,
     seed: Seed = 0,
     device: Device = None,
-    dtype: Dtype = None,
+    dtype: OfWeights = None,
     run_dir: RunDir = None,
     save_every: SaveEvery = 100,
 ) -> None:
@@ -161,9 +157,8 @@ def train_duo(
     with errors():
         from ..training import train_duo_attention
 
-        wanted = _dtype(dtype, device)
         found = _documents(texts, dataset, subset, split)
-        language_model, tokenizer = load(model, device, wanted)
+        language_model, tokenizer = load(model, device, dtype)
         with StepProgress(steps, shown=_is_main()) as progress:
             trained = train_duo_attention(
                 language_model,
@@ -200,19 +195,6 @@ def _documents(
 
     found: Iterable[Any] = datasets.load_dataset(dataset, subset, split=split, streaming=True)
     return found
-
-
-def _dtype(name: str | None, device: str | None) -> str:
-    """The dtype to load a model in; raises ValueError for a name that is none."""
-    import torch
-
-    if name is not None:
-        found = getattr(torch, name, None)
-        if not isinstance(found, torch.dtype) or not found.is_floating_point:
-            raise ValueError(f"dtype: wanted one such as float32 or bfloat16, got {name!r}")
-        return name
-    on_cpu = not torch.cuda.is_available() if device is None else device == "cpu"
-    return "float32" if on_cpu else "bfloat16"
 
 
 def _is_main() -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..budget import Budget, BudgetView, Counts, bound_layers, budget_of
-from ..calls.evict import budget_view, longest, score, view
+from ..calls.budgets import budget_view
+from ..calls.evict import longest, score, view
 from ..eviction import Eviction, EvictionView
 from ..eviction._base import WHEN
 from ..pipeline import CachePipeline
@@ -88,8 +89,8 @@ def _options(policy: Eviction) -> None:
     try:
         budget_of(policy)
     except TypeError:
-        wanted = "budget to be None, a Budget or tokens"
-        raise ConformanceError("options", policy, wanted, f"{policy.budget!r}") from None
+        wanted, got = "budget to be None, a Budget or tokens", repr(policy.budget)
+        raise ConformanceError("options", policy, wanted, got) from None
 
 
 def _scores(policy: Eviction, view: EvictionView) -> None:
@@ -167,9 +168,8 @@ def _pipeline(
         require(evicted > 0, "takes effect", policy, case, f"none of {tokens} tokens per head")
     heads = 2 * spec.kv_heads * spec.layers
     if evicted >= heads * size:
-        wanted_text = f"fewer bytes of pages than {before.pages}, {evicted} tokens having gone"
-        holds = found.pages < before.pages
-        require(holds, "frees pages", policy, wanted_text, f"{found.pages}")
+        text, holds = f"fewer bytes of pages than {before.pages}", found.pages < before.pages
+        require(holds, "frees pages", policy, text, f"{found.pages}, {evicted} tokens having gone")
     _budget(pipeline, state, asked)
     decode(pipeline, state, data)
     if policy.when == "decode":

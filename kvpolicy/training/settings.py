@@ -7,21 +7,11 @@ from typing import Any
 
 import attrs
 
-from .._fields import fraction, not_negative, one_of, positive
+from .._fields import fraction, not_negative, number, one_of, positive
 from .objective import Kernel
 
-
-def _number(least: float, *, above: bool = False) -> Any:
-    """A finite number of at least `least`, or above it."""
-
-    def check(instance: Any, attribute: attrs.Attribute, value: Any) -> None:
-        wanted = f"a number {'above' if above else 'of at least'} {least:g}"
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise TypeError(f"{attribute.name}: wanted {wanted}, got {value!r}")
-        if not (least < value or (value == least and not above)) or value == float("inf"):
-            raise ValueError(f"{attribute.name}: wanted {wanted}, got {value}")
-
-    return check
+_POSITIVE = number("a number above 0", lambda x: x > 0)
+_NOT_NEGATIVE = number("a number of at least 0", lambda x: x >= 0)
 
 
 def _lengths(value: int | Sequence[int]) -> tuple[int, ...]:
@@ -69,16 +59,18 @@ class GateTraining:
     target_keep: float | None = attrs.field(
         default=None, validator=attrs.validators.optional(fraction(low_open=True, high_open=True))
     )
-    lam: float | None = attrs.field(default=None, validator=attrs.validators.optional(_number(0)))
+    lam: float | None = attrs.field(
+        default=None, validator=attrs.validators.optional(_NOT_NEGATIVE)
+    )
     length: tuple[int, ...] = attrs.field(
         default=(4096,), converter=_lengths, validator=_check_lengths
     )
     batch_size: int = attrs.field(default=2, validator=positive)
     threshold: float = attrs.field(default=0.1, validator=fraction())
-    expand: float = attrs.field(default=4.0, validator=_number(0, above=True))
-    lr: float = attrs.field(default=1e-3, validator=_number(0, above=True))
+    expand: float = attrs.field(default=4.0, validator=_POSITIVE)
+    lr: float = attrs.field(default=1e-3, validator=_POSITIVE)
     seed: int = attrs.field(default=0, validator=attrs.validators.instance_of(int))
-    start_lam: float = attrs.field(default=0.16, validator=_number(0, above=True))
+    start_lam: float = attrs.field(default=0.16, validator=_POSITIVE)
     ungated: int = attrs.field(default=0, validator=not_negative)
     answer_share: float = attrs.field(default=0.0, validator=fraction(high_open=True))
     kernel: Kernel = attrs.field(default="auto", validator=one_of("auto", "dense", "flex", "flash"))

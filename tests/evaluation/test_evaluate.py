@@ -164,7 +164,7 @@ def test_matched_families_take_as_many_bytes(keep, examples):
 def call(folder, out, *arguments, code=0):
     options = [
         "evaluate", folder / "model", "--texts", folder / "texts", "--out", out, "--window", 16,
-        "--device", "cpu", "--dtype", "float32", "--keep", 0.5, "--budget", 0.25,
+        "--device", "cpu", "--keep", 0.5, "--budget", 0.25,
         "--task", "copy", "--task", "loss", *arguments,
     ]  # fmt: skip
     result = CliRunner().invoke(app, [str(x) for x in options], catch_exceptions=False)
@@ -198,7 +198,7 @@ def test_a_run_is_boxed_resumed_and_summarized(folder, tmp_path):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
     record = json.loads((tmp_path / "results.json").read_text())
     assert len(record["cells"]) == 12 and {row["seed"] for row in record["cells"]} == {0}
-    assert len(record["settings"]["text"]) == 16
+    assert len(record["settings"]["text"]) == 16 and record["settings"]["dtype"] == "float32"
     assert record["made_with"][0]["torch"] == torch.__version__
 
     # What an interrupted run left is measured again, the rest is not.
@@ -206,7 +206,7 @@ def test_a_run_is_boxed_resumed_and_summarized(folder, tmp_path):
     said = call(folder, tmp_path, *sizes, "--minutes", 5).stdout
     assert "12 cells, 0 failed, 0 left" in said and said.count(", 420: ") == 1
     assert call(folder, tmp_path, *sizes).stdout.count(", 420: ") == 0
-    wrong = call(folder, tmp_path, "--contexts", 3, code=1).stderr
+    wrong = call(folder, tmp_path, "--contexts", 3, code=2).stderr
     assert "error: out: " in wrong and "another contexts: 2" in wrong
 
 
@@ -258,7 +258,7 @@ def test_what_takes_the_bytes_of_a_failed_cell_fails_too(folder, tmp_path, monke
 
 
 def test_unknown_tasks_are_named(folder, tmp_path):
-    wrong = call(folder, tmp_path, "--task", "chess", code=1).stderr
+    wrong = call(folder, tmp_path, "--task", "chess", code=2).stderr
     assert wrong.startswith("error: task: wanted ") and "chess" in wrong
 
 
@@ -271,7 +271,7 @@ def test_questions_set_the_contexts_and_variants_are_chosen(folder, tmp_path):
     assert {row["questions"] for row in rows if row["task"] == "copy"} == {16}
     assert (
         "wanted the start of one of full"
-        in call(folder, tmp_path / "b", "--variant", "x", code=1).stderr
+        in call(folder, tmp_path / "b", "--variant", "x", code=2).stderr
     )
 
 
@@ -281,7 +281,7 @@ def test_pages_are_as_large_as_asked_for(folder, tmp_path):
     rows = json.loads((tmp_path / "results.json").read_text())["cells"]
     local = next(r for r in rows if (r["task"], r["variant"]) == ("copy", "local 50%"))
     assert local["held_tokens"] == 220 <= local["slots"] < 224  # 55 pages of 4 hold half of 436
-    wrong = call(folder, tmp_path, *options, code=1).stderr
+    wrong = call(folder, tmp_path, *options, code=2).stderr
     assert "another page_size: 4" in wrong
 
 

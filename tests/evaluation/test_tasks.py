@@ -203,6 +203,54 @@ def test_unlzw_reads_a_code_not_yet_in_the_table():
     assert archives.unlzw(packed) == b"aaaaaa"
 
 
+def small_block(change, body=None):
+    """A block of one string with bytes changed before it is packed."""
+    size = slice(4, None)
+    plain = bytearray(zlib.decompress(r_block(["Emma"])[size]) if body is None else body)
+    change(plain)
+    return bytes(4) + zlib.compress(bytes(plain))
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (bytes(4) + b"no zlib", "wanted a zlib stream at byte 4"),
+        (r_block(["Emma"])[:-8], "cut short"),
+        (small_block(lambda x: None, bytes(1000)), "got header"),
+        (small_block(lambda x: x.__setitem__(slice(14, 18), b"\xff" * 4)), "wanted a size at"),
+        (small_block(lambda x: x.__setitem__(slice(27, 31), b"\xff" * 4)), "wanted a size at"),
+        (small_block(lambda x: x.__setitem__(slice(35, 39), b"\xff\xff\xff\xf0")), "wanted a size"),
+        (small_block(lambda x: x.__setitem__(slice(35, 39), b"\0\0\0\x50")), "is cut short"),
+    ],
+    ids=["zlib", "cut", "header", "encoding", "count", "negative", "long"],
+)
+def test_a_damaged_database_is_a_value_error(data, said):
+    with pytest.raises(ValueError, match=said):
+        list(archives.r_string_vectors(data))
+
+
+def test_archives_do_not_inflate_without_end(monkeypatch):
+    monkeypatch.setattr(archives, "MOST", 5000)
+    assert len(list(archives.r_string_vectors(r_block(["x" * 4000])))[0][0]) == 4000
+    with pytest.raises(ValueError, match="above 5,000 bytes"):
+        list(archives.r_string_vectors(r_block(["x" * 6000])))
+    codes = [ord("a"), *range(257, 357)]  # each string a letter longer
+    packed = sum(code << 9 * i for i, code in enumerate(codes)).to_bytes(-(-9 * 101 // 8), "little")
+    with pytest.raises(ValueError, match="more than 5,000 bytes"):
+        archives.unlzw(packed)
+    with pytest.raises(ValueError, match="got code 300, want one of 257"):
+        archives.unlzw((300).to_bytes(2, "little"))
+
+
+def test_a_damaged_bible_is_a_value_error():
+    head = b"EC02" + bytes(80)
+    with pytest.raises(ValueError, match="too few for 9 windows"):
+        list(archives.bible_windows(head + bytes(4) + (9).to_bytes(4, "big")))
+    words = b"".join(x.to_bytes(4, "big") for x in (0, 1, 103, 99))
+    with pytest.raises(ValueError, match="wanted ascending offsets"):
+        list(archives.bible_windows(head + words + b"\x1f\x9d\x90"))
+
+
 def test_markup_goes_and_examples_go():
     rst = (
         "Title of a page\n===============\n\n"

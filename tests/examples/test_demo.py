@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import sys
 from pathlib import Path
 
 import attrs
@@ -167,13 +168,32 @@ def test_failures_names_what_is_missing(demo, compared):
     local.answers = [(wrong,)]
     plain.rates, full.rates = [10.0, 20.0], [9.0, 18.0]
     assert speed_ratio(full, plain) == pytest.approx(0.9)
-    assert demo.failures([plain, full, local]) == []
+    assert demo.failures([plain, full, local]) == demo.warnings([plain, full, local]) == []
     full.generated = [*plain.generated[:-1], plain.generated[-1] + 1]
-    full.rates = [7.0, 14.0]
     local.answers = [(right,)]
-    found = demo.failures([plain, full, local])
-    assert len(found) == 3
-    assert "0.70x" in found[1]
+    tokens, gap = demo.failures([plain, full, local])
+    assert "other tokens" in tokens and "by 0.00 only" in gap
+    assert demo.warnings([plain, full, local]) == []
+
+
+def test_a_busy_machine_is_a_warning_and_no_failure(demo, monkeypatch, capsys, compared, examples):
+    runs = {name: attrs.evolve(run) for name, run in compared[0].items()}
+    right = AnswerScore(predicted_ids=(1,), answer_ids=(1,), log_likelihood=0.0)
+    wrong = attrs.evolve(right, predicted_ids=(2,))
+    for name, run in runs.items():
+        run.answers = [(wrong if name == demo.LOCAL else right,)]
+        run.rates = [7.0, 14.0] if name == demo.FULL else [10.0, 20.0]
+        run.kept = None
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    monkeypatch.setattr(demo, "load_smollm2", lambda dtype: (None, None))
+    monkeypatch.setattr(demo.tasks, "needles", lambda *args, **options: examples)
+    monkeypatch.setattr(demo, "compositions", lambda: [run.composition for run in runs.values()])
+    monkeypatch.setattr(demo, "compare", lambda *args, **options: list(runs.values()))
+    assert demo.main() == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "0.70x the tokens/s" in said and "warning: full attention decoded at 0.70x" in said
+    runs[demo.FULL].generated = [0]
+    assert demo.main() == 1
 
 
 def test_picture(demo, compared, examples, tmp_path):

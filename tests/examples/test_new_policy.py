@@ -26,7 +26,7 @@ def example():
 def test_example_prints_what_took_effect(example, capsys):
     example.main()
     out = capsys.readouterr().out
-    assert out.startswith("the three policies keep the contract")
+    assert out.startswith("the three policies and the budget keep the contract")
     numbers = [int(n) for n in re.findall(r"(\d+) \(dense (\d+)\)", out) for n in n]
     read, dense_read, bytes_held, dense_bytes = numbers
     assert dense_read == 408
@@ -55,7 +55,7 @@ def test_doc_shows_the_example(example):
     text = (ROOT / "docs/writing-a-policy.md").read_text(encoding="utf-8")
     source = (ROOT / "examples/new_policy.py").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(@attrs.*?)```", text, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         assert block in source
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import attrs
 import pytest
 import torch
@@ -99,6 +101,18 @@ class Halved(Root):
         return [[[n // 2 for n in heads] for heads in row] for row in view.counts]
 
 
+@dataclasses.dataclass(frozen=True)
+class Plain(Eviction):
+    """Options as fields of a frozen class of the standard library, without defaults too."""
+
+    window: int
+    queries: int
+    budget: int = 40
+
+    def score(self, view):
+        return view.queries.mean((1, 2, 3))[:, None, None] + view.keys.norm(dim=-1)
+
+
 def prompted(pipeline, tokens, spec=None):
     spec = spec or CacheSpec(layers=2, heads=4, kv_heads=2, head_dim=8, page_size=4)
     generator = torch.Generator().manual_seed(1)
@@ -137,6 +151,13 @@ def test_a_plain_int_is_tokens(slot):
     for wrong in (True, 64.0, "64"):
         with pytest.raises(TypeError, match=rf"{policy.__name__}.budget: wanted a budget, got"):
             CachePipeline(window=WINDOW, **{slot: policy(budget=wrong)})
+
+
+def test_options_are_attributes_of_any_kind():
+    plain = Plain(window=8, queries=5)
+    pipeline = CachePipeline(eviction=plain)
+    assert (pipeline.window, plain.queries, plain.when, Plain.when) == (8, 5, *["prompt_end"] * 2)
+    assert prompted(pipeline, 90).stored == [[40, 40]] * 2
 
 
 def test_budgets_of_ones_own_hold():

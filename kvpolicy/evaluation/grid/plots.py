@@ -127,7 +127,7 @@ def _panel(axes: Any, points: Sequence[_Point], x: Where) -> None:
             [at for at, _, _ in line],
             [mean for _, mean, _ in line],
             yerr=[0.0 if math.isnan(error) else error for _, _, error in line],
-            color=_COLOURS[family],
+            color=_COLOURS.get(family),
             linestyle="--" if seen else "-",
             marker="s" if seen else "o",
             markersize=5,

@@ -123,6 +123,12 @@ def variants(
     return found
 
 
+def own(name: str, pipeline: CachePipeline) -> Variant:
+    """A pipeline of the user's own, as large as it is."""
+    neutral = pipeline.selection.neutral and pipeline.eviction.neutral
+    return Variant(name=name, family=name, build=lambda room: pipeline, prompt_only=neutral)
+
+
 def cells(tasks: Sequence[Task], lengths: Sequence[int], rows: Sequence[Variant]) -> list[Cell]:
     """All cells, the most informative first.
 

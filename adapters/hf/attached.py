@@ -1,0 +1,46 @@
+"""An attachment as the modules below `attach` see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from ...pipeline import CachePipeline
+from .cache import KVPolicyCache
+
+
+class Holder(Protocol):
+    """Who lets one thread at a time run the model."""
+
+    def holding(self) -> AbstractContextManager[None]: ...
+
+
+class Attached(Protocol):
+    """A pipeline on a model; see `Attachment`, which is one.
+
+    `model` is what was attached to, `base` transformers' model inside its wrappers, `decoder` its
+    decoder stack with attention modules `layers`. `original` is the `generate` that ours replaces.
+    """
+
+    model: Any
+    base: Any
+    decoder: Any
+    layers: list[Any]
+    pipeline: CachePipeline
+    original: Callable[..., Any]
+    decoding: str
+    idle: dict[int, KVPolicyCache]
+
+    @property
+    def compiled(self) -> object | None: ...
+
+    @property
+    def forwards(self) -> Holder: ...
+
+    @property
+    def cache(self) -> KVPolicyCache | None: ...
+
+    def cache_for(self, given: Any) -> KVPolicyCache: ...
+
+    def used(self, cache: KVPolicyCache) -> None: ...

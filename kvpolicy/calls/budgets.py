@@ -1,0 +1,71 @@
+"""Asking the budgets of an eviction: how many tokens stay, and which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from ..budget import Budget, BudgetView, Counts, bound_layers
+from ..store.layer import LayerStore
+from ..store.state import CacheState
+
+
+def targets_of(state: CacheState, layers: Sequence[LayerStore]) -> dict[int, list[list[int]]]:
+    """Global tokens `[B][Hkv]` that budgets leave, by layer; a budget is asked once."""
+    found: dict[int, list[list[int]]] = {}
+    for budget, own in bound_layers({x.index: x.eviction for x in layers}):
+        view = budget_view(state, [state.layers[n] for n in own])
+        targets = budget.targets(view)
+        _check_targets(budget, targets, view)
+        found |= {n: [row[i] for row in targets] for i, n in enumerate(own)}
+    return found
+
+
+def budget_view(state: CacheState, layers: Sequence[LayerStore]) -> BudgetView:
+    """What a budget is told of the layers that it binds, which share a window."""
+
+    def counts() -> list[list[list[int]]]:
+        flat = torch.cat([x.counts.to(layers[0].device) for x in layers], 1).tolist()
+        ends = list(accumulate(x.counts.shape[1] for x in layers))
+        return [[row[a:b] for a, b in pairwise([0, *ends])] for row in flat]
+
+    return BudgetView(
+        seen=tuple(state.lengths),
+        window=layers[0].window,
+        layers=tuple(x.index for x in layers),
+        of=state.spec.layers,
+        kv_heads=tuple(x.counts.shape[1] for x in layers),
+        counts=counts,
+    )
+
+
+def _check_targets(budget: Budget, targets: Counts, view: BudgetView) -> None:
+    shape = [list(view.kv_heads)] * len(view.seen)
+    try:
+        fits = [[len(heads) for heads in row] for row in targets] == shape and all(
+            isinstance(n, int) and n >= 0 for row in targets for heads in row for n in heads
+        )
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{type(budget).__name__}.targets: wanted ints from 0 as [row][layer][head] of "
+            f"{len(view.seen)} sequences and {list(view.kv_heads)} heads, got {targets!r}"
+        )
+
+
+def keep_within(
+    budget: Budget, state: CacheState, layer: LayerStore, scores: Tensor, valid: Tensor,
+    target: Tensor,
+) -> Tensor:  # fmt: skip
+    """The tokens `[B, Hkv, N]` that a budget keeps of a layer."""
+    keep = budget.keep(scores, valid, target, layer.window, state.ops.keep_best)
+    if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != valid.shape:
+        got = f"{keep.dtype} {list(keep.shape)}" if isinstance(keep, Tensor) else repr(keep)
+        raise ValueError(
+            f"{type(budget).__name__}.keep: wanted a bool tensor {list(valid.shape)}, got {got}"
+        )
+    return keep
