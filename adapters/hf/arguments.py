@@ -147,7 +147,7 @@ def check_attention(module: Any, scaling: Any, dropout: float, kwargs: dict[str,
         raise UnsupportedError(
             "dropout: an attached model serves inference only; call model.eval()"
         )
-    if scaling is not None and scaling != module.scaling:
+    if scaling is not None and scaling != getattr(module, "scaling", scaling):
         raise UnsupportedError(
             f"scaling: wanted the module's {module.scaling}, with which the cache was made, got "
             f"{scaling}"

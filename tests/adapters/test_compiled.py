@@ -157,7 +157,7 @@ def test_a_failing_layer(traced, llama):
         before = digest(cache)
         with pytest.raises(Fault):
             llama(input_ids=ids[:, 20:], past_key_values=cache)
-        assert digest(cache) == before and one.owner is None
+        assert digest(cache) == before and one.forwards.owner is None
         llama(input_ids=ids[:, 20:32], past_key_values=cache)
         assert cache.columns == 32
 
@@ -197,7 +197,7 @@ def test_recording_is_refused(traced, llama, name):
             lambda: llama(**prompt([9]), **{name: True}),
             lambda: llama.generate(**prompt([9]), max_new_tokens=3, **wanted),
         ):
-            with pytest.raises(UnsupportedError, match=f"{name}.*compile=False"):
+            with pytest.raises(UnsupportedError, match=f"^{name}: "):
                 call()
         llama(**prompt([9]))
 

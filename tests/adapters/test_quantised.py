@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import accelerate
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -77,3 +78,40 @@ def test_the_write_gate_reads_keys_of_quantised_layers(quantised, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(seen, wanted, strict=True))
     kept = [len(cache.state.kept(x, 0, h)) for x in (0, 1) for h in (0, 1)]
     assert min(kept) > 5 and max(kept) < 35
+
+
+class Packed(torch.nn.Module):
+    """A linear layer whose weights have another name, as GPTQ, AWQ and HQQ keep them."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.register_buffer("qweight", (linear.weight.data * 100).round().to(torch.int8))
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.qweight.to(x.dtype) / 100)
+
+
+def test_layers_without_a_weight():
+    model = plain()
+    for layer in model.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, child in list(part.named_children()):
+                if isinstance(child, torch.nn.Linear):
+                    setattr(part, name, Packed(child))
+    inputs = {**prompt([33, 21]), "max_new_tokens": 6, **GREEDY}
+    wanted = model.generate(**inputs)
+    with attach(model, CachePipeline(window=5), **SIZES):
+        assert error(model.generate(**inputs), wanted) < 1e-3
+
+
+def test_offloaded_layers():
+    """Weights lie elsewhere between calls; the cache is where the layers run."""
+    model = plain()
+    inputs = {**prompt([33, 21]), "max_new_tokens": 6, **GREEDY}
+    wanted = model.generate(**inputs)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with attach(model, pipelines()["gate"], **SIZES) as attached:
+        assert attached.spec.device == torch.device("cpu")
+        model.generate(**inputs)
+    with attach(model, CachePipeline(window=5), **SIZES):
+        assert error(model.generate(**inputs), wanted) < 1e-3
