@@ -112,5 +112,6 @@ class SnapKV(Eviction):
             ok = torch.cat([ok, near_ok.expand(kv_heads, 1, -1, -1)], -1)
         logits = logits.masked_fill(~ok, float("-inf"))
         # A query without any key gives NaN, and a query not yet seen gives nothing.
-        weights = logits.softmax(-1).nan_to_num(0.0)[..., :used]
-        return weights * view.query_valid[row, :, None]
+        weights: Tensor = logits.softmax(-1).nan_to_num(0.0)[..., :used]
+        weights = weights * view.query_valid[row, :, None]
+        return weights
