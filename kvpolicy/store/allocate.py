@@ -34,8 +34,9 @@ def allocate(
     summary = summary_size(selection, spec)
     pools = {dim: _pool(spec, dim, ops, summary) for dim in _page_dims(spec)}
     state = CacheState(spec, ops, Devices([device], pools.values(), batch), batch)
-    admission = admission.place(device, spec.dtype, ops.backend)
-    eviction = eviction.place(device, spec.dtype, ops.backend)
+    if device.type != "meta":
+        admission = admission.place(device, spec.dtype, ops.backend)
+        eviction = eviction.place(device, spec.dtype, ops.backend)
 
     def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(batch, *shape, dtype=dtype, device=device)

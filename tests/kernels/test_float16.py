@@ -6,18 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from mirror import Mirror, Pair, Size, both, make_mirror
-from pool import DEVICE
-from prompt_cases import segments_of
-from test_prefill import CUDA
 from torch import Tensor
 
-from kvpolicy import CachePipeline, CacheSpec
-from kvpolicy.backend import load
+from kvpolicy import CachePipeline, CacheSpec, EvictionView
 from kvpolicy.eviction import SnapKV
 from kvpolicy.kernels import sparse_prefill as sparse
-from kvpolicy.ops import Heads, Pages, Ring
-from kvpolicy.types import EvictionView
+from kvpolicy.ops import Heads, Pages, Ring, load
+from tests.support.kernels.mirror import Mirror, Pair, Size, both, make_mirror
+from tests.support.kernels.pool import CUDA, DEVICE
+from tests.support.kernels.prompt_cases import segments_of
 
 DIM, WINDOW, SCALE = 128, 4, 128**-0.5
 # Keys and queries near these: q.k is 86,528 (7,648 scaled), or 5,120,000 (452,548 scaled). And what

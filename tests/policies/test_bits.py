@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvpolicy import Adaptive, CachePipeline, CacheSpec, SnapKV, Tokens, WriteGate
+from kvpolicy import Adaptive, CachePipeline, CacheSpec, EvictionView, SnapKV, Tokens, WriteGate
 from kvpolicy.eviction import Eviction
 from kvpolicy.ops import Heads, Pages
 from kvpolicy.reference import quest_select, write_gate
 from kvpolicy.selection._base import combine_group
-from kvpolicy.types import EvictionView
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 CUTS = [(0, 1), (4, 5), (1, 17), (3, 36), (20, 21), (2, 34)]

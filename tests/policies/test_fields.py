@@ -141,6 +141,7 @@ CLASSES = {
             "threshold": FRACTION,
             "inclusive": FLAG,
             "window": ints(1, none=True),
+            "activation": words("gelu", "silu"),
             "backend": words("reference", "triton"),
         },
     ),
@@ -178,7 +179,10 @@ CLASSES = {
             "normalize": words("visible", "global"),
         },
     ),
-    AtPromptEnd: ({"admission": LOCAL}, {"admission": ADMISSION}),
+    AtPromptEnd: (
+        {"admission": LOCAL},
+        {"admission": ADMISSION, "generated": words("admission", "keep")},
+    ),
     Tokens: ({"tokens": 64}, {"tokens": ints(1)}),
     Ratio: ({"ratio": 0.5}, {"ratio": POSITIVE_FRACTION}),
     Adaptive: (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import attrs
 import pytest
+import safetensors.torch
 import torch
 
 from kvpolicy import (
@@ -92,7 +93,7 @@ def test_a_failed_save_leaves_the_old_file(path, monkeypatch):
         target.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(persist, "save_file", fail)
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save(filled(), path, PIPELINE)
     assert path.read_bytes() == before

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from kvpolicy import AdmitAll, Quest, RandomGate, SnapKV
 from kvpolicy.store import load, persist, save
@@ -78,7 +79,7 @@ def forged(path, change):
     header.pop("checksum")
     change(tensors)
     header["checksum"] = tensors_hash(tensors, header)
-    persist.save_file(tensors, path, metadata=header)
+    save_file(tensors, path, metadata=header)
 
 
 HOSTILE = {
@@ -123,6 +124,6 @@ def test_a_pickle_is_refused(tmp_path):
 
 
 def test_other_safetensors_are_refused(tmp_path):
-    persist.save_file({"a": torch.zeros(1)}, tmp_path / "cache")
+    save_file({"a": torch.zeros(1)}, tmp_path / "cache")
     with pytest.raises(ValueError, match="no cache of format"):
         load(tmp_path / "cache", PIPELINE, SPEC)
