@@ -230,9 +230,9 @@ def test_a_pipeline_of_one_s_own(
     assert "eviction Norms: " in said
     out = ("--out", tmp_path / "grid", "--length", 256, "--contexts", 1, "--window", 16)
     own = ("--pipeline", "mine_for_cli:sparse", "--variant", "mine")
-    read = ("--task", LOSS.name.name, "--keep", 0.5, "--dtype", "float32", "--eager")
+    read = ("--task", LOSS.name, "--keep", 0.5, "--dtype", "float32", "--eager")
     said = call("evaluate", folder / "model", *options, *out, *own, *read)
-    assert re.search(rf"{LOSS}, 256: mine_for_cli:sparse: loss .*, cache 5\d\.\d%", said), said
+    assert re.search(rf"{LOSS.name}, 256: mine_for_cli:sparse: loss .*, cache 5\d\.\d%", said), said
     for wrong, message in (
         ("mine_for_cli", "wanted module:name"),
         ("mine_for_cli:Root", "wanted a CachePipeline in mine_for_cli:Root"),

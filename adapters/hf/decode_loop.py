@@ -36,9 +36,12 @@ def decode_loop(
     if kvp_streamer is not None:
         kvp_streamer.put(input_ids.cpu())  # a streamer expects the prompt first
     names = [n for n in RECORDS if wanted and getattr(config, f"output_{n}")]
-    output = model._prefill(
-        input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant
-    )
+    if config.prefill_chunk_size == 1 and cache.phase == "decode":
+        output = _one_by_one(model, input_ids, config, model_kwargs)
+    else:
+        output = model._prefill(
+            input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant
+        )
     if cache.phase == "prompt":
         cache.end_prompt()
     logits, recorded = output.logits, {name: [getattr(output, name)] for name in names}
@@ -89,6 +92,24 @@ def decode_loop(
         past_key_values=cache,
         **{name: cast(Any, tuple(parts)) for name, parts in recorded.items()},
     )
+
+
+def _one_by_one(model: Any, input_ids: Tensor, config: Any, model_kwargs: dict[str, Any]) -> Any:
+    """The last output after a question whose tokens are decoded, with evictions between them.
+
+    transformers' own chunks take the cache to be empty, in 5.17 at least.
+    """
+    whole = {"input_ids": input_ids}
+    for name in ("attention_mask", "position_ids"):
+        if model_kwargs.get(name) is not None:
+            whole[name] = model_kwargs[name][:, -input_ids.shape[1] :]
+    for column in range(input_ids.shape[1]):
+        part = {name: x[:, column : column + 1] for name, x in whole.items()}
+        output = model(
+            **part, past_key_values=model_kwargs["past_key_values"], use_cache=True,
+            return_dict=True, output_hidden_states=config.output_hidden_states,
+        )  # fmt: skip
+    return output
 
 
 def _choose(scores: Tensor, sample: bool) -> Tensor:

@@ -47,7 +47,8 @@ def names_of(table):
         return found - {"self", "kwargs"}
     functions = [eager_attention_forward]
     known = AttentionInterface()
-    functions += [known[name] for name in known.valid_keys()]
+    # Continuous batching has functions of its own, over caches of its own.
+    functions += [known[name] for name in known.valid_keys() if not name.startswith("paged|")]
     functions = [f for f in functions if f.__module__.startswith("transformers.")]
     found = {name for f in functions for name in inspect.signature(f).parameters}
     return found - {"module", "query", "key", "value", "kwargs"}

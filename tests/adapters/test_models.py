@@ -176,6 +176,7 @@ def test_float8_weights_are_no_dtype_of_keys():
     assert spec_of(model).dtype == torch.bfloat16
 
 
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")
 @pytest.mark.parametrize("whole", [False, True])
 def test_offloaded_layers_run_where_accelerate_says(whole):
     accelerate = pytest.importorskip("accelerate")

@@ -80,5 +80,14 @@ def test_with_a_cache(llama):
             with pytest.raises(UnsupportedError, match="^position_ids.*use_cache=False"):
                 llama(IDS, position_ids=PLACES, **options)
         assert digest(cache) == before
-        with pytest.raises(UnsupportedError, match="^position_ids"):
-            llama.generate(IDS, position_ids=PLACES, max_new_tokens=3)
+
+
+def test_generate_never_packs(llama):
+    """Where transformers makes a mask of its own (5.17) a row is one text at these positions."""
+    options = {"position_ids": PLACES, "max_new_tokens": 3, "do_sample": False}
+    plain = llama.generate(IDS, **options)
+    with attach(llama, PIPELINE):
+        try:
+            assert torch.equal(llama.generate(IDS, **options), plain)
+        except UnsupportedError as error:
+            assert str(error).startswith("position_ids")
