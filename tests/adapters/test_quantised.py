@@ -104,6 +104,7 @@ def test_layers_without_a_weight():
         assert error(model.generate(**inputs), wanted) < 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")
 def test_offloaded_layers():
     """Weights lie elsewhere between calls; the cache is where the layers run."""
     model = plain()
