@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...errors import KVPolicyError
 from .cache import KVPolicyCache
+from .columns import take_back
 
 WARM_UP = 2  # eager steps before capture: kernels compile, workspaces are allocated
+_ONE = threading.Lock()  # of captures in this process
 
 
 def why_not(model: Any, cache: KVPolicyCache, records: Sequence[str] = ()) -> str | None:
@@ -43,9 +49,14 @@ class CapturedStep:
         self.graph = torch.cuda.CUDAGraph()
         cache.capturing = True
         try:
-            torch.cuda.synchronize()
-            # Capturing runs the host's bookkeeping once although nothing is computed.
-            with state.rehearsal(), torch.cuda.graph(self.graph):
+            # What other threads do on the device neither breaks a capture nor is broken by one,
+            # but for a second one. Capturing runs the host's bookkeeping once although nothing is
+            # computed.
+            with (
+                _ONE,
+                state.rehearsal(),
+                torch.cuda.graph(self.graph, capture_error_mode="thread_local"),
+            ):
                 self.logits = run(model, cache, self.tokens, self.positions)
         finally:
             cache.capturing = False
@@ -77,6 +88,17 @@ def run(model: Any, cache: KVPolicyCache, tokens: Tensor, positions: Tensor) -> 
     """Logits `[B, 1, V]` of one eager step."""
     logits: Tensor = forward(model, cache, tokens, positions).logits
     return logits
+
+
+def _cause(error: BaseException) -> str:
+    """Where a capture met what cannot be captured: the model's line, and what CUDA says of it."""
+    while error.__context__ is not None:  # ending a failed capture fails once more
+        error = error.__context__
+    frames = traceback.extract_tb(error.__traceback__)
+    others = (str(Path(torch.__file__).parent), str(Path(__file__).resolve().parents[2]))
+    found = [f for f in frames if not f.filename.startswith(others)] or list(frames)
+    place = f"{Path(found[-1].filename).name}:{found[-1].lineno}" if found else "its end"
+    return f"at {place}: {str(error).splitlines()[0]}"
 
 
 class Stepper:
@@ -132,12 +154,35 @@ class Stepper:
             return run(self.model, cache, tokens, self.position)
         cache.pipeline.prepare_replay(state, self.room)
         if cache.graph is None or cache.graph.generation != state.generation:
-            cache.graph = CapturedStep(self.model, cache, tokens, self.position)
+            cache.graph = None
+            try:
+                cache.graph = CapturedStep(self.model, cache, tokens, self.position)
+            except RuntimeError as error:
+                if isinstance(error, KVPolicyError | torch.OutOfMemoryError):
+                    raise
+                self._stay_eager(f"the capture failed {_cause(error)}")
+                return run(self.model, cache, tokens, self.position)
             cache.captures += 1
         logits: Tensor = cache.graph.replay(tokens, self.position)
         cache.saw(1, None)  # before an eviction, which may fail when the token is in
         cache.pipeline.replayed(state)
         return logits
+
+    def _stay_eager(self, reason: str) -> None:
+        """From now on steps run eagerly; the host learns how far they came."""
+        assert self.cache.state is not None
+        self.captured, self.cache.decoding = False, f"eager: {reason}"
+        self.cache.state.sync_host()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Says which rows stored the columns so far, now that the host knows."""
+        cache, state = self.cache, self.cache.state
+        assert state is not None
+        lengths, columns = self.began
+        stored = [now - then for now, then in zip(state.lengths, lengths, strict=True)]
+        cache.ended(cache.columns - columns, stored)
+        self.began = list(state.lengths), cache.columns
 
     def finish(self, extra: int) -> None:
         """Called once when decoding has ended; its last `extra` columns stored nothing.
@@ -145,11 +190,12 @@ class Stepper:
         The host learns which rows ended when.
         """
         cache, state = self.cache, self.cache.state
-        if not self.captured or state is None:
+        if state is None:
             return
-        state.sync_host()
-        if extra:
-            cache.forget_columns(extra)
-        lengths, columns = self.began
-        stored = [now - then for now, then in zip(state.lengths, lengths, strict=True)]
-        cache.ended(cache.columns - columns, stored)
+        if self.captured:
+            state.sync_host()
+            if extra:
+                cache.forget_columns(extra)
+            self._settle()
+        elif extra:
+            cache.chunks = take_back(cache.chunks, extra, state.batch)[0]

@@ -112,6 +112,7 @@ class CacheState:
             yield
         finally:
             self.sequences, self.steps_reserved = host
+            self.call = None
 
     @contextmanager
     def unbroken(self) -> Iterator[None]:
