@@ -28,9 +28,9 @@ LAYERS = (
 # The same inside folders, whose files import each other.
 ROOMS = {
     "store": (
-        ("sequence", "extents", "free_pages", "fingerprint", "ring"),
+        ("sequence", "extents", "free_pages", "fingerprint", "lease", "ring"),
         ("pool",),
-        ("layer", "trimming"),
+        ("layer", "trimming", "recount"),
         ("devices",),
         ("state",),
         ("allocate", "sizes", "summaries"),

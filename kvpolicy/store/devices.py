@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from .layer import LayerStore
-from .pool import Lease, PagePool
+from .lease import Lease
+from .pool import PagePool
+from .recount import recount
 from .sequence import SequenceState
 from .trimming import trim
 
@@ -151,9 +153,9 @@ class Devices:
             trim(pool)
 
     def recount(self) -> None:
-        """Makes the pools right after something was broken off; see `PagePool.recount`."""
+        """Makes the pools right after something was broken off; see `recount.recount`."""
         for pool in self._leases:
-            pool.recount()
+            recount(pool)
 
     def count(
         self, layers: Iterable[LayerStore], need: Callable[[LayerStore], Tensor | int]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Protocol
 
-import attrs
 import torch
 from torch import Tensor
 
@@ -14,27 +12,11 @@ from ..errors import CapacityError
 from ..ops import Pages
 from .extents import SLAB_PAGES, Extent, slab_starts, widened
 from .free_pages import FreePages
+from .lease import Lease
 
 CopyPages = Callable[[Pages, Tensor, Tensor], None]
 # A single allocation is at most this or 1/32 of the pool: trimming drops whole ones.
 EXTENT_PAGES = 1024
-
-
-class HasTable(Protocol):
-    """A layer: its page table int32 `[B, Hkv, M]` may be replaced by a wider one."""
-
-    table: Tensor
-
-
-@attrs.define(eq=False)
-class Lease:
-    """One cache's part of a pool: the layers whose tables hold pages, and pages `reserved` for it.
-
-    Reserved pages are free and nobody else's, until the cache reserves again.
-    """
-
-    layers: list[HasTable] = attrs.field(factory=list)
-    reserved: int = 0
 
 
 class PagePool:
@@ -307,19 +289,3 @@ class PagePool:
             held = self.refs > 0
             self.refs.index_add_(0, ids, torch.full_like(ids, -1, dtype=torch.int32))
             self.push((held & (self.refs == 0)).nonzero().squeeze(1).int())
-
-    def recount(self) -> None:
-        """Makes reference counts and free stack what the caches' tables say.
-
-        After a write, a copy or an eviction that was broken off: pages that it took and put into no
-        table, or counted and did not give back, are free again.
-        """
-        ids = [torch.zeros(0, dtype=torch.int32, device=self.device)]
-        ids += [table.flatten() for table in self.tables()]
-        counts = torch.bincount(torch.cat(ids), minlength=self.capacity)
-        self.refs.zero_()
-        self.refs[1 : self.capacity] = counts[1 : self.capacity].int()
-        self.top.zero_()
-        self.push((self.refs[1 : self.capacity] == 0).nonzero().squeeze(1).int() + 1)
-        self.known.forget()
-        self.refresh()

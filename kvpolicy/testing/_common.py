@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -115,8 +115,3 @@ def check_equal(rule: str, policy: object, result: Tensor, wanted: Tensor, case:
             f"{wanted[at].item()} at {list(at)} {case}",
             f"{result[at].item()} ({int(differ.sum())} of {differ.numel()} differ)",
         )
-
-
-def describe(sizes: Mapping[str, int]) -> str:
-    """Sizes for a message."""
-    return ", ".join(f"{name}={value}" for name, value in sizes.items())
