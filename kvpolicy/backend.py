@@ -14,7 +14,7 @@ from .choices import Backend
 from .errors import BackendError
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
-_KERNELS = {  # modules of kernels/ by op
+_MODULES = {  # of reference/ and kernels/ alike, by op
     "append": "cache_write",
     "decode_write": "cache_write",
     "move_kept": "compact",
@@ -66,10 +66,10 @@ class Implementation:
         self.backend = backend
 
     def __getattr__(self, name: str) -> Any:
-        if name not in _KERNELS:
+        if name not in _MODULES:
             raise AttributeError(name)
-        where = "reference" if self.backend == "reference" else f"kernels.{_KERNELS[name]}"
-        op = getattr(importlib.import_module(f".{where}", __package__), name)
+        room = "reference" if self.backend == "reference" else "kernels"
+        op = getattr(importlib.import_module(f".{room}.{_MODULES[name]}", __package__), name)
         setattr(self, name, op)
         return op
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvpolicy.backend import _KERNELS
+from kvpolicy.backend import _MODULES
 from tests.support.kernels import every_kernel, op_cases
 
 KERNELS = Path(__file__).parents[2] / "kernels"
@@ -35,7 +35,7 @@ def test_every_kernel(capsys: pytest.CaptureFixture[str]) -> None:
     every_kernel.main([], every_kernel.TINY)
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1].endswith(f"of {len(every_kernel.entry_kernels())} kernels")
-    assert {op for line in printed[:-1] for op in line.split(" Size")[0].split()} == set(_KERNELS)
+    assert {op for line in printed[:-1] for op in line.split(" Size")[0].split()} == set(_MODULES)
 
 
 def test_a_forgotten_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
