@@ -27,6 +27,7 @@ class Ranks:
 
     def __init__(self, mesh: Any = None, axis: int = 0) -> None:
         self.mesh, self.axis = mesh, axis
+        self.left = False  # a forward, by an error of the model's own code
         self.ballot: Tensor | None = None  # made once: there may be no memory when it is wanted
 
     @property
@@ -39,7 +40,8 @@ class Ranks:
         if not self.many or ids is None:
             return 1
         weights = torch.arange(1, ids.numel() + 1, device=ids.device) * _ODD
-        return ((ids.flatten() + 1) * weights).sum() & _BITS | 1
+        found: Tensor = ((ids.flatten() + 1) * weights).sum() & _BITS | 1
+        return found
 
     @ordinary
     def vote(self, error: BaseException | None = None, key: Tensor | int = 0) -> None:
@@ -54,6 +56,13 @@ class Ranks:
         if getattr(error, _AGREED, False):
             assert error is not None
             raise error
+        if self.left:
+            raise _agreed(
+                KVPolicyError(
+                    "this rank left a forward in which the other ranks of the tensor-parallel "
+                    "model wait; end this process, and start all again"
+                )
+            ) from error
         code = 0 if error is None else 2 * self.rank + 1 + isinstance(error, CapacityError)
         highest, most, least = self._highest(code, key)
         if not highest and most == -least:
@@ -99,11 +108,14 @@ class Ranks:
             yield
 
     def leave(self, error: BaseException) -> None:
-        """Ends the group: `error` broke a layer off whose exchanges the others wait in."""
-        if not self.many or getattr(error, _AGREED, False):
-            return
-        _agreed(error)
-        self.group.abort()
+        """Says that `error` broke a layer off, in whose exchanges the others wait.
+
+        Nothing of ours can reach them there; they end when this process does. Until then it votes
+        no more, which would answer another exchange of theirs.
+        """
+        if self.many and not getattr(error, _AGREED, False):
+            _agreed(error)
+            self.left = True
 
     def refuse(self, what: str) -> None:
         """Raises UnsupportedError where there are several ranks."""

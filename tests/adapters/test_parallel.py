@@ -27,9 +27,13 @@ def test_two_ranks(tmp_path, qwen3):
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "PYTHONPATH": ROOT}
         command = [sys.executable, "-m", "tests.support.adapters.parallel", tmp_path, rank]
         ranks.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-    for rank in ranks:
-        _, said = rank.communicate(timeout=300)
-        assert rank.returncode == 0, said
+    try:
+        for rank in ranks:
+            _, said = rank.communicate(timeout=200)
+            assert rank.returncode == 0, said
+    finally:
+        for rank in ranks:
+            rank.kill()
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     _sampling_agrees([part.pop("sampled") for part in parts])
     _all_end(*(part.pop("failures") for part in parts))
@@ -68,6 +72,7 @@ def _ends_soon(first, second):
     assert second[:2] == ("MemoryError", "mlp")
     assert first[0] != "none"
     assert first[2] == second[2] == 0
+    assert "end this process" in second[3][1]
 
 
 class Sharded(torch.nn.Module):
