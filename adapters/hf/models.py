@@ -147,16 +147,17 @@ def head_dim_of(config: Any) -> int:
 
 def shards(projection: Any) -> tuple[int, int]:
     """Which part of a tensor-parallel layer's rows this rank holds, and of how many."""
-    weight: Any = getattr(projection, "weight", None)
-    for axis, placement in enumerate(getattr(weight, "placements", ())):
-        if placement.is_shard(0) and weight.device_mesh.size(axis) > 1:
-            return weight.device_mesh.get_local_rank(axis), weight.device_mesh.size(axis)
-    return 0, 1
+    ranks = _ranks_of(projection)
+    return (ranks.rank, ranks.mesh.size(ranks.axis)) if ranks.many else (0, 1)
 
 
 def ranks_of(model: nn.Module) -> Ranks:
     """The ranks that share the heads of `model`."""
-    weight: Any = getattr(attention_modules(model)[0].k_proj, "weight", None)
+    return _ranks_of(attention_modules(model)[0].k_proj)
+
+
+def _ranks_of(projection: Any) -> Ranks:
+    weight: Any = getattr(projection, "weight", None)
     for axis, placement in enumerate(getattr(weight, "placements", ())):
         if placement.is_shard(0) and weight.device_mesh.size(axis) > 1:
             return Ranks(weight.device_mesh, axis)

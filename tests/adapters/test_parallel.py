@@ -34,6 +34,7 @@ def test_two_ranks(tmp_path, qwen3):
     finally:
         for rank in ranks:
             rank.kill()
+            rank.communicate()
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     _sampling_agrees([part.pop("sampled") for part in parts])
     _all_end(*(part.pop("failures") for part in parts))
