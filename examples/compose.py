@@ -103,7 +103,8 @@ def load(name: str | None, tokens: int) -> tuple[nn.Module, Tensor]:
 
     from kvpolicy.evaluation.texts import python_topics
 
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map="auto").eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map=device).eval()
     tokenizer = AutoTokenizer.from_pretrained(name)
     ids = tokenizer(python_topics()[: 8 * tokens], return_tensors="pt").input_ids[:, :tokens]
     return model, ids.to(model.device)

@@ -123,7 +123,7 @@ def load(name: str, args: argparse.Namespace) -> tuple[nn.Module, Any, Tensor]:
     ids = tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
     ).input_ids
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, device_map="auto")
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, device_map="cuda")
     return model.eval(), tokenizer, ids.to(model.device)
 
 

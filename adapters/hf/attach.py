@@ -23,7 +23,7 @@ from .compile import COMPILED, PLACE, CompiledLayers, check_compiles
 from .faces import NAME
 from .forwards import Forwards
 from .generate import generate
-from .models import attention_modules, decoder_of, key_source
+from .models import attention_modules, check_one_device, decoder_of, key_source
 from .wrappers import base_of, check_soft_prompt, unwrapped
 
 # The model's hooks keep its attachment alive; nothing here keeps the model alive.
@@ -57,11 +57,13 @@ class Attachment:
         if _attached(self.decoder) is not None:
             raise PhaseError("attach: the model has a pipeline attached already; detach it first")
         check_model(self.decoder, self.layers)
-        self.spec = self.new_cache().spec
+        check_one_device(self.base)
+        empty = self.new_cache()
+        self.spec, self.ranks = empty.spec, empty.ranks
         pipeline.check(self.spec)
         if compile:
             check_compiles(self.decoder, self.layers)
-        self.forwards = Forwards(self.decoder)
+        self.forwards = Forwards(self.decoder, self.ranks)
         self.idle: dict[int, KVPolicyCache] = {}  # private caches with a captured graph, by batch
         self.decoding = "not yet"  # how the last generate decoded, and why not captured
         self.configs: dict[int, tuple[Any, str | None]] = {}  # and the attention that they named

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from ...pipeline import CachePipeline
 from .cache import KVPolicyCache
+from .ranks import Ranks
 
 
 class Holder(Protocol):
@@ -20,7 +21,8 @@ class Attached(Protocol):
     """A pipeline on a model; see `Attachment`, which is one.
 
     `model` is what was attached to, `base` transformers' model inside its wrappers, `decoder` its
-    decoder stack with attention modules `layers`. `original` is the `generate` that ours replaces.
+    decoder stack with attention modules `layers`. `original` is the `generate` that ours replaces,
+    `ranks` those that share the model's heads.
     """
 
     model: Any
@@ -30,6 +32,7 @@ class Attached(Protocol):
     pipeline: CachePipeline
     original: Callable[..., Any]
     decoding: str
+    ranks: Ranks
     idle: dict[int, KVPolicyCache]
 
     @property

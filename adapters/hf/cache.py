@@ -21,7 +21,7 @@ from .columns import Chunks, append, pick, real, take_back, to_tensors
 from .faces import KVPolicyLayer, KVRef
 from .fingerprints import model_fingerprint
 from .layout import Columns
-from .models import spec_of
+from .models import ranks_of, spec_of
 from .modes import exactly, in_dtype, ordinary
 
 
@@ -43,6 +43,8 @@ class KVPolicyCache(Cache):
     ) -> None:
         self.dtype, self.spec = dtype, spec_of(model, dtype=dtype, **sizes)
         self.pipeline, self.sizes, self.model = pipeline, sizes, weakref.ref(model)
+        self.ranks = ranks_of(model)
+        self.failure: BaseException | None = None  # of a layer, until all ranks know of it
         self.state: CacheState | None = None
         self.phase = "prompt"
         self.boundary: int | None = None  # column where the prompt that `generate` announced ends
@@ -82,6 +84,25 @@ class KVPolicyCache(Cache):
         """
         if self.layout is None or self.state is None:
             raise PhaseError("attention outside a forward of the attached model's decoder")
+        if not self.ranks.many:
+            return self._attend(layer, query, key, value, pre, hidden)
+        if self.failure is None:
+            try:
+                return self._attend(layer, query, key, value, pre, hidden)
+            except BaseException as error:  # raised on all ranks when the forward closes
+                self.failure = error
+        return query.new_zeros(query.transpose(1, 2).shape)  # the other ranks wait for this layer
+
+    def _attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pre: Tensor | None,
+        hidden: Tensor | None,
+    ) -> Tensor:
+        assert self.layout is not None and self.state is not None
         if pre is not None:
             batch, heads, columns, dim = key.shape
             pre = self._own(pre.view(batch, columns, heads, dim).transpose(1, 2), "key_pre")
@@ -142,7 +163,8 @@ class KVPolicyCache(Cache):
         if not self.evicts:
             for row in self.state.sequences:
                 row.prompt_open = False
-        self.pipeline.end_prompt(self.state)
+        with self.ranks.together():
+            self.pipeline.end_prompt(self.state)
 
     def begin_question(self, boundary: int | None) -> None:
         """Says that the next columns ask about what the cache holds, without another eviction.
@@ -216,8 +238,13 @@ class KVPolicyCache(Cache):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the cache to a safetensors file, for `load_cache`; only pages in use are written.
 
-        Raises PhaseError before the first forward, during one, and when the model is gone.
+        Raises PhaseError before the first forward, during one, and when the model is gone,
+        UnsupportedError under tensor parallelism.
         """
+        self.ranks.refuse(
+            "save: each rank of a tensor-parallel model holds the heads of its own, and a file "
+            "holds all; save the context's ids instead and read them again"
+        )
         model = self.model()
         if self.state is None or model is None:
             what = "its model is gone" if model is None else "nothing went through this cache yet"

@@ -31,6 +31,8 @@ def why_not(model: Any, cache: KVPolicyCache, records: Sequence[str] = ()) -> st
         return f"the model is on {state.spec.device}; only CUDA devices capture"
     if state.ops.backend != "triton":
         return f"the {state.ops.backend} backend synchronises with the host"
+    if cache.ranks.many:
+        return "the model is shared by ranks, which agree before every step"
     devices = {p.device for p in model.parameters()}
     if len(devices) > 1:
         return f"the model is spread over {len(devices)} devices"

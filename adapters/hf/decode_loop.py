@@ -64,6 +64,7 @@ def decode_loop(
         token = _choose(processed, config.do_sample)
         if pad is not None:
             token = torch.where(unfinished, token, pad.to(token.device))
+        token = cache.ranks.same(token)
         ids[:, length] = token
         length += 1
         if scores is not None:
@@ -71,6 +72,7 @@ def decode_loop(
         if raw is not None:
             raw.append(last)
         alive = unfinished & ~stopping_criteria(ids[:, :length], scores)
+        alive = cache.ranks.same(alive)
         stopped = late.stopped(alive, token)
         if stopped or length == ids.shape[1] - 1:
             break

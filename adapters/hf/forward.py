@@ -69,7 +69,7 @@ def true_positions(cache: KVPolicyCache, device: torch.device) -> Tensor:
 @ordinary
 def close_forward(cache: KVPolicyCache, failed: bool) -> None:
     """Commits the call, or takes it back."""
-    layout, cache.layout = cache.layout, None
+    layout, cache.layout, cache.failure = cache.layout, None, None
     state = cache.state
     assert layout is not None and state is not None
     if failed and cache.capturing:  # nothing ran; the rehearsal puts the host's numbers back

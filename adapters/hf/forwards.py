@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from .cache import KVPolicyCache
 from .compile import check_forward as check_compiled
 from .forward import Crossing, close_forward, inputs_of, open_forward, true_positions
 from .packed import split
+from .ranks import Ranks
 from .wrappers import check_soft_prompt
 
 
@@ -29,7 +31,8 @@ class Forwards:
     One thread at a time: another's forward raises.
     """
 
-    def __init__(self, decoder: nn.Module) -> None:
+    def __init__(self, decoder: nn.Module, ranks: Ranks) -> None:
+        self.ranks = ranks
         parameters = inspect.signature(type(decoder).forward).parameters
         self.names = list(parameters)[1:]
         self.lock = threading.Lock()  # of owner
@@ -43,11 +46,20 @@ class Forwards:
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
-        """Holds the model for this thread; another's forward or generate raises meanwhile."""
+        """Holds the model for this thread; another's forward or generate raises meanwhile.
+
+        Ends alike on all ranks.
+        """
         self.claim()
         outer, self.held = self.held, True
         try:
-            yield
+            with self.ranks.together():
+                try:
+                    yield
+                except BaseException as error:
+                    if self.cache is not None:  # an interrupt skips forward hooks
+                        self.ranks.leave(error)
+                    raise
         finally:
             self.held = outer
             self.release()
@@ -79,9 +91,10 @@ class Forwards:
     def open(self, attachment: Attached, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The arguments with which the decoder's forward goes on."""
         self.claim()
+        kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         try:
-            kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
-            return (), self._open(attachment, kwargs)
+            with self.ranks.together(self.ranks.key(kwargs)):
+                return (), self._open(attachment, kwargs)
         except BaseException:
             self.take_back()
             self.release()
@@ -129,10 +142,18 @@ class Forwards:
         try:
             if output is None:
                 self.take_back()
+                if (error := sys.exception()) is not None:
+                    self.ranks.leave(error)
                 return None
+            try:
+                self.ranks.vote(self.cache.failure)
+            except BaseException:
+                self.take_back()
+                raise
             cache, self.cache = self.cache, None
             crossing, self.crossing = self.crossing, None
-            close_forward(cache, failed=False)
+            with self.ranks.together():
+                close_forward(cache, failed=False)
             if crossing is not None:
                 output = crossing.finish(output)
             if not self.kept:

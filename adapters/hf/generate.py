@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 from typing import Any
@@ -31,6 +32,11 @@ def generate(attachment: Attached, *args: Any, **kwargs: Any) -> Any:
 @ordinary
 def run(attachment: Attached, kwargs: dict[str, Any], question: str | None = None) -> Any:
     """Generates after a prompt, or after a question about what the given cache holds."""
+    with attachment.forwards.holding():
+        return _run(attachment, kwargs, question)
+
+
+def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> Any:
     config = merged_config(attachment, kwargs)
     check_generate(attachment, kwargs, config)
     given = kwargs.pop("past_key_values", None)
@@ -43,31 +49,33 @@ def run(attachment: Attached, kwargs: dict[str, Any], question: str | None = Non
         if kwargs.get("streamer") is not None:
             # transformers drops a streamer that goes with custom_generate
             kwargs["kvp_streamer"] = kwargs.pop("streamer")
-    with attachment.forwards.holding():
-        if own:
-            use_tokenizer(attachment.base, kwargs, config)
-        # A cache that nobody else sees is used again, with its captured graph.
-        private = given is None and own and not config.return_dict_in_generate
-        rows = next((x.shape[0] for x in _inputs(kwargs)), 1)
-        rows *= int(config.num_return_sequences or 1)
-        cache = attachment.idle.pop(rows, None) if private else None
-        cache = cache or attachment.cache_for(given)
-        columns = _prompt_columns(attachment, cache, kwargs)
-        check_ahead(kwargs.get("attention_mask"), columns)
-        # Our loop says itself when the prompt has ended.
-        boundary = None if own else columns
-        if question is None:
-            cache.begin_prompt(boundary)
-        else:
-            cache.begin_question(None if question == "decode" else columns)
-        cache.counts_positions = "position_ids" not in kwargs
+    if own:
+        use_tokenizer(attachment.base, kwargs, config)
+    # A cache that nobody else sees is used again, with its captured graph.
+    private = given is None and own and not config.return_dict_in_generate
+    rows = next((x.shape[0] for x in _inputs(kwargs)), 1)
+    rows *= int(config.num_return_sequences or 1)
+    cache = attachment.idle.pop(rows, None) if private else None
+    cache = cache or attachment.cache_for(given)
+    columns = _prompt_columns(attachment, cache, kwargs)
+    check_ahead(kwargs.get("attention_mask"), columns)
+    # Our loop says itself when the prompt has ended.
+    boundary = None if own else columns
+    if question is None:
+        cache.begin_prompt(boundary)
+    else:
+        cache.begin_question(None if question == "decode" else columns)
+    cache.counts_positions = "position_ids" not in kwargs
+    draws = config.do_sample and not own  # our loop hands on the tokens that rank 0 chose
+    device = cache.spec.device
+    with attachment.ranks.one_seed(device) if draws else contextlib.nullcontext():
         output = attachment.original(**kwargs, past_key_values=cache)
-        attachment.decoding = cache.decoding if own else f"transformers' loop: {mode.value}"
-        if given is None:
-            attachment.used(cache)
-        if private and cache.graph is not None and cache.state is not None:
-            cache.reset()
-            attachment.idle[cache.state.batch] = cache
+    attachment.decoding = cache.decoding if own else f"transformers' loop: {mode.value}"
+    if given is None:
+        attachment.used(cache)
+    if private and cache.graph is not None and cache.state is not None:
+        cache.reset()
+        attachment.idle[cache.state.batch] = cache
     return output
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..._fields import shown
 from ...errors import UnsupportedError
 from ...spec import CacheSpec, Sizes, check_sizes
+from .ranks import Ranks
 from .wrappers import base_of
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -146,11 +147,32 @@ def head_dim_of(config: Any) -> int:
 
 def shards(projection: Any) -> tuple[int, int]:
     """Which part of a tensor-parallel layer's rows this rank holds, and of how many."""
+    ranks = _ranks_of(projection)
+    return (ranks.rank, ranks.mesh.size(ranks.axis)) if ranks.many else (0, 1)
+
+
+def ranks_of(model: nn.Module) -> Ranks:
+    """The ranks that share the heads of `model`."""
+    return _ranks_of(attention_modules(model)[0].k_proj)
+
+
+def _ranks_of(projection: Any) -> Ranks:
     weight: Any = getattr(projection, "weight", None)
     for axis, placement in enumerate(getattr(weight, "placements", ())):
         if placement.is_shard(0) and weight.device_mesh.size(axis) > 1:
-            return weight.device_mesh.get_local_rank(axis), weight.device_mesh.size(axis)
-    return 0, 1
+            return Ranks(weight.device_mesh, axis)
+    return Ranks()
+
+
+def check_one_device(model: nn.Module) -> None:
+    """Raises UnsupportedError for a model whose attention layers run on several devices."""
+    found = sorted({str(layer.device) for layer in attention_layers(model)})
+    if len(found) > 1:
+        raise UnsupportedError(
+            f"model: its layers run on {', '.join(found)}, a cache is on one device; load it on "
+            "one by device_map='cuda', or if it does not fit there split its heads by "
+            "tp_plan='auto' under torchrun"
+        )
 
 
 def _dtype_of(module: Any, layer: nn.Module, config: Any) -> torch.dtype:

@@ -13,7 +13,7 @@ import torch
 from kvpolicy import Adaptive, CachePipeline, Pyramid, SnapKV, Tokens, TotalCap, UnsupportedError
 from kvpolicy.adapters.hf import attach, spec_of
 from tests.support.adapters.models import tiny
-from tests.support.adapters.parallel import generate
+from tests.support.adapters.parallel import WAYS, generate
 
 ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -27,14 +27,53 @@ def test_two_ranks(tmp_path, qwen3):
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "PYTHONPATH": ROOT}
         command = [sys.executable, "-m", "tests.support.adapters.parallel", tmp_path, rank]
         ranks.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-    for rank in ranks:
-        _, said = rank.communicate(timeout=300)
-        assert rank.returncode == 0, said
+    try:
+        for rank in ranks:
+            _, said = rank.communicate(timeout=200)
+            assert rank.returncode == 0, said
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    _sampling_agrees([part.pop("sampled") for part in parts])
+    _all_end(*(part.pop("failures") for part in parts))
+    _ends_soon(*(part.pop("broken layer") for part in parts))
     for name in parts[0]:
         tokens, kept = generate(qwen3, name)
         assert all(torch.equal(part[name][0], tokens) for part in parts)
         assert parts[0][name][1] + parts[1][name][1] == kept
+
+
+def _sampling_agrees(parts):
+    for name in WAYS:
+        assert torch.equal(*(part[name] for part in parts)), name
+
+
+def _all_end(first, second):
+    kinds = {
+        "layer": ("KVPolicyError", "MemoryError"),
+        "prompt cap": ("CapacityError", "CapacityError"),
+        "decode cap": ("CapacityError", "CapacityError"),
+        "processor": ("KVPolicyError", "ValueError"),
+        "processor of beams": ("KVPolicyError", "ValueError"),
+        "other tokens": ("UnsupportedError", "UnsupportedError"),
+        "stops early": ("UnsupportedError", "UnsupportedError"),
+        "save": ("UnsupportedError", "UnsupportedError"),
+    }
+    found = {name: (first[name][0], second[name][0]) for name in first}
+    assert found == kinds, (first, second)
+    for name in kinds:
+        assert first[name][2] and second[name][2], f"{name} changed the cache"
+    assert "rank 1" in first["layer"][1] and "layer 1" in second["layer"][1]
+    assert "rank 1" in first["prompt cap"][1] and "cap is 38" in second["prompt cap"][1]
+
+
+def _ends_soon(first, second):
+    assert second[:2] == ("MemoryError", "mlp")
+    assert first[0] != "none"
+    assert first[2] == second[2] == 0
+    assert "end this process" in second[3][1]
 
 
 class Sharded(torch.nn.Module):

@@ -1,4 +1,7 @@
-"""One rank of test_parallel: generates on its share of the heads and saves what it saw."""
+"""One rank of test_parallel: generates on its share of the heads and saves what it saw.
+
+A rank that waits for one that is gone is killed by the test, which then fails.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import sys
 import warnings
 from pathlib import Path
 
+import attrs
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
+from kvpolicy import Admission, CachePipeline
 from kvpolicy.adapters.hf import attach
 from tests.support.adapters.models import SIZES, pipelines, prompt
 
@@ -27,14 +32,127 @@ def generate(model, name):
     ]
 
 
+WAYS = {
+    "sample": {"do_sample": True},
+    "beam sample": {"do_sample": True, "num_beams": 2},
+    "assisted sample": {"do_sample": True, "prompt_lookup_num_tokens": 3},
+    "beams": {"num_beams": 2},
+}
+
+
+@attrs.frozen(kw_only=True)
+class SecondHead(Admission):
+    """Admits for head 1 alone, where it may fail at a layer."""
+
+    fails_at: int | None = None
+    window: int | None = None
+
+    def admit(self, write):
+        if self.fails_at == write.layer and 1 in write.heads:
+            raise MemoryError(f"layer {write.layer}")
+        heads = torch.tensor(list(write.heads))[:, None] == 1
+        return heads.expand(len(heads), len(write.positions))
+
+
+def sampled(model, rank):
+    """Tokens of each way to sample, from another seed on each rank."""
+    found = {}
+    for name, way in WAYS.items():
+        torch.manual_seed(rank)
+        with attach(model, pipelines()["gate"], **SIZES):
+            found[name] = model.generate(**prompt([33]), max_new_tokens=10, top_k=0, **way)
+    return found
+
+
+def told(call):
+    """The kind of error that a call raises, and its sentence."""
+    try:
+        call()
+    except BaseException as error:
+        return type(error).__name__, str(error)
+    return "none", ""
+
+
+def failures(model, rank, folder):
+    """What each way to fail on rank 1 raises here, and whether the cache was left alone."""
+    found, ids = {}, prompt([33])["input_ids"]
+    tail = prompt([9], seed=2)["input_ids"]
+
+    def trial(name, call, fails_at=None, **sizes):
+        pipeline = CachePipeline(admission=SecondHead(), window=5)
+        with attach(model, pipeline, **SIZES, **sizes) as attached:
+            cache = attached.read(ids)
+            before = cache.columns, cache.state.lengths, cache.report().kv
+            if fails_at is not None:
+                object.__setattr__(pipeline.admission, "fails_at", fails_at)
+            raised = told(lambda: call(attached, cache))
+            after = cache.columns, cache.state.lengths, cache.report().kv
+            object.__setattr__(pipeline.admission, "fails_at", None)
+            cache.begin_prompt()
+            model(tail[:, :1], past_key_values=cache)  # the ranks are still in step
+            found[name] = *raised, before == after
+
+    def turn(attached, cache):
+        attached.read(tail, cache=cache)
+
+    def breaks(ids, scores):
+        if rank == 1:
+            raise ValueError("processor")
+        return scores
+
+    def processor(attached, cache):
+        attached.ask(cache, tail, logits_processor=[breaks], max_new_tokens=5)
+
+    def beams(attached, cache):
+        attached.ask(cache, tail, logits_processor=[breaks], max_new_tokens=5, num_beams=2)
+
+    def decode(attached, cache):
+        attached.ask(cache, tail, max_new_tokens=40)
+
+    def differ(attached, cache):
+        model(tail[:, rank : rank + 1], past_key_values=cache)
+
+    def early(attached, cache):
+        if rank == 1:
+            return model.generate(tail, max_new_tokens=3, num_beams=2)
+        return model.generate(tail, max_new_tokens=4, num_beams=2)
+
+    trial("layer", turn, fails_at=1)
+    trial("prompt cap", turn, max_tokens=38)
+    trial("decode cap", decode, max_tokens=50)
+    trial("processor", processor)
+    trial("processor of beams", beams)
+    trial("other tokens", differ)
+    trial("stops early", early)
+    trial("save", lambda attached, cache: cache.save(f"{folder}/cache.safetensors"))
+    return found
+
+
+def broken_layer(model, rank):
+    """What a failure of the model's own code on rank 1 raises here; rank 0 waits till it ends."""
+
+    def fail(*args):
+        raise MemoryError("mlp")
+
+    if rank == 1:
+        model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    with attach(model, pipelines()["gate"], **SIZES) as attached:
+        cache = attached.new_cache()
+        raised = told(lambda: model.generate(**prompt([33]), past_key_values=cache))
+        again = told(lambda: model.generate(**prompt([33]))) if rank == 1 else None
+        return *raised, cache.columns, again
+
+
 def main(folder, rank):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float32).eval()
     found = {name: generate(model, name) for name in ("striped", "gate", "gate-quest-snapkv")}
+    found["sampled"] = sampled(model, rank)
+    found["failures"] = failures(model, rank, folder)
+    found["broken layer"] = broken_layer(model, rank)
     torch.save(found, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

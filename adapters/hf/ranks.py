@@ -1,0 +1,154 @@
+"""The ranks of a tensor-parallel model: they feed the same tokens and fail together.
+
+Every rank runs the same calls on its own heads. Inside a forward the model's layers exchange
+activations; between forwards every exchange of ours is a vote, so that a rank that failed anywhere
+meets the others in their next one. One process votes on nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...errors import CapacityError, KVPolicyError, UnsupportedError
+from .modes import ordinary
+
+_AGREED = "_kvpolicy_agreed"  # on an error that all ranks know of
+_ODD, _BITS = 2654435761, (1 << 62) - 1
+
+
+class Ranks:
+    """The ranks along one axis of a device mesh, or with no mesh this process alone."""
+
+    def __init__(self, mesh: Any = None, axis: int = 0) -> None:
+        self.mesh, self.axis = mesh, axis
+        self.left = False  # a forward, by an error of the model's own code
+        self.ballot: Tensor | None = None  # made once: there may be no memory when it is wanted
+
+    @property
+    def many(self) -> bool:
+        return self.mesh is not None
+
+    def key(self, inputs: Mapping[str, Any]) -> Tensor | int:
+        """A number for what a forward is fed, the same on ranks that feed the same tokens."""
+        ids = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else None
+        if not self.many or ids is None:
+            return 1
+        weights = torch.arange(1, ids.numel() + 1, device=ids.device) * _ODD
+        found: Tensor = ((ids.flatten() + 1) * weights).sum() & _BITS | 1
+        return found
+
+    @ordinary
+    def vote(self, error: BaseException | None = None, key: Tensor | int = 0) -> None:
+        """Raises on every rank if one has an `error`, its own where it has one.
+
+        Raises UnsupportedError if ranks do different things: `key` is what this one does next.
+        """
+        if not self.many:
+            if error is not None:
+                raise error
+            return
+        if getattr(error, _AGREED, False):
+            assert error is not None
+            raise error
+        if self.left:
+            raise _agreed(
+                KVPolicyError(
+                    "this rank left a forward in which the other ranks of the tensor-parallel "
+                    "model wait; end this process, and start all again"
+                )
+            ) from error
+        code = 0 if error is None else 2 * self.rank + 1 + isinstance(error, CapacityError)
+        highest, most, least = self._highest(code, key)
+        if not highest and most == -least:
+            return
+        if error is None and highest:
+            error = _of_another(highest)
+        elif error is None:
+            error = UnsupportedError(
+                "input_ids: the ranks of a tensor-parallel model feed different tokens, or one "
+                "stopped before the others; give all the same inputs and options, and the token "
+                "that rank 0 samples in a loop of your own"
+            )
+        raise _agreed(error)
+
+    @contextlib.contextmanager
+    def together(self, key: Tensor | int = 0) -> Iterator[None]:
+        """Votes after what it holds, which exchanges nothing itself but by votes."""
+        error: BaseException | None = None
+        try:
+            yield
+        except BaseException as raised:
+            if not self.many:
+                raise
+            error = raised
+        self.vote(error, key)
+
+    def same(self, x: Tensor) -> Tensor:
+        """Rank 0's `x`, for all."""
+        if self.many:
+            self.vote()
+            dist.broadcast(x, group=self.group, group_src=0)
+        return x
+
+    @contextlib.contextmanager
+    def one_seed(self, device: torch.device) -> Iterator[None]:
+        """Lets all ranks draw the same numbers, from a seed that rank 0 draws."""
+        if not self.many:
+            yield
+            return
+        seed = self.same(torch.randint(_BITS, (1,)).to(device))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(int(seed))
+            yield
+
+    def leave(self, error: BaseException) -> None:
+        """Says that `error` broke a layer off, in whose exchanges the others wait.
+
+        Nothing of ours can reach them there; they end when this process does. Until then it votes
+        no more, which would answer another exchange of theirs.
+        """
+        if self.many and not getattr(error, _AGREED, False):
+            _agreed(error)
+            self.left = True
+
+    def refuse(self, what: str) -> None:
+        """Raises UnsupportedError where there are several ranks."""
+        if self.many:
+            raise UnsupportedError(what)
+
+    @property
+    def rank(self) -> int:
+        found: int = self.mesh.get_local_rank(self.axis)
+        return found
+
+    @property
+    def group(self) -> Any:
+        return self.mesh.get_group(self.axis)
+
+    def _highest(self, code: int, key: Tensor | int) -> tuple[int, int, int]:
+        """The highest code of any rank, the highest key and the highest -key."""
+        if self.ballot is None:
+            self.ballot = torch.zeros(3, dtype=torch.int64, device=self.mesh.device_type)
+        self.ballot[0], self.ballot[1], self.ballot[2] = code, key, -key
+        dist.all_reduce(self.ballot, dist.ReduceOp.MAX, group=self.group)
+        highest, most, least = self.ballot.tolist()
+        return highest, most, least
+
+
+def _agreed(error: BaseException) -> BaseException:
+    setattr(error, _AGREED, True)
+    return error
+
+
+def _of_another(code: int) -> KVPolicyError:
+    rank, full = divmod(code - 1, 2)
+    what = f"rank {rank} of the tensor-parallel model failed, so that this call ends on all ranks"
+    if full:
+        return CapacityError(f"{what}: it has no room for the call; its own error says more")
+    return KVPolicyError(f"{what}; its own error says why")

@@ -1,0 +1,206 @@
+"""Ranks that share a model fail together and see that they agree; models on several devices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import attrs
+import pytest
+import torch
+import torch.distributed as dist
+
+from kvpolicy import Admission, CachePipeline, CapacityError, KVPolicyError, UnsupportedError
+from kvpolicy.adapters.hf import attach
+from kvpolicy.adapters.hf.capture import why_not
+from kvpolicy.adapters.hf.ranks import Ranks
+from tests.support.adapters.models import SIZES, prompt, tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Scripted(Ranks):
+    """Rank 0 of two; `other` holds rank 1's code at each vote, and its key where that differs."""
+
+    def __init__(self, other=()):
+        super().__init__(mesh=SimpleNamespace(get_local_rank=lambda axis: 0))
+        self.other, self.codes = list(other), []
+
+    def _highest(self, code, key):
+        self.codes.append(code)
+        other, its = self.other.pop(0) if self.other else (0, None)
+        its = int(key) if its is None else its
+        return max(code, other), max(int(key), its), max(-int(key), -its)
+
+    def same(self, x):
+        self.vote()
+        return x
+
+
+FAILED, FULL, OTHER = (3, None), (4, None), (0, 12345)
+FINE = (0, None)
+
+
+@attrs.frozen(kw_only=True)
+class Failing(Admission):
+    """Fails at the layers named."""
+
+    fails: list = attrs.field(factory=list)
+    window: int | None = 5
+
+    def admit(self, write):
+        if write.layer in self.fails:
+            raise MemoryError(f"layer {write.layer}")
+        return torch.ones(len(write.heads), len(write.positions), dtype=torch.bool)
+
+
+@pytest.fixture
+def model():
+    return tiny()
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    found = Scripted()
+    monkeypatch.setattr("kvpolicy.adapters.hf.cache.ranks_of", lambda model: found)
+    return found
+
+
+def state(cache):
+    return cache.columns, list(cache.state.lengths), cache.report().kv
+
+
+@pytest.mark.parametrize("before", [0, 1], ids=["at its beginning", "at its end"])
+@pytest.mark.parametrize(
+    ("other", "kind", "says"),
+    [
+        (FAILED, KVPolicyError, "rank 1 of .* failed"),
+        (FULL, CapacityError, "rank 1 of .* no room"),
+        (OTHER, UnsupportedError, "different tokens"),
+    ],
+)
+def test_the_failure_of_another_rank_takes_a_forward_back(model, ranks, before, other, kind, says):
+    ids, tail = prompt([20])["input_ids"], prompt([7], seed=2)["input_ids"]
+    with attach(model, CachePipeline(admission=Failing()), **SIZES) as attached, torch.no_grad():
+        cache = attached.read(ids)
+        copy, was = cache.fork(), state(cache)
+        cache.begin_prompt()
+        copy.begin_prompt()
+        ranks.other = [FINE] * before + [other]
+        with pytest.raises(kind, match=says):
+            model(tail, past_key_values=cache)
+        assert state(cache) == was
+        logits = [model(tail, past_key_values=each).logits for each in (cache, copy)]
+    assert torch.equal(*logits)
+
+
+def test_a_layer_that_fails_is_told_when_the_others_have_run(model, ranks):
+    ids, tail = prompt([20])["input_ids"], prompt([7], seed=2)["input_ids"]
+    ran = []
+    model.model.layers[1].mlp.register_forward_hook(lambda *args: ran.append(1))
+    pipeline = CachePipeline(admission=Failing())
+    with attach(model, pipeline, **SIZES) as attached, torch.no_grad():
+        cache = attached.read(ids)
+        was = state(cache)
+        pipeline.admission.fails.append(0)
+        cache.begin_prompt()
+        ranks.codes.clear()
+        ran.clear()
+        with pytest.raises(MemoryError, match="layer 0"):
+            model(tail, past_key_values=cache)
+        assert ran == [1]
+        assert ranks.codes == [0, 1]  # opened, then told once
+        assert state(cache) == was
+        pipeline.admission.fails.clear()
+        model(tail, past_key_values=cache)
+
+
+def test_an_error_between_forwards_meets_the_next_vote_of_the_others(model, ranks):
+    def breaks(ids, scores):
+        raise ValueError("processor")
+
+    with attach(model, CachePipeline(admission=Failing()), **SIZES):
+        with pytest.raises(ValueError, match="processor"):
+            model.generate(**prompt([9]), logits_processor=[breaks], max_new_tokens=3)
+        assert ranks.codes[-1] == 1
+        assert ranks.codes.count(1) == 1
+        ranks.codes.clear()
+        with pytest.raises(CapacityError, match="rank 1"):
+            ranks.other = [FULL]
+            model.generate(**prompt([9]), max_new_tokens=3)
+        assert ranks.codes == [0]  # what all know is not told again
+
+
+def test_an_error_of_the_models_own_code_ends_this_rank(model, ranks):
+    def fail(*args):
+        raise MemoryError("mlp")
+
+    with attach(model, CachePipeline(admission=Failing()), **SIZES) as attached:
+        cache = attached.new_cache()
+        hook = model.model.layers[1].mlp.register_forward_pre_hook(fail)
+        with pytest.raises(MemoryError, match="mlp"):
+            model.generate(**prompt([9]), past_key_values=cache, max_new_tokens=2)
+        hook.remove()
+        assert cache.columns == 0
+        votes = len(ranks.codes)
+        with pytest.raises(KVPolicyError, match="end this process"):
+            model.generate(**prompt([9]), past_key_values=cache, max_new_tokens=2)
+        assert len(ranks.codes) == votes
+
+
+def test_a_key_tells_tokens_and_their_order(ranks):
+    def key(*ids):
+        return int(ranks.key({"input_ids": torch.tensor([ids])}))
+
+    assert key(5, 6) == key(5, 6)
+    assert len({key(5, 6), key(6, 5), key(5, 7), key(5), key(5, 6, 0)}) == 5
+
+
+def test_a_process_alone_exchanges_nothing(monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("an exchange")
+
+    monkeypatch.setattr(dist, "all_reduce", fail)
+    monkeypatch.setattr(dist, "broadcast", fail)
+    alone, token = Ranks(), torch.tensor([3])
+    alone.vote(key=4)
+    assert alone.same(token) is token
+    assert alone.key({"input_ids": token}) == 1  # nothing is computed
+    state = torch.get_rng_state()
+    with alone.one_seed(token.device), alone.together():
+        assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(KeyError), alone.together():
+        raise KeyError
+
+
+def test_a_rank_has_no_file_of_the_whole_cache(model, ranks, tmp_path):
+    with attach(model, CachePipeline(admission=Failing()), **SIZES) as attached:
+        cache = attached.read(prompt([9])["input_ids"])
+        with pytest.raises(UnsupportedError, match="^save: each rank"):
+            cache.save(tmp_path / "cache")
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranks_decode_eagerly(ranks):
+    device = SimpleNamespace(device=torch.device("cuda"))
+    state = SimpleNamespace(spec=device, ops=SimpleNamespace(backend="triton"))
+    shared = SimpleNamespace(state=state, ranks=ranks)
+    assert "ranks" in why_not(tiny(), shared)
+    assert why_not(tiny(), SimpleNamespace(state=state, ranks=Ranks())) is None
+
+
+def test_a_model_on_several_devices_is_refused_unchanged(model):
+    model.model.layers[1].to("meta")
+    named, own = model.config._attn_implementation, set(vars(model))
+    with pytest.raises(UnsupportedError, match="run on cpu, meta, .* device_map='cuda'"):
+        attach(model, CachePipeline(admission=Failing()))
+    assert model.config._attn_implementation == named
+    assert set(vars(model)) == own
+    assert not model.model._forward_pre_hooks
+
+
+def test_nothing_shown_spreads_a_model_over_devices():
+    shown = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.py")]
+    assert len(shown) > 10
+    for path in shown:
+        assert 'device_map="auto"' not in path.read_text(encoding="utf-8"), path.name
