@@ -1,4 +1,4 @@
-"""Guards of the layout: links, packaging and the direction of imports."""
+"""Guards of the layout: links, packaging, dependencies and what is loaded when."""
 
 from __future__ import annotations
 
@@ -11,25 +11,14 @@ import sys
 import tarfile
 import tomllib
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.imports import import_graph, modules
+
 ROOT = Path(__file__).resolve().parents[1]
 LINKS = ("kernels", "adapters")
-
-# Lowest first. A layer imports its own layer and those below it.
-LAYERS = (
-    ("ops", "backend"),
-    ("reference", "kernels"),
-    ("admission", "selection", "eviction", "store"),
-    ("pipeline",),
-    ("adapters",),
-)
-POLICIES = ("admission", "selection", "eviction")
-# Programs and experiments on real models; everything else outside adapters is the core.
-OUTSIDE_CORE = ("adapters", "bench", "training", "evaluation", "cli")
 
 
 def run_fresh(code: str, cwd: Path = ROOT) -> str:
@@ -42,54 +31,9 @@ def run_fresh(code: str, cwd: Path = ROOT) -> str:
     return done.stdout
 
 
-def modules() -> Iterator[tuple[str, Path]]:
-    """Yields (dotted name, file) of every module of kvpolicy, links included."""
-    sources = {path: path.relative_to(ROOT) for path in (ROOT / "kvpolicy").rglob("*.py")}
-    for link in LINKS:
-        for path in (ROOT / link).rglob("*.py"):
-            sources[path] = Path("kvpolicy") / path.relative_to(ROOT)
-    for path, inside in sources.items():
-        yield ".".join(inside.with_suffix("").parts).removesuffix(".__init__"), path
-
-
-def imports(source: str, name: str, is_package: bool) -> set[str]:
-    """Returns the dotted names that module `name` imports, at any depth of its code."""
-    package = name.split(".") if is_package else name.split(".")[:-1]
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            parts = package[: len(package) - node.level + 1] if node.level else []
-            base = ".".join([*parts, *([node.module] if node.module else [])])
-            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
-    return found
-
-
-def part_of(name: str) -> str:
-    """Returns `store` for kvpolicy.store.pages, "" for a name outside kvpolicy."""
-    return (name.split(".") + [""])[1] if name.startswith("kvpolicy.") else ""
-
-
 @pytest.fixture(scope="module")
 def graph() -> dict[str, set[str]]:
-    found = {
-        name: imports(path.read_text(encoding="utf-8"), name, path.name == "__init__.py")
-        for name, path in modules()
-    }
-    parts = {part_of(name) for name in found}
-    assert {part for layer in LAYERS for part in layer} <= parts, "LAYERS names a missing part"
-    return found
-
-
-def offenders(graph: dict[str, set[str]], part: str, forbidden: set[str]) -> list[str]:
-    return [
-        f"{name} imports {target}"
-        for name, targets in graph.items()
-        if part_of(name) == part
-        for target in targets
-        if part_of(target) in forbidden
-    ]
+    return import_graph()
 
 
 @pytest.mark.parametrize("folder", ["kernels", "adapters", "tests/kernels"])
@@ -138,69 +82,6 @@ def test_the_root_names_what_it_exports():
     assert all(hasattr(kvpolicy, name) for name in names)
     with pytest.raises(AttributeError, match="no attribute 'atach'"):
         kvpolicy.atach  # noqa: B018
-
-
-@pytest.mark.parametrize(
-    ("statement", "target"),
-    [
-        ("import kvpolicy.store", "kvpolicy.store"),
-        ("from . import quest", "kvpolicy.selection.quest"),
-        ("from .. import store", "kvpolicy.store"),
-        ("from ..store.pages import Pool", "kvpolicy.store.pages"),
-        ("def f():\n    from ..store import pages", "kvpolicy.store.pages"),
-    ],
-)
-def test_imports_resolves(statement, target):
-    assert target in imports(statement, "kvpolicy.selection._base", is_package=False)
-    if ".." not in statement:
-        assert target in imports(statement, "kvpolicy.selection", is_package=True)
-
-
-@pytest.mark.parametrize("level", range(len(LAYERS)))
-def test_imports_point_down(graph, level):
-    above = {part for layer in LAYERS[level + 1 :] for part in layer}
-    assert not [text for part in LAYERS[level] for text in offenders(graph, part, above)]
-
-
-@pytest.mark.parametrize(("part", "other"), [("reference", "kernels"), ("kernels", "reference")])
-def test_implementations_are_independent(graph, part, other):
-    assert not offenders(graph, part, {other})
-
-
-def test_only_the_backend_loads_implementations(graph):
-    """By name, of what `ops` says; the benchmarks time single kernels."""
-    own = ("reference", "kernels", "backend", "bench")
-    parts = {part_of(name) for name in graph} - {*own}
-    assert not [x for part in parts for x in offenders(graph, part, {"reference", "kernels"})]
-
-
-@pytest.mark.parametrize("part", POLICIES)
-def test_policies_do_not_know_the_store(graph, part):
-    assert not offenders(graph, part, {"store"})
-
-
-def test_core_does_not_know_transformers_or_adapters(graph):
-    core = {name: targets for name, targets in graph.items() if part_of(name) not in OUTSIDE_CORE}
-    del core["kvpolicy"]  # imports what it exports of adapters when asked; see the test above
-    bad = [
-        f"{name} imports {target}"
-        for name, targets in core.items()
-        for target in targets
-        if target.split(".")[0] == "transformers" or part_of(target) == "adapters"
-    ]
-    assert not bad
-
-
-def test_only_kernels_import_triton(graph):
-    """And the benchmark that counts their launches."""
-    bad = [
-        f"{name} imports {target}"
-        for name, targets in graph.items()
-        if part_of(name) != "kernels" and name != "kvpolicy.bench.launches"
-        for target in targets
-        if target.split(".")[0] == "triton"
-    ]
-    assert not bad
 
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
