@@ -165,7 +165,9 @@ def _check_origin(
         raise ValueError("model: the cache was saved with another model or other weights")
     if header["pipeline"] != pipeline_fingerprint(pipeline):
         raise ValueError(
-            "pipeline: the cache was saved with other policies, parameters or weights of a policy"
+            "pipeline: the cache was saved with other policies, parameters or weights of a policy, "
+            "or another window; version 0.1.0's defaults were window=256 and, of AtPromptEnd, "
+            'generated="keep"'
         )
 
 
