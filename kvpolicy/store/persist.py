@@ -93,9 +93,10 @@ def load(
 ) -> tuple[CacheState, dict[str, Tensor], dict[str, str]]:
     """The cache in a file, with the `extra` tensors and the `notes` saved beside it.
 
-    It goes on bit for bit as the saved one would have. Nothing is allocated on the file's word:
-    every shape follows from `spec`, `pipeline` and the file's size. A checksum tells damage, not
-    malice, from the truth; no file runs code.
+    What it stores is equal bit for bit. Pages may lie elsewhere, by which the reference may round
+    an output otherwise. Nothing is allocated on the file's word: every shape follows from `spec`,
+    `pipeline` and the file's size. A checksum tells damage, not malice, from the truth; no file
+    runs code.
 
     Raises:
         ValueError: the file is truncated or altered, or comes from another model, pipeline or size.
