@@ -118,9 +118,18 @@ class Devices:
         return sum(pool.generation for pool in self._leases)
 
     def reserve(self, pages: Mapping[PagePool, int]) -> None:
-        """Keeps so many pages for this cache; CapacityError at a limit."""
-        for pool, count in pages.items():
-            pool.reserve(self._leases[pool], count)
+        """Keeps so many pages of each pool for this cache.
+
+        Raises CapacityError, with earlier reservations as they were, at the limit of one.
+        """
+        before = [(lease, lease.reserved) for lease in self._leases.values()]
+        try:
+            for pool, count in pages.items():
+                pool.reserve(self._leases[pool], count)
+        except BaseException:
+            for lease, reserved in before:
+                lease.reserved = reserved
+            raise
 
     def release(self) -> None:
         """Gives back what was reserved for this cache."""
