@@ -8,17 +8,9 @@ from tests.support.imports import import_graph, imports, modules, part_of
 
 # Lowest first. A part of kvpolicy, a module or a folder, imports its own layer and those below it.
 LAYERS = (
-    (
-        "errors",
-        "choices",
-        "_fields",
-        "_extras",
-        "_knob",
-        "_option",
-        "_markdown",
-        "_table",
-        "_files",
-    ),
+    ("errors", "choices", "_fields", "_extras", "_option"),
+    ("_arguments", "_names", "_markdown", "_table", "_files"),
+    ("_knob",),
     ("backend",),
     ("ops",),
     ("reference", "kernels"),

@@ -170,8 +170,8 @@ def _check_admitted(pipeline: CachePipeline, spec: CacheSpec, admitted: float | 
     if learned and admitted is None:
         raise ValueError(
             f"admitted: wanted the fraction of tokens that {learned[0]} admits, got None; it "
-            "depends on the text: write admitted=0.25 for a quarter, or what report().mean_admitted "
-            "says after a text of yours"
+            "depends on the text: write admitted=0.25 for a quarter, or what report().mean_admitted"
+            " says after a text of yours"
         )
     if not learned and admitted is not None:
         raise ValueError(

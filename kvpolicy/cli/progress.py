@@ -91,7 +91,7 @@ class Progress:
 
 
 class StepProgress(Progress):
-    """That of a training, called with the metrics of each step.
+    """That of a training; `step` takes the metrics of each step.
 
     Args:
         steps: of the whole training.
@@ -103,7 +103,8 @@ class StepProgress(Progress):
         super().__init__("step", asked=asked if shown else False, lines=True)
         self.wanted, self.started = steps, False
 
-    def __call__(self, metrics: dict[str, Any]) -> None:
+    def step(self, metrics: dict[str, Any]) -> None:
+        """Shows the metrics of a step."""
         step = metrics["step"]
         if not self.started:  # the first step counts for no time: it compiles
             self.started = True

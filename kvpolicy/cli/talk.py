@@ -29,7 +29,7 @@ class Stream(TextStreamer):
         if not self.next_tokens_are_prompt:
             self.first = self.first or time.monotonic()
             self.tokens += value.numel()
-        super().put(value)
+        super().put(value)  # type: ignore[no-untyped-call]
 
 
 class Talk:

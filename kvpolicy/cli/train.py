@@ -124,7 +124,7 @@ def train_gate(
                 start=before,
                 out_dir=run_dir,
                 save_every=save_every,
-                progress=shown,
+                progress=shown.step,
             )
         if not _is_main():
             return
@@ -177,7 +177,7 @@ def train_duo(
                 checkpointing=checkpointing,
                 out_dir=run_dir,
                 save_every=save_every,
-                progress=shown,
+                progress=shown.step,
             )
         if not _is_main():
             return

@@ -79,7 +79,7 @@ def _bytes(report: Reported) -> Section:
 
 def _tokens(report: Reported) -> Section:
     """Of one KV head and sequence."""
-    rows = [("seen", _plain(report.tokens / max(report.sequences, 1)))]
+    rows: list[tuple[str, ...]] = [("seen", _plain(report.tokens / max(report.sequences, 1)))]
     admitted = [x for layer in report.admitted if layer is not None for x in layer]
     if admitted:
         rows.append(("admitted", *(f"{x:.1%}" for x in _spread(admitted))))
@@ -103,9 +103,9 @@ def _policies(report: Reported) -> Section:
         if not found:
             rows.append((slot, "none"))
     if report.sliding_layers:
-        on = _layers(report.sliding_layers)
+        layers = _layers(report.sliding_layers)
         verb = "slides" if len(report.sliding_layers) == 1 else "slide"
-        rows.append(("no policy", f"on {on}, which {verb} over a window of the model's"))
+        rows.append(("no policy", f"on {layers}, which {verb} over a window of the model's"))
     return Section(heads=("policies", ""), rows=rows, wide=True)
 
 
