@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import attrs
-from torch import Tensor
+from torch import Tensor, nn
 
+from ._arguments import check_flag, check_kind
 from ._fields import check_int, is_a, one_of, optional, positive, shown
 from ._names import named
 from .admission import Admission, AdmitAll
 from .backend import BACKENDS, resolve
 from .budget import budget_of
 from .calls import capacity
-from .calls._checks import check_call, check_complete, check_layer
+from .calls._checks import check_call, check_complete, check_layer, check_state
 from .calls.call import abort, close_call, open_call
 from .calls.decode import decode
 from .calls.evict import evict
@@ -42,6 +43,11 @@ def _instead(value: Any) -> str:
 def _slot(name: str) -> Any:
     article = "a" if name == "selection" else "an"
     return is_a(SLOTS[name], f"{article} {name}", _instead)
+
+
+def _of_model(value: Any) -> str:
+    """What to write where a model was given for its sizes."""
+    return "write kvpolicy.adapters.hf.spec_of(model)" if isinstance(value, nn.Module) else ""
 
 
 def is_pipeline(value: Any) -> None:
@@ -108,6 +114,7 @@ class CachePipeline:
 
     def dry(self, spec: CacheSpec, batch: int = 1) -> CacheState:
         """A cache with the sizes of `init`'s that takes no memory, for plans; checks as `init`."""
+        check_int("batch", batch, 1)
         self.check(spec)
         backend = load(resolve(self.backend, spec.device))
         return allocate(
@@ -117,6 +124,7 @@ class CachePipeline:
 
     def check(self, spec: CacheSpec) -> None:
         """Raises ValueError or UnsupportedError if a policy does not fit `spec`."""
+        check_kind("spec", spec, CacheSpec, "a CacheSpec", _of_model(spec))
         for slot in (self.admission, self.selection, self.eviction):
             slot.check(spec.layers, spec.model_kv_heads, spec.head_dim)
         for layer in range(spec.layers):
@@ -140,6 +148,7 @@ class CachePipeline:
         if that is due or a cap asks for it, and reserves what decoding needs, so that capacity
         errors come before any layer writes.
         """
+        check_state(state)
         check_call(state, lengths, phase, valid)
         self.maintain(state)
         with state.unbroken():
@@ -164,6 +173,7 @@ class CachePipeline:
         `[B, Hq, T, D]`, zeros where a token is not real. Keys are after RoPE at their true
         positions.
         """
+        check_state(state)
         call = check_layer(state, layer)
         run = prompt if call.phase == "prompt" else decode
         out = run(state, call, state.layers[layer], query, key, value, key_pre, hidden)
@@ -177,6 +187,8 @@ class CachePipeline:
         so that refused candidates can be taken back by `crop`. One that a cap stops stays due as
         well.
         """
+        check_state(state)
+        check_flag("evict", evict)
         call = check_complete(state)
         close_call(state, call)
         if call.phase == "prompt":
@@ -188,10 +200,12 @@ class CachePipeline:
 
     def abort(self, state: CacheState) -> None:
         """Forgets the open call; the cache is as it was before `begin`."""
+        check_state(state)
         abort(state)
 
     def end_prompt(self, state: CacheState) -> None:
         """Says that the prompt is complete, so that prompt-end evictions act."""
+        check_state(state)
         if state.call is not None:
             raise PhaseError("end_prompt: a call is in flight; commit or abort it first")
         if state.pending_end:
@@ -201,6 +215,7 @@ class CachePipeline:
 
     def maintain(self, state: CacheState) -> None:
         """Evicts for sequences that decoded another `interval` tokens, if the policy does."""
+        check_state(state)
         due = self.due(state)
         if due:
             evict(state, due, decoding=True)
@@ -211,6 +226,8 @@ class CachePipeline:
         For loops that replay a captured step. Evicts first where the spec's `at_cap` says so;
         raises CapacityError where no step fits.
         """
+        check_state(state)
+        check_int("steps", steps, 1)
         if state.call is not None:
             raise PhaseError("reserve: a call is in flight; commit or abort it first")
         capacity.reserve(state, 1, steps)
@@ -256,6 +273,7 @@ class CachePipeline:
 
     def report(self, state: CacheState) -> Report:
         """What took effect and what it costs in bytes."""
+        check_state(state)
         return report(state)
 
 

@@ -9,10 +9,11 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from ..._arguments import check_dtype, check_fraction, check_sizes_of, optional
 from ..._fields import shown
 from ...admission import Admission, Write
 from ...budget import BudgetView, bound_layers
-from ...pipeline import CachePipeline
+from ...pipeline import CachePipeline, is_pipeline
 from ...spec import CacheSpec, Sizes
 from ...store.plan import planned
 from .fit_table import fit_table
@@ -111,12 +112,12 @@ def fit_report(
     Example:
         `fit_report(AutoConfig.from_pretrained(name), 100_000, admitted=0.2).total / 2**30`
     """
-    for name, value in (("tokens", tokens), ("batch", batch)):
-        if value < 1:
-            raise ValueError(f"{name}: wanted at least 1, got {value}")
-    if admitted is not None and not 0 <= admitted <= 1:
-        raise ValueError(f"admitted: wanted a fraction in [0, 1], got {admitted}")
-    if pipeline is None:
+    check_sizes_of(tokens=tokens, batch=batch)
+    optional(check_fraction, "admitted", admitted)
+    optional(check_dtype, "dtype", dtype)
+    if pipeline is not None:
+        is_pipeline(pipeline)
+    else:
         pipeline = CachePipeline(admission=_Learned())
         admitted = 1.0 if admitted is None else admitted
     model, device = _model(config_or_model, dtype)

@@ -15,6 +15,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from ..._arguments import check_dtype, optional
 from ..._fields import shown
 from ...errors import UnsupportedError
 from ...spec import CacheSpec, Sizes, check_sizes
@@ -222,6 +223,7 @@ def spec_of(
     """
     layers = attention_layers(model)
     check_sizes(sizes)
+    optional(check_dtype, "dtype", dtype)
     first = layers[0]
     for index, layer in enumerate(layers):
         for name in ("heads", "kv_heads", "head_dim", "scale"):
@@ -231,14 +233,15 @@ def spec_of(
                     f"{getattr(first, name)}; the adapters serve layers of one size"
                 )
     sliding = tuple(layer.window for layer in layers)
+    widest = functools.reduce(torch.promote_types, [layer.dtype for layer in layers])
     part, _ = shards(first.module.k_proj)
     return CacheSpec(
         layers=len(layers),
         heads=first.heads,
         kv_heads=first.kv_heads,
         head_dim=first.head_dim,
-        dtype=dtype or functools.reduce(torch.promote_types, [layer.dtype for layer in layers]),
-        device=device or first.device,
+        dtype=widest if dtype is None else dtype,
+        device=first.device if device is None else device,
         scale=first.scale,
         sliding=sliding if any(w is not None for w in sliding) else (),
         head_offset=part * first.kv_heads,

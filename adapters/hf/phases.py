@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._arguments import check_embeds, check_ids, check_mask, check_text, optional
+from ..._fields import check_int
 from ...errors import PhaseError, UnsupportedError
 from .attached import Attached
 from .cache import KVPolicyCache
@@ -25,13 +27,16 @@ def read(
     chunk_size: int | None,
 ) -> KVPolicyCache:
     """See `Attachment.read`."""
+    optional(check_ids, "input_ids", input_ids)
+    optional(check_embeds, "inputs_embeds", inputs_embeds)
+    optional(check_mask, "attention_mask", attention_mask)
+    optional(check_int, "chunk_size", chunk_size, 1)
     if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("input_ids: wanted either input_ids or inputs_embeds")
+        which = "neither" if input_ids is None else "both"
+        raise ValueError(f"input_ids, inputs_embeds: wanted exactly one, got {which}")
     name = "input_ids" if inputs_embeds is None else "inputs_embeds"
     inputs: Any = input_ids if inputs_embeds is None else inputs_embeds
     whole = inputs.shape[1]
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size: wanted at least 1, got {chunk_size}")
     if attention_mask is not None and attention_mask.shape != inputs.shape[:2]:
         raise ValueError(
             f"attention_mask: wanted {list(inputs.shape[:2])}, of the new columns, got "
@@ -42,7 +47,7 @@ def read(
         if cache is not None or chunk_size is not None:
             raise UnsupportedError("read: a soft prompt goes before one forward of one context")
         reader = attachment.model
-    cache = attachment.cache_for(cache)
+    cache = attachment.cache_for(cache, "cache")
     with torch.no_grad(), attachment.forwards.holding():
         cache.begin_prompt()
         for start in range(0, whole, chunk_size or whole):
@@ -67,6 +72,8 @@ def ask(
     options: dict[str, Any],
 ) -> Any:
     """See `Attachment.ask`."""
+    check_ids("input_ids", input_ids)
+    optional(check_mask, "attention_mask", attention_mask)
     config = merged_config(attachment, options)
     rows = max(config.num_beams or 1, config.num_return_sequences or 1)
     fork = _fork(attachment, cache, input_ids, question, rows)
@@ -85,11 +92,14 @@ def loglikelihood(
     question: str,
 ) -> Tensor:
     """See `Attachment.loglikelihood`."""
+    check_ids("input_ids", input_ids)
+    check_ids("continuation_ids", continuation_ids)
+    optional(check_mask, "attention_mask", attention_mask)
+    _check(question)
     if input_ids.shape[1] < 2 or not continuation_ids.shape[1]:
         raise ValueError("input_ids: wanted two columns or more, and a continuation of one or more")
     mask = None if attention_mask is None else attention_mask[:, :-1]
     cache = read(attachment, input_ids[:, :-1], mask, None, None, None)
-    _check(question)
     asked = torch.cat([input_ids[:, -1:], continuation_ids[:, :-1]], 1)
     decoded = question == "decode"
     width = 1 if decoded and _evicts_while_decoding(attachment) else asked.shape[1]
@@ -111,6 +121,7 @@ def _evicts_while_decoding(attachment: Attached) -> bool:
 
 
 def _check(question: str) -> None:
+    check_text("question", question, f"one of {', '.join(QUESTIONS)}")
     if question not in QUESTIONS:
         raise ValueError(f"question: wanted one of {', '.join(QUESTIONS)}, got {question!r}")
 
@@ -120,7 +131,9 @@ def _fork(
 ) -> KVPolicyCache:
     """A copy with a sequence for each that will be generated."""
     _check(question)
-    cache = attachment.cache_for(cache)
+    if cache is None:
+        raise TypeError("cache: wanted a KVPolicyCache that read a context, got None")
+    cache = attachment.cache_for(cache, "cache")
     if cache.state is None or cache.phase != "decode":
         raise PhaseError(
             "ask: the cache's prompt has not ended; read the context by attached.read(context), or "

@@ -6,11 +6,17 @@ import os
 import re
 from pathlib import Path
 
+from .._arguments import check_path, check_text, optional
+
+SOURCE = "a path, or the id of a hub repository"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def find_file(source: str | os.PathLike[str], file: str | None, revision: str | None) -> Path:
     """The path of a file, of `file` in a directory, or of `file` in a hub repository."""
+    check_path("path_or_repo", source, SOURCE)
+    optional(check_path, "file", file, "a file's name")
+    optional(check_text, "revision", revision)
     path = Path(source)
     if path.is_dir():
         if file is None:
@@ -32,6 +38,8 @@ def find_folder(
     source: str | os.PathLike[str], files: tuple[str, ...], revision: str | None
 ) -> Path:
     """A directory that holds `files`, or the copy of a hub repository's `files`."""
+    check_path("path_or_repo", source, SOURCE)
+    optional(check_text, "revision", revision)
     path = Path(source)
     if not path.exists() and _is_repository(source):
         from huggingface_hub import snapshot_download

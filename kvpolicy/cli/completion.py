@@ -6,10 +6,10 @@ The script holds the names itself: asking Python for them would take seconds a k
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import attrs
 import typer
@@ -54,23 +54,11 @@ class Command:
     argument: Value
 
 
-def completion(
-    shell: Annotated[Shell, typer.Argument(help="The shell that reads the script.")],
-) -> None:
-    """Print a script with which a shell completes commands, options and names.
-
-    Names are those of models, shipped gates and patterns, tasks and benchmarks.
-    """
-    scripts = {Shell.bash: bash, Shell.zsh: zsh, Shell.fish: fish}
-    typer.echo(scripts[shell](commands()), nl=False)
-
-
-def commands() -> dict[str, Command]:
-    """All commands as a shell should know them, from their signatures."""
-    from .commands import COMMANDS
-
+def script(shell: Shell, functions: Iterable[Callable[..., None]]) -> str:
+    """What a shell reads; `functions` are the commands, whose signatures tell their options."""
     named = _named()
-    return {x.__name__.replace("_", "-"): _command(x, named) for x in COMMANDS}
+    known = {x.__name__.replace("_", "-"): _command(x, named) for x in functions}
+    return {Shell.bash: bash, Shell.zsh: zsh, Shell.fish: fish}[shell](known)
 
 
 def _command(function: Callable[..., None], named: Mapping[str, Value]) -> Command:

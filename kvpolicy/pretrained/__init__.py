@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .._arguments import check_text
 from ..admission._duo_file import PATTERN
 
 _FOLDER = Path(__file__).parent
@@ -28,6 +29,7 @@ def path(name: str) -> Path:
     Example:
         `WriteGate.from_pretrained(path("smollm2-135m-instruct-w64-keep25"))`
     """
+    check_text("name", name, "a name of names()")
     shipped = names()
     for found in (name, f"{name}.safetensors"):
         if found in shipped:
