@@ -10,7 +10,7 @@ import torch
 from ...errors import UnsupportedError
 from .kinds import Kind, LayerKind
 
-Check = Literal["kinds", "cache", "handle", "updates", "arguments", "mask", "attention", "logits"]
+Check = Literal["kinds", "forward", "handle", "updates", "arguments", "mask", "attention", "logits"]
 Way = Literal["in place", "cut"]
 
 
@@ -49,15 +49,18 @@ class Rotation:
         keyword: argument of the attention module's forward that holds `(cos, sin)`; "" where a
             submodule makes them.
         module: qualified name of that submodule, whose output they are; "" for a keyword.
-        channels: of a head that are rotated: the first, or with `tail` the last ones.
+        channels: of a head that are rotated.
         interleaved: whether channels `(2i, 2i+1)` are a pair, else `(i, i + channels / 2)`.
+        repeated: whether cos and sin as wide as `channels` hold `a a b b`, else `a b a b`.
         sign: -1 where the model rotates the other way.
+        tail: whether the last channels of a head are rotated, else the first.
     """
 
     keyword: str = ""
     module: str = ""
     channels: int
     interleaved: bool = False
+    repeated: bool = False
     sign: int = 1
     tail: bool = False
 
