@@ -64,7 +64,7 @@ def compile_launch(kernel: Any, bound: dict[str, Any], options: dict[str, Any], 
         """The type of an argument, as a launch would specialise it."""
         if isinstance(value, tuple):
             return tuple(kind(x, special, (*path, place)) for place, x in enumerate(value))
-        if special and type(value) is int and value == 1:
+        if value is None or (special and type(value) is int and value == 1):
             constants[path] = value
             return "constexpr"
         if isinstance(value, TensorDescriptor):
