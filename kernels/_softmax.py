@@ -18,7 +18,7 @@ _SMALL = tl.constexpr(0.25)
 
 
 def factors(scale: float, softcap: float | None) -> tuple[float, float | None]:
-    """`scale` and `cap` of kernels for logits scale * q.k or softcap * tanh(scale * q.k / softcap)."""
+    """What kernels take as `scale` and `cap`, for logits as `kvpolicy.ops.Ops` defines them."""
     if softcap is None:
         return scale * LOG2E, None
     return scale / softcap, softcap * LOG2E

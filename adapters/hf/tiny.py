@@ -11,12 +11,12 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .tiny_sizes import PER_LAYER, SIZES, SPECIAL
+from .tiny_sizes import DEFAULT, SIZES, SPECIAL
 
 # Parts of names of parameters that make scores, and of norms on queries and keys.
-_SCORES = "q_proj k_proj query key qkv c_attn in_proj_q in_proj_k wq wk q_attn att_proj".split()
-_NORMS = "q_norm k_norm query_norm key_norm query_layernorm key_layernorm q_layernorm".split()
-_NORMS += ["k_layernorm", "qk_norm"]
+_SCORES = ("q_proj", "k_proj", "query", "key", "qkv", "c_attn", "wq", "wk", "q_attn")
+_NORMS = ("q_norm", "k_norm", "qk_norm", "query_norm", "key_norm")
+_NORMS += ("q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm")
 
 
 def causal_types() -> list[str]:
@@ -26,7 +26,7 @@ def causal_types() -> list[str]:
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
     """A config of `model_type` with a few narrow layers of each kind, and `changes`."""
-    config = CONFIG_MAPPING[model_type]()
+    config = CONFIG_MAPPING[model_type](**DEFAULT.get(model_type, {}))
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
     model_class = getattr(transformers, name if isinstance(name, str) else name[0])
     # A causal LM of a multimodal type may be made from a part of its config.
@@ -42,19 +42,20 @@ def shrunk(config: Any, **changes: Any) -> Any:
     held = config.to_dict()
     special = SPECIAL.get(config.model_type, {})
     sizes = {
-        name: size
+        # Some configs refuse a float where they have an integer.
+        name: int(size) if type(held[name]) is int and size == int(size) else size
         for name, size in SIZES.items()
-        if isinstance(held.get(name), (int, float, str)) and not isinstance(held[name], bool)
+        if type(held.get(name)) in (int, float)
     }
     if isinstance(held.get("qk_rope_head_dim"), int):  # MLA
         sizes.pop("head_dim", None)
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     parts = {
-        name: shrunk(part).to_dict()
+        name: shrunk(part, **special.get(name, {})).to_dict()
         for name in getattr(config, "sub_configs", {})
         if hasattr(part := getattr(config, name, None), "to_dict")
     }
-    made = type(config)(**{**sizes, **parts, **special, **changes})
+    made = type(config)(**{**sizes, **special, **parts, **changes})
     if hasattr(made, "is_decoder") and not getattr(made, "is_encoder_decoder", False):
         made.is_decoder = True
     return made

@@ -14,8 +14,10 @@ def _all(names: str, value: Any) -> dict[str, Any]:
 
 # Where a config has the field and it is neither None nor a list.
 SIZES: dict[str, Any] = {
-    **_all("hidden_size n_embd d_model dim embedding_size embed_dim conv_dim block_dim", HIDDEN),
-    **_all("lru_width output_hidden_size projection_dim audio_embed_dim model_dim", HIDDEN),
+    **_all(
+        "hidden_size n_embd d_model dim emb_dim embedding_size embed_dim conv_dim block_dim", HIDDEN
+    ),
+    **_all("lru_width output_hidden_size pronunciation_embed_dim shape_embed_dim", HIDDEN),
     **_all("num_hidden_layers n_layer n_layers num_layers num_global_layers", LAYERS),
     **_all("encoder_layers vision_layers depth num_blocks conf_num_hidden_layers", 2),
     **_all("decoder_layers", 4),
@@ -25,7 +27,7 @@ SIZES: dict[str, Any] = {
     **_all("head_dim kv_channels v_head_dim", HEAD_DIM),
     **_all("intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner", INNER),
     **_all("ffn_hidden_size intermediate_size_mlp dense_intermediate_size block_ff_dim", INNER),
-    **_all("dim_ff mlp_dim ffn_hidden_dim d_inner feed_forward_size", INNER),
+    **_all("dim_ff dff d_inner feed_forward_size shared_experts_intermediate_size", INNER),
     **_all("moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size", 32),
     **_all("moe_shared_expert_intermediate_size shared_intermediate_size", 32),
     **_all("vocab_size vocab_size_per_layer_input ngram_vocab_size_base", VOCAB),
@@ -73,12 +75,6 @@ SIZES: dict[str, Any] = {
     **_all("hidden_dropout_prob attention_probs_dropout_prob activation_dropout", 0.0),
     **_all("resid_dropout embedding_dropout attn_dropout residual_dropout", 0.0),
 }
-# Lists with an entry for each layer, which a config makes anew for its layers.
-PER_LAYER = (
-    "layer_types mlp_layer_types max_window_layers per_layer_config no_rope_layers moe_layers "
-    "layers_block_type hybrid_override_pattern kv_sharing_modes"
-).split()
-
 _ALTERNATING = ["sliding_attention", "full_attention"] * 4
 _BART = dict.fromkeys(("encoder_layers", "decoder_layers"), 4)
 _SHARING: dict[str, Any] = {"num_kv_shared_layers": 4, "layer_types": _ALTERNATING}
@@ -87,15 +83,23 @@ _LATENT: dict[str, Any] = {"num_key_value_heads": 4}  # MLA
 _ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
 
 SPECIAL: dict[str, dict[str, Any]] = {
-    **{name: _BART for name in "bart marian mbart mvp pegasus plbart whisper".split()},
-    **{name: _BART for name in "blenderbot blenderbot-small bigbird_pegasus".split()},
+    **_all("bart marian mbart mvp pegasus plbart whisper blenderbot blenderbot-small", _BART),
+    "bigbird_pegasus": _BART,
     "bamba": {"attn_layer_indices": [3, 7], "attn_rotary_emb": 8},
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE},
         "layer_types": [*["sliding_attention"] * 3, "full_attention"] * 2,
     },
-    "gemma3n_text": {**_SHARING, "activation_sparsity_pattern": [0.0] * 8},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 1.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "blt": {"encoder_hash_byte_group_vocab": 128},
+    "gemma3n_text": {
+        **_SHARING,
+        "intermediate_size": [INNER] * 8,
+        "activation_sparsity_pattern": [0.0] * 8,
+    },
     "gemma4_text": _GEMMA4,
     "gemma4_unified_text": {k: v for k, v in _GEMMA4.items() if k != "num_global_key_value_heads"},
     "gpt_neo": {"attention_types": [[["global", "local"], 4]]},
@@ -112,10 +116,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "head_dim": 8,
         "qk_head_dim": 24,
     },
+    "mamba2": {"num_heads": 8, "head_dim": 16},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 4},
     "ministral": {"head_dim": 16, "layer_types": _ALTERNATING},
     "moshi": {"sliding_window": 64},
-    "nemotron": {"head_dim": 16},
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -126,6 +131,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "hc_lowrank": 8,
         "split_ngram_parts": 2,
     },
+    "reformer": {
+        "attn_layers": ["local", "lsh"],
+        "axial_pos_embds": False,
+        "num_buckets": 2,
+    },
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
     "zamba2": {
         "layers_block_type": [*["mamba"] * 2, "hybrid", "mamba"] * 2,
@@ -135,4 +145,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "mamba_headdim": 16,
     },
     "zaya": {"num_experts_per_tok": 1},
+}
+
+# Where a type's default config is none: what it needs first.
+DEFAULT: dict[str, dict[str, Any]] = {
+    "gemma4_assistant": {
+        "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    },
 }

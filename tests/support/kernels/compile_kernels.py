@@ -135,7 +135,7 @@ def call_all(dim: int, page: int, dtype: torch.dtype) -> None:
         pages, stored, key, key, dest.byte(), segments, window, after, fresh, ranks
     )
     for found in (None, rectangles):
-        sparse_prefill.choose_rectangles = lambda query, found=found: found
+        sparse_prefill.choose_rectangles = lambda *_, found=found: found
         sparse_prefill.prefill_attention(
             torch.zeros(heads * group, tokens, dim, dtype=dtype), key, key, dest.byte(), segments,
             pages, stored, window, 0.1,
