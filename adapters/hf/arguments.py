@@ -60,6 +60,11 @@ def check_generate(attachment: Attached, kwargs: dict[str, Any], config: Any) ->
             raise UnsupportedError(f"{name}: not beside an attached pipeline: {reason}")
     mode = config.get_generation_mode(kwargs.get("assistant_model"))
     _check_loop(config, mode, kwargs)
+    if mode == GenerationMode.ASSISTED_GENERATION and attachment.served.probe.own:
+        raise UnsupportedError(
+            "assisted generation: candidates cannot be taken back from the recurrent or "
+            f"convolutional states of {type(attachment.decoder).__name__}"
+        )
     if mode == GenerationMode.ASSISTED_GENERATION and soft_prompt(attachment.model):
         raise UnsupportedError(
             "assisted generation: not with a soft prompt, which hides where candidates begin"

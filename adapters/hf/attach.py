@@ -17,7 +17,7 @@ from ...store import Report
 from . import phases
 from .arguments import check_config, check_model
 from .attention import forget_hidden, keep_hidden, keep_pre
-from .cache import KVPolicyCache, new_cache
+from .cache import KVPolicyCache
 from .changes import Changes
 from .compile import CompiledLayers, check_compiles, make_eager
 from .faces import NAME
@@ -60,10 +60,10 @@ class Attachment:
         self.served = served(self.base, verify=verify)
         self.layers = self.served.modules
         check_model(self.decoder, self.layers)
-        check_one_device(self.base)
+        check_one_device(self.served)
         self.needs = pipeline.admission.needs | pipeline.eviction.needs
         if "key_pre" in self.needs:
-            check_pre_rope(self.base)
+            check_pre_rope(self.served)
         empty = self.new_cache()
         self.spec, self.ranks = empty.spec, empty.ranks
         pipeline.check(self.spec)
@@ -174,7 +174,9 @@ class Attachment:
 
     def new_cache(self) -> KVPolicyCache:
         """An empty cache of this pipeline."""
-        return new_cache(self.base, self.pipeline, dtype=self.dtype, **self.sizes)
+        return KVPolicyCache(
+            self.base, self.pipeline, dtype=self.dtype, known=self.served, **self.sizes
+        )
 
     def cache_for(self, given: Any) -> KVPolicyCache:
         """`given` if it is a cache of this pipeline, a new cache for None."""

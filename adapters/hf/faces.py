@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicCache,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 
 from ...errors import PhaseError
 
@@ -117,3 +123,21 @@ class KVPolicyHybridLayer(KVPolicyLayer, LinearAttentionLayer):
 
     def prefetch(self) -> None:
         LinearAttentionLayer.prefetch(self)
+
+
+def keeps_state(face: Any) -> bool:
+    """Whether a layer keeps a recurrent or convolutional state."""
+    return isinstance(face, LinearAttentionCacheLayerMixin)
+
+
+def faces_of(cache: Owner, config: Any, places: Mapping[int, int]) -> list[Any]:
+    """A cache's layers: ours by `places`, transformers' own for what keeps no keys."""
+    faces: list[Any] = []
+    for place, own in enumerate(DynamicCache(config=config).layers):
+        if place not in places:
+            faces.append(own)
+        elif keeps_state(own):
+            faces.append(KVPolicyHybridLayer(cache, places[place], own.number_of_states))
+        else:
+            faces.append(KVPolicyLayer(cache, places[place]))
+    return faces

@@ -15,7 +15,7 @@ from ...budget import BudgetView, bound_layers
 from ...pipeline import CachePipeline
 from ...spec import CacheSpec, Sizes
 from ...store.plan import planned
-from .models import spec_of
+from .sizes import spec_of
 
 
 @attrs.frozen
