@@ -128,6 +128,7 @@ def check_forward(decoder: Any, layers: list[Any], kwargs: dict[str, Any]) -> No
         raise UnsupportedError(
             "is_causal=False: every token would see later ones; caches hold none"
         )
+    _check_scores(kwargs)
     if not decoder.training and not any(module.training for module in layers):
         return
     if any(getattr(m, "gradient_checkpointing", False) and m.training for m in decoder.modules()):
@@ -153,6 +154,10 @@ def check_attention(module: Any, scaling: Any, dropout: float, kwargs: dict[str,
             f"{scaling}"
         )
     check_causal(kwargs.get("is_causal"))
+    _check_scores(kwargs)
+
+
+def _check_scores(kwargs: dict[str, Any]) -> None:
     for name in SCORES:
         if kwargs.get(name) is not None:
             raise UnsupportedError(f"{name}: this model's attention scores are not served")

@@ -60,9 +60,9 @@ def attention(
             "nothing is attached to it; if it shares its config object with an attached model, "
             "build it from a copy of that config"
         )
+    check_attention(module, scaling, dropout, kwargs)
     if torch.compiler.is_compiling() and hasattr(module, PLACE):
         return attend(getattr(module, PLACE), query, key.key, key.value, pre, hidden), None
-    check_attention(module, scaling, dropout, kwargs)
     out = _attend(key, module.layer_idx, query, pre, hidden)
     if torch.is_grad_enabled() and query.requires_grad:
         out = _NoGradient.apply(out, query)  # type: ignore[no-untyped-call]

@@ -121,10 +121,14 @@ class CompiledLayers:
 
 def _run(functions: Functions, layer: nn.Module, hidden_states: Tensor, **kwargs: Any) -> Any:
     prompt, token = functions
-    if hidden_states.shape[1] != 1:
-        return prompt(layer, hidden_states, **kwargs)
-    with cold_timing():  # kernels are compared when they first run
-        return token(layer, hidden_states, **kwargs)
+    try:
+        if hidden_states.shape[1] != 1:
+            return prompt(layer, hidden_states, **kwargs)
+        with cold_timing():  # kernels are compared when they first run
+            return token(layer, hidden_states, **kwargs)
+    except torch._dynamo.exc.Unsupported:
+        layer._call_impl(hidden_states, **kwargs)  # raises itself what dynamo quotes
+        raise
 
 
 def _compile(number: int) -> Functions:
