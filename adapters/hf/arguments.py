@@ -7,7 +7,6 @@ from typing import Any
 from transformers.generation import GenerationConfig, GenerationMode
 
 from ...errors import UnsupportedError
-from ...spec import LayerSizes
 from .attached import Attached
 from .wrappers import check_soft_prompt, soft_prompt
 
@@ -136,6 +135,7 @@ def check_forward(decoder: Any, layers: list[Any], kwargs: dict[str, Any]) -> No
         raise UnsupportedError(
             "is_causal=False: every token would see later ones; caches hold none"
         )
+    _check_scores(kwargs)
     if not decoder.training and not any(module.training for module in layers):
         return
     if any(getattr(m, "gradient_checkpointing", False) and m.training for m in decoder.modules()):
@@ -150,22 +150,29 @@ def check_forward(decoder: Any, layers: list[Any], kwargs: dict[str, Any]) -> No
 
 
 def check_attention(
-    sizes: LayerSizes, scaling: Any, dropout: float, kwargs: dict[str, Any]
+    scale: float, cap: float | None, scaling: Any, dropout: float, kwargs: dict[str, Any]
 ) -> None:
-    """Raises UnsupportedError for arguments of an attention function that are not served."""
+    """Raises UnsupportedError for arguments of an attention function that are not served.
+
+    `scale` and `cap` are the layer's factor and bound of q.k.
+    """
     if dropout:
         raise UnsupportedError(
             "dropout: an attached model serves inference only; call model.eval()"
         )
     for name, given, known in (
-        ("scaling", scaling, sizes.scale),
-        ("softcap", kwargs.get("softcap"), sizes.softcap),
+        ("scaling", scaling, scale),
+        ("softcap", kwargs.get("softcap"), cap),
     ):
         if given is not None and given != known:
             raise UnsupportedError(
                 f"{name}: wanted {known}, with which the cache was made, got {given}"
             )
     check_causal(kwargs.get("is_causal"))
+    _check_scores(kwargs)
+
+
+def _check_scores(kwargs: dict[str, Any]) -> None:
     for name in SCORES:
         if kwargs.get(name) is not None:
             raise UnsupportedError(f"{name}: this model's attention scores are not served")

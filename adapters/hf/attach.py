@@ -233,15 +233,19 @@ class Attachment:
         input_ids: Tensor,
         continuation_ids: Tensor,
         attention_mask: Tensor | None = None,
+        continuation_mask: Tensor | None = None,
         *,
         question: str = "decode",
     ) -> Tensor:
         """Log-probabilities `[B, N]` of continuations `[B, N]` after contexts `[B, S]`.
 
         The prompt ends, and evictions act, before a context's last token; it and the continuation
-        are read as `ask` reads a question.
+        are read as `ask` reads a question. Contexts are padded on the left, continuations on the
+        right; padding of these counts 0.
         """
-        return phases.loglikelihood(self, input_ids, continuation_ids, attention_mask, question)
+        return phases.loglikelihood(
+            self, input_ids, continuation_ids, attention_mask, continuation_mask, question
+        )
 
     def used(self, cache: KVPolicyCache) -> None:
         """Remembers what a cache did that no caller gave."""

@@ -14,7 +14,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from ...errors import PhaseError
+from ...errors import PhaseError, UnsupportedError
 
 NAME = "kvpolicy"  # of the attention and the mask function
 
@@ -56,6 +56,24 @@ class KVRef:
         )
 
 
+class _NoTensor:
+    """In place of a layer's keys or values of all tokens, which no tensor holds."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, layer: object, owner: type) -> Any:
+        if layer is None:
+            return self
+        raise UnsupportedError(
+            f"{self.name}: heads of a pipeline's cache hold different tokens, in pages; "
+            "cache.state.kept(layer, sequence, head) tells which"
+        )
+
+    def __set__(self, layer: object, value: object) -> None:
+        """transformers' base class sets None."""
+
+
 class KVPolicyLayer(CacheLayerMixin):
     """One layer's face towards transformers; everything is in the cache's state.
 
@@ -66,6 +84,8 @@ class KVPolicyLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
     supports_early_init = False
+    keys: Any = _NoTensor()
+    values: Any = _NoTensor()
 
     def __init__(self, cache: Owner, index: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
