@@ -7,6 +7,7 @@ from typing import Any
 from transformers.generation import GenerationConfig, GenerationMode
 
 from ...errors import UnsupportedError
+from ...spec import LayerSizes
 from .attached import Attached
 from .wrappers import check_soft_prompt, soft_prompt
 
@@ -37,7 +38,7 @@ OTHER_CACHES = {
     "continuous_batching_config": "generate_batch does not serve an attached model",
 }
 # Arguments of other attention functions that change what is attended.
-SCORES = ("softcap", "s_aux", "position_bias", "head_mask", "cache")
+SCORES = ("position_bias", "head_mask", "cache")
 
 
 def check_generate(attachment: Attached, kwargs: dict[str, Any], config: Any) -> None:
@@ -107,14 +108,16 @@ def check_causal(causal: bool | None) -> None:
         raise UnsupportedError("is_causal=False: tokens would see later ones, which no cache holds")
 
 
+def check_config(config: Any) -> None:
+    """Raises UnsupportedError for a config that asks for what is not served."""
+    check_outputs(getattr(config, "output_attentions", False))
+    check_causal(getattr(config, "is_causal", True))
+
+
 def check_model(decoder: Any, layers: list[Any]) -> None:
     """Raises UnsupportedError for a model whose attention is not what its kind's is."""
-    check_outputs(getattr(decoder.config, "output_attentions", False))
-    causal = [
-        getattr(decoder.config, "is_causal", True),
-        *(getattr(m, "is_causal", True) for m in layers),
-    ]
-    if not all(causal):
+    check_config(decoder.config)
+    if not all(getattr(m, "is_causal", True) for m in layers):
         raise UnsupportedError(
             "is_causal=False: every token would see later ones; caches hold none"
         )
@@ -141,17 +144,22 @@ def check_forward(decoder: Any, layers: list[Any], kwargs: dict[str, Any]) -> No
         )
 
 
-def check_attention(module: Any, scaling: Any, dropout: float, kwargs: dict[str, Any]) -> None:
+def check_attention(
+    sizes: LayerSizes, scaling: Any, dropout: float, kwargs: dict[str, Any]
+) -> None:
     """Raises UnsupportedError for arguments of an attention function that are not served."""
     if dropout:
         raise UnsupportedError(
             "dropout: an attached model serves inference only; call model.eval()"
         )
-    if scaling is not None and scaling != getattr(module, "scaling", scaling):
-        raise UnsupportedError(
-            f"scaling: wanted the module's {module.scaling}, with which the cache was made, got "
-            f"{scaling}"
-        )
+    for name, given, known in (
+        ("scaling", scaling, sizes.scale),
+        ("softcap", kwargs.get("softcap"), sizes.softcap),
+    ):
+        if given is not None and given != known:
+            raise UnsupportedError(
+                f"{name}: wanted {known}, with which the cache was made, got {given}"
+            )
     check_causal(kwargs.get("is_causal"))
     for name in SCORES:
         if kwargs.get(name) is not None:

@@ -64,6 +64,19 @@ def real(chunks: Chunks, batch: int) -> Tensor:
     return torch.cat([torch.ones(batch, 0, dtype=torch.bool), *parts], 1)
 
 
+def gaps(chunks: Chunks, batch: int) -> list[bool]:
+    """Whether a column that is not real follows one that is, for each sequence."""
+    began, found = torch.zeros(batch, dtype=torch.bool), torch.zeros(batch, dtype=torch.bool)
+    for _, valid in chunks:
+        if valid is None:
+            began = torch.ones_like(began)
+            continue
+        found |= (valid.long().diff(dim=1) < 0).any(1) | (began & ~valid.all(1))
+        began = began | valid.any(1)
+    listed: list[bool] = found.tolist()
+    return listed
+
+
 def new_columns(mask: Tensor | None, chunks: Chunks, batch: int, columns: int) -> Tensor | None:
     """The part of a 2D mask that is about the next `columns`.
 

@@ -6,7 +6,7 @@ import weakref
 from typing import Any, Protocol
 
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from ...errors import PhaseError
 
@@ -19,24 +19,28 @@ class Owner(Protocol):
     @property
     def columns(self) -> int: ...
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> Any: ...
+    def hold(self, layer: int, key: Tensor, value: Tensor) -> KVRef: ...
 
     def attend(
         self,
-        layer: int,
+        handle: KVRef,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
         pre: Tensor | None,
         hidden: Tensor | None,
+        sinks: Tensor | None,
     ) -> Tensor: ...
 
 
 class KVRef:
-    """What `update` returns for keys and values: a handle that only our attention understands."""
+    """What `update` returns for keys and values: a handle that only our attention understands.
 
-    def __init__(self, cache: Owner, key: Tensor, value: Tensor) -> None:
-        self.cache, self.key, self.value = cache, key, value
+    It names the layer whose keys it stands for: other layers may read them as well, after that one
+    `wrote` them.
+    """
+
+    def __init__(self, cache: Owner, layer: int, key: Tensor, value: Tensor) -> None:
+        self.cache, self.layer, self.key, self.value = cache, layer, key, value
+        self.wrote = False
 
     @property
     def shape(self) -> Any:
@@ -47,7 +51,10 @@ class KVRef:
 
 
 class KVPolicyLayer(CacheLayerMixin):
-    """One layer's face towards transformers; everything is in the cache's state."""
+    """One layer's face towards transformers; everything is in the cache's state.
+
+    `index` counts the layers with keys of their own.
+    """
 
     is_sliding = False
     is_compileable = False
@@ -72,8 +79,8 @@ class KVPolicyLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        key, value = self.cache.update(key_states, value_states, self.index)
-        return key, value
+        handle = self.cache.hold(self.index, key_states, value_states)
+        return handle, handle
 
     def get_seq_length(self) -> int:
         return self.cache.columns
@@ -90,3 +97,23 @@ class KVPolicyLayer(CacheLayerMixin):
         """Nothing: pages stay where they are."""
 
     prefetch = offload
+
+
+class KVPolicyHybridLayer(KVPolicyLayer, LinearAttentionLayer):
+    """A layer that attends and keeps a recurrent or convolutional state, which is transformers'."""
+
+    def __init__(self, cache: Owner, index: int, states: int) -> None:
+        KVPolicyLayer.__init__(self, cache, index)
+        LinearAttentionLayer.__init__(self, number_of_states=states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
+
+    def get_max_length(self) -> int:
+        return KVPolicyLayer.get_max_length(self)
+
+    def offload(self) -> None:
+        LinearAttentionLayer.offload(self)
+
+    def prefetch(self) -> None:
+        LinearAttentionLayer.prefetch(self)

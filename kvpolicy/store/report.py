@@ -18,7 +18,8 @@ class Report:
 
     Bytes are those of the storages: `pages` hold tokens, `reserved` are allocated and hold none,
     `ring` is the local window with its rollback slots, `positions`, `summaries` belong to pages in
-    use, `tables` are page tables, counters and free stack, `queries` the observation windows.
+    use, `tables` are page tables, counters and free stack, `queries` the observation windows,
+    `states` recurrent and convolutional states of a model's layers without attention.
     Lists are `[layer][head]`, summed or averaged over sequences. `admitted` is the fraction of seen
     tokens admitted (None: the layer only slides, policies do not apply), `stored` the mean tokens
     held per sequence with the window, `evicted` the tokens dropped, `read` the mean tokens that the
@@ -45,6 +46,7 @@ class Report:
     overshoot: int
     cap_evicted: int
     floored: list[int]
+    states: int = 0
 
     @property
     def total(self) -> int:
@@ -57,6 +59,7 @@ class Report:
             + self.summaries
             + self.tables
             + self.queries
+            + self.states
         )
 
     @property
