@@ -69,7 +69,9 @@ def probe_in_place(model: Any) -> Probe:
     tokens = _tokens(model)
     with untouched(model):
         own = OwnRun(model)
-        expected = _checked(lambda: own.run(tokens), "its forward on transformers' own cache fails")
+        expected = _checked(
+            lambda: own.run(tokens), "its forward of tokens [1, S] on transformers' own cache fails"
+        )
     with untouched(model):
         run = ProbeRun(model, kinds, own.calls)
         logits = _checked(lambda: run.run(tokens), "its forward fails without a mask")

@@ -64,7 +64,7 @@ def compile_launch(kernel: Any, bound: dict[str, Any], options: dict[str, Any], 
         """The type of an argument, as a launch would specialise it."""
         if isinstance(value, tuple):
             return tuple(kind(x, special, (*path, place)) for place, x in enumerate(value))
-        if special and type(value) is int and value == 1:
+        if value is None or (special and type(value) is int and value == 1):
             constants[path] = value
             return "constexpr"
         if isinstance(value, TensorDescriptor):
@@ -135,7 +135,7 @@ def call_all(dim: int, page: int, dtype: torch.dtype) -> None:
         pages, stored, key, key, dest.byte(), segments, window, after, fresh, ranks
     )
     for found in (None, rectangles):
-        sparse_prefill.choose_rectangles = lambda query, found=found: found
+        sparse_prefill.choose_rectangles = lambda *_, found=found: found
         sparse_prefill.prefill_attention(
             torch.zeros(heads * group, tokens, dim, dtype=dtype), key, key, dest.byte(), segments,
             pages, stored, window, 0.1,

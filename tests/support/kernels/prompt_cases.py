@@ -89,7 +89,7 @@ def _prefill_attention(size: Size) -> None:
         chosen = rectangles if cut else None
         with (
             mock.patch.object(sparse, "choose_tile", tile),
-            mock.patch.object(sparse, "choose_rectangles", lambda _, chosen=chosen: chosen),
+            mock.patch.object(sparse, "choose_rectangles", lambda *_, chosen=chosen: chosen),
         ):
             pages = (mirror.pages, mirror.heads)
             found = both("prefill_attention", *given, segments, *pages, 9, size.dim**-0.5)
