@@ -9,14 +9,14 @@ from tests.support.imports import import_graph, imports, modules, part_of
 # Lowest first. A part of kvpolicy, a module or a folder, imports its own layer and those below it.
 LAYERS = (
     ("errors", "choices", "_fields", "_extras", "_knob", "_option", "_markdown", "_files"),
-    ("backend",),
+    ("backend", "pretrained"),
     ("ops",),
     ("reference", "kernels"),
     ("spec", "budget", "admission", "selection", "eviction", "per_layer"),
     ("store",),
     ("calls",),
     ("pipeline",),
-    ("testing", "adapters", "pretrained"),
+    ("testing", "adapters"),
     ("training", "evaluation", "bench"),
     ("cli",),
 )

@@ -97,7 +97,8 @@ class DuoAttention(Admission):
         """Reads a pattern directory: `full_attention_heads.tsv` and `config.json`.
 
         Args:
-            path_or_repo: the directory, or the id of a hub repository.
+            path_or_repo: the directory, the id of a hub repository, or a name of
+                `kvpolicy.pretrained`.
             sparsity: fraction of streaming heads wanted; a head is full if its value is at least
                 the quantile of all values there. Exactly one of `sparsity` and `threshold`.
             threshold: a head is full if its value, clipped to [0, 1], is at least this.

@@ -120,7 +120,8 @@ class WriteGate(Admission):
         """Reads gates in the layout of WG-KV; all sizes come from the file.
 
         Args:
-            path_or_repo: a `.pt` or `.safetensors` file, a directory, or a hub repository's id.
+            path_or_repo: a `.pt` or `.safetensors` file, a directory, a hub repository's id, or a
+                name of `kvpolicy.pretrained`.
             file: the file's name in the directory or repository.
             threshold: admits above it; default the file's metadata, else 0.1.
             window: local window in tokens; default the file's metadata, else 256.
