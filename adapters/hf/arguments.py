@@ -38,6 +38,7 @@ OTHER_CACHES = {
 }
 # Arguments of other attention functions that change what is attended.
 SCORES = ("position_bias", "head_mask", "cache")
+BY_MODELS = ("softcap", "s_aux", "sinks")  # which only a model's own layers may give
 
 
 def check_generate(attachment: Attached, kwargs: dict[str, Any], config: Any) -> None:
@@ -135,7 +136,7 @@ def check_forward(decoder: Any, layers: list[Any], kwargs: dict[str, Any]) -> No
         raise UnsupportedError(
             "is_causal=False: every token would see later ones; caches hold none"
         )
-    _check_scores(kwargs)
+    _check_scores(kwargs, *BY_MODELS)
     if not decoder.training and not any(module.training for module in layers):
         return
     if any(getattr(m, "gradient_checkpointing", False) and m.training for m in decoder.modules()):
@@ -172,7 +173,7 @@ def check_attention(
     _check_scores(kwargs)
 
 
-def _check_scores(kwargs: dict[str, Any]) -> None:
-    for name in SCORES:
+def _check_scores(kwargs: dict[str, Any], *more: str) -> None:
+    for name in (*SCORES, *more):
         if kwargs.get(name) is not None:
             raise UnsupportedError(f"{name}: this model's attention scores are not served")

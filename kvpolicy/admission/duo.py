@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._fields import check_int, check_number, is_a, not_negative, optional, positive, shown
 from .._knob import Knob
+from .._names import named
 from . import _duo_file
 from ._base import Admission, Write
 from ._files import find_folder
@@ -47,6 +48,7 @@ def _pattern(instance: DuoAttention, attribute: attrs.Attribute[Any], value: Any
                 raise TypeError(f"full_heads: wanted bools, got {shown(head)} in layer {layer}")
 
 
+@named
 @attrs.frozen(kw_only=True)
 class DuoAttention(Admission):
     """Full heads admit every token, streaming heads only the first `sinks`.

@@ -18,7 +18,7 @@ from .._markdown import table
 from .context import Bench
 from .rows import Row
 
-_WIDTHS = (9, 30, 13, 14, 9)
+_MOST = 40  # characters of a cell
 
 
 def machine(bench: Bench) -> dict[str, Any]:
@@ -76,18 +76,23 @@ def print_table(rows: list[Row]) -> None:
     """At most 80 lines: name, measured, rate, floor, goals, comparison."""
     shown = rows if len(rows) <= 77 else [row for row in rows if row.goals or row.error][:77]
     heads = ("group", "benchmark", "measured", "rate", "floor")
-    print(_columns(heads) + "  target: found; same run")
-    for row in shown:
-        cells = (
+    table = [
+        (
             row.group, row.name, number(row.value, row.unit), number(row.rate, row.rate_unit),
             number(row.floor),
-        )  # fmt: skip
+        )
+        for row in shown
+    ]  # fmt: skip
+    widths = [min(max(map(len, column)), _MOST) for column in zip(heads, *table, strict=True)]
+    print(_columns(heads, widths) + "  target: found; same run")
+    for row, cells in zip(shown, table, strict=True):
         rest = [row.error] if row.error else [*map(str, row.goals), row.baseline]
-        print(f"{_columns(cells)}  {'; '.join(part for part in rest if part)}"[:200].rstrip())
+        said = "; ".join(part for part in rest if part)
+        print(f"{_columns(cells, widths)}  {said}"[:200].rstrip())
     verdicts = [goal.verdict for row in rows for goal in row.goals]
     counts = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in ("met", "short", "missed"))
     print(f"goals: {counts}; rows without result: {sum(bool(row.error) for row in rows)}")
 
 
-def _columns(cells: Iterable[str]) -> str:
-    return "  ".join(x[:width].ljust(width) for x, width in zip(cells, _WIDTHS, strict=True))
+def _columns(cells: Iterable[str], widths: Iterable[int]) -> str:
+    return "  ".join(x[:width].ljust(width) for x, width in zip(cells, widths, strict=True))
