@@ -9,6 +9,7 @@ from tests.support.imports import import_graph, imports, modules, part_of
 # Lowest first. A part of kvpolicy, a module or a folder, imports its own layer and those below it.
 LAYERS = (
     ("errors", "choices", "_fields", "_extras", "_knob", "_option", "_markdown", "_files"),
+    ("_pictures",),
     ("backend",),
     ("ops",),
     ("reference", "kernels"),
