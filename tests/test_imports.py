@@ -10,7 +10,7 @@ from tests.support.imports import import_graph, imports, modules, part_of
 LAYERS = (
     ("errors", "choices", "_fields", "_extras", "_option"),
     ("_arguments", "_names", "_markdown", "_table", "_files"),
-    ("_knob",),
+    ("_knob", "_pictures"),
     ("backend", "pretrained"),
     ("ops",),
     ("reference", "kernels"),

@@ -210,6 +210,7 @@ def _write(out: Path, found: Front, title: str) -> None:
     from ..evaluation.search.plots import front
 
     points = [attrs.asdict(point) | {"best": point in found.best} for point in found.points]
-    record = {"knobs": found.knobs, "points": points}
+    full = None if found.full is None else attrs.asdict(found.full)
+    record = {"knobs": found.knobs, "points": points, "full": full}
     write_text(out / "pareto.json", json.dumps(record, indent=1))
     front(out / "pareto.png", found, title)
