@@ -16,7 +16,9 @@ LAYERS = (
     ("store",),
     ("calls",),
     ("pipeline",),
-    ("testing", "adapters", "pretrained"),
+    ("testing", "pretrained"),
+    ("pipeline_files",),
+    ("adapters",),
     ("training", "evaluation", "bench"),
     ("cli",),
 )

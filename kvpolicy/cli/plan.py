@@ -17,6 +17,7 @@ from .common import (
     QuestTokens,
     SnapKVTokens,
     Sparsity,
+    Trust,
     Window,
     composed,
     config_of,
@@ -42,6 +43,7 @@ def plan(
     quest: QuestTokens = None,
     snapkv: SnapKVTokens = None,
     pipeline: Own = None,
+    trust_code: Trust = False,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and cache.")] = Dtype.bfloat16,
     page_size: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of a page.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Bytes as JSON.")] = False,
@@ -53,7 +55,7 @@ def plan(
 
         from ..adapters.hf import fit_report
 
-        composition = composed(window, gate, duo, sparsity, quest, snapkv, pipeline)
+        composition = composed(window, gate, duo, sparsity, quest, snapkv, pipeline, trust_code)
         result = fit_report(
             config_of(model),
             tokens,
