@@ -18,7 +18,9 @@ LAYERS = (
     ("store",),
     ("calls",),
     ("pipeline",),
-    ("testing", "adapters"),
+    ("testing",),
+    ("pipeline_files",),
+    ("adapters",),
     ("training", "evaluation", "bench"),
     ("cli",),
 )

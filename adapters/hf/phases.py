@@ -72,7 +72,7 @@ def ask(
     fork = _fork(attachment, cache, input_ids, question, rows)
     mask = _full_mask(fork, input_ids, attention_mask, rows)
     given = {"input_ids": input_ids, "attention_mask": mask, "past_key_values": fork}
-    if question == "decode" and _evicts_while_decoding(attachment):
+    if question == "decode" and evicts_while_decoding(attachment):
         given["prefill_chunk_size"] = 1
     return run(attachment, {**options, **given}, question)
 
@@ -99,7 +99,7 @@ def loglikelihood(
     cache = read(attachment, input_ids[:, :-1], mask, None, None, None)
     asked = torch.cat([input_ids[:, -1:], continuation_ids[:, :-1]], 1)
     decoded = question == "decode"
-    width = 1 if decoded and _evicts_while_decoding(attachment) else asked.shape[1]
+    width = 1 if decoded and evicts_while_decoding(attachment) else asked.shape[1]
     with torch.no_grad(), attachment.forwards.holding():
         cache.begin_question(None if decoded else cache.columns + asked.shape[1])
         logits = [
@@ -129,7 +129,7 @@ def _right_padded(ids: Tensor, mask: Tensor | None) -> Tensor:
     return shown
 
 
-def _evicts_while_decoding(attachment: Attached) -> bool:
+def evicts_while_decoding(attachment: Attached) -> bool:
     """Whether a question's tokens must come one by one, so that evictions fall between them."""
     eviction = attachment.pipeline.eviction
     return eviction.when == "decode" and not eviction.neutral

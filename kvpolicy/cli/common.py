@@ -43,7 +43,10 @@ Gate = Annotated[
 ]
 Own = Annotated[
     str | None,
-    typer.Option(help="A CachePipeline of yours instead of policies: module:name."),
+    typer.Option(help="A pipeline's file, or a CachePipeline of yours: module:name."),
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-code", help="Let a pipeline's file import policies of yours.")
 ]
 Duo = Annotated[
     Path | None, typer.Option(help="A DuoAttention pattern's folder, or a shipped one's name.")
@@ -167,12 +170,13 @@ def composed(
     quest: int | None,
     snapkv: int | None,
     own: str | None = None,
+    trust_code: bool = False,
 ) -> CachePipeline | None:
     """The pipeline that options ask for; None where nothing but a fraction is known."""
     if own is not None:
         if any((window, gate, duo, quest, snapkv)):
             raise ValueError("pipeline: wanted no window and no policies beside it")
-        return own_pipeline(own)
+        return own_pipeline(own, trust_code)
     if gate and duo:
         raise ValueError("gate, duo: wanted at most one admission, got both")
     if not any((window, gate, duo, quest, snapkv)):
@@ -216,15 +220,18 @@ def of_kind(option: str, name: str) -> bool:
     return name.endswith(".safetensors") == (option == "gate")
 
 
-def own_pipeline(name: str) -> CachePipeline:
-    """The pipeline `module:name`; modules of the current folder are found as well."""
+def own_pipeline(name: str, trust_code: bool = False) -> CachePipeline:
+    """A file's pipeline, or `module:name`; modules of the current folder are found as well."""
     from ..pipeline import CachePipeline
+    from ..pipeline_files import is_file_name, load_pipeline
 
+    if os.getcwd() not in sys.path and (trust_code or not is_file_name(name)):
+        sys.path.insert(0, os.getcwd())
+    if is_file_name(name):
+        return load_pipeline(name, trust_code=trust_code)
     module, _, attribute = name.partition(":")
     if not module or not attribute:
-        raise ValueError(f"pipeline: wanted module:name, got {name!r}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        raise ValueError(f"pipeline: wanted a .json or .yaml file or module:name, got {name!r}")
     found = getattr(importlib.import_module(module), attribute, None)
     if not isinstance(found, CachePipeline):
         raise TypeError(f"pipeline: wanted a CachePipeline in {name}, got {found!r}")
