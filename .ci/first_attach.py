@@ -13,7 +13,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvpolicy
-from kvpolicy import CachePipeline, DuoAttention, Quest, Ratio, SnapKV, WriteGate, attach, pretrained
+from kvpolicy import (
+    CachePipeline,
+    DuoAttention,
+    Quest,
+    Ratio,
+    SnapKV,
+    WriteGate,
+    attach,
+    pretrained,
+)
 
 GATE, DUO = "smollm2-135m-instruct-w64-keep25", "duo-smollm2-135m-instruct"
 

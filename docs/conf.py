@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import re
-from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import kvpolicy
 
 if TYPE_CHECKING:
-    from sphinx.application import Sphinx
+    pass
 
 project = "kvpolicy"
 copyright = "the authors of kvpolicy"

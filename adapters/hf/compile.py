@@ -17,7 +17,7 @@ from ...errors import PhaseError, UnsupportedError
 from .attached import Attached
 from .models import Served, shards
 
-# On an attention module: [attachment's number, layer] on the CPU, and the layer's scale and softcap.
+# On an attention module: [attachment's number, layer] on the CPU, and its scale and softcap.
 PLACE = "_kvpolicy_place"
 Functions = tuple[Callable[..., Any], Callable[..., Any]]  # for prompts and for one column
 COMPILED = "_compiled_call_impl"  # where nn.Module.compile keeps what calling a module runs

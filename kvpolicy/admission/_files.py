@@ -9,9 +9,8 @@ from typing import Any
 
 import attrs
 
-from .._fields import is_a, optional
-
 from .. import pretrained
+from .._fields import is_a, optional
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
