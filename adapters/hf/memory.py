@@ -17,7 +17,7 @@ from ...pipeline import CachePipeline, is_pipeline
 from ...spec import CacheSpec, Sizes
 from ...store.plan import planned
 from .fit_table import fit_table
-from .models import spec_of
+from .sizes import spec_of
 
 
 @attrs.frozen

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import BackendError
 from .context import Bench, Case
-from .output import print_table, write_results
+from .output import machine, print_table, write_results
 from .plots import draw
 from .rows import CheckFailed, Row
 
@@ -62,7 +62,7 @@ def run(
         write_results(Path(out), bench, rows)
     write_results(Path(out), bench, rows)
     try:
-        draw(Path(out), rows)
+        draw(Path(out), rows, str(machine(bench)["device"]))
     except Exception as error:  # pictures must not cost the numbers
         bench.say(f"no plots: {type(error).__name__}: {error}")
     print_table(rows)

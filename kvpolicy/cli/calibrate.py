@@ -19,6 +19,7 @@ from .common import (
     OfWeights,
     Own,
     Texts,
+    Trust,
     Window,
     check_fractions,
     errors,
@@ -54,6 +55,7 @@ def calibrate(
     prompts: Annotated[int, typer.Option(min=1, help="Prompts that sizes are measured on.")] = 4,
     window: Window = None,
     pipeline: Own = None,
+    trust_code: Trust = False,
     slot: Annotated[
         str | None, typer.Option(help='Of --pipeline: "admission" or "eviction".')
     ] = None,
@@ -75,7 +77,7 @@ def calibrate(
         elif gate or duo or snapkv or window:
             raise ValueError("pipeline: wanted no window and no policies beside it")
         else:
-            turned = own_pipeline(pipeline)
+            turned = own_pipeline(pipeline, trust_code)
         pattern = None if duo is None else shipped("duo", duo)
         with Progress("trial", asked=progress) as shown:
             shown.doing(f"loading {model}")
@@ -118,6 +120,7 @@ def pareto(
     texts: Texts,
     gate: Gate = None,
     pipeline: Own = None,
+    trust_code: Trust = False,
     threshold: Annotated[
         list[float] | None, typer.Option(help="Of the gate, or values of an admission of yours.")
     ] = None,
@@ -145,7 +148,9 @@ def pareto(
             raise ValueError(f"task: wanted one of {', '.join(asking)}, got {task!r}")
         if (gate is None) == (pipeline is None):
             raise ValueError("gate, pipeline: wanted exactly one")
-        measured = _pipeline(gate, None, True, None) if gate else own_pipeline(str(pipeline))
+        measured = (
+            _pipeline(gate, None, True, None) if gate else own_pipeline(str(pipeline), trust_code)
+        )
         parts = budget or [0.25, 0.125, 0.0625]
         check_fractions("budget", parts)
         admissions = threshold or [0.02, 0.05, 0.1, 0.2, 0.4]
@@ -210,6 +215,7 @@ def _write(out: Path, found: Front, title: str) -> None:
     from ..evaluation.search.plots import front
 
     points = [attrs.asdict(point) | {"best": point in found.best} for point in found.points]
-    record = {"knobs": found.knobs, "points": points}
+    full = None if found.full is None else attrs.asdict(found.full)
+    record = {"knobs": found.knobs, "points": points, "full": full}
     write_text(out / "pareto.json", json.dumps(record, indent=1))
     front(out / "pareto.png", found, title)

@@ -43,7 +43,10 @@ Gate = Annotated[
 ]
 Own = Annotated[
     str | None,
-    typer.Option(help="A CachePipeline of yours instead of policies: module:name."),
+    typer.Option(help="A pipeline's file, or a CachePipeline of yours: module:name."),
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-code", help="Let a pipeline's file import policies of yours.")
 ]
 Duo = Annotated[
     Path | None, typer.Option(help="A DuoAttention pattern's folder, or a shipped one's name.")
@@ -167,12 +170,13 @@ def composed(
     quest: int | None,
     snapkv: int | None,
     own: str | None = None,
+    trust_code: bool = False,
 ) -> CachePipeline | None:
     """The pipeline that options ask for; None where nothing but a fraction is known."""
     if own is not None:
         if any((window, gate, duo, quest, snapkv)):
             raise ValueError("pipeline: wanted no window and no policies beside it")
-        return own_pipeline(own)
+        return own_pipeline(own, trust_code)
     if gate and duo:
         raise ValueError("gate, duo: wanted at most one admission, got both")
     if not any((window, gate, duo, quest, snapkv)):
@@ -199,11 +203,11 @@ def shipped(option: str, name: Path) -> Path:
     """
     if name.exists():
         return name
-    from ..pretrained import names, path
+    from ..pretrained import KNOWN, names, path
 
-    kind = "file" if option == "gate" else "folder"
-    found = [x.removesuffix(".safetensors") for x in names() if of_kind(option, x)]
-    if name.name.removesuffix(".safetensors") not in found or name.parent != Path():
+    found = sorted(x for x in {*names(), *KNOWN} if of_kind(option, x))
+    if str(name).removesuffix(".safetensors") not in found:
+        kind = "file" if option == "gate" else "folder"
         raise ValueError(
             f"{option}: wanted a {kind} or one of {', '.join(found)}, got {str(name)!r}, which is "
             "not there"
@@ -212,19 +216,25 @@ def shipped(option: str, name: Path) -> Path:
 
 
 def of_kind(option: str, name: str) -> bool:
-    """Whether a shipped policy is what an option takes: a gate's file, or a pattern's folder."""
-    return name.endswith(".safetensors") == (option == "gate")
+    """Whether a trained policy is what an option takes: a gate's file, or a pattern's folder."""
+    from ..pretrained import KNOWN, PATTERN, path
+
+    pattern = PATTERN in KNOWN[name].files if name in KNOWN else path(name).is_dir()
+    return pattern == (option == "duo")
 
 
-def own_pipeline(name: str) -> CachePipeline:
-    """The pipeline `module:name`; modules of the current folder are found as well."""
+def own_pipeline(name: str, trust_code: bool = False) -> CachePipeline:
+    """A file's pipeline, or `module:name`; modules of the current folder are found as well."""
     from ..pipeline import CachePipeline
+    from ..pipeline_files import is_file_name, load_pipeline
 
+    if os.getcwd() not in sys.path and (trust_code or not is_file_name(name)):
+        sys.path.insert(0, os.getcwd())
+    if is_file_name(name):
+        return load_pipeline(name, trust_code=trust_code)
     module, _, attribute = name.partition(":")
     if not module or not attribute:
-        raise ValueError(f"pipeline: wanted module:name, got {name!r}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        raise ValueError(f"pipeline: wanted a .json or .yaml file or module:name, got {name!r}")
     found = getattr(importlib.import_module(module), attribute, None)
     if not isinstance(found, CachePipeline):
         raise TypeError(f"pipeline: wanted a CachePipeline in {name}, got {found!r}")

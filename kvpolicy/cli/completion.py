@@ -108,10 +108,11 @@ def _named() -> dict[str, Value]:
     """By the name: what no type tells."""
     from ..bench import GROUPS
     from ..evaluation.tasks import TASKS
-    from ..pretrained import names
+    from ..pretrained import KNOWN, names
 
-    gates = tuple(x.removesuffix(".safetensors") for x in names() if of_kind("gate", x))
-    patterns = tuple(x for x in names() if of_kind("duo", x))
+    known = sorted({*names(), *KNOWN})
+    gates = tuple(x for x in known if of_kind("gate", x))
+    patterns = tuple(x for x in known if of_kind("duo", x))
     return {
         "model": Value(words=(SMOLLM2,), folders=True, models=True),
         "gate": Value(words=gates, files=True),

@@ -17,6 +17,7 @@ from .common import (
     Duo,
     Model,
     OfWeights,
+    Trust,
     check_fractions,
     errors,
     load,
@@ -68,8 +69,10 @@ def evaluate(
     ] = None,
     duo: Duo = None,
     pipeline: Annotated[
-        list[str] | None, typer.Option(help="CachePipelines of yours too: module:name.")
+        list[str] | None,
+        typer.Option(help="Pipelines' files, or CachePipelines of yours: module:name."),
     ] = None,
+    trust_code: Trust = False,
     keep: Annotated[
         list[float] | None,
         typer.Option(help="Parts of the cache, where there are no gates. [0.25 0.1]"),
@@ -111,7 +114,7 @@ def evaluate(
         check_fractions("keep", keeps)
         check_fractions("budget", budgets)
         found = variants_for(model, gates, threshold or [], duo, keeps, budgets, window)
-        mine = {name: own_pipeline(name) for name in pipeline or []}
+        mine = {name: own_pipeline(name, trust_code) for name in pipeline or []}
         found = _chosen([*found, *(own(*item) for item in mine.items())], variant)
         text = python_topics() if texts is None else "\n\n".join(read(texts))
         language_model, tokenizer = load(model, device, dtype)

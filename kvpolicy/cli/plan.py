@@ -18,6 +18,7 @@ from .common import (
     QuestTokens,
     SnapKVTokens,
     Sparsity,
+    Trust,
     Window,
     composed,
     config_of,
@@ -50,6 +51,7 @@ def plan(
     quest: QuestTokens = None,
     snapkv: SnapKVTokens = None,
     pipeline: Own = None,
+    trust_code: Trust = False,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and cache.")] = Dtype.bfloat16,
     page_size: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of a page.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Bytes as JSON.")] = False,
@@ -65,7 +67,7 @@ def plan(
 
         from ..adapters.hf import fit_report
 
-        composition = composed(window, gate, duo, sparsity, quest, snapkv, pipeline)
+        composition = composed(window, gate, duo, sparsity, quest, snapkv, pipeline, trust_code)
         config = config_of(model)
 
         def planned(part: float | None) -> FitReport:

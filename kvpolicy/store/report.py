@@ -21,7 +21,8 @@ class Report:
 
     Bytes are those of the storages: `pages` hold tokens, `reserved` are allocated and hold none,
     `ring` is the local window with its rollback slots, `positions`, `summaries` belong to pages in
-    use, `tables` are page tables, counters and free stack, `queries` the observation windows.
+    use, `tables` are page tables, counters and free stack, `queries` the observation windows,
+    `states` recurrent and convolutional states of a model's layers without attention.
     `dense` are keys and values of all tokens seen (in layers that slide: of their windows), which
     is what an ordinary cache holds. `policies` names what acts on which layers, by slot; neutral
     policies and layers that slide are left out.
@@ -54,6 +55,7 @@ class Report:
     overshoot: int
     cap_evicted: int
     floored: list[int]
+    states: int = 0
 
     @property
     def total(self) -> int:
@@ -66,6 +68,7 @@ class Report:
             + self.summaries
             + self.tables
             + self.queries
+            + self.states
         )
 
     @property

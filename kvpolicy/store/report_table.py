@@ -15,6 +15,7 @@ BYTES = {
     "positions": "positions of tokens",
     "summaries": "summaries of pages",
     "queries": "queries observed",
+    "states": "states of other layers",
     "tables": "page tables, counters",
     "reserved": "reserved, empty",
     "total": "everything",
