@@ -21,7 +21,7 @@ from .sizes import spec_of
 
 
 @attrs.frozen
-class _Learned(Admission):
+class Learned(Admission):
     """Stands for any learned admission."""
 
     def admit(self, write: Write) -> Tensor:
@@ -118,7 +118,7 @@ def fit_report(
     if pipeline is not None:
         is_pipeline(pipeline)
     else:
-        pipeline = CachePipeline(admission=_Learned())
+        pipeline = CachePipeline(admission=Learned())
         admitted = 1.0 if admitted is None else admitted
     model, device = _model(config_or_model, dtype)
     spec = spec_of(model, dtype=dtype, device=device, **sizes)
@@ -128,7 +128,7 @@ def fit_report(
     plan = planned(pipeline, spec, tokens, batch, written, left)
     windows = [spec.at(n).window or pipeline.window for n in range(spec.layers)]
     heads = [spec.at(n).kv_heads for n in range(spec.layers)]
-    dims = [spec.at(n).head_dim for n in range(spec.layers)]
+    dims = [spec.at(n).head_dim + spec.at(n).value_dim for n in range(spec.layers)]
     dense = [min(tokens, spec.slides(n) or tokens) for n in range(spec.layers)]
     near = sum(min(tokens, w) * h for w, h in zip(windows, heads, strict=True))
     item = spec.dtype.itemsize
@@ -139,7 +139,7 @@ def fit_report(
         kept=(sum(map(sum, left)) + near) / (tokens * sum(heads)),
         gates=sum(t.numel() for policy in policies for t in _tensors(policy)) * item,
         weights=sum(p.numel() for p in model.parameters()) * item,
-        full=batch * 2 * item * sum(n * h * d for n, h, d in zip(dense, heads, dims, strict=True)),
+        full=batch * item * sum(n * h * d for n, h, d in zip(dense, heads, dims, strict=True)),
         **attrs.asdict(plan),
     )
 

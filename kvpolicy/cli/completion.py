@@ -11,11 +11,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import attrs
 import typer
 
 from .common import SMOLLM2, of_kind
-from .completion_scripts import bash, fish, zsh
+from .completion_scripts import Command, Option, Value, bash, fish, zsh
 
 
 class Shell(StrEnum):
@@ -24,34 +23,6 @@ class Shell(StrEnum):
     bash = "bash"
     zsh = "zsh"
     fish = "fish"
-
-
-@attrs.frozen(kw_only=True)
-class Value:
-    """What an option or argument takes: `words` to offer, and files, folders or models."""
-
-    words: tuple[str, ...] = ()
-    files: bool = False
-    folders: bool = False
-    models: bool = False
-
-
-@attrs.frozen(kw_only=True)
-class Option:
-    """An option by its names, such as `("--report", "--no-report")`; no value: a switch."""
-
-    names: tuple[str, ...]
-    help: str
-    value: Value | None
-
-
-@attrs.frozen(kw_only=True)
-class Command:
-    """A command with its options and what its arguments take."""
-
-    help: str
-    options: tuple[Option, ...]
-    argument: Value
 
 
 def script(shell: Shell, functions: Iterable[Callable[..., None]]) -> str:
