@@ -28,11 +28,12 @@ class Shell(StrEnum):
 def script(shell: Shell, functions: Iterable[Callable[..., None]]) -> str:
     """What a shell reads; `functions` are the commands, whose signatures tell their options."""
     named = _named()
-    known = {x.__name__.replace("_", "-"): _command(x, named) for x in functions}
+    known = {x.__name__.replace("_", "-"): command_of(x, named) for x in functions}
     return {Shell.bash: bash, Shell.zsh: zsh, Shell.fish: fish}[shell](known)
 
 
-def _command(function: Callable[..., None], named: Mapping[str, Value]) -> Command:
+def command_of(function: Callable[..., None], named: Mapping[str, Value]) -> Command:
+    """A command as a shell should know it; `named` are values by the names of arguments."""
     options, argument = [], Value()
     for name, hint in get_type_hints(function, include_extras=True).items():
         if name == "return":
@@ -58,8 +59,11 @@ def _command(function: Callable[..., None], named: Mapping[str, Value]) -> Comma
 
 def _names(name: str, info: typer.models.OptionInfo, switch: bool) -> tuple[str, ...]:
     """An option's names, as typer makes them."""
-    if info.param_decls:
-        return tuple(x for decl in info.param_decls for x in decl.split("/"))
+    # Inside Annotated, typer takes its first argument, the default, for a name.
+    first = [info.default] if isinstance(info.default, str) else []
+    given = [*first, *(info.param_decls or ())]
+    if given:
+        return tuple(x for names in given for x in names.split("/"))
     long = name.replace("_", "-")
     return (f"--{long}", f"--no-{long}") if switch else (f"--{long}",)
 
