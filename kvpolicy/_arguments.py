@@ -101,11 +101,11 @@ def check_mask(name: str, value: Any) -> None:
         raise ValueError(wrong(name, "a mask [B, S] of real tokens", value))
 
 
-def check_rows(name: str, value: Any) -> None:
+def check_rows(name: str, value: Any, wanted: str = "a list of numbers of sequences") -> None:
     """Raises TypeError unless `value` is a list of ints, or the like."""
     listed = isinstance(value, Sequence) and not isinstance(value, str | bytes)
     if not listed or not all(isinstance(x, int) and not isinstance(x, bool) for x in value):
-        raise TypeError(wrong(name, "a list of numbers of sequences", value))
+        raise TypeError(wrong(name, wanted, value))
 
 
 def check_sizes_of(**sizes: Any) -> None:

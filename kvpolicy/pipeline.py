@@ -205,7 +205,9 @@ class CachePipeline:
         selection chooses for each query by itself. In a prompt call, `last[b]` says that only so
         many of a sequence's last new tokens ask.
         """
+        check_state(state)
         call = check_shared(state, layer, last)
+        check_kind("query", query, Tensor, "a tensor [Hq, T, D] or [B, Hq, T, D]")
         store = state.layers[layer]
         heads = query.shape[0 if call.phase == "prompt" else 1]
         check_sinks(sinks, heads, store.device)
@@ -248,7 +250,6 @@ class CachePipeline:
 
     def maintain(self, state: CacheState) -> None:
         """Evicts for sequences that decoded another `interval` tokens, if the policy does."""
-        check_state(state)
         due = self.due(state)
         if due:
             evict(state, due, decoding=True)
@@ -293,6 +294,7 @@ class CachePipeline:
 
     def due(self, state: CacheState) -> list[bool]:
         """The sequences for which `maintain` would evict now; empty if there is none."""
+        check_state(state)
         if self.eviction.when != "decode" or self.eviction.neutral:
             return []
         interval = state.spec.interval

@@ -53,6 +53,7 @@ class Attachment:
     ) -> None:
         is_pipeline(pipeline)
         check_flag("compile", compile)
+        check_flag("verify", verify)
         self.model, self.pipeline, self.sizes, self.dtype = model, pipeline, sizes, dtype
         self.base, self.decoder = base_of(model), decoder_of(base_of(model))
         check_soft_prompt(model)

@@ -18,6 +18,7 @@ from ...spec import CacheSpec, Sizes
 from ...store.plan import planned
 from .fit_table import fit_table
 from .sizes import spec_of
+from .wrappers import base_of
 
 
 @attrs.frozen
@@ -146,7 +147,7 @@ def fit_report(
 
 def _model(config_or_model: Any, dtype: torch.dtype | None) -> tuple[nn.Module, torch.device]:
     """A model to read sizes from, and the device that it would run on."""
-    if isinstance(config_or_model, nn.Module):
+    if isinstance(config_or_model, nn.Module) and hasattr(base_of(config_or_model), "config"):
         return config_or_model, next(config_or_model.parameters()).device
     from transformers import AutoModelForCausalLM, PreTrainedConfig
 

@@ -96,6 +96,7 @@ def loglikelihood(
     check_ids("input_ids", input_ids)
     check_ids("continuation_ids", continuation_ids)
     optional(check_mask, "attention_mask", attention_mask)
+    optional(check_mask, "continuation_mask", continuation_mask)
     _check(question)
     if input_ids.shape[1] < 2 or not continuation_ids.shape[1]:
         raise ValueError("input_ids: wanted two columns or more, and a continuation of one or more")

@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from .._arguments import check_kind, check_text
+from .._arguments import check_kind, check_rows, check_text, optional, wrong
 from ..choices import Phase
 from ..errors import CapacityError, PhaseError
 from ..ops import POSITION_MASK
@@ -62,7 +62,7 @@ def check_call(state: CacheState, lengths: Sequence[int], phase: str, valid: Ten
 def _check_valid(state: CacheState, lengths: Sequence[int], phase: str, valid: Tensor) -> None:
     check_kind("valid", valid, Tensor, f"bools [{state.batch}, T]")
     if phase == "prompt":
-        raise ValueError("valid: prompt calls are packed and take None")
+        raise ValueError(wrong("valid", "None for prompt calls, which are packed", valid))
     if valid.dtype != torch.bool or valid.ndim != 2 or valid.shape[0] != state.batch:
         raise ValueError(
             f"valid: wanted bools [{state.batch}, T], got {valid.dtype} {list(valid.shape)}"
@@ -93,6 +93,7 @@ def check_shared(state: CacheState, layer: int, last: Sequence[int] | None) -> C
     if state.call is None:
         raise PhaseError("attend_shared: no call is open; call begin(state, lengths, phase) first")
     shares = [n for n in range(state.spec.layers) if state.spec.at(n).shared]
+    check_kind("layer", layer, int, f"one that the spec says is shared, {shares}")
     if layer not in shares:
         raise ValueError(f"layer: wanted one that the spec says is shared, {shares}, got {layer}")
     if layer not in state.call.done:
@@ -100,6 +101,7 @@ def check_shared(state: CacheState, layer: int, last: Sequence[int] | None) -> C
     call = state.call
     if last is not None:
         most = list(call.added)
+        optional(check_rows, "last", last, f"up to {most} tokens")
         fits = len(last) == len(most) and all(0 <= n <= m for n, m in zip(last, most, strict=True))
         if call.phase != "prompt" or not fits:
             raise ValueError(f"last: wanted up to {most} tokens of a prompt call, got {last}")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import attrs
 
-from .._arguments import check_text
+from .._arguments import check_path, check_text, optional
 
 _FOLDER = Path(__file__).parent
 ENVIRONMENT = "KVPOLICY_PRETRAINED"
@@ -82,6 +82,7 @@ def path(name: str, folder: str | os.PathLike[str] | None = None) -> Path:
         `WriteGate.from_pretrained(path("smollm2-135m-instruct-w64-keep25"))`
     """
     check_text("name", name, "a name of names()")
+    optional(check_path, "folder", folder)
     name = name.removesuffix(".safetensors")
     for place in _folders(folder):
         for file in (f"{name}.safetensors", f"{name}.packed.safetensors"):
