@@ -54,7 +54,8 @@ def calls() -> list[list[str]]:
 
 def test_examples_are_commands_that_exist(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "notes.txt").write_text("notes")
+    for name in ("notes.txt", "manual.txt"):
+        (tmp_path / name).write_text("notes")
     group = typer.main.get_command(app)
     for words in calls():
         if words[0] == "eval":

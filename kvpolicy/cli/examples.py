@@ -46,20 +46,20 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "inspect": (
         (
             "what a gate keeps of a text, and what that changes",
-            f"kvpolicy inspect smollm2 --texts notes.txt --out kept --gate {GATE} --length 512",
+            f"kvpolicy inspect smollm2 --texts manual.txt --out kept --gate {GATE} --length 512",
         ),
     ),
     "calibrate": (
         (
             "the gate's threshold at which a fifth of the tokens is held",
-            f"kvpolicy calibrate smollm2 --texts notes.txt --gate {GATE} --target 20% "
+            f"kvpolicy calibrate smollm2 --texts manual.txt --gate {GATE} --target 20% "
             "--length 1024 --prompts 1",
         ),
     ),
     "pareto": (
         (
             "two thresholds x two budgets, and which are worth their bytes",
-            f"kvpolicy pareto smollm2 --texts notes.txt --out front --gate {GATE} --threshold 0.1 "
+            f"kvpolicy pareto smollm2 --texts manual.txt --out front --gate {GATE} --threshold 0.1 "
             '--threshold 0.4 --budget 0.25 --task "one needle" --length 512 --contexts 1',
         ),
     ),
@@ -73,14 +73,14 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "train-gate": (
         (
             "a gate that keeps a quarter of the cache (here for too few steps)",
-            "kvpolicy train-gate smollm2 --texts notes.txt --out gate.safetensors "
+            "kvpolicy train-gate smollm2 --texts manual.txt --out gate.safetensors "
             "--target-keep 0.25 --steps 4 --length 512 --batch-size 1",
         ),
     ),
     "train-duo": (
         (
             "which heads need the whole context (here for too few steps)",
-            "kvpolicy train-duo smollm2 --texts notes.txt --out pattern --steps 2 --length 1024",
+            "kvpolicy train-duo smollm2 --texts manual.txt --out pattern --steps 2 --length 1024",
         ),
     ),
     "bench": (("tiny shapes, also without a GPU", "kvpolicy bench --quick decode --out numbers"),),

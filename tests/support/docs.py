@@ -62,6 +62,7 @@ def commands(block: Block) -> list[list[str]]:
             name, _, value = words.pop(0).partition("=")
             known[name] = value
         if words:
-            found.append(words)
+            ends = [words.index(sign) for sign in ("<", ">", "|") if sign in words]
+            found.append(words[: min(ends, default=None)])
     assert not kept, f"{block.name}: a quote is not closed"
     return found
