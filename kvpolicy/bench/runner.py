@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import attrs
@@ -27,6 +27,7 @@ def run(
     out: str | os.PathLike[str] = "bench/out",
     quick: bool = False,
     seconds: float = 540.0,
+    starts: Callable[[str, int, int], object] = lambda title, number, of: None,
 ) -> list[Row]:
     """Checks and times, writes `results.json`, `results.md` and plots to `out`, prints a table.
 
@@ -35,6 +36,7 @@ def run(
         out: folder for the results; it is made if needed.
         quick: tiny shapes, which also run without a GPU (kernels interpreted).
         seconds: benchmarks that would end later are not started; the important ones come first.
+        starts: called with each benchmark's title, its number from 0 and how many there are.
 
     Raises:
         BackendError: there is no CUDA device and `quick` is not set.
@@ -49,6 +51,7 @@ def run(
     rows = bench.measure_ceilings()
     for number, case in enumerate(chosen, 1):
         title = f"{case.group}: {case.name}"
+        starts(title, number - 1, len(chosen))
         bench.say(f"{number}/{len(chosen)} {title}")
         needed = bench.pick(case.seconds, 1.0)
         if bench.left() < needed:

@@ -1,0 +1,80 @@
+"""Running a model for a look, and leaving it as it was."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+_CONTAINERS = (dict, list, set, collections.OrderedDict)
+_NAME = "_attn_implementation_internal"  # of a config, behind its property `_attn_implementation`
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, without gradients, products in full precision; puts all back afterwards.
+
+    Puts back modes, hooks, attributes, buffers, configs, RNG and grad mode: what is set on modules
+    and configs, not what is written into a tensor in place.
+    """
+    modules = [(m, _shallow(m)) for m in model.modules()]
+    named = [(c, c.__dict__.get(_NAME)) for c in configs_of(model)]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    # Rounded products would hide what is compared.
+    rounding = [
+        (x, x.fp32_precision) for x in (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    ]
+    try:
+        for backend, _ in rounding:
+            backend.fp32_precision = "ieee"
+        with torch.random.fork_rng(devices), torch.no_grad():
+            # `train` of a user's module may do more than to set this.
+            for module, _ in modules:
+                module.training = False
+            yield
+    finally:
+        for backend, before in rounding:
+            backend.fp32_precision = before
+        for module, before in modules:
+            _put_back(module, before)
+        for config, name in named:
+            config.__dict__[_NAME] = name
+
+
+def configs_of(model: nn.Module) -> list[Any]:
+    """All config objects in a model's modules, and the configs inside them."""
+    found: dict[int, Any] = {}
+    waiting = [m.config for m in model.modules() if hasattr(m, "config")]
+    while waiting:
+        config = waiting.pop()
+        if config is None or id(config) in found or not hasattr(config, "_attn_implementation"):
+            continue
+        found[id(config)] = config
+        waiting += [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return list(found.values())
+
+
+def _shallow(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes; containers that it fills in place are copied, tensors are not."""
+    return {
+        name: type(value)(value) if type(value) in _CONTAINERS else value
+        for name, value in vars(module).items()
+    }
+
+
+def _put_back(module: nn.Module, before: dict[str, Any]) -> None:
+    now = vars(module)
+    for name in [name for name in now if name not in before]:
+        del now[name]
+    for name, value in before.items():
+        current = now.get(name)
+        if type(value) in _CONTAINERS and type(current) is type(value):
+            # Others may hold the container itself, such as the handle of a hook.
+            current.clear()
+            (current.extend if isinstance(current, list) else current.update)(value)
+        else:
+            now[name] = value
