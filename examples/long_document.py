@@ -23,7 +23,6 @@ from torch import Tensor
 from kvpolicy import CachePipeline, Quest, RandomGate, WriteGate
 from kvpolicy.adapters.hf import KVPolicyCache, attach
 from kvpolicy.evaluation.models import tiny_llama
-from kvpolicy.pretrained import path
 
 GATE = "smollm2-135m-instruct-w64-keep25"
 QUESTIONS = 3
@@ -53,7 +52,7 @@ class Talk:
         self.model, self.tokenizer = load_smollm2(dtype, device)
         (example,) = tasks.needles(
             self.tokenizer, texts.python_topics(), length=tokens, contexts=1, count=QUESTIONS,
-            seed=SEED,
+            digits=4, seed=SEED,
         )  # fmt: skip
         self.document = torch.tensor([example.context_ids], device=device)
         asked = example.questions
@@ -68,15 +67,19 @@ class Talk:
         opening = self.tokenizer("<|im_end|>\n<|im_start|>user", add_special_tokens=False)
         return torch.cat([question.new_tensor([opening.input_ids]), question], 1)
 
+    def length(self, number: int) -> dict[str, int]:
+        """Arguments of `generate` for as many tokens as the right answer has."""
+        size = len(self.answers[number])
+        return {"max_new_tokens": size, "min_new_tokens": size}
+
     def answer(self, ids: Tensor, cache: KVPolicyCache, number: int) -> Tensor:
         """`ids` `[1, N]` with the answer; what the cache has seen of them is not computed again."""
         return self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=cache,
-            max_new_tokens=len(self.answers[number]),
-            min_new_tokens=len(self.answers[number]),
             do_sample=False,
+            **self.length(number),
         )
 
     def verdict(self, out: Tensor, number: int) -> str:
@@ -92,7 +95,7 @@ class Talk:
 
 def pipeline_for(tiny: bool, budget: int) -> CachePipeline:
     """A gate writes, Quest reads; what is in pages stays there."""
-    gate: Any = RandomGate(sparsity=0.5) if tiny else WriteGate.from_pretrained(path(GATE))
+    gate: Any = RandomGate(sparsity=0.5) if tiny else WriteGate.from_pretrained(GATE)
     return CachePipeline(admission=gate, selection=Quest(budget=budget), window=64)
 
 
@@ -101,8 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tiny", action="store_true", help="a random model on random tokens")
-    parser.add_argument("--tokens", type=int, default=1500, help="length of the document")
-    parser.add_argument("--budget", type=int, default=384, help="tokens that a head reads a step")
+    parser.add_argument("--tokens", type=int, default=1000, help="length of the document")
+    parser.add_argument("--budget", type=int, default=256, help="tokens that a head reads a step")
     args = parser.parse_args(arguments)
 
     torch.manual_seed(0)
@@ -142,18 +145,16 @@ def main(arguments: list[str] | None = None) -> None:
             record(f"fork {number + 1}", forks[-1])
         forks.clear()
         record("without forks", cache)
+        # `ask` forks and generates in one call: the cache stays as it was.
+        out = attached.ask(cache, talk.questions[0], do_sample=False, **talk.length(0))
+        console.print(talk.verdict(out, 0))
+        record("asked aside", cache)
 
         ids = talk.document
         for number in range(QUESTIONS):
             ids = talk.answer(torch.cat([ids, talk.turn(number)], 1), cache, number)
             console.print(talk.verdict(ids, number))
             record(f"turn {number + 1}", cache)
-        # `ask` forks and generates in one call: the cache stays as it was.
-        last = talk.turn(QUESTIONS - 1)
-        size = len(talk.answers[-1])
-        out = attached.ask(cache, last, max_new_tokens=size, min_new_tokens=size, do_sample=False)
-        console.print(talk.verdict(out, QUESTIONS - 1))
-        record("asked aside", cache)
     console.print(table)
 
 
