@@ -73,9 +73,18 @@ class KVPolicyCache(Cache):
         Cache.__init__(self, layers=faces)
         self.states = States({n: x for n, x in enumerate(faces) if keeps_state(x)})
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """A handle in place of both, with which our attention stores them."""
+        # A number of a layer in a graph would be that layer's alone; the module knows it as well.
+        place = None if torch.compiler.is_compiling() else layer_idx
+        handle = KVRef(self, place, key_states, value_states)
+        return handle, handle
+
     def hold(self, layer: int, key: Tensor, value: Tensor) -> KVRef:
-        """A handle for the keys and values of our `layer`; our attention stores them."""
-        return KVRef(self, layer, key, value)
+        """The handle of our `layer`."""
+        return KVRef(self, self.served.layers[layer].place, key, value)
 
     @ordinary
     def attend(
