@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Any, NoReturn, Unpack
 
 import attrs
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ...errors import PhaseError, RollbackError
+from ...errors import PhaseError, RollbackError, UnsupportedError
 from ...pipeline import CachePipeline, is_pipeline
 from ...spec import Sizes, check_sizes
 from ...store import CacheState, Report, save
@@ -231,6 +231,16 @@ class KVPolicyCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVPolicyCache:
         return self.fork()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise UnsupportedError(
+            "copy: pages belong to one cache; cache.fork() copies it, cache.save(path) files it"
+        )
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything went through."""
+        return bool(self.chunks)
 
     @ordinary
     def crop(self, tokens: Any) -> None:
