@@ -37,6 +37,20 @@ def graph() -> dict[str, set[str]]:
     return import_graph()
 
 
+TOP_LEVEL = {
+    "LICENSE", "MANIFEST.in", "Makefile", "README.md", "adapters", "constraints.txt", "docs",
+    "examples", "kernels", "kvpolicy", "pyproject.toml", "tests",
+}  # fmt: skip
+# What git ignores, and what lies beside the project's own files on some machines.
+BESIDE = {"bench", "build", "dist", "kvpolicy-demo.png", "shared"}
+
+
+def test_the_top_level_has_no_other_entries():
+    found = {p.name for p in ROOT.iterdir() if not p.name.startswith(".")}
+    found = {name for name in found if name != "__pycache__" and not name.endswith(".egg-info")}
+    assert found - BESIDE == TOP_LEVEL
+
+
 @pytest.mark.parametrize("folder", ["kernels", "adapters", "tests/kernels"])
 def test_folder_is_no_regular_package(folder):
     assert not (ROOT / folder / "__init__.py").exists()
@@ -261,6 +275,22 @@ def test_wheel_says_who_where_and_which(built):
     assert f"version = {{{kvpolicy.__version__}}}" in readme
     changes = (ROOT / "docs" / "changelog.md").read_text(encoding="utf-8")
     assert re.search(r"^## (\S+)", changes, re.MULTILINE)[1] == kvpolicy.__version__
+
+
+@pytest.mark.slow
+def test_wheel_attaches_without_the_tree(built, tmp_path):
+    """What .ci/try-wheel runs in an empty environment, with this one's packages."""
+    (path,) = built.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path)
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['first_attach', {str(ROOT)!r}]\n"
+        f"runpy.run_path({str(ROOT / '.ci' / 'first_attach.py')!r}, run_name='__main__')"
+    )
+    out = run_fresh(code, cwd=tmp_path)
+    assert [line.split(":")[0] for line in out.splitlines()[:2]] == ["everything", "SnapKV"]
+    assert out.rstrip().endswith("kvpolicy " + path.name.split("-")[1])
 
 
 def test_wheel_imports_without_the_tree(built, tmp_path):
