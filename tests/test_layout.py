@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.support.imports import import_graph, modules
 
@@ -254,6 +255,24 @@ def test_wheel_from_the_sdist_is_complete(built):
     assert files == packaged_files()
     assert {name.split("/")[1] for name in files} >= {*LINKS, "py.typed"}
     assert path.stat().st_size <= 5_000_000
+
+
+def test_workflows_try_both_ends_of_the_ranges():
+    folder = ROOT / ".github" / "workflows"
+    flows = {p.stem: yaml.safe_load(p.read_text(encoding="utf-8")) for p in folder.glob("*.yml")}
+    rows = flows["ci"]["jobs"]["suite"]["strategy"]["matrix"]["include"]
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    for name in ("torch", "transformers"):
+        (least,) = (re.search(r">=([\d.]+)", x)[1] for x in PROJECT["dependencies"] if name in x)
+        newest = re.search(rf"^{name}==(\S+)", pinned, re.MULTILINE)[1]
+        assert {f"{least}.0", newest} <= {row[name] for row in rows}
+    minors = sorted(c.split(":: ")[-1] for c in PROJECT["classifiers"] if ":: 3." in c)
+    assert sorted({row["python"] for row in rows}) == minors
+    for flow, job in (("ci", "wheel"), ("release", "try")):
+        assert flows[flow]["jobs"][job]["strategy"]["matrix"]["python"] == minors
+        assert flows[flow]["jobs"][job]["steps"][-1]["run"] == ".ci/try-wheel"
+    publish = flows["release"]["jobs"]["publish"]
+    assert publish["needs"] == "try" and publish["permissions"] == {"id-token": "write"}
 
 
 def test_wheel_says_who_where_and_which(built):
