@@ -164,9 +164,9 @@ def gather(
     if rectangles is not None and pays:
         span = max(rectangles.queries // queries, 1) * queries  # whole tiles
         blocks = tile_count(segments, span)
-        cut = torch.empty(4, kv_heads * blocks + 1, dtype=torch.int32, device=k.device)
+        edges = torch.empty(4, kv_heads * blocks + 1, dtype=torch.int32, device=k.device)
         most_queries = min(span, max(lengths(segments)))
-        plan = Plan(rectangles.attend, torch.empty_like(limits), cut, most_queries, longest)
+        plan = Plan(rectangles.attend, torch.empty_like(limits), edges, most_queries, longest)
     owner, chunk = (None, None) if cut is None else cut[1:]
     before = None if chunk is None else torch.empty_like(limits)
     each, many = cdiv(max(lengths(segments)), queries), len(segments.start)

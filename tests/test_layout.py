@@ -106,7 +106,7 @@ PROJECT = SETTINGS["project"]
 MODULES = {"fa3-fwd": "fa3_fwd_interface"}
 UNUSED = {"vllm"}
 # What transformers requires, and so brings.
-BROUGHT = {"huggingface_hub", "numpy", "tokenizers"}
+BROUGHT = {"huggingface_hub", "numpy", "tokenizers", "yaml"}
 # Not for users of the library: what baselines of the benchmark and tests need.
 BASELINES = {"flashinfer"}
 

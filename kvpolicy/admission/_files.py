@@ -5,10 +5,53 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
+
+import attrs
 
 from .. import pretrained
+from .._fields import is_a, optional
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@attrs.frozen(kw_only=True)
+class Source:
+    """Where weights were read: a file or folder, or its copy from a repository of the hub.
+
+    `file` is its name in `repo`, None for a folder; `chosen` what else decided what was read.
+    """
+
+    path: Path
+    repo: str | None = None
+    file: str | None = None
+    revision: str | None = None
+    chosen: tuple[tuple[str, float | int], ...] = ()
+
+
+def source_field() -> Any:
+    """A policy's `source`: None where its weights come from no file. Nothing depends on it."""
+    return attrs.field(
+        default=None,
+        eq=False,
+        repr=False,
+        validator=optional(is_a(Source, "what from_pretrained remembers, or None")),
+        metadata={"fingerprint": False},
+    )
+
+
+def source_of(
+    path: Path,
+    source: str | os.PathLike[str],
+    file: str | None,
+    revision: str | None,
+    **chosen: float | int,
+) -> Source:
+    """What to remember of `path`, which was found by the other arguments."""
+    if Path(source).exists():
+        return Source(path=path.resolve(), chosen=tuple(chosen.items()))
+    repo = str(source)
+    return Source(path=path, repo=repo, file=file, revision=revision, chosen=tuple(chosen.items()))
 
 
 def find_file(source: str | os.PathLike[str], file: str | None, revision: str | None) -> Path:
