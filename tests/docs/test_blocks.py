@@ -24,8 +24,9 @@ from tests.support.stage import set_stage, tiny_tokenizer
 LANGUAGES = {"python", "sh", "text", "bibtex", "yaml", "toml", "json"}
 PAGES = sorted({block.page for block in blocks("python")})
 
-# Blocks by page and place in it, and the packages without which they do not run.
+# Blocks by page and place in it: the packages without which they do not run, and what takes long.
 NEEDS = {("docs/serving.md", 0): ("fastapi", "uvicorn")}
+SLOW = {("docs/transformers.md", 1): "inductor compiles; tests/adapters/test_compiled.py"}
 
 # Commands by how they begin, and why none is run here.
 NOT_RUN = {
@@ -73,7 +74,6 @@ def of_transformers() -> dict[str, Any]:
         "token": draw(1),
         "next_turn": draw(6),
         "ids": draw(30),
-        "mask": None,
         "torch": torch,
     }
 
@@ -89,13 +89,14 @@ AT_HAND: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-def run(page: str, names: dict[str, Any]) -> None:
+def run(page: str, names: dict[str, Any], slow: bool = False) -> None:
     """Runs a page's blocks in order, as one program."""
     found = [block for block in blocks("python") if block.page == page]
     assert found
     for block in found:
         needed = NEEDS.get((page, block.number), ())
-        if all(importlib.util.find_spec(package) for package in needed):
+        runs = slow or (page, block.number) not in SLOW
+        if runs and all(importlib.util.find_spec(package) for package in needed):
             exec(compile(block.code, block.name, "exec"), names)
     if any(needed for (name, _), needed in NEEDS.items() if name == page):
         stop(names)
@@ -117,6 +118,13 @@ def test_python_blocks_run(
     check = CHECKS.get(page)
     if check is not None:
         check(names, capsys.readouterr().out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", sorted({page for page, _ in SLOW}))
+def test_slow_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_stage(tmp_path, monkeypatch)
+    run(page, {"__name__": page} | AT_HAND[page](), slow=True)
 
 
 @pytest.mark.slow
@@ -227,7 +235,7 @@ def test_every_block_names_its_language() -> None:
 
 def test_tables_name_what_is_there() -> None:
     shown = {(block.page, block.number) for block in blocks("python")}
-    assert set(NEEDS) <= shown
+    assert set(NEEDS) | set(SLOW) <= shown
     assert set(AT_HAND) | set(CHECKS) <= {page for page, _ in shown}
     used = {tuple(words) for block in blocks("sh") for words in commands(block)}
     for begin in NOT_RUN:
