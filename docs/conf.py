@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import inspect
 import re
 import tomllib
 from pathlib import Path
@@ -33,7 +34,6 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
-autodoc_preserve_defaults = True
 autodoc_default_options = {"members": True, "show-inheritance": True}
 python_use_unqualified_type_names = True
 python_display_short_literal_types = True
@@ -48,6 +48,8 @@ nitpick_ignore_regex = [("py:.*", name) for name in (_OTHERS, _UNSEEN, _INSIDE)]
 
 html_theme = "furo"
 templates_path = ["_templates"]
+html_static_path = ["_static"]
+html_css_files = ["narrow.css"]
 html_sidebars = {
     "**": [
         "sidebar/scroll-start.html",
@@ -82,6 +84,16 @@ def link_outside(app: Sphinx, page: str, source: list[str]) -> None:
     source[0] = re.sub(r"\]\((measurements(?![^)]*png)[^)]*)\)", rf"]({tree}/docs/\1)", source[0])
 
 
+def forget_builtins(
+    app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]
+) -> None:
+    """Drops the documentation of `bool` or `int` from attributes that have one as their value."""
+    own = {inspect.getdoc(kind) for kind in (bool, int, float, str, tuple, frozenset, type(None))}
+    if what in ("attribute", "property") and "\n".join(lines).strip() in own:
+        lines.clear()
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-docstring", forget_builtins, priority=1)
     app.connect("source-read", link_outside)
     app.connect("build-finished", list_versions)
