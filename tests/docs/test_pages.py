@@ -106,10 +106,6 @@ def test_examples_exist() -> None:
     assert set(listed) == {path.name for path in ROOT.glob("examples/*.py")}
 
 
-def test_the_version_is_the_librarys() -> None:
-    assert f"version = {{{kvpolicy.__version__}}}" in (DOCS / "citing.md").read_text()
-
-
 def test_errors_in_the_table_are_the_codes() -> None:
     sources = [p for d in ("kvpolicy", "adapters") for p in (ROOT / d).rglob("*.py")]
     code = " ".join(re.sub(r'"\s*\n\s*f?"', "", p.read_text(encoding="utf-8")) for p in sources)
