@@ -290,8 +290,8 @@ def test_wheel_says_who_where_and_which(built):
     minors = [c.split(":: ")[-1] for c in says.get_all("Classifier") if ":: 3." in c]
     assert minors == ["3.11", "3.12", "3.13"]
     assert says["Requires-Python"] == ">=3.11"
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"version = {{{kvpolicy.__version__}}}" in readme
+    citing = (ROOT / "docs" / "citing.md").read_text(encoding="utf-8")
+    assert f"version = {{{kvpolicy.__version__}}}" in citing
     changes = (ROOT / "docs" / "changelog.md").read_text(encoding="utf-8")
     assert re.search(r"^## (\S+)", changes, re.MULTILINE)[1] == kvpolicy.__version__
 
