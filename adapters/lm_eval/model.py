@@ -101,6 +101,11 @@ class KVPolicyLM(HFLM):  # type: ignore[misc]
         asked: dict[Key, list[int]] = {}
         ends: list[int] = []
         for index, (_, context, continuation) in enumerate(requests):
+            if len(continuation) > self.max_length:
+                raise ValueError(
+                    f"continuation: wanted at most max_length={self.max_length} tokens, got "
+                    f"{len(continuation)}"
+                )
             over = max(len(context) + len(continuation) - self.max_length - 1, 0)
             *more, last = continuation
             asked.setdefault((tuple(context[over:]), tuple(more)), []).append(index)
