@@ -141,6 +141,18 @@ class Bounds(NamedTuple):
     expected: list[list[int]]
 
 
+def check_asked(
+    op: str, heads: int, softcap: float | None, sinks: Tensor | None, chunk: int | None = None
+) -> None:
+    """Raises ValueError for a softcap, sinks or a chunk that attention of `heads` cannot have."""
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: softcap: wanted a positive number or None, got {softcap}")
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"{op}: sinks: wanted [{heads}], a query head each, got {[*sinks.shape]}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"{op}: chunk: wanted a positive number or None, got {chunk}")
+
+
 class Ops(Protocol):
     """The ops of one backend.
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -288,7 +289,8 @@ def test_bench_hands_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
     module = types.ModuleType("kvpolicy.bench")
 
-    def run(names: list[str], **options: object) -> list[object]:
+    def run(names: list[str], *, starts: Callable[..., object], **options: object) -> list[object]:
+        starts("a title", 0, 2)
         seen.append((names, options))
         return [types.SimpleNamespace(error="broken" if "bad" in names else "")]
 

@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from .pre_rope import Angles, angles_of, given_arguments, rotated
+from .pre_rope import Angles, angles_of, given_arguments, rotated_back
 from .records import PreRope, Rotation
 
 
@@ -60,11 +60,12 @@ class _Labelled:
         self.function(module, args, output, label=self.label)
 
 
-def find(seen: Watched, query: Tensor, key: Tensor) -> PreRope | str:
+def find(seen: Watched, query: Tensor, key: Tensor, *, clips: bool = False) -> PreRope | str:
     """How to get the keys before RoPE, or why there is no way.
 
     `key` `[B, Hkv, S, D]` is what the layer cached in the forward that `seen` saw, `query`
     `[B, Hq, S, D]` what it attended with. The prompt must be long enough to tell rotations apart.
+    With `clips` the model bounds what its submodules put out, so that none of it is exact.
     """
     search = _Search(seen, key)
     found = search.direct(key) or search.normed_afterwards(key) or search.fused(key)
@@ -74,13 +75,25 @@ def find(seen: Watched, query: Tensor, key: Tensor) -> PreRope | str:
         of_query = by_query.direct(query) or by_query.fused(query)
         if of_query is not None and not search.producers(key):
             found = of_query
-            if found.form == "module":
-                found = PreRope(form="rotate_back", rotation=found.rotation)
+            clips = True
+    if found is not None and found.form == "module" and clips:
+        found = PreRope(form="rotate_back", rotation=found.rotation)
     if found is None:
         return "no submodule's output gives the cached key when it is rotated by the layer's RoPE"
     if found.form == "rotate_back" and found.rotation is not None and search.axes:
         return "its RoPE has several axes, and no submodule puts its keys out"
     return found
+
+
+def _tensors(output: Any) -> list[tuple[int | None, Any]]:
+    """The tensors that a submodule puts out, with their places where there are several."""
+    return list(enumerate(output)) if isinstance(output, tuple) else [(None, output)]
+
+
+def _clipped(x: Tensor, like: Tensor) -> Tensor:
+    """`x` within the bounds of `like`, as by a model's `clip_qkv`."""
+    bound = float(like.abs().max())
+    return x.clamp(-bound, bound)
 
 
 class _Search:
@@ -91,17 +104,23 @@ class _Search:
         # The nearest submodules first: inner ones are parts of them.
         names = sorted(seen.outputs, key=lambda name: name.count("."))
         self.candidates = [
-            (name, first, x) for name in names for first, x in self._as_heads(seen.outputs[name][0])
+            (name, element, first, x)
+            for name in names
+            for element, output in _tensors(seen.outputs[name][0])
+            for first, x in self._as_heads(output)
         ]
         self.angles = list(self._angles())
 
     def direct(self, target: Tensor) -> PreRope | None:
         """A submodule whose output has the shape of `target`."""
-        for name, first, x in self.candidates:
-            rotation = self._rotation(x, target)
-            if rotation is not None:
-                return self._module(name, rotation, heads_first=first)
-        for name, _, x in self.candidates:
+        backs = self._backs(target)
+        for name, element, first, x in self.candidates:
+            for rotation, back in backs:
+                if self._near(x, back):
+                    return self._module(name, rotation, heads_first=first, element=element)
+                if self._near(_clipped(x, back), back):
+                    return PreRope(form="rotate_back", rotation=rotation)
+        for name, _, _, x in self.candidates:
             if self._near(x, target) and self._unrotated(name):
                 return PreRope(form="same")
         return None
@@ -110,8 +129,8 @@ class _Search:
         """The same where a submodule made `target` out of what RoPE gave."""
         for name in self.producers(target):
             for _, x in self._as_heads(self.seen.outputs[name][1]):
-                found = self.direct(x)
-                if found is not None:
+                found = self.direct(x) or self.fused(x)
+                if found is not None and found.form == "module":
                     return found
         return None
 
@@ -119,7 +138,7 @@ class _Search:
         """Submodules whose output is `target` and whose input has its size."""
         return [
             name
-            for name, _, x in self.candidates
+            for name, _, _, x in self.candidates
             if self._near(x, target)
             and isinstance(self.seen.outputs[name][1], Tensor)
             and self.seen.outputs[name][1].numel() == target.numel()
@@ -127,7 +146,8 @@ class _Search:
 
     def fused(self, target: Tensor) -> PreRope | None:
         """A part of the output of a submodule that makes more than the keys."""
-        batch, heads, columns, dim = self.shape
+        batch, _, columns, dim = self.shape
+        backs = self._backs(target)
         for name, (output, _) in self.seen.outputs.items():
             size = batch * columns
             if not isinstance(output, Tensor) or not output.is_floating_point():
@@ -137,23 +157,22 @@ class _Search:
             if output.shape[0] not in (batch, size):
                 continue
             blocks = output.reshape(batch, columns, -1, dim).transpose(1, 2).double()
-            for rotation in [*self._rotations(), None]:
-                turned = blocks if rotation is None else self._turn(rotation, blocks)
-                layout = self._layout(turned, target)
-                if layout is None:
-                    continue
-                if rotation is None:
-                    return PreRope(form="same")
-                offset, stride = layout
-                return self._module(name, rotation, offset=offset * dim, stride=stride * dim)
+            for rotation, back in backs:
+                if layout := self._layout(blocks, back):
+                    offset, stride = (dim * step for step in layout)
+                    return self._module(name, rotation, offset=offset, stride=stride)
+                if self._layout(_clipped(blocks, back), back):
+                    return PreRope(form="rotate_back", rotation=rotation)
+            if self._layout(blocks, target.double()):
+                return PreRope(form="same")
         return None
 
     def _layout(self, blocks: Tensor, target: Tensor) -> tuple[int, int] | None:
         """The first block of `blocks` `[B, N, S, D]` that is a head of `target`, and the step."""
-        size = self.tolerance * target.double().abs().max()
+        size = self.tolerance * target.abs().max()
         found = []
         for head in range(target.shape[1]):
-            far = (blocks - target[:, head : head + 1].double()).abs().amax((0, 2, 3))
+            far = (blocks - target[:, head : head + 1]).abs().amax((0, 2, 3))
             at = (far <= size).nonzero()
             if not len(at):
                 return None
@@ -169,10 +188,12 @@ class _Search:
         offset: int = 0,
         stride: int = 0,
         heads_first: bool = False,
+        element: int | None = None,
     ) -> PreRope:
         return PreRope(
             form="module",
             module=name,
+            element=element,
             offset=offset,
             stride=stride or self.shape[-1],
             heads_first=heads_first,
@@ -188,7 +209,7 @@ class _Search:
         if given is hidden or given.numel() != torch.Size(self.shape).numel():
             return True
         inputs = self._as_heads(given)
-        others = [(other, x) for other, _, x in self.candidates if other != name]
+        others = [(other, x) for other, _, _, x in self.candidates if other != name]
         return any(
             self._near(x, entering) and self._unrotated(other)
             for _, entering in inputs
@@ -251,13 +272,13 @@ class _Search:
                             tail=tail,
                         )
 
-    def _rotation(self, x: Tensor, target: Tensor) -> Rotation | None:
-        return next((r for r in self._rotations() if self._near(self._turn(r, x), target)), None)
-
-    def _turn(self, rotation: Rotation, x: Tensor) -> Tensor:
-        source = (rotation.keyword, rotation.module)
-        angles = next(a for keyword, module, a in self.angles if (keyword, module) == source)
-        return rotated(rotation, x, angles)
+    def _backs(self, target: Tensor) -> list[tuple[Rotation, Tensor]]:
+        """`target` rotated back in every way that a layer may have rotated it."""
+        sources = {(keyword, module): angles for keyword, module, angles in self.angles}
+        return [
+            (r, rotated_back(r, target.double(), sources[r.keyword, r.module]))
+            for r in self._rotations()
+        ]
 
     def _near(self, x: Tensor, target: Tensor) -> bool:
         far = (x.double() - target.double()).abs().max()

@@ -71,13 +71,19 @@ class StoredLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, index: int, notice: Callable[[StoredLayer], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self.index, self.notice = index, notice
         self.is_initialized = True
         self.stored: Tensor | None = None
         self.values_stored: Tensor | None = None
         self.fresh: Tensor | None = None
         self.updates = self.reads = 0
+
+    @property
+    def keys(self) -> Any:
+        """A handle, for models that look into the cache itself."""
+        return Handle(self)
+
+    values = keys
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: `update` keeps what comes."""

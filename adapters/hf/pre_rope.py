@@ -32,12 +32,15 @@ def key_before_rope(pre: PreRope, key: Tensor, kept: Any) -> Tensor:
     return rotated_back(pre.rotation, key, angles_of(kept))
 
 
-def heads_of(output: Tensor, pre: PreRope, key: Tensor) -> Tensor:
+def heads_of(output: Any, pre: PreRope, key: Tensor) -> Tensor:
     """The heads `[B, Hkv, S, D]` in a submodule's output; `key` has that shape."""
     batch, heads, columns, dim = key.shape
+    if pre.element is not None:
+        output = output[pre.element]
     if pre.heads_first:
-        return output
-    flat = output.reshape(batch, columns, -1)
+        whole: Tensor = output
+        return whole
+    flat: Tensor = output.reshape(batch, columns, -1)
     if pre.stride == dim:
         return flat.narrow(-1, pre.offset, heads * dim).unflatten(-1, (heads, dim)).transpose(1, 2)
     taken = flat.narrow(-1, pre.offset, (heads - 1) * pre.stride + dim)

@@ -37,7 +37,7 @@ def difference(
 ) -> tuple[int, int, bool] | None:
     """The first query and key on which a mask function and a kind differ, and the function's word.
 
-    A function that looks positions up, in tensors of the prompt's length, is asked about these only.
+    A function that looks positions up, in tensors as long as the prompt, is asked about these only.
     """
     try:
         theirs = _ask(function, places)

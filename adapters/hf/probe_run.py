@@ -67,10 +67,10 @@ class OwnRun:
         self.past = past
         self.masks.clear()
 
-    def mask(self, **arguments: Any) -> Tensor:
-        made: Tensor = eager_mask(**arguments)
+    def mask(self, **arguments: Any) -> Tensor | None:
+        made: Tensor | None = eager_mask(**arguments)
         function = arguments.get("mask_function")
-        if function is not None:
+        if made is not None and function is not None:
             self.masks[made.untyped_storage().data_ptr()] = made, function
         return made
 
@@ -104,10 +104,15 @@ class OwnRun:
 
 
 class ProbeRun:
-    """Our attention through handles, call by call beside the model's own."""
+    """Our attention through handles, call by call beside the model's own.
 
-    def __init__(self, model: Any, kinds: tuple[LayerKind, ...], own: list[OwnCall]) -> None:
-        self.model, self.kinds, self.own = model, kinds, own
+    With `follow` the model goes on from each call with its own attention's result.
+    """
+
+    def __init__(
+        self, model: Any, kinds: tuple[LayerKind, ...], own: list[OwnCall], *, follow: bool
+    ) -> None:
+        self.model, self.kinds, self.own, self.follow = model, kinds, own, follow
         self.names = {id(module): name for name, module in model.named_modules()}
         self.cache = ProbeCache(kinds, self.updated)
         self.layers: list[ProbedLayer] = []
@@ -121,11 +126,18 @@ class ProbeRun:
         try:
             for number, module in modules.items():
                 self.watched[number] = watch(self.names[number], module)
-            return _forwards(self, OURS, tokens, self.cache)
+            logits = _forwards(self, OURS, tokens, self.cache)
         finally:
             for seen in self.watched.values():
                 for hook in seen.hooks:
                     hook.remove()
+        self.check_updates()
+        if self.calls != len(self.own):
+            raise ModelRefused(
+                f"its own attention is called {len(self.own)} times, ours {self.calls} times",
+                check="attention",
+            )
+        return logits
 
     def begin(self, past: int) -> None:
         if self.calls:
@@ -205,10 +217,10 @@ class ProbeRun:
         self._check_output(refuse, own, kind, scores)
         if not self.past:
             self.layers.append(self._record(module, layer, stored, query, scores, given))
-        if query.dtype.itemsize < 4:
-            # Rounding would grow over the layers; with the model's own outputs it does not.
+        if self.follow or query.dtype.itemsize < 4:
             return own.output, None
-        return attend(query, k, v, scores, kind, self.past).to(query.dtype), None
+        out = attend(query, k, v, scores, kind, self.past).to(query.dtype)
+        return out.contiguous(), None
 
     def _layer(self, module: Any, stored: StoredLayer) -> int:
         if not stored.reads:
@@ -269,7 +281,7 @@ class ProbeRun:
         assert key is not None and value is not None
         pre: PreRope | str = f"it reads the keys of layer {stored.index}"
         if layer == stored.index:
-            pre = find(self.watched[id(module)], query, key)
+            pre = find(self.watched[id(module)], query, key, clips=_clips(module))
         sinks = next((word for word in SINKS if given.get(word) is not None), "")
         return ProbedLayer(
             module=self.names[id(module)],
@@ -297,6 +309,13 @@ def _attribute(module: nn.Module, tensor: Tensor | None) -> str:
     """The parameter or buffer of `module` that is `tensor`, by name; "" if there is none."""
     named = [*module.named_parameters(), *module.named_buffers()]
     return next((name for name, held in named if held is tensor), "")
+
+
+def _clips(module: Any) -> bool:
+    """Whether a module bounds its queries, keys and values."""
+    config = getattr(module, "config", None)
+    holders = (module, config, getattr(config, "attn_config", None))
+    return any(getattr(holder, "clip_qkv", None) is not None for holder in holders)
 
 
 def _eager(module: Any) -> Callable[..., Any]:

@@ -74,6 +74,7 @@ class PreRope:
             cached. "rotate_back": the cached key rotated back by the model's own cos and sin.
             "same": the layer has no RoPE, the key is the one that was cached.
         module: qualified name of the submodule, for "module".
+        element: of its output where that is a tuple; None where it is a tensor.
         offset: channel of its output where head 0 begins.
         stride: channels from one head to the next.
         heads_first: whether the output is `[B, Hkv, S, D]`; else its channels are the last axis of
@@ -83,6 +84,7 @@ class PreRope:
 
     form: Literal["module", "rotate_back", "same"]
     module: str = ""
+    element: int | None = None
     offset: int = 0
     stride: int = 0
     heads_first: bool = False

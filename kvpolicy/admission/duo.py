@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._fields import check_int, check_number, is_a, not_negative, optional, positive, shown
 from .._knob import Knob
+from .._names import named
 from . import _duo_file
 from ._base import Admission, Write
 from ._files import Source, find_folder, source_field, source_of
@@ -47,6 +48,7 @@ def _pattern(instance: DuoAttention, attribute: attrs.Attribute[Any], value: Any
                 raise TypeError(f"full_heads: wanted bools, got {shown(head)} in layer {layer}")
 
 
+@named
 @attrs.frozen(kw_only=True)
 class DuoAttention(Admission):
     """Full heads admit every token, streaming heads only the first `sinks`.
@@ -98,7 +100,8 @@ class DuoAttention(Admission):
         """Reads a pattern directory: `full_attention_heads.tsv` and `config.json`.
 
         Args:
-            path_or_repo: the directory, or the id of a hub repository.
+            path_or_repo: the directory, the id of a hub repository, or a name of
+                `kvpolicy.pretrained`.
             sparsity: fraction of streaming heads wanted; a head is full if its value is at least
                 the quantile of all values there. Exactly one of `sparsity` and `threshold`.
             threshold: a head is full if its value, clipped to [0, 1], is at least this.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._fields import flag, fraction, is_a, one_of, optional, positive
 from .._knob import Knob
+from .._names import named
 from ..backend import resolve
 from ..ops import load
 from . import _gate_file
@@ -29,6 +30,7 @@ def _weight() -> Any:
     return attrs.field(repr=False, validator=is_a(Tensor, "a tensor"))
 
 
+@named
 @attrs.frozen(kw_only=True, eq=False)
 class WriteGate(Admission):
     """Admits a token of a KV head if its gate g is above `threshold` (EMCLab-Sinica/WG-KV).
@@ -121,7 +123,8 @@ class WriteGate(Admission):
         """Reads gates in the layout of WG-KV; all sizes come from the file.
 
         Args:
-            path_or_repo: a `.pt` or `.safetensors` file, a directory, or a hub repository's id.
+            path_or_repo: a `.pt` or `.safetensors` file, a directory, a hub repository's id, or a
+                name of `kvpolicy.pretrained`.
             file: the file's name in the directory or repository.
             threshold: admits above it; default the file's metadata, else 0.1.
             window: local window in tokens; default the file's metadata, else 256.

@@ -23,11 +23,13 @@ from .common import (
     load,
     own_pipeline,
     read,
+    shipped,
 )
+from .progress import Asked, Progress
 
 if TYPE_CHECKING:
     from ..evaluation.grid.runner import Runner
-    from ..evaluation.grid.variants import Variant
+    from ..evaluation.grid.variants import Cell, Variant
     from ..evaluation.tasks import Task
 
 
@@ -87,6 +89,7 @@ def evaluate(
     device: Device = None,
     dtype: OfWeights = None,
     eager: Annotated[bool, typer.Option("--eager", help="No captured decoding.")] = False,
+    progress: Asked = None,
 ) -> None:
     """Evaluate policies: accuracy and loss at equal cache sizes, as tables and plots.
 
@@ -104,7 +107,9 @@ def evaluate(
         tasks = _tasks(task)
         if questions is not None:
             contexts = -(-questions // QUESTIONS)
-        gates, keeps, budgets = gate or [], keep or [0.25, 0.1], budget or [0.125, 0.25, 0.0625]
+        gates = [shipped("gate", file) for file in gate or []]
+        duo = None if duo is None else shipped("duo", duo)
+        keeps, budgets = keep or [0.25, 0.1], budget or [0.125, 0.25, 0.0625]
         check_number("minutes", minutes, "a number of at least 0", lambda x: x >= 0)
         check_fractions("keep", keeps)
         check_fractions("budget", budgets)
@@ -143,10 +148,18 @@ def evaluate(
             page_size=page_size,
             say=typer.echo,
         )
-        runner.run(tasks, length or [2048, 4096, 8192, 1024], found)
+        with Progress("cell", asked=progress) as shown:
+            runner.starts = lambda cell, number, of: _doing(shown, cell, number, of)
+            runner.run(tasks, length or [2048, 4096, 8192, 1024], found)
         _summarize(runner, f"{model}, {of}, {language_model.device.type}")
     if runner.failed:
         raise typer.Exit(1)
+
+
+def _doing(shown: Progress, cell: Cell, number: int, of: int) -> None:
+    if not number:
+        shown.begin(of)
+    shown.done(number, f"{cell.task.name}, {cell.length}: {cell.variant.name}")
 
 
 def _tasks(names: Sequence[str] | None) -> list[Task]:

@@ -22,7 +22,7 @@ DECODERS = {
     "mimo": Asks(sink=3.0, dim_v=32),
     "everything": EVERYTHING,
 }
-BACKENDS = ["reference"]
+BACKENDS = ["reference", "triton"]
 MODES = [("mean", "visible"), ("max", "visible"), ("max", "global")]
 
 

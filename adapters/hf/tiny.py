@@ -1,0 +1,104 @@
+"""Tiny random models of every causal-LM type of the installed transformers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .tiny_sizes import DEFAULT, SIZES, SPECIAL
+
+# Parts of names of parameters that make scores, and of norms on queries and keys.
+_SCORES = ("q_proj", "k_proj", "query", "key", "qkv", "c_attn", "wq", "wk", "q_attn")
+_NORMS = ("q_norm", "k_norm", "qk_norm", "query_norm", "key_norm")
+_NORMS += ("q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm")
+
+
+def causal_types() -> list[str]:
+    """Every model type that transformers has a causal language model for."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def tiny_config(model_type: str, **changes: Any) -> Any:
+    """A config of `model_type` with a few narrow layers of each kind, and `changes`."""
+    config = CONFIG_MAPPING[model_type](**DEFAULT.get(model_type, {}))
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    model_class = getattr(transformers, name if isinstance(name, str) else name[0])
+    # A causal LM of a multimodal type may be made from a part of its config.
+    wanted = getattr(model_class, "config_class", None)
+    for part in getattr(config, "sub_configs", {}):
+        if wanted is not None and type(getattr(config, part, None)) is wanted:
+            config = getattr(config, part)
+    return shrunk(config, **changes)
+
+
+def shrunk(config: Any, **changes: Any) -> Any:
+    """A narrow config like `config`, which must be its type's default one."""
+    held = config.to_dict()
+    special = SPECIAL.get(config.model_type, {})
+    sizes = {
+        # Some configs refuse a float where they have an integer.
+        name: int(size) if type(held[name]) is int and size == int(size) else size
+        for name, size in SIZES.items()
+        if type(held.get(name)) in (int, float) and held[name]
+    }
+    if isinstance(held.get("qk_rope_head_dim"), int):  # MLA
+        sizes.pop("head_dim", None)
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    parts = {
+        name: shrunk(part, **special.get(name, {})).to_dict()
+        for name in getattr(config, "sub_configs", {})
+        if hasattr(part := getattr(config, name, None), "to_dict")
+    }
+    made = type(config)(**{**sizes, **special, **parts, **changes})
+    if hasattr(made, "is_decoder") and not getattr(made, "is_encoder_decoder", False):
+        made.is_decoder = True
+    return made
+
+
+def tiny_model(model_type: str, *, seed: int = 0, **changes: Any) -> nn.Module:
+    """A tiny random model in float32, with weights that make its attention peaked.
+
+    Attention that ignores a window, a chunk, a sink, a softcap or a scale then shows in its logits.
+    `changes` are fields of its config.
+    """
+    config = tiny_config(model_type, **changes)
+    config._attn_implementation = "eager"
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+        model_class = getattr(transformers, name if isinstance(name, str) else name[0])
+        model = model_class._from_config(config).float().eval()
+    sharpen(model, seed=seed)
+    return model
+
+
+def sharpen(model: nn.Module, *, seed: int = 0) -> None:
+    """Draws a model's weights anew, so that scores spread and every part of it counts."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if not weight.is_floating_point():
+                continue
+            noise = torch.randn(weight.shape, generator=draw, dtype=torch.float32)
+            path = name.lower().split(".")
+            if weight.ndim == 1 and any(part in path for part in _NORMS):
+                weight.add_(1 + 0.1 * noise)
+            elif weight.ndim == 1 and "norm" in name.lower():
+                weight.add_(0.1 * noise)
+            elif any("sink" in part for part in path):
+                weight.copy_(1 + noise)
+            elif weight.ndim >= 2:
+                width = 0.6 / math.sqrt(max(weight.shape[-1], 1)) + 0.02
+                if any(key in part for key in _SCORES for part in path[-3:]):
+                    width *= 2.5
+                elif "embed" in name.lower() or "wte" in path:
+                    width = 1.0
+                weight.copy_(width * noise)
+            else:
+                weight.copy_(0.3 * noise)
