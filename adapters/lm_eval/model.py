@@ -132,8 +132,9 @@ class KVPolicyLM(HFLM):  # type: ignore[misc]
             yield keys[start : start + size]
 
     def _largest_batch(self, keys: list[Key]) -> int:
-        self.batch_sizes = {0: self._detect_batch_size([(None, *map(list, keys[0]))])}
-        return self.batch_sizes[0]
+        found: int = self._detect_batch_size([(None, *map(list, keys[0]))])
+        self.batch_sizes = {0: found}
+        return found
 
     def _continued(self, keys: list[Key], kind: str) -> list[Continued]:
         def measure(cache: KVPolicyCache) -> None:

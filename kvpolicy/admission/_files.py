@@ -19,8 +19,8 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 class Source:
     """Where weights were read: a file or folder, that of a trained policy, or a copy from the hub.
 
-    `name` is the trained policy's; `file` that of a file in `repo`, None for a folder; `chosen` what
-    else decided what was read.
+    `name` is the trained policy's; `file` that of a file in `repo`, None for a folder; `chosen`
+    what else decided what was read.
     """
 
     path: Path
