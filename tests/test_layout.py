@@ -103,10 +103,10 @@ def test_the_root_names_what_it_exports():
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = SETTINGS["project"]
 # Modules of packages whose names differ; vllm waits for its adapter.
-MODULES = {"fa3-fwd": "fa3_fwd_interface"}
+MODULES = {"fa3-fwd": "fa3_fwd_interface", "lm-eval": "lm_eval"}
 UNUSED = {"vllm"}
 # What transformers requires, and so brings.
-BROUGHT = {"huggingface_hub", "numpy", "tokenizers", "yaml"}
+BROUGHT = {"huggingface_hub", "numpy", "tokenizers", "tqdm", "yaml"}
 # Not for users of the library: what baselines of the benchmark and tests need.
 BASELINES = {"flashinfer"}
 
@@ -189,6 +189,7 @@ def test_a_missing_extra_is_named(graph):
 MISSING = {
     "accelerate": ("train", "import kvpolicy.training"),
     "matplotlib": ("plots", "from kvpolicy.bench.plots import draw; draw(None, [])"),
+    "lm_eval": ("lm-eval", "import kvpolicy.adapters.lm_eval"),
     "gguf": ("eval", "from kvpolicy.evaluation.models.gguf_llama import open_gguf; open_gguf('x')"),
 }
 

@@ -50,6 +50,7 @@ NOT_RUN = {
     ("kvpolicy", "calibrate"): "tests/test_cli.py",
     ("kvpolicy", "pareto"): "tests/test_cli.py",
     ("kvpolicy", "bench"): "needs a GPU; tests/bench runs it on tiny shapes",
+    ("python", "-m", "kvpolicy.adapters.lm_eval"): "needs lm-eval; tests/adapters/test_lm_eval.py",
     ("python", "-c"): "reads the texts of a Debian package; that it compiles is tested",
 }
 
