@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from ..._arguments import check_path, check_rows, optional
+from ..._fields import MOST, check_int
 from ...errors import PhaseError, RollbackError, UnsupportedError
 from ...pipeline import CachePipeline, is_pipeline
 from ...spec import Sizes, check_sizes
@@ -177,6 +179,7 @@ class KVPolicyCache(Cache):
     @ordinary
     def begin_prompt(self, boundary: int | None = None) -> None:
         """Says that the next columns are a prompt (or turn), up to column `boundary` if given."""
+        optional(check_int, "boundary", boundary, 0)
         self.phase, self.boundary, self.recording = "prompt", boundary, False
         self.counts_positions, self.evicts = False, True
         if self.state is not None:
@@ -219,6 +222,7 @@ class KVPolicyCache(Cache):
     @ordinary
     def fork(self, rows: Sequence[int] | None = None) -> KVPolicyCache:
         """A cache that goes its own way; full pages are shared until either gives them up."""
+        optional(check_rows, "rows", rows)
         new = object.__new__(KVPolicyCache)
         new.__dict__.update(self.__dict__)
         new._make_faces()
@@ -245,7 +249,9 @@ class KVPolicyCache(Cache):
     @ordinary
     def crop(self, tokens: Any) -> None:
         """Takes back columns: `-n` of them, or down to `n` in all, as transformers has both."""
-        n = int(tokens)
+        whole = isinstance(tokens, Tensor) and tokens.numel() == 1  # transformers gives these
+        n = int(tokens) if whole else tokens
+        check_int("tokens", n, -MOST)
         drop = -n if n <= 0 else max(self.columns - n, 0)
         if drop == 0 or self.state is None:
             return
@@ -283,6 +289,7 @@ class KVPolicyCache(Cache):
         Raises PhaseError before the first forward, during one, and when the model is gone,
         UnsupportedError under tensor parallelism.
         """
+        check_path("path", path)
         self.ranks.refuse(
             "save: each rank of a tensor-parallel model holds the heads of its own, and a file "
             "holds all; save the context's ids instead and read them again"

@@ -212,7 +212,7 @@ def check_pre_rope(known: Served) -> None:
 
 
 def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) or not hasattr(base_of(model), "config"):
         hint = f"; load it: AutoModelForCausalLM.from_pretrained({model!r})"
         raise TypeError(
             f"model: wanted a model of transformers, got {shown(model)}"

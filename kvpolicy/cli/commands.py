@@ -9,7 +9,7 @@ import typer
 from .. import __version__
 from .bench import bench
 from .calibrate import calibrate, pareto
-from .completion import completion
+from .completion import Shell, script
 from .evaluate import evaluate
 from .examples import epilog
 from .generate import chat, generate
@@ -24,6 +24,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog=epilog(""),
 )
+
+
+def completion(
+    shell: Annotated[Shell, typer.Argument(help="The shell that reads the script.")],
+) -> None:
+    """Print a script with which a shell completes commands, options and names.
+
+    Names are those of models, shipped gates and patterns, tasks and benchmarks.
+    """
+    typer.echo(script(shell, COMMANDS), nl=False)
+
+
 COMMANDS = (
     generate, chat, plan, inspect, calibrate, pareto, evaluate, train_gate, train_duo, bench,
     completion,

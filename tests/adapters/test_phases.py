@@ -231,7 +231,9 @@ def test_what_is_refused(llama):
             attached.ask(cache, QUESTION["input_ids"], QUESTION["attention_mask"][:1])
         with pytest.raises(ValueError, match="wanted 1 or 2 questions"):
             attached.ask(cache, ids)
-        with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        with pytest.raises(
+            ValueError, match="input_ids, inputs_embeds: wanted exactly one, got neither"
+        ):
             attached.read()
         with pytest.raises(ValueError, match="attention_mask: wanted"):
             attached.read(ids, CONTEXT["attention_mask"])
