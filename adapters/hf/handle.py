@@ -78,12 +78,9 @@ class StoredLayer(CacheLayerMixin):
         self.fresh: Tensor | None = None
         self.updates = self.reads = 0
 
-    @property
-    def keys(self) -> Any:
-        """A handle, for models that look into the cache itself."""
-        return Handle(self)
-
-    values = keys
+    def __getattribute__(self, name: str) -> Any:
+        """For models that look into the cache itself, keys and values are a handle too."""
+        return Handle(self) if name in ("keys", "values") else super().__getattribute__(name)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: `update` keeps what comes."""
@@ -123,10 +120,11 @@ class HybridLayer(LinearAttentionLayer, StoredLayer):
     """The same, of a layer that also keeps a state of transformers' own."""
 
     is_compileable = False
+    is_croppable = False
 
     def __init__(self, index: int, notice: Callable[[StoredLayer], None], states: int) -> None:
         StoredLayer.__init__(self, index, notice)
-        LinearAttentionLayer.__init__(self, number_of_states=states)  # type: ignore[no-untyped-call]
+        LinearAttentionLayer.__init__(self, number_of_states=states)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
@@ -143,12 +141,12 @@ class ProbeCache(Cache):
             elif kind.attention:
                 layers.append(StoredLayer(index, notice))
             elif kind.own:
-                layers.append(LinearAttentionLayer(number_of_states=kind.states))  # type: ignore[no-untyped-call]
+                layers.append(LinearAttentionLayer(number_of_states=kind.states))
             elif hasattr(cache_utils, "DummyLayer"):
-                layers.append(cache_utils.DummyLayer())  # type: ignore[no-untyped-call]
+                layers.append(cache_utils.DummyLayer())
             elif kind.kind == "none":  # as transformers did before it had that
-                layers.append(LinearAttentionLayer())  # type: ignore[no-untyped-call]
-        super().__init__(layers=layers)  # type: ignore[no-untyped-call]
+                layers.append(LinearAttentionLayer())
+        super().__init__(layers=layers)
 
     @property
     def stored(self) -> list[StoredLayer]:

@@ -15,8 +15,10 @@ from .tiny_sizes import DEFAULT, SIZES, SPECIAL
 
 # Parts of names of parameters that make scores, and of norms on queries and keys.
 _SCORES = ("q_proj", "k_proj", "query", "key", "qkv", "c_attn", "wq", "wk", "q_attn")
-_NORMS = ("q_norm", "k_norm", "qk_norm", "query_norm", "key_norm")
-_NORMS += ("q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm")
+_NORMS = {
+    *("q_norm", "k_norm", "qk_norm", "query_norm", "key_norm"),
+    *("q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm"),
+}
 
 
 def causal_types() -> list[str]:
@@ -73,7 +75,7 @@ def tiny_model(model_type: str, *, seed: int = 0, **changes: Any) -> nn.Module:
         torch.manual_seed(seed)
         name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
         model_class = getattr(transformers, name if isinstance(name, str) else name[0])
-        model = model_class._from_config(config).float().eval()
+        model: nn.Module = model_class._from_config(config).float().eval()
     sharpen(model, seed=seed)
     return model
 

@@ -85,7 +85,7 @@ _ALTERNATING = ["sliding_attention", "full_attention"] * 4
 _BART = dict.fromkeys(("encoder_layers", "decoder_layers"), 4)
 _SHARING: dict[str, Any] = {"num_kv_shared_layers": 4, "layer_types": _ALTERNATING}
 _GEMMA4: dict[str, Any] = {**_SHARING, "global_head_dim": 32, "num_global_key_value_heads": 1}
-_LATENT: dict[str, Any] = {"num_key_value_heads": 4}  # MLA
+_NO_INPUTS = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 _ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
 
 SPECIAL: dict[str, dict[str, Any]] = {
@@ -108,6 +108,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "gemma4_text": _GEMMA4,
     "gemma4_unified_text": {k: v for k, v in _GEMMA4.items() if k != "num_global_key_value_heads"},
+    "gemma4_assistant": {"text_config": {**_NO_INPUTS, "num_kv_shared_layers": 8}},
     "gpt_neo": {"attention_types": [[["global", "local"], 4]]},
     "gptj": {"rotary_dim": 8},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 4},
@@ -138,10 +139,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "split_ngram_parts": 2,
     },
     "reformer": {
-        "attn_layers": ["local", "lsh"],
+        "attn_layers": ["local", "lsh"] * 4,
         "axial_pos_embds": False,
         "num_buckets": 2,
     },
+    "xlstm": {"chunk_size": 64, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
     "zamba2": {
         "layers_block_type": [*["mamba"] * 2, "hybrid", "mamba"] * 2,
@@ -155,7 +157,5 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 # Where a type's default config is none: what it needs first.
 DEFAULT: dict[str, dict[str, Any]] = {
-    "gemma4_assistant": {
-        "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
-    },
+    "gemma4_assistant": {"text_config": _NO_INPUTS},
 }
