@@ -8,6 +8,7 @@ from .bench import bench
 from .calibrate import calibrate, pareto
 from .evaluate import evaluate
 from .inspect import inspect
+from .models import models
 from .plan import plan
 from .train import train_duo, train_gate
 
@@ -17,5 +18,5 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (plan, train_gate, train_duo, calibrate, pareto, evaluate, inspect, bench):
+for command in (plan, train_gate, train_duo, calibrate, pareto, evaluate, inspect, models, bench):
     app.command()(command)
