@@ -23,8 +23,8 @@ Attend = Callable[
 ]
 
 
-def find_flash(query: Tensor) -> ModuleType | None:
-    """The interface that takes these queries, if there is one."""
+def find_flash(query: Tensor, softcap: float | None = None) -> ModuleType | None:
+    """The interface that takes these queries and caps logits if asked to, if there is one."""
     dim = query.shape[-1]
     if not query.is_cuda or capability(query.device) != 90 or dim % 8 or dim > _LARGEST:
         return None
@@ -32,15 +32,17 @@ def find_flash(query: Tensor) -> ModuleType | None:
     if found is None or query.dtype not in (torch.bfloat16, torch.float16):
         return None
     module, left_out = found
+    if softcap is not None and "SOFTCAP" in left_out:
+        return None
     return None if query.dtype == torch.float16 and "FP16" in left_out else module
 
 
-def find_varlen(query: Tensor) -> Attend | None:
+def find_varlen(query: Tensor, softcap: float | None = None) -> Attend | None:
     """`attend_varlen` of the interface that takes these queries, if there is one."""
-    module, found = find_flash(query), _installed()
+    module, found = find_flash(query, softcap), _installed()
     if module is None or found is None or "VARLEN" in found[1]:
         return None
-    return lambda *args: attend_varlen(module, *args)
+    return lambda *args: attend_varlen(module, *args, softcap)
 
 
 def attend_varlen(
@@ -55,6 +57,7 @@ def attend_varlen(
     longest_q: int,
     longest_k: int,
     scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention without a mask of sequences that lie anywhere in their tensors.
 
@@ -66,7 +69,9 @@ def attend_varlen(
     call = module.flash_attn_varlen_func
     # Older interfaces return the log-sum-exp unasked. Packing heads of a group is for few queries.
     asked = "return_attn_probs" in inspect.signature(call).parameters
-    more = {"return_attn_probs": True} if asked else {}
+    more: dict[str, bool | float] = {"return_attn_probs": True} if asked else {}
+    if softcap is not None:
+        more["softcap"] = softcap
     out, lse = call(
         query, key, value, cu_q, cu_k, longest_q, longest_k, seqused_q=used_q, seqused_k=used_k,
         softmax_scale=scale, causal=False, pack_gqa=False, **more,
@@ -85,7 +90,7 @@ def _installed() -> tuple[ModuleType, frozenset[str]] | None:
         try:
             flags = importlib.import_module(config).CONFIG["build_flags"]
         except (ImportError, AttributeError, KeyError):
-            return module, frozenset({"FP16"})  # unknown: the dtype that every build takes
+            return module, frozenset({"FP16", "SOFTCAP"})  # unknown: what every build takes
         prefix = "FLASHATTENTION_DISABLE_"
         left_out = (flag.removeprefix(prefix) for flag, off in flags.items() if off)
         return module, frozenset(left_out)

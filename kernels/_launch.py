@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST = 512  # head_dim of keys or values that tiles are made for
 # Bytes of shared memory that one program may use, by compute capability.
 _SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227}
 
@@ -61,6 +62,16 @@ def check_dtype(op: str, name: str, tensor: Tensor) -> None:
             f"{op}: {name} is {tensor.dtype}; kernels take float32, bfloat16 and float16 "
             "(backend='reference' takes float64)"
         )
+
+
+def check_dims(op: str, dim: int, dim_v: int = 0) -> None:
+    """Raises ValueError for heads of more channels than tiles are made for."""
+    for name, size in (("head_dim", dim), ("head_dim of values", dim_v)):
+        if size > LARGEST:
+            raise ValueError(
+                f"{op}: {name}: wanted at most {LARGEST}, got {size} "
+                "(backend='reference' takes any)"
+            )
 
 
 def dense_last(tensor: Tensor) -> Tensor:

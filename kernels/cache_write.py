@@ -27,7 +27,7 @@ def append(
     rows: Tensor,
 ) -> None:
     """Stores tokens in pages that the table already names; see `Ops.append`."""
-    heads, tokens, dim = key.shape
+    (heads, tokens, dim), dim_v = key.shape, value.shape[2]
     if tokens == 0:
         return
     key, value = dense_last(key), dense_last(value)
@@ -36,8 +36,9 @@ def append(
         _append[cdiv(tokens, _APPEND_TOKENS), heads](
             pages.k, pages.v, pages.meta, pages.slabs, table, key, value, meta, dest, rows, tokens,
             table.stride(), key.stride(), value.stride(), meta.stride(), dest.stride(),
-            SLAB_PAGES=pages.slab_pages, PAGE=pages.k.shape[1], DIM=dim,
-            DIM_PAD=power_of_two(dim), TOKENS=_APPEND_TOKENS, num_warps=4,
+            SLAB_PAGES=pages.slab_pages, PAGE=pages.k.shape[1], DIM=dim, DIM_V=dim_v,
+            DIM_PAD=power_of_two(dim), DIM_V_PAD=power_of_two(dim_v), TOKENS=_APPEND_TOKENS,
+            num_warps=4,
         )  # fmt: skip
 
 
@@ -45,27 +46,29 @@ def append(
 def _append(
     pages_k, pages_v, pages_meta, slabs, table, key, value, meta, dest, rows, tokens,
     table_strides, key_strides, value_strides, meta_strides, dest_strides,
-    SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr, TOKENS: tl.constexpr,
+    SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+    DIM_PAD: tl.constexpr, DIM_V_PAD: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Stores a block of tokens of one head."""
     head = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     d = tl.arange(0, DIM_PAD)
+    e = tl.arange(0, DIM_V_PAD)
     index = tl.load(dest + head * dest_strides[0] + t, mask=t < tokens, other=-1)  # [T]
     stored = index >= 0
     row = tl.load(rows + t, mask=stored, other=0).to(tl.int64)  # [T]
     own = table + row * table_strides[0] + head * table_strides[1]
     page, slot = find(own, index, stored, PAGE)
     mask = stored[:, None] & (d < DIM)[None, :]
+    mask_v = stored[:, None] & (e < DIM_V)[None, :]
     from_k = key + head * key_strides[0] + t[:, None] * key_strides[1] + d[None, :]
     k = tl.load(from_k, mask=mask, other=0.0)  # [T, D]
     to_k = token_rows(pages_k, slabs, page, slot, d, KEYS, SLAB_PAGES, PAGE, DIM)
     tl.store(to_k, k, mask=mask)
-    from_v = value + head * value_strides[0] + t[:, None] * value_strides[1] + d[None, :]
-    v = tl.load(from_v, mask=mask, other=0.0)  # [T, D]
-    to_v = token_rows(pages_v, slabs, page, slot, d, VALUES, SLAB_PAGES, PAGE, DIM)
-    tl.store(to_v, v, mask=mask)
+    from_v = value + head * value_strides[0] + t[:, None] * value_strides[1] + e[None, :]
+    v = tl.load(from_v, mask=mask_v, other=0.0)  # [T, Dv]
+    to_v = token_rows(pages_v, slabs, page, slot, e, VALUES, SLAB_PAGES, PAGE, DIM_V)
+    tl.store(to_v, v, mask=mask_v)
     about = tl.load(meta + head * meta_strides[0] + t, mask=stored, other=0)  # [T]
     to_meta = page_offset(slabs, page, META, SLAB_PAGES, PAGE) + slot
     tl.store(pages_meta + to_meta, about, mask=stored)
@@ -93,7 +96,7 @@ def decode_write(
     not fixed; what the pages hold is. Where the stack is empty the token goes to the null page.
     """
     (table, counts), (ring_k, ring_v, ring_flags) = heads, ring
-    batch, kv_heads, slots, dim = ring_k.shape
+    (batch, kv_heads, slots, dim), dim_v = ring_k.shape, ring_v.shape[3]
     check_dense(
         "decode_write",
         table=table,
@@ -123,8 +126,8 @@ def decode_write(
             ring_flags.stride(), key.stride(), value.stride(), flags.stride(),
             query.stride(), queries.stride(),
             SLAB_PAGES=pages.slab_pages, PAGE=pages.k.shape[1], SLOTS=slots, DIM=dim,
-            DIM_PAD=power_of_two(dim), MINMAX=minmax, DECIDED=decided, BITS=bits,
-            GROUP=group, num_warps=1,
+            DIM_V=dim_v, DIM_PAD=power_of_two(dim), DIM_V_PAD=power_of_two(dim_v), MINMAX=minmax,
+            DECIDED=decided, BITS=bits, GROUP=group, num_warps=1,
         )  # fmt: skip
 
 
@@ -135,8 +138,8 @@ def _decode_write(
     query_slots, table_strides, counts_strides, ring_k_strides, ring_v_strides,
     ring_flags_strides, key_strides, value_strides, flags_strides, query_strides, queries_strides,
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr, MINMAX: tl.constexpr, DECIDED: tl.constexpr, BITS: tl.constexpr,
-    GROUP: tl.constexpr,
+    DIM_V: tl.constexpr, DIM_PAD: tl.constexpr, DIM_V_PAD: tl.constexpr, MINMAX: tl.constexpr,
+    DECIDED: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One KV head of a sequence: promotes the token that leaves, then writes the new one."""
     b = tl.program_id(0).to(tl.int64)
@@ -144,15 +147,18 @@ def _decode_write(
     if tl.load(active + b) == 0:
         return
     d = tl.arange(0, DIM_PAD)
+    e = tl.arange(0, DIM_V_PAD)
     real = d < DIM
+    real_v = e < DIM_V
     ring_k += b * ring_k_strides[0] + h * ring_k_strides[1] + d
-    ring_v += b * ring_v_strides[0] + h * ring_v_strides[1] + d
+    ring_v += b * ring_v_strides[0] + h * ring_v_strides[1] + e
     ring_flags += b * ring_flags_strides[0] + h * ring_flags_strides[1]
     length = tl.load(lengths + b).to(tl.int32)
     leaving = length - window
     out = tl.maximum(leaving, 0) % SLOTS
     new_k = tl.load(key + b * key_strides[0] + h * key_strides[1] + d, mask=real, other=0.0)  # [D]
-    new_v = tl.load(value + b * value_strides[0] + h * value_strides[1] + d, mask=real, other=0.0)
+    from_v = value + b * value_strides[0] + h * value_strides[1] + e
+    new_v = tl.load(from_v, mask=real_v, other=0.0)  # [Dv]
     new_flags = tl.full([], BITS, tl.uint8)
     if DECIDED:
         new_flags |= tl.load(flags + b * flags_strides[0] + h * flags_strides[1])
@@ -164,12 +170,11 @@ def _decode_write(
             table + b * table_strides[0] + h * table_strides[1], count, free, top, refs, PAGE
         )
         k = tl.load(ring_k + out.to(tl.int64) * ring_k_strides[2], mask=real, other=0.0)  # [D]
-        v = tl.load(ring_v + out.to(tl.int64) * ring_v_strides[2], mask=real, other=0.0)  # [D]
-        at = slot * DIM + d
-        to_k = page_offset(slabs, page, KEYS, SLAB_PAGES, PAGE * DIM) + at
+        v = tl.load(ring_v + out.to(tl.int64) * ring_v_strides[2], mask=real_v, other=0.0)  # [Dv]
+        to_k = page_offset(slabs, page, KEYS, SLAB_PAGES, PAGE * DIM) + (slot * DIM + d)
         tl.store(pages_k + to_k, k, mask=real)
-        to_v = page_offset(slabs, page, VALUES, SLAB_PAGES, PAGE * DIM) + at
-        tl.store(pages_v + to_v, v, mask=real)
+        to_v = page_offset(slabs, page, VALUES, SLAB_PAGES, PAGE * DIM_V) + (slot * DIM_V + e)
+        tl.store(pages_v + to_v, v, mask=real_v)
         mark = ((out_flags & _MARKED) != 0).to(tl.int32) << _POSITION_BITS
         to_meta = page_offset(slabs, page, META, SLAB_PAGES, PAGE) + slot
         tl.store(pages_meta + to_meta, leaving | mark)
@@ -183,7 +188,7 @@ def _decode_write(
     tl.debug_barrier()
     into = length % SLOTS
     tl.store(ring_k + into.to(tl.int64) * ring_k_strides[2], new_k, mask=real)
-    tl.store(ring_v + into.to(tl.int64) * ring_v_strides[2], new_v, mask=real)
+    tl.store(ring_v + into.to(tl.int64) * ring_v_strides[2], new_v, mask=real_v)
     tl.store(ring_flags + into, new_flags)
     queries += b * queries_strides[0] + (length % query_slots).to(tl.int64) * queries_strides[2]
     for g in tl.static_range(GROUP):

@@ -18,17 +18,21 @@ _MOVED = 16 << 10  # bytes of keys or of values that one program holds
 def read_tokens(pages: Pages, table: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Global tokens `source` `[B, Hkv, n]` of each head; see `Ops.read_tokens`."""
     batch, heads, tokens = source.shape
-    size, dim = pages.k.shape[1:]
+    size, dim, dim_v = *pages.k.shape[1:], pages.v.shape[2]
     table, source = dense_last(table), dense_last(source)
-    k, v = (torch.empty(*source.shape, dim, dtype=x.dtype, device=x.device) for x in pages[:2])
+    k, v = (
+        torch.empty(*source.shape, d, dtype=x.dtype, device=x.device)
+        for x, d in ((pages.k, dim), (pages.v, dim_v))
+    )
     meta = torch.empty(source.shape, dtype=pages.meta.dtype, device=pages.meta.device)
     if source.numel():
         with on(pages.k):
             _read_tokens[cdiv(tokens, _TOKENS), batch * heads](
                 pages.k, pages.v, pages.meta, pages.slabs, table, source, k, v, meta, tokens,
                 table.stride(), source.stride(),
-                HEADS=heads, SLAB_PAGES=pages.slab_pages, PAGE=size, DIM=dim,
-                DIM_PAD=power_of_two(dim), TOKENS=_TOKENS, num_warps=4,
+                HEADS=heads, SLAB_PAGES=pages.slab_pages, PAGE=size, DIM=dim, DIM_V=dim_v,
+                DIM_PAD=power_of_two(dim), DIM_V_PAD=power_of_two(dim_v), TOKENS=_TOKENS,
+                num_warps=4,
             )  # fmt: skip
     return k, v, meta
 
@@ -38,13 +42,14 @@ def _read_tokens(
     pages_k, pages_v, pages_meta, slabs, table, source, k, v, meta, tokens,
     table_strides, source_strides,
     HEADS: tl.constexpr, SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr, TOKENS: tl.constexpr,
+    DIM_V: tl.constexpr, DIM_PAD: tl.constexpr, DIM_V_PAD: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Copies a block of the tokens asked for of one head; zeros for those of number -1."""
     unit = tl.program_id(1).to(tl.int64)
     b, h = unit // HEADS, unit % HEADS
     i = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     d = tl.arange(0, DIM_PAD)
+    e = tl.arange(0, DIM_V_PAD)
     source += b * source_strides[0] + h * source_strides[1]
     token = tl.load(source + i, mask=i < tokens, other=-1)  # [T]
     there = token >= 0
@@ -52,13 +57,15 @@ def _read_tokens(
     own = table + b * table_strides[0] + h * table_strides[1]
     page, slot = find(own, token, there, PAGE)
     mask = there[:, None] & (d < DIM)[None, :]
+    mask_v = there[:, None] & (e < DIM_V)[None, :]
     from_k = token_rows(pages_k, slabs, page, slot, d, KEYS, SLAB_PAGES, PAGE, DIM)
-    from_v = token_rows(pages_v, slabs, page, slot, d, VALUES, SLAB_PAGES, PAGE, DIM)
+    from_v = token_rows(pages_v, slabs, page, slot, e, VALUES, SLAB_PAGES, PAGE, DIM_V)
     from_meta = page_offset(slabs, page, META, SLAB_PAGES, PAGE) + slot
-    to = (unit * tokens + i)[:, None] * DIM + d[None, :]
+    row = (unit * tokens + i)[:, None]
     real = (i < tokens)[:, None] & (d < DIM)[None, :]
-    tl.store(k + to, tl.load(from_k, mask=mask, other=0.0), mask=real)  # [T, D]
-    tl.store(v + to, tl.load(from_v, mask=mask, other=0.0), mask=real)  # [T, D]
+    tl.store(k + (row * DIM + d[None, :]), tl.load(from_k, mask=mask, other=0.0), mask=real)
+    real_v = (i < tokens)[:, None] & (e < DIM_V)[None, :]
+    tl.store(v + (row * DIM_V + e[None, :]), tl.load(from_v, mask=mask_v, other=0.0), mask=real_v)
     about = tl.load(pages_meta + from_meta, mask=there, other=0)  # [T]
     tl.store(meta + unit * tokens + i, about, mask=i < tokens)
 
@@ -70,24 +77,26 @@ def move_kept(
 
     One program for the keys of a head and one for its values walk the tokens in rising order.
     """
-    dim = pages.k.shape[2]
+    dim, dim_v = pages.k.shape[2], pages.v.shape[2]
     old, new = dense_last(old), dense_last(new)
-    tokens = max(min(_MOVED // (power_of_two(dim) * pages.k.element_size()), 128), 16)
+    widest = power_of_two(max(dim, dim_v)) * pages.k.element_size()
+    tokens = max(min(_MOVED // widest, 128), 16)
     if lengths.numel():
         with on(pages.k):
             _move_kept[lengths.numel(), 2](
                 pages.k, pages.v, pages.meta, pages.slabs, old, new, keep.view(torch.uint8),
                 starts.contiguous(), lengths.contiguous(), old.stride(0), new.stride(0),
-                SLAB_PAGES=pages.slab_pages, PAGE=pages.k.shape[1], DIM=dim,
-                DIM_PAD=power_of_two(dim), TOKENS=tokens, num_warps=4,
+                SLAB_PAGES=pages.slab_pages, PAGE=pages.k.shape[1], DIM=dim, DIM_V=dim_v,
+                DIM_PAD=power_of_two(dim), DIM_V_PAD=power_of_two(dim_v), TOKENS=tokens,
+                num_warps=4,
             )  # fmt: skip
 
 
 @triton.jit
 def _move_kept(
     pages_k, pages_v, pages_meta, slabs, old, new, keep, starts, lengths, old_u, new_u,
-    SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    TOKENS: tl.constexpr,
+    SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+    DIM_PAD: tl.constexpr, DIM_V_PAD: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Moves the keys and meta of a head, or its values."""
     unit = tl.program_id(0).to(tl.int64)
@@ -104,7 +113,7 @@ def _move_kept(
         else:
             _move(
                 pages_v, pages_meta, slabs, old, new, keep, length,
-                VALUES, SLAB_PAGES, PAGE, DIM, DIM_PAD, TOKENS, False,
+                VALUES, SLAB_PAGES, PAGE, DIM_V, DIM_V_PAD, TOKENS, False,
             )  # fmt: skip
 
 

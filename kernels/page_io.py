@@ -16,16 +16,20 @@ _CHUNK = 2048  # elements of k and of v that one program moves
 
 def read_pages(pages: Pages, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Contents of pages `ids` `[...]`; see `Ops.read_pages`."""
-    size, dim = pages.k.shape[1:]
+    size, dim, dim_v = *pages.k.shape[1:], pages.v.shape[2]
     flat = ids.reshape(-1).contiguous()  # a reshaped column keeps its stride
-    k, v = (torch.empty(*ids.shape, size, dim, dtype=x.dtype, device=x.device) for x in pages[:2])
+    k, v = (
+        torch.empty(*ids.shape, size, d, dtype=x.dtype, device=x.device)
+        for x, d in ((pages.k, dim), (pages.v, dim_v))
+    )
+    most = size * max(dim, dim_v)
     meta = torch.empty(*ids.shape, size, dtype=pages.meta.dtype, device=pages.meta.device)
     if flat.numel():
         with on(pages.k):
-            _read_pages[flat.numel(), cdiv(size * dim, _CHUNK)](
+            _read_pages[flat.numel(), cdiv(most, _CHUNK)](
                 pages.k, pages.v, pages.meta, pages.slabs, flat, k, v, meta,
                 SLAB_PAGES=pages.slab_pages, PAGE=size, PAGE_PAD=power_of_two(size), DIM=dim,
-                CHUNK=min(_CHUNK, power_of_two(size * dim)), num_warps=4,
+                DIM_V=dim_v, CHUNK=min(_CHUNK, power_of_two(most)), num_warps=4,
             )  # fmt: skip
     return k, v, meta
 
@@ -34,19 +38,20 @@ def read_pages(pages: Pages, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _read_pages(
     pages_k, pages_v, pages_meta, slabs, ids, k, v, meta,
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, PAGE_PAD: tl.constexpr, DIM: tl.constexpr,
-    CHUNK: tl.constexpr,
+    DIM_V: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Copies a chunk of a page to its place among the pages asked for; the first one its meta."""
     n = tl.program_id(0).to(tl.int64)
     page = tl.load(ids + n)
     e = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     mask = e < PAGE * DIM
+    mask_v = e < PAGE * DIM_V
     from_k = page_offset(slabs, page, KEYS, SLAB_PAGES, PAGE * DIM)
-    from_v = page_offset(slabs, page, VALUES, SLAB_PAGES, PAGE * DIM)
+    from_v = page_offset(slabs, page, VALUES, SLAB_PAGES, PAGE * DIM_V)
     read_k = tl.load(pages_k + from_k + e, mask=mask, other=0.0)  # [E]
-    read_v = tl.load(pages_v + from_v + e, mask=mask, other=0.0)  # [E]
+    read_v = tl.load(pages_v + from_v + e, mask=mask_v, other=0.0)  # [E]
     tl.store(k + n * (PAGE * DIM) + e, read_k, mask=mask)
-    tl.store(v + n * (PAGE * DIM) + e, read_v, mask=mask)
+    tl.store(v + n * (PAGE * DIM_V) + e, read_v, mask=mask_v)
     if tl.program_id(1) == 0:
         s = tl.arange(0, PAGE_PAD)
         from_meta = page_offset(slabs, page, META, SLAB_PAGES, PAGE)
@@ -85,15 +90,16 @@ def copy_pages(pages: Pages, source: Tensor, target: Tensor) -> None:
     """Copies pages `source` `[N]` to pages `target` `[N]`; see `Ops.copy_pages`."""
     if source.numel() == 0:
         return
-    size, dim = pages.k.shape[1:]
+    size, dim, dim_v = *pages.k.shape[1:], pages.v.shape[2]
+    most = size * max(dim, dim_v)
     width = 0 if pages.summary is None else pages.summary.shape[1]
     with on(pages.k):
-        _copy_pages[source.numel(), cdiv(size * dim, _CHUNK)](
+        _copy_pages[source.numel(), cdiv(most, _CHUNK)](
             pages.k, pages.v, pages.meta, pages.k if pages.summary is None else pages.summary,
             pages.slabs, source.contiguous(), target.contiguous(),
             SLAB_PAGES=pages.slab_pages, PAGE=size, PAGE_PAD=power_of_two(size), DIM=dim,
-            WIDTH=width, WIDTH_PAD=power_of_two(width),
-            CHUNK=min(_CHUNK, power_of_two(size * dim)), num_warps=4,
+            DIM_V=dim_v, WIDTH=width, WIDTH_PAD=power_of_two(width),
+            CHUNK=min(_CHUNK, power_of_two(most)), num_warps=4,
         )  # fmt: skip
 
 
@@ -101,21 +107,22 @@ def copy_pages(pages: Pages, source: Tensor, target: Tensor) -> None:
 def _copy_pages(
     pages_k, pages_v, pages_meta, summary, slabs, source, target,
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, PAGE_PAD: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHUNK: tl.constexpr,
+    DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Copies a chunk of a page to another page; the first one meta and summary too."""
     old = tl.load(source + tl.program_id(0))
     new = tl.load(target + tl.program_id(0))
     e = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     mask = e < PAGE * DIM
+    mask_v = e < PAGE * DIM_V
     k = pages_k + e
     v = pages_v + e
     from_k = page_offset(slabs, old, KEYS, SLAB_PAGES, PAGE * DIM)
-    from_v = page_offset(slabs, old, VALUES, SLAB_PAGES, PAGE * DIM)
+    from_v = page_offset(slabs, old, VALUES, SLAB_PAGES, PAGE * DIM_V)
     read_k = tl.load(k + from_k, mask=mask, other=0.0)  # [E]
-    read_v = tl.load(v + from_v, mask=mask, other=0.0)  # [E]
+    read_v = tl.load(v + from_v, mask=mask_v, other=0.0)  # [E]
     tl.store(k + page_offset(slabs, new, KEYS, SLAB_PAGES, PAGE * DIM), read_k, mask=mask)
-    tl.store(v + page_offset(slabs, new, VALUES, SLAB_PAGES, PAGE * DIM), read_v, mask=mask)
+    tl.store(v + page_offset(slabs, new, VALUES, SLAB_PAGES, PAGE * DIM_V), read_v, mask=mask_v)
     if tl.program_id(1) == 0:
         s = tl.arange(0, PAGE_PAD)
         about = pages_meta + s

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import Heads, Pages, Ring
+from ..ops import POSITION_MASK, Heads, Pages, Ring, check_asked
 from ._launch import (
     cdiv,
+    check_dims,
     check_dtype,
     dense_last,
     dot_size,
@@ -29,17 +30,19 @@ from ._launch import (
 )
 from ._math import narrow
 from ._overlap import await_before, dependent, let_next, overlaps
-from ._pages import KEYS, VALUES, offset_in, row_pointers, slab_start
-from ._softmax import attend_step, level_of, merge, normalised
+from ._pages import KEYS, META, VALUES, offset_in, page_offset, row_pointers, slab_start
+from ._softmax import LOG2E, attend_step, factors, level_of, merge, normalised
 
-_LOG2E = 1.4426950408889634
+_LOG2E = tl.constexpr(LOG2E)
+_POSITION_MASK = tl.constexpr(POSITION_MASK)
 _BLOCK = 64  # tokens, where their keys and values are not more bytes than this:
 _STAGE = 32768
 _STAGES = 3  # blocks that are multiplied or on their way
 _WARPS = 4
 _WAVES = 2  # programs a multiprocessor should get
 _MIN_SPLIT = 128  # tokens; smaller splits cost more in the reduction than they gain
-_PARTS = 64  # partial results that the reduction reads at once
+_PARTS = 64  # partial results that the reduction reads at once, as long as no more numbers:
+_READ = 16384
 
 
 def paged_decode(
@@ -52,54 +55,70 @@ def paged_decode(
     window: int,
     scale: float,
     selected: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
     """Attends over the local window and the global tokens; see `Ops.paged_decode`.
 
     The result does not depend on how programs are scheduled.
     """
     check_dtype("paged_decode", "query", query)
+    check_asked("paged_decode", query.shape[1], softcap, sinks, chunk)
     batch, kv_heads, slots, dim = ring.k.shape
-    size = pages.k.shape[1]
+    size, dim_v = pages.k.shape[1], ring.v.shape[3]
+    check_dims("paged_decode", dim, dim_v)
     readers = kv_heads if selected is None else selected.shape[1]
     group = query.shape[1] // readers
     units = batch * readers
     query, table, counts = dense_last(query), dense_last(heads.table), dense_last(heads.counts)
     ring_k, ring_v = dense_last(ring.k), dense_last(ring.v)
     picked = table if selected is None else dense_last(selected)
-    block, stages = _tile(dot_size(dim), query.element_size(), shared_memory(query.device))
+    widths = dot_size(dim), dot_size(dim_v)
+    block, stages = _tile(sum(widths), query.element_size(), shared_memory(query.device))
     target = max(_WAVES * processors(query.device) - units, processors(query.device))
     programs = target + units
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    part = torch.empty(programs, group, dim, dtype=torch.float32, device=query.device)
+    out = torch.empty(*query.shape[:2], dim_v, dtype=query.dtype, device=query.device)
+    part = torch.empty(programs, group, dim_v, dtype=torch.float32, device=query.device)
     lse = torch.empty(programs, group, dtype=torch.float32, device=query.device)
     plan = dict(
         UNITS=units, UNITS_PAD=power_of_two(units), HEADS=readers, REPEAT=readers // kv_heads,
         RING_BLOCKS=cdiv(slots, block), BLOCK=block,
         PICKED=-1 if selected is None else selected.shape[2] * size,
-        TARGET=target, MIN_BLOCKS=cdiv(_MIN_SPLIT, block), GROUP=group, DIM=dim,
+        TARGET=target, MIN_BLOCKS=cdiv(_MIN_SPLIT, block), GROUP=group, DIM_V=dim_v,
         OVERLAP=overlaps(query.device),
     )  # fmt: skip
+    scale, cap = factors(scale, softcap)
+    # What is None is no argument of the kernel that is compiled.
+    meta = None if chunk is None else pages.meta
+    sinks = None if sinks is None else sinks.contiguous()
     with on(query):
         _split[programs,](
             query, pages.k, pages.v, pages.slabs, table, counts, ring_k, ring_v, lengths, active,
-            picked, part, lse, window, scale * _LOG2E,
+            picked, part, lse, window, scale, cap, chunk, meta,
             query.stride(), table.stride(), counts.stride(), ring_k.stride(), ring_v.stride(),
             picked.stride(),
-            **plan, SLAB_PAGES=pages.slab_pages, PAGE=size, SLOTS=slots,
-            GROUP_PAD=dot_size(group), DIM_PAD=dot_size(dim), num_warps=_WARPS, num_stages=stages,
+            **plan, SLAB_PAGES=pages.slab_pages, PAGE=size, SLOTS=slots, GROUP_PAD=dot_size(group),
+            DIM=dim, DIM_PAD=widths[0], DIM_V_PAD=widths[1], num_warps=_WARPS, num_stages=stages,
         )  # fmt: skip
         _reduce[units, group](
-            part, lse, counts, active, out, counts.stride(),
-            **plan, PARTS=_PARTS, DIM_PAD=power_of_two(dim), num_warps=4,
+            part, lse, counts, active, out, sinks, counts.stride(),
+            **plan, PARTS=min(_PARTS, _READ // power_of_two(dim_v)), DIM_PAD=power_of_two(dim_v),
+            num_warps=4,
             **dependent(query.device),
         )  # fmt: skip
     return out
 
 
-def _tile(dim: int, itemsize: int, shared: int) -> tuple[int, int]:
-    """Tokens a block and pipeline stages, of which one less is held in shared memory."""
-    block = max(16, min(_BLOCK, _STAGE // (2 * dim * itemsize)))
-    stage = 2 * block * dim * itemsize
+def _tile(width: int, itemsize: int, shared: int) -> tuple[int, int]:
+    """Tokens a block and pipeline stages, of which one less is held in shared memory.
+
+    `width` counts channels of a key and its value.
+    """
+    fit = _STAGE // (width * itemsize)
+    block = max(16, min(_BLOCK, power_of_two(fit + 1) // 2))
+    stage = block * width * itemsize
     return block, min(_STAGES, 1 + (shared - 16384) // stage)
 
 
@@ -151,8 +170,8 @@ def _find(
 
 @triton.jit
 def _place(
-    slabs, page, room, block, count, n, BLOCK: tl.constexpr, PAGE: tl.constexpr,
-    SLAB_PAGES: tl.constexpr, PICKED: tl.constexpr,
+    slabs, page, room, block, count, n, pages_meta, begins, BLOCK: tl.constexpr,
+    PAGE: tl.constexpr, SLAB_PAGES: tl.constexpr, PICKED: tl.constexpr,
 ):  # fmt: skip
     """Slabs of a block's pages, each page's number in its slab; place of tokens, whether seen."""
     slab_k = slab_start(slabs, page, KEYS, SLAB_PAGES)
@@ -161,6 +180,9 @@ def _place(
     if PAGE % BLOCK == 0:
         at = block * BLOCK % PAGE + n
     seen = at < room if PICKED >= 0 else block * BLOCK + n < count
+    if pages_meta is not None:  # only tokens of the chunk that `begins` there
+        meta = pages_meta + page_offset(slabs, page, META, SLAB_PAGES, PAGE) + at
+        seen = seen & ((tl.load(meta, mask=seen, other=0) & _POSITION_MASK) >= begins)
     return slab_k, slab_v, page % SLAB_PAGES, at, seen
 
 
@@ -201,13 +223,13 @@ def _my_split(
 @triton.jit
 def _split(
     query, pages_k, pages_v, slabs, table, counts, ring_k, ring_v, lengths, active,
-    picked, part, lse, window, scale,
+    picked, part, lse, window, scale, cap, chunk, pages_meta,
     query_strides, table_strides, counts_strides, ring_k_strides, ring_v_strides, picked_strides,
     UNITS: tl.constexpr, UNITS_PAD: tl.constexpr, HEADS: tl.constexpr, REPEAT: tl.constexpr,
     RING_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PICKED: tl.constexpr, TARGET: tl.constexpr,
-    MIN_BLOCKS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
-    SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, SLOTS: tl.constexpr,
-    GROUP_PAD: tl.constexpr, DIM_PAD: tl.constexpr, OVERLAP: tl.constexpr,
+    MIN_BLOCKS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+    SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, SLOTS: tl.constexpr, GROUP_PAD: tl.constexpr,
+    DIM_PAD: tl.constexpr, DIM_V_PAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Attention of a unit's query heads over one split of its blocks, with its log-sum-exps."""
     let_next(OVERLAP)
@@ -223,8 +245,12 @@ def _split(
     kv_head = head // REPEAT
     g = tl.arange(0, GROUP_PAD)
     d = tl.arange(0, DIM_PAD)
-    real = d < DIM
+    e = tl.arange(0, DIM_V_PAD)
     n = tl.arange(0, BLOCK)
+    begins = length * 0
+    if chunk is not None:
+        begins = length // chunk * chunk
+        window = tl.minimum(window, length - begins + 1)
     table += b * table_strides[0] + kv_head * table_strides[1]
     picked += b * picked_strides[0] + head * picked_strides[1]
     # Pages are found two blocks ahead, where they lie one. What a block leaves to the next are new
@@ -235,11 +261,11 @@ def _split(
     query += b * query_strides[0]
     q = tl.load(
         query + (head * GROUP + g[:, None]) * query_strides[1] + d[None, :],
-        mask=(g < GROUP)[:, None] & real[None, :], other=0.0,
+        mask=(g < GROUP)[:, None] & (d < DIM)[None, :], other=0.0,
     )  # [G, D]  # fmt: skip
     top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
-    acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
+    acc = tl.zeros([GROUP_PAD, DIM_V_PAD], tl.float32)
 
     ring_k += b * ring_k_strides[0] + kv_head * ring_k_strides[1]
     ring_v += b * ring_v_strides[0] + kv_head * ring_v_strides[1]
@@ -247,41 +273,46 @@ def _split(
         slot = block * BLOCK + n
         back = (length - slot + SLOTS) % SLOTS
         seen = (slot < SLOTS) & (back < window) & (back <= length)
-        mask = seen[:, None] & real[None, :]
+        there = seen[:, None]
         at = slot.to(tl.int64)[:, None]
-        k = tl.load(ring_k + at * ring_k_strides[2] + d[None, :], mask=mask, other=0.0)  # [N, D]
-        v = tl.load(ring_v + at * ring_v_strides[2] + d[None, :], mask=mask, other=0.0)  # [N, D]
-        top, total, acc = attend_step(q, k, v, seen[None, :], scale, top, total, acc, True)
+        from_k = ring_k + at * ring_k_strides[2] + d[None, :]
+        k = tl.load(from_k, mask=there & (d < DIM)[None, :], other=0.0)  # [N, D]
+        from_v = ring_v + at * ring_v_strides[2] + e[None, :]
+        v = tl.load(from_v, mask=there & (e < DIM_V)[None, :], other=0.0)  # [N, Dv]
+        top, total, acc = attend_step(q, k, v, seen[None, :], scale, cap, top, total, acc, True)
 
     slab_k, slab_v, nth, at, seen = _place(
-        slabs, page, room, first, count, n, BLOCK, PAGE, SLAB_PAGES, PICKED
+        slabs, page, room, first, count, n, pages_meta, begins, BLOCK, PAGE, SLAB_PAGES, PICKED
     )
     for block in range(first, high - RING_BLOCKS):
-        mask = seen[:, None] & real[None, :]
-        k = tl.load(_rows(pages_k, slab_k, nth, at, d, DIM, PAGE), mask=mask, other=0.0)  # [N, D]
-        v = tl.load(_rows(pages_v, slab_v, nth, at, d, DIM, PAGE), mask=mask, other=0.0)  # [N, D]
-        top, total, acc = attend_step(q, k, v, seen[None, :], scale, top, total, acc, True)
+        there = seen[:, None]
+        from_k = _rows(pages_k, slab_k, nth, at, d, DIM, PAGE)
+        k = tl.load(from_k, mask=there & (d < DIM)[None, :], other=0.0)  # [N, D]
+        from_v = _rows(pages_v, slab_v, nth, at, e, DIM_V, PAGE)
+        v = tl.load(from_v, mask=there & (e < DIM_V)[None, :], other=0.0)  # [N, Dv]
+        top, total, acc = attend_step(q, k, v, seen[None, :], scale, cap, top, total, acc, True)
         slab_k, slab_v, nth, at, seen = _place(
-            slabs, next_page, next_room, block + 1, count, n, BLOCK, PAGE, SLAB_PAGES, PICKED
-        )
+            slabs, next_page, next_room, block + 1, count, n, pages_meta, begins, BLOCK, PAGE,
+            SLAB_PAGES, PICKED,
+        )  # fmt: skip
         next_page, next_room = _find(table, picked, block + 2, count, n, BLOCK, PAGE, PICKED)
 
     keep = g < GROUP
     at = program.to(tl.int64) * GROUP + g
-    to = part + at[:, None] * DIM + d[None, :]
-    tl.store(to, normalised(acc, total), mask=keep[:, None] & real[None, :])
+    to = part + at[:, None] * DIM_V + e[None, :]
+    tl.store(to, normalised(acc, total), mask=keep[:, None] & (e < DIM_V)[None, :])
     tl.store(lse + at, level_of(top, total), mask=keep)
 
 
 @triton.jit
 def _reduce(
-    part, lse, counts, active, out, counts_strides,
+    part, lse, counts, active, out, sinks, counts_strides,
     UNITS: tl.constexpr, UNITS_PAD: tl.constexpr, HEADS: tl.constexpr, REPEAT: tl.constexpr,
     RING_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PICKED: tl.constexpr, TARGET: tl.constexpr,
-    MIN_BLOCKS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    MIN_BLOCKS: tl.constexpr, GROUP: tl.constexpr, DIM_V: tl.constexpr,
     PARTS: tl.constexpr, DIM_PAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Adds the splits of one query head in their order."""
+    """Adds the splits of one query head in their order, after its sink."""
     unit = tl.program_id(0)
     g = tl.program_id(1)
     units = tl.arange(0, UNITS_PAD)
@@ -292,22 +323,25 @@ def _reduce(
     )  # fmt: skip
     first = tl.sum(tl.where(units < unit, splits, 0), 0)
     of = tl.sum(tl.where(units == unit, splits, 0), 0)
+    top = float("-inf")
+    total = 0.0
+    if sinks is not None:
+        top = tl.load(sinks + (unit % HEADS) * GROUP + g).to(tl.float32) * _LOG2E
+        total = 1.0
     await_before(OVERLAP)
     d = tl.arange(0, DIM_PAD)
     i = tl.arange(0, PARTS)
-    top = float("-inf")
-    total = 0.0
     acc = tl.zeros([DIM_PAD], tl.float32)
     for start in range(0, of, PARTS):
         mask = start + i < of
         at = (first + start + i).to(tl.int64) * GROUP + g
         level = tl.load(lse + at, mask=mask, other=float("-inf"))  # [PARTS]
         parts = tl.load(
-            part + at[:, None] * DIM + d[None, :],
-            mask=mask[:, None] & (d < DIM)[None, :],
+            part + at[:, None] * DIM_V + d[None, :],
+            mask=mask[:, None] & (d < DIM_V)[None, :],
             other=0.0,
-        )  # [PARTS, D]
+        )  # [PARTS, Dv]
         top, total, acc = merge(level, parts, top, total, acc)
     acc = acc / tl.where(total > 0, total, 1.0)
-    to = out + (unit.to(tl.int64) * GROUP + g) * DIM + d
-    tl.store(to, narrow(acc, out.dtype.element_ty), mask=d < DIM)
+    to = out + (unit.to(tl.int64) * GROUP + g) * DIM_V + d
+    tl.store(to, narrow(acc, out.dtype.element_ty), mask=d < DIM_V)

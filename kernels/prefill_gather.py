@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import POSITION_MASK, Bounds, Heads, Pages, Segments
+from ._chunks import Cut
 from ._flash import Attend
 from ._launch import cdiv, dense_last, on, power_of_two
 from ._pages import KEYS, META, VALUES, find, page_offset, token_rows
@@ -100,9 +101,10 @@ class Plan(NamedTuple):
 
 
 class Far(NamedTuple):
-    """Gathered global tokens: rows `[N, D]` of all heads, and what each tile of a head may read.
+    """Gathered global tokens: rows k `[N, D]`, v `[N, Dv]` of all heads, and what tiles may read.
 
-    `limits` `[Hkv, tiles]` counts the head's rows before the window of each `tile`.
+    `limits` `[Hkv, tiles]` counts the head's rows before the window of each `tile`, `before` (or
+    None) those before its chunk.
     """
 
     k: Tensor
@@ -110,6 +112,7 @@ class Far(NamedTuple):
     limits: Tensor
     tile: Tile
     plan: Plan | None = None
+    before: Tensor | None = None
 
 
 def lengths(segments: Segments) -> list[int]:
@@ -131,11 +134,13 @@ def gather(
     group: int,
     rectangles: Rectangles | None = None,
     bounds: Bounds | None = None,
+    cut: Cut | None = None,
 ) -> Far | None:
     """The global tokens of all heads in contiguous rows; None if there are none.
 
     `group` query heads share a KV head. Plans `rectangles` where they pay. `bounds` is what the
-    host knows of the counts; without it, it waits for them.
+    host knows of the counts; without it, it waits for them. `cut` is what became of the call's
+    sequences, `segments` then its rows.
     """
     batch, kv_heads = heads.counts.shape
     table, counts = dense_last(heads.table), heads.counts.contiguous()
@@ -143,7 +148,7 @@ def gather(
     longest = max(map(max, most))
     if longest == 0 or not any(lengths(segments)):
         return None
-    size, dim = pages.k.shape[1:]
+    size, dim, dim_v = *pages.k.shape[1:], pages.v.shape[2]
     rows = sum(cdiv(n, ROWS) for row in most for n in row) * ROWS
     pays = rectangles is not None and _pays(rectangles, segments, expected, window, group)
     if rectangles is not None and pays:
@@ -152,33 +157,37 @@ def gather(
     queries = tile.queries(group)
     tiles = tile_count(segments, queries)
     k = torch.empty(rows, dim, dtype=pages.k.dtype, device=pages.k.device)
-    v = torch.empty_like(k)
+    v = torch.empty(rows, dim_v, dtype=k.dtype, device=k.device)
     at = torch.empty(rows, dtype=torch.int32, device=k.device)
     limits = torch.empty(kv_heads, tiles, dtype=torch.int32, device=k.device)
     plan, blocks, span = None, 0, 0
     if rectangles is not None and pays:
         span = max(rectangles.queries // queries, 1) * queries  # whole tiles
         blocks = tile_count(segments, span)
-        cut = torch.empty(4, kv_heads * blocks + 1, dtype=torch.int32, device=k.device)
+        edges = torch.empty(4, kv_heads * blocks + 1, dtype=torch.int32, device=k.device)
         most_queries = min(span, max(lengths(segments)))
-        plan = Plan(rectangles.attend, torch.empty_like(limits), cut, most_queries, longest)
-    each = cdiv(max(lengths(segments)), queries)
+        plan = Plan(rectangles.attend, torch.empty_like(limits), edges, most_queries, longest)
+    owner, chunk = (None, None) if cut is None else cut[1:]
+    before = None if chunk is None else torch.empty_like(limits)
+    each, many = cdiv(max(lengths(segments)), queries), len(segments.start)
     with on(k):
         _gather[cdiv(longest, ROWS) * (ROWS // 32), batch * kv_heads](
             pages.k, pages.v, pages.meta, pages.slabs, table, counts, k, v, at,
             table.stride(),
             HEADS=kv_heads, UNITS_PAD=power_of_two(batch * kv_heads), SLAB_PAGES=pages.slab_pages,
-            PAGE=size, DIM=dim, DIM_PAD=power_of_two(dim), ROWS=ROWS, BLOCK=32, num_warps=4,
+            PAGE=size, DIM=dim, DIM_V=dim_v, DIM_PAD=power_of_two(dim),
+            DIM_V_PAD=power_of_two(dim_v), ROWS=ROWS, BLOCK=32, num_warps=4,
         )  # fmt: skip
-        _limits[cdiv(each, _LIMITS), batch * kv_heads](
+        _limits[cdiv(each, _LIMITS), many * kv_heads](
             at, counts, segments.cu_q_dev, segments.start_dev, limits,
             plan.taken if plan else limits, plan.bounds if plan else limits, window, tiles,
-            blocks, rows, longest.bit_length(), BATCH=batch, BATCH_PAD=power_of_two(batch),
+            blocks, rows, longest.bit_length(), owner, before, chunk,
+            BATCH=many, BATCH_PAD=power_of_two(many),
             HEADS=kv_heads, UNITS_PAD=power_of_two(batch * kv_heads), QUERIES=queries,
             ROWS=ROWS, SPAN=span, SPARE=rectangles.spare if rectangles and plan else 0,
             LEAST=rectangles.least if rectangles and plan else 0, BLOCK=_LIMITS, num_warps=4,
         )  # fmt: skip
-    return Far(k, v, limits, tile, plan)
+    return Far(k, v, limits, tile, plan, before)
 
 
 def _pays(
@@ -277,7 +286,8 @@ def _fold(
 def _gather(
     pages_k, pages_v, pages_meta, slabs, table, counts, k, v, at, table_strides,
     HEADS: tl.constexpr, UNITS_PAD: tl.constexpr, SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, DIM_PAD: tl.constexpr, DIM_V_PAD: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Copies a block of a head's tokens to its rows, and zeros to the rows after the last."""
     unit = tl.program_id(1)
@@ -289,18 +299,22 @@ def _gather(
     b = (unit // HEADS).to(tl.int64)
     h = (unit % HEADS).to(tl.int64)
     d = tl.arange(0, DIM_PAD)
+    e = tl.arange(0, DIM_V_PAD)
     there = n < count
     own = table + b * table_strides[0] + h * table_strides[1]
     page, slot = find(own, n, there, PAGE)
     mask = there[:, None] & (d < DIM)[None, :]
+    mask_v = there[:, None] & (e < DIM_V)[None, :]
     from_k = token_rows(pages_k, slabs, page, slot, d, KEYS, SLAB_PAGES, PAGE, DIM)
-    from_v = token_rows(pages_v, slabs, page, slot, d, VALUES, SLAB_PAGES, PAGE, DIM)
+    from_v = token_rows(pages_v, slabs, page, slot, e, VALUES, SLAB_PAGES, PAGE, DIM_V)
     from_meta = page_offset(slabs, page, META, SLAB_PAGES, PAGE) + slot
     row = first_row(counts, unit, UNITS_PAD, ROWS) + n
-    to = row[:, None] * DIM + d[None, :]
+    to_k = row[:, None] * DIM + d[None, :]
+    to_v = row[:, None] * DIM_V + e[None, :]
     real = (d < DIM)[None, :] & (n < padded)[:, None]
-    tl.store(k + to, tl.load(from_k, mask=mask, other=0.0), mask=real)  # [N, D]
-    tl.store(v + to, tl.load(from_v, mask=mask, other=0.0), mask=real)  # [N, D]
+    real_v = (e < DIM_V)[None, :] & (n < padded)[:, None]
+    tl.store(k + to_k, tl.load(from_k, mask=mask, other=0.0), mask=real)  # [N, D]
+    tl.store(v + to_v, tl.load(from_v, mask=mask_v, other=0.0), mask=real_v)  # [N, Dv]
     meta = tl.load(pages_meta + from_meta, mask=there, other=0)  # [N]
     tl.store(at + row, meta & _POSITION_MASK, mask=there)
 
@@ -321,7 +335,8 @@ def _rows_before(at, count, cut, steps):
 
 @triton.jit
 def _limits(
-    at, counts, cu_q, start, limits, taken, bounds, window, tiles, blocks, rows, steps,
+    at, counts, cu_q, start, limits, taken, bounds, window, tiles, blocks, rows, steps, owner,
+    skipped, chunk,
     BATCH: tl.constexpr, BATCH_PAD: tl.constexpr, HEADS: tl.constexpr, UNITS_PAD: tl.constexpr,
     QUERIES: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, SPARE: tl.constexpr,
     LEAST: tl.constexpr, BLOCK: tl.constexpr,
@@ -330,6 +345,8 @@ def _limits(
     unit = tl.program_id(1)
     b = unit // HEADS
     h = unit % HEADS
+    if owner is not None:
+        unit = tl.load(owner + b) * HEADS + h
     batch = tl.arange(0, BATCH_PAD)
     own = row_tiles(cu_q, BATCH, BATCH_PAD, QUERIES)
     before = tl.sum(tl.where(batch < b, own, 0), 0)
@@ -341,6 +358,11 @@ def _limits(
     cut = tl.load(start + b) - window + 1
     there = tile < mine
     limit = _rows_before(at, count, cut + tile * QUERIES, steps)
+    if chunk is not None:  # of which a row of the call sees those from its start on
+        begins = tl.load(start + b) // chunk * chunk
+        less = _rows_before(at, count, begins + tile * 0, steps)
+        limit = tl.maximum(limit, less)
+        tl.store(skipped + h * tiles + before + tile, less, mask=there)
     tl.store(limits + h * tiles + before + tile, limit, mask=there)
     if SPAN:
         block = tile * QUERIES // SPAN

@@ -106,16 +106,17 @@ def write_leaving(
     check_dense("write_leaving", table=table, counts=counts, after=after, fresh=fresh)
     key, value, flags = dense_last(key), dense_last(value), dense_last(flags)
     batch, kv_heads, tiles = ranks.shape
-    dim, width = key.shape[2], power_of_two(key.shape[2])
+    dim, dim_v = key.shape[2], value.shape[2]
+    width, width_v = power_of_two(dim), power_of_two(dim_v)
     with on(pages.k):
         _store[tiles, kv_heads, batch](
             pages.k, pages.v, pages.meta, pages.slabs, pages.free, pages.top, pages.refs,
             table, counts, key, value, flags,
             segments.cu_q_dev, segments.cu_k_dev, segments.start_dev, fresh, ranks, window,
             table.stride(), counts.stride(), key.stride(), value.stride(), flags.stride(),
-            SLAB_PAGES=pages.slab_pages, PAGE=pages.k.shape[1], DIM=dim, DIM_PAD=width,
-            TOKENS=_TOKENS, ROWS=power_of_two(batch * kv_heads),
-            num_warps=4 if width * key.element_size() <= 256 else 8,
+            SLAB_PAGES=pages.slab_pages, PAGE=pages.k.shape[1], DIM=dim, DIM_V=dim_v,
+            DIM_PAD=width, DIM_V_PAD=width_v, TOKENS=_TOKENS, ROWS=power_of_two(batch * kv_heads),
+            num_warps=4 if max(width, width_v) * key.element_size() <= 256 else 8,
         )  # fmt: skip
         _settle[1,](
             counts, after, fresh, pages.top, kv_heads, counts.stride(),
@@ -142,8 +143,8 @@ def _store(
     pages_k, pages_v, pages_meta, slabs, free, top, refs, table, counts, key, value, flags,
     cu_q, cu_k, starts, fresh, ranks, window,
     table_strides, counts_strides, key_strides, value_strides, flags_strides,
-    SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+    DIM_PAD: tl.constexpr, DIM_V_PAD: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Stores the tokens of one tile and head, in pages of the free stack where new ones begin."""
     tile, tiles = tl.program_id(0), tl.num_programs(0)
@@ -156,15 +157,17 @@ def _store(
     i = tile * TOKENS + tl.arange(0, TOKENS)
     t = (first + i).to(tl.int64)
     d = tl.arange(0, DIM_PAD)
+    e = tl.arange(0, DIM_V_PAD)
     flags += h * flags_strides[0]
     bits = tl.load(flags + t, mask=i < span - window, other=0).to(tl.int32)  # [T]
     stored = (bits & _ADMITTED) != 0
     mask = stored[:, None] & (d < DIM)[None, :]
+    mask_v = stored[:, None] & (e < DIM_V)[None, :]
     # Before the search for pages, so that both are in flight together.
     from_k = key + h * key_strides[0] + t[:, None] * key_strides[1] + d[None, :]
-    from_v = value + h * value_strides[0] + t[:, None] * value_strides[1] + d[None, :]
+    from_v = value + h * value_strides[0] + t[:, None] * value_strides[1] + e[None, :]
     k = tl.load(from_k, mask=mask, other=0.0)  # [T, D]
-    v = tl.load(from_v, mask=mask, other=0.0)  # [T, D]
+    v = tl.load(from_v, mask=mask_v, other=0.0)  # [T, Dv]
     row = (b * heads + h).to(tl.int32)
     index = tl.load(ranks + row.to(tl.int64) * tiles + tile) + tl.cumsum(stored.to(tl.int32), 0) - 1
     column, slot = index // PAGE, index % PAGE
@@ -181,8 +184,8 @@ def _store(
     tl.store(refs + page, tl.full([TOKENS], 1, tl.int32), mask=new & (slot == 0) & (page > 0))
     to_k = token_rows(pages_k, slabs, page, slot, d, KEYS, SLAB_PAGES, PAGE, DIM)
     tl.store(to_k, k, mask=mask)
-    to_v = token_rows(pages_v, slabs, page, slot, d, VALUES, SLAB_PAGES, PAGE, DIM)
-    tl.store(to_v, v, mask=mask)
+    to_v = token_rows(pages_v, slabs, page, slot, e, VALUES, SLAB_PAGES, PAGE, DIM_V)
+    tl.store(to_v, v, mask=mask_v)
     position = tl.load(starts + b) + tl.load(cu_q + b + 1) - tl.load(cu_q + b) - span + i
     meta = position | ((bits & _MARKED) != 0).to(tl.int32) << _POSITION_BITS
     to_meta = page_offset(slabs, page, META, SLAB_PAGES, PAGE) + slot

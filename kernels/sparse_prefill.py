@@ -13,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..ops import ADMITTED, Bounds, Heads, Pages, Segments
+from ..ops import ADMITTED, Bounds, Heads, Pages, Segments, check_asked
+from ._chunks import cut_at_chunks
 from ._flash import find_varlen
-from ._launch import check_dtype, dense_last, dot_size, on, power_of_two, shared_memory
+from ._launch import check_dims, check_dtype, dense_last, dot_size, on, power_of_two, shared_memory
 from ._math import narrow
-from ._softmax import attend_step, normalised
+from ._softmax import LOG2E, add_sink, attend_step, factors, normalised
 from .prefill_gather import (
     ROWS,
     Far,
@@ -31,7 +32,6 @@ from .prefill_gather import (
     tile_count,
 )
 
-LOG2E = 1.4426950408889634
 # After rectangles little is left, most of it the band: small blocks of keys mask less in vain.
 AFTER = Tile(128, 32, 8, 3, registers=128)
 _ADMITTED = tl.constexpr(ADMITTED)
@@ -49,27 +49,42 @@ def prefill_attention(
     window: int,
     scale: float,
     bounds: Bounds | None = None,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
-    """Attention over {j <= i : i - j < window or admitted[j]} `[Hq, Tq, D]`.
+    """Attention over {j <= i : i - j < window or admitted[j]} `[Hq, Tq, Dv]`.
 
     See `Ops.prefill_attention`. Without `bounds` it waits for the device, to learn how many rows
     the gathered tokens need. Long prompts on a Hopper device with FlashAttention-3 leave it the
     rows that whole blocks of queries see. Whether they do depends on the whole call: results with
     and without it agree within the error budget (one more rounding to the query's dtype), not bit
-    for bit.
+    for bit. They are not used for chunks or where values have another head_dim.
     """
     check_dtype("prefill_attention", "query", query)
-    tile = tile_of(query)
-    far = None
+    check_asked("prefill_attention", query.shape[0], softcap, sinks, chunk)
+    check_dims("prefill_attention", query.shape[2], value.shape[2])
+    tile = tile_of(query, value)
+    far, cut = None, cut_at_chunks(segments, chunk)
     reach = max(start + n for start, n in zip(segments.start, lengths(segments), strict=True))
-    if heads.counts.numel() and reach > window:
-        rectangles, group = choose_rectangles(query), query.shape[0] // key.shape[0]
-        far = gather(segments, pages, heads, window, tile, group, rectangles, bounds)
-    return attend(query, key, value, flags, segments, heads.counts, far, window, scale, tile)
+    if heads.counts.numel() and min(reach, chunk or reach) > window:
+        alike = chunk is None and key.shape[2] == value.shape[2]
+        rectangles = choose_rectangles(query, softcap) if alike else None
+        group = query.shape[0] // key.shape[0]
+        far = gather(cut.segments, pages, heads, window, tile, group, rectangles, bounds, cut)
+    return attend(
+        query, key, value, flags, cut.segments, heads.counts, far, window, scale, tile,
+        softcap=softcap, sinks=sinks, owner=cut.owner,
+    )  # fmt: skip
 
 
 def choose_tile(dim: int, itemsize: int, shared: int) -> Tile:
     """The tile for a padded head_dim, an element size and the shared memory of a program."""
+    if dim > 256:
+        if itemsize == 4:
+            return Tile(16, 16, 4, 1)
+        return Tile(64, 32, 8, 2) if shared >= 128 << 10 else Tile(32, 16, 4, 2)
     if itemsize == 4:
         return Tile(64, 32, 8, 2) if dim <= 128 else Tile(32, 16, 4, 2)
     if shared >= 200 << 10:
@@ -82,14 +97,15 @@ def choose_tile(dim: int, itemsize: int, shared: int) -> Tile:
     return Tile(128, 64, 8, 2) if dim <= 128 else Tile(64, 32, 8, 2)
 
 
-def tile_of(query: Tensor) -> Tile:
-    """The tile for these queries on their device."""
-    return choose_tile(dot_size(query.shape[2]), query.element_size(), shared_memory(query.device))
+def tile_of(query: Tensor, value: Tensor | None = None) -> Tile:
+    """The tile for these queries, and for values of another head_dim, on their device."""
+    dim = max(query.shape[2], 0 if value is None else value.shape[2])
+    return choose_tile(dot_size(dim), query.element_size(), shared_memory(query.device))
 
 
-def choose_rectangles(query: Tensor) -> Rectangles | None:
+def choose_rectangles(query: Tensor, softcap: float | None = None) -> Rectangles | None:
     """Rectangles for FlashAttention-3, where it is present and takes these queries."""
-    attend_rectangles = find_varlen(query)
+    attend_rectangles = find_varlen(query, softcap)
     if attend_rectangles is None:
         return None
     return Rectangles(attend_rectangles, tile=AFTER if dot_size(query.shape[2]) <= 128 else None)
@@ -106,15 +122,20 @@ def attend(
     window: int,
     scale: float,
     tile: Tile,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    owner: Tensor | None = None,
 ) -> Tensor:
     """Rectangles if planned, then the tile kernel on the other rows and recent keys.
 
-    Returns `[Hq, Tq, D]`.
+    `owner` says whose stored tokens a sequence of `segments` reads, if not its own: see `Cut`.
+    Returns `[Hq, Tq, Dv]`.
     """
-    heads, total, dim = query.shape
+    (heads, total, dim), dim_v = query.shape, value.shape[2]
     batch = len(segments.start)
-    out = torch.empty(total, heads, dim, dtype=query.dtype, device=query.device)
-    far_k, far_v, limits, tile, plan = far or (key, value, counts, tile, None)
+    out = torch.empty(total, heads, dim_v, dtype=query.dtype, device=query.device)
+    far_k, far_v, limits, tile, plan, before = far or (key, value, counts, tile, None, None)
     group = heads // key.shape[0]
     tile = tile.fit(segments, group)
     together, queries = tile.heads(group), tile.queries(group)
@@ -125,27 +146,33 @@ def attend(
     if query.stride(0) * together >= 1 << 31:  # offsets of a tile's heads have 32 bits
         query = query.transpose(0, 1).contiguous().transpose(0, 1)
     flags, counts = dense_last(flags), counts.contiguous()
-    units = batch * key.shape[0]
-    taken, begun, lse = limits, out, out
+    units = counts.numel()
+    taken, begun, lse = limits if before is None else before, out, out
     if plan is not None:
         taken = plan.taken
         begun, lse = run_rectangles(query, far_k, far_v, plan, segments, scale, tile)
     # A descriptor's rows are whole units of 16 bytes. What rectangles leave is little, and read
     # in one loop with the recent keys.
-    descriptors = far is not None and plan is None and tile.descriptors
-    descriptors = descriptors and dim * query.element_size() % 16 == 0
-    if descriptors:
-        shape = [tile.keys, dot_size(dim)]
-        far_k, far_v = (TensorDescriptor.from_tensor(rows, shape) for rows in (far_k, far_v))
+    descriptors = far is not None and plan is None and before is None and tile.descriptors
+    if descriptors and all(d * query.element_size() % 16 == 0 for d in (dim, dim_v)):
+        far_k, far_v = (
+            TensorDescriptor.from_tensor(rows, [tile.keys, dot_size(d)])
+            for rows, d in ((far_k, dim), (far_v, dim_v))
+        )
+    else:
+        descriptors = False
+    scale, cap = factors(scale, softcap)
     with on(query):
         _attend[heads // together, tiles](
             query, key, value, flags, far_k, far_v, limits, counts, taken, begun, lse, out,
-            segments.cu_q_dev, segments.cu_k_dev, segments.start_dev, window, scale * LOG2E, tiles,
+            segments.cu_q_dev, segments.cu_k_dev, segments.start_dev, window, scale, cap,
+            None if sinks is None else sinks.contiguous(), owner, tiles,
             query.stride(), key.stride(), value.stride(), flags.stride(), out.stride(),
             BATCH=batch, BATCH_PAD=power_of_two(batch), KV_HEADS=key.shape[0], GROUP=group,
             UNITS_PAD=power_of_two(units), ROWS=ROWS, HAS_FAR=far is not None,
-            BEGUN=plan is not None, DESCRIPTORS=descriptors, DIM=dim, DIM_PAD=dot_size(dim),
-            TOGETHER=together, QUERIES=queries, M=tile.rows, KEYS_=tile.keys, STAGES=tile.stages,
+            BEGUN=plan is not None, SKIPS=before is not None, DESCRIPTORS=descriptors, DIM=dim,
+            DIM_V=dim_v, DIM_PAD=dot_size(dim), DIM_V_PAD=dot_size(dim_v), TOGETHER=together,
+            QUERIES=queries, M=tile.rows, KEYS_=tile.keys, STAGES=tile.stages,
             num_warps=tile.warps, **({"maxnreg": tile.registers} if tile.registers else {}),
         )  # fmt: skip
     return out.transpose(0, 1)
@@ -173,21 +200,21 @@ def _resume(
 
 @triton.jit
 def _gathered(
-    q, far_k, far_v, far, rows, n, scale, top, total, acc,
+    q, far_k, far_v, far, rows, n, scale, cap, top, total, acc,
     KEYS_: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The rows `far` to `far + rows`, which descriptors load: top, total and acc after them."""
     whole = rows // KEYS_ * KEYS_
     for at in tl.range(0, whole, KEYS_, num_stages=STAGES):
         k = far_k.load([(far + at).to(tl.int32), 0])  # [N, D]
-        v = far_v.load([(far + at).to(tl.int32), 0])  # [N, D]
-        top, total, acc = attend_step(q, k, v, True, scale, top, total, acc, False)
+        v = far_v.load([(far + at).to(tl.int32), 0])  # [N, Dv]
+        top, total, acc = attend_step(q, k, v, True, scale, cap, top, total, acc, False)
     if whole < rows:
         # The rows up to the next multiple of ROWS are other tokens or zeros.
         k = far_k.load([(far + whole).to(tl.int32), 0])
         v = far_v.load([(far + whole).to(tl.int32), 0])
         seen = (whole + n < rows)[None, :]
-        top, total, acc = attend_step(q, k, v, seen, scale, top, total, acc, True)
+        top, total, acc = attend_step(q, k, v, seen, scale, cap, top, total, acc, True)
     return top, total, acc
 
 
@@ -208,9 +235,9 @@ def _band(here, stop, first, window, QUERIES: tl.constexpr, KEYS_: tl.constexpr)
 
 @triton.jit
 def _either(recent, step, far, at, is_far, DIM: tl.constexpr, FUSED: tl.constexpr):
-    """Where a block starts and from row to row: at `recent`, or at `far + at` if it `is_far`."""
+    """Where a block starts and from row to row: at `recent`, or at row `at` if it `is_far`."""
     if FUSED:
-        return tl.where(is_far, far + at, recent), tl.where(is_far, DIM, step)
+        return tl.where(is_far, far + at * DIM, recent), tl.where(is_far, DIM, step)
     return recent, step
 
 
@@ -224,29 +251,30 @@ def _rows(base, offsets, d, DIM: tl.constexpr, DIM_PAD: tl.constexpr):
 
 @triton.jit
 def _plain(
-    q, key, value, key_t, value_t, far_k, far_v, whole, inner, plain, n, d, scale,
+    q, key, value, key_t, value_t, far_k, far_v, whole, inner, plain, n, d, e, scale, cap,
     top, total, acc,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, KEYS_: tl.constexpr, STAGES: tl.constexpr,
-    FUSED: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, DIM_PAD: tl.constexpr, DIM_V_PAD: tl.constexpr,
+    KEYS_: tl.constexpr, STAGES: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     """Blocks that every query sees: `whole` of gathered rows, `plain` of keys from `inner` on."""
     for block in tl.range(0, whole + plain, num_stages=STAGES):
         nth = block - whole
         j = (inner + nth * KEYS_).to(tl.int64)
-        at = (whole + nth).to(tl.int64) * KEYS_ * DIM
+        at = (whole + nth).to(tl.int64) * KEYS_
         from_k, step_k = _either(key + j * key_t, key_t, far_k, at, nth < 0, DIM, FUSED)
-        from_v, step_v = _either(value + j * value_t, value_t, far_v, at, nth < 0, DIM, FUSED)
+        from_v, step_v = _either(value + j * value_t, value_t, far_v, at, nth < 0, DIM_V, FUSED)
         k = _rows(from_k, n[:, None] * step_k + d[None, :], d, DIM, DIM_PAD)  # [N, D]
-        v = _rows(from_v, n[:, None] * step_v + d[None, :], d, DIM, DIM_PAD)  # [N, D]
-        top, total, acc = attend_step(q, k, v, True, scale, top, total, acc, False)
+        v = _rows(from_v, n[:, None] * step_v + e[None, :], e, DIM_V, DIM_V_PAD)  # [N, Dv]
+        top, total, acc = attend_step(q, k, v, True, scale, cap, top, total, acc, False)
     return top, total, acc
 
 
 @triton.jit
 def _ragged(
     q, key, value, flags, key_t, value_t, far_k, far_v, whole, rows, band, left, outer, right,
-    i, stop, window, n, d, scale, top, total, acc,
-    DIM: tl.constexpr, KEYS_: tl.constexpr, STAGES: tl.constexpr, FUSED: tl.constexpr,
+    i, stop, window, n, d, e, scale, cap, top, total, acc,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, KEYS_: tl.constexpr, STAGES: tl.constexpr,
+    FUSED: tl.constexpr,
 ):  # fmt: skip
     """Blocks with the exact mask: what is left of the gathered rows, then the band's two ends."""
     some = (rows - whole * KEYS_ > 0).to(tl.int32)  # a block of the last gathered rows
@@ -258,32 +286,34 @@ def _ragged(
         there = j < stop
         kept = (tl.load(flags + j, mask=there, other=0) & _ADMITTED) != 0  # [N]
         low = low.to(tl.int64)
-        at = whole.to(tl.int64) * KEYS_ * DIM
+        at = whole.to(tl.int64) * KEYS_
         from_k, step_k = _either(key + low * key_t, key_t, far_k, at, nth < 0, DIM, FUSED)
-        from_v, step_v = _either(value + low * value_t, value_t, far_v, at, nth < 0, DIM, FUSED)
+        from_v, step_v = _either(value + low * value_t, value_t, far_v, at, nth < 0, DIM_V, FUSED)
         if FUSED:
             before = whole * KEYS_ + n < tl.where(nth < 0, rows, 0)
             there = there | before
             kept = kept | before
             j = tl.where(before, band, j)
         mask = there[:, None] & (d < DIM)[None, :]
+        mask_v = there[:, None] & (e < DIM_V)[None, :]
         k = tl.load(from_k + n[:, None] * step_k + d[None, :], mask=mask, other=0.0)  # [N, D]
-        v = tl.load(from_v + n[:, None] * step_v + d[None, :], mask=mask, other=0.0)  # [N, D]
+        v = tl.load(from_v + n[:, None] * step_v + e[None, :], mask=mask_v, other=0.0)  # [N, Dv]
         near = i[:, None] - j[None, :] < window
         seen = (j[None, :] <= i[:, None]) & (near | kept[None, :]) & there[None, :]  # [M, N]
-        top, total, acc = attend_step(q, k, v, seen, scale, top, total, acc, True)
+        top, total, acc = attend_step(q, k, v, seen, scale, cap, top, total, acc, True)
     return top, total, acc
 
 
 @triton.jit
 def _attend(
     query, key, value, flags, far_k, far_v, limits, counts, taken, begun, lse, out,
-    cu_q, cu_k, start, window, scale, tiles,
+    cu_q, cu_k, start, window, scale, cap, sinks, owner, tiles,
     query_strides, key_strides, value_strides, flags_strides, out_strides,
     BATCH: tl.constexpr, BATCH_PAD: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     UNITS_PAD: tl.constexpr, ROWS: tl.constexpr, HAS_FAR: tl.constexpr, BEGUN: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, TOGETHER: tl.constexpr,
-    QUERIES: tl.constexpr, M: tl.constexpr, KEYS_: tl.constexpr, STAGES: tl.constexpr,
+    SKIPS: tl.constexpr, DESCRIPTORS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+    DIM_PAD: tl.constexpr, DIM_V_PAD: tl.constexpr, TOGETHER: tl.constexpr, QUERIES: tl.constexpr,
+    M: tl.constexpr, KEYS_: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries over its gathered rows, less those of its rectangle, and its band."""
     head = tl.program_id(0).to(tl.int64) * TOGETHER  # the first of the tile's
@@ -302,36 +332,38 @@ def _attend(
     g = tl.arange(0, M) % TOGETHER
     n = tl.arange(0, KEYS_)
     d = tl.arange(0, DIM_PAD)
+    e = tl.arange(0, DIM_V_PAD)
     row = (q0 + local * QUERIES).to(tl.int64)
     alive = (t < QUERIES) & (local * QUERIES + t < length)
-    real = alive[:, None] & (d < DIM)[None, :]
     query += head * query_strides[0] + row * query_strides[1]
     of = (g * query_strides[0] + t * query_strides[1])[:, None]
-    q = tl.load(query + of + d[None, :], mask=real, other=0.0)  # [M, D]
+    q = tl.load(query + of + d[None, :], mask=alive[:, None] & (d < DIM)[None, :], other=0.0)
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, DIM_PAD], tl.float32)
+    acc = tl.zeros([M, DIM_V_PAD], tl.float32)
     rows = here * 0  # gathered rows that are read along with recent keys
     FUSED: tl.constexpr = HAS_FAR and not DESCRIPTORS
 
     if HAS_FAR:
         rows = tl.load(limits + kv_head * tiles + tile)
-        unit = b * KV_HEADS + kv_head.to(tl.int32)
+        owns = b if owner is None else tl.load(owner + b)
+        unit = owns * KV_HEADS + kv_head.to(tl.int32)
         far = first_row(counts, unit, UNITS_PAD, ROWS)
-        if BEGUN:
+        if BEGUN or SKIPS:
             done = tl.load(taken + kv_head * tiles + tile)
-            top, total, acc = _resume(
-                begun, lse, done, tl.load(cu_q + BATCH), kv_head, head, row, t, g, d, alive,
-                KV_HEADS, GROUP, DIM, QUERIES,
-            )  # fmt: skip
+            if BEGUN:
+                top, total, acc = _resume(
+                    begun, lse, done, tl.load(cu_q + BATCH), kv_head, head, row, t, g, d, alive,
+                    KV_HEADS, GROUP, DIM, QUERIES,
+                )  # fmt: skip
             far += done
             rows -= done
         if FUSED:
             far_k += far * DIM
-            far_v += far * DIM
+            far_v += far * DIM_V
         else:
             top, total, acc = _gathered(
-                q, far_k, far_v, far, rows, n, scale, top, total, acc, KEYS_, STAGES
+                q, far_k, far_v, far, rows, n, scale, cap, top, total, acc, KEYS_, STAGES
             )
             rows = here * 0
 
@@ -341,15 +373,19 @@ def _attend(
     flags += kv_head * flags_strides[0] + k0 - first
     whole = rows // KEYS_
     top, total, acc = _plain(
-        q, key, value, key_strides[1], value_strides[1], far_k, far_v, whole, inner, plain, n, d,
-        scale, top, total, acc, DIM, DIM_PAD, KEYS_, STAGES, FUSED,
+        q, key, value, key_strides[1], value_strides[1], far_k, far_v, whole, inner, plain, n, d, e,
+        scale, cap, top, total, acc, DIM, DIM_V, DIM_PAD, DIM_V_PAD, KEYS_, STAGES, FUSED,
     )  # fmt: skip
     top, total, acc = _ragged(
         q, key, value, flags, key_strides[1], value_strides[1], far_k, far_v, whole, rows, band,
-        left, outer, right, here + t, stop, window, n, d, scale, top, total, acc, DIM, KEYS_,
-        STAGES, FUSED,
+        left, outer, right, here + t, stop, window, n, d, e, scale, cap, top, total, acc,
+        DIM, DIM_V, KEYS_, STAGES, FUSED,
     )  # fmt: skip
+    if sinks is not None:
+        sink = tl.load(sinks + head + g).to(tl.float32) * _LOG2E  # [M]
+        top, total, acc = add_sink(sink, top, total, acc)
 
     out += head * out_strides[1] + row * out_strides[0]
-    to = out + (g * out_strides[1] + t * out_strides[0])[:, None] + d[None, :]
+    to = out + (g * out_strides[1] + t * out_strides[0])[:, None] + e[None, :]
+    real = alive[:, None] & (e < DIM_V)[None, :]
     tl.store(to, narrow(normalised(acc, total), out.dtype.element_ty), mask=real)

@@ -16,14 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import POSITION_MASK, Heads, Pages, Ring
-from ._launch import cdiv, check_dtype, dense_last, dot_size, on, shared_memory
+from ..ops import POSITION_MASK, Heads, Pages, Ring, check_asked
+from ._launch import cdiv, check_dims, check_dtype, dense_last, dot_size, on, shared_memory
 from ._math import dot
 from ._pages import KEYS, META, find, page_offset, token_rows
-from ._softmax import level_of, weigh
+from ._softmax import LOG2E, capped, factors, level_of, weigh
 
 _POSITION_MASK = tl.constexpr(POSITION_MASK)
-_LOG2E = 1.4426950408889634
+_LOG2E = tl.constexpr(LOG2E)
 _SPLIT = 2048  # keys that one program of the first pass looks at
 _PARTS = 16  # partial sums that are added at once
 _MEAN, _MAX, _EACH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -63,9 +63,13 @@ def window_scores(
     pooling: str,
     group: str,
     normalize: str,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Scores `[B, Hkv, M * P]` by the weights of the last queries; see `Ops.window_scores`."""
     check_dtype("window_scores", "queries", queries)
+    check_asked("window_scores", queries.shape[1], softcap, sinks)
+    check_dims("window_scores", queries.shape[3])
     batch, kv_heads, slots, dim = ring.k.shape
     query_heads, query_slots = queries.shape[1:3]
     units, groups, size = batch * kv_heads, query_heads // kv_heads, pages.k.shape[1]
@@ -90,20 +94,23 @@ def window_scores(
     row_tile = min(tile.held, dot_size(rows))
     query_tile = min(tile.streamed, dot_size(rows if mode == 0 else observation))
     strides = (table.stride(), counts.stride(), ring_q.stride())
+    scale, cap = factors(scale, softcap)
+    sinks = None if sinks is None else sinks.contiguous()
     with on(ring_q):
         _row_sums[cdiv(rows, row_tile), parts, units](
             pages.k, pages.meta, pages.slabs, table, counts, ring_k, ring_q, lengths, part,
-            window, scale * _LOG2E, parts, *strides, ring_k.stride(),
+            window, scale, cap, parts, *strides, ring_k.stride(),
             **sizes, SLOTS=slots, NEAR=near, SPLIT=_SPLIT, QUERIES=row_tile, KEYS_=tile.streamed,
             # Page id, slab and key are loads in a row, each as many steps ahead of the next.
             STAGES=3 * (tile.stages - 1) + 1, num_warps=tile.warps,
         )  # fmt: skip
         _add_parts[cdiv(rows, 128), units](
-            part, lse, parts, rows, PARTS=_PARTS, BLOCK=128, num_warps=4
+            part, lse, parts, rows, sinks, HEADS=kv_heads, OBSERVED=observation, PARTS=_PARTS,
+            BLOCK=128, num_warps=4,
         )  # fmt: skip
         _column_sums[cdiv(width, tile.held), units](
             pages.k, pages.meta, pages.slabs, table, counts, ring_q, lengths, lse, mass, width,
-            scale * _LOG2E, *strides,
+            scale, cap, *strides,
             **sizes, MODE=mode, QUERIES=query_tile, KEYS_=tile.held, STAGES=tile.stages,
             num_warps=tile.warps,
         )  # fmt: skip
@@ -152,9 +159,19 @@ def _keys(
 
 
 @triton.jit
+def _logits(q, k, scale, cap):
+    """Logits `[M, N]` of queries and keys, and what is left to multiply them with."""
+    scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32))
+    if cap is not None:
+        scores = capped(scores, scale, cap, q.dtype == tl.float32)
+        scale = 1.0
+    return scores, scale
+
+
+@triton.jit
 def _row_sums(
-    pages_k, pages_meta, slabs, table, counts, ring_k, ring_q, lengths, part, window, scale, parts,
-    table_strides, counts_strides, query_strides, ring_strides,
+    pages_k, pages_meta, slabs, table, counts, ring_k, ring_q, lengths, part, window, scale, cap,
+    parts, table_strides, counts_strides, query_strides, ring_strides,
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     OBSERVED: tl.constexpr, QUERY_SLOTS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     CAUSAL: tl.constexpr, KEYS_: tl.constexpr, STAGES: tl.constexpr, SLOTS: tl.constexpr,
@@ -182,7 +199,6 @@ def _row_sums(
     d = tl.arange(0, DIM_PAD)
     top = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
-    blank = tl.zeros([QUERIES, KEYS_], tl.float32)
     if low < 0:
         ring_k += b * ring_strides[0] + head * ring_strides[1]
         for start in tl.range(0, window, KEYS_, num_stages=1):
@@ -193,8 +209,9 @@ def _row_sums(
             from_k = ring_k + slot[:, None] * ring_strides[2] + d[None, :]
             k = tl.load(from_k, mask=mask, other=0.0)  # [N, D]
             seen = there[None, :] & (where[None, :] <= at[:, None])
-            scores = tl.where(seen, dot(q, tl.trans(k), blank), float("-inf"))  # [M, N]
-            _, _, top, total = weigh(scores, scale, top, total, 1, True)
+            scores, factor = _logits(q, k, scale, cap)
+            scores = tl.where(seen, scores, float("-inf"))  # [M, N]
+            _, _, top, total = weigh(scores, factor, top, total, 1, True)
     else:
         table += b * table_strides[0] + head * table_strides[1]
         high = tl.minimum(low + SPLIT, count)
@@ -206,8 +223,8 @@ def _row_sums(
                     pages_k, pages_meta, slabs, table, start + n, count,
                     SLAB_PAGES, PAGE, DIM, DIM_PAD, False, False,
                 )  # fmt: skip
-                scores = dot(q, tl.trans(k), blank)
-                _, _, top, total = weigh(scores, scale, top, total, 1, False)
+                scores, factor = _logits(q, k, scale, cap)
+                _, _, top, total = weigh(scores, factor, top, total, 1, False)
         for start in tl.range(whole, high, KEYS_, num_stages=STAGES if CAUSAL else 1):
             k, where = _keys(
                 pages_k, pages_meta, slabs, table, start + n, count,
@@ -216,16 +233,18 @@ def _row_sums(
             seen = (start + n < count)[None, :] & (where[None, :] <= at[:, None])
             if not CAUSAL:
                 seen = (start + n < count)[None, :]
-            scores = tl.where(seen, dot(q, tl.trans(k), blank), float("-inf"))
-            _, _, top, total = weigh(scores, scale, top, total, 1, True)
+            scores, factor = _logits(q, k, scale, cap)
+            scores = tl.where(seen, scores, float("-inf"))
+            _, _, top, total = weigh(scores, factor, top, total, 1, True)
     tl.store(to, level_of(top, total), mask=r < rows)
 
 
 @triton.jit
 def _add_parts(
-    part, lse, parts, rows, PARTS: tl.constexpr, BLOCK: tl.constexpr
+    part, lse, parts, rows, sinks, HEADS: tl.constexpr, OBSERVED: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exps over all keys; +inf, so that weights are 0, for a row that saw none."""
+    """Log-sum-exps over all keys and the sink; +inf, so that weights are 0, where none was seen."""
     unit = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     p = tl.arange(0, PARTS)
@@ -238,12 +257,17 @@ def _add_parts(
         level = tl.load(at, mask=mask, other=float("-inf"))  # [PARTS, M]
         _, _, top, total = weigh(level, 1.0, top, total, 0, True)
     level = level_of(top, total)
+    if sinks is not None:
+        head = unit % HEADS * (rows // OBSERVED) + r // OBSERVED
+        sink = tl.load(sinks + head, mask=r < rows, other=0.0).to(tl.float32) * _LOG2E  # [M]
+        _, _, top, total = weigh(sink[None, :], 1.0, top, total, 0, True)
+        level = tl.where(level > float("-inf"), level_of(top, total), level)
     tl.store(lse + unit * rows + r, tl.where(level > float("-inf"), level, float("inf")), r < rows)
 
 
 @triton.jit
 def _column_sums(
-    pages_k, pages_meta, slabs, table, counts, ring_q, lengths, lse, mass, width, scale,
+    pages_k, pages_meta, slabs, table, counts, ring_q, lengths, lse, mass, width, scale, cap,
     table_strides, counts_strides, query_strides,
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     OBSERVED: tl.constexpr, QUERY_SLOTS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
@@ -275,7 +299,6 @@ def _column_sums(
     total = tl.zeros([KEYS_], tl.float32)
     best = tl.zeros([KEYS_], tl.float32)
     largest = tl.zeros([KEYS_, QUERIES], tl.float32)
-    blank = tl.zeros([KEYS_, QUERIES], tl.float32)
     for step in tl.range(0, steps, num_stages=STAGES):
         if MODE == _MEAN:
             r = step * QUERIES + m
@@ -293,16 +316,16 @@ def _column_sums(
             OBSERVED, QUERY_SLOTS, GROUP, DIM, DIM_PAD,
         )  # fmt: skip
         level = tl.load(lse + r, mask=there, other=float("inf"))  # [M]
-        scores = dot(k, tl.trans(q), blank)  # [N, M]
+        scores, factor = _logits(k, q, scale, cap)  # [N, M]
         # The maximum replaces NaN: a query that met one weighs nothing.
-        weights = tl.maximum(tl.exp2(scores * scale - level[None, :]), 0.0)
+        weights = tl.maximum(tl.exp2(scores * factor - level[None, :]), 0.0)
         if CAUSAL:
             weights = tl.where(where[:, None] <= (length - OBSERVED + i)[None, :], weights, 0.0)
         if MODE == _EACH:
             largest = tl.maximum(largest, weights)
             if turn == GROUP - 1:
                 total += tl.sum(largest, 1)
-                largest = blank
+                largest = tl.zeros([KEYS_, QUERIES], tl.float32)
         else:
             total += tl.sum(weights, 1)
         if MODE == _MAX:

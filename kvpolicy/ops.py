@@ -6,8 +6,9 @@ for users who bring their own cache: on CUDA tensors they run the kernel where T
 else the reference.
 
 In shapes, B counts sequences, H heads (Hq of queries, Hkv of keys and values; a group of Hq / Hkv
-query heads shares a KV head), T or N tokens, D channels, M pages of a table row, P tokens of a
-page. Positions and lengths count tokens; token n of a head is the n-th one that it stores.
+query heads shares a KV head), T or N tokens, D channels of queries and keys, Dv those of values
+and outputs, M pages of a table row, P tokens of a page. Positions and lengths count tokens; token n
+of a head is the n-th one that it stores.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ Position = TypeVar("Position", int, Tensor)
 class Pages(NamedTuple):
     """One device's pages, as every op takes them. Page 0 is the null page and holds nothing.
 
-    `k`, `v` `[n, P, D]`, `meta` `[n, P]` int32 (`position | mark << POSITION_BITS`) and `summary`
-    `[n, S]` (or None) are the first extent: all pages on the reference backend. Kernels find page
-    `i` through `slabs` `[m, 4]` int64: row `i // slab_pages` holds where that slab of k, v, meta
-    and summary starts, relative to the first extent and in units of 16 elements; inside the slab
-    the page is number `i % slab_pages`. `slab_pages` is a power of two.
+    `k` `[n, P, D]`, `v` `[n, P, Dv]`, `meta` `[n, P]` int32 (`position | mark << POSITION_BITS`)
+    and `summary` `[n, S]` (or None) are the first extent: all pages on the reference backend.
+    Kernels find page `i` through `slabs` `[m, 4]` int64: row `i // slab_pages` holds where that
+    slab of k, v, meta and summary starts, relative to the first extent and in units of 16 elements;
+    inside the slab the page is number `i % slab_pages`. `slab_pages` is a power of two.
     `free` int32 `[c]` is the stack of unused page ids, `top` int32 `[1]` its height (the next page
     taken is `free[top - 1]`), `refs` int32 `[c]` counts the heads that hold a page.
     """
@@ -83,8 +84,8 @@ def pages_of(tokens: Position, page_size: int) -> Position:
 class Ring(NamedTuple):
     """A layer's most recent tokens: position p is in slot `p % slots`.
 
-    `k`, `v` `[B, Hkv, S, D]`; `flags` uint8 `[B, Hkv, S]` of bits ADMITTED and MARKED. There are at
-    least as many slots as the window is wide; rollback asks for more.
+    `k` `[B, Hkv, S, D]`, `v` `[B, Hkv, S, Dv]`; `flags` uint8 `[B, Hkv, S]` of bits ADMITTED and
+    MARKED. There are at least as many slots as the window is wide; rollback asks for more.
     """
 
     k: Tensor
@@ -140,13 +141,31 @@ class Bounds(NamedTuple):
     expected: list[list[int]]
 
 
+def check_asked(
+    op: str, heads: int, softcap: float | None, sinks: Tensor | None, chunk: int | None = None
+) -> None:
+    """Raises ValueError for a softcap, sinks or a chunk that attention of `heads` cannot have."""
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: softcap: wanted a positive number or None, got {softcap}")
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"{op}: sinks: wanted [{heads}], a query head each, got {[*sinks.shape]}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"{op}: chunk: wanted a positive number or None, got {chunk}")
+
+
 class Ops(Protocol):
     """The ops of one backend.
 
     Both backends raise ValueError or TypeError before anything is written. Kernels compute in
     float32, bfloat16 and float16 and refuse float64, which the reference takes; what they write in
-    place wants a contiguous last dimension. A product q.k in float16, whose range it may exceed, is
-    scaled before it is rounded.
+    place wants a contiguous last dimension, and attention at most 512 channels. A product q.k in
+    float16, whose range it may exceed, is scaled before it is rounded.
+
+    What attention may be given besides:
+    `softcap`: logits are softcap * tanh(scale * q.k / softcap) (Gemma 2).
+    `sinks` `[Hq]` floats: a logit of each query head, neither scaled nor capped, that joins its
+    softmax's denominator and has no value (gpt-oss).
+    `chunk`: a query at position i sees none but the keys j with j // chunk == i // chunk (Llama 4).
     """
 
     backend: str
@@ -159,9 +178,9 @@ class Ops(Protocol):
     ) -> None:  # fmt: skip
         """Stores tokens in pages that the table already names.
 
-        `key`, `value` `[Hkv, T, D]`, `meta` `[Hkv, T]` int32; token t of head h becomes global
-        token `dest[h, t]` (`[Hkv, T]` int32, -1: not stored) of sequence `rows[t]` (`[T]` int32).
-        `table` `[B, Hkv, M]` as in `Heads`.
+        `key` `[Hkv, T, D]`, `value` `[Hkv, T, Dv]`, `meta` `[Hkv, T]` int32; token t of head h
+        becomes global token `dest[h, t]` (`[Hkv, T]` int32, -1: not stored) of sequence `rows[t]`
+        (`[T]` int32). `table` `[B, Hkv, M]` as in `Heads`.
         """
 
     def decode_write(
@@ -173,13 +192,14 @@ class Ops(Protocol):
         """Writes one decoded token a sequence; the one that leaves the window goes to pages if
         admitted.
 
-        `key`, `value` `[B, Hkv, D]` and flags go to the slot of position `lengths` in `ring`. The
-        flags are `bits` and, if given, those of `flags` `[B, Hkv]` uint8. `lengths` `[B]` counts
-        the tokens before this one. Rows that are not `active` `[B]` bool write nothing. A full last
-        page makes its head take one from the free stack; where that is empty, the reference raises
-        RuntimeError and the kernel writes to the null page: capacity is reserved before. `minmax`
-        extends the page's summary `[2 D]` (minimum and maximum key). `query` `[B, Hq, D]`, if
-        given, goes to the slot of position `lengths` in `queries` `[B, Hq, S', D]`.
+        `key` `[B, Hkv, D]`, `value` `[B, Hkv, Dv]` and flags go to the slot of position `lengths`
+        in `ring`. The flags are `bits` and, if given, those of `flags` `[B, Hkv]` uint8. `lengths`
+        `[B]` counts the tokens before this one. Rows that are not `active` `[B]` bool write
+        nothing. A full last page makes its head take one from the free stack; where that is empty,
+        the reference raises RuntimeError and the kernel writes to the null page: capacity is
+        reserved before. `minmax` extends the page's summary `[2 D]` (minimum and maximum key).
+        `query` `[B, Hq, D]`, if given, goes to the slot of position `lengths` in `queries`
+        `[B, Hq, S', D]`.
         """
 
     def count_leaving(
@@ -200,19 +220,19 @@ class Ops(Protocol):
     ) -> None:  # fmt: skip
         """Stores what `count_leaving` counted, with the same flags, counts, segments and window.
 
-        `key`, `value` `[Hkv, Tk, D]` are the recent tokens. The table gets pages from the free
-        stack, the topmost first, head after head and column after column; tokens are stored in the
-        order of their positions. `heads.counts` becomes `after`. An empty free stack is met as in
-        `decode_write`.
+        `key` `[Hkv, Tk, D]`, `value` `[Hkv, Tk, Dv]` are the recent tokens. The table gets pages
+        from the free stack, the topmost first, head after head and column after column; tokens are
+        stored in the order of their positions. `heads.counts` becomes `after`. An empty free stack
+        is met as in `decode_write`.
         """
 
     # Attention
 
     def dense_prefill(
         self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, pages: Pages,
-        table: Tensor, scale: float,
+        table: Tensor, scale: float, *, softcap: float | None = None, sinks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Causal attention of a prompt call where every token is stored. Returns `[Hq, Tq, D]`.
+        """Causal attention of a prompt call where every token is stored. Returns `[Hq, Tq, Dv]`.
 
         Arguments as in `prefill_attention`; `table` `[B, Hkv, M]` as in `Heads`. The global token
         at index n has position n; those before a sequence's first recent key come from its pages.
@@ -220,29 +240,31 @@ class Ops(Protocol):
 
     def prefill_attention(
         self, query: Tensor, key: Tensor, value: Tensor, flags: Tensor, segments: Segments,
-        pages: Pages, heads: Heads, window: int, scale: float, bounds: Bounds | None = None,
+        pages: Pages, heads: Heads, window: int, scale: float, bounds: Bounds | None = None, *,
+        softcap: float | None = None, sinks: Tensor | None = None, chunk: int | None = None,
     ) -> Tensor:  # fmt: skip
         """Exact attention of a prompt call over {j <= i : i - j < window or admitted[j]}.
 
-        `query` `[Hq, Tq, D]`; `key`, `value` `[Hkv, Tk, D]` and `flags` `[Hkv, Tk]` uint8 are the
-        recent tokens (ring, then new ones) packed as `segments` says. `heads` holds the global
-        tokens in position order, including those that leave the window in this call. A tile of
-        queries starting at position s reads global tokens before s - window + 1 without a mask, and
-        recent ones from there on with it: the vertical-slash pattern of WG-KV. `scale` multiplies
-        q.k. `bounds` is what the host knows of the counts, which saves waiting for the device.
-        Returns `[Hq, Tq, D]`.
+        `query` `[Hq, Tq, D]`; `key` `[Hkv, Tk, D]`, `value` `[Hkv, Tk, Dv]` and `flags` `[Hkv, Tk]`
+        uint8 are the recent tokens (ring, then new ones) packed as `segments` says. `heads` holds
+        the global tokens in position order, including those that leave the window in this call. A
+        tile of queries starting at position s reads global tokens before s - window + 1 without a
+        mask, and recent ones from there on with it: the vertical-slash pattern of WG-KV. `scale`
+        multiplies q.k. `bounds` is what the host knows of the counts, which saves waiting for the
+        device. Returns `[Hq, Tq, Dv]`.
         """
 
     def paged_decode(
         self, query: Tensor, pages: Pages, heads: Heads, ring: Ring, lengths: Tensor,
-        active: Tensor, window: int, scale: float, selected: Tensor | None = None,
+        active: Tensor, window: int, scale: float, selected: Tensor | None = None, *,
+        softcap: float | None = None, sinks: Tensor | None = None, chunk: int | None = None,
     ) -> Tensor:  # fmt: skip
         """Attention of one decoded token a sequence over the local window and the global tokens,
         all or the selected pages of them.
 
         `query` `[B, Hq, D]` stands at position `lengths` `[B]`, whose key is in the ring already.
         `selected` int32 `[B, Hs, K]` names pages by their number within the head (-1: none) for
-        Hs = Hkv or Hq heads. `scale` multiplies q.k. Returns `[B, Hq, D]`, zeros for rows that are
+        Hs = Hkv or Hq heads. `scale` multiplies q.k. Returns `[B, Hq, Dv]`, zeros for rows that are
         not `active` `[B]` bool.
         """
 
@@ -283,7 +305,7 @@ class Ops(Protocol):
     def window_scores(
         self, pages: Pages, heads: Heads, ring: Ring, queries: Tensor, lengths: Tensor,
         window: int, scale: float, *, observation: int, kernel: int, pooling: str, group: str,
-        normalize: str,
+        normalize: str, softcap: float | None = None, sinks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """SnapKV's scores `[B, Hkv, M * P]` of global tokens: the weights that the last
         `observation` queries gave them (FasterDecoding/SnapKV).
@@ -291,8 +313,9 @@ class Ops(Protocol):
         The tokens' positions lie before the window. `queries` `[B, Hq, S', D]` holds the query of
         position p in slot `p % S'`, as the ring its keys; `lengths` `[B]` positions were seen.
         `scale` > 0 multiplies q.k. The other arguments are those of `kvpolicy.eviction.SnapKV`,
-        whose `score` says the same on dense keys. Slots without a token score as one of weight 0. A
-        head's scores depend on nothing but its own sequence, to the last bit.
+        whose `score` says the same on dense keys. A sink joins whichever keys are normalized over.
+        Slots without a token score as one of weight 0. A head's scores depend on nothing but its
+        own sequence, to the last bit.
         """
 
     def write_gate(
@@ -327,13 +350,13 @@ class Ops(Protocol):
     def read_tokens(
         self, pages: Pages, table: Tensor, source: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Global tokens `source` `[B, Hkv, n]` int32 of each head: k, v `[B, Hkv, n, D]`, meta.
+        """Global tokens `source` `[B, Hkv, n]` int32 of each head: k `[B, Hkv, n, D]`, v, meta.
 
         `table` `[B, Hkv, M]` names the heads' pages. -1 reads as zeros.
         """
 
     def read_pages(self, pages: Pages, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Contents of pages `ids` (any shape `[...]`): k, v `[..., P, D]` and meta `[..., P]`."""
+        """Contents of pages `ids` (any shape `[...]`): k `[..., P, D]`, v, meta `[..., P]`."""
 
     def read_meta(self, pages: Pages, ids: Tensor) -> Tensor:
         """Meta `[..., P]` of pages `ids` `[...]`, without their keys and values."""
@@ -368,23 +391,27 @@ def write_gate(
 
 def prefill_attention(
     query: Tensor, key: Tensor, value: Tensor, flags: Tensor, segments: Segments, pages: Pages,
-    heads: Heads, window: int, scale: float, bounds: Bounds | None = None,
+    heads: Heads, window: int, scale: float, bounds: Bounds | None = None, *,
+    softcap: float | None = None, sinks: Tensor | None = None, chunk: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Admission-sparse attention `[Hq, Tq, D]`; see `Ops.prefill_attention`."""
+    """Admission-sparse attention `[Hq, Tq, Dv]`; see `Ops.prefill_attention`."""
     recent = (key, value, flags)
     return _ops(query).prefill_attention(
-        query, *recent, segments, pages, heads, window, scale, bounds
-    )
+        query, *recent, segments, pages, heads, window, scale, bounds,
+        softcap=softcap, sinks=sinks, chunk=chunk,
+    )  # fmt: skip
 
 
 def paged_decode(
     query: Tensor, pages: Pages, heads: Heads, ring: Ring, lengths: Tensor, active: Tensor,
-    window: int, scale: float, selected: Tensor | None = None,
+    window: int, scale: float, selected: Tensor | None = None, *,
+    softcap: float | None = None, sinks: Tensor | None = None, chunk: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Ragged paged attention `[B, Hq, D]`; see `Ops.paged_decode`."""
+    """Ragged paged attention `[B, Hq, Dv]`; see `Ops.paged_decode`."""
     return _ops(query).paged_decode(
-        query, pages, heads, ring, lengths, active, window, scale, selected
-    )
+        query, pages, heads, ring, lengths, active, window, scale, selected,
+        softcap=softcap, sinks=sinks, chunk=chunk,
+    )  # fmt: skip
 
 
 def _ops(probe: Tensor) -> Ops:

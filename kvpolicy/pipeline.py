@@ -9,15 +9,16 @@ import attrs
 from torch import Tensor
 
 from ._fields import check_int, is_a, one_of, optional, positive, shown
+from ._names import named
 from .admission import Admission, AdmitAll
 from .backend import BACKENDS, resolve
 from .budget import budget_of
 from .calls import capacity
-from .calls._checks import check_call, check_complete, check_layer
+from .calls._checks import check_call, check_complete, check_layer, check_shared
 from .calls.call import abort, close_call, open_call
-from .calls.decode import decode
+from .calls.decode import decode, read_decoded
 from .calls.evict import evict
-from .calls.prompt import prompt
+from .calls.prompt import prompt, read_prompt
 from .choices import Backend, Phase
 from .errors import PhaseError, UnsupportedError
 from .eviction import Eviction, KeepAll
@@ -26,6 +27,7 @@ from .selection import SelectAll, Selection
 from .spec import CacheSpec
 from .store import CacheState, Report
 from .store.allocate import allocate
+from .store.layer import check_sinks
 from .store.report import report
 
 DEFAULT_WINDOW = 256
@@ -58,6 +60,7 @@ def _window(window: int | None) -> int:
     return cast(int, window)
 
 
+@named
 @attrs.frozen(kw_only=True)
 class CachePipeline:
     """What to write, what to read and what to drop, as one frozen value.
@@ -115,8 +118,11 @@ class CachePipeline:
 
     def check(self, spec: CacheSpec) -> None:
         """Raises ValueError or UnsupportedError if a policy does not fit `spec`."""
-        for slot in (self.admission, self.selection, self.eviction):
-            slot.check(spec.layers, spec.model_kv_heads, spec.head_dim)
+        elsewhere = spec.model_kv_heads - spec.kv_heads
+        managed = [spec.at(layer) for layer in spec.managed]
+        for heads, dim in dict.fromkeys((x.kv_heads, x.head_dim) for x in managed):
+            for slot in (self.admission, self.selection, self.eviction):
+                slot.check(spec.layers, heads + elsewhere, dim)
         for layer in range(spec.layers):
             for policy in (self.selection.at(layer), self.eviction.at(layer)):
                 policy.check_window(self.window)
@@ -153,6 +159,7 @@ class CachePipeline:
         *,
         key_pre: Tensor | None = None,
         hidden: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """One layer of the open call: decides, writes, attends.
 
@@ -160,13 +167,41 @@ class CachePipeline:
         `hidden` `[T, hidden]`, sequence after sequence, real tokens only; returns `[Hq, T, D]`.
         Decode calls are `[B, Hq, T, D]` and `[B, Hkv, T, D]`, `hidden` `[B, T, hidden]`; returns
         `[B, Hq, T, D]`, zeros where a token is not real. Keys are after RoPE at their true
-        positions.
+        positions. Values, and what is returned, have the layer's value channels. `sinks` `[Hq]`
+        are logits that join every softmax and carry no value.
         """
         call = check_layer(state, layer)
+        store = state.layers[layer]
+        check_sinks(sinks, store.sizes.heads, store.device)
+        store.sinks = sinks
         run = prompt if call.phase == "prompt" else decode
-        out = run(state, call, state.layers[layer], query, key, value, key_pre, hidden)
+        out = run(state, call, store, query, key, value, key_pre, hidden)
         call.done.add(layer)
         return out
+
+    def attend_shared(
+        self,
+        state: CacheState,
+        layer: int,
+        query: Tensor,
+        *,
+        sinks: Tensor | None = None,
+        last: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Attention of another query over the keys and values of `layer`; nothing is written.
+
+        For models in which layers share the keys of an earlier one, which ran in this call. `query`
+        `[Hq, T, D]` or `[B, Hq, T, D]`, `sinks` and what is returned are as in `attend`. A
+        selection chooses for each query by itself. In a prompt call, `last[b]` says that only so
+        many of a sequence's last new tokens ask.
+        """
+        call = check_shared(state, layer, last)
+        store = state.layers[layer]
+        heads = query.shape[0 if call.phase == "prompt" else 1]
+        check_sinks(sinks, heads, store.device)
+        if call.phase == "decode":
+            return read_decoded(state, call, store, query, sinks)
+        return read_prompt(state, call, store, query, sinks, None if last is None else tuple(last))
 
     def commit(self, state: CacheState, *, evict: bool = True) -> None:
         """Closes the call: lengths become current, and evictions that are due happen.

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, get_args
 
 import attrs
 import torch
 
+from ._arguments import check_dtype
 from ._fields import (
     MOST_INT,
     check_int,
+    flag,
     integer,
     not_negative,
     number,
@@ -20,9 +21,8 @@ from ._fields import (
     positive,
     shown,
 )
+from ._names import instead, named
 from .choices import AtCap
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class Sizes(TypedDict, total=False):
@@ -41,9 +41,8 @@ def check_sizes(sizes: Mapping[str, Any]) -> None:
     names = list(Sizes.__annotations__)
     for name in sizes:
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            instead = f"; write {near[0]}={shown(sizes[name])}" if near else ""
-            raise TypeError(f"{name}: wanted one of {', '.join(names)}, got {name!r}{instead}")
+            hint = instead(name, sizes[name], names)
+            raise TypeError(f"{name}: wanted one of {', '.join(names)}, got {name!r}{hint}")
 
 
 def _windows(value: Any) -> Any:
@@ -65,13 +64,7 @@ def _sliding(instance: CacheSpec, attribute: attrs.Attribute[Any], value: Any) -
 
 
 def _dtype(instance: CacheSpec, attribute: attrs.Attribute[Any], value: Any) -> None:
-    wanted = "dtype: wanted one of " + ", ".join(map(str, DTYPES))
-    if not isinstance(value, torch.dtype):
-        known = value in [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-        instead = f"; write torch.{value}" if known else ""
-        raise TypeError(f"{wanted}, got {shown(value)}{instead}")
-    if value not in DTYPES:
-        raise ValueError(f"{wanted}, got {value}")
+    check_dtype("dtype", value)
 
 
 def _device(value: Any) -> torch.device:
@@ -84,21 +77,63 @@ def _device(value: Any) -> torch.device:
         raise ValueError(f"{wanted}, got {shown(value)}") from error
 
 
+_scale = number("a finite number above 0", lambda x: x > 0)
+
+
 @attrs.frozen(kw_only=True)
 class LayerSizes:
     """Sizes of one layer.
 
-    `heads` and `kv_heads` on this rank, `head_dim` of keys and values; `scale` multiplies q.k;
-    `window` is that of a layer that only slides, None for one that policies manage.
+    `heads` and `kv_heads` are those on this rank, `head_dim` of queries and keys and `value_dim` of
+    values (default: `head_dim`) in channels. `scale` multiplies q.k (default `head_dim ** -0.5`),
+    and `softcap` bounds the product: `softcap * tanh(scale * q.k / softcap)`. `window` is that of a
+    layer that only slides, None for one that policies manage. With `chunk`, equal to the window,
+    such a layer reads only keys with `position // chunk` equal to the query's. `shared`: layers
+    without keys of their own read this one's as well.
     """
 
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scale: float
-    window: int | None
+    heads: int = attrs.field(validator=positive)
+    kv_heads: int = attrs.field(validator=positive)
+    head_dim: int = attrs.field(validator=positive)
+    value_dim: int = attrs.field(
+        default=attrs.Factory(lambda self: self.head_dim, takes_self=True), validator=positive
+    )
+    scale: float = attrs.field(
+        default=attrs.Factory(lambda self: self.head_dim**-0.5, takes_self=True), validator=_scale
+    )
+    softcap: float | None = attrs.field(default=None, validator=optional(_scale))
+    window: int | None = attrs.field(default=None, validator=optional(positive))
+    chunk: int | None = attrs.field(default=None, validator=optional(positive))
+    shared: bool = attrs.field(default=False, validator=flag)
+
+    def __attrs_post_init__(self) -> None:
+        _check_groups(self.heads, self.kv_heads)
+        if self.chunk is not None and self.chunk != self.window:
+            raise ValueError(f"chunk: wanted the window, {self.window}, got {self.chunk}")
+
+    @property
+    def pages(self) -> tuple[int, int, int]:
+        """KV heads, key and value channels: layers that agree in them share a pool."""
+        return self.kv_heads, self.head_dim, self.value_dim
 
 
+def _check_groups(heads: int, kv_heads: int) -> None:
+    if heads % kv_heads:
+        raise ValueError(f"heads: wanted a multiple of kv_heads={kv_heads}, got {heads}")
+
+
+def _each(instance: CacheSpec, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(x, LayerSizes) for x in value):
+        raise TypeError(f"per_layer: wanted LayerSizes for each layer, got {shown(value)}")
+    if value and len(value) != instance.layers:
+        raise ValueError(
+            f"per_layer: wanted one entry for each of {instance.layers} layers, got {len(value)}"
+        )
+    if value and instance.sliding:
+        raise ValueError("sliding: wanted () beside per_layer, which gives windows as well")
+
+
+@named
 @attrs.frozen(kw_only=True)
 class CacheSpec:
     """Sizes of one model's cache.
@@ -106,7 +141,9 @@ class CacheSpec:
     `heads` and `kv_heads` are those present on this rank; `head_offset` is the global id of the
     first KV head and `all_kv_heads` the model's number of them (default: all are here). `scale`
     multiplies q.k (default `head_dim ** -0.5`). `sliding` gives, per layer, the window of layers
-    that only slide and None for the others. `page_size` is in tokens, `rollback` the number of
+    that only slide and None for the others. `per_layer` gives all sizes of each layer, for models
+    whose layers differ; the numbers above are then those of the layers that policies manage, or of
+    the first of them where these differ. `page_size` is in tokens, `rollback` the number of
     tokens that `crop` can take back, `interval` the number of decoded tokens between two
     decode-time evictions.
 
@@ -125,11 +162,12 @@ class CacheSpec:
     device: torch.device = attrs.field(default=torch.device("cpu"), converter=_device)
     scale: float | None = attrs.field(
         default=None,
-        validator=optional(number("a finite number above 0", lambda x: x > 0)),
+        validator=optional(_scale),
     )
     sliding: tuple[int | None, ...] = attrs.field(
         default=(), converter=_windows, validator=_sliding
     )
+    per_layer: tuple[LayerSizes, ...] = attrs.field(default=(), converter=_windows, validator=_each)
     page_size: int = attrs.field(default=16, validator=positive)
     rollback: int = attrs.field(default=32, validator=not_negative)
     interval: int = attrs.field(default=16, validator=positive)
@@ -140,10 +178,7 @@ class CacheSpec:
     at_cap: AtCap = attrs.field(default="raise", validator=one_of(*get_args(AtCap)))
 
     def __attrs_post_init__(self) -> None:
-        if self.heads % self.kv_heads:
-            raise ValueError(
-                f"heads: wanted a multiple of kv_heads={self.kv_heads}, got {self.heads}"
-            )
+        _check_groups(self.heads, self.kv_heads)
         if self.page_size & (self.page_size - 1):
             raise ValueError(f"page_size: wanted a power of two, got {self.page_size}")
         here = self.head_offset + self.kv_heads
@@ -174,14 +209,21 @@ class CacheSpec:
 
     def at(self, layer: int) -> LayerSizes:
         """The sizes of one layer."""
+        if self.per_layer:
+            return self.per_layer[layer]
         return LayerSizes(
             heads=self.heads,
             kv_heads=self.kv_heads,
             head_dim=self.head_dim,
             scale=self.softmax_scale,
-            window=self.slides(layer),
+            window=self.sliding[layer] if self.sliding else None,
         )
 
     def slides(self, layer: int) -> int | None:
         """The window of a layer that only slides, None for a layer that policies manage."""
-        return self.sliding[layer] if self.sliding else None
+        return self.at(layer).window
+
+    @property
+    def managed(self) -> tuple[int, ...]:
+        """The layers that policies manage."""
+        return tuple(layer for layer in range(self.layers) if self.slides(layer) is None)

@@ -37,7 +37,8 @@ OTHER_CACHES = {
     "continuous_batching_config": "generate_batch does not serve an attached model",
 }
 # Arguments of other attention functions that change what is attended.
-SCORES = ("softcap", "s_aux", "position_bias", "head_mask", "cache")
+SCORES = ("position_bias", "head_mask", "cache")
+BY_MODELS = ("softcap", "s_aux", "sinks")  # which only a model's own layers may give
 
 
 def check_generate(attachment: Attached, kwargs: dict[str, Any], config: Any) -> None:
@@ -59,6 +60,11 @@ def check_generate(attachment: Attached, kwargs: dict[str, Any], config: Any) ->
             raise UnsupportedError(f"{name}: not beside an attached pipeline: {reason}")
     mode = config.get_generation_mode(kwargs.get("assistant_model"))
     _check_loop(config, mode, kwargs)
+    if mode == GenerationMode.ASSISTED_GENERATION and attachment.served.probe.own:
+        raise UnsupportedError(
+            "assisted generation: candidates cannot be taken back from the recurrent or "
+            f"convolutional states of {type(attachment.decoder).__name__}"
+        )
     if mode == GenerationMode.ASSISTED_GENERATION and soft_prompt(attachment.model):
         raise UnsupportedError(
             "assisted generation: not with a soft prompt, which hides where candidates begin"
@@ -107,14 +113,16 @@ def check_causal(causal: bool | None) -> None:
         raise UnsupportedError("is_causal=False: tokens would see later ones, which no cache holds")
 
 
+def check_config(config: Any) -> None:
+    """Raises UnsupportedError for a config that asks for what is not served."""
+    check_outputs(getattr(config, "output_attentions", False))
+    check_causal(getattr(config, "is_causal", True))
+
+
 def check_model(decoder: Any, layers: list[Any]) -> None:
     """Raises UnsupportedError for a model whose attention is not what its kind's is."""
-    check_outputs(getattr(decoder.config, "output_attentions", False))
-    causal = [
-        getattr(decoder.config, "is_causal", True),
-        *(getattr(m, "is_causal", True) for m in layers),
-    ]
-    if not all(causal):
+    check_config(decoder.config)
+    if not all(getattr(m, "is_causal", True) for m in layers):
         raise UnsupportedError(
             "is_causal=False: every token would see later ones; caches hold none"
         )
@@ -128,6 +136,7 @@ def check_forward(decoder: Any, layers: list[Any], kwargs: dict[str, Any]) -> No
         raise UnsupportedError(
             "is_causal=False: every token would see later ones; caches hold none"
         )
+    _check_scores(kwargs, *BY_MODELS)
     if not decoder.training and not any(module.training for module in layers):
         return
     if any(getattr(m, "gradient_checkpointing", False) and m.training for m in decoder.modules()):
@@ -141,18 +150,30 @@ def check_forward(decoder: Any, layers: list[Any], kwargs: dict[str, Any]) -> No
         )
 
 
-def check_attention(module: Any, scaling: Any, dropout: float, kwargs: dict[str, Any]) -> None:
-    """Raises UnsupportedError for arguments of an attention function that are not served."""
+def check_attention(
+    scale: float, cap: float | None, scaling: Any, dropout: float, kwargs: dict[str, Any]
+) -> None:
+    """Raises UnsupportedError for arguments of an attention function that are not served.
+
+    `scale` and `cap` are the layer's factor and bound of q.k.
+    """
     if dropout:
         raise UnsupportedError(
             "dropout: an attached model serves inference only; call model.eval()"
         )
-    if scaling is not None and scaling != getattr(module, "scaling", scaling):
-        raise UnsupportedError(
-            f"scaling: wanted the module's {module.scaling}, with which the cache was made, got "
-            f"{scaling}"
-        )
+    for name, given, known in (
+        ("scaling", scaling, scale),
+        ("softcap", kwargs.get("softcap"), cap),
+    ):
+        if given is not None and given != known:
+            raise UnsupportedError(
+                f"{name}: wanted {known}, with which the cache was made, got {given}"
+            )
     check_causal(kwargs.get("is_causal"))
-    for name in SCORES:
+    _check_scores(kwargs)
+
+
+def _check_scores(kwargs: dict[str, Any], *more: str) -> None:
+    for name in (*SCORES, *more):
         if kwargs.get(name) is not None:
             raise UnsupportedError(f"{name}: this model's attention scores are not served")

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from ...errors import PhaseError, UnsupportedError
 from ...pipeline import CachePipeline, is_pipeline
-from ...spec import CacheSpec, Sizes
+from ...spec import CacheSpec, LayerSizes, Sizes
 from ...store import Report
 from . import phases
-from .arguments import check_model
-from .attention import forget_kept, keep_hidden, keep_pre
-from .cache import KVPolicyCache, new_cache
+from .arguments import check_config, check_model
+from .attention import forget_hidden, keep_hidden, keep_pre
+from .cache import KVPolicyCache
 from .changes import Changes
-from .compile import COMPILED, PLACE, CompiledLayers, check_compiles
+from .compile import CompiledLayers, check_compiles, make_eager
 from .faces import NAME
 from .forwards import Forwards
 from .generate import generate
-from .models import attention_modules, check_one_device, decoder_of, key_source
+from .models import AttentionLayer, check_one_device, check_pre_rope, decoder_of, served
 from .wrappers import base_of, check_soft_prompt, unwrapped
 
 # The model's hooks keep its attachment alive; nothing here keeps the model alive.
@@ -47,22 +47,28 @@ class Attachment:
         *,
         compile: bool = False,
         dtype: torch.dtype | None = None,
+        verify: bool = True,
         **sizes: Unpack[Sizes],
     ) -> None:
         is_pipeline(pipeline)
         self.model, self.pipeline, self.sizes, self.dtype = model, pipeline, sizes, dtype
         self.base, self.decoder = base_of(model), decoder_of(base_of(model))
         check_soft_prompt(model)
-        self.layers = attention_modules(self.base)
         if _attached(self.decoder) is not None:
             raise PhaseError("attach: the model has a pipeline attached already; detach it first")
+        check_config(self.decoder.config)
+        self.served = served(self.base, verify=verify)
+        self.layers = self.served.modules
         check_model(self.decoder, self.layers)
-        check_one_device(self.base)
+        check_one_device(self.served)
+        self.needs = pipeline.admission.needs | pipeline.eviction.needs
+        if "key_pre" in self.needs:
+            check_pre_rope(self.served)
         empty = self.new_cache()
         self.spec, self.ranks = empty.spec, empty.ranks
         pipeline.check(self.spec)
         if compile:
-            check_compiles(self.decoder, self.layers)
+            check_compiles(self.decoder, self.served)
         self.forwards = Forwards(self.decoder, self.ranks)
         self.idle: dict[int, KVPolicyCache] = {}  # private caches with a captured graph, by batch
         self.decoding = "not yet"  # how the last generate decoded, and why not captured
@@ -85,24 +91,27 @@ class Attachment:
             self.configs[id(config)] = config, self._previous(config)
         for config, _ in self.configs.values():
             config._attn_implementation = NAME
-        changes.later(self._forget_kept)
         changes.hook(decoder, self._open, pre=True, with_kwargs=True)
         changes.hook(decoder, self._close, with_kwargs=True, always_call=True)
-        needs = self.pipeline.admission.needs | self.pipeline.eviction.needs
-        for module in self.layers:
-            if "key_pre" in needs:
-                changes.hook(key_source(module), keep_pre)
-            if "hidden" in needs:
-                changes.hook(module, keep_hidden, pre=True, with_kwargs=True)
+        for layer in self.served.layers:
+            if layer.window is None:
+                self._hook(layer)
         if compile:
-            changes.later(functools.partial(_make_eager, list(decoder.layers), self.layers))
-            hooks = frozenset(needs & {"key_pre", "hidden"})
-            self.compiled = CompiledLayers(self, decoder, self.layers, hooks)
+            changes.later(functools.partial(make_eager, decoder, self.served))
+            self.compiled = CompiledLayers(self, decoder, self.served, frozenset(self.needs))
         target = unwrapped(self.model)
         if hasattr(target, "generate"):
             self.original = target.generate
             ours = functools.wraps(self.original)(functools.partial(generate, self))
             changes.attribute(target, "generate", ours)
+
+    def _hook(self, layer: AttentionLayer) -> None:
+        """Lets attention see what policies read of a layer beside queries, keys and values."""
+        if "key_pre" in self.needs:
+            keep_pre(layer, self.changes)
+        if "hidden" in self.needs:
+            self.changes.later(functools.partial(forget_hidden, layer.module))
+            self.changes.hook(layer.module, keep_hidden, pre=True, with_kwargs=True)
 
     def __enter__(self) -> Attachment:
         return self
@@ -149,10 +158,6 @@ class Attachment:
             if id(config) not in self.configs and config._attn_implementation == NAME:
                 config._attn_implementation = first
 
-    def _forget_kept(self) -> None:
-        for module in self.layers:
-            forget_kept(module)
-
     # Methods of the attachment, so that the model's hooks keep it alive.
     @torch.compiler.disable
     def _open(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -169,7 +174,9 @@ class Attachment:
 
     def new_cache(self) -> KVPolicyCache:
         """An empty cache of this pipeline."""
-        return new_cache(self.base, self.pipeline, dtype=self.dtype, **self.sizes)
+        return KVPolicyCache(
+            self.base, self.pipeline, dtype=self.dtype, known=self.served, **self.sizes
+        )
 
     def cache_for(self, given: Any) -> KVPolicyCache:
         """`given` if it is a cache of this pipeline, a new cache for None."""
@@ -226,15 +233,19 @@ class Attachment:
         input_ids: Tensor,
         continuation_ids: Tensor,
         attention_mask: Tensor | None = None,
+        continuation_mask: Tensor | None = None,
         *,
         question: str = "decode",
     ) -> Tensor:
         """Log-probabilities `[B, N]` of continuations `[B, N]` after contexts `[B, S]`.
 
         The prompt ends, and evictions act, before a context's last token; it and the continuation
-        are read as `ask` reads a question.
+        are read as `ask` reads a question. Contexts are padded on the left, continuations on the
+        right; padding of these counts 0.
         """
-        return phases.loglikelihood(self, input_ids, continuation_ids, attention_mask, question)
+        return phases.loglikelihood(
+            self, input_ids, continuation_ids, attention_mask, continuation_mask, question
+        )
 
     def used(self, cache: KVPolicyCache) -> None:
         """Remembers what a cache did that no caller gave."""
@@ -248,14 +259,8 @@ class Attachment:
         return self._last
 
 
-def _make_eager(layers: list[Any], attention: list[Any]) -> None:
-    for layer, module in zip(layers, attention, strict=True):
-        layer.__dict__.pop(COMPILED, None)
-        module.__dict__.pop(PLACE, None)
-
-
-def _shape(spec: CacheSpec) -> tuple[int, ...]:
-    return spec.layers, spec.heads, spec.kv_heads, spec.head_dim
+def _shape(spec: CacheSpec) -> list[LayerSizes]:
+    return [spec.at(layer) for layer in range(spec.layers)]
 
 
 def _attached(decoder: nn.Module) -> Attachment | None:
@@ -269,18 +274,22 @@ def attach(
     *,
     compile: bool = False,
     dtype: torch.dtype | None = None,
+    verify: bool = True,
     **sizes: Unpack[Sizes],
 ) -> Attachment:
     """Attaches `pipeline` to `model`; use as `with attach(model, pipeline): model.generate(...)`.
 
-    Serves Llama, Mistral, Qwen2 and Qwen3 in eval mode. `compile` compiles the decoder layers by
-    `torch.compile` at their first calls, around the attention. `dtype` is what caches store and
-    compute in, by default the model's; `sizes` are those of CacheSpec for the caches it makes:
+    Serves, in eval mode, every decoder whose attention does what the cache needs. Whether it does
+    is found out by a short forward, once for a configuration; without `verify`, its numbers are not
+    compared with the model's own attention (see `kvpolicy models`). `compile` compiles the decoder
+    layers by `torch.compile` at their first calls, around the attention. `dtype` is what caches
+    store and compute in, by default the model's; `sizes` are those of CacheSpec for the caches it
+    makes:
     `page_size`, `rollback` and `interval` in tokens, and the caps `max_bytes`, `max_tokens` (of a
     KV head) with `at_cap`. Raises UnsupportedError for other models, ValueError for policies that
     do not fit, PhaseError for a second attach.
     """
-    return Attachment(model, pipeline, compile=compile, dtype=dtype, **sizes)
+    return Attachment(model, pipeline, compile=compile, dtype=dtype, verify=verify, **sizes)
 
 
 def detach(model: nn.Module) -> None:

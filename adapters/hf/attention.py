@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from ...errors import UnsupportedError
 from .arguments import check_attention
+from .changes import Changes
 from .compile import PLACE, attend
 from .faces import NAME, KVRef
-from .models import key_source
+from .models import AttentionLayer
+from .pre_rope import given_arguments, key_before_rope
 
-PRE = "_kvpolicy_pre_rope"  # left by a hook on the module whose output are keys before RoPE
+PRE = "_kvpolicy_pre_rope"  # left by a hook: what keys before RoPE are made from
 HIDDEN = "_kvpolicy_hidden"  # left on the attention module
+RULE = "_kvpolicy_rule"  # on an attention module: how its keys before RoPE are had
 
 
-def keep_pre(module: nn.Module, args: Any, output: Tensor) -> None:
-    """Forward hook of `key_source`."""
+def keep_pre(layer: AttentionLayer, changes: Changes) -> None:
+    """Lets the attention of a layer find its keys before RoPE."""
+    module, source, rule = layer.module, layer.source, layer.pre_rope
+    assert rule is not None
+    changes.later(functools.partial(_forget, (module, source), (PRE, RULE)))
+    own = source is None or any(part is source for part in module.modules())
+    module.__dict__[RULE] = rule, source, own
+    if source is not None:
+        changes.hook(source, _keep_output)
+    elif rule.form == "rotate_back":
+        changes.hook(module, _keep_angles, pre=True, with_kwargs=True)
+
+
+def _keep_output(module: nn.Module, args: Any, output: Any) -> None:
     module.__dict__[PRE] = output
+
+
+def _keep_angles(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    rule, _, _ = getattr(module, RULE)
+    module.__dict__[PRE] = given_arguments(module, args, kwargs)[rule.rotation.keyword]
 
 
 def keep_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -28,18 +50,36 @@ def keep_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     module.__dict__[HIDDEN] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
 
-def forget_kept(module: Any) -> None:
-    """Drops what hooks left for an attention call that never came."""
-    _take(key_source(module), PRE)
-    _take(module, HIDDEN)
+def forget_hidden(module: nn.Module) -> None:
+    """Drops what a hook left for an attention call that never came."""
+    _forget((module,), (HIDDEN,))
 
 
-def _take(module: nn.Module, name: str) -> Tensor | None:
+def _forget(modules: Iterable[nn.Module | None], names: Iterable[str]) -> None:
+    for module in modules:
+        for name in names:
+            if module is not None:
+                module.__dict__.pop(name, None)
+
+
+def _take(module: nn.Module, name: str) -> Any:
     """What a hook left, written so that dynamo traces it."""
     found = getattr(module, name, None)
     if found is not None:
         delattr(module, name)
     return found
+
+
+def _key_pre(module: Any, key: Tensor) -> Tensor | None:
+    """Keys before RoPE `[B, Hkv, S, D]`, where a policy reads them."""
+    rule = getattr(module, RULE, None)
+    if rule is None:
+        return None
+    pre_rope, source, own = rule
+    holder = module if source is None else source
+    # One outside the layer serves others as well.
+    kept = _take(holder, PRE) if own else getattr(holder, PRE, None)
+    return key_before_rope(pre_rope, key, kept)
 
 
 def attention(
@@ -52,18 +92,23 @@ def attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The registered attention function: `query` `[B, Hq, S, D]`, output `[B, S, Hq, D]`."""
-    pre, hidden = _take(key_source(module), PRE), _take(module, HIDDEN)
+    """The registered attention function: `query` `[B, Hq, S, D]`, output `[B, S, Hq, Dv]`."""
+    hidden = _take(module, HIDDEN)
     if not isinstance(key, KVRef):
         raise UnsupportedError(
             "attention without a pipeline cache: this model's config says attention 'kvpolicy' but "
             "nothing is attached to it; if it shares its config object with an attached model, "
             "build it from a copy of that config"
         )
+    pre = None if key.wrote else _key_pre(module, key.key)
+    sinks = kwargs.get("s_aux") if kwargs.get("sinks") is None else kwargs["sinks"]
     if torch.compiler.is_compiling() and hasattr(module, PLACE):
-        return attend(getattr(module, PLACE), query, key.key, key.value, pre, hidden), None
-    check_attention(module, scaling, dropout, kwargs)
-    out = _attend(key, module.layer_idx, query, pre, hidden)
+        place, known = getattr(module, PLACE)
+        check_attention(*known, scaling, dropout, kwargs)
+        return attend(place, query, key.key, key.value, pre, hidden, sinks), None
+    sizes = key.cache.spec.at(key.layer)
+    check_attention(sizes.scale, sizes.softcap, scaling, dropout, kwargs)
+    out = _attend(key, query, pre, hidden, sinks)
     if torch.is_grad_enabled() and query.requires_grad:
         out = _NoGradient.apply(out, query)  # type: ignore[no-untyped-call]
     return out, None
@@ -72,9 +117,13 @@ def attention(
 # Not traced where the whole model is compiled: a cache is no part of a graph.
 @torch.compiler.disable
 def _attend(
-    handle: KVRef, layer: int, query: Tensor, pre: Tensor | None, hidden: Tensor | None
+    handle: KVRef,
+    query: Tensor,
+    pre: Tensor | None,
+    hidden: Tensor | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    return handle.cache.attend(layer, query, handle.key, handle.value, pre, hidden)
+    return handle.cache.attend(handle, query, pre, hidden, sinks)
 
 
 class _NoGradient(torch.autograd.Function):
@@ -91,9 +140,4 @@ class _NoGradient(torch.autograd.Function):
         )
 
 
-def no_mask(*args: Any, **kwargs: Any) -> None:
-    """The registered mask function: padding is read from the 2D mask by the decoder's hook."""
-
-
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, no_mask)

@@ -7,22 +7,25 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, Unpack
 
+import attrs
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ...errors import PhaseError, RollbackError
 from ...pipeline import CachePipeline, is_pipeline
-from ...spec import Sizes
+from ...spec import Sizes, check_sizes
 from ...store import CacheState, Report, save
 from ...store.fork import adopt, select_rows
 from ...store.rollback import crop
-from .columns import Chunks, append, pick, real, take_back, to_tensors
-from .faces import KVPolicyLayer, KVRef
+from .columns import Chunks, append, gaps, pick, real, take_back, to_tensors
+from .faces import KVRef, faces_of, keeps_state
 from .fingerprints import model_fingerprint
 from .layout import Columns
-from .models import ranks_of, spec_of
+from .models import Served, ranks_of, served
 from .modes import exactly, in_dtype, ordinary
+from .recurrent import States
+from .sizes import spec_from
 
 
 class KVPolicyCache(Cache):
@@ -39,17 +42,21 @@ class KVPolicyCache(Cache):
         pipeline: CachePipeline,
         *,
         dtype: torch.dtype | None = None,
+        known: Served | None = None,
         **sizes: Unpack[Sizes],
     ) -> None:
-        self.dtype, self.spec = dtype, spec_of(model, dtype=dtype, **sizes)
+        check_sizes(sizes)
+        self.served = served(model) if known is None else known
+        self.dtype, self.spec = dtype, spec_from(self.served, dtype=dtype, **sizes)
         self.pipeline, self.sizes, self.model = pipeline, sizes, weakref.ref(model)
-        self.ranks = ranks_of(model)
+        self.ranks = ranks_of(self.served)
         self.failure: BaseException | None = None  # of a layer, until all ranks know of it
         self.state: CacheState | None = None
         self.phase = "prompt"
         self.boundary: int | None = None  # column where the prompt that `generate` announced ends
         self.chunks: Chunks = []
         self.layout: Columns | None = None  # of the forward in flight
+        self.before: Any = None  # states before the forward in flight
         self.evicts = True  # whether the end of the prompt does
         self.singles = 0  # forwards of one column in a row, in a prompt that goes on
         self.counts_positions = False  # whether the real tokens seen give position ids
@@ -58,57 +65,64 @@ class KVPolicyCache(Cache):
         self.captures = 0
         self.capturing = False
         self.decoding = "not yet"  # how the last generate decoded: "captured" or "eager: reason"
-        super().__init__(layers=[KVPolicyLayer(self, i) for i in range(self.spec.layers)])
+        self._make_faces()
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Any, Any]:
-        """A handle in place of both, the same for all layers; our attention stores them."""
-        ref = KVRef(self, key_states, value_states)
-        return ref, ref
+    def _make_faces(self) -> None:
+        """Layers as transformers sees them, and the states that its own ones keep."""
+        faces = faces_of(self, self.served.config, self.served.places)
+        Cache.__init__(self, layers=faces)
+        self.states = States({n: x for n, x in enumerate(faces) if keeps_state(x)})
+
+    def hold(self, layer: int, key: Tensor, value: Tensor) -> KVRef:
+        """A handle for the keys and values of our `layer`; our attention stores them."""
+        return KVRef(self, layer, key, value)
 
     @ordinary
     def attend(
         self,
-        layer: int,
+        handle: KVRef,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
         pre: Tensor | None,
         hidden: Tensor | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         """Attention `[B, S, Hq, D]` of one layer of the forward in flight; stores its tokens.
 
-        `query`, `key`, `value` are `[B, H, S, D]`, `pre` `[B, S, ...]`, `hidden` `[B, S, hidden]`.
-        Computes in the cache's dtype and answers in the query's.
+        `query` and the handle's keys and values are `[B, H, S, D]`, as is `pre`; `hidden`
+        `[B, S, hidden]`, `sinks` `[Hq]`. Computes in the cache's dtype and answers in the query's.
         """
         if self.layout is None or self.state is None:
             raise PhaseError("attention outside a forward of the attached model's decoder")
         if not self.ranks.many:
-            return self._attend(layer, query, key, value, pre, hidden)
+            return self._attend(handle, query, pre, hidden, sinks)
         if self.failure is None:
             try:
-                return self._attend(layer, query, key, value, pre, hidden)
+                return self._attend(handle, query, pre, hidden, sinks)
             except BaseException as error:  # raised on all ranks when the forward closes
                 self.failure = error
-        return query.new_zeros(query.transpose(1, 2).shape)  # the other ranks wait for this layer
+        # The other ranks wait for this layer.
+        return query.new_zeros(*query.transpose(1, 2).shape[:3], handle.value.shape[3])
 
     def _attend(
         self,
-        layer: int,
+        handle: KVRef,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
         pre: Tensor | None,
         hidden: Tensor | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         assert self.layout is not None and self.state is not None
-        if pre is not None:
-            batch, heads, columns, dim = key.shape
-            pre = self._own(pre.view(batch, columns, heads, dim).transpose(1, 2), "key_pre")
-        q, k, v = self._own(query, "query"), self._own(key, "key"), self._own(value, "value")
+        pipeline, state, layer = self.pipeline, self.state, handle.layer
+        q = self._own(query, "query")
+        sinks = None if sinks is None else sinks.detach()
         with exactly(query.device):
-            out = self.layout.attend(self.pipeline, self.state, layer, q, k, v, pre, hidden)
+            if handle.wrote:
+                out = self.layout.attend_shared(pipeline, state, layer, q, sinks)
+            else:
+                k, v = self._own(handle.key, "key"), self._own(handle.value, "value")
+                pre = None if pre is None else self._own(pre, "key_pre")
+                out = self.layout.attend(pipeline, state, layer, q, k, v, pre, hidden, sinks)
+                handle.wrote = True
         return out.transpose(1, 2).to(query.dtype).contiguous()
 
     def _own(self, x: Tensor, name: str) -> Tensor:
@@ -133,6 +147,11 @@ class KVPolicyCache(Cache):
     def saw(self, columns: int, valid: Tensor | None) -> None:
         """Records the columns of a finished call; `valid` `[B, columns]` on the host."""
         self.chunks = append(self.chunks, columns, valid)
+
+    @property
+    def gapped(self) -> list[bool]:
+        """Sequences that saw a column which is no token after one which is."""
+        return gaps(self.chunks, 0 if self.state is None else self.state.batch)
 
     def forget_columns(self, count: int) -> None:
         """Uncounts trailing columns that stored nothing."""
@@ -186,16 +205,17 @@ class KVPolicyCache(Cache):
         """What took effect and what it costs in bytes."""
         if self.state is None:
             raise PhaseError("report: nothing went through this cache yet")
-        return self.pipeline.report(self.state)
+        return attrs.evolve(self.pipeline.report(self.state), states=self.states.nbytes)
 
     @ordinary
     def fork(self, rows: Sequence[int] | None = None) -> KVPolicyCache:
         """A cache that goes its own way; full pages are shared until either gives them up."""
         new = object.__new__(KVPolicyCache)
         new.__dict__.update(self.__dict__)
-        Cache.__init__(new, layers=[KVPolicyLayer(new, i) for i in range(self.spec.layers)])
+        new._make_faces()
         rows = range(self.state.batch if self.state else 0) if rows is None else rows
         new.state = None if self.state is None else select_rows(self.state, list(rows))
+        new.states.restore(self.states.select(list(rows)))
         new.chunks = pick(self.chunks, list(rows))
         new.graph, new.captures = None, 0
         return new
@@ -210,6 +230,7 @@ class KVPolicyCache(Cache):
         drop = -n if n <= 0 else max(self.columns - n, 0)
         if drop == 0 or self.state is None:
             return
+        self.states.refuse_crop()
         if drop > self.columns:
             raise RollbackError(
                 f"crop: the cache has seen {self.columns} columns, cannot drop {drop}"
@@ -227,11 +248,13 @@ class KVPolicyCache(Cache):
         else:
             assert self.state is not None
             adopt(self.state, before.state)
+        self.states.restore(before.states.snapshot())
 
     @ordinary
     def reset(self) -> None:
         """Empties the cache and gives its pages back."""
         self.chunks, self.phase, self.boundary, self.recording = [], "prompt", None, False
+        self.states.reset()
         if self.state is not None:
             self.state.reset()
 
@@ -254,7 +277,7 @@ class KVPolicyCache(Cache):
             path,
             self.pipeline,
             fingerprint=model_fingerprint(model),
-            extra=to_tensors(self.chunks, self.state.batch),
+            extra=to_tensors(self.chunks, self.state.batch) | self.states.to_tensors(),
             notes={"phase": self.phase, "counts_positions": str(self.counts_positions)},
         )
 
@@ -263,6 +286,7 @@ class KVPolicyCache(Cache):
         picked = [int(r) for r in rows.tolist()]
         if self.state is not None:
             adopt(self.state, select_rows(self.state, picked))
+            self.states.restore(self.states.select(picked))
         self.chunks = pick(self.chunks, picked)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

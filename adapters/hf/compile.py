@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from ...errors import PhaseError, UnsupportedError
 from .attached import Attached
-from .models import shards
+from .models import Served, shards
 
-PLACE = "_kvpolicy_place"  # on an attention module: [attachment's number, layer], on the CPU
+# On an attention module: [attachment's number, layer] on the CPU, and its scale and softcap.
+PLACE = "_kvpolicy_place"
 Functions = tuple[Callable[..., Any], Callable[..., Any]]  # for prompts and for one column
 COMPILED = "_compiled_call_impl"  # where nn.Module.compile keeps what calling a module runs
 _NUMBERS = itertools.count()
@@ -36,8 +37,8 @@ _ATTACHMENTS: weakref.WeakValueDictionary[int, Attached] = weakref.WeakValueDict
 @torch.library.custom_op(
     "kvpolicy::attend",
     mutates_args=(),
-    schema="(Tensor place, Tensor query, Tensor key, Tensor value, Tensor? pre, Tensor? hidden) "
-    "-> Tensor",
+    schema="(Tensor place, Tensor query, Tensor key, Tensor value, Tensor? pre, Tensor? hidden, "
+    "Tensor? sinks) -> Tensor",
 )
 def attend(
     place: Tensor,
@@ -46,14 +47,15 @@ def attend(
     value: Tensor,
     pre: Tensor | None,
     hidden: Tensor | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Attention `[B, S, Hq, D]` of one layer through the cache of the forward in flight."""
+    """Attention `[B, S, Hq, Dv]` of one layer through the cache of the forward in flight."""
     number, layer = place.tolist()
     attachment = _ATTACHMENTS.get(number)
     cache = None if attachment is None else attachment.cache
     if cache is None:
         raise PhaseError("attention outside a forward of the attached model's decoder")
-    return cache.attend(layer, query, key, value, pre, hidden)
+    return cache.attend(cache.hold(layer, key, value), query, pre, hidden, sinks)
 
 
 @attend.register_fake
@@ -64,22 +66,41 @@ def _(
     value: Tensor,
     pre: Tensor | None,
     hidden: Tensor | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    batch, heads, columns, dim = query.shape
-    return query.new_empty(batch, columns, heads, dim)
+    batch, heads, columns, _ = query.shape
+    return query.new_empty(batch, columns, heads, value.shape[3])
 
 
-def check_compiles(decoder: Any, attention: list[Any]) -> None:
+def check_compiles(decoder: Any, known: Served) -> None:
     """Raises UnsupportedError for a model whose layers cannot be compiled."""
-    if shards(attention[0].k_proj)[1] > 1:
+    layers = getattr(decoder, "layers", None)
+    if layers is None:
+        reason = "it has no list of layers"
+    elif shards(known.layers[0].module)[1] > 1:
         reason = "its weights are sharded over ranks"
     elif any(hasattr(module, "_hf_hook") for module in decoder.modules()):
         reason = "accelerate moves its weights or activations between devices"
-    elif any(COMPILED in layer.__dict__ for layer in decoder.layers):
+    elif any(COMPILED in layer.__dict__ for layer in layers):
         reason = "its layers are compiled already"
+    elif known.readers:
+        reason = "its layers hand keys on to others"
+    elif len(_holders(decoder, known)) != len(known.layers):
+        reason = "a layer of it attends more than once"
     else:
         return
     raise UnsupportedError(f"compile=True: {type(decoder).__name__} cannot be compiled: {reason}")
+
+
+def _holders(decoder: Any, known: Served) -> dict[int, tuple[Any, Any]]:
+    """By the index of an attention layer: the decoder layer around it, and its module."""
+    at = {id(layer.module): index for index, layer in enumerate(known.layers)}
+    return {
+        at[id(module)]: (layer, module)
+        for layer in decoder.layers
+        for module in layer.modules()
+        if id(module) in at
+    }
 
 
 def check_forward(config: Any, kwargs: dict[str, Any]) -> None:
@@ -98,33 +119,40 @@ def check_forward(config: Any, kwargs: dict[str, Any]) -> None:
 
 
 class CompiledLayers:
-    """Compiles the layers of an attached decoder; `remove` makes them eager again."""
+    """Compiles the layers of an attached decoder that attend, until `make_eager`."""
 
     def __init__(
-        self, attachment: Attached, decoder: Any, attention: list[Any], hooks: frozenset[str]
+        self, attachment: Attached, decoder: Any, known: Served, hooks: frozenset[str]
     ) -> None:
-        self.layers, self.attention = list(decoder.layers), attention
         number = next(_NUMBERS)
         _ATTACHMENTS[number] = attachment
-        known = _FUNCTIONS.setdefault(decoder, {})
-        if hooks not in known:
-            known[hooks] = _compile(number)
-        for index, (layer, module) in enumerate(zip(self.layers, attention, strict=True)):
-            module.__dict__[PLACE] = torch.tensor([number, index])
-            layer.__dict__[COMPILED] = functools.partial(_run, known[hooks], layer)
-
-    def remove(self) -> None:
-        for layer, module in zip(self.layers, self.attention, strict=True):
-            layer.__dict__.pop(COMPILED, None)
-            module.__dict__.pop(PLACE, None)
+        functions = _FUNCTIONS.setdefault(decoder, {})
+        if hooks not in functions:
+            functions[hooks] = _compile(number)
+        for index, (layer, module) in _holders(decoder, known).items():
+            known_scores = known.layers[index].scale, known.layers[index].softcap
+            module.__dict__[PLACE] = torch.tensor([number, index]), known_scores
+            layer.__dict__[COMPILED] = functools.partial(_run, functions[hooks], layer)
 
 
-def _run(functions: Functions, layer: nn.Module, hidden_states: Tensor, **kwargs: Any) -> Any:
+def make_eager(decoder: Any, known: Served) -> None:
+    """Undoes CompiledLayers."""
+    for layer, module in _holders(decoder, known).values():
+        layer.__dict__.pop(COMPILED, None)
+        module.__dict__.pop(PLACE, None)
+
+
+def _run(functions: Functions, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     prompt, token = functions
-    if hidden_states.shape[1] != 1:
-        return prompt(layer, hidden_states, **kwargs)
-    with cold_timing():  # kernels are compared when they first run
-        return token(layer, hidden_states, **kwargs)
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    try:
+        if hidden_states.shape[1] != 1:
+            return prompt(layer, *args, **kwargs)
+        with cold_timing():  # kernels are compared when they first run
+            return token(layer, *args, **kwargs)
+    except torch._dynamo.exc.Unsupported:
+        layer._call_impl(*args, **kwargs)  # raises itself what dynamo quotes
+        raise
 
 
 def _compile(number: int) -> Functions:
@@ -144,8 +172,8 @@ def _compile(number: int) -> Functions:
     )
 
 
-def _call(layer: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
-    return layer._call_impl(hidden_states, **kwargs)
+def _call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    return layer._call_impl(*args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicCache,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 
-from ...errors import PhaseError
+from ...errors import PhaseError, UnsupportedError
 
 NAME = "kvpolicy"  # of the attention and the mask function
 
@@ -19,24 +25,28 @@ class Owner(Protocol):
     @property
     def columns(self) -> int: ...
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> Any: ...
+    def hold(self, layer: int, key: Tensor, value: Tensor) -> KVRef: ...
 
     def attend(
         self,
-        layer: int,
+        handle: KVRef,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
         pre: Tensor | None,
         hidden: Tensor | None,
+        sinks: Tensor | None,
     ) -> Tensor: ...
 
 
 class KVRef:
-    """What `update` returns for keys and values: a handle that only our attention understands."""
+    """What `update` returns for keys and values: a handle that only our attention understands.
 
-    def __init__(self, cache: Owner, key: Tensor, value: Tensor) -> None:
-        self.cache, self.key, self.value = cache, key, value
+    It names the layer whose keys it stands for: other layers may read them as well, after that one
+    `wrote` them.
+    """
+
+    def __init__(self, cache: Owner, layer: int, key: Tensor, value: Tensor) -> None:
+        self.cache, self.layer, self.key, self.value = cache, layer, key, value
+        self.wrote = False
 
     @property
     def shape(self) -> Any:
@@ -46,13 +56,36 @@ class KVRef:
         )
 
 
+class _NoTensor:
+    """In place of a layer's keys or values of all tokens, which no tensor holds."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, layer: object, owner: type) -> Any:
+        if layer is None:
+            return self
+        raise UnsupportedError(
+            f"{self.name}: heads of a pipeline's cache hold different tokens, in pages; "
+            "cache.state.kept(layer, sequence, head) tells which"
+        )
+
+    def __set__(self, layer: object, value: object) -> None:
+        """transformers' base class sets None."""
+
+
 class KVPolicyLayer(CacheLayerMixin):
-    """One layer's face towards transformers; everything is in the cache's state."""
+    """One layer's face towards transformers; everything is in the cache's state.
+
+    `index` counts the layers with keys of their own.
+    """
 
     is_sliding = False
     is_compileable = False
     is_croppable = True
     supports_early_init = False
+    keys: Any = _NoTensor()
+    values: Any = _NoTensor()
 
     def __init__(self, cache: Owner, index: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -72,8 +105,8 @@ class KVPolicyLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        key, value = self.cache.update(key_states, value_states, self.index)
-        return key, value
+        handle = self.cache.hold(self.index, key_states, value_states)
+        return handle, handle
 
     def get_seq_length(self) -> int:
         return self.cache.columns
@@ -90,3 +123,41 @@ class KVPolicyLayer(CacheLayerMixin):
         """Nothing: pages stay where they are."""
 
     prefetch = offload
+
+
+class KVPolicyHybridLayer(KVPolicyLayer, LinearAttentionLayer):
+    """A layer that attends and keeps a recurrent or convolutional state, which is transformers'."""
+
+    def __init__(self, cache: Owner, index: int, states: int) -> None:
+        KVPolicyLayer.__init__(self, cache, index)
+        LinearAttentionLayer.__init__(self, number_of_states=states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
+
+    def get_max_length(self) -> int:
+        return KVPolicyLayer.get_max_length(self)
+
+    def offload(self) -> None:
+        LinearAttentionLayer.offload(self)
+
+    def prefetch(self) -> None:
+        LinearAttentionLayer.prefetch(self)
+
+
+def keeps_state(face: Any) -> bool:
+    """Whether a layer keeps a recurrent or convolutional state."""
+    return isinstance(face, LinearAttentionCacheLayerMixin)
+
+
+def faces_of(cache: Owner, config: Any, places: Mapping[int, int]) -> list[Any]:
+    """A cache's layers: ours by `places`, transformers' own for what keeps no keys."""
+    faces: list[Any] = []
+    for place, own in enumerate(DynamicCache(config=config).layers):
+        if place not in places:
+            faces.append(own)
+        elif keeps_state(own):
+            faces.append(KVPolicyHybridLayer(cache, places[place], own.number_of_states))
+        else:
+            faces.append(KVPolicyLayer(cache, places[place]))
+    return faces

@@ -45,19 +45,21 @@ def keys_fingerprint(model: nn.Module) -> str:
     adapters change elsewhere.
     """
     config = decoder_of(model).config
+    heads = getattr(config, "num_attention_heads", None)
     shape = (
         config.model_type,
         config.num_hidden_layers,
-        config.num_attention_heads,
-        config.num_key_value_heads,
+        heads,
+        getattr(config, "num_key_value_heads", heads),
         config.hidden_size,
         config.vocab_size,
     )
-    projection = attention_modules(model)[0].k_proj
+    module = attention_modules(model)[0]
+    projection = getattr(module, "k_proj", module)  # all of it where keys are not made apart
     weight: Any = getattr(projection, "weight", None)
     digest = hashlib.sha256(repr(shape).encode())
     parts: Iterable[Tensor] = [weight]
-    if not isinstance(weight, Tensor):  # packed under other names
+    if not isinstance(weight, Tensor):  # or packed under other names
         parts = itertools.chain(projection.parameters(), projection.buffers())
     for part in parts:
         bits = _readable(part).to(torch.bfloat16).contiguous().view(torch.uint8)

@@ -42,6 +42,9 @@ def open_forward(
         )
     mask = new_columns(mask, cache.chunks, batch, columns)
     state = cache.ensure_state(len(texts) if texts else batch)
+    if cache.states:
+        cache.states.check(mask, state.active, cache.gapped, packed=bool(texts))
+        cache.before = None if cache.capturing else cache.states.snapshot()
     if texts:
         layout = Columns(batch, columns, 0)
         cache.pipeline.begin(state, texts, "prompt")
@@ -70,18 +73,22 @@ def true_positions(cache: KVPolicyCache, device: torch.device) -> Tensor:
 def close_forward(cache: KVPolicyCache, failed: bool) -> None:
     """Commits the call, or takes it back."""
     layout, cache.layout, cache.failure = cache.layout, None, None
+    before, cache.before = cache.before, None
     state = cache.state
     assert layout is not None and state is not None
     if failed and cache.capturing:  # nothing ran; the rehearsal puts the host's numbers back
         return
     if failed:
         cache.pipeline.abort(state)
+        if before is not None:
+            cache.states.restore(before)
         if not cache.chunks:
             cache.state = cache.graph = None  # as before the first forward
         return
     if cache.capturing:
         cache.pipeline.commit(state, evict=False)
         return
+    cache.states.settle()
     valid = layout.valid
     if layout.decode and not all(state.active):
         active = torch.tensor(state.active)[:, None].expand(layout.batch, layout.decode)

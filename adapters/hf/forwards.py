@@ -20,6 +20,7 @@ from .attached import Attached
 from .cache import KVPolicyCache
 from .compile import check_forward as check_compiled
 from .forward import Crossing, close_forward, inputs_of, open_forward, true_positions
+from .masks import padding_of
 from .packed import split
 from .ranks import Ranks
 from .wrappers import check_soft_prompt
@@ -107,6 +108,7 @@ class Forwards:
                 "an attached model serves inference only; detach it to train, or call model.eval()"
             )
         check_forward(decoder, attachment.layers, kwargs)
+        kwargs["attention_mask"] = padding_of(kwargs.get("attention_mask"))
         if attachment.compiled is not None:
             check_compiled(config, kwargs)
         given = kwargs.get("past_key_values")
@@ -131,7 +133,7 @@ class Forwards:
         open_forward(cache, batch, columns, kwargs.get("attention_mask"), texts)
         self.cache, self.as_tuple = cache, as_tuple
         self.own, self.kept = given is None, kept
-        if kwargs.get("position_ids") is None and not texts:
+        if kwargs.get("position_ids") is None and not texts and "position_ids" in self.names:
             kwargs["position_ids"] = true_positions(cache, ids.device)
         return kwargs
 

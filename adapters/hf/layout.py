@@ -34,11 +34,13 @@ class Columns:
         value: Tensor,
         pre: Tensor | None,
         hidden: Tensor | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         """Attention `[B, Hq, S, D]` of one layer; `pre` and the others `[B, H, S, D]`."""
         if not self.prompt:
-            return pipeline.attend(state, layer, query, key, value, key_pre=pre, hidden=hidden)
-        heads, dim = query.shape[1], query.shape[3]
+            return pipeline.attend(
+                state, layer, query, key, value, key_pre=pre, hidden=hidden, sinks=sinks
+            )
         packed = pipeline.attend(
             state,
             layer,
@@ -47,7 +49,38 @@ class Columns:
             self.pack(value),
             key_pre=None if pre is None else self.pack(pre),
             hidden=None if hidden is None else self.pack(hidden[:, None])[0],
+            sinks=sinks,
         )
+        return self._unpack(packed)
+
+    def attend_shared(
+        self,
+        pipeline: CachePipeline,
+        state: CacheState,
+        layer: int,
+        query: Tensor,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Attention `[B, Hq, S, D]` of another layer's query over the keys of `layer`.
+
+        The query may be of a prompt's last columns alone.
+        """
+        if not self.prompt:
+            return pipeline.attend_shared(state, layer, query, sinks=sinks)
+        columns = query.shape[2]
+        if columns == self.prompt:
+            out = pipeline.attend_shared(state, layer, self.pack(query), sinks=sinks)
+            return self._unpack(out)
+        valid = None if self.valid is None else self.valid[:, -columns:]
+        part, last = prompt_columns(
+            self.batch, columns, None if valid is None else valid.to(query.device)
+        )
+        out = pipeline.attend_shared(state, layer, part.pack(query), sinks=sinks, last=last)
+        return part._unpack(out)
+
+    def _unpack(self, packed: Tensor) -> Tensor:
+        """Real tokens `[H, T, D]` to `[B, H, S, D]`, zeros elsewhere."""
+        heads, _, dim = packed.shape
         rows = packed.transpose(0, 1)
         if self.index is not None:
             out = rows.new_zeros(self.batch * self.prompt, heads, dim)

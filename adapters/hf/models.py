@@ -1,27 +1,25 @@
 """What is known of a transformers model: where its decoder is, and what its attention computes on.
 
-Attaching, training and evaluation read models through this module alone. Its rules read configs
-and modules and name no family; `FAMILIES` are the model types on which they were checked.
+Attaching, training and evaluation read models through this module alone. No family is named: a
+model is served because `probe` found what the cache needs to know of it.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
-from collections.abc import Iterator
-from typing import Any, Unpack
+from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..._fields import shown
 from ...errors import UnsupportedError
-from ...spec import CacheSpec, Sizes, check_sizes
+from .kinds import text_config
+from .placement import device_of, dtype_of
+from .probe import probe
 from .ranks import Ranks
+from .records import PreRope, Probe, ProbedLayer
 from .wrappers import base_of
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def decoder_of(model: Any) -> Any:
@@ -42,47 +40,142 @@ class AttentionLayer:
 
     Attributes:
         module: the attention module.
+        place: of the layer in transformers' cache.
         window: keys that a query sees, of a layer that only slides; None where it sees all.
+        chunk: size of chunks across which no query sees.
         heads: query heads.
         kv_heads: KV heads.
-        head_dim: channels of a head.
+        head_dim: channels of queries and keys.
+        value_dim: channels of values.
         scale: factor of q.k.
+        softcap: bound of the product.
+        sinks: name of the attention function's argument that brings sinks, "" without.
+        shared: whether other layers read its keys.
+        source: the submodule whose output `pre_rope` starts from, None where there is none.
+        pre_rope: how keys before RoPE are had, None where there is no way.
+        no_pre_rope: why not.
         dtype: of its keys and values.
         device: where it runs.
     """
 
     module: Any
+    place: int
     window: int | None
+    chunk: int | None
     heads: int
     kv_heads: int
     head_dim: int
+    value_dim: int
     scale: float
+    softcap: float | None
+    sinks: str
+    shared: bool
+    source: nn.Module | None
+    pre_rope: PreRope | None
+    no_pre_rope: str
     dtype: torch.dtype
     device: torch.device
 
 
-def attention_layers(model: nn.Module) -> list[AttentionLayer]:
-    """The layers of `model` in order.
+@attrs.frozen(eq=False, kw_only=True)
+class Served:
+    """A model that the rule serves.
 
-    Raises:
-        UnsupportedError: the model, or the kind of one of its layers, is not served.
+    Attributes:
+        config: of its text decoder.
+        layers: those with keys of their own, in the order of transformers' cache.
+        readers: attention modules that read the keys of other layers alone.
+        places: the index in `layers` by the place in transformers' cache.
+        probe: how it was checked.
     """
-    decoder, modules = decoder_of(model), attention_modules(model)
-    config, windows = decoder.config, sliding_windows(model)
-    layers = getattr(decoder, "layers", modules)
-    return [
-        AttentionLayer(
-            module=module,
-            window=window,
-            heads=config.num_attention_heads // (parts := shards(module.k_proj)[1]),
-            kv_heads=config.num_key_value_heads // parts,
-            head_dim=getattr(module, "head_dim", None) or head_dim_of(config),
-            scale=module.scaling,
-            dtype=_dtype_of(module, layer, config),
-            device=_device_of(module, layer),
-        )
-        for module, layer, window in zip(modules, layers, windows, strict=True)
-    ]
+
+    config: Any
+    layers: tuple[AttentionLayer, ...]
+    readers: tuple[Any, ...]
+    places: dict[int, int]
+    probe: Probe
+
+    @property
+    def modules(self) -> list[Any]:
+        """Every attention module, each once."""
+        found = [layer.module for layer in self.layers] + list(self.readers)
+        return list({id(module): module for module in found}.values())
+
+
+def served(model: nn.Module, *, verify: bool = True) -> Served:
+    """What is known of `model` as it is now, after a check by the rule; see `probe`.
+
+    Raises UnsupportedError for a model that is not served.
+    """
+    decoder = decoder_of(model)
+    return _served(model, decoder, probe(model))
+
+
+def _served(model: nn.Module, decoder: nn.Module, found: Probe) -> Served:
+    config, base = text_config(decoder.config), base_of(model)
+    read = {layer.reads for layer in found.layers if layer.shared}
+    layers = [_layer(base, config, layer, layer.layer in read) for layer in found.stored]
+    if not layers:
+        raise UnsupportedError("model: no layer keeps keys and values, there is nothing to cache")
+    readers = [base.get_submodule(layer.module) for layer in found.layers if layer.shared]
+    places = {layer.place: index for index, layer in enumerate(layers)}
+    return Served(
+        config=config, layers=tuple(layers), readers=tuple(readers), places=places, probe=found
+    )
+
+
+def _layer(base: nn.Module, config: Any, found: ProbedLayer, shared: bool) -> AttentionLayer:
+    module = base.get_submodule(found.module)
+    name = _source(found.pre_rope)
+    return AttentionLayer(
+        module=module,
+        place=found.layer,
+        window=found.window if found.chunk is None else found.chunk,
+        chunk=found.chunk,
+        heads=found.heads,
+        kv_heads=found.kv_heads,
+        head_dim=found.head_dim,
+        value_dim=found.value_dim,
+        scale=found.scale,
+        softcap=found.softcap,
+        sinks=found.sinks_keyword,
+        shared=shared,
+        source=base.get_submodule(name) if name else None,
+        pre_rope=found.pre_rope,
+        no_pre_rope=found.no_pre_rope,
+        dtype=dtype_of(module, _parent(base, found.module), config),
+        device=device_of(module, _parent(base, found.module)),
+    )
+
+
+def _source(rule: PreRope | None) -> str:
+    """The submodule whose output keys before RoPE are made from, "" where there is none."""
+    if rule is None or rule.form == "same":
+        return ""
+    return rule.module if rule.form == "module" or rule.rotation is None else rule.rotation.module
+
+
+def _parent(base: nn.Module, name: str) -> nn.Module:
+    """The decoder layer around an attention module."""
+    return base.get_submodule(name.rpartition(".")[0])
+
+
+def attention_layers(model: nn.Module) -> list[AttentionLayer]:
+    """The layers of `model` that keep keys and values, in order.
+
+    Raises UnsupportedError for a model that is not served.
+    """
+    return list(served(model).layers)
+
+
+def check_pre_rope(known: Served) -> None:
+    """Raises UnsupportedError for a model whose keys before RoPE cannot be had."""
+    for index, layer in enumerate(known.layers):
+        if layer.pre_rope is None and layer.window is None:
+            raise UnsupportedError(
+                f"key_pre: the keys before RoPE, which the policy reads, cannot be had in layer "
+                f"{index} ({type(layer.module).__name__}): {layer.no_pre_rope}"
+            )
 
 
 def _check_model(model: Any) -> None:
@@ -95,153 +188,35 @@ def _check_model(model: Any) -> None:
 
 
 def attention_modules(model: nn.Module) -> list[Any]:
-    """Attention modules in layer order; raises UnsupportedError for models that are not served."""
-    decoder = decoder_of(model)
-    config: Any = getattr(decoder, "config", None)
-    family = getattr(config, "model_type", None)
-    if family not in FAMILIES:
-        raise UnsupportedError(
-            f"model: {type(model).__name__} has model_type {family!r}; the adapters serve "
-            f"{', '.join(FAMILIES)}"
-        )
-    found = [m for m in decoder.modules() if hasattr(m, "k_proj") and hasattr(m, "layer_idx")]
-    found.sort(key=lambda m: m.layer_idx)
-    if [m.layer_idx for m in found] != list(range(config.num_hidden_layers)):
-        raise UnsupportedError(
-            f"model: wanted {config.num_hidden_layers} attention layers, found {len(found)}"
-        )
-    return found
+    """Every attention module; raises UnsupportedError for models that are not served."""
+    return served(model).modules
 
 
-def key_source(module: Any) -> nn.Module:
-    """The submodule of an attention module whose output are its keys before RoPE."""
-    norm = getattr(module, "k_norm", None)
-    found: nn.Module = module.k_proj if norm is None else norm
-    return found
-
-
-def sliding_windows(model: nn.Module) -> tuple[int | None, ...]:
-    """The window of each layer that only slides, None for the others.
-
-    The config names each layer's kind, or one `sliding_window` for all, as for transformers' own
-    caches. Raises UnsupportedError for other kinds.
-    """
-    config = decoder_of(model).config
-    window = getattr(config, "sliding_window", None)
-    default = "full_attention" if window is None else "sliding_attention"
-    kinds = getattr(config, "layer_types", None) or [default] * config.num_hidden_layers
-    served = {"full_attention": None, "sliding_attention": window}
-    for layer, kind in enumerate(kinds):
-        if kind not in served:
-            raise UnsupportedError(
-                f"model: layer {layer} is of kind {kind!r}; the adapters serve {', '.join(served)}"
-            )
-    return tuple(served[kind] for kind in kinds)
-
-
-def head_dim_of(config: Any) -> int:
-    """Channels of a head."""
-    given = getattr(config, "head_dim", None)
-    return int(given or config.hidden_size // config.num_attention_heads)
-
-
-def shards(projection: Any) -> tuple[int, int]:
-    """Which part of a tensor-parallel layer's rows this rank holds, and of how many."""
-    ranks = _ranks_of(projection)
+def shards(module: Any) -> tuple[int, int]:
+    """Which part of a tensor-parallel layer's heads this rank holds, and of how many."""
+    ranks = _ranks_of(module)
     return (ranks.rank, ranks.mesh.size(ranks.axis)) if ranks.many else (0, 1)
 
 
-def ranks_of(model: nn.Module) -> Ranks:
-    """The ranks that share the heads of `model`."""
-    return _ranks_of(attention_modules(model)[0].k_proj)
+def ranks_of(known: Served) -> Ranks:
+    """The ranks that share the heads of a model."""
+    return _ranks_of(known.layers[0].module)
 
 
-def _ranks_of(projection: Any) -> Ranks:
-    weight: Any = getattr(projection, "weight", None)
-    for axis, placement in enumerate(getattr(weight, "placements", ())):
-        if placement.is_shard(0) and weight.device_mesh.size(axis) > 1:
-            return Ranks(weight.device_mesh, axis)
+def _ranks_of(module: nn.Module) -> Ranks:
+    for weight in module.parameters():
+        for axis, placement in enumerate(getattr(weight, "placements", ())):
+            if placement.is_shard(0) and weight.device_mesh.size(axis) > 1:
+                return Ranks(weight.device_mesh, axis)
     return Ranks()
 
 
-def check_one_device(model: nn.Module) -> None:
+def check_one_device(known: Served) -> None:
     """Raises UnsupportedError for a model whose attention layers run on several devices."""
-    found = sorted({str(layer.device) for layer in attention_layers(model)})
+    found = sorted({str(layer.device) for layer in known.layers})
     if len(found) > 1:
         raise UnsupportedError(
             f"model: its layers run on {', '.join(found)}, a cache is on one device; load it on "
             "one by device_map='cuda', or if it does not fit there split its heads by "
             "tp_plan='auto' under torchrun"
         )
-
-
-def _dtype_of(module: Any, layer: nn.Module, config: Any) -> torch.dtype:
-    """The dtype of what the key and value projections put out.
-
-    Quantised projections hold bits, and put out the dtype that comes in: that of the layer's norms.
-    """
-    projections = (module.k_proj, module.v_proj)
-    found: list[Any] = [getattr(projection, "weight", None) for projection in projections]
-    if not all(isinstance(x, Tensor) and _computes(x) for x in found):
-        found = [p for p in layer.parameters() if p.ndim == 1 and _computes(p)][:1]
-    if not found:
-        return getattr(config, "dtype", None) or torch.get_default_dtype()
-    widest: torch.dtype = functools.reduce(torch.promote_types, [x.dtype for x in found])
-    return widest
-
-
-def _computes(weight: Tensor) -> bool:
-    return weight.is_floating_point() and weight.dtype.itemsize > 1
-
-
-def _device_of(module: Any, layer: nn.Module) -> torch.device:
-    """Where the key projection runs, which weights that accelerate moves there may not say."""
-    for part in (module.k_proj, module, layer):
-        hook = getattr(part, "_hf_hook", None)
-        for each in getattr(hook, "hooks", [hook]):
-            if getattr(each, "execution_device", None) is not None:
-                return torch.device(each.execution_device)
-    tensors: Iterator[Tensor] = itertools.chain(
-        module.k_proj.parameters(), module.k_proj.buffers(), layer.parameters(), layer.buffers()
-    )
-    return next(tensors).device
-
-
-def spec_of(
-    model: nn.Module,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | None = None,
-    **sizes: Unpack[Sizes],
-) -> CacheSpec:
-    """The cache sizes of `model`; under tensor parallelism those of this rank's heads.
-
-    `dtype` and `device` replace those of the attention layers: the widest dtype of their keys and
-    values, the first layer's device. `sizes` passes `page_size`, `rollback` and `interval` on.
-    Raises TypeError for a word that names no size, UnsupportedError for a model not served.
-    """
-    layers = attention_layers(model)
-    check_sizes(sizes)
-    first = layers[0]
-    for index, layer in enumerate(layers):
-        for name in ("heads", "kv_heads", "head_dim", "scale"):
-            if getattr(layer, name) != getattr(first, name):
-                raise UnsupportedError(
-                    f"model: layer {index} has {name}={getattr(layer, name)}, layer 0 has "
-                    f"{getattr(first, name)}; the adapters serve layers of one size"
-                )
-    sliding = tuple(layer.window for layer in layers)
-    part, _ = shards(first.module.k_proj)
-    return CacheSpec(
-        layers=len(layers),
-        heads=first.heads,
-        kv_heads=first.kv_heads,
-        head_dim=first.head_dim,
-        dtype=dtype or functools.reduce(torch.promote_types, [layer.dtype for layer in layers]),
-        device=device or first.device,
-        scale=first.scale,
-        sliding=sliding if any(w is not None for w in sliding) else (),
-        head_offset=part * first.kv_heads,
-        all_kv_heads=decoder_of(model).config.num_key_value_heads,
-        **sizes,
-    )

@@ -21,6 +21,8 @@ def split(kwargs: dict[str, Any], batch: int, columns: int, cached: bool) -> lis
     """
     named = [name for name in BOUNDS if kwargs.get(name) is not None]
     places = kwargs.get("position_ids")
+    if isinstance(places, Tensor) and places.ndim != 2:  # several numbers a token, of images
+        places = None
     if places is None and not named:
         return None
     if kwargs.get("attention_mask") is not None or columns == 1:

@@ -35,6 +35,7 @@ def load_cache(
         path, pipeline, cache.spec, fingerprint=model_fingerprint(model)
     )
     cache.chunks = from_tensors(extra)
+    cache.states.from_tensors(extra, cache.state.batch, cache.spec.device)
     cache.phase = notes["phase"]
     cache.counts_positions = notes["counts_positions"] == "True"
     return cache

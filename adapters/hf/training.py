@@ -6,7 +6,7 @@ RoPE come from. What it serves, and where that is, `models` says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
-from .models import attention_layers, decoder_of, key_source
+from ...errors import UnsupportedError
+from .models import AttentionLayer, attention_layers, check_pre_rope, decoder_of, served
+from .pre_rope import keep_for, key_before_rope
 from .wrappers import base_of
 
 if TYPE_CHECKING:
@@ -39,10 +41,19 @@ class AttentionRule(Protocol):
 class _Layer:
     """Stash of one attention module between its key projection and its attention call."""
 
-    def __init__(self, window: int | None) -> None:
-        self.window = window  # of a layer that only slides
+    def __init__(self, index: int, layer: AttentionLayer) -> None:
+        self.index, self.window, self.chunk = index, layer.window, layer.chunk
         self.rule: AttentionRule | None = None
-        self.key_pre: Tensor | None = None
+        self.pre_rope = layer.pre_rope
+        self.kept: Any = None  # what its keys before RoPE are made from
+
+    def keep(self, output: Any) -> None:
+        self.kept = output
+
+    def key_pre(self, key: Tensor) -> Tensor:
+        kept, self.kept = self.kept, None
+        assert self.pre_rope is not None
+        return key_before_rope(self.pre_rope, key, kept)
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -63,26 +74,40 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     layer: _Layer = getattr(module, _SLOT)
-    key_pre, layer.key_pre = layer.key_pre, None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layer.window is not None:  # nothing far to gate: rules do not apply
-        out = _sliding(query, key, value, scale, layer.window)
+        out = _sliding(query, key, value, scale, layer)
     elif layer.rule is None:
         out = dense_attention(query, key, value, scale)
     else:
-        assert key_pre is not None
-        pre = key_pre.view(*key_pre.shape[:2], -1, key.shape[-1]).transpose(1, 2)
-        out = layer.rule(cast(int, module.layer_idx), query, key, value, pre, scale)
+        pre = layer.key_pre(key)
+        out = layer.rule(layer.index, query, key, value, pre, scale)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _sliding(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
-    position = torch.arange(query.shape[2], device=query.device)
-    distance = position[:, None] - position[None, :]
-    mask = (distance >= 0) & (distance < window)
+def _sliding(query: Tensor, key: Tensor, value: Tensor, scale: float, layer: _Layer) -> Tensor:
+    at = torch.arange(query.shape[2], device=query.device)
+    distance = at[:, None] - at
+    mask = (distance >= 0) & (distance < cast(int, layer.window))
+    if layer.chunk is not None:
+        mask &= at[:, None] // layer.chunk == at // layer.chunk
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
     )
+
+
+def check_trains(model: nn.Module) -> None:
+    """Raises UnsupportedError for a model whose attention cannot be trained against."""
+    known = served(model)
+    if known.readers or len(known.modules) != len(known.layers):
+        raise UnsupportedError("model: its layers share keys or modules, which training does not")
+    for index, layer in enumerate(known.layers):
+        has = {"softcap": layer.softcap is not None, "sinks": bool(layer.sinks)}
+        for name in (name for name, there in has.items() if there):
+            raise UnsupportedError(
+                f"model: layer {index} has {name}, which training's attention does not compute"
+            )
+    check_pre_rope(known)
 
 
 class AttachedModel:
@@ -98,7 +123,7 @@ class AttachedModel:
         forward stays until the next one.
         """
         for layer in self._layers:
-            layer.rule, layer.key_pre = rule, None
+            layer.rule, layer.kept = rule, None
         device = input_ids.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             states: Tensor = self._decoder(input_ids, use_cache=False).last_hidden_state
@@ -118,20 +143,24 @@ def attach_for_training(
     Raises:
         UnsupportedError: the adapter does not serve the model.
     """
+    check_trains(model)
     known = attention_layers(model)
     base, decoder = base_of(model), decoder_of(model)
     AttentionInterface.register(NAME, _attention)
     implementation, was_training = base.config._attn_implementation, model.training
     frozen = [(p, p.requires_grad) for p in model.parameters()]
-    layers = [_Layer(layer.window) for layer in known]
+    layers = [_Layer(index, layer) for index, layer in enumerate(known)]
     with ExitStack() as undo:
         undo.callback(model.train, was_training)
         undo.callback(base.set_attn_implementation, implementation)
         for parameter, flag in frozen:
             undo.callback(parameter.requires_grad_, flag)
             parameter.requires_grad_(False)
-        for module, layer in zip([x.module for x in known], layers, strict=True):
-            undo.callback(key_source(module).register_forward_hook(_stash(layer)).remove)
+        for record, layer in zip(known, layers, strict=True):
+            module, rule = record.module, record.pre_rope
+            if rule is not None:
+                for hook in keep_for(base, rule, module, layer.keep):
+                    undo.callback(hook.remove)
             setattr(module, _SLOT, layer)
             undo.callback(delattr, module, _SLOT)
         if checkpointing:
@@ -148,10 +177,3 @@ def _checkpoint(layer: nn.Module) -> None:
     layer.forward = partial(
         checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
     )
-
-
-def _stash(layer: _Layer) -> Callable[[nn.Module, Any, Tensor], None]:
-    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        layer.key_pre = output
-
-    return hook

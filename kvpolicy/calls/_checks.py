@@ -71,6 +71,24 @@ def check_layer(state: CacheState, layer: int) -> Call:
     return state.call
 
 
+def check_shared(state: CacheState, layer: int, last: Sequence[int] | None) -> Call:
+    """The open call; raises unless `layer` ran in it and lets others read its keys."""
+    if state.call is None:
+        raise PhaseError("attend_shared: no call is open; call begin(state, lengths, phase) first")
+    shares = [n for n in range(state.spec.layers) if state.spec.at(n).shared]
+    if layer not in shares:
+        raise ValueError(f"layer: wanted one that the spec says is shared, {shares}, got {layer}")
+    if layer not in state.call.done:
+        raise PhaseError(f"attend_shared: layer {layer} has not run in this call")
+    call = state.call
+    if last is not None:
+        most = list(call.added)
+        fits = len(last) == len(most) and all(0 <= n <= m for n, m in zip(last, most, strict=True))
+        if call.phase != "prompt" or not fits:
+            raise ValueError(f"last: wanted up to {most} tokens of a prompt call, got {last}")
+    return call
+
+
 def check_complete(state: CacheState) -> Call:
     """The open call; raises if some layer has not run in it."""
     if state.call is None:

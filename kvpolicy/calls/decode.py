@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from ..admission import Write
+from ..errors import UnsupportedError
+from ..ops import Heads
 from ..store.layer import LayerStore
 from ..store.state import CacheState, Call
 from ..store.summaries import refresh_last
@@ -27,18 +29,14 @@ def decode(
     """Attention of one or more columns, one after the other; see `CachePipeline.attend`."""
     columns, sizes = call.columns, layer.sizes
     check_input(layer, "query", query, (state.batch, sizes.heads, columns, sizes.head_dim))
-    for name, tensor in (("key", key), ("value", value)):
-        check_input(layer, name, tensor, (state.batch, sizes.kv_heads, columns, sizes.head_dim))
+    kv = state.batch, sizes.kv_heads, columns
+    check_input(layer, "key", key, (*kv, sizes.head_dim))
+    check_input(layer, "value", value, (*kv, sizes.value_dim))
     if columns > state.spec.rollback and layer.index not in call.undo:
         call.undo[layer.index] = layer.snapshot()
-    lengths, active = state.on(layer).lengths, state.on(layer).active
     outs = []
     for column in range(columns):
-        at, on = lengths, active
-        if call.valid is not None:
-            valid = call.valid.to(layer.device)
-            at = lengths + (valid[:, :column] & active[:, None]).sum(1)
-            on = active & valid[:, column]
+        at, on = _column(state, call, layer, column)
         write = Write(
             key[:, :, column].transpose(0, 1),
             value[:, :, column].transpose(0, 1),
@@ -50,7 +48,60 @@ def decode(
             hidden=None if hidden is None else hidden[:, column],
         )
         outs.append(_token(state, layer, query[:, :, column], write, on))
+        if sizes.shared and columns > 1:
+            call.columnwise.setdefault(layer.index, []).append(layer.counts.clone())
     return outs[0][:, :, None] if columns == 1 else torch.stack(outs, 2)
+
+
+def read_decoded(
+    state: CacheState, call: Call, layer: LayerStore, query: Tensor, sinks: Tensor | None
+) -> Tensor:
+    """Attention of another query over what a layer read; see `CachePipeline.attend_shared`.
+
+    A choice of pages goes by summaries, of which only those after the last column are left.
+    """
+    asked = min(query.shape[2], call.columns)  # the last ones
+    shape = state.batch, query.shape[1], asked, layer.sizes.head_dim
+    check_input(layer, "query", query, shape)
+    if call.columns > 1 and not (layer.selection.neutral or layer.slides):
+        raise UnsupportedError(
+            f"{type(layer.selection).__name__}: layers share the keys of layer {layer.index}, and "
+            "cannot choose pages for several tokens of one decode call; decode token by token, or "
+            "read a question as a prompt (question='prompt')"
+        )
+    outs = []
+    for place in range(asked):
+        column = call.columns - asked + place
+        at, on = _column(state, call, layer, column)
+        heads = layer.heads
+        if call.columns > 1:
+            heads = heads._replace(counts=call.columnwise[layer.index][column])
+        token = query[:, :, column]
+        outs.append(
+            _attention(state, layer, heads, token, at, on, sinks, select(state, layer, token))
+        )
+    return outs[0][:, :, None] if asked == 1 else torch.stack(outs, 2)
+
+
+def _column(state: CacheState, call: Call, layer: LayerStore, column: int) -> tuple[Tensor, Tensor]:
+    """Tokens before a column and the sequences for which it is a real token, `[B]` each."""
+    lengths, active = state.on(layer).lengths, state.on(layer).active
+    if call.valid is None:
+        return lengths, active
+    valid = call.valid.to(layer.device)
+    before = (valid[:, :column] & active[:, None]).sum(1)
+    return lengths + before, active & valid[:, column]
+
+
+def _attention(
+    state: CacheState, layer: LayerStore, heads: Heads, query: Tensor, lengths: Tensor,
+    active: Tensor, sinks: Tensor | None, selected: Tensor | None,
+) -> Tensor:  # fmt: skip
+    sizes = layer.sizes
+    return state.ops.paged_decode(
+        query, layer.pool.pages, heads, layer.ring, lengths, active, layer.window, sizes.scale,
+        selected=selected, softcap=sizes.softcap, sinks=sinks, chunk=sizes.chunk,
+    )  # fmt: skip
 
 
 def _token(
@@ -69,7 +120,6 @@ def _token(
     if not (minmax or layer.selection.neutral or layer.slides):
         refresh_last(state, layer)
     layer.selected = select(state, layer, query)
-    return state.ops.paged_decode(
-        query, layer.pool.pages, layer.heads, layer.ring, lengths, active, layer.window,
-        layer.sizes.scale, selected=layer.selected,
-    )  # fmt: skip
+    return _attention(
+        state, layer, layer.heads, query, lengths, active, layer.sinks, layer.selected
+    )

@@ -116,7 +116,8 @@ def score(state: CacheState, layer: LayerStore, most: int) -> tuple[Tensor, Tens
     table, valid = held(layer, most)
     stored = StoredTokens(
         layer.pool.pages, layer.heads._replace(table=table), layer.ring, layer.queries,
-        state.on(layer).lengths, layer.window, layer.sizes.scale, partial(view, state, layer, most),
+        state.on(layer).lengths, layer.window, layer.sizes.scale, layer.sizes.softcap, layer.sinks,
+        partial(view, state, layer, most),
     )  # fmt: skip
     scores = policy.scores(state.ops, stored)
     wanted = f"{type(policy).__name__}.score: wanted floats {list(valid.shape)} without NaN"
@@ -132,8 +133,7 @@ def longest(layers: Sequence[LayerStore]) -> list[int]:
     """Most global tokens of a head in each layer; waits for the device once."""
     if not layers:
         return []
-    counts = torch.stack([x.counts.to(layers[0].device) for x in layers])
-    most: list[int] = counts.flatten(1).amax(1).tolist()
+    most: list[int] = torch.stack([x.counts.amax().to(layers[0].device) for x in layers]).tolist()
     return most
 
 
@@ -178,6 +178,8 @@ def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:
         scale=layer.sizes.scale,
         queries=queries,
         query_valid=query_valid,
+        softcap=layer.sizes.softcap,
+        sinks=layer.sinks,
     )
 
 

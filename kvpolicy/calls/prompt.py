@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from ..errors import PhaseError
 from ..ops import Bounds, Segments
 from ..store.layer import LayerStore
 from ..store.ring import keep_last, recent
-from ..store.state import CacheState, Call
+from ..store.state import CacheState, Call, Told
 from ..store.summaries import summarize
 from ._checks import check_input
 from .decide import decide_prompt
@@ -32,15 +32,15 @@ def prompt(
     """Attention of new tokens, packed over sequences; see `CachePipeline.attend`."""
     tokens, sizes = sum(call.added), layer.sizes
     check_input(layer, "query", query, (sizes.heads, tokens, sizes.head_dim))
-    for name, tensor in (("key", key), ("value", value)):
-        check_input(layer, name, tensor, (sizes.kv_heads, tokens, sizes.head_dim))
+    check_input(layer, "key", key, (sizes.kv_heads, tokens, sizes.head_dim))
+    check_input(layer, "value", value, (sizes.kv_heads, tokens, sizes.value_dim))
     if layer.index in call.before:
         raise PhaseError(
             f"attend: layer {layer.index} failed in this call; abort it and begin again"
         )
     seg = segments_of(state, call, layer)
     if tokens == 0:
-        return query.clone()
+        return query.new_empty(sizes.heads, 0, sizes.value_dim)
     positions = torch.cat(
         [
             torch.arange(start, start + n, device=key.device)
@@ -54,22 +54,64 @@ def prompt(
     flags = decide_prompt(layer, write)
     k, v, f = (recent(r, x, seg) for r, x in zip(layer.ring, (key, value, flags), strict=True))
     bounds = write_prompt(state, call, layer, seg, k, v, f)
-    pages, scale, begun = layer.pool.pages, sizes.scale, any(state.lengths)
+    begun = any(state.lengths)
     # Dense kernels take one sequence after the other, which pays for whole prompts only.
     alone = state.batch == 1 or not begun
     whole = not any(row.evicted_at for row in state.sequences) and _holds_all(state, call, layer)
-    if layer.admission.neutral and not layer.slides and whole and alone:
-        out = state.ops.dense_prefill(query, k, v, seg, pages, layer.table, scale)
-    else:
-        out = state.ops.prefill_attention(
-            query, k, v, f, seg, pages, layer.heads, layer.window, scale, bounds
-        )
+    dense = layer.admission.neutral and not layer.slides and whole and alone
+    told = Told(seg, k, v, f, bounds, dense)
+    if sizes.shared:
+        call.told[layer.index] = told
+    out = _attention(state, layer, query, layer.sinks, told)
     if begun and layer.index not in call.undo:
         call.undo[layer.index] = layer.snapshot()
     keep_last(layer.ring, (key, value, flags), seg)
     if layer.queries is not None:
         keep_last((layer.queries,), (query,), seg)
     return out
+
+
+def read_prompt(
+    state: CacheState,
+    call: Call,
+    layer: LayerStore,
+    query: Tensor,
+    sinks: Tensor | None,
+    last: tuple[int, ...] | None,
+) -> Tensor:
+    """Attention of another query over what a layer read; see `CachePipeline.attend_shared`."""
+    sizes, last = layer.sizes, call.added if last is None else last
+    check_input(layer, "query", query, (query.shape[0], sum(last), sizes.head_dim))
+    if not sum(last):
+        return query.new_empty(query.shape[0], 0, sizes.value_dim)
+    told = call.told[layer.index]
+    if last != call.added:
+        told = told._replace(segments=_last(told.segments, last))
+    return _attention(state, layer, query, sinks, told)
+
+
+def _last(seg: Segments, last: tuple[int, ...]) -> Segments:
+    """Segments of the `last` tokens of each sequence alone."""
+    cu_q = (0, *accumulate(last))
+    spans = zip(seg.start, pairwise(seg.cu_q), last, strict=True)
+    start = tuple(at + end - begin - n for at, (begin, end), n in spans)
+    on = [torch.tensor(n, dtype=torch.int32, device=seg.cu_q_dev.device) for n in (cu_q, start)]
+    return seg._replace(cu_q=cu_q, start=start, cu_q_dev=on[0], start_dev=on[1])
+
+
+def _attention(
+    state: CacheState, layer: LayerStore, query: Tensor, sinks: Tensor | None, told: Told
+) -> Tensor:
+    pages, sizes = layer.pool.pages, layer.sizes
+    recent_kv, more = (told.key, told.value), {"softcap": sizes.softcap, "sinks": sinks}
+    if told.dense:
+        return state.ops.dense_prefill(
+            query, *recent_kv, told.segments, pages, layer.table, sizes.scale, **more
+        )
+    return state.ops.prefill_attention(
+        query, *recent_kv, told.flags, told.segments, pages, layer.heads, layer.window,
+        sizes.scale, told.bounds, chunk=sizes.chunk, **more,
+    )  # fmt: skip
 
 
 def _holds_all(state: CacheState, call: Call, layer: LayerStore) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._fields import one_of
 from .._knob import Knob
+from .._names import named
 from .._option import option
 from ..admission import Admission, Write
 from ..budget import Budget, budget_knob, budget_of, check_budget
@@ -31,7 +32,8 @@ class EvictionView:
     Local window in position order: `recent_keys` `[B, Hkv, W, D]`, `recent_valid` `[B, W]`,
     ending at position `lengths - 1` in the last column. Where the eviction asks for `queries`:
     `queries` `[B, Hq, w, D]` (after RoPE) ending at the same position, `query_valid` `[B, w]`.
-    `lengths` `[B]` counts the tokens seen; `scale` multiplies q.k.
+    `lengths` `[B]` counts the tokens seen; `scale` multiplies q.k; `softcap` bounds the product and
+    `sinks` `[Hq]` are logits that join each softmax, where the model has them.
 
     What comes from pages may be given as a function that returns the tensor; it is called when a
     policy first asks, so that a cache copies only what is used.
@@ -49,6 +51,8 @@ class EvictionView:
     scale: float
     queries: Tensor | None = None
     query_valid: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
     @cached_property
     def keys(self) -> Tensor:
@@ -84,8 +88,8 @@ class StoredTokens(NamedTuple):
     """What one layer of the cache stores, as an op reads it; see `kvpolicy.ops`.
 
     `heads` names the pages in use of every head; `queries` `[B, Hq, S', D]` is the ring of recent
-    queries where the eviction asks for them, `lengths` `[B]` the tokens seen. `view` makes the same
-    an `EvictionView`.
+    queries where the eviction asks for them, `lengths` `[B]` the tokens seen; `softcap` and `sinks`
+    as in `EvictionView`. `view` makes the same an `EvictionView`.
     """
 
     pages: Pages
@@ -95,6 +99,8 @@ class StoredTokens(NamedTuple):
     lengths: Tensor
     window: int
     scale: float
+    softcap: float | None
+    sinks: Tensor | None
     view: Callable[[], EvictionView]
 
 
@@ -202,6 +208,7 @@ class Eviction(ABC):
         return budget_knob(budget, **sizes).map(lambda found: attrs.evolve(policy, budget=found))
 
 
+@named
 @attrs.frozen(kw_only=True)
 class KeepAll(Eviction):
     """Evicts nothing: the neutral eviction."""

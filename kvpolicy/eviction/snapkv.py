@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._fields import one_of, positive
+from .._names import named
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import HeadGroup, Normalize, Pooling, When
 from ..ops import Ops
@@ -22,6 +23,7 @@ def _odd(instance: SnapKV, attribute: attrs.Attribute[Any], value: int) -> None:
         raise ValueError(f"{attribute.name}: wanted an odd number, got {value}; write {value + 1}")
 
 
+@named
 @attrs.frozen(kw_only=True)
 class SnapKV(Eviction):
     """Scores tokens by the attention of the last `observation` queries, pooled over neighbours.
@@ -61,7 +63,7 @@ class SnapKV(Eviction):
         return ops.window_scores(
             stored.pages, stored.heads, stored.ring, stored.queries, stored.lengths, stored.window,
             stored.scale, observation=self.observation, kernel=self.kernel, pooling=self.pooling,
-            group=self.group, normalize=self.normalize,
+            group=self.group, normalize=self.normalize, softcap=stored.softcap, sinks=stored.sinks,
         )  # fmt: skip
 
     def score(self, view: EvictionView) -> Tensor:
@@ -99,19 +101,27 @@ class SnapKV(Eviction):
             q, keys, recent_keys = q.float(), keys.float(), recent_keys.float()
         end = view.lengths[row]
         at = (end - w + torch.arange(w, device=q.device))[:, None]  # query positions [w, 1]
-        logits = (q @ keys[:, None].transpose(2, 3)).to(wide) * view.scale
+        logits = _capped((q @ keys[:, None].transpose(2, 3)).to(wide) * view.scale, view.softcap)
         ok = (view.valid[row, :, None, :used] & (view.positions[row, :, None, :used] <= at))[
             :, None
         ]
         if self.normalize == "visible":
             recent = recent_keys.shape[1]
             near = (q @ recent_keys[:, None].transpose(2, 3)).to(wide) * view.scale
+            near = _capped(near, view.softcap)
             key_at = end - recent + torch.arange(recent, device=q.device)
             near_ok = view.recent_valid[row] & (key_at <= at)  # [w, W]
             logits = torch.cat([logits, near], -1)
             ok = torch.cat([ok, near_ok.expand(kv_heads, 1, -1, -1)], -1)
         logits = logits.masked_fill(~ok, float("-inf"))
+        if view.sinks is not None:
+            sinks = view.sinks.to(logits).view(kv_heads, -1, 1, 1)
+            logits = torch.cat([logits, sinks.expand(*logits.shape[:3], 1)], -1)
         # A query without any key gives NaN, and a query not yet seen gives nothing.
         weights: Tensor = logits.softmax(-1).nan_to_num(0.0)[..., :used]
         weights = weights * view.query_valid[row, :, None]
         return weights
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)

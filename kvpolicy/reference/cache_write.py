@@ -98,7 +98,7 @@ def _promote(
     if len(h) < len(bits):
         key, value = key[heads], value[heads]
     pages.k.view(-1, dim).index_copy_(0, slot, key)
-    pages.v.view(-1, dim).index_copy_(0, slot, value)
+    pages.v.view(-1, value.shape[1]).index_copy_(0, slot, value)
     pages.meta.view(-1).index_copy_(0, slot, at.int())
     if len(h) < len(bits):
         counts[heads] += 1

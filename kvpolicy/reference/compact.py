@@ -10,11 +10,14 @@ from ..ops import Pages
 
 def read_tokens(pages: Pages, table: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Global tokens `source` `[B, Hkv, n]` of each head: `Ops.read_tokens`."""
-    size, dim = pages.k.shape[1:]
+    size = pages.k.shape[1]
     token = source.clamp(min=0).long()
     slot = (table.gather(2, token // size).long() * size + token % size).flatten()
     none = source < 0
-    k, v = (x.view(-1, dim).index_select(0, slot).view(*source.shape, dim) for x in pages[:2])
+    k, v = (
+        x.view(-1, x.shape[2]).index_select(0, slot).view(*source.shape, x.shape[2])
+        for x in pages[:2]
+    )
     meta = pages.meta.view(-1).index_select(0, slot).view(source.shape)
     return (
         k.masked_fill_(none[..., None], 0),

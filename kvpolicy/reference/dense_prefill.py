@@ -7,7 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import Pages, Segments
+from ._logits import attend
 from .page_io import read_pages
+
+TILE = 256
 
 
 def dense_prefill(
@@ -18,9 +21,12 @@ def dense_prefill(
     pages: Pages,
     table: Tensor,
     scale: float,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention `[Hq, Tq, D]` where every token is stored: `Ops.dense_prefill`."""
-    dim = key.shape[2]
+    """Causal attention `[Hq, Tq, Dv]` where every token is stored: `Ops.dense_prefill`."""
+    dim = value.shape[2]
     out = torch.empty(query.shape[1], query.shape[0], dim, dtype=query.dtype, device=query.device)
     for row, start in enumerate(segments.start):
         q0, q1 = segments.cu_q[row : row + 2]
@@ -34,6 +40,13 @@ def dense_prefill(
             far_k, far_v, _ = read_pages(pages, table[row, :, :used])
             k = torch.cat([far_k.flatten(1, 2)[:, :first], k], 1)
             v = torch.cat([far_v.flatten(1, 2)[:, :first], v], 1)
+        if softcap is not None or sinks is not None:
+            for tile in range(0, q1 - q0, TILE):
+                own = query[:, q0 + tile : min(q0 + tile + TILE, q1)]
+                out[q0 + tile : q0 + tile + own.shape[1]] = _tile(
+                    own, k, v, start + tile, scale, softcap, sinks
+                ).transpose(0, 1)
+            continue
         mask = None
         if start:
             at = torch.arange(start + q1 - q0, device=key.device)
@@ -49,3 +62,21 @@ def dense_prefill(
         )
         out[q0:q1] = attended[0].transpose(0, 1)
     return out.transpose(0, 1)
+
+
+def _tile(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start: int,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Queries `[Hq, T, D]` at positions start, start + 1, ... over keys from position 0 on."""
+    heads, tokens, dim = query.shape
+    at = torch.arange(start + tokens, device=key.device)
+    folded = query.reshape(key.shape[0], -1, dim)
+    k, v = key[:, : start + tokens], value[:, : start + tokens]
+    out = attend(folded, k, v, (at <= at[start:, None])[None], scale, softcap, sinks)
+    return out.view(heads, tokens, -1)

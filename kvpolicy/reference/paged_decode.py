@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..ops import Heads, Pages, Ring, ring_slot
-from ._logits import logits, widened
+from ..ops import POSITION_MASK, Heads, Pages, Ring, ring_slot
+from ._logits import logits, softmax, widened
 
 
 def paged_decode(
@@ -20,8 +20,12 @@ def paged_decode(
     window: int,
     scale: float,
     selected: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
-    """Attention `[B, Hq, D]` over the local window and the global tokens: `Ops.paged_decode`."""
+    """Attention `[B, Hq, Dv]` over the local window and the global tokens: `Ops.paged_decode`."""
     table, counts = heads
     ring_k, ring_v, _ = ring
     batch, kv_heads, slots, dim = ring_k.shape
@@ -45,20 +49,18 @@ def paged_decode(
     parts = [(ring_k, ring_v)]
     if ids.shape[2] > run:
         flat = ids[:, :, run:].reshape(-1)
-        shape = (batch, kv_heads, (ids.shape[2] - run) * size, dim)
+        shape = (batch, kv_heads, (ids.shape[2] - run) * size, -1)
         gathered = [x.index_select(0, flat).view(shape) for x in (pages.k, pages.v)]
         parts.insert(0, (gathered[0], gathered[1]))
     if run:
-        page = size * dim
-        shape = (batch, kv_heads, run * size, dim)
-        strides = (kv_heads * stride * page, stride * page, dim, 1)
-        lying = [x.as_strided(shape, strides, first * page) for x in (pages.k, pages.v)]
-        parts.insert(0, (lying[0], lying[1]))
+        place = (batch, kv_heads, run * size), (first, stride)
+        parts.insert(0, (_lying(pages.k, *place), _lying(pages.v, *place)))
 
     q = query.view(batch, kv_heads, -1, dim)
-    scores = torch.cat([logits(q, k, scale) for k, _ in parts], -1)
+    scores = torch.cat([logits(q, k, scale, softcap) for k, _ in parts], -1)
     tokens = scores.shape[3] - slots
-    held = counts[0].tolist() if batch == 1 and selected is None else []
+    even = batch == 1 and selected is None and chunk is None
+    held = counts[0].tolist() if even else []
     if held and held == held[:1] * kv_heads:
         # One sequence with even heads: what is hidden is the pages' end and a part of the ring.
         scores[..., held[0] : tokens] = float("-inf")
@@ -67,15 +69,29 @@ def paged_decode(
         token = start[..., None] + torch.arange(size, device=table.device)
         token = token.expand(batch, kv_heads, -1, size).flatten(2)
         back = ring.slot(lengths[:, None] - torch.arange(slots, device=table.device))
-        near = back < (lengths + 1).clamp_(max=window)[:, None]
-        near = near[:, None].expand(-1, kv_heads, -1)
-        hidden = torch.cat([token < counts[..., None], near], -1).logical_not_()[:, :, None]
+        reach, far = (lengths + 1).clamp_(max=window), token < counts[..., None]
+        if chunk is not None:
+            reach = reach.minimum(lengths % chunk + 1)
+            at = (pages.meta[ids.long()] & POSITION_MASK).flatten(2)
+            far &= at >= (lengths - lengths % chunk)[:, None, None]
+        near = (back < reach[:, None])[:, None].expand(-1, kv_heads, -1)
+        hidden = torch.cat([far, near], -1).logical_not_()[:, :, None]
         scores.masked_fill_(hidden, float("-inf"))
-    weights = scores.softmax(-1).to(ring_v.dtype)
+    if sinks is not None:
+        sinks = sinks.view(kv_heads, -1)
+    weights = softmax(scores, sinks).to(ring_v.dtype)
     shares = widened(weights).split([v.shape[2] for _, v in parts], -1)
     out = sum(share @ widened(v) for share, (_, v) in zip(shares, parts, strict=True))
-    out = out.view(batch, -1, dim).to(query.dtype)
+    out = out.view(batch, -1, ring_v.shape[3]).to(query.dtype)
     return out if bool(active.all()) else out * active[:, None, None]
+
+
+def _lying(store: Tensor, shape: tuple[int, int, int], place: tuple[int, int]) -> Tensor:
+    """Tokens `[B, Hkv, N, D]` of heads whose pages lie in a row: the first page, and a stride."""
+    (_, kv_heads, _), (first, stride), (size, dim) = shape, place, store.shape[1:]
+    page = size * dim
+    strides = (kv_heads * stride * page, stride * page, dim, 1)
+    return store.as_strided((*shape, dim), strides, first * page)
 
 
 def _hide_in_ring(scores: Tensor, length: int, window: int) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import ADMITTED, POSITION_MASK, Bounds, Heads, Pages, Segments
+from ._logits import attend
 from .page_io import read_pages
 
 TILE = 256
@@ -23,11 +23,16 @@ def prefill_attention(
     window: int,
     scale: float,
     bounds: Bounds | None = None,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
     """Attention over {j <= i : i - j < window or admitted[j]}: `Ops.prefill_attention`."""
     table, counts = heads
     kv_heads, dim = key.shape[0], key.shape[2]
-    out = torch.empty(query.shape[1], query.shape[0], dim, dtype=query.dtype, device=query.device)
+    shape = query.shape[1], query.shape[0], value.shape[2]
+    out = torch.empty(shape, dtype=query.dtype, device=query.device)
     for row, start in enumerate(segments.start):
         q0, q1 = segments.cu_q[row : row + 2]
         k0, k1 = segments.cu_k[row : row + 2]
@@ -47,22 +52,18 @@ def prefill_attention(
             seen = (at <= here) & ((here - at < window) | keep)
             before = far_at < tile - window + 1
             width = int(before.sum(-1).max()) if used else 0
-            mask = torch.cat(
-                [
-                    before[:, None, :width].expand(-1, stop - tile, -1),
-                    seen.expand(kv_heads, -1, -1),
-                ],
-                -1,
-            )
+            far = before[:, None, :width].expand(-1, stop - tile, -1)
+            if chunk is not None:
+                far = far & (far_at[:, None, :width] // chunk == here // chunk)
+                seen = seen & (at // chunk == here // chunk)
+            mask = torch.cat([far, seen.expand(kv_heads, -1, -1)], -1)
             k = torch.cat([far_k[:, :width], key[:, near]], 1)
             v = torch.cat([far_v[:, :width], value[:, near]], 1)
             q = query[:, q0 + tile - start : q0 + stop - start]
             group = q.shape[0] // kv_heads
             q = q.reshape(kv_heads, group * (stop - tile), dim)
-            attended = F.scaled_dot_product_attention(
-                q[None], k[None], v[None], attn_mask=mask.repeat(1, group, 1)[None], scale=scale
-            )
-            attended = attended.view(kv_heads * group, stop - tile, dim)
+            attended = attend(q, k, v, mask, scale, softcap, sinks)
+            attended = attended.view(kv_heads * group, stop - tile, -1)
             out[q0 + tile - start : q0 + stop - start] = attended.transpose(0, 1)
     return out.transpose(0, 1)
 

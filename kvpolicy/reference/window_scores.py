@@ -28,6 +28,8 @@ def window_scores(
     pooling: str,
     group: str,
     normalize: str,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Scores `[B, Hkv, M * P]` by the weights of the last queries: `Ops.window_scores`.
 
@@ -43,7 +45,8 @@ def window_scores(
         used, own = -(-most // size), slice(row, row + 1)
         mass[own, :, : used * size] = _mass(
             pages, Heads(heads.table[own, :, :used], heads.counts[own]), ring.k[own],
-            queries[own], lengths[own], window, scale, observation, group, normalize,
+            queries[own], lengths[own], window, scale, observation, group, normalize, softcap,
+            sinks,
         )  # fmt: skip
     pool = F.avg_pool1d if pooling == "avg" else F.max_pool1d
     return pool(mass, kernel, 1, kernel // 2)
@@ -51,7 +54,8 @@ def window_scores(
 
 def _mass(
     pages: Pages, heads: Heads, ring_k: Tensor, queries: Tensor, lengths: Tensor, window: int,
-    scale: float, observation: int, group: str, normalize: str,
+    scale: float, observation: int, group: str, normalize: str, softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Weights `[1, Hkv, M * P]` of one sequence's tokens, before pooling.
 
@@ -64,7 +68,8 @@ def _mass(
     at = at[:, None, None, :, None]
 
     def seen_logits(keys: Tensor, seen: Tensor) -> Tensor:
-        return logits(q, keys[:, :, None], scale).masked_fill_(~seen, float("-inf"))
+        found = logits(q, keys[:, :, None], scale, softcap)
+        return found.masked_fill_(~seen, float("-inf"))
 
     chunk = max(_LOGITS // (q.numel() // dim), 1)
     parts = [
@@ -76,6 +81,8 @@ def _mass(
         near = where[:, None, None, None]
         seen = (near >= 0) & (near <= at)
         parts.append(seen_logits(_in_ring(ring_k, where), seen).logsumexp(-1))
+    if sinks is not None:
+        parts.append(sinks.to(wide).view(1, kv_heads, -1, 1).expand(q.shape[:4]))
     total = torch.stack(parts).logsumexp(0) if parts else q.new_zeros(q.shape[:4], dtype=wide)
     # A query that saw no key, such as one before the first, weighs nothing.
     total = total.masked_fill(~(total > float("-inf")), float("inf"))[..., None]

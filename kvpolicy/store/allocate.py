@@ -31,8 +31,8 @@ def allocate(
     """
     device = torch.empty(0, device=spec.device).device  # "cuda" becomes the current device
     spec = attrs.evolve(spec, device=device)
-    summary = summary_size(selection, spec)
-    pools = {dim: _pool(spec, dim, ops, summary) for dim in _page_dims(spec)}
+    summaries = summary_sizes(selection, spec)
+    pools = {pages: _pool(spec, pages, ops, summaries.get(pages)) for pages in _kinds(spec)}
     state = CacheState(spec, ops, Devices([device], pools.values(), batch), batch)
     if device.type != "meta":
         admission = admission.place(device, spec.dtype, ops.backend)
@@ -45,44 +45,47 @@ def allocate(
         sizes = spec.at(index)
         slides = sizes.window is not None
         near = window if sizes.window is None else sizes.window
-        slots, heads, dim = near + spec.rollback, sizes.kv_heads, sizes.head_dim
+        slots, heads = near + spec.rollback, sizes.kv_heads
         layer = LayerStore(
             index=index,
             sizes=sizes,
             window=near,
             slides=slides,
             ring=Ring(
-                zeros(heads, slots, dim, dtype=spec.dtype),
-                zeros(heads, slots, dim, dtype=spec.dtype),
+                zeros(heads, slots, sizes.head_dim, dtype=spec.dtype),
+                zeros(heads, slots, sizes.value_dim, dtype=spec.dtype),
                 zeros(heads, slots, dtype=torch.uint8),
             ),
             table=zeros(heads, 1 if slides else _bucket(1), dtype=torch.int32),
             counts=zeros(heads, dtype=torch.int32),
             evicted=zeros(heads, dtype=torch.int64),
-            pool=pools[dim],
+            pool=pools[sizes.pages],
             admission=admission.at(index),
             selection=selection.at(index),
             eviction=eviction.at(index),
         )
         if layer.eviction.queries and not slides:
-            layer.queries = zeros(
-                sizes.heads, layer.eviction.queries + spec.rollback, dim, dtype=spec.dtype
-            )
+            kept = layer.eviction.queries + spec.rollback
+            layer.queries = zeros(sizes.heads, kept, sizes.head_dim, dtype=spec.dtype)
         state.add_layer(layer)
     return state
 
 
-def _page_dims(spec: CacheSpec) -> list[int]:
-    """The head dims of the model's layers; pages of each come from a pool of their own."""
-    return list(dict.fromkeys(spec.at(index).head_dim for index in range(spec.layers)))
+def _kinds(spec: CacheSpec) -> list[tuple[int, int, int]]:
+    """The kinds of pages of the model's layers; each kind has a pool of its own."""
+    return list(dict.fromkeys(spec.at(index).pages for index in range(spec.layers)))
 
 
 def _pool(
-    spec: CacheSpec, head_dim: int, ops: Ops, summary: tuple[int, torch.dtype] | None
+    spec: CacheSpec,
+    pages: tuple[int, int, int],
+    ops: Ops,
+    summary: tuple[int, torch.dtype] | None,
 ) -> PagePool:
     pool = PagePool(
         page_size=spec.page_size,
-        head_dim=head_dim,
+        head_dim=pages[1],
+        value_dim=pages[2],
         dtype=spec.dtype,
         device=spec.device,
         summary=summary,
@@ -94,14 +97,19 @@ def _pool(
     return pool
 
 
-def summary_size(policy: Selection, spec: CacheSpec) -> tuple[int, torch.dtype] | None:
-    """Width and dtype of a page summary: the widest over layers, tried on an empty page."""
-    found: tuple[int, torch.dtype] | None = None
-    for layer in range(spec.layers):
-        selection = policy.at(layer)
+def summary_sizes(
+    policy: Selection, spec: CacheSpec
+) -> dict[tuple[int, int, int], tuple[int, torch.dtype]]:
+    """Width and dtype of page summaries by kind of pages: the widest over its layers.
+
+    Tried on an empty page.
+    """
+    found: dict[tuple[int, int, int], tuple[int, torch.dtype]] = {}
+    for layer in spec.managed:
+        selection, sizes = policy.at(layer), spec.at(layer)
         if selection.neutral:
             continue
-        keys = torch.zeros(1, spec.page_size, spec.at(layer).head_dim, dtype=spec.dtype)
+        keys = torch.zeros(1, spec.page_size, sizes.head_dim, dtype=spec.dtype)
         valid = torch.ones(1, spec.page_size, dtype=torch.bool)
         summary = selection.summarize(keys, valid)
         if summary.ndim != 2 or summary.shape[0] != 1 or not summary.dtype.is_floating_point:
@@ -109,9 +117,10 @@ def summary_size(policy: Selection, spec: CacheSpec) -> tuple[int, torch.dtype] 
                 f"{type(selection).__name__}.summarize: wanted floats [N, S], got {summary.dtype} "
                 f"{list(summary.shape)} for N = 1"
             )
-        if found is not None and found[1] != summary.dtype:
+        width, dtype = found.get(sizes.pages, (0, summary.dtype))
+        if dtype != summary.dtype:
             raise ValueError(
-                f"selection: summaries have different dtypes: {found[1]} and {summary.dtype}"
+                f"selection: summaries have different dtypes: {dtype} and {summary.dtype}"
             )
-        found = (max(summary.shape[1], found[0] if found else 0), summary.dtype)
+        found[sizes.pages] = max(summary.shape[1], width), dtype
     return found

@@ -22,7 +22,8 @@ class LayerStore:
 
     `table` `[B, Hkv, M]` int32, `counts` `[B, Hkv]` int32 global tokens, `evicted` `[B, Hkv]`
     int64. `queries` `[B, Hq, slots', D]` is the ring of recent queries that an eviction asked for.
-    `selected` is what the last decoded token read.
+    `selected` is what the last decoded token read. `sinks` `[Hq]` are the model's attention sinks,
+    which the last call brought.
     """
 
     index: int
@@ -39,6 +40,7 @@ class LayerStore:
     eviction: Eviction
     queries: Tensor | None = None
     selected: Tensor | None = None
+    sinks: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -75,3 +77,13 @@ class LayerStore:
         """Puts a snapshot back."""
         for target, source in zip(self.rings, saved, strict=True):
             target.copy_(source)
+
+
+def check_sinks(sinks: Tensor | None, heads: int, device: torch.device) -> None:
+    """Raises unless `sinks` is None or a logit for each of `heads`, on `device`."""
+    if sinks is None:
+        return
+    if tuple(sinks.shape) != (heads,) or not sinks.dtype.is_floating_point:
+        raise ValueError(f"sinks: wanted floats [{heads}], got {sinks.dtype} {list(sinks.shape)}")
+    if sinks.device != device:
+        raise ValueError(f"sinks: wanted a tensor on {device}, got {sinks.device}")

@@ -17,7 +17,7 @@ from ..errors import PhaseError
 from ..ops import POSITION_MASK, pages_of
 from ..spec import CacheSpec
 from .fingerprint import pipeline_fingerprint, tensors_hash
-from .layer import LayerStore
+from .layer import LayerStore, check_sinks
 from .sequence import SequenceState
 from .state import CacheState
 from .summaries import summarize
@@ -71,6 +71,8 @@ def save(
     }
     for layer in state.layers:
         found = layer.buffers | _packed(state, layer)
+        if layer.sinks is not None:
+            found["sinks"] = layer.sinks
         named = {f"{layer.index}.{name}": x for name, x in found.items()}
         tensors |= {name: x.detach().cpu().clone().contiguous() for name, x in named.items()}
     tensors |= {f"extra.{name}": x.cpu().clone().contiguous() for name, x in (extra or {}).items()}
@@ -118,8 +120,9 @@ def load(
     for index in range(spec.layers):
         sizes = spec.at(index)
         slots = (sizes.window or pipeline.window) + spec.rollback
-        wanted = (batch, sizes.kv_heads, slots, sizes.head_dim)
-        _check(tensors, f"{index}.ring_k", wanted, spec.dtype)
+        for name, dim in (("ring_k", sizes.head_dim), ("ring_v", sizes.value_dim)):
+            wanted = (batch, sizes.kv_heads, slots, dim)
+            _check(tensors, f"{index}.{name}", wanted, spec.dtype)
     state = pipeline.init(spec, batch)
     for name, filed, kind in _numbers():
         _check(tensors, filed, (batch,), torch.int64)
@@ -172,9 +175,12 @@ def _check_origin(
         )
 
 
-def _sizes(spec: CacheSpec) -> dict[str, object]:
+def _sizes(spec: CacheSpec) -> dict[str, Any]:
     found = {a.name: getattr(spec, a.name) for a in attrs.fields(CacheSpec) if a.name not in _FREE}
     found |= {"dtype": str(spec.dtype), "sliding": list(spec.sliding), "scale": spec.softmax_scale}
+    layers = [attrs.asdict(sizes) for sizes in found.pop("per_layer")]
+    if layers:
+        found["per_layer"] = layers
     return found | {"all_kv_heads": spec.model_kv_heads}
 
 
@@ -220,14 +226,17 @@ def _fill(state: CacheState, layer: LayerStore, tensors: Mapping[str, Tensor]) -
     for name, target in layer.buffers.items():
         _check(tensors, here + name, tuple(target.shape), target.dtype)
         target.copy_(tensors[here + name])
+    if here + "sinks" in tensors:
+        layer.sinks = tensors[here + "sinks"].to(layer.device)
+        check_sinks(layer.sinks, layer.sizes.heads, layer.device)
     if layer.slides:
         return
     size, width = spec.page_size, _columns(state)
     _check(tensors, here + "table", (*layer.table.shape[:2], width), torch.int32)
     table, counts = tensors[here + "table"], tensors[here + "counts"]
     pages = int(table.max()) if table.numel() else 0
-    for name in ("k", "v"):
-        _check(tensors, here + name, (pages, size, layer.sizes.head_dim), spec.dtype)
+    for name, dim in (("k", layer.sizes.head_dim), ("v", layer.sizes.value_dim)):
+        _check(tensors, here + name, (pages, size, dim), spec.dtype)
     _check(tensors, here + "meta", (pages, size), torch.int32)
     most = (torch.tensor(state.lengths) - layer.window).clamp(min=0)[:, None]
     used = torch.arange(width) < pages_of(counts, size)[..., None]

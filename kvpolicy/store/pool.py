@@ -32,13 +32,14 @@ class PagePool:
         *,
         page_size: int,
         head_dim: int,
+        value_dim: int | None = None,
         dtype: torch.dtype,
         device: torch.device,
         summary: tuple[int, torch.dtype] | None,
         moving: bool,
         copy: CopyPages,
     ) -> None:
-        self.page_size, self.head_dim = page_size, head_dim
+        self.page_size, self.head_dim, self.value_dim = page_size, head_dim, value_dim or head_dim
         self.copy = copy
         self.dtype, self.device, self.moving = dtype, device, moving
         self.summary = summary
@@ -63,7 +64,7 @@ class PagePool:
         shape = (count, self.page_size)
         make = lambda *s, dtype: torch.empty(*s, dtype=dtype, device=self.device)  # noqa: E731
         k = make(*shape, self.head_dim, dtype=self.dtype)
-        v = make(*shape, self.head_dim, dtype=self.dtype)
+        v = make(*shape, self.value_dim, dtype=self.dtype)
         summary = make(count, self.summary[0], dtype=self.summary[1]) if self.summary else None
         return k, v, make(*shape, dtype=torch.int32), summary
 

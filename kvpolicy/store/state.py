@@ -5,17 +5,33 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import attrs
 import torch
 from torch import Tensor
 
-from ..ops import POSITION_MASK, Ops, Segments, pages_of
+from ..ops import POSITION_MASK, Bounds, Ops, Segments, pages_of
 from ..spec import CacheSpec
 from .devices import Device, Devices
 from .layer import LayerStore
 from .pool import PagePool
 from .sequence import SequenceState
+
+
+class Told(NamedTuple):
+    """What a layer of a prompt call read, for layers that share its keys.
+
+    `key`, `value` `[Hkv, Tk, D]`, `flags` `[Hkv, Tk]`: the recent tokens of `segments`; `bounds`
+    what the host knows of the global ones; `dense`: whether every token is stored.
+    """
+
+    segments: Segments
+    key: Tensor
+    value: Tensor
+    flags: Tensor
+    bounds: Bounds | None
+    dense: bool
 
 
 @attrs.define(eq=False)
@@ -30,6 +46,8 @@ class Call:
     before: dict[int, Tensor] = attrs.field(factory=dict)  # page counts before it, by layer
     held: dict[int, list[list[int]]] = attrs.field(factory=dict)  # the same on the host
     done: set[int] = attrs.field(factory=set)  # layers that ran
+    told: dict[int, Told] = attrs.field(factory=dict)  # by layer, where others read its keys
+    columnwise: dict[int, list[Tensor]] = attrs.field(factory=dict)  # counts after each column
 
     @property
     def columns(self) -> int:

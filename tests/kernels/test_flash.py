@@ -46,7 +46,9 @@ def test_the_interface_is_called_by_its_names(asks: bool) -> None:
     call = calls[0]
     assert [call[name] for name in names] == names
     assert call["return_attn_probs"] is asks
-    assert call["causal"] is False and call["pack_gqa"] is False
+    assert call["causal"] is False and call["pack_gqa"] is False and call["softcap"] == 0.0
+    _flash.attend_varlen(interface(asks, calls), *names, 30.0)  # type: ignore[arg-type]
+    assert calls[1]["softcap"] == 30.0
 
 
 @pytest.mark.parametrize(
@@ -71,6 +73,9 @@ def test_where_the_interface_is_used(
     assert (_flash.find_varlen(query) is not None) is found
     monkeypatch.setattr(_flash, "_installed", lambda: (module, frozenset({"VARLEN"})))
     assert _flash.find_varlen(query) is None
+    monkeypatch.setattr(_flash, "_installed", lambda: (module, frozenset({"FP16", "SOFTCAP"})))
+    assert (_flash.find_varlen(query) is not None) is found
+    assert _flash.find_varlen(query, 30.0) is None
     query.is_cuda = False
     assert _flash.find_flash(query) is None
 
@@ -84,7 +89,7 @@ def test_what_a_build_left_out_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, value)
     assert _flash._installed.__wrapped__() == (module, frozenset({"FP16"}))
     monkeypatch.setitem(sys.modules, "fa3_fwd_config", None)
-    assert _flash._installed.__wrapped__() == (module, frozenset({"FP16"}))
+    assert _flash._installed.__wrapped__() == (module, frozenset({"FP16", "SOFTCAP"}))
     for name in _flash._MODULES:
         monkeypatch.setitem(sys.modules, name, None)
     assert _flash._installed.__wrapped__() is None

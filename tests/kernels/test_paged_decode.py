@@ -7,83 +7,9 @@ import torch
 
 from kvpolicy.kernels import paged_decode as module
 from kvpolicy.kernels.paged_decode import paged_decode
-from kvpolicy.ops import Heads, Ring
-from tests.support.kernels.pool import (
-    DEVICE,
-    NAN,
-    assert_within_budget,
-    fill_heads,
-    make_pool,
-    randn,
-)
-
-CUDA = DEVICE.type == "cuda"
-
-
-def ring_of(k: torch.Tensor, v: torch.Tensor) -> Ring:
-    return Ring(k, v, torch.zeros(k.shape[:3], dtype=torch.uint8, device=DEVICE))
-
-
-def oracle(query, k, v, visible, scale):
-    """One query head: softmax over the visible keys, in the inputs' dtype."""
-    scores = (query @ k[visible].T) * scale
-    return scores.softmax(-1) @ v[visible]
-
-
-def check(
-    counts: list[list[int]],
-    *,
-    group: int,
-    dim: int,
-    dtype: torch.dtype,
-    page: int = 16,
-    window: int = 5,
-    slots: int = 9,
-    lengths: list[int] | None = None,
-    active: list[bool] | None = None,
-    selected: torch.Tensor | None = None,
-    first: str = "low",
-) -> None:
-    batch, kv_heads = len(counts), len(counts[0])
-    needed = sum(-(-n // page) for row in counts for n in row) + 1
-    slab_pages = max(2, 1 << (max(needed // 3, 1).bit_length() - 1))
-    pool = make_pool(needed, page, dim, dtype, slab_pages=slab_pages, first=first)
-    table, held = fill_heads(pool, counts, seed=1)
-    lengths = lengths or [max(row) + window for row in counts]
-    alive = active or [True] * batch
-    query = randn(batch, kv_heads * group, dim, dtype=dtype, seed=2)
-    ring_k, ring_v = (randn(batch, kv_heads, slots, dim, dtype=dtype, seed=s) for s in (3, 4))
-    back = (torch.tensor(lengths)[:, None] - torch.arange(slots)) % slots
-    near = (back < window) & (back <= torch.tensor(lengths)[:, None])
-    for ring in (ring_k, ring_v):
-        ring.masked_fill_(~near.to(DEVICE)[:, None, :, None], NAN)
-    scale = dim**-0.5
-    got = paged_decode(
-        query, pool.pages, Heads(table, held), ring_of(ring_k, ring_v),
-        torch.tensor(lengths, device=DEVICE), torch.tensor(alive, device=DEVICE), window, scale,
-        selected=selected,
-    )  # fmt: skip
-    pages = pool.flat()
-    results = []
-    for kind in (dtype, torch.float64):
-        out = torch.zeros(batch, kv_heads * group, dim, dtype=kind, device=DEVICE)
-        for b in range(batch):
-            for head in range(kv_heads * group if alive[b] else 0):
-                h = head // group
-                n = counts[b][h]
-                ids = table[b, h, : -(-n // page)].long()
-                seen = torch.arange(len(ids) * page, device=DEVICE) < n
-                if selected is not None:
-                    chosen = selected[b, head * selected.shape[1] // (kv_heads * group)]
-                    seen &= torch.isin(torch.arange(len(seen), device=DEVICE) // page, chosen)
-                k = torch.cat([pages.k[ids].flatten(0, 1), ring_k[b, h]]).to(kind)
-                v = torch.cat([pages.v[ids].flatten(0, 1), ring_v[b, h]]).to(kind)
-                visible = torch.cat([seen, near[b].to(DEVICE)])
-                out[b, head] = oracle(query[b, head].to(kind), k, v, visible, scale)
-        results.append(out)
-    assert_within_budget(got, *results)
-    for b in range(batch):
-        assert alive[b] or not got[b].any()
+from kvpolicy.ops import Heads
+from tests.support.kernels.decode import check, ring_of
+from tests.support.kernels.pool import CUDA, DEVICE, fill_heads, make_pool, randn
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -22,7 +22,7 @@ def dense(monkeypatch: pytest.MonkeyPatch) -> Dense:
     """A stand-in for the dense kernel, which gets every rectangle of 16 rows and more."""
     found = Dense()
     rectangles = Rectangles(found, queries=64, spare=8, least=16, average=0, work=0)
-    monkeypatch.setattr(sparse, "choose_rectangles", lambda query: rectangles)
+    monkeypatch.setattr(sparse, "choose_rectangles", lambda *_: rectangles)
     return found
 
 
@@ -77,7 +77,7 @@ def test_groups_and_dims(
 def test_nothing_to_take(dense: Dense, monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch)
     none = Rectangles(dense, queries=64, spare=0, least=500, average=0, work=0)
-    monkeypatch.setattr(sparse, "choose_rectangles", lambda query: none)
+    monkeypatch.setattr(sparse, "choose_rectangles", lambda *_: none)
     check([0], [90], window=5, rates=(0.9, 0.1))
     assert dense.rows and not any(dense.rows)
 
@@ -156,7 +156,7 @@ def test_flash_on_a_device(dim: int, group: int, monkeypatch: pytest.MonkeyPatch
 
     tile = sparse.AFTER if dim <= 128 else None
     rectangles = Rectangles(attend, queries=384, least=256, average=0, work=0, tile=tile)
-    monkeypatch.setattr(sparse, "choose_rectangles", lambda query: rectangles)
+    monkeypatch.setattr(sparse, "choose_rectangles", lambda *_: rectangles)
     check(
         [1500, 0, 0], [777, 1100, 5], window=256, dim=dim, dtype=torch.bfloat16, group=group,
         rates=(0.9, 0.3),

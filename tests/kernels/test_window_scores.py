@@ -8,20 +8,13 @@ import attrs
 import pytest
 import torch
 
-from kvpolicy import EvictionView, reference
+from kvpolicy import reference
 from kvpolicy.eviction import SnapKV
 from kvpolicy.kernels import window_scores as kernels
-from kvpolicy.ops import POSITION_BITS, Heads, Pages, Ring
-from tests.support.kernels.pool import (
-    DEVICE,
-    Pool,
-    assert_within_budget,
-    fill_heads,
-    make_pool,
-    randn,
-)
+from kvpolicy.ops import Heads
+from tests.support.kernels.pool import CUDA, DEVICE, assert_within_budget
+from tests.support.kernels.scores import clean, make_layer
 
-CUDA = DEVICE.type == "cuda"
 MODES = [
     {"group": g, "normalize": n, "pooling": p}
     for g, n, p in [
@@ -31,71 +24,6 @@ MODES = [
         ("max", "global", "avg"),
     ]
 ]
-
-
-@attrs.define
-class Layer:
-    """One layer's pages and rings, as a cache holds them after `lengths` tokens."""
-
-    pool: Pool
-    flat: Pages
-    heads: Heads
-    ring_k: torch.Tensor
-    ring_q: torch.Tensor
-    lengths: torch.Tensor
-    window: int
-
-    def call(self, op, policy, scale, pages=None):
-        options = {k: v for k, v in attrs.asdict(policy).items() if k not in ("budget", "when")}
-        ring = Ring(self.ring_k, self.ring_k, self.ring_k[..., 0].byte())
-        args = (self.heads, ring, self.ring_q, self.lengths, self.window)
-        return op(self.pool.pages if pages is None else pages, *args, scale, **options)
-
-    def view(self, dtype, scale, observation):
-        """What a cache shows of the layer, built without the library's code."""
-        _, heads, slots, _ = self.ring_k.shape
-        ids = self.heads.table.long()
-        meta = self.flat.meta[ids].flatten(2)
-        token = torch.arange(meta.shape[2], device=DEVICE)
-        valid = token < self.heads.counts[..., None]
-        recent = torch.arange(-self.window, 0, device=DEVICE) + self.lengths[:, None]
-        at = torch.arange(-observation, 0, device=DEVICE) + self.lengths[:, None]
-        ring = lambda x, p: torch.stack([r[:, p[b] % x.shape[2]] for b, r in enumerate(x)])  # noqa: E731
-        keys = self.flat.k[ids].flatten(2, 3).masked_fill(~valid[..., None], 0)
-        return EvictionView(
-            0, keys.to(dtype), keys, (meta & ((1 << POSITION_BITS) - 1)).masked_fill(~valid, 0),
-            valid, valid, ring(self.ring_k, recent).to(dtype), recent >= 0, self.lengths, scale,
-            ring(self.ring_q, at).to(dtype), at >= 0,
-        )  # fmt: skip
-
-
-def make_layer(
-    lengths, kv_heads, group, dim, dtype, window, observation, *, page=4, seed=0, first="low",
-    factor=1.0,
-):  # fmt: skip
-    """Heads that hold every token out of the window, a random part of them, or none."""
-    rng = torch.Generator().manual_seed(seed)
-    kept = []
-    for length in lengths:
-        old = torch.arange(max(length - window, 0))
-        rows = [old, old[torch.rand(len(old), generator=rng) < 0.6], old[:0]]
-        kept.append([rows[head % 3] for head in range(kv_heads)])
-    held = [[len(x) for x in row] for row in kept]
-    need = sum(-(-n // page) for row in held for n in row) + 2
-    pool = make_pool(need, page, dim, dtype, slab_pages=4, first=first)
-    table, counts = fill_heads(pool, held, seed, kept)
-    slots, query_slots = window + 3, observation + 3
-    ring_k = randn(len(lengths), kv_heads, slots, dim, dtype=dtype, seed=seed + 1)
-    ring_q = randn(len(lengths), kv_heads * group, query_slots, dim, dtype=dtype, seed=seed + 2)
-    for b, length in enumerate(lengths):  # what was never written may be anything
-        ring_k[b, :, min(length, slots) :] = float("nan")
-        ring_q[b, :, min(length, query_slots) :] = float("nan")
-    flat = pool.flat()
-    flat = flat._replace(k=flat.k.nan_to_num())
-    return Layer(
-        pool, flat, Heads(table, counts), ring_k, ring_q * factor,
-        torch.tensor(lengths, device=DEVICE), window,
-    )  # fmt: skip
 
 
 def compare(layer, policy, scale=0.3):
@@ -109,12 +37,6 @@ def compare(layer, policy, scale=0.3):
     assert twin.dtype == torch.float32
     assert_within_budget(twin, eager, exact)
     return got
-
-
-def clean(view):
-    """A cache's rings hold zeros where nothing was written; NaN there must not reach a score."""
-    recent, queries = view.recent_keys.nan_to_num(), view.queries.nan_to_num()
-    return view._replace(recent_keys=recent, queries=queries)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: "-".join(m.values()))

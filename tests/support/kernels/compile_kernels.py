@@ -64,7 +64,7 @@ def compile_launch(kernel: Any, bound: dict[str, Any], options: dict[str, Any], 
         """The type of an argument, as a launch would specialise it."""
         if isinstance(value, tuple):
             return tuple(kind(x, special, (*path, place)) for place, x in enumerate(value))
-        if special and type(value) is int and value == 1:
+        if value is None or (special and type(value) is int and value == 1):
             constants[path] = value
             return "constexpr"
         if isinstance(value, TensorDescriptor):
@@ -86,34 +86,37 @@ def compile_launch(kernel: Any, bound: dict[str, Any], options: dict[str, Any], 
     return triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
 
 
-def call_all(dim: int, page: int, dtype: torch.dtype) -> None:
-    """Calls every op once, as a model with 8 KV heads and 4 query heads each would."""
+def call_all(dim: int, page: int, dtype: torch.dtype, dim_v: int | None = None) -> None:
+    """Calls every op once, as a model with 8 KV heads and 4 query heads each would.
+
+    Attention is called again with a softcap, sinks and a chunk.
+    """
     heads, group, slots, window, tokens = 8, 4, 288, 256, 320
-    pages = make_pool(4, page, dim, dtype, slab_pages=4, width=2 * dim).pages
+    dim_v = dim if dim_v is None else dim_v
+    pages = make_pool(4, page, dim, dtype, slab_pages=4, dim_v=dim_v, width=2 * dim).pages
     table = torch.zeros(1, heads, 32, dtype=torch.int32)
     counts = torch.full((1, heads), 5, dtype=torch.int32)
     stored = Heads(table, counts)
     recent = torch.zeros(1, heads, slots, dim, dtype=dtype)
     flags = torch.zeros(1, heads, slots, dtype=torch.uint8)
-    ring = Ring(recent, recent, flags)
+    ring = Ring(recent, recent.new_zeros(1, heads, slots, dim_v), flags)
     query = torch.zeros(1, heads * group, dim, dtype=dtype)
-    new = torch.zeros(1, heads, dim, dtype=dtype)
+    new, new_v = (torch.zeros(1, heads, d, dtype=dtype) for d in (dim, dim_v))
     lengths, active = torch.full((1,), 400), torch.ones(1, dtype=torch.bool)
     cache_write.decode_write(
-        pages, stored, ring, new, new, flags[:, :, 0].contiguous(), lengths, active, window,
+        pages, stored, ring, new, new_v, flags[:, :, 0].contiguous(), lengths, active, window,
         minmax=True, bits=2, query=query,
         queries=torch.zeros(1, heads * group, 64, dim, dtype=dtype),
     )  # fmt: skip
+    decoded = query, pages, stored, ring, lengths, active, window, 0.1
     for selected in (None, torch.zeros(1, heads, 256, dtype=torch.int32)):
-        paged_decode.paged_decode(
-            query, pages, stored, ring, lengths, active, window, 0.1, selected
-        )
+        paged_decode.paged_decode(*decoded, selected)
     wide = torch.zeros(1, heads, 10_000, dtype=torch.int32)  # chosen by groups
     for how, ids in (("max", wide), ("each", table)):
         page_select.quest_select(pages, Heads(ids, counts), query, 240, how, 1, 1)
-    key = torch.zeros(heads, tokens, dim, dtype=dtype)
+    key, value = (torch.zeros(heads, tokens, d, dtype=dtype) for d in (dim, dim_v))
     dest = torch.zeros(heads, tokens, dtype=torch.int32)
-    cache_write.append(pages, table, key, key, dest, dest, dest[0])
+    cache_write.append(pages, table, key, value, dest, dest, dest[0])
     ids = table[0, 0]
     page_io.read_pages(pages, ids)
     page_io.read_meta(pages, ids)
@@ -132,14 +135,15 @@ def call_all(dim: int, page: int, dtype: torch.dtype) -> None:
     rectangles = Rectangles(lambda q, *_: (q, q[..., 0].T.float()), average=0, work=0, tile=tile)
     after, fresh, ranks = prompt_write.count_leaving(dest.byte(), counts, segments, window, page)
     prompt_write.write_leaving(
-        pages, stored, key, key, dest.byte(), segments, window, after, fresh, ranks
+        pages, stored, key, value, dest.byte(), segments, window, after, fresh, ranks
     )
     for found in (None, rectangles):
-        sparse_prefill.choose_rectangles = lambda query, found=found: found
-        sparse_prefill.prefill_attention(
-            torch.zeros(heads * group, tokens, dim, dtype=dtype), key, key, dest.byte(), segments,
-            pages, stored, window, 0.1,
+        sparse_prefill.choose_rectangles = lambda *_, found=found: found
+        prompt = (
+            torch.zeros(heads * group, tokens, dim, dtype=dtype), key, value, dest.byte(),
+            segments, pages, stored, window, 0.1,
         )  # fmt: skip
+        sparse_prefill.prefill_attention(*prompt)
     hidden = 512
     observed = torch.zeros(1, heads * group, 288, dim, dtype=dtype)
     for how, norm, count in (
@@ -155,6 +159,15 @@ def call_all(dim: int, page: int, dtype: torch.dtype) -> None:
             torch.zeros(heads, hidden, dtype=dtype), torch.zeros(heads, hidden, dtype=dtype),
             torch.zeros(heads, dtype=dtype), silu=silu,
         )  # fmt: skip
+    asked: dict[str, Any] = dict(softcap=30.0, sinks=torch.zeros(heads * group, dtype=dtype))
+    paged_decode.paged_decode(*decoded, **asked, chunk=1024)
+    sparse_prefill.choose_rectangles = lambda *_: None
+    for chunk in (None, 300):
+        sparse_prefill.prefill_attention(*prompt, **asked, chunk=chunk)
+    window_scores.window_scores(
+        pages, stored, ring, observed, lengths, window, 0.1, observation=256, kernel=5,
+        pooling="avg", group="mean", normalize="visible", **asked,
+    )  # fmt: skip
 
 
 def overlap(ptx: str) -> str:
@@ -170,14 +183,17 @@ def overlap(ptx: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("configuration", help="capability:head_dim:page_size:dtype")
+    parser.add_argument(
+        "configuration", help="capability:head_dim:page_size:dtype; 192x128: Dv 128"
+    )
     parser.add_argument("--once", action="store_true", help="the first launch of each kernel only")
     parser.add_argument("--only", nargs="*", metavar="KERNEL", help="launches of these kernels")
     given = parser.parse_args()
     triton.runtime.jit.JITFunction.run = record
     cc, dim, page, dtype = given.configuration.split(":")
     _launch.capability = lambda device: int(cc)
-    call_all(int(dim), int(page), getattr(torch, dtype))
+    keys, _, values = dim.partition("x")
+    call_all(int(keys), int(page), getattr(torch, dtype), int(values or keys))
     limit, seen = SHARED[int(cc)] * 1024, set()
     for kernel, bound, options in launches:
         name = kernel.__name__

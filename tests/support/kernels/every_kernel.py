@@ -34,8 +34,9 @@ SIZES = [
     Size(dim=64, page=16, dtype=torch.bfloat16, group=1),
     Size(dim=80, page=4, dtype=torch.float32, group=3, first="high"),
     Size(dim=128, page=16, dtype=torch.bfloat16, group=5, first="high"),
+    Size(dim=96, dim_v=64, page=16, dtype=torch.bfloat16, group=2),
 ]
-TINY = [Size(dim=20, page=4, dtype=torch.float32, group=2, first="high", prompt=40)]
+TINY = [Size(dim=20, dim_v=12, page=4, dtype=torch.float32, group=2, first="high", prompt=40)]
 
 
 def kernel_name(kernel: KernelInterface) -> str:

@@ -20,7 +20,10 @@ SLAB_PAGES = 4
 
 @attrs.frozen(kw_only=True)
 class Size:
-    """What a kernel is compiled for; `prompt` is the length of a prompt."""
+    """What a kernel is compiled for; `prompt` is the length of a prompt.
+
+    Values have `dim_v` channels, as many as keys or fewer.
+    """
 
     dim: int
     page: int
@@ -28,11 +31,16 @@ class Size:
     group: int
     first: str = "low"
     prompt: int = 300
+    dim_v: int = attrs.field(default=attrs.Factory(lambda self: self.dim, takes_self=True))
 
     def randn(self, *shape: int, seed: int) -> Tensor:
         """Normal numbers on the host."""
         noise = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
         return noise.to(self.dtype)
+
+    def values(self, key: Tensor) -> Tensor:
+        """Values to go with keys `[..., D]`."""
+        return -key[..., : self.dim_v]
 
     @property
     def atol(self) -> float:
@@ -127,20 +135,25 @@ def make_mirror(size: Size, heads: list[list[Any]], spare: int = 0, seed: int = 
 
     Token n of random ones has position n. `spare` more pages are free.
     """
+    dims = size.dim, size.dim_v
+
+    def noise(n: int, first: int) -> tuple[Tensor, ...]:
+        drawn = (size.randn(n, d, seed=first + i) for i, d in enumerate(dims))
+        return (*drawn, torch.arange(n))
+
     filled = [
-        [(*(size.randn(n, size.dim, seed=seed + 2 * (9 * b + h) + i) for i in (0, 1)),
-          torch.arange(n)) if isinstance(n, int) else n for h, n in enumerate(row)]
+        [noise(n, seed + 2 * (9 * b + h)) if isinstance(n, int) else n for h, n in enumerate(row)]
         for b, row in enumerate(heads)
-    ]  # fmt: skip
+    ]
     need = [[-(-len(at) // size.page) for _, _, at in row] for row in filled]
     pool = make_pool(
         sum(map(sum, need)) + spare + 1, size.page, size.dim, size.dtype, slab_pages=SLAB_PAGES,
-        width=2 * size.dim, first=size.first, poison=False,
+        dim_v=size.dim_v, width=2 * size.dim, first=size.first, poison=False,
     )  # fmt: skip
     free = pool.pages.free.to("cpu", copy=True)
     total = len(free) + 1
     host = Pages(
-        *(torch.zeros(total, size.page, size.dim, dtype=size.dtype) for _ in "kv"),
+        *(torch.zeros(total, size.page, d, dtype=size.dtype) for d in (size.dim, size.dim_v)),
         torch.zeros(total, size.page, dtype=torch.int32),
         torch.zeros(total, 2 * size.dim, dtype=size.dtype),
         torch.zeros(1, 4, dtype=torch.int64), total, free, pool.pages.top.to("cpu", copy=True),

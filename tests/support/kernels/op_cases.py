@@ -50,7 +50,7 @@ def _append(size: Size) -> None:
     key = size.randn(tokens, 2, size.dim, seed=3).transpose(0, 1)
     meta = torch.arange(2 * tokens).int().view(2, tokens)
     table = pair(mirror.table)
-    both("append", mirror.pages, table, key, -key, meta, dest, rows)
+    both("append", mirror.pages, table, key, size.values(key), meta, dest, rows)
     agree(mirror.stored(table, end))
 
 
@@ -62,7 +62,8 @@ def _decode_write(size: Size) -> None:
         mirror.fork()  # of whole pages, so that nothing shared is written
         mirror.counts[2, 1] = 0
         batch, kv_heads = mirror.counts.shape
-        rings = [pair(size.randn(batch, kv_heads, slots, size.dim, seed=s)) for s in (2, 3)]
+        shape = batch, kv_heads, slots
+        rings = [pair(size.randn(*shape, d, seed=d)) for d in (size.dim, size.dim_v)]
         flags = torch.full((batch, kv_heads, slots), ADMITTED | MARKED, dtype=torch.uint8)
         heads = pair(mirror.heads)
         ring = pair(Ring(*rings, pair(flags)))
@@ -75,7 +76,7 @@ def _decode_write(size: Size) -> None:
             bits = torch.full((batch, kv_heads), step % 2, dtype=torch.uint8)
             query = size.randn(*shape, size.dim, seed=9 + step)
             both(
-                "decode_write", mirror.pages, heads, ring, new, -new,
+                "decode_write", mirror.pages, heads, ring, new, size.values(new),
                 bits if extras else None, lengths, active, window, minmax=extras,
                 bits=MARKED if extras else ADMITTED, query=query if extras else None,
                 queries=seen if extras else None,
@@ -99,7 +100,7 @@ def _paged_decode(size: Size) -> None:
     each = picked.repeat_interleave(size.group, 1).contiguous()
     for selected, window, slots in ((None, 70, 81), (picked, 5, 5), (each, 3, 9), (None, 1, 1)):
         keys = size.randn(batch, kv_heads, slots, size.dim, seed=3)
-        ring = Ring(keys, -keys, torch.zeros(keys.shape[:3], dtype=torch.uint8))
+        ring = Ring(keys, size.values(keys), torch.zeros(keys.shape[:3], dtype=torch.uint8))
         found = both(
             "paged_decode", query, mirror.pages, mirror.heads, ring, lengths, active, window,
             size.dim**-0.5, selected=selected,

@@ -51,6 +51,7 @@ def make_pool(
     dtype: torch.dtype,
     *,
     slab_pages: int,
+    dim_v: int | None = None,
     width: int = 0,
     first: str = "low",
     poison: bool = True,
@@ -61,7 +62,7 @@ def make_pool(
     `poison` nobody writes the contents, as a tool that looks for such reads wants it.
     """
     slabs = -(-count // slab_pages)
-    shapes = [(page, dim), (page, dim), (page,), (width,)][: 4 if width else 3]
+    shapes = [(page, dim), (page, dim_v or dim), (page,), (width,)][: 4 if width else 3]
     columns = []
     for shape in shapes:
         kind = torch.int32 if shape == (page,) else dtype
@@ -104,7 +105,7 @@ def fill_heads(
     Token n of a head has position n, or those given. The last column of the table names no page.
     """
     pages = pool.flat()
-    size, dim = pages.k.shape[1:]
+    size = pages.k.shape[1]
     generator = torch.Generator().manual_seed(seed)
     width = max(-(-n // size) for row in counts for n in row) + 1
     table = torch.zeros(len(counts), len(counts[0]), width, dtype=torch.int32)
@@ -117,7 +118,8 @@ def fill_heads(
                 table[b, h, number] = page
                 here = min(size, n - number * size)
                 for store in (pages.k, pages.v):
-                    store[page, :here] = torch.randn(here, dim, generator=generator).to(store)
+                    noise = torch.randn(here, store.shape[2], generator=generator)
+                    store[page, :here] = noise.to(store)
                 at = torch.arange(number * size, number * size + here)
                 if positions is not None:
                     at = positions[b][h][at]
@@ -137,10 +139,10 @@ def randn(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
 
 
-def assert_within_budget(got: Tensor, eager: Tensor, exact: Tensor) -> None:
+def assert_within_budget(got: Tensor, eager: Tensor, exact: Tensor) -> float:
     """The kernel's error against float64 is at most twice the eager one's, plus rounding.
 
-    Rounding is one unit for the result and one for the reduction over splits.
+    Rounding is one unit for the result and one for the reduction over splits. Returns the budget.
     """
     assert got.shape == exact.shape
     assert torch.isfinite(got).all()
@@ -148,3 +150,4 @@ def assert_within_budget(got: Tensor, eager: Tensor, exact: Tensor) -> None:
     error = (got.double() - exact).abs().max().item()
     allowed = 2 * (eager.double() - exact).abs().max().item() + rounding
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+    return allowed

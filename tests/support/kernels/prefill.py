@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from kvpolicy import reference
 from kvpolicy.kernels import dense_prefill as dense
 from kvpolicy.kernels import sparse_prefill as sparse
 from kvpolicy.ops import MARKED, Heads, Segments
+from tests.support.kernels.plain import NOTHING, Asks, assert_asked_matters, attention
 from tests.support.kernels.pool import DEVICE, assert_within_budget, fill_heads, make_pool, randn
 
 
@@ -30,12 +33,15 @@ def check(
     extra: int = 3,
     first: str = "low",
     op: str = "sparse",
+    asks: Asks = NOTHING,
+    backend: str = "triton",
 ) -> None:
     generator = torch.Generator().manual_seed(11)
     ends = [s + q for s, q in zip(starts, queries, strict=True)]
     firsts = [max(0, s - window - extra) for s in starts]
+    dims = dim, asks.dim_v or dim
     whole = [
-        [randn(kv_heads, n, dim, dtype=dtype, seed=20 + 2 * b + i) for i in (0, 1)]
+        [randn(kv_heads, n, d, dtype=dtype, seed=20 + 2 * b + i) for i, d in enumerate(dims)]
         for b, n in enumerate(ends)
     ]
     rate = torch.tensor(rates)[:, None]
@@ -46,7 +52,7 @@ def check(
     ]
     counts = [[len(x) for x in row] for row in at]
     needed = sum(-(-n // page) for row in counts for n in row) + 1
-    pool = make_pool(max(needed, 4), page, dim, dtype, slab_pages=4, first=first)
+    pool = make_pool(max(needed, 4), page, dim, dtype, slab_pages=4, dim_v=dims[1], first=first)
     table, held = fill_heads(pool, counts, seed=1, positions=at)
     pages = pool.flat()
     for b, row in enumerate(counts):
@@ -64,25 +70,34 @@ def check(
     segments = make_segments(starts, queries, [n - f for n, f in zip(ends, firsts, strict=True)])
     # Queries as they leave a projection: [T, Hq, D], seen as [Hq, T, D].
     query = randn(sum(queries), kv_heads * group, dim, dtype=dtype, seed=3).transpose(0, 1)
-    scale = dim**-0.5
+    query, scale, options = asks.sharp * query, dim**-0.5, asks.options(kv_heads * group)
+    # The reference wants what is unused finite.
+    flat = pages._replace(k=pages.k.nan_to_num(), v=pages.v.nan_to_num())
+    given = pool.pages if backend == "triton" else flat
     if op == "sparse":
-        got = sparse.prefill_attention(
-            query, *recent, flags, segments, pool.pages, Heads(table, held), window, scale
-        )
+        call = sparse.prefill_attention if backend == "triton" else reference.prefill_attention
+        held_by = Heads(table, held)
+        got = call(query, *recent, flags, segments, given, held_by, window, scale, **options)
     else:
-        got = dense.dense_prefill(query, *recent, segments, pool.pages, table, scale)
-    results = []
-    for kind in (dtype, torch.float64):
-        parts = []
+        call = dense.dense_prefill if backend == "triton" else reference.dense_prefill
+        got = call(query, *recent, segments, given, table, scale, **options)
+
+    def formula(kind: torch.dtype, asks: Asks) -> Tensor:
+        parts, sinks = [], asks.sinks(kv_heads * group)
         for b, (start, end) in enumerate(zip(starts, ends, strict=True)):
             i = torch.arange(start, end)[:, None]
             j = torch.arange(end)
-            visible = (j <= i) & ((i - j < window) | admitted[b][:, None])
-            visible = visible.repeat_interleave(group, 0).to(DEVICE)
-            k, v = (x.to(kind).repeat_interleave(group, 0) for x in whole[b])
-            q = query[:, segments.cu_q[b] : segments.cu_q[b + 1]].to(kind)
-            scores = (q @ k.transpose(1, 2) * scale).masked_fill(~visible, float("-inf"))
-            parts.append(scores.softmax(-1) @ v)
-        results.append(torch.cat(parts, 1))
-    assert_within_budget(got, *results)
+            visible = (j <= i) & ((i - j < window) | admitted[b][:, None]) & asks.near(i, j)
+            own = query[:, segments.cu_q[b] : segments.cu_q[b + 1]].to(kind)
+            rows = []
+            for h in range(kv_heads * group):
+                given = *(x[h // group].to(kind) for x in whole[b]), visible[h // group].to(DEVICE)
+                sink = None if sinks is None else sinks[h]
+                rows.append(attention(own[h], *given, scale, asks, sink))
+            parts.append(torch.stack(rows))
+        return torch.cat(parts, 1)
+
+    exact = formula(torch.float64, asks)
+    allowed = assert_within_budget(got, formula(dtype, asks), exact)
+    assert_asked_matters(formula, asks, exact, allowed)
     assert op == "dense" or any(map(any, counts)) or max(ends) <= window or not any(rates)

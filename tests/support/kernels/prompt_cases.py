@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from unittest import mock
 
+import attrs
 import torch
 from torch.nn.attention import SDPBackend
 
@@ -40,7 +41,7 @@ def _prompt_write(size: Size) -> None:
     pages, table = mirror.pages, pair(mirror.table)
     key = size.randn(segments.cu_k[-1], 2, size.dim, seed=3).transpose(0, 1)
     counts = pair(mirror.counts)
-    written = (key, -key, flags, segments, window, after, fresh, ranks)
+    written = (key, size.values(key), flags, segments, window, after, fresh, ranks)
     heads = Pair(*(Heads(*side) for side in zip(table, counts, strict=True)))
     both("write_leaving", pages, heads, *written)
     agree(table)
@@ -54,7 +55,8 @@ def prompt(size: Size, window: int, rates: tuple[float, float]) -> tuple[Mirror,
     starts, queries = [size.prompt, 30, 0, 60], [size.prompt - 10, 0, 33, 1]
     ends = [a + b for a, b in zip(starts, queries, strict=True)]
     firsts = [max(0, start - window - 3) for start in starts]
-    whole = [[size.randn(2, n, size.dim, seed=n + i) for i in (0, 1)] for n in ends]
+    dims = size.dim, size.dim_v
+    whole = [[size.randn(2, n, d, seed=n + i) for i, d in enumerate(dims)] for n in ends]
     chance = torch.Generator().manual_seed(2)
     admitted = [torch.rand(2, n, generator=chance) < torch.tensor(rates)[:, None] for n in ends]
     stored = []
@@ -71,12 +73,14 @@ def prompt(size: Size, window: int, rates: tuple[float, float]) -> tuple[Mirror,
 
 
 @case("prefill_attention")
-def _prefill_attention(size: Size) -> None:
+def _prefill_attention(given_size: Size) -> None:
     choose, small = sparse.choose_tile, Tile(32, 16, 4, 2)
     for rates, descriptors, cut in (
         ((0.9, 0.3), True, False), ((1.0, 0.0), False, False), ((0.9, 0.6), True, True),
         ((0.9, 0.6), False, True), ((0.0, 0.0), False, False),
     ):  # fmt: skip
+        # Rectangles want values of the keys' head_dim.
+        size = attrs.evolve(given_size, dim_v=given_size.dim) if cut else given_size
         mirror, segments, given = prompt(size, 9, rates)
 
         def tile(dim, itemsize, shared, descriptors=descriptors):
@@ -89,7 +93,7 @@ def _prefill_attention(size: Size) -> None:
         chosen = rectangles if cut else None
         with (
             mock.patch.object(sparse, "choose_tile", tile),
-            mock.patch.object(sparse, "choose_rectangles", lambda _, chosen=chosen: chosen),
+            mock.patch.object(sparse, "choose_rectangles", lambda *_, chosen=chosen: chosen),
         ):
             pages = (mirror.pages, mirror.heads)
             found = both("prefill_attention", *given, segments, *pages, 9, size.dim**-0.5)
@@ -103,7 +107,7 @@ def _dense_prefill(size: Size) -> None:
     # A sanitizer neither sees cuDNN's bulk stores nor has anything to say to us about its kernels.
     order = [x for x in dense._ORDER if x != SDPBackend.CUDNN_ATTENTION]
     with (
-        mock.patch.object(dense, "find_flash", lambda _: None),
+        mock.patch.object(dense, "find_flash", lambda *_: None),
         mock.patch.object(dense, "_ORDER", order),
     ):
         given = (query, key, value, segments, mirror.pages, mirror.table)

@@ -1,0 +1,166 @@
+"""Recurrent and convolutional states of a model's own layers, in the cache beside ours.
+
+They are transformers' own cache layers: what a token leaves in them cannot be taken back, so their
+copies serve forks and forwards that fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import RollbackError, UnsupportedError
+
+# Of a transformers layer: tensors by state, and what says whether they mean anything.
+_STATES = ("conv_states", "recurrent_states")
+_MARKS = (
+    "is_conv_states_initialized",
+    "is_recurrent_states_initialized",
+    "has_previous_state",
+    "conv_kernel_size",
+)
+
+
+class States:
+    """The states of one cache's layers, by the layers' places in the model."""
+
+    def __init__(self, layers: Mapping[int, Any]) -> None:
+        self.layers = dict(layers)
+
+    def __bool__(self) -> bool:
+        return bool(self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all states."""
+        return sum(x.untyped_storage().nbytes() for _, x in self._tensors())
+
+    @property
+    def begun(self) -> bool:
+        """Whether a token has left its trace."""
+        return any(any(layer.has_previous_state.values()) for layer in self.layers.values())
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for place, layer in self.layers.items():
+            for name in _STATES:
+                for state, tensor in getattr(layer, name).items():
+                    if tensor is not None:
+                        yield f"{place}.{name}.{state}", tensor
+
+    def snapshot(self) -> list[dict[str, Any]]:
+        """What `restore` puts back."""
+        return [_copied(layer, None) for layer in self.layers.values()]
+
+    def restore(self, saved: Sequence[dict[str, Any]]) -> None:
+        """Puts a snapshot, or rows that `select` picked, in place: tensors keep their addresses."""
+        for layer, values in zip(self.layers.values(), saved, strict=True):
+            for name in _STATES:
+                mine = getattr(layer, name)
+                for state, tensor in values[name].items():
+                    old = mine[state]
+                    if tensor is not None and old is not None and old.shape == tensor.shape:
+                        old.copy_(tensor)
+                    else:
+                        mine[state] = tensor
+            for name in _MARKS:
+                getattr(layer, name).update(values[name])
+            layer.device, layer.dtype = values["device"], values["dtype"]
+
+    def select(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """Copies of the states of sequences `rows`; -1 stands for one that has seen nothing."""
+        return [_copied(layer, rows) for layer in self.layers.values()]
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        for layer in self.layers.values():
+            layer.reset()
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The states for a file, by place, kind and number."""
+        return {f"state.{name}": tensor for name, tensor in self._tensors()} if self.begun else {}
+
+    def from_tensors(self, filed: Mapping[str, Tensor], batch: int, device: torch.device) -> None:
+        """Takes the states that `to_tensors` filed, of `batch` sequences."""
+        for name, tensor in filed.items():
+            if not name.startswith("state."):
+                continue
+            _, place, kind, state = name.split(".")
+            if kind not in _STATES or int(place) not in self.layers or tensor.shape[0] != batch:
+                raise ValueError(f"path: altered: {name} does not fit the model")
+            layer = self.layers[int(place)]
+            getattr(layer, kind)[int(state)] = tensor.to(device)
+            getattr(layer, f"is_{kind}_initialized")[int(state)] = True
+            layer.has_previous_state[int(state)] = True
+            if kind == "conv_states":
+                layer.conv_kernel_size[int(state)] = tensor.shape[-1]
+                layer.device, layer.dtype = device, tensor.dtype
+
+    def refuse_crop(self) -> None:
+        """Raises RollbackError where a token cannot be taken back."""
+        if self.layers:
+            raise RollbackError(
+                f"crop: layers {_listed(self.layers)} keep a recurrent or convolutional state, "
+                "from which tokens cannot be taken back; fork the cache before them"
+            )
+
+    def settle(self) -> None:
+        """Makes tensors that inference mode made writable outside it."""
+        for layer in self.layers.values():
+            for name in _STATES:
+                for state, tensor in getattr(layer, name).items():
+                    if tensor is not None and tensor.is_inference():
+                        getattr(layer, name)[state] = tensor.clone()
+
+    def check(
+        self, mask: Tensor | None, active: Sequence[bool], gapped: Sequence[bool], packed: bool
+    ) -> None:
+        """Raises UnsupportedError if columns are hidden that the states would take in.
+
+        `mask` `[B, S]` is about the new columns. Only columns before a sequence's first token are
+        kept out, and only by the first forward; `gapped` are sequences with others by now. `packed`
+        says that rows hold several texts.
+        """
+        if packed:
+            self._refuse("position_ids pack several texts in a row")
+        if any(gap and on for gap, on in zip(gapped, active, strict=True)):
+            self._refuse("a sequence that had ended, or was padded on the right, goes on")
+        if mask is None or bool(mask.all()):
+            return
+        if self.begun:
+            self._refuse("a mask hides columns after the first forward")
+        if bool((mask.bool().long().diff(dim=1) < 0).any()):
+            self._refuse("a mask hides columns after a sequence's first token")
+
+    def _refuse(self, what: str) -> None:
+        raise UnsupportedError(
+            f"attention_mask: {what}, but layers {_listed(self.layers)} keep a recurrent or "
+            "convolutional state that takes in every column; pad on the left, and start a new "
+            "cache for a turn after rows of different lengths"
+        )
+
+
+def _listed(places: Mapping[int, Any]) -> str:
+    names = [str(place) for place in places]
+    return ", ".join(names if len(names) < 5 else [*names[:3], "..."])
+
+
+def _copied(layer: Any, rows: Sequence[int] | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"device": layer.device, "dtype": layer.dtype}
+    for name in _STATES:
+        found[name] = {
+            state: None if tensor is None else _rows(tensor, rows)
+            for state, tensor in getattr(layer, name).items()
+        }
+    return found | {name: dict(getattr(layer, name)) for name in _MARKS}
+
+
+def _rows(tensor: Tensor, rows: Sequence[int] | None) -> Tensor:
+    if rows is None:
+        return tensor.clone()
+    index = torch.tensor([max(row, 0) for row in rows], device=tensor.device)
+    empty = torch.tensor([row < 0 for row in rows], device=tensor.device)
+    picked = tensor.index_select(0, index)
+    return picked.masked_fill_(empty.view(-1, *[1] * (picked.ndim - 1)), 0)
