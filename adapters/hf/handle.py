@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
@@ -17,6 +18,8 @@ from .kinds import LayerKind
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
+_TRANSFORMERS = os.path.dirname(os.path.abspath(transformers.__file__))
+_MODELS = os.path.join(_TRANSFORMERS, "models")
 _OPERATORS = (
     "getitem setitem iter len bool contains add radd sub rsub mul rmul truediv rtruediv floordiv "
     "matmul rmatmul pow neg abs lt le gt ge float int index array"
@@ -165,7 +168,8 @@ def place_of(error: BaseException) -> tuple[str, str]:
     while trace is not None:
         code = trace.tb_frame.f_code
         file = os.path.abspath(code.co_filename)
-        if not file.startswith((_HERE, _TORCH)) and "<" not in code.co_filename:
+        library = file.startswith((_HERE, _TORCH, _TRANSFORMERS)) and not file.startswith(_MODELS)
+        if not library and "<" not in code.co_filename:
             found = (
                 f"{os.path.basename(file)}:{trace.tb_lineno}",
                 linecache.getline(file, trace.tb_lineno).strip(),

@@ -130,6 +130,8 @@ class ProbeRun:
         kind = self.kinds[stored.index]
         self._check_mask(refuse, own, kind, query.device)
         self._check_output(refuse, own, kind, scores)
+        if self.follow or query.dtype.itemsize < 4:
+            self._check_inputs(refuse, own, query, stored)
         if not self.past:
             self.layers.append(self._record(module, layer, stored, query, scores, given))
         if self.follow or query.dtype.itemsize < 4:
@@ -162,6 +164,21 @@ class ProbeRun:
                 f"by its mask, a query at position {query} {'sees' if sees else 'does not see'} "
                 f"the key at {key}, by its kind {kind.kind!r} it does{' not' if sees else ''}",
             )
+
+    def _check_inputs(self, refuse: Any, own: OwnCall, query: Tensor, stored: StoredLayer) -> None:
+        """Refuses a layer that attends to others without a mask, which results would not show."""
+        columns = query.shape[2]
+        assert stored.stored is not None and stored.values_stored is not None
+        for name, theirs, ours in (
+            ("queries", own.query, query),
+            ("keys", own.key, stored.stored),
+            ("values", own.value, stored.values_stored),
+        ):
+            a, b = (x[:, :, -columns:].double() for x in (theirs, ours))
+            if float((a - b).abs().max()) > 16 * torch.finfo(query.dtype).eps * float(
+                a.abs().max()
+            ):
+                raise refuse("attention", f"its {name} are others without a mask")
 
     def _check_output(self, refuse: Any, own: OwnCall, kind: LayerKind, scores: Scores) -> None:
         if own.key.shape[-1] != own.query.shape[-1] or own.query.shape[1] % own.key.shape[1]:

@@ -15,7 +15,7 @@ from ..._markdown import table
 from .kinds import LayerKind, layer_kinds
 from .probe import check_kinds, probe
 from .records import ModelRefused, Probe
-from .tiny import default_config, tiny_config, tiny_model
+from .tiny import causal_types, default_config, tiny_config, tiny_model
 
 HEADS = (
     "type",
@@ -34,16 +34,21 @@ configuration: a prompt and a decode step on the model itself, with handles in p
 keys and values, beside the model's own attention. This table is what the same check says of a tiny
 random model of every causal type of transformers {version}: {served} of {total} are served.
 
-- **layers**: of the type's default config. Policies act on full ones; sliding and chunked ones keep a
-  ring, linear, convolutional and hybrid ones transformers' own state, shared ones read the keys of
-  another layer.
-- **keys before RoPE**, which write gates read: *exact*, from a submodule whose output, rotated, was the
-  key that the model cached; *rotated back* by the model's own cos and sin; *no RoPE*, the key itself.
+- **layers**: of the type's default config. Policies act on full ones; sliding and chunked ones
+  keep a ring, linear, convolutional and hybrid ones transformers' own state, shared ones read the
+  keys of another layer.
+- **keys before RoPE**, which write gates read: *exact*, from a submodule whose output, rotated, was
+  the key that the model cached; *rotated back* by the model's own cos and sin; *no RoPE*, the key
+  itself.
 - **captured**, **compiled**: whether decode steps are, where that was checked.
 - **check**, of refused types: *kinds* of layers by the config; *handle*, the model computes on its
   cached keys; *updates*, each layer caches keys once a forward and reads them; *arguments* of the
   attention function; *mask*, what a query sees; *attention*, the result of each call; *logits*;
   *forward*, it fails."""
+
+_MULTIMODAL = """\
+Other types that generate text from images and text, by their text decoders; image tokens are tokens
+like any other. {served} of {total} are served. Text alone is probed."""
 
 
 @attrs.frozen(kw_only=True)
@@ -139,24 +144,27 @@ def check_types(
 
 def document(found: Sequence[Support]) -> str:
     """Markdown of what was found: served types first, by name, then why the others are not."""
-    served = [x for x in sorted(found, key=lambda x: x.name) if x.served]
-    others = [x for x in sorted(found, key=lambda x: x.name) if not x.served]
-    lines = [
-        "# Models",
-        "",
-        _INTRODUCTION.format(
-            version=transformers.__version__, served=len(served), total=len(found)
-        ),
-        "",
-        "## Served",
-        "",
-        *table(HEADS, [x.cells for x in served]),
-        "",
-        "## Refused",
-        "",
-        *table(("type", "check", "why not"), [_refusal(x) for x in others]),
-    ]
+    causal = set(causal_types())
+    text = [x for x in found if x.name in causal]
+    multimodal = [x for x in found if x.name not in causal]
+    said = {
+        "version": transformers.__version__,
+        "served": sum(bool(x.served) for x in text),
+        "total": len(text),
+    }
+    lines = ["# Models", "", _INTRODUCTION.format(**said), *_tables(text)]
+    if multimodal:
+        count = sum(bool(x.served) for x in multimodal)
+        said = {"served": count, "total": len(multimodal)}
+        lines += ["", "## Multimodal", "", _MULTIMODAL.format(**said), *_tables(multimodal)]
     return "\n".join(lines)
+
+
+def _tables(found: Sequence[Support]) -> list[str]:
+    ordered = sorted(found, key=lambda x: x.name)
+    served = table(HEADS, [x.cells for x in ordered if x.served])
+    others = table(("type", "check", "why not"), [_refusal(x) for x in ordered if not x.served])
+    return ["", "### Served", "", *served, "", "### Refused", "", *others]
 
 
 def _refusal(support: Support) -> tuple[str, str, str]:

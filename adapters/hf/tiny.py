@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from .tiny_sizes import DEFAULT, SIZES, SPECIAL
+from .tiny_sizes import DEFAULT, HEAD_DIM, SIZES, SPECIAL
 
 # Parts of names of parameters that make scores, and of norms on queries and keys.
 _SCORES = ("q_proj", "k_proj", "query", "key", "qkv", "c_attn", "wq", "wk", "q_attn")
@@ -76,6 +76,11 @@ def shrunk(config: Any, **changes: Any) -> Any:
         for name in getattr(config, "sub_configs", {})
         if hasattr(part := getattr(config, name, None), "to_dict")
     }
+    rope = held.get("rope_parameters") or {}
+    if "mrope_section" in rope:  # channels of each axis, which fill half a head
+        half = int(HEAD_DIM * rope.get("partial_rotary_factor", 1.0)) // 2
+        section = [half - 2 * (half // 3), half // 3, half // 3]
+        sizes["rope_parameters"] = {**rope, "mrope_section": section}
     made = type(config)(**{**sizes, **special, **parts, **changes})
     if hasattr(made, "is_decoder") and not getattr(made, "is_encoder_decoder", False):
         made.is_decoder = True

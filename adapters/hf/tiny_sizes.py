@@ -124,6 +124,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "qk_head_dim": 24,
     },
     "mamba2": {"num_heads": 8, "head_dim": 16},
+    "mimo_v2_flash": {"v_head_dim": 8, "swa_v_head_dim": 8},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 4},
     "ministral": {"head_dim": 16, "layer_types": _ALTERNATING},
     "moshi": {"sliding_window": 64},

@@ -26,12 +26,12 @@ def models(
     """Say which model types are served, or what is in the way."""
     with errors():
         from ..adapters.hf.support import check_types, document
-        from ..adapters.hf.tiny import causal_types
+        from ..adapters.hf.tiny import causal_types, multimodal_types
 
-        known = causal_types()
+        known = [*causal_types(), *multimodal_types()]
         wrong = sorted(set(types or ()) - set(known))
         if wrong:
-            raise ValueError(f"types: transformers has no causal model of {', '.join(wrong)}")
+            raise ValueError(f"types: transformers has no language model of {', '.join(wrong)}")
         if not check:
             for name in types or known:
                 typer.echo(name)
