@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +18,7 @@ from .probe import check_kinds, probe
 from .records import ModelRefused, Probe
 from .tiny import causal_types, default_config, tiny_config, tiny_model
 
+MEMORY = 12 << 30  # bytes of address space that checking a type may take
 HEADS = (
     "type",
     "layers",
@@ -108,7 +110,7 @@ def check_type(name: str) -> Support:
         found = probe(model)
     except ModelRefused as error:
         return Support(name=name, served=False, check=error.check, reason=_reason(error))
-    kinds = _default_kinds(name) or found.kinds
+    kinds = _default_kinds(name, found.kinds)
     return Support(
         name=name,
         served=True,
@@ -164,7 +166,7 @@ def _tables(found: Sequence[Support]) -> list[str]:
     ordered = sorted(found, key=lambda x: x.name)
     served = table(HEADS, [x.cells for x in ordered if x.served])
     others = table(("type", "check", "why not"), [_refusal(x) for x in ordered if not x.served])
-    return ["", "### Served", "", *served, "", "### Refused", "", *others]
+    return ["", "### Served", "", *served, "", "### Refused, or without a verdict", "", *others]
 
 
 def _refusal(support: Support) -> tuple[str, str, str]:
@@ -194,6 +196,10 @@ def _child(name: str, pipe: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
+    with contextlib.suppress(ImportError):  # of systems without limits
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     os.environ["HF_HUB_OFFLINE"] = "1"
     pipe.send(check_type(name))
 
@@ -203,12 +209,16 @@ def _reason(error: ModelRefused) -> str:
     return " ".join(error.reason.split()) + (f" ({where})" if where else "")
 
 
-def _default_kinds(name: str) -> tuple[LayerKind, ...] | None:
-    """Of the type's own default config, which tells how many layers are of each kind."""
+def _default_kinds(name: str, tiny: tuple[LayerKind, ...]) -> tuple[LayerKind, ...]:
+    """Of the type's own default config, which tells how many layers are of each kind.
+
+    Those of the tiny one where a default config lacks kinds that the type can have.
+    """
     try:
-        return layer_kinds(default_config(name))
+        kinds = layer_kinds(default_config(name))
     except Exception:  # some types have no default that says so
-        return None
+        return tiny
+    return kinds if {x.kind for x in tiny} <= {x.kind for x in kinds} else tiny
 
 
 def _counted(kinds: Iterable[LayerKind]) -> dict[str, int]:

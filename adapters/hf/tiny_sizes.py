@@ -87,6 +87,7 @@ _SHARING: dict[str, Any] = {"num_kv_shared_layers": 4, "layer_types": _ALTERNATI
 _GEMMA4: dict[str, Any] = {**_SHARING, "global_head_dim": 32, "num_global_key_value_heads": 1}
 _NO_INPUTS = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 _ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
+_AXES: dict[str, Any] = {"rope_parameters": {**_ROPE, "mrope_section": [4, 2, 2]}}
 
 SPECIAL: dict[str, dict[str, Any]] = {
     **_all("bart marian mbart mvp pegasus plbart whisper blenderbot blenderbot-small", _BART),
@@ -96,6 +97,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE},
         "layer_types": [*["sliding_attention"] * 3, "full_attention"] * 2,
+    },
+    **_all("qwen2_vl_text qwen2_5_vl_text qwen2_5_omni_text glm4v_text glm_ocr_text", _AXES),
+    "paddleocr_vl_text": _AXES,
+    "glm4v_moe_text": {
+        "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
     },
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 1.0}},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},

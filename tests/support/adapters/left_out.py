@@ -13,13 +13,13 @@ _left = ""
 
 
 def _mask(q_length, kv_length, device, mask_function, q_offset=0, kv_offset=0, **given):
-    """Which keys a query sees `[S, T]`; without windows and chunks all those before it."""
+    """Which keys a query sees `[1, 1, S, T]`; without windows and chunks all those before it."""
     rows = torch.arange(q_length, device=device)[:, None] + q_offset
     columns = torch.arange(kv_length, device=device)[None] + kv_offset
     if _left in ("window", "chunk"):
-        return columns <= rows
+        return (columns <= rows)[None, None]
     zero = torch.zeros((), dtype=torch.long, device=device)
-    return mask_function(zero, zero, rows, columns).expand(q_length, kv_length)
+    return mask_function(zero, zero, rows, columns).expand(1, 1, q_length, kv_length)
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, softcap=None, **given):
