@@ -236,7 +236,7 @@ def _layers(kinds: Iterable[LayerKind]) -> str:
 def _policies(kinds: tuple[LayerKind, ...]) -> str:
     acting = sum(kind.attention and not (kind.window or kind.chunk) for kind in kinds)
     if not acting:
-        return "none: every layer slides"
+        return "none: no layer sees all keys"
     return "all layers" if acting == len(kinds) else f"{acting} of {len(kinds)} layers"
 
 
