@@ -40,6 +40,8 @@ from .eviction import KeepAll as KeepAll
 from .eviction import SnapKV as SnapKV
 from .per_layer import per_layer as per_layer
 from .pipeline import CachePipeline as CachePipeline
+from .pipeline_files import load_pipeline as load_pipeline
+from .pipeline_files import save_pipeline as save_pipeline
 from .selection import Quest as Quest
 from .selection import SelectAll as SelectAll
 from .selection import Selection as Selection
@@ -61,7 +63,7 @@ else:
         return value
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Adaptive",
@@ -100,8 +102,10 @@ __all__ = [
     "all_of",
     "any_of",
     "attach",
+    "load_pipeline",
     "new_cache",
     "per_layer",
+    "save_pipeline",
 ]
 
 

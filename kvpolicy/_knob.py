@@ -8,11 +8,13 @@ from typing import Generic, TypeVar
 import attrs
 
 from ._fields import function, is_a
+from ._names import named
 
 Turned = TypeVar("Turned", covariant=True)
 Other = TypeVar("Other")
 
 
+@named
 @attrs.frozen(kw_only=True)
 class Knob(Generic[Turned]):
     """A number to turn: `at(x)` for x in [0, 1] is its value, and the cache never shrinks with x.

@@ -9,6 +9,7 @@ import attrs
 from torch import Tensor
 
 from ._fields import check_int, is_a, one_of, optional, positive, shown
+from ._names import named
 from .admission import Admission, AdmitAll
 from .backend import BACKENDS, resolve
 from .budget import budget_of
@@ -59,6 +60,7 @@ def _window(window: int | None) -> int:
     return cast(int, window)
 
 
+@named
 @attrs.frozen(kw_only=True)
 class CachePipeline:
     """What to write, what to read and what to drop, as one frozen value.

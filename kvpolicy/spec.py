@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, get_args
 
 import attrs
 import torch
 
+from ._arguments import check_dtype
 from ._fields import (
     MOST_INT,
     check_int,
@@ -21,9 +21,8 @@ from ._fields import (
     positive,
     shown,
 )
+from ._names import instead, named
 from .choices import AtCap
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class Sizes(TypedDict, total=False):
@@ -42,9 +41,8 @@ def check_sizes(sizes: Mapping[str, Any]) -> None:
     names = list(Sizes.__annotations__)
     for name in sizes:
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            instead = f"; write {near[0]}={shown(sizes[name])}" if near else ""
-            raise TypeError(f"{name}: wanted one of {', '.join(names)}, got {name!r}{instead}")
+            hint = instead(name, sizes[name], names)
+            raise TypeError(f"{name}: wanted one of {', '.join(names)}, got {name!r}{hint}")
 
 
 def _windows(value: Any) -> Any:
@@ -66,13 +64,7 @@ def _sliding(instance: CacheSpec, attribute: attrs.Attribute[Any], value: Any) -
 
 
 def _dtype(instance: CacheSpec, attribute: attrs.Attribute[Any], value: Any) -> None:
-    wanted = "dtype: wanted one of " + ", ".join(map(str, DTYPES))
-    if not isinstance(value, torch.dtype):
-        known = value in [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-        instead = f"; write torch.{value}" if known else ""
-        raise TypeError(f"{wanted}, got {shown(value)}{instead}")
-    if value not in DTYPES:
-        raise ValueError(f"{wanted}, got {value}")
+    check_dtype("dtype", value)
 
 
 def _device(value: Any) -> torch.device:
@@ -141,6 +133,7 @@ def _each(instance: CacheSpec, attribute: attrs.Attribute[Any], value: Any) -> N
         raise ValueError("sliding: wanted () beside per_layer, which gives windows as well")
 
 
+@named
 @attrs.frozen(kw_only=True)
 class CacheSpec:
     """Sizes of one model's cache.

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -234,12 +235,42 @@ def test_a_pipeline_of_one_s_own(
     said = call("evaluate", folder / "model", *options, *out, *own, *read)
     assert re.search(rf"{LOSS.name}, 256: mine_for_cli:sparse: loss .*, cache 5\d\.\d%", said), said
     for wrong, message in (
-        ("mine_for_cli", "wanted module:name"),
+        ("mine_for_cli", "or module:name"),
         ("mine_for_cli:Root", "wanted a CachePipeline in mine_for_cli:Root"),
         ("no_such_module:x", "No module named 'no_such_module'"),
     ):
         assert message in fails("plan", folder / "model", "--pipeline", wrong)
     assert "beside it" in fails("plan", folder / "model", *mine, "--snapkv", 500)
+
+
+def test_a_pipeline_s_file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command that takes a pipeline takes its file; one that names code wants trust."""
+    (tmp_path / "root_for_cli.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    file = tmp_path / "mine.json"
+    budget = {"type": "root_for_cli:Root"}
+    eviction = {"type": "SnapKV", "budget": budget, "observation": 8, "kernel": 3}
+    file.write_text(json.dumps({"eviction": eviction, "window": 16}))
+    mine = ("--pipeline", file, "--trust-code")
+    texts = ("--texts", folder / "texts")
+    out, read = ("--out", tmp_path / "out"), ("--length", 200)
+    for command in (
+        ("plan", folder / "model"),
+        ("calibrate", folder / "model", *texts),
+        ("inspect", folder / "model", *texts, *out),
+        ("pareto", folder / "model", *texts, *out),
+        ("evaluate", folder / "model", *texts, *out),
+    ):
+        said = fails(*command, "--pipeline", file)
+        assert "trust_code=True (on the command line --trust-code)" in said, command
+    assert "root_for_cli" not in sys.modules
+    mine = ("--pipeline", file, "--trust-code")
+    found = json.loads(call("plan", folder / "model", "--tokens", 400, *mine, "--json"))
+    assert found["kept"] == 80 / 400
+    said = call("inspect", folder / "model", *texts, *out, *read, "--continuation", 8, *mine)
+    assert "eviction SnapKV: " in said
+    assert "mine.yaml" in fails("plan", folder / "model", "--pipeline", "mine.yaml")
 
 
 def test_errors_are_one_line(folder: Path, tmp_path: Path) -> None:
@@ -258,7 +289,8 @@ def test_bench_hands_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
     module = types.ModuleType("kvpolicy.bench")
 
-    def run(names: list[str], **options: object) -> list[object]:
+    def run(names: list[str], *, starts: Callable[..., object], **options: object) -> list[object]:
+        starts("a title", 0, 2)
         seen.append((names, options))
         return [types.SimpleNamespace(error="broken" if "bad" in names else "")]
 

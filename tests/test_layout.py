@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import email
 import os
 import re
 import shutil
@@ -84,12 +85,13 @@ def test_the_root_names_what_it_exports():
         kvpolicy.atach  # noqa: B018
 
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = SETTINGS["project"]
 # Modules of packages whose names differ; vllm waits for its adapter.
 MODULES = {"fa3-fwd": "fa3_fwd_interface"}
 UNUSED = {"vllm"}
 # What transformers requires, and so brings.
-BROUGHT = {"huggingface_hub", "numpy", "tokenizers"}
+BROUGHT = {"huggingface_hub", "numpy", "tokenizers", "yaml"}
 # Not for users of the library: what baselines of the benchmark and tests need.
 BASELINES = {"flashinfer"}
 
@@ -108,7 +110,12 @@ def packages(requirements: list[str]) -> set[str]:
 
 
 EXTRAS = PROJECT["optional-dependencies"]
-USERS = {name: packages(found) for name, found in EXTRAS.items() if name != "dev"}
+# What modules import; the others are for who works on the project or reads it.
+USERS = {
+    name: packages(found)
+    for name, found in EXTRAS.items()
+    if name not in ("dev", "docs", "notebooks")
+}
 
 
 def third_party(graph: dict[str, set[str]]) -> dict[str, set[str]]:
@@ -198,13 +205,8 @@ def packaged_files() -> set[str]:
 
 def _shipped(path: Path) -> str:
     inside = path.relative_to(ROOT)
-    data = "pretrained" in inside.parts and path.suffix in {
-        ".safetensors",
-        ".tsv",
-        ".json",
-        ".pt",
-        ".md",
-    }
+    endings = (".packed.safetensors", ".tsv", ".json", ".md")
+    data = "pretrained" in inside.parts and path.name.endswith(endings)
     is_shipped = path.is_file() and (path.suffix == ".py" or path.name == "py.typed" or data)
     return inside.as_posix() if is_shipped else ""
 
@@ -225,7 +227,10 @@ def test_sdist_holds_real_files(built):
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         files = {m.name.split("/", 1)[1] for m in archive.getmembers() if m.isfile()}
-    assert packaged_files() <= files
+    gates = {p.relative_to(ROOT).as_posix() for p in (ROOT / "kvpolicy").rglob("*.safetensors")}
+    assert len(gates) == 4
+    assert packaged_files() | gates <= files
+    assert {"docs/changelog.md", "examples/demo.py", "constraints.txt"} <= files
 
 
 def test_wheel_from_the_sdist_is_complete(built):
@@ -234,6 +239,28 @@ def test_wheel_from_the_sdist_is_complete(built):
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert files == packaged_files()
     assert {name.split("/")[1] for name in files} >= {*LINKS, "py.typed"}
+    assert path.stat().st_size <= 5_000_000
+
+
+def test_wheel_says_who_where_and_which(built):
+    """The version has one place, kvpolicy/__init__.py, and a citation that names it."""
+    import kvpolicy
+
+    (path,) = built.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        says = email.message_from_bytes(archive.read(name))
+    assert says["Version"] == kvpolicy.__version__
+    assert says["Author"] == "kvpolicy developers"
+    assert len(says.get_all("Project-URL")) == len(PROJECT["urls"]) == 4
+    assert set(says.get_all("Provides-Extra")) == set(EXTRAS)
+    minors = [c.split(":: ")[-1] for c in says.get_all("Classifier") if ":: 3." in c]
+    assert minors == ["3.11", "3.12", "3.13"]
+    assert says["Requires-Python"] == ">=3.11"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"version = {{{kvpolicy.__version__}}}" in readme
+    changes = (ROOT / "docs" / "changelog.md").read_text(encoding="utf-8")
+    assert re.search(r"^## (\S+)", changes, re.MULTILINE)[1] == kvpolicy.__version__
 
 
 def test_wheel_imports_without_the_tree(built, tmp_path):
@@ -242,11 +269,19 @@ def test_wheel_imports_without_the_tree(built, tmp_path):
         archive.extractall(tmp_path)
     out = run_fresh(
         "import kvpolicy, kvpolicy.kernels, kvpolicy.adapters.hf\n"
+        "from kvpolicy import DuoAttention, WriteGate, pretrained\n"
         "print(kvpolicy.__file__)\n"
-        "print(*kvpolicy.kernels.__path__)",
+        "print(*kvpolicy.kernels.__path__)\n"
+        "print(WriteGate.from_pretrained('smollm2-135m-instruct-w64-keep25').layers)\n"
+        "print(len(DuoAttention.from_pretrained(pretrained.names()[0], sparsity=0.5).full_heads))\n"
+        "print(*pretrained.names())",
         cwd=tmp_path,
     )
     assert out.split() == [
         str(tmp_path / "kvpolicy" / "__init__.py"),
         str(tmp_path / "kvpolicy" / "kernels"),
+        "30",
+        "30",
+        "duo-smollm2-135m-instruct",
+        "smollm2-135m-instruct-w64-keep25",
     ]

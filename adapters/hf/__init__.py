@@ -7,5 +7,5 @@ from .cache import KVPolicyCache as KVPolicyCache
 from .cache import new_cache as new_cache
 from .memory import FitReport as FitReport
 from .memory import fit_report as fit_report
-from .models import spec_of as spec_of
 from .persist import load_cache as load_cache
+from .sizes import spec_of as spec_of

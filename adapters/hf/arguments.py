@@ -7,7 +7,6 @@ from typing import Any
 from transformers.generation import GenerationConfig, GenerationMode
 
 from ...errors import UnsupportedError
-from ...spec import LayerSizes
 from .attached import Attached
 from .wrappers import check_soft_prompt, soft_prompt
 
@@ -39,6 +38,7 @@ OTHER_CACHES = {
 }
 # Arguments of other attention functions that change what is attended.
 SCORES = ("position_bias", "head_mask", "cache")
+BY_MODELS = ("softcap", "s_aux", "sinks")  # which only a model's own layers may give
 
 
 def check_generate(attachment: Attached, kwargs: dict[str, Any], config: Any) -> None:
@@ -60,6 +60,11 @@ def check_generate(attachment: Attached, kwargs: dict[str, Any], config: Any) ->
             raise UnsupportedError(f"{name}: not beside an attached pipeline: {reason}")
     mode = config.get_generation_mode(kwargs.get("assistant_model"))
     _check_loop(config, mode, kwargs)
+    if mode == GenerationMode.ASSISTED_GENERATION and attachment.served.probe.own:
+        raise UnsupportedError(
+            "assisted generation: candidates cannot be taken back from the recurrent or "
+            f"convolutional states of {type(attachment.decoder).__name__}"
+        )
     if mode == GenerationMode.ASSISTED_GENERATION and soft_prompt(attachment.model):
         raise UnsupportedError(
             "assisted generation: not with a soft prompt, which hides where candidates begin"
@@ -131,6 +136,7 @@ def check_forward(decoder: Any, layers: list[Any], kwargs: dict[str, Any]) -> No
         raise UnsupportedError(
             "is_causal=False: every token would see later ones; caches hold none"
         )
+    _check_scores(kwargs, *BY_MODELS)
     if not decoder.training and not any(module.training for module in layers):
         return
     if any(getattr(m, "gradient_checkpointing", False) and m.training for m in decoder.modules()):
@@ -145,22 +151,29 @@ def check_forward(decoder: Any, layers: list[Any], kwargs: dict[str, Any]) -> No
 
 
 def check_attention(
-    sizes: LayerSizes, scaling: Any, dropout: float, kwargs: dict[str, Any]
+    scale: float, cap: float | None, scaling: Any, dropout: float, kwargs: dict[str, Any]
 ) -> None:
-    """Raises UnsupportedError for arguments of an attention function that are not served."""
+    """Raises UnsupportedError for arguments of an attention function that are not served.
+
+    `scale` and `cap` are the layer's factor and bound of q.k.
+    """
     if dropout:
         raise UnsupportedError(
             "dropout: an attached model serves inference only; call model.eval()"
         )
     for name, given, known in (
-        ("scaling", scaling, sizes.scale),
-        ("softcap", kwargs.get("softcap"), sizes.softcap),
+        ("scaling", scaling, scale),
+        ("softcap", kwargs.get("softcap"), cap),
     ):
         if given is not None and given != known:
             raise UnsupportedError(
                 f"{name}: wanted {known}, with which the cache was made, got {given}"
             )
     check_causal(kwargs.get("is_causal"))
-    for name in SCORES:
+    _check_scores(kwargs)
+
+
+def _check_scores(kwargs: dict[str, Any], *more: str) -> None:
+    for name in (*SCORES, *more):
         if kwargs.get(name) is not None:
             raise UnsupportedError(f"{name}: this model's attention scores are not served")

@@ -17,7 +17,7 @@ from ...store import Report
 from . import phases
 from .arguments import check_config, check_model
 from .attention import forget_hidden, keep_hidden, keep_pre
-from .cache import KVPolicyCache, new_cache
+from .cache import KVPolicyCache
 from .changes import Changes
 from .compile import CompiledLayers, check_compiles, make_eager
 from .faces import NAME
@@ -60,10 +60,10 @@ class Attachment:
         self.served = served(self.base, verify=verify)
         self.layers = self.served.modules
         check_model(self.decoder, self.layers)
-        check_one_device(self.base)
+        check_one_device(self.served)
         self.needs = pipeline.admission.needs | pipeline.eviction.needs
         if "key_pre" in self.needs:
-            check_pre_rope(self.base)
+            check_pre_rope(self.served)
         empty = self.new_cache()
         self.spec, self.ranks = empty.spec, empty.ranks
         pipeline.check(self.spec)
@@ -174,7 +174,9 @@ class Attachment:
 
     def new_cache(self) -> KVPolicyCache:
         """An empty cache of this pipeline."""
-        return new_cache(self.base, self.pipeline, dtype=self.dtype, **self.sizes)
+        return KVPolicyCache(
+            self.base, self.pipeline, dtype=self.dtype, known=self.served, **self.sizes
+        )
 
     def cache_for(self, given: Any) -> KVPolicyCache:
         """`given` if it is a cache of this pipeline, a new cache for None."""
@@ -231,15 +233,19 @@ class Attachment:
         input_ids: Tensor,
         continuation_ids: Tensor,
         attention_mask: Tensor | None = None,
+        continuation_mask: Tensor | None = None,
         *,
         question: str = "decode",
     ) -> Tensor:
         """Log-probabilities `[B, N]` of continuations `[B, N]` after contexts `[B, S]`.
 
         The prompt ends, and evictions act, before a context's last token; it and the continuation
-        are read as `ask` reads a question.
+        are read as `ask` reads a question. Contexts are padded on the left, continuations on the
+        right; padding of these counts 0.
         """
-        return phases.loglikelihood(self, input_ids, continuation_ids, attention_mask, question)
+        return phases.loglikelihood(
+            self, input_ids, continuation_ids, attention_mask, continuation_mask, question
+        )
 
     def used(self, cache: KVPolicyCache) -> None:
         """Remembers what a cache did that no caller gave."""

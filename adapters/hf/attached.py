@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from ...pipeline import CachePipeline
 from .cache import KVPolicyCache
+from .models import Served
 from .ranks import Ranks
 
 
@@ -21,14 +22,15 @@ class Attached(Protocol):
     """A pipeline on a model; see `Attachment`, which is one.
 
     `model` is what was attached to, `base` transformers' model inside its wrappers, `decoder` its
-    decoder stack with attention modules `layers`. `original` is the `generate` that ours replaces,
-    `ranks` those that share the model's heads.
+    decoder stack with attention modules `layers`, `served` what is known of it. `original` is the
+    `generate` that ours replaces, `ranks` those that share the model's heads.
     """
 
     model: Any
     base: Any
     decoder: Any
     layers: list[Any]
+    served: Served
     pipeline: CachePipeline
     original: Callable[..., Any]
     decoding: str

@@ -103,9 +103,11 @@ def attention(
     pre = None if key.wrote else _key_pre(module, key.key)
     sinks = kwargs.get("s_aux") if kwargs.get("sinks") is None else kwargs["sinks"]
     if torch.compiler.is_compiling() and hasattr(module, PLACE):
-        place = getattr(module, PLACE)
+        place, known = getattr(module, PLACE)
+        check_attention(*known, scaling, dropout, kwargs)
         return attend(place, query, key.key, key.value, pre, hidden, sinks), None
-    check_attention(key.cache.spec.at(key.layer), scaling, dropout, kwargs)
+    sizes = key.cache.spec.at(key.layer)
+    check_attention(sizes.scale, sizes.softcap, scaling, dropout, kwargs)
     out = _attend(key, query, pre, hidden, sinks)
     if torch.is_grad_enabled() and query.requires_grad:
         out = _NoGradient.apply(out, query)  # type: ignore[no-untyped-call]

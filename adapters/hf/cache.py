@@ -10,22 +10,22 @@ from typing import Any, Unpack
 import attrs
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.cache_utils import LinearAttentionCacheLayerMixin as StateLayer
+from transformers.cache_utils import Cache
 
 from ...errors import PhaseError, RollbackError
 from ...pipeline import CachePipeline, is_pipeline
-from ...spec import Sizes
+from ...spec import Sizes, check_sizes
 from ...store import CacheState, Report, save
 from ...store.fork import adopt, select_rows
 from ...store.rollback import crop
 from .columns import Chunks, append, gaps, pick, real, take_back, to_tensors
-from .faces import KVPolicyHybridLayer, KVPolicyLayer, KVRef
+from .faces import KVRef, faces_of, keeps_state
 from .fingerprints import model_fingerprint
 from .layout import Columns
-from .models import ranks_of, served, spec_of
+from .models import Served, ranks_of, served
 from .modes import exactly, in_dtype, ordinary
 from .recurrent import States
+from .sizes import spec_from
 
 
 class KVPolicyCache(Cache):
@@ -42,12 +42,14 @@ class KVPolicyCache(Cache):
         pipeline: CachePipeline,
         *,
         dtype: torch.dtype | None = None,
+        known: Served | None = None,
         **sizes: Unpack[Sizes],
     ) -> None:
-        self.dtype, self.spec = dtype, spec_of(model, dtype=dtype, **sizes)
-        self.served = served(model)
+        check_sizes(sizes)
+        self.served = served(model) if known is None else known
+        self.dtype, self.spec = dtype, spec_from(self.served, dtype=dtype, **sizes)
         self.pipeline, self.sizes, self.model = pipeline, sizes, weakref.ref(model)
-        self.ranks = ranks_of(model)
+        self.ranks = ranks_of(self.served)
         self.failure: BaseException | None = None  # of a layer, until all ranks know of it
         self.state: CacheState | None = None
         self.phase = "prompt"
@@ -67,17 +69,9 @@ class KVPolicyCache(Cache):
 
     def _make_faces(self) -> None:
         """Layers as transformers sees them, and the states that its own ones keep."""
-        faces: list[Any] = []
-        for place, own in enumerate(DynamicCache(config=self.served.config).layers):
-            index, keeps = self.served.places.get(place), isinstance(own, StateLayer)
-            if index is None:
-                faces.append(own)
-            elif keeps:
-                faces.append(KVPolicyHybridLayer(self, index, own.number_of_states))
-            else:
-                faces.append(KVPolicyLayer(self, index))
+        faces = faces_of(self, self.served.config, self.served.places)
         Cache.__init__(self, layers=faces)
-        self.states = States({n: x for n, x in enumerate(faces) if isinstance(x, StateLayer)})
+        self.states = States({n: x for n, x in enumerate(faces) if keeps_state(x)})
 
     def hold(self, layer: int, key: Tensor, value: Tensor) -> KVRef:
         """A handle for the keys and values of our `layer`; our attention stores them."""

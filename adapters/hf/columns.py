@@ -81,7 +81,7 @@ def new_columns(mask: Tensor | None, chunks: Chunks, batch: int, columns: int) -
     """The part of a 2D mask that is about the next `columns`.
 
     A mask is about the next columns alone, or about all that went through and these; what lies
-    beyond is about tokens to come. Raises UnsupportedError if it hides a column that is stored.
+    beyond is about tokens to come. Raises UnsupportedError as `check_stored` does.
     """
     if mask is None:
         return None
@@ -94,10 +94,24 @@ def new_columns(mask: Tensor | None, chunks: Chunks, batch: int, columns: int) -
         )
     if width < seen + columns or not seen:
         return mask[:, :columns]
-    before = mask[:, :seen].bool().cpu()
-    if bool((real(chunks, batch) & ~before).any()):
+    check_stored(mask, chunks, batch)
+    return mask[:, seen : seen + columns]
+
+
+def check_stored(mask: Tensor, chunks: Chunks, batch: int) -> None:
+    """Raises UnsupportedError if a 2D mask of all columns differs from what is stored of them."""
+    stored = real(chunks, batch)
+    shown = mask[:, : stored.shape[1]].bool().cpu()
+    stored = stored[:: max(batch // max(len(shown), 1), 1)]
+    if stored.shape != shown.shape:
+        return  # refused elsewhere
+    if bool((shown & ~stored).any()):
+        raise UnsupportedError(
+            "attention_mask: it shows columns that the cache does not hold, which an earlier mask "
+            "hid or whose sequence had ended; pass torch.cat([cache.real(), new_mask], 1)"
+        )
+    if bool((stored & ~shown).any()):
         raise UnsupportedError(
             "attention_mask: it hides columns that the cache holds; a cache cannot hide them from "
             "one call. Use a new cache, or take trailing columns back by cache.crop"
         )
-    return mask[:, seen : seen + columns]

@@ -17,7 +17,8 @@ from ...errors import PhaseError, UnsupportedError
 from .attached import Attached
 from .models import Served, shards
 
-PLACE = "_kvpolicy_place"  # on an attention module: [attachment's number, layer], on the CPU
+# On an attention module: [attachment's number, layer] on the CPU, and its scale and softcap.
+PLACE = "_kvpolicy_place"
 Functions = tuple[Callable[..., Any], Callable[..., Any]]  # for prompts and for one column
 COMPILED = "_compiled_call_impl"  # where nn.Module.compile keeps what calling a module runs
 _NUMBERS = itertools.count()
@@ -129,7 +130,8 @@ class CompiledLayers:
         if hooks not in functions:
             functions[hooks] = _compile(number)
         for index, (layer, module) in _holders(decoder, known).items():
-            module.__dict__[PLACE] = torch.tensor([number, index])
+            known_scores = known.layers[index].scale, known.layers[index].softcap
+            module.__dict__[PLACE] = torch.tensor([number, index]), known_scores
             layer.__dict__[COMPILED] = functools.partial(_run, functions[hooks], layer)
 
 
@@ -143,10 +145,14 @@ def make_eager(decoder: Any, known: Served) -> None:
 def _run(functions: Functions, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     prompt, token = functions
     hidden_states = args[0] if args else kwargs["hidden_states"]
-    if hidden_states.shape[1] != 1:
-        return prompt(layer, *args, **kwargs)
-    with cold_timing():  # kernels are compared when they first run
-        return token(layer, *args, **kwargs)
+    try:
+        if hidden_states.shape[1] != 1:
+            return prompt(layer, *args, **kwargs)
+        with cold_timing():  # kernels are compared when they first run
+            return token(layer, *args, **kwargs)
+    except torch._dynamo.exc.Unsupported:
+        layer._call_impl(*args, **kwargs)  # raises itself what dynamo quotes
+        raise
 
 
 def _compile(number: int) -> Functions:

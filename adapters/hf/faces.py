@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicCache,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 
-from ...errors import PhaseError
+from ...errors import PhaseError, UnsupportedError
 
 NAME = "kvpolicy"  # of the attention and the mask function
 
@@ -50,6 +56,24 @@ class KVRef:
         )
 
 
+class _NoTensor:
+    """In place of a layer's keys or values of all tokens, which no tensor holds."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, layer: object, owner: type) -> Any:
+        if layer is None:
+            return self
+        raise UnsupportedError(
+            f"{self.name}: heads of a pipeline's cache hold different tokens, in pages; "
+            "cache.state.kept(layer, sequence, head) tells which"
+        )
+
+    def __set__(self, layer: object, value: object) -> None:
+        """transformers' base class sets None."""
+
+
 class KVPolicyLayer(CacheLayerMixin):
     """One layer's face towards transformers; everything is in the cache's state.
 
@@ -60,6 +84,8 @@ class KVPolicyLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
     supports_early_init = False
+    keys: Any = _NoTensor()
+    values: Any = _NoTensor()
 
     def __init__(self, cache: Owner, index: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -117,3 +143,21 @@ class KVPolicyHybridLayer(KVPolicyLayer, LinearAttentionLayer):
 
     def prefetch(self) -> None:
         LinearAttentionLayer.prefetch(self)
+
+
+def keeps_state(face: Any) -> bool:
+    """Whether a layer keeps a recurrent or convolutional state."""
+    return isinstance(face, LinearAttentionCacheLayerMixin)
+
+
+def faces_of(cache: Owner, config: Any, places: Mapping[int, int]) -> list[Any]:
+    """A cache's layers: ours by `places`, transformers' own for what keeps no keys."""
+    faces: list[Any] = []
+    for place, own in enumerate(DynamicCache(config=config).layers):
+        if place not in places:
+            faces.append(own)
+        elif keeps_state(own):
+            faces.append(KVPolicyHybridLayer(cache, places[place], own.number_of_states))
+        else:
+            faces.append(KVPolicyLayer(cache, places[place]))
+    return faces

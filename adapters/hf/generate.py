@@ -7,14 +7,16 @@ import copy
 import inspect
 from typing import Any
 
+from torch import Tensor
 from transformers.generation import GenerationConfig, GenerationMode
 
 from .arguments import check_ahead, check_generate
 from .attached import Attached
 from .cache import KVPolicyCache
+from .columns import check_stored
 from .decode_loop import decode_loop
 from .modes import ordinary
-from .tokens import use_tokenizer
+from .tokens import use_mask, use_tokenizer
 from .wrappers import soft_prompt
 
 OWN_LOOP = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -50,15 +52,16 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
             # transformers drops a streamer that goes with custom_generate
             kwargs["kvp_streamer"] = kwargs.pop("streamer")
     if own:
-        use_tokenizer(attachment.base, kwargs, config)
+        use_tokenizer(attachment, kwargs, config)
     # A cache that nobody else sees is used again, with its captured graph.
     private = given is None and own and not config.return_dict_in_generate
     rows = next((x.shape[0] for x in _inputs(kwargs)), 1)
     rows *= int(config.num_return_sequences or 1)
     cache = attachment.idle.pop(rows, None) if private else None
     cache = cache or attachment.cache_for(given)
+    use_mask(cache, kwargs, config)
     columns = _prompt_columns(attachment, cache, kwargs)
-    check_ahead(kwargs.get("attention_mask"), columns)
+    _check_mask(cache, kwargs.get("attention_mask"), columns)
     # Our loop says itself when the prompt has ended.
     boundary = None if own else columns
     if question is None:
@@ -77,6 +80,14 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
         cache.reset()
         attachment.idle[cache.state.batch] = cache
     return output
+
+
+def _check_mask(cache: KVPolicyCache, mask: Any, columns: int) -> None:
+    """transformers drops masks of ones, so that forwards do not see them all."""
+    check_ahead(mask, columns)
+    flat = isinstance(mask, Tensor) and mask.ndim == 2
+    if cache.state is not None and flat and mask.shape[1] >= columns > cache.columns:
+        check_stored(mask, cache.chunks, cache.state.batch)
 
 
 def merged_config(attachment: Attached, kwargs: dict[str, Any]) -> GenerationConfig:

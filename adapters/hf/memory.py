@@ -15,7 +15,8 @@ from ...budget import BudgetView, bound_layers
 from ...pipeline import CachePipeline
 from ...spec import CacheSpec, Sizes
 from ...store.plan import planned
-from .models import spec_of
+from .fit_table import fit_table
+from .sizes import spec_of
 
 
 @attrs.frozen
@@ -34,9 +35,9 @@ class FitReport:
     before a prompt-end eviction; `reserved` is the most that stays allocated beside them. `ring` is
     the local window with its rollback slots; `positions` and `summaries` belong to the pages,
     `tables` are page tables, counters and free stack, `queries` the observation windows. `weights`
-    are the model's, `gates` the policies' own. `full` are K and V of all tokens, which is what an
-    ordinary cache holds. `kept` is the fraction of tokens in the cache, window included.
-    Activations are not counted.
+    are the model's, `gates` the policies' own. `full` are K and V of all tokens (in layers that
+    slide: of their windows), which is what an ordinary cache holds. `kept` is the fraction of
+    tokens in the cache, window included. Activations are not counted. `print` shows a table.
     """
 
     tokens: int
@@ -74,6 +75,12 @@ class FitReport:
     def saving(self) -> float:
         """The fraction of `full_total` that is not needed; negative if more is needed."""
         return 1 - self.total / self.full_total
+
+    def __str__(self) -> str:
+        return fit_table(self).text()
+
+    def _repr_html_(self) -> str:
+        return fit_table(self).html()
 
 
 def fit_report(
@@ -121,6 +128,7 @@ def fit_report(
     windows = [spec.at(n).window or pipeline.window for n in range(spec.layers)]
     heads = [spec.at(n).kv_heads for n in range(spec.layers)]
     dims = [spec.at(n).head_dim for n in range(spec.layers)]
+    dense = [min(tokens, spec.slides(n) or tokens) for n in range(spec.layers)]
     near = sum(min(tokens, w) * h for w, h in zip(windows, heads, strict=True))
     item = spec.dtype.itemsize
     policies = (pipeline.admission, pipeline.eviction)
@@ -130,7 +138,7 @@ def fit_report(
         kept=(sum(map(sum, left)) + near) / (tokens * sum(heads)),
         gates=sum(t.numel() for policy in policies for t in _tensors(policy)) * item,
         weights=sum(p.numel() for p in model.parameters()) * item,
-        full=batch * tokens * 2 * item * sum(h * d for h, d in zip(heads, dims, strict=True)),
+        full=batch * 2 * item * sum(n * h * d for n, h, d in zip(dense, heads, dims, strict=True)),
         **attrs.asdict(plan),
     )
 
@@ -162,7 +170,8 @@ def _check_admitted(pipeline: CachePipeline, spec: CacheSpec, admitted: float | 
     if learned and admitted is None:
         raise ValueError(
             f"admitted: wanted the fraction of tokens that {learned[0]} admits, got None; it "
-            "depends on the text"
+            "depends on the text: write admitted=0.25 for a quarter, or what report().mean_admitted"
+            " says after a text of yours"
         )
     if not learned and admitted is not None:
         raise ValueError(

@@ -6,26 +6,20 @@ model is served because `probe` found what the cache needs to know of it.
 
 from __future__ import annotations
 
-import functools
-import itertools
-import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any, Unpack
+from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..._fields import shown
 from ...errors import UnsupportedError
-from ...spec import CacheSpec, LayerSizes, Sizes, check_sizes
 from .kinds import text_config
+from .placement import device_of, dtype_of
 from .probe import probe
 from .ranks import Ranks
 from .records import PreRope, Probe, ProbedLayer
 from .wrappers import base_of
-
-_SERVED: weakref.WeakKeyDictionary[nn.Module, Served] = weakref.WeakKeyDictionary()
 
 
 def decoder_of(model: Any) -> Any:
@@ -109,14 +103,12 @@ class Served:
 
 
 def served(model: nn.Module, *, verify: bool = True) -> Served:
-    """What is known of `model`, after a check by the rule; see `probe`.
+    """What is known of `model` as it is now, after a check by the rule; see `probe`.
 
     Raises UnsupportedError for a model that is not served.
     """
     decoder = decoder_of(model)
-    if decoder not in _SERVED:
-        _SERVED[decoder] = _served(model, decoder, probe(model))
-    return _SERVED[decoder]
+    return _served(model, decoder, probe(model))
 
 
 def _served(model: nn.Module, decoder: nn.Module, found: Probe) -> Served:
@@ -151,8 +143,8 @@ def _layer(base: nn.Module, config: Any, found: ProbedLayer, shared: bool) -> At
         source=base.get_submodule(name) if name else None,
         pre_rope=found.pre_rope,
         no_pre_rope=found.no_pre_rope,
-        dtype=_dtype_of(module, _parent(base, found.module), config),
-        device=_device_of(module, _parent(base, found.module)),
+        dtype=dtype_of(module, _parent(base, found.module), config),
+        device=device_of(module, _parent(base, found.module)),
     )
 
 
@@ -176,13 +168,13 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     return list(served(model).layers)
 
 
-def check_pre_rope(model: nn.Module) -> None:
+def check_pre_rope(known: Served) -> None:
     """Raises UnsupportedError for a model whose keys before RoPE cannot be had."""
-    for index, layer in enumerate(attention_layers(model)):
+    for index, layer in enumerate(known.layers):
         if layer.pre_rope is None and layer.window is None:
             raise UnsupportedError(
-                f"model: keys before RoPE, which the policy reads, cannot be had in layer {index} "
-                f"of {type(decoder_of(model)).__name__}: {layer.no_pre_rope}"
+                f"key_pre: the keys before RoPE, which the policy reads, cannot be had in layer "
+                f"{index} ({type(layer.module).__name__}): {layer.no_pre_rope}"
             )
 
 
@@ -206,9 +198,9 @@ def shards(module: Any) -> tuple[int, int]:
     return (ranks.rank, ranks.mesh.size(ranks.axis)) if ranks.many else (0, 1)
 
 
-def ranks_of(model: nn.Module) -> Ranks:
-    """The ranks that share the heads of `model`."""
-    return _ranks_of(served(model).layers[0].module)
+def ranks_of(known: Served) -> Ranks:
+    """The ranks that share the heads of a model."""
+    return _ranks_of(known.layers[0].module)
 
 
 def _ranks_of(module: nn.Module) -> Ranks:
@@ -219,107 +211,12 @@ def _ranks_of(module: nn.Module) -> Ranks:
     return Ranks()
 
 
-def check_one_device(model: nn.Module) -> None:
+def check_one_device(known: Served) -> None:
     """Raises UnsupportedError for a model whose attention layers run on several devices."""
-    found = sorted({str(layer.device) for layer in attention_layers(model)})
+    found = sorted({str(layer.device) for layer in known.layers})
     if len(found) > 1:
         raise UnsupportedError(
             f"model: its layers run on {', '.join(found)}, a cache is on one device; load it on "
             "one by device_map='cuda', or if it does not fit there split its heads by "
             "tp_plan='auto' under torchrun"
         )
-
-
-def _dtype_of(module: Any, layer: nn.Module, config: Any) -> torch.dtype:
-    """The dtype of what the key and value projections put out.
-
-    Quantised projections hold bits, and put out the dtype that comes in: that of the layer's norms.
-    """
-    found: list[Any] = [getattr(p, "weight", None) for p in _projections(module)]
-    if not all(isinstance(x, Tensor) and _computes(x) for x in found):
-        found = [p for p in layer.parameters() if p.ndim == 1 and _computes(p)][:1]
-    if not found:
-        return getattr(config, "dtype", None) or torch.get_default_dtype()
-    widest: torch.dtype = functools.reduce(torch.promote_types, [x.dtype for x in found])
-    return widest
-
-
-def _projections(module: Any) -> list[Any]:
-    """The submodules that put out keys and values, as far as their names tell; else all."""
-    named = [getattr(module, name, None) for name in ("k_proj", "v_proj")]
-    found = [x for x in named if isinstance(x, nn.Module)]
-    return found or [x for x in module.children() if list(x.parameters()) + list(x.buffers())]
-
-
-def _computes(weight: Tensor) -> bool:
-    return weight.is_floating_point() and weight.dtype.itemsize > 1
-
-
-def _device_of(module: Any, layer: nn.Module) -> torch.device:
-    """Where the key projection runs, which weights that accelerate moves there may not say."""
-    projections = _projections(module)
-    for part in (*projections[:1], module, layer):
-        hook = getattr(part, "_hf_hook", None)
-        for each in getattr(hook, "hooks", [hook]):
-            if getattr(each, "execution_device", None) is not None:
-                return torch.device(each.execution_device)
-    tensors: Iterator[Tensor] = itertools.chain(
-        *(x for p in projections[:1] for x in (p.parameters(), p.buffers())),
-        layer.parameters(),
-        layer.buffers(),
-    )
-    return next(tensors).device
-
-
-def spec_of(
-    model: nn.Module,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | None = None,
-    **sizes: Unpack[Sizes],
-) -> CacheSpec:
-    """The cache sizes of `model`; under tensor parallelism those of this rank's heads.
-
-    `dtype` and `device` replace those of the attention layers: the widest dtype of their keys and
-    values, the first layer's device. `sizes` passes `page_size`, `rollback` and `interval` on.
-    Raises TypeError for a word that names no size, UnsupportedError for a model not served.
-    """
-    layers = attention_layers(model)
-    check_sizes(sizes)
-    each = tuple(
-        LayerSizes(
-            heads=layer.heads,
-            kv_heads=layer.kv_heads,
-            head_dim=layer.head_dim,
-            value_dim=layer.value_dim,
-            scale=layer.scale,
-            softcap=layer.softcap,
-            window=layer.window,
-            chunk=layer.chunk,
-            shared=layer.shared,
-        )
-        for layer in layers
-    )
-    first = next((x for x in each if x.window is None), each[0])
-    part, parts = shards(layers[0].module)
-    uniform = CacheSpec(
-        layers=len(layers),
-        heads=first.heads,
-        kv_heads=first.kv_heads,
-        head_dim=first.head_dim,
-        dtype=dtype or functools.reduce(torch.promote_types, [layer.dtype for layer in layers]),
-        device=device or layers[0].device,
-        scale=first.scale,
-        sliding=_windows(each),
-        head_offset=part * first.kv_heads,
-        all_kv_heads=parts * first.kv_heads,
-        **sizes,
-    )
-    if all(uniform.at(index) == own for index, own in enumerate(each)):
-        return uniform
-    return attrs.evolve(uniform, sliding=(), per_layer=each)
-
-
-def _windows(each: Sequence[LayerSizes]) -> tuple[int | None, ...]:
-    windows = tuple(x.window for x in each)
-    return windows if any(w is not None for w in windows) else ()

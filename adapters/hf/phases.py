@@ -72,7 +72,7 @@ def ask(
     fork = _fork(attachment, cache, input_ids, question, rows)
     mask = _full_mask(fork, input_ids, attention_mask, rows)
     given = {"input_ids": input_ids, "attention_mask": mask, "past_key_values": fork}
-    if question == "decode" and _evicts_while_decoding(attachment):
+    if question == "decode" and evicts_while_decoding(attachment):
         given["prefill_chunk_size"] = 1
     return run(attachment, {**options, **given}, question)
 
@@ -82,29 +82,54 @@ def loglikelihood(
     input_ids: Tensor,
     continuation_ids: Tensor,
     attention_mask: Tensor | None,
+    continuation_mask: Tensor | None,
     question: str,
 ) -> Tensor:
     """See `Attachment.loglikelihood`."""
     if input_ids.shape[1] < 2 or not continuation_ids.shape[1]:
         raise ValueError("input_ids: wanted two columns or more, and a continuation of one or more")
+    _check(question)
+    real = _right_padded(continuation_ids, continuation_mask)
+    if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+        raise ValueError(
+            "attention_mask: wanted contexts padded on the left, since a continuation follows "
+            "their last column, got a mask that hides it"
+        )
     mask = None if attention_mask is None else attention_mask[:, :-1]
     cache = read(attachment, input_ids[:, :-1], mask, None, None, None)
-    _check(question)
     asked = torch.cat([input_ids[:, -1:], continuation_ids[:, :-1]], 1)
     decoded = question == "decode"
-    width = 1 if decoded and _evicts_while_decoding(attachment) else asked.shape[1]
+    width = 1 if decoded and evicts_while_decoding(attachment) else asked.shape[1]
     with torch.no_grad(), attachment.forwards.holding():
         cache.begin_question(None if decoded else cache.columns + asked.shape[1])
         logits = [
-            attachment.base(input_ids=part, past_key_values=cache, return_dict=True).logits
-            for part in asked.split(width, 1)
+            attachment.base(
+                input_ids=part,
+                attention_mask=None if continuation_mask is None else shown,
+                past_key_values=cache,
+                return_dict=True,
+            ).logits
+            for part, shown in zip(asked.split(width, 1), real.split(width, 1), strict=True)
         ]
     attachment.used(cache)
     scores = torch.cat(logits, 1).float().log_softmax(-1)
-    return scores.gather(-1, continuation_ids[..., None].to(scores.device)).squeeze(-1)
+    found = scores.gather(-1, continuation_ids[..., None].to(scores.device)).squeeze(-1)
+    return found.masked_fill(~real.to(found.device), 0)
 
 
-def _evicts_while_decoding(attachment: Attached) -> bool:
+def _right_padded(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Which tokens of continuations `[B, N]` are real, bool."""
+    if mask is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    shown = mask.bool()
+    if mask.shape != ids.shape:
+        raise ValueError(f"continuation_mask: wanted {list(ids.shape)}, got {list(mask.shape)}")
+    if bool((shown[:, 1:] & ~shown[:, :-1]).any()):
+        raise ValueError("continuation_mask: wanted padding on the right, got it before a token")
+    return shown
+
+
+def evicts_while_decoding(attachment: Attached) -> bool:
     """Whether a question's tokens must come one by one, so that evictions fall between them."""
     eviction = attachment.pipeline.eviction
     return eviction.when == "decode" and not eviction.neutral

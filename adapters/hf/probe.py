@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -13,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from ...errors import UnsupportedError
+from .cut import cut_model, whole, why_not_in_place
 from .handle import Touched, place_of
 from .kinds import LayerKind, layer_kinds
 from .probe_run import PROMPT, STEPS, OwnRun, ProbeRun
@@ -31,9 +33,12 @@ def probe(model: Any, *, again: bool = False) -> Probe:
     """What a cache must know of `model`, checked by a prompt and a decode step on it.
 
     It runs in place, on the model's own weights, and leaves the model as it was. A configuration
-    that passed is not run again but with `again`. Logits may differ by `tolerance`; in 16 bits,
-    where rounding grows over the layers, each attention call is compared in float32 and the model
-    goes on with its own.
+    that passed is not run again but with `again`. Each attention call is compared in float32 at
+    least, and logits may differ by `tolerance`. In 16 bits, or where rounding grew over the layers,
+    the model goes on from each call with its own attention's result.
+
+    Where weights are offloaded, quantised or sharded and the forward fails, a random model of the
+    config is probed instead, cut to the layers that have each kind.
 
     Raises:
         ModelRefused: a check failed; it says which, in which layer and where in the model's code.
@@ -47,16 +52,31 @@ def probe(model: Any, *, again: bool = False) -> Probe:
             for layer in known.layers
         ]
         return attrs.evolve(known, layers=tuple(layers), cached=True)
-    found = probe_in_place(base)
-    _KNOWN[key] = found
+    found = _KNOWN[key] = _probe(base)
     return found
+
+
+def _probe(model: Any) -> Probe:
+    obstacle = why_not_in_place(model)
+    if not obstacle:
+        return probe_in_place(model)
+    try:
+        if any(weight.device.type == "meta" for weight in model.parameters()):
+            raise ModelRefused("weights are not here", check="forward")
+        return probe_in_place(model)
+    except ModelRefused as error:
+        if error.check != "forward":
+            raise
+        reason = f"{obstacle}, and in place {error.reason}"
+    _kinds_of(model)
+    return whole(model, probe_in_place(_checked(lambda: cut_model(model), "cut")), reason)
 
 
 def tolerance(dtype: torch.dtype, calls: int) -> float:
     """How far logits may differ, as a part of their spread, after `calls` attention calls.
 
-    Each call adds rounding errors that the layers after it make larger by some factor. In 16 bits
-    the calls add none, as the model goes on with its own attention; what is left are sums in
+    Each call adds rounding errors, which the layers after it make larger by some factor. In 16 bits
+    the calls add none, as the model goes on with its own attention: what is left are sums in
     another order.
     """
     eps = torch.finfo(dtype).eps
@@ -69,31 +89,41 @@ def probe_in_place(model: Any) -> Probe:
     tokens = _tokens(model)
     with untouched(model):
         own = OwnRun(model)
-        expected = _checked(
-            lambda: own.run(tokens), "its forward of tokens [1, S] on transformers' own cache fails"
-        )
-    with untouched(model):
-        run = ProbeRun(model, kinds, own.calls)
-        logits = _checked(lambda: run.run(tokens), "its forward fails without a mask")
-        _checked(run.check_updates, "")
-    if run.calls != len(own.calls):
-        raise ModelRefused(
-            f"its own attention is called {len(own.calls)} times, ours {run.calls} times",
-            check="attention",
-        )
+        failure = "its forward of tokens [1, S] on transformers' own cache fails"
+        expected = _checked(lambda: own.run(tokens), failure)
+    found = None
+    for follow in (False, True):
+        with untouched(model):
+            run = ProbeRun(model, kinds, own.calls, follow=follow)
+            logits = _checked(
+                functools.partial(run.run, tokens), "its forward fails without a mask"
+            )
+        worst, found = _compared(expected, logits, run)
+        # Where rounding grew over the layers, it does not if each goes on with its own attention.
+        if found is None:
+            break
+    if found is not None:
+        raise found
+    return Probe(layers=tuple(run.layers), kinds=kinds, difference=worst, decoded=True)
+
+
+def _compared(
+    expected: list[Tensor], logits: list[Tensor], run: ProbeRun
+) -> tuple[float, ModelRefused | None]:
+    """The largest difference as a part of what is allowed, and the refusal if it is larger."""
     worst = run.worst
     for phase, theirs, ours in zip(("the prompt", "a decode step"), expected, logits, strict=True):
         spread = float(theirs.double().std().clamp(min=1e-9))
         far = float((theirs.double() - ours.double()).abs().max()) / spread
         bound = tolerance(theirs.dtype, len(run.layers))
         if not far <= bound:
-            raise ModelRefused(
+            return far / bound, ModelRefused(
                 f"logits of {phase} differ by {far:.2g} of their spread, rounding allows "
                 f"{bound:.2g}",
                 check="logits",
             )
         worst = max(worst, far / bound)
-    return Probe(layers=tuple(run.layers), kinds=kinds, difference=worst, decoded=True)
+    return worst, None
 
 
 def _kinds_of(model: Any) -> tuple[LayerKind, ...]:

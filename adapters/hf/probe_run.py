@@ -104,10 +104,15 @@ class OwnRun:
 
 
 class ProbeRun:
-    """Our attention through handles, call by call beside the model's own."""
+    """Our attention through handles, call by call beside the model's own.
 
-    def __init__(self, model: Any, kinds: tuple[LayerKind, ...], own: list[OwnCall]) -> None:
-        self.model, self.kinds, self.own = model, kinds, own
+    With `follow` the model goes on from each call with its own attention's result.
+    """
+
+    def __init__(
+        self, model: Any, kinds: tuple[LayerKind, ...], own: list[OwnCall], *, follow: bool
+    ) -> None:
+        self.model, self.kinds, self.own, self.follow = model, kinds, own, follow
         self.names = {id(module): name for name, module in model.named_modules()}
         self.cache = ProbeCache(kinds, self.updated)
         self.layers: list[ProbedLayer] = []
@@ -121,11 +126,18 @@ class ProbeRun:
         try:
             for number, module in modules.items():
                 self.watched[number] = watch(self.names[number], module)
-            return _forwards(self, OURS, tokens, self.cache)
+            logits = _forwards(self, OURS, tokens, self.cache)
         finally:
             for seen in self.watched.values():
                 for hook in seen.hooks:
                     hook.remove()
+        self.check_updates()
+        if self.calls != len(self.own):
+            raise ModelRefused(
+                f"its own attention is called {len(self.own)} times, ours {self.calls} times",
+                check="attention",
+            )
+        return logits
 
     def begin(self, past: int) -> None:
         if self.calls:
@@ -205,8 +217,7 @@ class ProbeRun:
         self._check_output(refuse, own, kind, scores)
         if not self.past:
             self.layers.append(self._record(module, layer, stored, query, scores, given))
-        if query.dtype.itemsize < 4:
-            # Rounding would grow over the layers; with the model's own outputs it does not.
+        if self.follow or query.dtype.itemsize < 4:
             return own.output, None
         out = attend(query, k, v, scores, kind, self.past).to(query.dtype)
         return out.contiguous(), None

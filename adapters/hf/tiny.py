@@ -45,7 +45,7 @@ def shrunk(config: Any, **changes: Any) -> Any:
         # Some configs refuse a float where they have an integer.
         name: int(size) if type(held[name]) is int and size == int(size) else size
         for name, size in SIZES.items()
-        if type(held.get(name)) in (int, float)
+        if type(held.get(name)) in (int, float) and held[name]
     }
     if isinstance(held.get("qk_rope_head_dim"), int):  # MLA
         sizes.pop("head_dim", None)

@@ -7,6 +7,9 @@ from typing import Any
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, VOCAB = 8, 4, 2, 16, 64, 96, 160
 WINDOW, CHUNK, SOFTCAP, SCALE = 5, 5, 2.0, 0.4
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts")
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
+
 
 def _all(names: str, value: Any) -> dict[str, Any]:
     return dict.fromkeys(names.split(), value)
@@ -32,9 +35,9 @@ SIZES: dict[str, Any] = {
     **_all("moe_shared_expert_intermediate_size shared_intermediate_size", 32),
     **_all("vocab_size vocab_size_per_layer_input ngram_vocab_size_base", VOCAB),
     **_all("max_position_embeddings n_positions context_length", 512),
-    **_all("num_experts num_local_experts n_routed_experts num_routed_experts", 4),
+    **dict.fromkeys(EXPERTS, 4),
     **_all("n_shared_experts n_group topk_group num_expert_group", 1),
-    **_all("num_experts_per_tok num_experts_per_token moe_topk top_k_experts", 2),
+    **dict.fromkeys(CHOSEN, 2),
     **_all("first_k_dense_replace", 1),
     **_all("q_lora_rank kv_lora_rank", 32),
     **_all("qk_rope_head_dim", 8),
@@ -75,6 +78,9 @@ SIZES: dict[str, Any] = {
     **_all("hidden_dropout_prob attention_probs_dropout_prob activation_dropout", 0.0),
     **_all("resid_dropout embedding_dropout attn_dropout residual_dropout", 0.0),
 }
+# What may be narrow where attention is to stay as it is.
+INNER_SIZES = {name: size for name, size in SIZES.items() if size in (INNER, 32)}
+
 _ALTERNATING = ["sliding_attention", "full_attention"] * 4
 _BART = dict.fromkeys(("encoder_layers", "decoder_layers"), 4)
 _SHARING: dict[str, Any] = {"num_kv_shared_layers": 4, "layer_types": _ALTERNATING}

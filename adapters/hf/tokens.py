@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 from transformers.generation import StoppingCriteriaList, StopStringCriteria
 
+from .attached import Attached
+from .cache import KVPolicyCache
+from .wrappers import unwrapped
 
-def use_tokenizer(model: Any, kwargs: dict[str, Any], config: Any) -> None:
+
+def use_tokenizer(attachment: Attached, kwargs: dict[str, Any], config: Any) -> None:
     """Turns `stop_strings` into a stopping criterion and heals the prompt's last tokens.
 
     `kwargs` are the call's and are changed, `config` is what they merge to.
@@ -29,10 +33,43 @@ def use_tokenizer(model: Any, kwargs: dict[str, Any], config: Any) -> None:
         ids = kwargs[name]
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = _mask_of(ids, config)
-        kwargs[name] = healed = model.heal_tokens(ids, tokenizer)
+        base = attachment.base
+        kwargs[name] = healed = type(base).heal_tokens(_Healed(attachment), ids, tokenizer)
         if healed.shape != ids.shape and bool(kwargs["attention_mask"].all()):
             kwargs["attention_mask"] = torch.ones_like(healed)
         kwargs["token_healing"] = False
+
+
+def use_mask(cache: KVPolicyCache, kwargs: dict[str, Any], config: Any) -> None:
+    """Goes on with what earlier masks of `cache` hid, where the call gives none of its own."""
+    given = [kwargs.get(name) for name in ("inputs_embeds", "input_ids", "inputs")]
+    whole = next((x for x in given if x is not None), None)
+    if whole is None or kwargs.get("attention_mask") is not None:
+        return
+    hidden = cache.real()
+    if bool(hidden.all()):
+        return
+    if whole.ndim == 2:
+        mask = _mask_of(whole, config)
+    else:
+        mask = torch.ones(whole.shape[:2], dtype=torch.long, device=whole.device)
+    rows, width = hidden.shape
+    if mask.shape[1] > width and rows % mask.shape[0] == 0:
+        mask[:, :width] = hidden[:: rows // mask.shape[0]]
+        kwargs["attention_mask"] = mask
+
+
+class _Healed:
+    """What heal_tokens sees: transformers' model, and the generate of the one that was attached."""
+
+    def __init__(self, attachment: Attached) -> None:
+        self.attachment = attachment
+
+    def generate(self, input_ids: Tensor, **options: Any) -> Any:
+        return unwrapped(self.attachment.model).generate(input_ids=input_ids, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.attachment.base, name)
 
 
 def _mask_of(ids: Tensor, config: Any) -> Tensor:

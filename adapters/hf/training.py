@@ -107,7 +107,7 @@ def check_trains(model: nn.Module) -> None:
             raise UnsupportedError(
                 f"model: layer {index} has {name}, which training's attention does not compute"
             )
-    check_pre_rope(model)
+    check_pre_rope(known)
 
 
 class AttachedModel:

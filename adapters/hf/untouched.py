@@ -16,20 +16,29 @@ _NAME = "_attn_implementation_internal"  # of a config, behind its property `_at
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Restores modes, hooks, attributes, buffers, configs, RNG and grad mode of `model`.
+    """In evaluation mode, without gradients, products in full precision; puts all back afterwards.
 
-    Restores what is set on modules and configs, not what is written into a tensor in place.
+    Puts back modes, hooks, attributes, buffers, configs, RNG and grad mode: what is set on modules
+    and configs, not what is written into a tensor in place.
     """
     modules = [(m, _shallow(m)) for m in model.modules()]
     named = [(c, c.__dict__.get(_NAME)) for c in configs_of(model)]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    # Rounded products would hide what is compared.
+    rounding = [
+        (x, x.fp32_precision) for x in (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    ]
     try:
+        for backend, _ in rounding:
+            backend.fp32_precision = "ieee"
         with torch.random.fork_rng(devices), torch.no_grad():
             # `train` of a user's module may do more than to set this.
             for module, _ in modules:
                 module.training = False
             yield
     finally:
+        for backend, before in rounding:
+            backend.fp32_precision = before
         for module, before in modules:
             _put_back(module, before)
         for config, name in named:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._knob import Knob
+from .._names import named
 from .._option import option
 
 
@@ -85,6 +86,7 @@ class Admission(ABC):
         return None
 
 
+@named
 @attrs.frozen(kw_only=True)
 class AdmitAll(Admission):
     """Writes every token: the neutral admission."""

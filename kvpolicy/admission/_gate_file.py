@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._files import read_pt, replacing, write_pt
+from . import _packed
 
 _KEY = re.compile(r"model\.layers\.(\d+)\.self_attn\.g_predictors\..+")
 # Name in the file, name of the field.
@@ -50,6 +51,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             _check_names(file.keys(), str(path))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
+        if packing := metadata.pop(_packed.KEY, None):
+            if packing != _packed.PLANES:
+                raise ValueError(f"{path}: packing: wanted {_packed.PLANES!r}, got {packing!r}")
+            state = _packed.unpack(state, str(path))
     except OSError:
         raise
     except Exception as error:  # of its own, and of torch where a dtype has no tensor

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._fields import shown
+from .._names import named
 from ._base import Admission, Write
 
 
@@ -58,6 +59,7 @@ class _Combined(Admission):
         return attrs.evolve(self, policies=placed)
 
 
+@named
 @attrs.frozen
 class AnyOf(_Combined):
     """Admits what at least one member admits."""
@@ -70,6 +72,7 @@ class AnyOf(_Combined):
         return reduce(torch.logical_or, (p.admit(write) for p in self.policies))
 
 
+@named
 @attrs.frozen
 class AllOf(_Combined):
     """Admits what every member admits."""

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from .._fields import check_int, check_number, is_a, not_negative, optional, positive, shown
 from .._knob import Knob
+from .._names import named
 from . import _duo_file
 from ._base import Admission, Write
-from ._files import find_folder
+from ._files import Source, find_folder, source_field, source_of
 
 NOISE = 1e-6
 
@@ -47,6 +48,7 @@ def _pattern(instance: DuoAttention, attribute: attrs.Attribute[Any], value: Any
                 raise TypeError(f"full_heads: wanted bools, got {shown(head)} in layer {layer}")
 
 
+@named
 @attrs.frozen(kw_only=True)
 class DuoAttention(Admission):
     """Full heads admit every token, streaming heads only the first `sinks`.
@@ -67,6 +69,7 @@ class DuoAttention(Admission):
     _mask: Tensor | None = attrs.field(  # set by `place`
         default=None, eq=False, repr=False, validator=optional(is_a(Tensor, "a tensor"))
     )
+    source: Source | None = source_field()
 
     @property
     def sparsity(self) -> float:
@@ -97,7 +100,8 @@ class DuoAttention(Admission):
         """Reads a pattern directory: `full_attention_heads.tsv` and `config.json`.
 
         Args:
-            path_or_repo: the directory, or the id of a hub repository.
+            path_or_repo: the directory, the id of a hub repository, or a name of
+                `kvpolicy.pretrained`.
             sparsity: fraction of streaming heads wanted; a head is full if its value is at least
                 the quantile of all values there. Exactly one of `sparsity` and `threshold`.
             threshold: a head is full if its value, clipped to [0, 1], is at least this.
@@ -120,11 +124,15 @@ class DuoAttention(Admission):
                 check_number(name, value, "a number in [0, 1]", lambda x: 0 <= x <= 1)
         check_int("seed", seed, 0, (1 << 32) - 1)  # what RandomState takes
         files = (_duo_file.PATTERN, _duo_file.CONFIG)
-        values, config = _duo_file.read(find_folder(path_or_repo, files, revision))
+        folder = find_folder(path_or_repo, files, revision)
+        values, config = _duo_file.read(folder)
+        chosen: dict[str, Any] = {"seed": seed}
+        chosen |= {"threshold": threshold} if sparsity is None else {"sparsity": sparsity}
         return cls(
             full_heads=full_heads(values, sparsity, threshold, seed),
             sinks=config["sink_size"] if sinks is None else sinks,
             window=config["recent_size"] if window is None else window,
+            source=source_of(folder, path_or_repo, None, revision, **chosen),
         )
 
     def admit(self, write: Write) -> Tensor:

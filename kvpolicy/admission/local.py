@@ -6,9 +6,11 @@ import attrs
 from torch import Tensor
 
 from .._fields import not_negative, positive
+from .._names import named
 from ._base import Admission, Write
 
 
+@named
 @attrs.frozen(kw_only=True)
 class LocalAttention(Admission):
     """Keeps the first `sinks` tokens and the last `window` tokens (StreamingLLM's set).

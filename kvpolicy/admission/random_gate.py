@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._fields import fraction, seed
 from .._knob import Knob
+from .._names import named
 from ._base import Admission, Write
 
 # Odd constants of the splitmix64 finaliser, as signed 64-bit numbers.
@@ -17,6 +18,7 @@ _MIX = (-4658895280553007687, -7723592293110705685)
 _GOLDEN = -7046029254386353131
 
 
+@named
 @attrs.frozen(kw_only=True)
 class RandomGate(Admission):
     """Drops each token of each head with probability `sparsity` (WG-KV's `random_sparsity`).

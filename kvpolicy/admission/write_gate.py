@@ -13,11 +13,12 @@ from torch import Tensor
 
 from .._fields import flag, fraction, is_a, one_of, optional, positive
 from .._knob import Knob
+from .._names import named
 from ..backend import resolve
 from ..ops import load
 from . import _gate_file
 from ._base import Admission, Write
-from ._files import find_file
+from ._files import Source, find_file, source_field, source_of
 from ._threshold import rounded
 
 _STEEPEST = 12.0  # a knob's thresholds run over the sigmoid of -12 to 12
@@ -29,6 +30,7 @@ def _weight() -> Any:
     return attrs.field(repr=False, validator=is_a(Tensor, "a tensor"))
 
 
+@named
 @attrs.frozen(kw_only=True, eq=False)
 class WriteGate(Admission):
     """Admits a token of a KV head if its gate g is above `threshold` (EMCLab-Sinica/WG-KV).
@@ -59,6 +61,7 @@ class WriteGate(Admission):
     backend: str = attrs.field(
         default="reference", repr=False, validator=one_of("reference", "triton")
     )
+    source: Source | None = source_field()
     needs = frozenset({"key_pre"})
 
     def __attrs_post_init__(self) -> None:
@@ -120,7 +123,8 @@ class WriteGate(Admission):
         """Reads gates in the layout of WG-KV; all sizes come from the file.
 
         Args:
-            path_or_repo: a `.pt` or `.safetensors` file, a directory, or a hub repository's id.
+            path_or_repo: a `.pt` or `.safetensors` file, a directory, a hub repository's id, or a
+                name of `kvpolicy.pretrained`.
             file: the file's name in the directory or repository.
             threshold: admits above it; default the file's metadata, else 0.1.
             window: local window in tokens; default the file's metadata, else 256.
@@ -144,7 +148,8 @@ class WriteGate(Admission):
             noted["activation"] = metadata.get("activation", "gelu")
         weights: dict[str, Any] = dict(stacks)
         try:
-            gate = cls(**weights, **noted)
+            source = source_of(path, path_or_repo, file, revision)
+            gate = cls(**weights, **noted, source=source)
         except ValueError as error:
             raise ValueError(f"{path}: metadata {error}") from error
         return attrs.evolve(gate, **{k: v for k, v in given.items() if v is not None})

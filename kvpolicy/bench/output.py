@@ -7,7 +7,6 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,6 @@ from .._files import write_text
 from .._markdown import table
 from .context import Bench
 from .rows import Row
-
-_WIDTHS = (9, 30, 13, 14, 9)
 
 
 def machine(bench: Bench) -> dict[str, Any]:
@@ -75,19 +72,22 @@ def markdown(about: dict[str, Any], rows: list[Row]) -> str:
 def print_table(rows: list[Row]) -> None:
     """At most 80 lines: name, measured, rate, floor, goals, comparison."""
     shown = rows if len(rows) <= 77 else [row for row in rows if row.goals or row.error][:77]
-    heads = ("group", "benchmark", "measured", "rate", "floor")
-    print(_columns(heads) + "  target: found; same run")
-    for row in shown:
-        cells = (
+    cells = [("group", "benchmark", "measured", "rate", "floor")]
+    cells += [
+        (
             row.group, row.name, number(row.value, row.unit), number(row.rate, row.rate_unit),
             number(row.floor),
-        )  # fmt: skip
-        rest = [row.error] if row.error else [*map(str, row.goals), row.baseline]
-        print(f"{_columns(cells)}  {'; '.join(part for part in rest if part)}"[:200].rstrip())
+        )
+        for row in shown
+    ]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rest = ["target: found; same run"]
+    for row in shown:
+        parts = [row.error] if row.error else [*map(str, row.goals), row.baseline]
+        rest.append("; ".join(part for part in parts if part))
+    for line, said in zip(cells, rest, strict=True):
+        padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        print("  ".join((*padded, said))[:200].rstrip())
     verdicts = [goal.verdict for row in rows for goal in row.goals]
     counts = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in ("met", "short", "missed"))
     print(f"goals: {counts}; rows without result: {sum(bool(row.error) for row in rows)}")
-
-
-def _columns(cells: Iterable[str]) -> str:
-    return "  ".join(x[:width].ljust(width) for x, width in zip(cells, _WIDTHS, strict=True))

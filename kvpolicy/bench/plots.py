@@ -2,104 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .._extras import extra
-from .model import FRACTION, SHAPES
+from .._pictures import DPI, INK, NEUTRAL, PAPER, axes_of, legend, looks, new_figure
+from .curves import FLOOR, draw_curves, setting_name, settings_of
 from .rows import Row
 
-UNITS = {"TTFT": "s", "TPOT": "ms"}
 
+def draw(out: Path, rows: Sequence[Row], where: str = "") -> None:
+    """Writes `group-unit.png` for each group and unit, and the curves of end-to-end costs.
 
-def draw(out: Path, rows: list[Row]) -> None:
-    """Writes `group-unit.png` for each group and unit, and `model-over-what.png` for costs."""
+    `where` is the device that they were measured on.
+    """
     with extra("plots"):
-        import matplotlib
+        import matplotlib  # noqa: F401
 
-    matplotlib.use("agg")
+    settings = settings_of(rows)
     for group in dict.fromkeys(row.group for row in rows if row.value is not None):
         for unit in dict.fromkeys(r.unit for r in rows if r.group == group and r.value is not None):
             mine = [r for r in rows if r.group == group and r.value is not None and r.unit == unit]
-            _bars(out / f"{group}-{unit.split()[0]}.png", group, unit, mine)
-    costs = [row for row in rows if row.value is not None and row.extra.get("what") in UNITS]
-    for name, label, x, belongs in CURVES:
-        _curves(out / f"model-over-{name}.png", label, x, [r for r in costs if belongs(r.extra)])
+            _bars(out / f"{group}-{unit.split()[0]}.png", group, unit, mine, settings, where)
+    draw_curves(out, rows, where)
 
 
-def _bars(path: Path, group: str, unit: str, rows: list[Row]) -> None:
-    """Measured times with their floors."""
-    with extra("plots"):
-        import matplotlib.pyplot as plt
+def read_rows(files: Sequence[Path]) -> tuple[list[Row], str]:
+    """Rows of several `results.json`, those of later files last, and the device.
 
-    figure, axis = plt.subplots(figsize=(7, 1 + 0.4 * len(rows)), layout="constrained")
-    at = range(len(rows))
-    axis.barh(at, [r.value or 0.0 for r in rows], color="tab:blue", label="measured")
-    floors = [(y, r.floor) for y, r in zip(at, rows, strict=True) if r.floor]
+    Raises:
+        ValueError: the files are of several devices.
+    """
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    devices = sorted({part["machine"]["device"] for part in found})
+    if len(devices) != 1:
+        raise ValueError(f"files: wanted results of one device, got {', '.join(devices) or 'none'}")
+    # Goals are for tables.
+    rows = [Row(**{**row, "goals": ()}) for part in found for row in part["rows"]]
+    return rows, devices[0]
+
+
+def _bars(
+    path: Path,
+    group: str,
+    unit: str,
+    rows: Sequence[Row],
+    settings: dict[str, dict[str, Any]],
+    where: str,
+) -> None:
+    """Measurements with their floors; a name is a bar, measured again or not."""
+    title = f"{group} [{unit}]" + (f" on {where}" if where else "")
+    newest = {row.name: row for row in rows}
+    names = list(newest)
+    height = 1.5 + 0.32 * len(names)
+    figure = new_figure(3.5 + 0.075 * max(map(len, names)) + 3.5, height, title)
+    ((axes,),) = axes_of(figure, 1, 1)
+    named = looks(x["policy"] for x in settings.values())
+    for y, row in enumerate(newest.values()):
+        setting = settings.get(setting_name(row))
+        colour = named[setting["policy"]].colour if setting else NEUTRAL
+        axes.barh(y, row.value or 0.0, color=colour, height=0.7)
+        end = max(row.value or 0.0, row.floor or 0.0)
+        axes.text(end, y, f"  {row.value:.4g}", va="center", color=INK, fontsize=8.5)
+    floors = [(row.floor, y) for y, row in enumerate(newest.values()) if row.floor]
     if floors:
-        axis.plot([f for _, f in floors], [y for y, _ in floors], "k|", ms=12, label="floor")
-    axis.set_yticks(at, [r.name for r in rows])
-    axis.invert_yaxis()
-    axis.set_xlabel(unit)
-    axis.set_title(group)
-    axis.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _curves(path: Path, label: str, x: Callable[[Any], float], rows: list[Row]) -> None:
-    """A panel for each cost: measured points, and a line of what operations and bytes predict."""
-    with extra("plots"):
-        import matplotlib.pyplot as plt
-
-    costs = [what for what in UNITS if any(r.extra["what"] == what for r in rows)]
-    if not costs:
-        return
-    figure, axes = plt.subplots(
-        1, len(costs), figsize=(5.5 * len(costs), 4), layout="constrained", squeeze=False
-    )
-    for axis, what in zip(axes[0], costs, strict=True):
-        mine = [row for row in rows if row.extra["what"] == what]
-        for number, series in enumerate(sorted({_series(row.extra) for row in mine})):
-            points = sorted(
-                (x(r.extra), r.value, r.floor) for r in mine if _series(r.extra) == series
-            )
-            at, values, floors = zip(*points, strict=True)
-            color = f"C{number}"
-            axis.plot(at, values, "o", color=color, label=series)
-            axis.plot(at, floors, "-", color=color, lw=1, marker="_")
-        axis.plot([], [], "k-", lw=1, label="floor")
-        axis.set_xlabel(label)
-        axis.set_ylabel(f"{what} [{UNITS[what]}]")
-        axis.set_ylim(bottom=0)
-        axis.legend(frameon=False, fontsize="small")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _series(extra: Any) -> str:
-    return f"{extra['shape']}, {extra['policy']}"
-
-
-def _admitted(extra: Any) -> float:
-    return 1.0 if extra["policy"] == "dense" else extra["fraction"]
-
-
-# What, axis label, place on the axis, and which settings belong to the picture.
-CURVES: tuple[tuple[str, str, Callable[[Any], float], Callable[[Any], bool]], ...] = (
-    (
-        "context", "context [1000 tokens]", lambda e: e["tokens"] / 1e3,
-        lambda e: e["batch"] == 1 and e["fraction"] == FRACTION,
-    ),
-    (
-        "fraction", "admitted fraction at 100K", _admitted,
-        lambda e: e["batch"] == 1 and e["tokens"] == 100_000 and e["shape"] == SHAPES[0]
-        and e["policy"] in ("gate", "dense"),
-    ),
-    ("batch", "batch at 32K", lambda e: e["batch"], lambda e: e["tokens"] == 32_000),
-    (
-        "stored", "stored tokens, over all heads [millions]", lambda e: e["stored"] / 1e6,
-        lambda e: e["what"] == "TPOT",
-    ),
-)  # fmt: skip
+        for colour, width, label in ((PAPER, 4.5, None), (INK, 1.6, FLOOR)):
+            axes.plot(
+                *zip(*floors, strict=True), "|", color=colour, markersize=11,
+                markeredgewidth=width, label=label,
+            )  # fmt: skip
+    axes.set_yticks(range(len(names)), names, fontsize=9)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.margins(x=0.12)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(unit, color=INK, fontsize=9.5)
+    legend(figure, [axes])
+    figure.savefig(path, dpi=DPI)

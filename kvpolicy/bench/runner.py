@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import attrs
@@ -13,7 +13,7 @@ import torch
 
 from ..errors import BackendError
 from .context import Bench, Case
-from .output import print_table, write_results
+from .output import machine, print_table, write_results
 from .plots import draw
 from .rows import CheckFailed, Row
 
@@ -27,6 +27,7 @@ def run(
     out: str | os.PathLike[str] = "bench/out",
     quick: bool = False,
     seconds: float = 540.0,
+    starts: Callable[[str, int, int], object] = lambda title, number, of: None,
 ) -> list[Row]:
     """Checks and times, writes `results.json`, `results.md` and plots to `out`, prints a table.
 
@@ -35,6 +36,7 @@ def run(
         out: folder for the results; it is made if needed.
         quick: tiny shapes, which also run without a GPU (kernels interpreted).
         seconds: benchmarks that would end later are not started; the important ones come first.
+        starts: called with each benchmark's title, its number from 0 and how many there are.
 
     Raises:
         BackendError: there is no CUDA device and `quick` is not set.
@@ -49,6 +51,7 @@ def run(
     rows = bench.measure_ceilings()
     for number, case in enumerate(chosen, 1):
         title = f"{case.group}: {case.name}"
+        starts(title, number - 1, len(chosen))
         bench.say(f"{number}/{len(chosen)} {title}")
         needed = bench.pick(case.seconds, 1.0)
         if bench.left() < needed:
@@ -59,7 +62,7 @@ def run(
         write_results(Path(out), bench, rows)
     write_results(Path(out), bench, rows)
     try:
-        draw(Path(out), rows)
+        draw(Path(out), rows, str(machine(bench)["device"]))
     except Exception as error:  # pictures must not cost the numbers
         bench.say(f"no plots: {type(error).__name__}: {error}")
     print_table(rows)

@@ -8,11 +8,13 @@ import attrs
 from torch import Tensor
 
 from .._fields import fraction, one_of
+from .._names import named
 from ..choices import FloorForm
 from ._base import KeepBest
 from ._wrapper import Wrapper
 
 
+@named
 @attrs.frozen
 class Adaptive(Wrapper):
     """AdaKV's split of a layer's tokens: the best scores of all heads win, each head has a floor.

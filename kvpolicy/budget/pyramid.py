@@ -5,10 +5,12 @@ from __future__ import annotations
 import attrs
 
 from .._fields import not_negative, number
+from .._names import named
 from ._base import Budget, BudgetView, Counts
 from ._wrapper import Wrapper
 
 
+@named
 @attrs.frozen
 class Pyramid(Wrapper):
     """PyramidKV: early layers hold more, late layers less, `base` on average.

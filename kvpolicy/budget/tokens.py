@@ -8,9 +8,11 @@ import attrs
 
 from .._fields import fraction, positive
 from .._knob import Knob
+from .._names import named
 from ._base import Budget
 
 
+@named
 @attrs.frozen
 class Tokens(Budget):
     """`tokens` per KV head."""
@@ -33,6 +35,7 @@ class Tokens(Budget):
         )
 
 
+@named
 @attrs.frozen
 class Ratio(Budget):
     """A fraction of the real tokens seen, and at least the window."""

@@ -6,9 +6,11 @@ import attrs
 
 from .._fields import MOST_INT, fraction, integer
 from .._knob import Knob
+from .._names import named
 from ._base import Budget, BudgetView, Counts
 
 
+@named
 @attrs.frozen
 class TotalCap(Budget):
     """A cap on the global tokens of a sequence over all heads and layers (WG-KV's form).

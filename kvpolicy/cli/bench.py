@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .common import errors
+from .progress import Asked, Progress
 
 
 def bench(
@@ -19,11 +20,18 @@ def bench(
         bool, typer.Option("--quick", help="Tiny shapes, also without a GPU.")
     ] = False,
     seconds: Annotated[float, typer.Option(help="Time limit.")] = 540.0,
+    progress: Asked = None,
 ) -> None:
     """Measure the kernels and whole models on this machine."""
     from ..bench import run
 
-    with errors():
-        rows = run(names or [], out=str(out), quick=quick, seconds=seconds)
+    with errors(), Progress("benchmark", asked=progress) as shown:
+
+        def starts(title: str, number: int, of: int) -> None:
+            if not number:
+                shown.begin(of)
+            shown.done(number, title)
+
+        rows = run(names or [], out=str(out), quick=quick, seconds=seconds, starts=starts)
     if any(row.error for row in rows):
         raise typer.Exit(1)

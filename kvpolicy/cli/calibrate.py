@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,18 +19,22 @@ from .common import (
     OfWeights,
     Own,
     Texts,
+    Trust,
     Window,
     check_fractions,
     errors,
     load,
     own_pipeline,
     read,
+    shipped,
 )
+from .progress import Asked, Progress
 
 if TYPE_CHECKING:
     from ..evaluation.search.pareto import Front, Point
     from ..pipeline import CachePipeline
 
+TRIALS = 12  # at most
 AsJson = Annotated[bool, typer.Option("--json", help="The report as JSON.")]
 
 
@@ -50,12 +55,14 @@ def calibrate(
     prompts: Annotated[int, typer.Option(min=1, help="Prompts that sizes are measured on.")] = 4,
     window: Window = None,
     pipeline: Own = None,
+    trust_code: Trust = False,
     slot: Annotated[
         str | None, typer.Option(help='Of --pipeline: "admission" or "eviction".')
     ] = None,
     device: Device = None,
     dtype: OfWeights = None,
     as_json: AsJson = False,
+    progress: Asked = None,
 ) -> None:
     """Find the threshold, sparsity or budget that gives a cache of a wanted size."""
     with errors():
@@ -70,19 +77,30 @@ def calibrate(
         elif gate or duo or snapkv or window:
             raise ValueError("pipeline: wanted no window and no policies beside it")
         else:
-            turned = own_pipeline(pipeline)
-        language_model, tokenizer = load(model, device, dtype)
-        text = "\n\n".join(read(texts))
-        found = calibration.calibrate(
-            language_model,
-            turned,
-            documents(tokenizer, text, length=length, contexts=prompts),
-            target=target,
-            tokens=tokens,
-            bytes=max_bytes,
-            slot=slot,
-            pattern=duo,
-        )
+            turned = own_pipeline(pipeline, trust_code)
+        pattern = None if duo is None else shipped("duo", duo)
+        with Progress("trial", asked=progress) as shown:
+            shown.doing(f"loading {model}")
+            language_model, tokenizer = load(model, device, dtype)
+            text = "\n\n".join(read(texts))
+            asked = documents(tokenizer, text, length=length, contexts=prompts)
+            shown.doing(f"reading {prompts} x {length:,} tokens")
+            shown.begin(TRIALS)
+            tried = itertools.count(1)
+            found = calibration.calibrate(
+                language_model,
+                turned,
+                asked,
+                target=target,
+                tokens=tokens,
+                bytes=max_bytes,
+                slot=slot,
+                pattern=pattern,
+                trials=TRIALS,
+                measured=lambda trial: shown.done(
+                    next(tried), f"{trial.value:.4g} holds {trial.size.fraction:.1%}"
+                ),
+            )
         if as_json:
             report = attrs.asdict(found, filter=lambda field, _: field.name != "pipeline")
             typer.echo(json.dumps(report))
@@ -102,6 +120,7 @@ def pareto(
     texts: Texts,
     gate: Gate = None,
     pipeline: Own = None,
+    trust_code: Trust = False,
     threshold: Annotated[
         list[float] | None, typer.Option(help="Of the gate, or values of an admission of yours.")
     ] = None,
@@ -117,6 +136,7 @@ def pareto(
     seed: Annotated[int, typer.Option(help="Of the contexts.")] = 0,
     device: Device = None,
     dtype: OfWeights = None,
+    progress: Asked = None,
 ) -> None:
     """Measure thresholds x eviction budgets, and which of them are worth their bytes."""
     with errors():
@@ -128,22 +148,36 @@ def pareto(
             raise ValueError(f"task: wanted one of {', '.join(asking)}, got {task!r}")
         if (gate is None) == (pipeline is None):
             raise ValueError("gate, pipeline: wanted exactly one")
-        measured = _pipeline(gate, None, True, None) if gate else own_pipeline(str(pipeline))
+        measured = (
+            _pipeline(gate, None, True, None) if gate else own_pipeline(str(pipeline), trust_code)
+        )
         parts = budget or [0.25, 0.125, 0.0625]
         check_fractions("budget", parts)
-        language_model, tokenizer = load(model, device, dtype)
-        examples = TASKS[task].make(
-            tokenizer, "\n\n".join(read(texts)), length=length, contexts=contexts, seed=seed
-        )
-        found = measuring.pareto(
-            language_model,
-            measured,
-            examples,
-            admissions=threshold or [0.02, 0.05, 0.1, 0.2, 0.4],
-            evictions=[None, *(round(part * length) for part in parts)],
-            question_in_prompt=question_seen,
-            measured=lambda point: typer.echo(_said(point)),
-        )
+        admissions = threshold or [0.02, 0.05, 0.1, 0.2, 0.4]
+        evictions = [None, *(round(part * length) for part in parts)]
+        with Progress("point", asked=progress) as shown:
+            shown.doing(f"loading {model}")
+            language_model, tokenizer = load(model, device, dtype)
+            examples = TASKS[task].make(
+                tokenizer, "\n\n".join(read(texts)), length=length, contexts=contexts, seed=seed
+            )
+            shown.doing(f"asking {contexts} x {length:,} tokens")
+            shown.begin(len(admissions) * len(evictions))
+            points = itertools.count(1)
+
+            def told(point: Point) -> None:
+                typer.echo(_said(point))
+                shown.done(next(points), f"threshold {point.admission:g}")
+
+            found = measuring.pareto(
+                language_model,
+                measured,
+                examples,
+                admissions=admissions,
+                evictions=evictions,
+                question_in_prompt=question_seen,
+                measured=told,
+            )
         out.mkdir(parents=True, exist_ok=True)
         _write(out, found, f"{model}: {task}, {length} tokens")
         typer.echo(f"{out / 'pareto.json'}: {len(found.best)} of {len(found.points)} on the front")
@@ -158,9 +192,9 @@ def _pipeline(
         raise ValueError("gate, duo: wanted at most one admission, got both")
     policies: dict[str, Any] = {}
     if gate:
-        policies["admission"] = WriteGate.from_pretrained(gate)
+        policies["admission"] = WriteGate.from_pretrained(shipped("gate", gate))
     if duo:
-        policies["admission"] = DuoAttention.from_pretrained(duo, sparsity=0.5)
+        policies["admission"] = DuoAttention.from_pretrained(shipped("duo", duo), sparsity=0.5)
     near = CachePipeline(window=window, **policies).window
     if snapkv:
         policies["eviction"] = SnapKV(budget=Tokens(near + 1), observation=min(32, near))
@@ -181,6 +215,7 @@ def _write(out: Path, found: Front, title: str) -> None:
     from ..evaluation.search.plots import front
 
     points = [attrs.asdict(point) | {"best": point in found.best} for point in found.points]
-    record = {"knobs": found.knobs, "points": points}
+    full = None if found.full is None else attrs.asdict(found.full)
+    record = {"knobs": found.knobs, "points": points, "full": full}
     write_text(out / "pareto.json", json.dumps(record, indent=1))
     front(out / "pareto.png", found, title)

@@ -1,12 +1,18 @@
-"""The command `kvpolicy`: planning memory, training, evaluation, benchmarks."""
+"""The command `kvpolicy`: answers, plans of memory, training, evaluation, benchmarks."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from .. import __version__
 from .bench import bench
 from .calibrate import calibrate, pareto
+from .completion import completion
 from .evaluate import evaluate
+from .examples import epilog
+from .generate import chat, generate
 from .inspect import inspect
 from .plan import plan
 from .train import train_duo, train_gate
@@ -16,6 +22,27 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    epilog=epilog(""),
 )
-for command in (plan, train_gate, train_duo, calibrate, pareto, evaluate, inspect, bench):
-    app.command()(command)
+COMMANDS = (
+    generate, chat, plan, inspect, calibrate, pareto, evaluate, train_gate, train_duo, bench,
+    completion,
+)  # fmt: skip
+for command in COMMANDS:
+    app.command(epilog=epilog(command.__name__.replace("_", "-")))(command)
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"kvpolicy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_say_version, is_eager=True, help="Say it and exit."),
+    ] = False,
+) -> None:
+    """What all commands share."""

@@ -38,14 +38,21 @@ Device = Annotated[str | None, typer.Option(help="Default: cuda where there is o
 OfWeights = Annotated[
     Dtype | None, typer.Option(help="Of weights and cache; default bfloat16, on a CPU float32.")
 ]
-Gate = Annotated[Path | None, typer.Option(help="A write gate's file.")]
+Gate = Annotated[
+    Path | None, typer.Option(help="A write gate's file, or the name of one that is shipped.")
+]
 Own = Annotated[
     str | None,
-    typer.Option(help="A CachePipeline of yours instead of policies: module:name."),
+    typer.Option(help="A pipeline's file, or a CachePipeline of yours: module:name."),
 ]
-Duo = Annotated[Path | None, typer.Option(help="A DuoAttention pattern folder.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-code", help="Let a pipeline's file import policies of yours.")
+]
+Duo = Annotated[
+    Path | None, typer.Option(help="A DuoAttention pattern's folder, or a shipped one's name.")
+]
 Texts = Annotated[Path, typer.Option(help="A .txt file or a folder of them.", exists=True)]
-Sparsity = Annotated[float, typer.Option(help="Streaming heads, with --duo.")]
+Sparsity = Annotated[float, typer.Option(help="Part of the heads that stream, with --duo.")]
 Window = Annotated[int | None, typer.Option(min=1, max=MOST, help="Local window in tokens.")]
 QuestTokens = Annotated[int | None, typer.Option(min=1, max=MOST, help="Tokens a head reads.")]
 SnapKVTokens = Annotated[int | None, typer.Option(min=1, max=MOST, help="Tokens a head holds.")]
@@ -142,15 +149,17 @@ def check_fractions(name: str, values: Sequence[float]) -> None:
 def read(folder: Path) -> list[str]:
     """The texts of a folder's .txt files, or of one file."""
     files = sorted(folder.glob("*.txt")) if folder.is_dir() else [folder]
-    texts = []
-    for path in files:
-        try:
-            texts.append(path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"texts: {path}: wanted UTF-8, got {error}") from None
-    if not texts:
+    if not files:
         raise ValueError(f"texts: no .txt file in {folder}")
-    return texts
+    return [text_of(path, "texts") for path in files]
+
+
+def text_of(path: Path, name: str = "file") -> str:
+    """A file's text; ValueError for one that is no UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: {path}: wanted UTF-8, got {error}") from None
 
 
 def composed(
@@ -161,12 +170,13 @@ def composed(
     quest: int | None,
     snapkv: int | None,
     own: str | None = None,
+    trust_code: bool = False,
 ) -> CachePipeline | None:
     """The pipeline that options ask for; None where nothing but a fraction is known."""
     if own is not None:
         if any((window, gate, duo, quest, snapkv)):
             raise ValueError("pipeline: wanted no window and no policies beside it")
-        return own_pipeline(own)
+        return own_pipeline(own, trust_code)
     if gate and duo:
         raise ValueError("gate, duo: wanted at most one admission, got both")
     if not any((window, gate, duo, quest, snapkv)):
@@ -175,9 +185,9 @@ def composed(
 
     policies: dict[str, Any] = {}
     if gate:
-        policies["admission"] = WriteGate.from_pretrained(gate)
+        policies["admission"] = WriteGate.from_pretrained(shipped("gate", gate))
     if duo:
-        policies["admission"] = DuoAttention.from_pretrained(duo, sparsity=sparsity)
+        policies["admission"] = DuoAttention.from_pretrained(shipped("duo", duo), sparsity=sparsity)
     if quest:
         policies["selection"] = Quest(budget=Tokens(quest))
     if snapkv:
@@ -185,15 +195,43 @@ def composed(
     return CachePipeline(window=window, **policies)
 
 
-def own_pipeline(name: str) -> CachePipeline:
-    """The pipeline `module:name`; modules of the current folder are found as well."""
-    from ..pipeline import CachePipeline
+def shipped(option: str, name: Path) -> Path:
+    """A file or folder of a policy: one that is there, or one that the package ships.
 
+    Raises:
+        ValueError: neither; the message lists what is shipped.
+    """
+    if name.exists():
+        return name
+    from ..pretrained import names, path
+
+    kind = "file" if option == "gate" else "folder"
+    found = [x.removesuffix(".safetensors") for x in names() if of_kind(option, x)]
+    if name.name.removesuffix(".safetensors") not in found or name.parent != Path():
+        raise ValueError(
+            f"{option}: wanted a {kind} or one of {', '.join(found)}, got {str(name)!r}, which is "
+            "not there"
+        )
+    return path(str(name))
+
+
+def of_kind(option: str, name: str) -> bool:
+    """Whether a shipped policy is what an option takes: a gate's file, or a pattern's folder."""
+    return name.endswith(".safetensors") == (option == "gate")
+
+
+def own_pipeline(name: str, trust_code: bool = False) -> CachePipeline:
+    """A file's pipeline, or `module:name`; modules of the current folder are found as well."""
+    from ..pipeline import CachePipeline
+    from ..pipeline_files import is_file_name, load_pipeline
+
+    if os.getcwd() not in sys.path and (trust_code or not is_file_name(name)):
+        sys.path.insert(0, os.getcwd())
+    if is_file_name(name):
+        return load_pipeline(name, trust_code=trust_code)
     module, _, attribute = name.partition(":")
     if not module or not attribute:
-        raise ValueError(f"pipeline: wanted module:name, got {name!r}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        raise ValueError(f"pipeline: wanted a .json or .yaml file or module:name, got {name!r}")
     found = getattr(importlib.import_module(module), attribute, None)
     if not isinstance(found, CachePipeline):
         raise TypeError(f"pipeline: wanted a CachePipeline in {name}, got {found!r}")
@@ -203,10 +241,17 @@ def own_pipeline(name: str) -> CachePipeline:
 @contextmanager
 def errors() -> Iterator[None]:
     """What a user can mend as one line on stderr and exit code 2; the rest with its traceback."""
+    import torch
+
     from ..errors import KVPolicyError
 
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        said = str(error).split(". ")[0]
+        instead = "fewer tokens, a smaller --dtype or a policy that keeps less need less"
+        typer.echo(f"error: memory: {said}; {instead}", err=True)
+        raise typer.Exit(2) from error
     except (ImportError, KVPolicyError, OSError, TypeError, ValueError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from error

@@ -17,16 +17,19 @@ from .common import (
     Duo,
     Model,
     OfWeights,
+    Trust,
     check_fractions,
     errors,
     load,
     own_pipeline,
     read,
+    shipped,
 )
+from .progress import Asked, Progress
 
 if TYPE_CHECKING:
     from ..evaluation.grid.runner import Runner
-    from ..evaluation.grid.variants import Variant
+    from ..evaluation.grid.variants import Cell, Variant
     from ..evaluation.tasks import Task
 
 
@@ -66,8 +69,10 @@ def evaluate(
     ] = None,
     duo: Duo = None,
     pipeline: Annotated[
-        list[str] | None, typer.Option(help="CachePipelines of yours too: module:name.")
+        list[str] | None,
+        typer.Option(help="Pipelines' files, or CachePipelines of yours: module:name."),
     ] = None,
+    trust_code: Trust = False,
     keep: Annotated[
         list[float] | None,
         typer.Option(help="Parts of the cache, where there are no gates. [0.25 0.1]"),
@@ -84,6 +89,7 @@ def evaluate(
     device: Device = None,
     dtype: OfWeights = None,
     eager: Annotated[bool, typer.Option("--eager", help="No captured decoding.")] = False,
+    progress: Asked = None,
 ) -> None:
     """Evaluate policies: accuracy and loss at equal cache sizes, as tables and plots.
 
@@ -101,12 +107,14 @@ def evaluate(
         tasks = _tasks(task)
         if questions is not None:
             contexts = -(-questions // QUESTIONS)
-        gates, keeps, budgets = gate or [], keep or [0.25, 0.1], budget or [0.125, 0.25, 0.0625]
+        gates = [shipped("gate", file) for file in gate or []]
+        duo = None if duo is None else shipped("duo", duo)
+        keeps, budgets = keep or [0.25, 0.1], budget or [0.125, 0.25, 0.0625]
         check_number("minutes", minutes, "a number of at least 0", lambda x: x >= 0)
         check_fractions("keep", keeps)
         check_fractions("budget", budgets)
         found = variants_for(model, gates, threshold or [], duo, keeps, budgets, window)
-        mine = {name: own_pipeline(name) for name in pipeline or []}
+        mine = {name: own_pipeline(name, trust_code) for name in pipeline or []}
         found = _chosen([*found, *(own(*item) for item in mine.items())], variant)
         text = python_topics() if texts is None else "\n\n".join(read(texts))
         language_model, tokenizer = load(model, device, dtype)
@@ -140,10 +148,18 @@ def evaluate(
             page_size=page_size,
             say=typer.echo,
         )
-        runner.run(tasks, length or [2048, 4096, 8192, 1024], found)
+        with Progress("cell", asked=progress) as shown:
+            runner.starts = lambda cell, number, of: _doing(shown, cell, number, of)
+            runner.run(tasks, length or [2048, 4096, 8192, 1024], found)
         _summarize(runner, f"{model}, {of}, {language_model.device.type}")
     if runner.failed:
         raise typer.Exit(1)
+
+
+def _doing(shown: Progress, cell: Cell, number: int, of: int) -> None:
+    if not number:
+        shown.begin(of)
+    shown.done(number, f"{cell.task.name}, {cell.length}: {cell.variant.name}")
 
 
 def _tasks(names: Sequence[str] | None) -> list[Task]:

@@ -21,6 +21,7 @@ from .common import (
     SnapKVTokens,
     Sparsity,
     Texts,
+    Trust,
     Window,
     composed,
     errors,
@@ -43,6 +44,7 @@ def inspect(
     quest: QuestTokens = None,
     snapkv: SnapKVTokens = None,
     pipeline: Own = None,
+    trust_code: Trust = False,
     length: Annotated[
         int, typer.Option(min=2, max=MOST, help="Tokens of the text that are read.")
     ] = 1024,
@@ -61,7 +63,7 @@ def inspect(
         from ..evaluation.look.kept import kept_map
         from ..evaluation.tasks.prompts import encode
 
-        composition = composed(window, gate, duo, sparsity, quest, snapkv, pipeline)
+        composition = composed(window, gate, duo, sparsity, quest, snapkv, pipeline, trust_code)
         if composition is None:
             raise ValueError("gate, duo, window, quest, snapkv, pipeline: wanted at least one")
         language_model, tokenizer = load(model, device, dtype)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .._fields import MOST
+from .._table import Section, Table, size
 from .common import (
     SMOLLM2,
     Dtype,
@@ -17,11 +18,18 @@ from .common import (
     QuestTokens,
     SnapKVTokens,
     Sparsity,
+    Trust,
     Window,
     composed,
     config_of,
     errors,
 )
+
+if TYPE_CHECKING:
+    from ..adapters.hf import FitReport
+    from ..pipeline import CachePipeline
+
+FRACTIONS = (0.05, 0.1, 0.25, 0.5)
 
 
 def plan(
@@ -32,7 +40,8 @@ def plan(
         int, typer.Option(min=1, max=MOST, help="Tokens of each sequence.")
     ] = 100_000,
     admitted: Annotated[
-        float | None, typer.Option(help="Fraction that a learned admission admits.")
+        float | None,
+        typer.Option(help="Fraction that a learned admission admits; 0.25: a quarter."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, max=1 << 16, help="Sequences.")] = 1,
     window: Window = None,
@@ -42,47 +51,73 @@ def plan(
     quest: QuestTokens = None,
     snapkv: SnapKVTokens = None,
     pipeline: Own = None,
+    trust_code: Trust = False,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and cache.")] = Dtype.bfloat16,
     page_size: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of a page.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Bytes as JSON.")] = False,
 ) -> None:
-    """Plan memory: what a model and its cache take at a given length."""
+    """Plan memory: what a model and its cache take at a given length.
+
+    What a gate admits depends on the text, so --admitted says which fraction to assume; without it
+    the plan shows several. The shipped gates' names say what they hold of ordinary texts (keep25: a
+    quarter); of a text of yours `kvpolicy inspect` measures it.
+    """
     with errors():
-        import attrs
         import torch
 
         from ..adapters.hf import fit_report
 
-        composition = composed(window, gate, duo, sparsity, quest, snapkv, pipeline)
-        result = fit_report(
-            config_of(model),
-            tokens,
-            admitted=admitted,
-            pipeline=composition,
-            batch=batch,
-            dtype=getattr(torch, dtype.value),
-            page_size=page_size,
-        )
-        numbers = attrs.asdict(result)
-        numbers |= {name: getattr(result, name) for name in ("cache", "total", "full_total")}
-        if as_json:
-            typer.echo(json.dumps(numbers | {"saving": result.saving}))
+        composition = composed(window, gate, duo, sparsity, quest, snapkv, pipeline, trust_code)
+        config = config_of(model)
+
+        def planned(part: float | None) -> FitReport:
+            return fit_report(
+                config,
+                tokens,
+                admitted=part,
+                pipeline=composition,
+                batch=batch,
+                dtype=getattr(torch, dtype.value),
+                page_size=page_size,
+            )
+
+        unknown = composition is not None and admitted is None and learned(composition)
+        if unknown and not as_json:
+            typer.echo(_several({part: planned(part) for part in FRACTIONS}, model))
             return
-        _print_plan(f"{model}: {batch} x {tokens:,} tokens", numbers, result.kept, result.saving)
+        result = planned(admitted)
+        typer.echo(json.dumps(_numbers(result)) if as_json else f"{model}, {result}")
 
 
-def _print_plan(title: str, numbers: dict[str, Any], kept: float, saving: float) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def learned(pipeline: CachePipeline) -> bool:
+    """Whether what is admitted depends on the text."""
+    deciding = (pipeline.admission, pipeline.eviction.admission)
+    return not all(x is None or x.by_position for x in deciding)
 
-    table = Table("part", title=title)
-    table.add_column("bytes", justify="right")
-    table.add_column("GiB", justify="right")
-    parts = ("pages", "ring", "positions", "summaries", "queries", "tables", "reserved", "cache")
-    for name in (*parts, "weights", "gates", "total", "full", "full_total"):
-        ends_section = name in ("reserved", "cache", "gates", "total")
-        row = (name.replace("_", " "), f"{numbers[name]:,}", f"{numbers[name] / 2**30:.3f}")
-        table.add_row(*row, end_section=ends_section)
-    console = Console(width=80)
-    console.print(table)
-    console.print(f"{kept:.1%} of the tokens kept; {saving:.0%} less than weights and a full cache")
+
+def _numbers(result: FitReport) -> dict[str, Any]:
+    import attrs
+
+    more = {name: getattr(result, name) for name in ("cache", "total", "full_total", "saving")}
+    return attrs.asdict(result) | more
+
+
+def _several(found: dict[float, FitReport], model: str) -> str:
+    """A row for each fraction that an admission may admit, and how to find one's own."""
+    rows = [
+        (f"{part:.0%}", f"{x.kept:.1%}", size(x.cache), size(x.total), f"{x.saving:.0%}")
+        for part, x in found.items()
+    ]
+    whole = next(iter(found.values()))
+    full = ("ordinary cache", "100.0%", size(whole.full), size(whole.full_total), "0%")
+    heads = ("admitted", "kept", "cache", "with weights", "saved")
+    table = Table(
+        title=f"{model}, {whole.batch:,} x {whole.tokens:,} tokens, by what the gate admits",
+        sections=[Section(heads=heads, rows=[*rows, full])],
+    )
+    return (
+        f"{table.text()}\n\nWhat a gate admits depends on the text: --admitted 0.25 plans for a "
+        "quarter, in full.\nIts name or its training says what to expect (keep25: a quarter of "
+        "the cache is held);\nkvpolicy inspect MODEL --texts FILE --out FOLDER --gate GATE "
+        "measures it on a text of yours."
+    )

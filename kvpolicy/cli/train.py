@@ -12,7 +12,7 @@ import typer
 
 from .._extras import extra
 from .common import Device, Model, OfWeights, errors, load, read
-from .progress import StepProgress
+from .progress import AskedLines, StepProgress
 
 
 class Objective(StrEnum):
@@ -83,6 +83,7 @@ def train_gate(
     dtype: OfWeights = None,
     run_dir: RunDir = None,
     save_every: SaveEvery = 100,
+    progress: AskedLines = None,
 ) -> None:
     """Train write gates for a frozen model by distillation.
 
@@ -114,7 +115,7 @@ def train_gate(
         found = _documents(texts, dataset, subset, split)
         language_model, tokenizer = load(model, device, dtype)
         before = None if start is None else WriteGates.load(start, language_model)
-        with StepProgress(steps, shown=_is_main()) as progress:
+        with StepProgress(steps, asked=progress, shown=_is_main()) as shown:
             trained = train_write_gate(
                 language_model,
                 found,
@@ -123,7 +124,7 @@ def train_gate(
                 start=before,
                 out_dir=run_dir,
                 save_every=save_every,
-                progress=progress,
+                progress=shown.step,
             )
         if not _is_main():
             return
@@ -152,6 +153,7 @@ def train_duo(
     dtype: OfWeights = None,
     run_dir: RunDir = None,
     save_every: SaveEvery = 100,
+    progress: AskedLines = None,
 ) -> None:
     """Train a DuoAttention pattern: which KV heads need the whole context."""
     with errors():
@@ -159,7 +161,7 @@ def train_duo(
 
         found = _documents(texts, dataset, subset, split)
         language_model, tokenizer = load(model, device, dtype)
-        with StepProgress(steps, shown=_is_main()) as progress:
+        with StepProgress(steps, asked=progress, shown=_is_main()) as shown:
             trained = train_duo_attention(
                 language_model,
                 found,
@@ -175,7 +177,7 @@ def train_duo(
                 checkpointing=checkpointing,
                 out_dir=run_dir,
                 save_every=save_every,
-                progress=progress,
+                progress=shown.step,
             )
         if not _is_main():
             return

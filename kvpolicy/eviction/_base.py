@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._fields import one_of
 from .._knob import Knob
+from .._names import named
 from .._option import option
 from ..admission import Admission, Write
 from ..budget import Budget, budget_knob, budget_of, check_budget
@@ -207,6 +208,7 @@ class Eviction(ABC):
         return budget_knob(budget, **sizes).map(lambda found: attrs.evolve(policy, budget=found))
 
 
+@named
 @attrs.frozen(kw_only=True)
 class KeepAll(Eviction):
     """Evicts nothing: the neutral eviction."""

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from .._fields import is_a, one_of
+from .._names import named
 from ..admission import Admission, Write
 from ..choices import Generated
 from ._base import Eviction, EvictionView
 
 
+@named
 @attrs.frozen
 class AtPromptEnd(Eviction):
     """Dense prompts, and from a prompt's end on what `admission` would have written.

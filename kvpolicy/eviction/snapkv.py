@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._fields import one_of, positive
+from .._names import named
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import HeadGroup, Normalize, Pooling, When
 from ..ops import Ops
@@ -22,6 +23,7 @@ def _odd(instance: SnapKV, attribute: attrs.Attribute[Any], value: int) -> None:
         raise ValueError(f"{attribute.name}: wanted an odd number, got {value}; write {value + 1}")
 
 
+@named
 @attrs.frozen(kw_only=True)
 class SnapKV(Eviction):
     """Scores tokens by the attention of the last `observation` queries, pooled over neighbours.

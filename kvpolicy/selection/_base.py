@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._fields import not_negative, one_of
+from .._names import named
 from .._option import option
 from ..budget import Tokens, budget_of, check_budget
 from ..choices import PageGroup
@@ -125,6 +126,7 @@ def combine_group(scores: Tensor, group: str) -> Tensor:
     return sum(scores.unbind(2), scores.new_zeros(())) / scores.shape[2]
 
 
+@named
 @attrs.frozen(kw_only=True)
 class SelectAll(Selection):
     """Reads every page: the neutral selection."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._fields import is_a
+from .._names import named
 from ..budget import Tokens, tokens_from_int
 from ..choices import PageGroup
 from ..ops import Heads, Ops, Pages
@@ -19,6 +20,7 @@ def _tokens(value: Tokens | int) -> Tokens:
     return cast(Tokens, tokens_from_int(value))
 
 
+@named
 @attrs.frozen(kw_only=True)
 class Quest(Selection):
     """Page selection of Quest (mit-han-lab/Quest), on admitted tokens as in WG-KV.

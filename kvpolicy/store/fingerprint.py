@@ -53,7 +53,8 @@ def _described(value: Any) -> Any:
         fields = {
             a.name: getattr(value, a.name)
             for a in attrs.fields(type(value))
-            if "before" not in a.metadata or getattr(value, a.name) != a.metadata["before"]
+            if a.metadata.get("fingerprint", True)
+            and ("before" not in a.metadata or getattr(value, a.name) != a.metadata["before"])
         }
     elif hasattr(value, "__dict__") and not callable(value):
         fields = vars(value)

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import attrs
 import torch
 
 from ..budget import budget_of
 from ..ops import ADMITTED, ring_positions
 from .layer import LayerStore
-from .sizes import query_bytes, ring_bytes, storage_bytes, table_bytes
+from .report_table import SLOTS, report_table
+from .sizes import dense_bytes, query_bytes, ring_bytes, storage_bytes, table_bytes
 from .state import CacheState
 
 
 @attrs.frozen(kw_only=True)
 class Report:
-    """What took effect and what it costs.
+    """What took effect and what it costs; `print` shows a table, a notebook too.
 
     Bytes are those of the storages: `pages` hold tokens, `reserved` are allocated and hold none,
     `ring` is the local window with its rollback slots, `positions`, `summaries` belong to pages in
     use, `tables` are page tables, counters and free stack, `queries` the observation windows,
     `states` recurrent and convolutional states of a model's layers without attention.
+    `dense` are keys and values of all tokens seen (in layers that slide: of their windows), which
+    is what an ordinary cache holds. `policies` names what acts on which layers, by slot; neutral
+    policies and layers that slide are left out.
     Lists are `[layer][head]`, summed or averaged over sequences. `admitted` is the fraction of seen
     tokens admitted (None: the layer only slides, policies do not apply), `stored` the mean tokens
     held per sequence with the window, `evicted` the tokens dropped, `read` the mean tokens that the
@@ -36,11 +42,14 @@ class Report:
     summaries: int
     tables: int
     queries: int
+    dense: int
+    sequences: int
     tokens: int
     admitted: list[list[float] | None]
     stored: list[list[float]]
     evicted: list[list[int]]
     read: list[list[float]]
+    policies: dict[str, dict[str, list[int]]]
     sliding_layers: list[int]
     shared_pages: int
     overshoot: int
@@ -79,6 +88,12 @@ class Report:
         values = [x for layer in self.read for x in layer]
         return sum(values) / len(values)
 
+    def __str__(self) -> str:
+        return report_table(self).text()
+
+    def _repr_html_(self) -> str:
+        return report_table(self).html()
+
 
 def report(state: CacheState) -> Report:
     """Measures a cache; reads the device."""
@@ -99,17 +114,38 @@ def report(state: CacheState) -> Report:
         summaries=summaries,
         tables=table_bytes(state),
         queries=query_bytes(state),
+        dense=dense_bytes(state),
+        sequences=state.batch,
         tokens=sum(state.lengths),
         admitted=[None if x.slides else _admitted(state, x) for x in state.layers],
         stored=[(_stored(state, x) / state.batch).tolist() for x in state.layers],
         evicted=[x.evicted.sum(0).tolist() for x in state.layers],
         read=[_read(state, x) for x in state.layers],
+        policies={slot: _acting(state, slot) for slot in SLOTS},
         sliding_layers=[x.index for x in state.layers if x.slides],
         shared_pages=shared,
         overshoot=max(row.overshoot for row in state.sequences),
         cap_evicted=sum(row.cap_evicted for row in state.sequences),
         floored=[_floored(state, x) for x in state.layers],
     )
+
+
+def _acting(state: CacheState, slot: str) -> dict[str, list[int]]:
+    """The layers of each policy of a slot that does something, by its name."""
+    found: dict[str, list[int]] = {}
+    for layer in state.managed:
+        policy = getattr(layer, slot)
+        if not policy.neutral:
+            found.setdefault(_name(policy), []).append(layer.index)
+    return found
+
+
+def _name(policy: Any) -> str:
+    """The class, with those of the admissions inside."""
+    inner = getattr(policy, "admission", None)
+    members = getattr(policy, "policies", () if inner is None else (inner,))
+    names = ", ".join(_name(x) for x in members)
+    return f"{type(policy).__name__}({names})" if names else type(policy).__name__
 
 
 def _near(state: CacheState, layer: LayerStore) -> torch.Tensor:

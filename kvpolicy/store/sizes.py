@@ -29,3 +29,12 @@ def table_bytes(state: CacheState) -> int:
     layers = ((x.table, x.counts, x.evicted, x.selected) for x in state.layers)
     pools = ((x.free, x.refs, x.top, x.slabs) for x in state.devices.pools)
     return state.devices.nbytes + sum(storage_bytes(x) for x in (*layers, *pools))
+
+
+def dense_bytes(state: CacheState) -> int:
+    """Keys and values of all tokens seen, those of the window in layers that slide."""
+    total = 0
+    for layer in state.layers:
+        tokens = sum(min(n, layer.window) if layer.slides else n for n in state.lengths)
+        total += tokens * 2 * layer.sizes.kv_heads * layer.sizes.head_dim
+    return total * state.spec.dtype.itemsize

@@ -167,6 +167,19 @@ def test_refused_by_the_attention_function(name):
             AttentionInterface.register("kvpolicy", interface)
 
 
+@pytest.mark.parametrize("name", [n for n, e in ATTENTION.items() if isinstance(e, Refused)])
+def test_refused_as_a_keyword_of_the_forward(name):
+    """Where transformers hands it on to the attention function."""
+    entry = ATTENTION[name]
+    if name in ("dropout", "scaling"):
+        pytest.skip("transformers' models give these themselves")
+    with attach(MODEL, PIPELINE) as attached:
+        cache = attached.new_cache()
+        with pytest.raises(UnsupportedError, match=f"^{entry.says or name}"):
+            MODEL(IDS, past_key_values=cache, **{name: entry.value})
+        assert cache.state is None
+
+
 def test_tests_that_entries_name_exist():
     here = Path(__file__).parent
     for table in TABLES.values():

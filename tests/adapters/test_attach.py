@@ -119,6 +119,14 @@ def test_a_cache_without_attach(llama):
             run(**prompt([9]), past_key_values=cache, **options)
 
 
+def test_a_cache_has_no_tensor_of_all_keys(llama):
+    with attach(llama, PIPELINE):
+        for cache in (new_cache(llama, PIPELINE), llama(**prompt([9])).past_key_values):
+            for name in ("keys", "values"):
+                with pytest.raises(UnsupportedError, match=f"^{name}: heads .* in pages"):
+                    getattr(cache.layers[1], name)
+
+
 @pytest.mark.parametrize(
     "options, error, match",
     [

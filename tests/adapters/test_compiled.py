@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
+from transformers import AttentionInterface
 
 from kvpolicy import Admission, CachePipeline, UnsupportedError
 from kvpolicy.adapters.hf import attach
 from kvpolicy.adapters.hf import compile as compiled
+from tests.support.adapters.arguments import ATTENTION, Refused
 from tests.support.adapters.faults import Fault, digest, snapshot
 from tests.support.adapters.models import SIZES, pipelines, prompt, tiny
 
@@ -224,3 +226,22 @@ def test_models_that_cannot_be_compiled(traced, llama, monkeypatch):
     with pytest.raises(UnsupportedError, match="sharded"):
         attach(llama, PIPELINE, compile=True)
     assert snapshot(llama) == before
+
+
+@pytest.mark.parametrize("name", [n for n, e in ATTENTION.items() if isinstance(e, Refused)])
+def test_arguments_of_attention_are_refused(traced, llama, name):
+    """As a model of ours would give them itself; forwards check their own before."""
+    interface, entry = AttentionInterface()["kvpolicy"], ATTENTION[name]
+
+    def changed(module, query, key, value, mask, **kwargs):
+        return interface(module, query, key, value, mask, **{**kwargs, name: entry.value})
+
+    with attach(llama, PIPELINE, compile=True) as attached:
+        cache = attached.new_cache()
+        AttentionInterface.register("kvpolicy", changed)
+        try:
+            with pytest.raises(UnsupportedError, match=f"^{entry.says or name}"):
+                llama(**prompt([9]), past_key_values=cache)
+        finally:
+            AttentionInterface.register("kvpolicy", interface)
+        assert cache.state is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_plan_equals_the_report(name: str, tokens: int) -> None:
     assert plan.reserved >= after.reserved
     assert 0 <= plan.tables - after.tables < 4096
     assert plan.weights == sum(p.numel() for p in model.parameters()) * 4
-    assert plan.full == 2 * 2 * 2 * tokens * 2 * 32 * 4
+    assert plan.full == after.dense == 2 * 2 * 2 * tokens * 2 * 32 * 4
 
 
 def test_layers_that_slide_hold_a_ring_only() -> None:
@@ -75,6 +76,10 @@ def test_layers_that_slide_hold_a_ring_only() -> None:
     plan = fit_report(model, 200, pipeline=CachePipeline(window=32))
     assert (plan.pages, plan.ring) == (report.pages, report.ring) == (0, plan.ring)
     assert plan.kept == pytest.approx(48 / 200)
+    ordinary = model(torch.randint(2, 500, (1, 200)), use_cache=True).past_key_values
+    held = sum(x.keys.nbytes + x.values.nbytes for x in ordinary.layers)
+    # transformers forgets a token as soon as the next one cannot see it.
+    assert plan.full == report.dense == held * 48 // 47
 
 
 # Llama-3.1-8B with the published gates: tokens, fraction of K and V held (window included),
@@ -138,6 +143,15 @@ def test_config_alone_gives_the_models_numbers() -> None:
     assert from_model.total == from_model.weights + from_model.cache
     assert math.isclose(from_model.saving, 1 - from_model.total / from_model.full_total)
     assert from_model.kept == pytest.approx((256 + 0.25 * 744) / 1000)
+
+
+def test_a_plan_prints_what_it_holds() -> None:
+    plan = fit_report(tiny_llama(), 1000, admitted=0.25)
+    said = str(plan)
+    assert said.startswith(f"1 x 1,000 tokens: {plan.kept:.1%} of the tokens kept; ")
+    for name in ("full", "pages", "cache", "weights", "total"):
+        assert re.search(rf"\b{getattr(plan, name):,} ", said), name
+    assert plan._repr_html_().count("<tr>") == len([x for x in said.split("\n") if x]) - 1
 
 
 @pytest.mark.parametrize(

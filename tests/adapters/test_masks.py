@@ -41,6 +41,50 @@ def test_a_mask_that_hides_what_the_cache_holds(llama):
             llama(ids[:, 20:], attention_mask=mask[:, 5:], past_key_values=cache)
 
 
+def test_a_mask_that_shows_what_the_cache_does_not_hold(llama):
+    """Columns that an earlier mask hid, or that came after a row had ended."""
+    inputs, more = prompt([20, 11]), prompt([5, 5], seed=4)["input_ids"]
+    with attach(llama, PIPELINE, **SIZES) as attached:
+        cache = attached.new_cache()
+        llama(**inputs, past_key_values=cache)
+        ids, before = torch.cat([inputs["input_ids"], more], 1), digest(cache)
+        for run in (
+            lambda **given: llama(more, past_key_values=cache.fork(), **given),
+            lambda **given: llama.generate(
+                ids, past_key_values=cache.fork(), max_new_tokens=2, **given
+            ),
+        ):
+            with pytest.raises(UnsupportedError, match="^attention_mask: it shows columns"):
+                run(attention_mask=torch.ones_like(ids))
+            run(attention_mask=torch.cat([cache.real(), torch.ones_like(more)], 1))
+        assert digest(cache) == before
+        out = llama.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)
+        cache.reset()
+        llama.generate(
+            **inputs, past_key_values=cache, max_new_tokens=4, do_sample=False, pad_token_id=0,
+            eos_token_id=int(out[0, 20]),
+        )  # fmt: skip
+        assert not cache.real()[0, 21:].any() and cache.real()[1, 20:].all()
+        shows = torch.cat([inputs["attention_mask"], torch.ones(2, cache.columns - 15)], 1)
+        with pytest.raises(UnsupportedError, match="^attention_mask: it shows columns"):
+            llama(more, attention_mask=shows, past_key_values=cache)
+
+
+def test_without_a_mask_hidden_columns_stay_hidden(llama):
+    """Of a next turn by generate, whose default mask would show them."""
+    inputs, more = prompt([20, 11]), prompt([5, 5], seed=4)["input_ids"]
+    ids = torch.cat([inputs["input_ids"], more], 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(more)], 1)
+    wanted = llama.generate(ids, attention_mask=mask, **GREEDY)
+    with attach(llama, PIPELINE, **SIZES) as attached:
+        for given in ({"pad_token_id": 199}, {}, {"attention_mask": mask}):
+            cache = attached.new_cache()
+            llama(**inputs, past_key_values=cache)
+            assert (
+                error(llama.generate(ids, past_key_values=cache, **given, **GREEDY), wanted) < 1e-4
+            )
+
+
 @pytest.mark.parametrize("more", [0, 1, 24])
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}])
 def test_a_mask_that_is_longer_than_the_prompt(llama, more, mode):

@@ -138,6 +138,36 @@ def test_loglikelihood(llama, kind):
             assert moves == (name == "snapkv" or kind == "decode")
 
 
+@pytest.mark.parametrize("name", ["neutral", "quest", "snapkv", "all"])
+@pytest.mark.parametrize("kind", ["decode", "prompt"])
+def test_loglikelihood_of_a_padded_batch(llama, name, kind):
+    """As of each pair alone; padding counts nothing."""
+    pipeline = CachePipeline(window=5) if name == "neutral" else pipelines()[name]
+    more = prompt([7, 4], side="right", seed=5)
+    with attach(llama, pipeline, **SIZES) as attached:
+        ours = attached.loglikelihood(
+            CONTEXT["input_ids"], more["input_ids"], CONTEXT["attention_mask"],
+            more["attention_mask"], question=kind,
+        )  # fmt: skip
+        assert ours.shape == (2, 7) and (ours[1, 4:] == 0).all()
+        for row, n in ((0, 7), (1, 4)):
+            alone = attached.loglikelihood(
+                real(CONTEXT, row)[None], real(more, row)[None], question=kind
+            )
+            assert (ours[row, :n] - alone).abs().max() < 1e-4
+
+
+def test_loglikelihood_refuses_padding_between_context_and_continuation(llama):
+    right, more = prompt([9, 6], side="right"), prompt([5, 3])
+    with attach(llama, CachePipeline(window=5)) as attached:
+        with pytest.raises(ValueError, match="^attention_mask: wanted contexts padded on the left"):
+            attached.loglikelihood(right["input_ids"], more["input_ids"], right["attention_mask"])
+        ids = prompt([9, 9])["input_ids"]
+        for mask in (more["attention_mask"], torch.ones(2, 4)):
+            with pytest.raises(ValueError, match="^continuation_mask: wanted"):
+                attached.loglikelihood(ids, more["input_ids"], continuation_mask=mask)
+
+
 def test_last_report(llama):
     with attach(llama, pipelines()["snapkv"], **SIZES) as attached:
         with pytest.raises(PhaseError, match="last_report"):

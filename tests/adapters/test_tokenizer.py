@@ -65,6 +65,29 @@ def test_token_healing(tokenizer):
         assert torch.equal(ours, plain)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
+@pytest.mark.parametrize("kind", ["Lora", "PromptTuning"])
+def test_token_healing_of_a_wrapped_model(tokenizer, kind):
+    """PEFT's generate calls the one of the model inside."""
+    peft = pytest.importorskip("peft")
+    options = {
+        "Lora": {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False},
+        "PromptTuning": {"num_virtual_tokens": 12},
+    }[kind]
+    config = getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", **options)
+    inner = tiny(bos_token_id=1)
+    inner.generation_config.bos_token_id = 1
+    torch.manual_seed(5)
+    model = peft.get_peft_model(inner, config).eval()
+    ids = torch.tensor([[1, 20, 130, 140, tokenizer.get_vocab()["b"]]])
+    given = {"max_new_tokens": 5, "do_sample": False, "tokenizer": tokenizer}
+    plain = model.generate(input_ids=ids, token_healing=True, **given)
+    assert not torch.equal(plain, model.generate(input_ids=ids, **given))
+    with attach(model, PIPELINE):
+        assert torch.equal(model.generate(input_ids=ids, token_healing=True, **given), plain)
+
+
 def test_assistant_of_another_vocabulary(llama, tokenizer):
     """Drafts are translated by both tokenizers."""
     given = {

@@ -7,14 +7,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import attrs
 import pytest
 import torch
 
 from kvpolicy import BackendError
-from kvpolicy.bench import end_to_end, plots, prefill, run, runner, timing
+from kvpolicy._pictures import looks
+from kvpolicy.bench import curves, end_to_end, plots, prefill, run, runner, timing
 from kvpolicy.bench.context import Bench, Case, check
-from kvpolicy.bench.model import SHAPES, Setting
+from kvpolicy.bench.model import Setting
 from kvpolicy.bench.model import prefill as prefill_chunks
+from kvpolicy.bench.output import print_table
 from kvpolicy.bench.prefill import Problem, problem
 from kvpolicy.bench.rows import CheckFailed, Goal, Row
 from kvpolicy.kernels import paged_decode
@@ -121,29 +124,106 @@ def test_estimates_cover_what_was_measured(setting: Setting, prompt: float) -> N
     assert prompt + 4 < end_to_end.seconds(setting) < 2 * prompt + 20
 
 
-def test_curves_hold_points_and_floors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import matplotlib.pyplot as plt
-
-    lines: list[tuple[str, list[float], list[float]]] = []
-    monkeypatch.setattr(plt, "close", lambda figure: lines.extend(
-        (axis.get_ylabel(), list(line.get_xdata()), list(line.get_ydata()))
-        for axis in figure.axes for line in axis.lines
-    ))  # fmt: skip
-    rows = [
-        Row(
-            group="model", name="", value=10.0 * n, unit="ms", floor=7.0 * n,
-            extra={"what": "TPOT", "shape": SHAPES[0], "policy": "gate", "tokens": 100_000 * n,
-                   "batch": 1, "fraction": 0.25, "stored": n},
+def cost_rows(again: float = 1.0, policy: str = "gate") -> list[Row]:
+    """TPOT and memory of two contexts, as a run of `kvpolicy bench model` writes them."""
+    found = []
+    for n in (2, 1):
+        setting = Setting(policy=policy, tokens=100_000 * n)
+        about = {"what": "TPOT", "stored": n, **attrs.asdict(setting)}
+        shared: dict[str, Any] = {"group": "model", "floor": 7.0 * n}
+        found.append(
+            Row(name=f"{setting}: TPOT", value=10.0 * n * again, unit="ms", extra=about, **shared)
         )
-        for n in (2, 1)
-    ]  # fmt: skip
-    plots.draw(tmp_path, rows)
-    assert ("TPOT [ms]", [100.0, 200.0], [10.0, 20.0]) in lines
-    assert ("TPOT [ms]", [100.0, 200.0], [7.0, 14.0]) in lines
-    names = {path.name for path in tmp_path.glob("*.png")}
-    assert names == {
-        f"model-{x}.png" for x in ("ms", "over-context", "over-fraction", "over-stored")
+        found.append(Row(name=f"{setting}: memory", value=3.0 * n, unit="GB", **shared))
+    return found
+
+
+def drawn(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
+    return {
+        str(line.get_label()): (list(line.get_xdata()), list(line.get_ydata()))
+        for line in axes.lines
     }
+
+
+def pictures(monkeypatch: pytest.MonkeyPatch, draw: Any) -> dict[str, Any]:
+    """Figures that `draw` saves, by file name."""
+    from matplotlib.figure import Figure
+
+    found: dict[str, Any] = {}
+    save = Figure.savefig
+
+    def keep(figure: Figure, path: Path, **options: Any) -> None:
+        found[path.name] = figure
+        save(figure, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    draw()
+    return found
+
+
+def test_curves_join_measurements_over_faint_floors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = pictures(monkeypatch, lambda: plots.draw(tmp_path, cost_rows(), "a device"))
+    assert set(found) == {path.name for path in tmp_path.glob("*.png")}
+    assert set(found) == {
+        "model-GB.png", "model-ms.png", "model-memory-and-time.png", "model-over-context.png",
+        "model-over-fraction.png", "model-over-stored.png",
+    }  # fmt: skip
+    figure = found["model-memory-and-time.png"]
+    time, memory = figure.axes
+    assert [axes.get_ylabel() for axes in (time, memory)] == ["ms", "GB"]
+    assert all(axes.get_title() and axes.get_ylim()[0] == 0 for axes in figure.axes)
+    assert "a device" in figure.get_suptitle()
+    lines = drawn(time)
+    assert lines["write gate"] == ([100.0, 200.0], [10.0, 20.0])
+    assert drawn(memory)["write gate"] == ([100.0, 200.0], [3.0, 6.0])
+    floor, measured = time.lines[:2]
+    assert list(floor.get_ydata()) == [7.0, 14.0]
+    assert floor.get_alpha() < 0.5 and measured.get_linestyle() == "-"
+    (legend,) = figure.legends
+    assert [x.get_text() for x in legend.get_texts()][0] == "write gate"
+    assert "floor" in legend.get_texts()[-1].get_text()
+    box = legend.get_window_extent()
+    assert not any(box.overlaps(axes.get_window_extent()) for axes in figure.axes)
+
+
+def test_a_setting_that_was_measured_again_has_a_bar() -> None:
+    rows = [*cost_rows(), *cost_rows(again=1.1)]
+    costs = {(c.what, c.setting["tokens"]): c for c in curves.costs(rows)}
+    assert costs["TPOT", 100_000].values == (10.0, 11.0)
+    assert costs["TPOT", 100_000].value == 11.0
+    assert len(costs) == 4
+
+
+def test_a_method_has_one_look_in_all_pictures() -> None:
+    bench = looks(["dense", "gate", "gate + Quest", "gate + SnapKV"])
+    evaluation = looks(["full", "write gate", "gate + Quest", "gate + SnapKV at a cap"])
+    assert list(bench.values()) == list(evaluation.values())
+    known = ["full", "write gate", "DuoAttention", "local", "random", "SnapKV", "Quest",
+             "gate + Quest", "gate + SnapKV", "mine", "mine too"]  # fmt: skip
+    found = looks(known)
+    assert len({look.colour for look in found.values()}) == len(known)
+    assert found["SnapKV"] == looks(["SnapKV, question seen at a cap"]).popitem()[1]
+
+
+def test_rows_of_two_devices_are_no_picture(tmp_path: Path) -> None:
+    files = []
+    for device in ("a", "b"):
+        files.append(tmp_path / f"{device}.json")
+        record = {"machine": {"device": device}, "rows": [row.as_dict() for row in cost_rows()]}
+        files[-1].write_text(json.dumps(record))
+    rows, device = plots.read_rows(files[:1])
+    assert (rows, device) == (cost_rows(), "a")
+    with pytest.raises(ValueError, match="one device, got a, b"):
+        plots.read_rows(files)
+
+
+def test_the_terminal_shows_whole_cells(capsys: pytest.CaptureFixture) -> None:
+    row = Row(group="prefill", name="x" * 41, value=0.1, rate=0.0001234, rate_unit="TFLOP/s")
+    print_table([row])
+    out = capsys.readouterr().out
+    assert "x" * 41 in out and "0.0001234 TFLOP/s" in out
 
 
 def test_unknown_names_are_refused(bench: Bench) -> None:

@@ -143,6 +143,7 @@ CLASSES = {
             "window": ints(1, none=True),
             "activation": words("gelu", "silu"),
             "backend": words("reference", "triton"),
+            "source": Kind((), none=True),
         },
     ),
     DuoAttention: (
@@ -152,6 +153,7 @@ CLASSES = {
             "sinks": ints(0),
             "window": ints(1),
             "mask": Kind((torch.Tensor,), none=True),
+            "source": Kind((), none=True),
         },
     ),
     AnyOf: ({"policies": (LOCAL,)}, {"policies": Kind((tuple,), lambda value: False)}),

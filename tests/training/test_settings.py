@@ -125,11 +125,11 @@ def test_the_command_says_how_far_it_is(folder):
 def test_few_lines_of_a_long_training(capsys):
     with StepProgress(1000) as progress:
         for step in range(1, 1001):
-            progress({"step": step, "loss": 0.25, "heads": 0.5})
+            progress.step({"step": step, "loss": 0.25, "heads": 0.5})
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 20 and lines[-1] == "step 1000 of 1000: loss 0.25, mean head weight 0.500"
     with StepProgress(1000, shown=False) as progress:
-        progress({"step": 50, "loss": 0.25})
+        progress.step({"step": 50, "loss": 0.25})
     assert capsys.readouterr().err == ""
     assert described({"loss": 0.5, "keep": 0.25}) == "loss 0.5, 25.0% kept"
     assert (span(59), span(61), span(3700)) == ("0:59", "1:01", "1:01:40")
@@ -138,7 +138,7 @@ def test_few_lines_of_a_long_training(capsys):
 def test_a_bar_on_a_terminal(monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with StepProgress(4) as progress:
-        progress({"step": 2, "loss": 0.25, "keep": 0.5})
+        progress.step({"step": 2, "loss": 0.25, "keep": 0.5})
         (task,) = progress.bar.tasks
         assert (task.completed, task.total) == (2, 4)
         assert task.description == "loss 0.25, 50.0% kept"

@@ -31,7 +31,8 @@ class Runner:
 
     `contexts` are those of a cell of eight questions each; tasks of one question get eight times as
     many, so that every cell asks as much. `results` are what earlier runs measured; cells that
-    failed are tried again.
+    failed are tried again. `say` is called with a line for each cell, `starts` with each cell
+    before it is measured, its number from 0 and how many there are.
     """
 
     model: PreTrainedModel
@@ -45,6 +46,7 @@ class Runner:
     captured: bool = True
     page_size: int = 16
     say: Callable[[str], object] = print
+    starts: Callable[[Cell, int, int], object] = lambda cell, number, of: None
     left: int = 0
     _prompts: dict[tuple[str, int], list[Any]] = attrs.field(factory=dict)
 
@@ -53,6 +55,7 @@ class Runner:
         done = {result.key for result in self.results if not result.failed}
         todo = [cell for cell in cells(tasks, lengths, found) if cell.key not in done]
         for number, cell in enumerate(todo):
+            self.starts(cell, number, len(todo))
             try:
                 result = self._measure(cell)
             except OutOfTime:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
 import torch
@@ -69,6 +69,7 @@ def calibrate(
     pattern: str | os.PathLike[str] | None = None,
     tolerance: float = 0.02,
     trials: int = 12,
+    measured: Callable[[Trial], object] = lambda trial: None,
 ) -> Calibration:
     """Bisects a threshold, a sparsity or a budget over the sizes that caches report.
 
@@ -86,6 +87,7 @@ def calibrate(
         pattern: folder of DuoAttention's head values.
         tolerance: how far from the target is near enough, relative to it.
         trials: the most values to try.
+        measured: called with each trial.
 
     Raises:
         ValueError: arguments that have no meaning, or a target out of the knob's reach; the message
@@ -107,6 +109,7 @@ def calibrate(
         if known is None:
             known = Trial(value=value, size=measure(model, knob.set(value), prompts))
             tried.append(known)
+            measured(known)
         return getattr(known.size, unit)
 
     def near(size: float) -> bool:

@@ -36,10 +36,14 @@ class Point:
 
 @attrs.frozen(kw_only=True)
 class Front:
-    """All points that were measured, and those that no other beats in size and accuracy."""
+    """All points that were measured, and those that no other beats in size and accuracy.
+
+    `full` is the accuracy of full attention on the same questions.
+    """
 
     knobs: tuple[str, str]
     points: tuple[Point, ...]
+    full: Estimate | None = None
 
     @property
     def best(self) -> tuple[Point, ...]:
@@ -59,7 +63,7 @@ def pareto(
     question_in_prompt: bool = False,
     measured: Callable[[Point], object] = lambda point: None,
 ) -> Front:
-    """Measures every pair of values on the same questions.
+    """Measures every pair of values, and full attention, on the same questions.
 
     Args:
         model: a model that the adapters serve, with nothing attached.
@@ -103,7 +107,9 @@ def pareto(
             )
             measured(point)
             points.append(point)
-    return Front(knobs=names, points=tuple(points))
+    plain = CachePipeline(window=pipeline.window)
+    dense = answer(model, plain, examples, question_in_prompt=question_in_prompt)
+    return Front(knobs=names, points=tuple(points), full=estimate(dense.scores["accuracy"]))
 
 
 def _beats(one: Point, other: Point) -> bool:

@@ -1,0 +1,80 @@
+"""The sizes of a model's cache."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Unpack
+
+import attrs
+import torch
+from torch import nn
+
+from ...spec import CacheSpec, LayerSizes, Sizes, check_sizes
+from .models import Served, served, shards
+
+
+def spec_of(
+    model: nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    **sizes: Unpack[Sizes],
+) -> CacheSpec:
+    """The cache sizes of `model`; under tensor parallelism those of this rank's heads.
+
+    `dtype` and `device` replace those of the attention layers: the widest dtype of their keys and
+    values, the first layer's device. `sizes` passes `page_size`, `rollback` and `interval` on.
+    Raises TypeError for a word that names no size, UnsupportedError for a model not served.
+    """
+    check_sizes(sizes)
+    return spec_from(served(model), dtype=dtype, device=device, **sizes)
+
+
+def spec_from(
+    known: Served,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    **sizes: Unpack[Sizes],
+) -> CacheSpec:
+    """`spec_of` of a model that is known."""
+    check_sizes(sizes)
+    layers = known.layers
+    each = tuple(
+        LayerSizes(
+            heads=layer.heads,
+            kv_heads=layer.kv_heads,
+            head_dim=layer.head_dim,
+            value_dim=layer.value_dim,
+            scale=layer.scale,
+            softcap=layer.softcap,
+            window=layer.window,
+            chunk=layer.chunk,
+            shared=layer.shared,
+        )
+        for layer in layers
+    )
+    first = next((x for x in each if x.window is None), each[0])
+    part, parts = shards(layers[0].module)
+    uniform = CacheSpec(
+        layers=len(layers),
+        heads=first.heads,
+        kv_heads=first.kv_heads,
+        head_dim=first.head_dim,
+        dtype=dtype or functools.reduce(torch.promote_types, [layer.dtype for layer in layers]),
+        device=device or layers[0].device,
+        scale=first.scale,
+        sliding=_windows(each),
+        head_offset=part * first.kv_heads,
+        all_kv_heads=parts * first.kv_heads,
+        **sizes,
+    )
+    if all(uniform.at(index) == own for index, own in enumerate(each)):
+        return uniform
+    return attrs.evolve(uniform, sliding=(), per_layer=each)
+
+
+def _windows(each: Sequence[LayerSizes]) -> tuple[int | None, ...]:
+    windows = tuple(x.window for x in each)
+    return windows if any(w is not None for w in windows) else ()

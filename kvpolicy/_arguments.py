@@ -1,0 +1,107 @@
+"""What plain arguments of public functions take; see `_fields` for those of classes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._fields import check_int, check_number, shown
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def wrong(name: str, wanted: str, value: Any, instead: str = "") -> str:
+    """The sentence about an argument; `instead` is what to write."""
+    return f"{name}: wanted {wanted}, got {shown(value)}" + (f"; {instead}" if instead else "")
+
+
+def check_kind(
+    name: str, value: Any, kind: type | tuple[type, ...], wanted: str, instead: str = ""
+) -> None:
+    """Raises TypeError unless `value` is an instance of `kind`, which `wanted` says in words."""
+    if not isinstance(value, kind):
+        raise TypeError(wrong(name, wanted, value, instead))
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises TypeError unless `value` is a bool."""
+    check_kind(name, value, bool, "a bool")
+
+
+def check_text(name: str, value: Any, wanted: str = "a string") -> None:
+    """Raises TypeError unless `value` is a string."""
+    check_kind(name, value, str, wanted)
+
+
+def check_path(name: str, value: Any, wanted: str = "a path: a string or a Path") -> None:
+    """Raises TypeError unless `value` is a path of strings, ValueError for an empty one."""
+    if isinstance(value, bytes) or not isinstance(value, str | os.PathLike):
+        raise TypeError(wrong(name, wanted, value))
+    if not os.fspath(value):
+        raise ValueError(wrong(name, wanted, value))
+
+
+def check_dtype(name: str, value: Any) -> None:
+    """Raises TypeError for what is no dtype, ValueError for one that caches cannot have."""
+    wanted = "one of " + ", ".join(map(str, DTYPES))
+    if not isinstance(value, torch.dtype):
+        known = isinstance(value, str) and value in {str(x).removeprefix("torch.") for x in DTYPES}
+        raise TypeError(wrong(name, wanted, value, f"write torch.{value}" if known else ""))
+    if value not in DTYPES:
+        raise ValueError(wrong(name, wanted, value))
+
+
+def check_whole(name: str, value: Any, least: int = 1) -> None:
+    """Raises unless `value` is an int of at least `least`, below what a position can count."""
+    check_int(name, value, least)
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Raises unless `value` is a number in [0, 1]."""
+    check_number(name, value, "a fraction in [0, 1]", lambda x: 0 <= x <= 1)
+
+
+def optional(check: Callable[..., None], name: str, value: Any, *more: Any) -> None:
+    """None, or what `check` takes."""
+    if value is not None:
+        check(name, value, *more)
+
+
+def check_ids(name: str, value: Any, wanted: str = "token ids [B, S]") -> None:
+    """Raises unless `value` is a tensor of integers with two axes."""
+    if not isinstance(value, Tensor):
+        hint = ""
+        if isinstance(value, str):
+            hint = "write tokenizer(text, return_tensors='pt').input_ids"
+        elif isinstance(value, Mapping) and "input_ids" in value:
+            hint = f"write {name}=inputs['input_ids']"
+        elif isinstance(value, Sequence) and value and isinstance(value[0], int):
+            hint = "write torch.tensor([ids])"
+        raise TypeError(wrong(name, wanted, value, hint))
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(wrong(name, wanted, value))
+    if value.ndim != 2:
+        hint = f"write {name}[None]" if value.ndim == 1 else ""
+        raise ValueError(wrong(name, wanted, value, hint))
+
+
+def check_mask(name: str, value: Any) -> None:
+    """Raises unless `value` is a tensor with two axes."""
+    if not isinstance(value, Tensor):
+        raise TypeError(wrong(name, "a mask [B, S] of real tokens", value))
+    if value.ndim != 2:
+        raise ValueError(wrong(name, "a mask [B, S] of real tokens", value))
+
+
+def check_rows(name: str, value: Any, below: int) -> None:
+    """Raises unless `value` are numbers of sequences from 0 below `below`."""
+    wanted = f"numbers of sequences from 0 below {below}"
+    whole = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    if not whole or not all(isinstance(x, int) and not isinstance(x, bool) for x in value):
+        raise TypeError(wrong(name, wanted, value))
+    if not value or not all(0 <= x < below for x in value):
+        raise ValueError(wrong(name, wanted, value))

