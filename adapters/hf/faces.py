@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Container
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import (
     CacheLayerMixin,
@@ -54,6 +55,10 @@ class KVRef:
         """Our number of the layer."""
         assert self.place is not None
         return self.cache.served.places[self.place]
+
+    def to(self, device: torch.device | str) -> KVRef:
+        """Itself: a model may bring what layers share to the device of one of them."""
+        return self
 
     @property
     def shape(self) -> Any:

@@ -36,6 +36,12 @@ class Handle:
     def __init__(self, layer: StoredLayer) -> None:
         self.__dict__["layer"] = layer
 
+    def to(self, device: torch.device | str) -> Handle:
+        """Itself: a model may bring what it shares to the device of a layer."""
+        if isinstance(device, torch.dtype) or not isinstance(device, torch.device | str):
+            raise Touched("it reads .to of its cached keys or values")
+        return self
+
     def __getattr__(self, name: str) -> Any:
         raise Touched(f"it reads .{name} of its cached keys or values")
 

@@ -237,9 +237,9 @@ def ranks_of(known: Served) -> Ranks:
 
 
 def _ranks_of(module: nn.Module) -> Ranks:
-    for weight in module.parameters():
+    for weight in (getattr(part, "weight", None) for part in module.modules()):
         for axis, placement in enumerate(getattr(weight, "placements", ())):
-            if placement.is_shard(0) and weight.device_mesh.size(axis) > 1:
+            if weight is not None and placement.is_shard(0) and weight.device_mesh.size(axis) > 1:
                 return Ranks(weight.device_mesh, axis)
     return Ranks()
 

@@ -44,7 +44,7 @@ def difference(
     except IndexError:
         places = places[places < length]
         theirs = _ask(function, places)
-    ours = seen(places[:, None], places, kind.window, kind.chunk)
+    ours = seen(places[:, None], places, kind.window, kind.chunk).cpu()
     wrong = (theirs != ours).nonzero()
     if not len(wrong):
         return None
