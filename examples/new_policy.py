@@ -7,6 +7,8 @@ No registration: a policy is a frozen class with one or two methods. See docs/wr
 
 from __future__ import annotations
 
+import argparse
+
 import attrs
 import torch
 import torch.nn.functional as F
@@ -99,6 +101,9 @@ def run(pipeline: CachePipeline, prompt: int = 400, steps: int = 8) -> Report:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     torch.manual_seed(0)
     check_admission(Strided())
     check_selection(MeanKey(budget=Tokens(48)))

@@ -10,8 +10,11 @@ from typing import Any
 import attrs
 
 from .. import pretrained
+from .._arguments import check_path, check_text
+from .._arguments import optional as none_or
 from .._fields import is_a, optional
 
+SOURCE = "a path, or the id of a hub repository"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -60,6 +63,9 @@ def source_of(
 
 def find_file(source: str | os.PathLike[str], file: str | None, revision: str | None) -> Path:
     """The path of a file, of `file` in a directory or hub repository, or of a trained policy."""
+    check_path("path_or_repo", source, SOURCE)
+    none_or(check_path, "file", file, "a file's name")
+    none_or(check_text, "revision", revision)
     path = Path(source)
     if file is None and _is_name(source):
         return pretrained.path(str(source))
@@ -83,6 +89,8 @@ def find_folder(
     source: str | os.PathLike[str], files: tuple[str, ...], revision: str | None
 ) -> Path:
     """A directory that holds `files`, a trained policy's, or the copy of a hub repository's."""
+    check_path("path_or_repo", source, SOURCE)
+    none_or(check_text, "revision", revision)
     path = Path(source)
     if _is_name(source):
         path = pretrained.path(str(source))
