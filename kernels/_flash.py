@@ -42,7 +42,7 @@ def find_varlen(query: Tensor, softcap: float | None = None) -> Attend | None:
     module, found = find_flash(query, softcap), _installed()
     if module is None or found is None or "VARLEN" in found[1]:
         return None
-    return lambda *args: attend_varlen(module, *args, softcap)
+    return lambda *args: attend_varlen(module, *args, softcap=softcap)
 
 
 def attend_varlen(

@@ -79,9 +79,9 @@ def _quest_scores(
     # Loaded beside the count; page ids past it are not used.
     table += b * table_strides[0] + h * table_strides[1]
     page = tl.load(table + n, mask=n < width, other=0)  # [N]
-    query += b * query_strides[0] + (h * GROUP + g[:, None]) * query_strides[1]
+    query = query + b * query_strides[0] + (h * GROUP + g[:, None]) * query_strides[1]
     real = (g < GROUP)[:, None]
-    q = tl.load(query + d[None, :], mask=real & (d < DIM)[None, :], other=0.0)  # [G, D]
+    q = tl.load(query + d[None, :], mask=real & (d < DIM)[None, :], other=0.0).to(tl.float32)
     held = (tl.load(counts + b * counts_strides[0] + h) + PAGE - 1) // PAGE
     if tl.program_id(0) * BLOCK >= held:
         return
@@ -89,11 +89,11 @@ def _quest_scores(
     page = tl.where(there, page, 0)
     at = page_offset(slabs, page, SUMMARY, SLAB_PAGES, 2 * DIM)[:, None]
     score = tl.zeros([GROUP_PAD, BLOCK], tl.float32)
-    score = _add_bounds(q, summary, at, d, there, score, DIM)
+    score = _add_bounds(q, summary, at, d, there, score, DIM, query.dtype.element_ty)
     for start in tl.range(STEP, DIM_PAD, STEP, num_stages=1):
         c = start + d
-        q = tl.load(query + c[None, :], mask=real & (c < DIM)[None, :], other=0.0)  # [G, D]
-        score = _add_bounds(q, summary, at, c, there, score, DIM)
+        q = tl.load(query + c[None, :], mask=real & (c < DIM)[None, :], other=0.0).to(tl.float32)
+        score = _add_bounds(q, summary, at, c, there, score, DIM, query.dtype.element_ty)
     written = n < tl.minimum(held + 3, row)  # the choice loads 4 at once
     if COMBINE == 2:
         to = scores + ((b * KV_HEADS + h) * GROUP + g[:, None]) * row + n[None, :]
@@ -107,15 +107,18 @@ def _quest_scores(
 
 
 @triton.jit
-def _add_bounds(q, summary, at, d, there, score, DIM: tl.constexpr):
-    """Adds to scores `[G, N]` what channels d of queries `[G, D]` give with the summaries `at`."""
+def _add_bounds(q, summary, at, d, there, score, DIM: tl.constexpr, DTYPE: tl.constexpr):
+    """Adds to scores `[G, N]` what channels d of queries `[G, D]` give with the summaries `at`.
+
+    `q` are float32, of a DTYPE to which they are rounded again.
+    """
     at = at + d[None, :]
     mask = there[:, None] & (d < DIM)[None, :]
     low = tl.load(summary + at, mask=mask, other=0.0)  # [N, D]
     high = tl.load(summary + at + DIM, mask=mask, other=0.0)  # [N, D]
     # max(q * low, q * high) is q * high where q is positive and q * low elsewhere: two products.
-    above = narrow(tl.maximum(q.to(tl.float32), 0.0), q.dtype).to(high.dtype)
-    below = narrow(tl.minimum(q.to(tl.float32), 0.0), q.dtype).to(low.dtype)
+    above = narrow(tl.maximum(q, 0.0), DTYPE).to(high.dtype)
+    below = narrow(tl.minimum(q, 0.0), DTYPE).to(low.dtype)
     score = dot(above, tl.trans(high), score)
     return dot(below, tl.trans(low), score)
 

@@ -80,7 +80,10 @@ class Decoding:
         shape_kv = 1, sizes.kv_heads, slots
         flags = torch.zeros(shape_kv, dtype=torch.uint8, device=bench.device)
         dims = sizes.head_dim, sizes.value_dim
-        self.rings = [Ring(*(bench.randn(*shape_kv, d) for d in dims), flags) for _ in self.tables]
+        self.rings = [
+            Ring(bench.randn(*shape_kv, dims[0]), bench.randn(*shape_kv, dims[1]), flags)
+            for _ in self.tables
+        ]
         self.queries = [bench.randn(1, sizes.heads, sizes.head_dim) for _ in self.tables]
         # The last token of a chunk sees all of it.
         self.now = torch.tensor([4 * self.mean + 8 * self.window - 1], device=bench.device)
@@ -196,7 +199,7 @@ def prompt(bench: Bench, case: str, shape: Shape) -> Iterator[Row]:
         sink = None if sinks is None else sinks[head].expand(16, 1)
         weights = _weights(product, sizes, sink, ~(seen[own] & (at <= i)))
         check(f"{case} head {head}", out[head, -16:], weights @ value[own].double())
-    plain, ms = (median_ms([lambda x=x: call(x)], bench.device) for x in ({}, more))
+    plain, ms = (median_ms([functools.partial(call, x)], bench.device) for x in ({}, more))
     reach = at if sizes.chunk is None else at % sizes.chunk
     pairs = int((reach + 1).clamp(max=window).sum()) * sizes.heads
     sees = (tokens - at - window).clamp(min=0)
