@@ -92,7 +92,9 @@ def test_the_host_waits_in_the_first_layer_only(quick, asked, rows):
 @pytest.mark.parametrize(("rows", "selection"), [(1, None), (2, Quest(budget=24))])
 def test_waiting_or_not_the_cache_is_the_same(monkeypatch, asked, rows, selection):
     if rows > 1:
-        monkeypatch.setattr(load("triton"), "prefill_attention", lambda q, *_, **__: q, raising=False)
+        monkeypatch.setattr(
+            load("triton"), "prefill_attention", lambda q, *_, **__: q, raising=False
+        )
     found = []
     for waits in (False, True):
         if waits:
