@@ -166,7 +166,8 @@ def faces_of(cache: Owner, config: Any, places: Container[int]) -> list[Any]:
         if place not in places:
             faces.append(own)
         elif keeps_state(own):
-            faces.append(KVPolicyHybridLayer(cache, place, own.number_of_states))
+            states: Any = own
+            faces.append(KVPolicyHybridLayer(cache, place, states.number_of_states))
         else:
             faces.append(KVPolicyLayer(cache, place))
     return faces

@@ -147,7 +147,12 @@ def served(model: nn.Module, *, verify: bool = True) -> Served:
 def _served(model: nn.Module, decoder: nn.Module, found: Probe) -> Served:
     config, base = text_config(decoder.config), base_of(model)
     read = {layer.reads for layer in found.layers if layer.shared}
-    layers = [_layer(base, config, layer, layer.layer in read) for layer in found.stored]
+    layers = []
+    for layer in found.stored:
+        # A cut model has all heads; this rank may hold a part.
+        module = base.get_submodule(layer.module)
+        parts = shards(module)[1] if found.way == "cut" else 1
+        layers.append(_layer(base, config, layer, layer.layer in read, parts))
     if not layers:
         raise UnsupportedError("model: no layer keeps keys and values, there is nothing to cache")
     readers = [base.get_submodule(layer.module) for layer in found.layers if layer.shared]
@@ -157,7 +162,9 @@ def _served(model: nn.Module, decoder: nn.Module, found: Probe) -> Served:
     )
 
 
-def _layer(base: nn.Module, config: Any, found: ProbedLayer, shared: bool) -> AttentionLayer:
+def _layer(
+    base: nn.Module, config: Any, found: ProbedLayer, shared: bool, parts: int
+) -> AttentionLayer:
     module = base.get_submodule(found.module)
     name = _source(found.pre_rope)
     return AttentionLayer(
@@ -165,8 +172,8 @@ def _layer(base: nn.Module, config: Any, found: ProbedLayer, shared: bool) -> At
         place=found.layer,
         window=found.window if found.chunk is None else found.chunk,
         chunk=found.chunk,
-        heads=found.heads,
-        kv_heads=found.kv_heads,
+        heads=found.heads // parts,
+        kv_heads=found.kv_heads // parts,
         head_dim=found.head_dim,
         value_dim=found.value_dim,
         scale=found.scale,
@@ -237,7 +244,8 @@ def ranks_of(known: Served) -> Ranks:
 
 
 def _ranks_of(module: nn.Module) -> Ranks:
-    for weight in (getattr(part, "weight", None) for part in module.modules()):
+    weights: list[Any] = [getattr(part, "weight", None) for part in module.modules()]
+    for weight in weights:
         for axis, placement in enumerate(getattr(weight, "placements", ())):
             if weight is not None and placement.is_shard(0) and weight.device_mesh.size(axis) > 1:
                 return Ranks(weight.device_mesh, axis)
