@@ -55,11 +55,6 @@ def check_dtype(name: str, value: Any) -> None:
         raise ValueError(wrong(name, wanted, value))
 
 
-def check_whole(name: str, value: Any, least: int = 1) -> None:
-    """Raises unless `value` is an int of at least `least`, below what a position can count."""
-    check_int(name, value, least)
-
-
 def check_fraction(name: str, value: Any) -> None:
     """Raises unless `value` is a number in [0, 1]."""
     check_number(name, value, "a fraction in [0, 1]", lambda x: 0 <= x <= 1)
@@ -89,6 +84,15 @@ def check_ids(name: str, value: Any, wanted: str = "token ids [B, S]") -> None:
         raise ValueError(wrong(name, wanted, value, hint))
 
 
+def check_embeds(name: str, value: Any) -> None:
+    """Raises unless `value` is a tensor of floats with three axes."""
+    wanted = "embeddings [B, S, hidden]"
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(wrong(name, wanted, value))
+    if value.ndim != 3:
+        raise ValueError(wrong(name, wanted, value))
+
+
 def check_mask(name: str, value: Any) -> None:
     """Raises unless `value` is a tensor with two axes."""
     if not isinstance(value, Tensor):
@@ -97,11 +101,14 @@ def check_mask(name: str, value: Any) -> None:
         raise ValueError(wrong(name, "a mask [B, S] of real tokens", value))
 
 
-def check_rows(name: str, value: Any, below: int) -> None:
-    """Raises unless `value` are numbers of sequences from 0 below `below`."""
-    wanted = f"numbers of sequences from 0 below {below}"
-    whole = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-    if not whole or not all(isinstance(x, int) and not isinstance(x, bool) for x in value):
+def check_rows(name: str, value: Any, wanted: str = "a list of numbers of sequences") -> None:
+    """Raises TypeError unless `value` is a list of ints, or the like."""
+    listed = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    if not listed or not all(isinstance(x, int) and not isinstance(x, bool) for x in value):
         raise TypeError(wrong(name, wanted, value))
-    if not value or not all(0 <= x < below for x in value):
-        raise ValueError(wrong(name, wanted, value))
+
+
+def check_sizes_of(**sizes: Any) -> None:
+    """Raises unless all are ints of at least 1."""
+    for name, value in sizes.items():
+        check_int(name, value, 1)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import attrs
-from torch import Tensor
+from torch import Tensor, nn
 
 Check = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 
@@ -23,6 +23,8 @@ def shown(value: Any) -> str:
     """A value as messages show it: short, and without a tensor's contents."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
+    if isinstance(value, nn.Module):
+        return f"a {type(value).__name__}"
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)} of {value.dtype}"
     try:

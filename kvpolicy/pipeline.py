@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import attrs
-from torch import Tensor
+from torch import Tensor, nn
 
+from ._arguments import check_flag, check_kind
 from ._fields import check_int, is_a, one_of, optional, positive, shown
 from ._names import named
 from .admission import Admission, AdmitAll
 from .backend import BACKENDS, resolve
 from .budget import budget_of
 from .calls import capacity
-from .calls._checks import check_call, check_complete, check_layer, check_shared
+from .calls._checks import check_call, check_complete, check_layer, check_shared, check_state
 from .calls.call import abort, close_call, open_call
 from .calls.decode import decode, read_decoded
 from .calls.evict import evict
@@ -43,6 +44,11 @@ def _instead(value: Any) -> str:
 def _slot(name: str) -> Any:
     article = "a" if name == "selection" else "an"
     return is_a(SLOTS[name], f"{article} {name}", _instead)
+
+
+def _of_model(value: Any) -> str:
+    """What to write where a model was given for its sizes."""
+    return "write kvpolicy.adapters.hf.spec_of(model)" if isinstance(value, nn.Module) else ""
 
 
 def is_pipeline(value: Any) -> None:
@@ -109,6 +115,7 @@ class CachePipeline:
 
     def dry(self, spec: CacheSpec, batch: int = 1) -> CacheState:
         """A cache with the sizes of `init`'s that takes no memory, for plans; checks as `init`."""
+        check_int("batch", batch, 1)
         self.check(spec)
         backend = load(resolve(self.backend, spec.device))
         return allocate(
@@ -118,6 +125,7 @@ class CachePipeline:
 
     def check(self, spec: CacheSpec) -> None:
         """Raises ValueError or UnsupportedError if a policy does not fit `spec`."""
+        check_kind("spec", spec, CacheSpec, "a CacheSpec", _of_model(spec))
         elsewhere = spec.model_kv_heads - spec.kv_heads
         managed = [spec.at(layer) for layer in spec.managed]
         for heads, dim in dict.fromkeys((x.kv_heads, x.head_dim) for x in managed):
@@ -144,6 +152,7 @@ class CachePipeline:
         if that is due or a cap asks for it, and reserves what decoding needs, so that capacity
         errors come before any layer writes.
         """
+        check_state(state)
         check_call(state, lengths, phase, valid)
         self.maintain(state)
         with state.unbroken():
@@ -170,6 +179,7 @@ class CachePipeline:
         positions. Values, and what is returned, have the layer's value channels. `sinks` `[Hq]`
         are logits that join every softmax and carry no value.
         """
+        check_state(state)
         call = check_layer(state, layer)
         store = state.layers[layer]
         check_sinks(sinks, store.sizes.heads, store.device)
@@ -195,7 +205,9 @@ class CachePipeline:
         selection chooses for each query by itself. In a prompt call, `last[b]` says that only so
         many of a sequence's last new tokens ask.
         """
+        check_state(state)
         call = check_shared(state, layer, last)
+        check_kind("query", query, Tensor, "a tensor [Hq, T, D] or [B, Hq, T, D]")
         store = state.layers[layer]
         heads = query.shape[0 if call.phase == "prompt" else 1]
         check_sinks(sinks, heads, store.device)
@@ -210,6 +222,8 @@ class CachePipeline:
         so that refused candidates can be taken back by `crop`. One that a cap stops stays due as
         well.
         """
+        check_state(state)
+        check_flag("evict", evict)
         call = check_complete(state)
         close_call(state, call)
         if call.phase == "prompt":
@@ -221,10 +235,12 @@ class CachePipeline:
 
     def abort(self, state: CacheState) -> None:
         """Forgets the open call; the cache is as it was before `begin`."""
+        check_state(state)
         abort(state)
 
     def end_prompt(self, state: CacheState) -> None:
         """Says that the prompt is complete, so that prompt-end evictions act."""
+        check_state(state)
         if state.call is not None:
             raise PhaseError("end_prompt: a call is in flight; commit or abort it first")
         if state.pending_end:
@@ -244,6 +260,8 @@ class CachePipeline:
         For loops that replay a captured step. Evicts first where the spec's `at_cap` says so;
         raises CapacityError where no step fits.
         """
+        check_state(state)
+        check_int("steps", steps, 1)
         if state.call is not None:
             raise PhaseError("reserve: a call is in flight; commit or abort it first")
         capacity.reserve(state, 1, steps)
@@ -276,6 +294,7 @@ class CachePipeline:
 
     def due(self, state: CacheState) -> list[bool]:
         """The sequences for which `maintain` would evict now; empty if there is none."""
+        check_state(state)
         if self.eviction.when != "decode" or self.eviction.neutral:
             return []
         interval = state.spec.interval
@@ -289,6 +308,7 @@ class CachePipeline:
 
     def report(self, state: CacheState) -> Report:
         """What took effect and what it costs in bytes."""
+        check_state(state)
         return report(state)
 
 

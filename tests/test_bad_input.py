@@ -213,7 +213,12 @@ CALLS = [
         r"bools \[1, T\], got torch.float32",
     ),
     (([2], "decode"), {"valid": torch.ones(2).bool()}, ValueError, r"valid: wanted bools \[1, T\]"),
-    (([2], "prompt"), {"valid": torch.ones(1, 2).bool()}, ValueError, "valid: prompt calls are"),
+    (
+        ([2], "prompt"),
+        {"valid": torch.ones(1, 2).bool()},
+        ValueError,
+        "valid: wanted None for prompt calls",
+    ),
 ]
 
 

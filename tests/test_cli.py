@@ -57,6 +57,8 @@ def tried(command: str, model: object, root: Path) -> list[object]:
     """A call of a command that loads a model, or reads its config."""
     texts, gate = ("--texts", root / "texts"), root / "gate.safetensors"
     wanted: dict[str, list[object]] = {
+        "generate": ["a prompt"],
+        "chat": [],
         "plan": [],
         "train-gate": [*texts, "--out", root / "g.pt", "--lam", 0.1, "--length", 96],
         "train-duo": [*texts, "--out", root / "duo"],

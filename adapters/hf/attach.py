@@ -10,6 +10,7 @@ from typing import Any, NoReturn, Unpack
 import torch
 from torch import Tensor, nn
 
+from ..._arguments import check_flag
 from ...errors import PhaseError, UnsupportedError
 from ...pipeline import CachePipeline, is_pipeline
 from ...spec import CacheSpec, LayerSizes, Sizes
@@ -51,6 +52,8 @@ class Attachment:
         **sizes: Unpack[Sizes],
     ) -> None:
         is_pipeline(pipeline)
+        check_flag("compile", compile)
+        check_flag("verify", verify)
         self.model, self.pipeline, self.sizes, self.dtype = model, pipeline, sizes, dtype
         self.base, self.decoder = base_of(model), decoder_of(base_of(model))
         check_soft_prompt(model)
@@ -178,21 +181,21 @@ class Attachment:
             self.base, self.pipeline, dtype=self.dtype, known=self.served, **self.sizes
         )
 
-    def cache_for(self, given: Any) -> KVPolicyCache:
+    def cache_for(self, given: Any, name: str = "past_key_values") -> KVPolicyCache:
         """`given` if it is a cache of this pipeline, a new cache for None."""
         if given is None:
             return self.new_cache()
         if not isinstance(given, KVPolicyCache):
             raise TypeError(
-                f"past_key_values: wanted a KVPolicyCache from new_cache(model, pipeline), got "
+                f"{name}: wanted a KVPolicyCache from new_cache(model, pipeline), got "
                 f"{type(given).__name__}; call generate of the model that was attached"
             )
         if given.pipeline is not self.pipeline and given.pipeline != self.pipeline:
-            raise ValueError("past_key_values: the cache belongs to another pipeline")
+            raise ValueError(f"{name}: the cache belongs to another pipeline")
         model = given.model()  # None if it is gone
         other = model is not None and decoder_of(model) is not self.decoder
         if other or _shape(given.spec) != _shape(self.spec):
-            raise ValueError("past_key_values: the cache was made for another model")
+            raise ValueError(f"{name}: the cache was made for another model")
         return given
 
     def read(

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Any, NoReturn, Unpack
 
 import attrs
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ...errors import PhaseError, RollbackError
+from ..._arguments import check_path, check_rows, optional
+from ..._fields import MOST, check_int
+from ...errors import PhaseError, RollbackError, UnsupportedError
 from ...pipeline import CachePipeline, is_pipeline
 from ...spec import Sizes, check_sizes
 from ...store import CacheState, Report, save
@@ -73,9 +75,18 @@ class KVPolicyCache(Cache):
         Cache.__init__(self, layers=faces)
         self.states = States({n: x for n, x in enumerate(faces) if keeps_state(x)})
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """A handle in place of both, with which our attention stores them."""
+        # A number of a layer in a graph would be that layer's alone; the module knows it as well.
+        place = None if torch.compiler.is_compiling() else layer_idx
+        handle = KVRef(self, place, key_states, value_states)
+        return handle, handle
+
     def hold(self, layer: int, key: Tensor, value: Tensor) -> KVRef:
-        """A handle for the keys and values of our `layer`; our attention stores them."""
-        return KVRef(self, layer, key, value)
+        """The handle of our `layer`."""
+        return KVRef(self, self.served.layers[layer].place, key, value)
 
     @ordinary
     def attend(
@@ -168,6 +179,7 @@ class KVPolicyCache(Cache):
     @ordinary
     def begin_prompt(self, boundary: int | None = None) -> None:
         """Says that the next columns are a prompt (or turn), up to column `boundary` if given."""
+        optional(check_int, "boundary", boundary, 0)
         self.phase, self.boundary, self.recording = "prompt", boundary, False
         self.counts_positions, self.evicts = False, True
         if self.state is not None:
@@ -210,6 +222,7 @@ class KVPolicyCache(Cache):
     @ordinary
     def fork(self, rows: Sequence[int] | None = None) -> KVPolicyCache:
         """A cache that goes its own way; full pages are shared until either gives them up."""
+        optional(check_rows, "rows", rows)
         new = object.__new__(KVPolicyCache)
         new.__dict__.update(self.__dict__)
         new._make_faces()
@@ -223,10 +236,22 @@ class KVPolicyCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> KVPolicyCache:
         return self.fork()
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise UnsupportedError(
+            "copy: pages belong to one cache; cache.fork() copies it, cache.save(path) files it"
+        )
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything went through."""
+        return bool(self.chunks)
+
     @ordinary
     def crop(self, tokens: Any) -> None:
         """Takes back columns: `-n` of them, or down to `n` in all, as transformers has both."""
-        n = int(tokens)
+        whole = isinstance(tokens, Tensor) and tokens.numel() == 1  # transformers gives these
+        n = int(tokens) if whole else tokens
+        check_int("tokens", n, -MOST)
         drop = -n if n <= 0 else max(self.columns - n, 0)
         if drop == 0 or self.state is None:
             return
@@ -264,6 +289,7 @@ class KVPolicyCache(Cache):
         Raises PhaseError before the first forward, during one, and when the model is gone,
         UnsupportedError under tensor parallelism.
         """
+        check_path("path", path)
         self.ranks.refuse(
             "save: each rank of a tensor-parallel model holds the heads of its own, and a file "
             "holds all; save the context's ids instead and read them again"

@@ -9,18 +9,20 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from ..._arguments import check_dtype, check_fraction, check_sizes_of, optional
 from ..._fields import shown
 from ...admission import Admission, Write
 from ...budget import BudgetView, bound_layers
-from ...pipeline import CachePipeline
+from ...pipeline import CachePipeline, is_pipeline
 from ...spec import CacheSpec, Sizes
 from ...store.plan import planned
 from .fit_table import fit_table
 from .sizes import spec_of
+from .wrappers import base_of
 
 
 @attrs.frozen
-class _Learned(Admission):
+class Learned(Admission):
     """Stands for any learned admission."""
 
     def admit(self, write: Write) -> Tensor:
@@ -111,13 +113,13 @@ def fit_report(
     Example:
         `fit_report(AutoConfig.from_pretrained(name), 100_000, admitted=0.2).total / 2**30`
     """
-    for name, value in (("tokens", tokens), ("batch", batch)):
-        if value < 1:
-            raise ValueError(f"{name}: wanted at least 1, got {value}")
-    if admitted is not None and not 0 <= admitted <= 1:
-        raise ValueError(f"admitted: wanted a fraction in [0, 1], got {admitted}")
-    if pipeline is None:
-        pipeline = CachePipeline(admission=_Learned())
+    check_sizes_of(tokens=tokens, batch=batch)
+    optional(check_fraction, "admitted", admitted)
+    optional(check_dtype, "dtype", dtype)
+    if pipeline is not None:
+        is_pipeline(pipeline)
+    else:
+        pipeline = CachePipeline(admission=Learned())
         admitted = 1.0 if admitted is None else admitted
     model, device = _model(config_or_model, dtype)
     spec = spec_of(model, dtype=dtype, device=device, **sizes)
@@ -127,7 +129,7 @@ def fit_report(
     plan = planned(pipeline, spec, tokens, batch, written, left)
     windows = [spec.at(n).window or pipeline.window for n in range(spec.layers)]
     heads = [spec.at(n).kv_heads for n in range(spec.layers)]
-    dims = [spec.at(n).head_dim for n in range(spec.layers)]
+    dims = [spec.at(n).head_dim + spec.at(n).value_dim for n in range(spec.layers)]
     dense = [min(tokens, spec.slides(n) or tokens) for n in range(spec.layers)]
     near = sum(min(tokens, w) * h for w, h in zip(windows, heads, strict=True))
     item = spec.dtype.itemsize
@@ -138,14 +140,14 @@ def fit_report(
         kept=(sum(map(sum, left)) + near) / (tokens * sum(heads)),
         gates=sum(t.numel() for policy in policies for t in _tensors(policy)) * item,
         weights=sum(p.numel() for p in model.parameters()) * item,
-        full=batch * 2 * item * sum(n * h * d for n, h, d in zip(dense, heads, dims, strict=True)),
+        full=batch * item * sum(n * h * d for n, h, d in zip(dense, heads, dims, strict=True)),
         **attrs.asdict(plan),
     )
 
 
 def _model(config_or_model: Any, dtype: torch.dtype | None) -> tuple[nn.Module, torch.device]:
     """A model to read sizes from, and the device that it would run on."""
-    if isinstance(config_or_model, nn.Module):
+    if isinstance(config_or_model, nn.Module) and hasattr(base_of(config_or_model), "config"):
         return config_or_model, next(config_or_model.parameters()).device
     from transformers import AutoModelForCausalLM, PreTrainedConfig
 

@@ -6,7 +6,7 @@ model is served because `probe` found what the cache needs to know of it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import attrs
 import torch
@@ -32,6 +32,17 @@ def decoder_of(model: Any) -> Any:
             break
         found = inner
     return found
+
+
+class Rules(NamedTuple):
+    """What a layer's attention does with what it is given; see AttentionLayer."""
+
+    scale: float
+    softcap: float | None
+    sinks: str
+    pre_rope: PreRope | None
+    source: nn.Module | None
+    source_inside: bool
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -76,6 +87,11 @@ class AttentionLayer:
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def rules(self) -> Rules:
+        inside = self.source is None or any(x is self.source for x in self.module.modules())
+        return Rules(self.scale, self.softcap, self.sinks, self.pre_rope, self.source, inside)
+
 
 @attrs.frozen(eq=False, kw_only=True)
 class Served:
@@ -87,6 +103,7 @@ class Served:
         readers: attention modules that read the keys of other layers alone.
         places: the index in `layers` by the place in transformers' cache.
         probe: how it was checked.
+        rules: of `layers`.
     """
 
     config: Any
@@ -94,6 +111,22 @@ class Served:
     readers: tuple[Any, ...]
     places: dict[int, int]
     probe: Probe
+    rules: tuple[Rules, ...] = attrs.field(
+        init=False, default=attrs.Factory(lambda self: self._rules(), takes_self=True)
+    )
+
+    def _rules(self) -> tuple[Rules, ...]:
+        return tuple(layer.rules for layer in self.layers)
+
+    def place_of(self, module: Any) -> int:
+        """The place of the one layer that `module` attends for."""
+        found = [layer.place for layer in self.layers if layer.module is module]
+        if len(found) != 1:
+            raise UnsupportedError(
+                f"torch.compile: {type(module).__name__} attends for {len(found)} layers with keys "
+                "of their own; a compiled model is served where each has a module"
+            )
+        return found[0]
 
     @property
     def modules(self) -> list[Any]:
@@ -179,7 +212,7 @@ def check_pre_rope(known: Served) -> None:
 
 
 def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) or not hasattr(base_of(model), "config"):
         hint = f"; load it: AutoModelForCausalLM.from_pretrained({model!r})"
         raise TypeError(
             f"model: wanted a model of transformers, got {shown(model)}"
@@ -204,9 +237,9 @@ def ranks_of(known: Served) -> Ranks:
 
 
 def _ranks_of(module: nn.Module) -> Ranks:
-    for weight in module.parameters():
+    for weight in (getattr(part, "weight", None) for part in module.modules()):
         for axis, placement in enumerate(getattr(weight, "placements", ())):
-            if placement.is_shard(0) and weight.device_mesh.size(axis) > 1:
+            if weight is not None and placement.is_shard(0) and weight.device_mesh.size(axis) > 1:
                 return Ranks(weight.device_mesh, axis)
     return Ranks()
 

@@ -8,6 +8,7 @@ from typing import Unpack
 import torch
 from torch import nn
 
+from ..._arguments import check_path
 from ...pipeline import CachePipeline
 from ...spec import Sizes
 from ...store import persist
@@ -30,6 +31,7 @@ def load_cache(
     followed the saved cache, token for token. Raises ValueError, with the reason, for a file that
     is truncated or altered, or that another model, pipeline or size wrote; loading never runs code.
     """
+    check_path("path", path)
     cache = new_cache(model, pipeline, dtype=dtype, **sizes)
     cache.state, extra, notes = persist.load(
         path, pipeline, cache.spec, fingerprint=model_fingerprint(model)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._arguments import check_embeds, check_ids, check_mask, check_text, optional
+from ..._fields import check_int
 from ...errors import PhaseError, UnsupportedError
 from .attached import Attached
 from .cache import KVPolicyCache
@@ -14,6 +16,7 @@ from .generate import merged_config, run
 from .wrappers import soft_prompt
 
 QUESTIONS = ("decode", "prompt")
+OWN = {"inputs", "inputs_embeds", "past_key_values"}  # arguments of generate that `ask` gives
 
 
 def read(
@@ -25,13 +28,16 @@ def read(
     chunk_size: int | None,
 ) -> KVPolicyCache:
     """See `Attachment.read`."""
+    optional(check_ids, "input_ids", input_ids)
+    optional(check_embeds, "inputs_embeds", inputs_embeds)
+    optional(check_mask, "attention_mask", attention_mask)
+    optional(check_int, "chunk_size", chunk_size, 1)
     if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("input_ids: wanted either input_ids or inputs_embeds")
+        which = "neither" if input_ids is None else "both"
+        raise ValueError(f"input_ids, inputs_embeds: wanted exactly one, got {which}")
     name = "input_ids" if inputs_embeds is None else "inputs_embeds"
     inputs: Any = input_ids if inputs_embeds is None else inputs_embeds
     whole = inputs.shape[1]
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size: wanted at least 1, got {chunk_size}")
     if attention_mask is not None and attention_mask.shape != inputs.shape[:2]:
         raise ValueError(
             f"attention_mask: wanted {list(inputs.shape[:2])}, of the new columns, got "
@@ -42,7 +48,7 @@ def read(
         if cache is not None or chunk_size is not None:
             raise UnsupportedError("read: a soft prompt goes before one forward of one context")
         reader = attachment.model
-    cache = attachment.cache_for(cache)
+    cache = attachment.cache_for(cache, "cache")
     with torch.no_grad(), attachment.forwards.holding():
         cache.begin_prompt()
         for start in range(0, whole, chunk_size or whole):
@@ -67,6 +73,15 @@ def ask(
     options: dict[str, Any],
 ) -> Any:
     """See `Attachment.ask`."""
+    check_ids("input_ids", input_ids)
+    optional(check_mask, "attention_mask", attention_mask)
+    if taken := OWN.intersection(options):
+        raise TypeError(f"{min(taken)}: ask gives it to generate itself; it is no option")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask: wanted {list(input_ids.shape)}, of the question, got "
+            f"{list(attention_mask.shape)}"
+        )
     config = merged_config(attachment, options)
     rows = max(config.num_beams or 1, config.num_return_sequences or 1)
     fork = _fork(attachment, cache, input_ids, question, rows)
@@ -86,6 +101,11 @@ def loglikelihood(
     question: str,
 ) -> Tensor:
     """See `Attachment.loglikelihood`."""
+    check_ids("input_ids", input_ids)
+    check_ids("continuation_ids", continuation_ids)
+    optional(check_mask, "attention_mask", attention_mask)
+    optional(check_mask, "continuation_mask", continuation_mask)
+    _check(question)
     if input_ids.shape[1] < 2 or not continuation_ids.shape[1]:
         raise ValueError("input_ids: wanted two columns or more, and a continuation of one or more")
     _check(question)
@@ -136,6 +156,7 @@ def evicts_while_decoding(attachment: Attached) -> bool:
 
 
 def _check(question: str) -> None:
+    check_text("question", question, f"one of {', '.join(QUESTIONS)}")
     if question not in QUESTIONS:
         raise ValueError(f"question: wanted one of {', '.join(QUESTIONS)}, got {question!r}")
 
@@ -145,7 +166,9 @@ def _fork(
 ) -> KVPolicyCache:
     """A copy with a sequence for each that will be generated."""
     _check(question)
-    cache = attachment.cache_for(cache)
+    if cache is None:
+        raise TypeError("cache: wanted a KVPolicyCache that read a context, got None")
+    cache = attachment.cache_for(cache, "cache")
     if cache.state is None or cache.phase != "decode":
         raise PhaseError(
             "ask: the cache's prompt has not ended; read the context by attached.read(context), or "

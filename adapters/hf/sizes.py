@@ -10,6 +10,7 @@ import attrs
 import torch
 from torch import nn
 
+from ..._arguments import check_dtype, optional
 from ...spec import CacheSpec, LayerSizes, Sizes, check_sizes
 from .models import Served, served, shards
 
@@ -40,7 +41,9 @@ def spec_from(
 ) -> CacheSpec:
     """`spec_of` of a model that is known."""
     check_sizes(sizes)
+    optional(check_dtype, "dtype", dtype)
     layers = known.layers
+    widest = functools.reduce(torch.promote_types, [layer.dtype for layer in layers])
     each = tuple(
         LayerSizes(
             heads=layer.heads,
@@ -62,8 +65,8 @@ def spec_from(
         heads=first.heads,
         kv_heads=first.kv_heads,
         head_dim=first.head_dim,
-        dtype=dtype or functools.reduce(torch.promote_types, [layer.dtype for layer in layers]),
-        device=device or layers[0].device,
+        dtype=widest if dtype is None else dtype,
+        device=layers[0].device if device is None else device,
         scale=first.scale,
         sliding=_windows(each),
         head_offset=part * first.kv_heads,

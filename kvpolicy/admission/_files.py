@@ -10,19 +10,24 @@ from typing import Any
 import attrs
 
 from .. import pretrained
+from .._arguments import check_path, check_text
+from .._arguments import optional as none_or
 from .._fields import is_a, optional
 
+SOURCE = "a path, or the id of a hub repository"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @attrs.frozen(kw_only=True)
 class Source:
-    """Where weights were read: a file or folder, or its copy from a repository of the hub.
+    """Where weights were read: a file or folder, that of a trained policy, or a copy from the hub.
 
-    `file` is its name in `repo`, None for a folder; `chosen` what else decided what was read.
+    `name` is the trained policy's; `file` that of a file in `repo`, None for a folder; `chosen`
+    what else decided what was read.
     """
 
     path: Path
+    name: str | None = None
     repo: str | None = None
     file: str | None = None
     revision: str | None = None
@@ -48,14 +53,19 @@ def source_of(
     **chosen: float | int,
 ) -> Source:
     """What to remember of `path`, which was found by the other arguments."""
+    made = Source(path=path.resolve(), chosen=tuple(chosen.items()))
     if Path(source).exists():
-        return Source(path=path.resolve(), chosen=tuple(chosen.items()))
-    repo = str(source)
-    return Source(path=path, repo=repo, file=file, revision=revision, chosen=tuple(chosen.items()))
+        return attrs.evolve(made, name=_name_at(path))
+    if file is None and _is_name(source):
+        return attrs.evolve(made, name=os.fspath(source).removesuffix(".safetensors"))
+    return attrs.evolve(made, repo=str(source), file=file, revision=revision)
 
 
 def find_file(source: str | os.PathLike[str], file: str | None, revision: str | None) -> Path:
     """The path of a file, of `file` in a directory or hub repository, or of a trained policy."""
+    check_path("path_or_repo", source, SOURCE)
+    none_or(check_path, "file", file, "a file's name")
+    none_or(check_text, "revision", revision)
     path = Path(source)
     if file is None and _is_name(source):
         return pretrained.path(str(source))
@@ -79,6 +89,8 @@ def find_folder(
     source: str | os.PathLike[str], files: tuple[str, ...], revision: str | None
 ) -> Path:
     """A directory that holds `files`, a trained policy's, or the copy of a hub repository's."""
+    check_path("path_or_repo", source, SOURCE)
+    none_or(check_text, "revision", revision)
     path = Path(source)
     if _is_name(source):
         path = pretrained.path(str(source))
@@ -98,6 +110,13 @@ def _is_name(source: str | os.PathLike[str]) -> bool:
     """Whether nothing lies at `source`, and a trained policy has this name."""
     name = os.fspath(source).removesuffix(".safetensors")
     return not Path(source).exists() and name in {*pretrained.KNOWN, *pretrained.names()}
+
+
+def _name_at(path: Path) -> str | None:
+    """The name of the trained policy that is found at `path`."""
+    name = path.name.removesuffix(".safetensors").removesuffix(".packed")
+    found = name in pretrained.names() and pretrained.path(name).resolve() == path.resolve()
+    return name if found else None
 
 
 def _is_repository(source: str | os.PathLike[str]) -> bool:

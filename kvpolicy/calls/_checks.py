@@ -8,6 +8,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from .._arguments import check_kind, check_rows, check_text, optional, wrong
 from ..choices import Phase
 from ..errors import CapacityError, PhaseError
 from ..ops import POSITION_MASK
@@ -17,15 +18,29 @@ from ..store.state import CacheState, Call
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
+def check_state(state: CacheState) -> None:
+    """Raises TypeError for anything but a cache's state."""
+    if not isinstance(state, CacheState):
+        holds = isinstance(getattr(state, "state", None), CacheState)
+        hint = "write cache.state" if holds else ""
+        check_kind("state", state, CacheState, "a CacheState, as pipeline.init makes it", hint)
+
+
 def check_call(state: CacheState, lengths: Sequence[int], phase: str, valid: Tensor | None) -> None:
     """Raises for a call that cannot be opened."""
+    wanted = f"one of {', '.join(PHASES)}"
+    check_text("phase", phase, wanted)
     if phase not in PHASES:
-        raise ValueError(f"phase: wanted one of {', '.join(PHASES)}, got {phase!r}")
+        raise ValueError(f"phase: wanted {wanted}, got {phase!r}")
     if state.call is not None:
         raise PhaseError("begin: a call is in flight already; commit or abort it first")
+    wanted = f"{state.batch} numbers from 0"
+    listed = isinstance(lengths, Sequence) and not isinstance(lengths, str | bytes)
+    if not listed:
+        check_kind("lengths", lengths, (list, tuple), wanted)
     whole = all(isinstance(n, int) and not isinstance(n, bool) for n in lengths)
     if not whole or len(lengths) != state.batch or any(n < 0 for n in lengths):
-        raise ValueError(f"lengths: wanted {state.batch} numbers from 0, got {list(lengths)}")
+        raise ValueError(f"lengths: wanted {wanted}, got {list(lengths)}")
     longest = max(a + b for a, b in zip(state.lengths, lengths, strict=True))
     if longest > POSITION_MASK + 1:
         raise CapacityError(
@@ -45,8 +60,9 @@ def check_call(state: CacheState, lengths: Sequence[int], phase: str, valid: Ten
 
 
 def _check_valid(state: CacheState, lengths: Sequence[int], phase: str, valid: Tensor) -> None:
+    check_kind("valid", valid, Tensor, f"bools [{state.batch}, T]")
     if phase == "prompt":
-        raise ValueError("valid: prompt calls are packed and take None")
+        raise ValueError(wrong("valid", "None for prompt calls, which are packed", valid))
     if valid.dtype != torch.bool or valid.ndim != 2 or valid.shape[0] != state.batch:
         raise ValueError(
             f"valid: wanted bools [{state.batch}, T], got {valid.dtype} {list(valid.shape)}"
@@ -64,6 +80,7 @@ def check_layer(state: CacheState, layer: int) -> Call:
     """The open call; raises if `layer` cannot run in it now."""
     if state.call is None:
         raise PhaseError("attend: no call is open; call begin(state, lengths, phase) first")
+    check_kind("layer", layer, int, f"one of {state.spec.layers} from 0")
     if not 0 <= layer < state.spec.layers:
         raise ValueError(f"layer: wanted one of {state.spec.layers} from 0, got {layer}")
     if layer in state.call.done:
@@ -76,6 +93,7 @@ def check_shared(state: CacheState, layer: int, last: Sequence[int] | None) -> C
     if state.call is None:
         raise PhaseError("attend_shared: no call is open; call begin(state, lengths, phase) first")
     shares = [n for n in range(state.spec.layers) if state.spec.at(n).shared]
+    check_kind("layer", layer, int, f"one that the spec says is shared, {shares}")
     if layer not in shares:
         raise ValueError(f"layer: wanted one that the spec says is shared, {shares}, got {layer}")
     if layer not in state.call.done:
@@ -83,6 +101,7 @@ def check_shared(state: CacheState, layer: int, last: Sequence[int] | None) -> C
     call = state.call
     if last is not None:
         most = list(call.added)
+        optional(check_rows, "last", last, f"up to {most} tokens")
         fits = len(last) == len(most) and all(0 <= n <= m for n, m in zip(last, most, strict=True))
         if call.phase != "prompt" or not fits:
             raise ValueError(f"last: wanted up to {most} tokens of a prompt call, got {last}")
@@ -101,6 +120,7 @@ def check_complete(state: CacheState) -> Call:
 
 def check_input(layer: LayerStore, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """Raises unless `tensor` has the wanted shape and the layer's dtype and device."""
+    check_kind(name, tensor, Tensor, f"a tensor {list(shape)}")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: wanted {list(shape)}, got {list(tensor.shape)}")
     if tensor.dtype != layer.ring.k.dtype:

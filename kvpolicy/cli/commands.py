@@ -9,11 +9,12 @@ import typer
 from .. import __version__
 from .bench import bench
 from .calibrate import calibrate, pareto
-from .completion import completion
+from .completion import Shell, script
 from .evaluate import evaluate
 from .examples import epilog
 from .generate import chat, generate
 from .inspect import inspect
+from .models import models
 from .plan import plan
 from .train import train_duo, train_gate
 
@@ -24,9 +25,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog=epilog(""),
 )
+
+
+def completion(
+    shell: Annotated[Shell, typer.Argument(help="The shell that reads the script.")],
+) -> None:
+    """Print a script with which a shell completes commands, options and names.
+
+    Names are those of models, shipped gates and patterns, tasks and benchmarks.
+    """
+    typer.echo(script(shell, COMMANDS), nl=False)
+
+
 COMMANDS = (
     generate, chat, plan, inspect, calibrate, pareto, evaluate, train_gate, train_duo, bench,
-    completion,
+    models, completion,
 )  # fmt: skip
 for command in COMMANDS:
     app.command(epilog=epilog(command.__name__.replace("_", "-")))(command)

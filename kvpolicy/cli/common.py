@@ -203,11 +203,11 @@ def shipped(option: str, name: Path) -> Path:
     """
     if name.exists():
         return name
-    from ..pretrained import names, path
+    from ..pretrained import KNOWN, names, path
 
-    kind = "file" if option == "gate" else "folder"
-    found = [x.removesuffix(".safetensors") for x in names() if of_kind(option, x)]
-    if name.name.removesuffix(".safetensors") not in found or name.parent != Path():
+    found = sorted(x for x in {*names(), *KNOWN} if of_kind(option, x))
+    if str(name).removesuffix(".safetensors") not in found:
+        kind = "file" if option == "gate" else "folder"
         raise ValueError(
             f"{option}: wanted a {kind} or one of {', '.join(found)}, got {str(name)!r}, which is "
             "not there"
@@ -216,8 +216,11 @@ def shipped(option: str, name: Path) -> Path:
 
 
 def of_kind(option: str, name: str) -> bool:
-    """Whether a shipped policy is what an option takes: a gate's file, or a pattern's folder."""
-    return name.endswith(".safetensors") == (option == "gate")
+    """Whether a trained policy is what an option takes: a gate's file, or a pattern's folder."""
+    from ..pretrained import KNOWN, PATTERN, path
+
+    pattern = PATTERN in KNOWN[name].files if name in KNOWN else path(name).is_dir()
+    return pattern == (option == "duo")
 
 
 def own_pipeline(name: str, trust_code: bool = False) -> CachePipeline:

@@ -6,16 +6,15 @@ The script holds the names itself: asking Python for them would take seconds a k
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
-import attrs
 import typer
 
 from .common import SMOLLM2, of_kind
-from .completion_scripts import bash, fish, zsh
+from .completion_scripts import Command, Option, Value, bash, fish, zsh
 
 
 class Shell(StrEnum):
@@ -26,54 +25,15 @@ class Shell(StrEnum):
     fish = "fish"
 
 
-@attrs.frozen(kw_only=True)
-class Value:
-    """What an option or argument takes: `words` to offer, and files, folders or models."""
-
-    words: tuple[str, ...] = ()
-    files: bool = False
-    folders: bool = False
-    models: bool = False
-
-
-@attrs.frozen(kw_only=True)
-class Option:
-    """An option by its names, such as `("--report", "--no-report")`; no value: a switch."""
-
-    names: tuple[str, ...]
-    help: str
-    value: Value | None
-
-
-@attrs.frozen(kw_only=True)
-class Command:
-    """A command with its options and what its arguments take."""
-
-    help: str
-    options: tuple[Option, ...]
-    argument: Value
-
-
-def completion(
-    shell: Annotated[Shell, typer.Argument(help="The shell that reads the script.")],
-) -> None:
-    """Print a script with which a shell completes commands, options and names.
-
-    Names are those of models, shipped gates and patterns, tasks and benchmarks.
-    """
-    scripts = {Shell.bash: bash, Shell.zsh: zsh, Shell.fish: fish}
-    typer.echo(scripts[shell](commands()), nl=False)
-
-
-def commands() -> dict[str, Command]:
-    """All commands as a shell should know them, from their signatures."""
-    from .commands import COMMANDS
-
+def script(shell: Shell, functions: Iterable[Callable[..., None]]) -> str:
+    """What a shell reads; `functions` are the commands, whose signatures tell their options."""
     named = _named()
-    return {x.__name__.replace("_", "-"): _command(x, named) for x in COMMANDS}
+    known = {x.__name__.replace("_", "-"): command_of(x, named) for x in functions}
+    return {Shell.bash: bash, Shell.zsh: zsh, Shell.fish: fish}[shell](known)
 
 
-def _command(function: Callable[..., None], named: Mapping[str, Value]) -> Command:
+def command_of(function: Callable[..., None], named: Mapping[str, Value]) -> Command:
+    """A command as a shell should know it; `named` are values by the names of arguments."""
     options, argument = [], Value()
     for name, hint in get_type_hints(function, include_extras=True).items():
         if name == "return":
@@ -99,8 +59,11 @@ def _command(function: Callable[..., None], named: Mapping[str, Value]) -> Comma
 
 def _names(name: str, info: typer.models.OptionInfo, switch: bool) -> tuple[str, ...]:
     """An option's names, as typer makes them."""
-    if info.param_decls:
-        return tuple(x for decl in info.param_decls for x in decl.split("/"))
+    # Inside Annotated, typer takes its first argument, the default, for a name.
+    first = [info.default] if isinstance(info.default, str) else []
+    given = [*first, *(info.param_decls or ())]
+    if given:
+        return tuple(x for names in given for x in names.split("/"))
     long = name.replace("_", "-")
     return (f"--{long}", f"--no-{long}") if switch else (f"--{long}",)
 
@@ -120,10 +83,11 @@ def _named() -> dict[str, Value]:
     """By the name: what no type tells."""
     from ..bench import GROUPS
     from ..evaluation.tasks import TASKS
-    from ..pretrained import names
+    from ..pretrained import KNOWN, names
 
-    gates = tuple(x.removesuffix(".safetensors") for x in names() if of_kind("gate", x))
-    patterns = tuple(x for x in names() if of_kind("duo", x))
+    known = sorted({*names(), *KNOWN})
+    gates = tuple(x for x in known if of_kind("gate", x))
+    patterns = tuple(x for x in known if of_kind("duo", x))
     return {
         "model": Value(words=(SMOLLM2,), folders=True, models=True),
         "gate": Value(words=gates, files=True),

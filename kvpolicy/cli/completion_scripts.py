@@ -4,10 +4,37 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .completion import Command, Value
+import attrs
+
+
+@attrs.frozen(kw_only=True)
+class Value:
+    """What an option or argument takes: `words` to offer, and files, folders or models."""
+
+    words: tuple[str, ...] = ()
+    files: bool = False
+    folders: bool = False
+    models: bool = False
+
+
+@attrs.frozen(kw_only=True)
+class Option:
+    """An option by its names, such as `("--report", "--no-report")`; no value: a switch."""
+
+    names: tuple[str, ...]
+    help: str
+    value: Value | None
+
+
+@attrs.frozen(kw_only=True)
+class Command:
+    """A command with its options and what its arguments take."""
+
+    help: str
+    options: tuple[Option, ...]
+    argument: Value
+
 
 # Ids of the models in the hub's cache.
 _CACHED = (

@@ -63,11 +63,15 @@ def plan(
     quarter); of a text of yours `kvpolicy inspect` measures it.
     """
     with errors():
+        import attrs
         import torch
 
         from ..adapters.hf import fit_report
+        from ..adapters.hf.memory import Learned
 
         composition = composed(window, gate, duo, sparsity, quest, snapkv, pipeline, trust_code)
+        if composition is not None and admitted is not None and composition.admission.neutral:
+            composition = attrs.evolve(composition, admission=Learned())
         config = config_of(model)
 
         def planned(part: float | None) -> FitReport:

@@ -6,7 +6,7 @@ import sys
 import time
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import typer
 
@@ -41,7 +41,7 @@ class Progress:
         self.steps = self.first = 0  # `first`: steps that an earlier run made
         self.began = time.monotonic()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         if self.terminal:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn

@@ -11,6 +11,7 @@ from typing import Any
 
 import attrs
 
+from .._arguments import check_flag, check_path
 from .._fields import shown
 from ..per_layer import per_layer
 from ..pipeline import CachePipeline
@@ -36,6 +37,8 @@ def load_pipeline(path: str | os.PathLike[str], *, trust_code: bool = False) -> 
     Example:
         `load_pipeline("quest.json")`
     """
+    check_path("path", path)
+    check_flag("trust_code", trust_code)
     path = Path(path)
     data = text.read(path)
     try:

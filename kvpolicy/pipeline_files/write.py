@@ -10,6 +10,7 @@ from typing import Any
 
 import attrs
 
+from .._arguments import check_path
 from .._fields import shown
 from .._files import write_text
 from ..admission import DuoAttention, WriteGate
@@ -36,6 +37,7 @@ def save_pipeline(pipeline: CachePipeline, path: str | os.PathLike[str]) -> None
         `save_pipeline(CachePipeline(selection=Quest(budget=1024)), "quest.json")`
     """
     is_pipeline(pipeline)
+    check_path("path", path)
     path = Path(path)
     text.check_suffix(path)
     write_text(path, text.dumps(data_of(pipeline, path.parent), path))

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import attrs
 
+from .._arguments import check_path, check_text, optional
+
 _FOLDER = Path(__file__).parent
 ENVIRONMENT = "KVPOLICY_PRETRAINED"
 ORGANISATION = "kvpolicy"  # on the hub
@@ -79,6 +81,8 @@ def path(name: str, folder: str | os.PathLike[str] | None = None) -> Path:
     Example:
         `WriteGate.from_pretrained(path("smollm2-135m-instruct-w64-keep25"))`
     """
+    check_text("name", name, "a name of names()")
+    optional(check_path, "folder", folder)
     name = name.removesuffix(".safetensors")
     for place in _folders(folder):
         for file in (f"{name}.safetensors", f"{name}.packed.safetensors"):

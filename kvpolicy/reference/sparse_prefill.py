@@ -64,7 +64,7 @@ def prefill_attention(
             group = q.shape[0] // kv_heads
             q = q.reshape(kv_heads, group * (stop - tile), dim)
             attended = attend(q, k, v, mask, scale, softcap, sinks)
-            attended = attended.view(kv_heads * group, stop - tile, -1)
+            attended = attended.reshape(kv_heads * group, stop - tile, -1)
             out[q0 + tile - start : q0 + stop - start] = attended.transpose(0, 1)
     return out.transpose(0, 1)
 

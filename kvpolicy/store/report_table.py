@@ -20,6 +20,7 @@ BYTES = {
     "reserved": "reserved, empty",
     "total": "everything",
 }
+RARE = ("states of other layers",)  # of few models: shown where there are any
 SLOTS = ("admission", "selection", "eviction")
 
 
@@ -74,6 +75,7 @@ def _bytes(report: Reported) -> Section:
     rows = [
         (name, f"{count:,}", size(count), part(count, report.dense))
         for name, count in {"keys and values, dense": report.dense, **found}.items()
+        if count or name not in RARE
     ]
     return Section(heads=("memory", "bytes", "", "of dense"), rows=rows)
 

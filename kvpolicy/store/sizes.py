@@ -36,5 +36,6 @@ def dense_bytes(state: CacheState) -> int:
     total = 0
     for layer in state.layers:
         tokens = sum(min(n, layer.window) if layer.slides else n for n in state.lengths)
-        total += tokens * 2 * layer.sizes.kv_heads * layer.sizes.head_dim
+        sizes = layer.sizes
+        total += tokens * sizes.kv_heads * (sizes.head_dim + sizes.value_dim)
     return total * state.spec.dtype.itemsize

@@ -11,6 +11,8 @@ import attrs
 import torch
 from torch import Tensor
 
+from .._arguments import check_rows
+from .._fields import check_int
 from ..ops import POSITION_MASK, Bounds, Ops, Segments, pages_of
 from ..spec import CacheSpec
 from .devices import Device, Devices
@@ -147,9 +149,10 @@ class CacheState:
 
         Raises ValueError, with nothing changed, for a row that the cache does not have.
         """
-        ended = rows.tolist() if isinstance(rows, Tensor) else list(rows)
+        ended = rows.tolist() if isinstance(rows, Tensor) else rows
+        check_rows("rows", ended)
         for row in ended:
-            if not isinstance(row, int) or isinstance(row, bool) or not 0 <= row < self.batch:
+            if not 0 <= row < self.batch:
                 raise ValueError(f"rows: wanted sequences from 0 below {self.batch}, got {row!r}")
         for row in ended:
             self.sequences[row].active = False
@@ -192,6 +195,13 @@ class CacheState:
 
     def kept(self, layer: int, row: int, head: int) -> Tensor:
         """Positions of the tokens that a head still holds, global ones and the window's, rising."""
+        heads = self.layers[0].counts.shape[1]
+        for name, value, below in (
+            ("layer", layer, len(self.layers)),
+            ("row", row, self.batch),
+            ("head", head, heads),
+        ):
+            check_int(name, value, 0, below - 1)
         store = self.layers[layer]
         count, length = int(store.counts[row, head]), self.sequences[row].length
         ids = store.table[row, head, : pages_of(count, store.pool.page_size)]

@@ -9,6 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._arguments import check_dtype, check_flag, optional
+from .._fields import check_int, shown
+from ..admission import Admission
+from ..eviction import Eviction
+from ..selection import Selection
+
+MOST_SIZE = 1 << 16  # of anything in a check, which runs on the CPU
+KINDS = {"admission": Admission, "selection": Selection, "eviction": Eviction}
+
 
 class ConformanceError(AssertionError):
     """A policy breaks a property of its contract.
@@ -28,10 +37,24 @@ def require(holds: bool, rule: str, policy: object, wanted: str, got: str) -> No
         raise ConformanceError(rule, policy, wanted, got)
 
 
+def check_options(dtype: object, takes_effect: object, seed: object, **sizes: object) -> None:
+    """The arguments of a check make sense."""
+    for name, value in sizes.items():
+        check_int(name, value, 1, MOST_SIZE)
+    check_dtype("dtype", dtype)
+    optional(check_flag, "takes_effect", takes_effect)
+    check_int("seed", seed, 0)
+
+
 def check_value(policy: object, kind: type) -> None:
     """The policy is of its slot's class, frozen, hashable and comparable."""
     if not isinstance(policy, kind):
-        raise TypeError(f"policy: wanted {kind.__name__}, got {policy!r}")
+        hint = ""
+        if isinstance(policy, type) and issubclass(policy, kind):
+            hint = f"; write {policy.__name__}(...)"
+        other = next((x for x in KINDS if isinstance(policy, KINDS[x])), None)
+        hint = f"; write check_{other}(policy)" if other else hint
+        raise TypeError(f"policy: wanted {kind.__name__}, got {shown(policy)}{hint}")
     try:
         policy.conformance_probe = None  # type: ignore[attr-defined]
     except AttributeError:

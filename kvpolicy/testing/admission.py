@@ -9,7 +9,15 @@ from torch import Tensor
 
 from ..admission import Admission, Write
 from . import _spy
-from ._common import ConformanceError, check_equal, check_tensor, check_value, require, run
+from ._common import (
+    ConformanceError,
+    check_equal,
+    check_options,
+    check_tensor,
+    check_value,
+    require,
+    run,
+)
 from ._writes import join, part, scaled, sequence, shard
 
 NEEDS = frozenset({"key_pre", "hidden"})
@@ -48,6 +56,16 @@ def check_admission(
         ValueError: the policy does not fit the sizes.
     """
     check_value(policy, Admission)
+    check_options(
+        dtype,
+        takes_effect,
+        seed,
+        layers=layers,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        hidden=hidden,
+        tokens=tokens,
+    )
     policy.check(layers, kv_heads, head_dim)
     check_needs(policy, policy.needs)
     placed = policy.place(torch.device("cpu"), dtype, "reference")

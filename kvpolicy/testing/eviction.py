@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .._arguments import optional
+from .._fields import check_int
 from ..budget import Budget, BudgetView, Counts, bound_layers, budget_of
 from ..calls.budgets import budget_view
 from ..calls.evict import longest, score, view
@@ -13,7 +15,15 @@ from ..pipeline import CachePipeline
 from ..spec import CacheSpec
 from ..store import CacheState
 from ._cache import decode, kept, prompt, random_data
-from ._common import ConformanceError, check_equal, check_tensor, check_value, require, run
+from ._common import (
+    ConformanceError,
+    check_equal,
+    check_options,
+    check_tensor,
+    check_value,
+    require,
+    run,
+)
 from ._views import one_head, one_row, poisoned, random_view, widened
 from .admission import check_decisions, check_needs, make_batch
 
@@ -59,6 +69,19 @@ def check_eviction(
         ValueError: the policy does not fit the sizes.
     """
     check_value(policy, Eviction)
+    check_options(
+        dtype,
+        takes_effect,
+        seed,
+        layers=layers,
+        kv_heads=kv_heads,
+        group=group,
+        head_dim=head_dim,
+        hidden=hidden,
+        page_size=page_size,
+    )
+    optional(check_int, "window", window, 1)
+    optional(check_int, "tokens", tokens, 1)
     policy.check(layers, kv_heads, head_dim)
     check_needs(policy, policy.needs)
     placed = policy.place(torch.device("cpu"), dtype, "reference")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._arguments import check_flag
 from ..budget import budget_of
 from ..ops import load
 from ..pipeline import CachePipeline
@@ -13,7 +14,15 @@ from ..selection._base import GROUPS
 from ..spec import CacheSpec
 from . import _spy
 from ._cache import decode, decoded, prompt, random_data
-from ._common import ConformanceError, check_equal, check_tensor, check_value, require, run
+from ._common import (
+    ConformanceError,
+    check_equal,
+    check_options,
+    check_tensor,
+    check_value,
+    require,
+    run,
+)
 
 PAGES = 5
 
@@ -57,6 +66,18 @@ def check_selection(
         ValueError: the policy does not fit the sizes.
     """
     check_value(policy, Selection)
+    check_options(
+        dtype,
+        takes_effect,
+        seed,
+        layers=layers,
+        kv_heads=kv_heads,
+        group=group,
+        head_dim=head_dim,
+        page_size=page_size,
+        window=window,
+    )
+    check_flag("upper_bound", upper_bound)
     policy.check(layers, kv_heads, head_dim)
     rng = torch.Generator().manual_seed(seed)
     batch = 3

@@ -224,9 +224,16 @@ def test_what_is_refused(llama):
         cache = attached.read(**CONTEXT)
         with pytest.raises(ValueError, match="question: wanted one of decode, prompt"):
             attached.ask(cache, **QUESTION, question="turn")
+        for name in ("past_key_values", "inputs_embeds", "inputs"):
+            with pytest.raises(TypeError, match=f"^{name}: ask gives it"):
+                attached.ask(cache, **QUESTION, **{name: ids})
+        with pytest.raises(ValueError, match="^attention_mask: wanted .2, 7., of the question"):
+            attached.ask(cache, QUESTION["input_ids"], QUESTION["attention_mask"][:1])
         with pytest.raises(ValueError, match="wanted 1 or 2 questions"):
             attached.ask(cache, ids)
-        with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        with pytest.raises(
+            ValueError, match="input_ids, inputs_embeds: wanted exactly one, got neither"
+        ):
             attached.read()
         with pytest.raises(ValueError, match="attention_mask: wanted"):
             attached.read(ids, CONTEXT["attention_mask"])

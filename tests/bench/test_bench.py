@@ -307,7 +307,7 @@ def test_both_ways_of_a_prompt_are_measured(bench: Bench, monkeypatch: pytest.Mo
 
     calls: list[int] = []
     own = Rectangles(dense, least=1000, average=0, work=0)
-    monkeypatch.setattr(sparse_prefill, "choose_rectangles", lambda query: own)
+    monkeypatch.setattr(sparse_prefill, "choose_rectangles", lambda *_: own)
     monkeypatch.setattr(prefill, "median_ms", lambda calls, device: 1.0)
     rows = list(prefill.sparse(bench, "own", 48, [0.3, 0.3], 16, 540))
     assert [row.name for row in rows] == ["own", "own: gather", "own: Triton alone"]

@@ -1,0 +1,410 @@
+"""Every argument of every public function, given every kind of nonsense: refused by its name."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+import kvpolicy
+from kvpolicy import (
+    CachePipeline,
+    CacheSpec,
+    CacheState,
+    DuoAttention,
+    LocalAttention,
+    Quest,
+    SelectAll,
+    SnapKV,
+    Tokens,
+    WriteGate,
+    pretrained,
+    testing,
+)
+from kvpolicy._fields import shown
+from kvpolicy.adapters import hf
+from kvpolicy.evaluation.models import tiny_llama
+from kvpolicy.spec import LayerSizes
+from tests.support.stage import tiny_gate, tiny_pattern
+
+NONSENSE = [
+    None, True, -1, 10**30, 0.5, float("nan"), "nonsense", "", b"x", [], ["a"], (), {"a": 1}, {1},
+    object(), 1j, torch.ones(2), torch.ones(2, 3), torch.ones(2).long(), torch.int32, SnapKV,
+    Quest(budget=9), lambda x: x, nn.Linear(2, 2),
+]  # fmt: skip
+SPEC = CacheSpec(layers=2, heads=4, kv_heads=2, head_dim=8)
+ONE = {"heads": 4, "kv_heads": 2, "head_dim": 8}
+SHARED = attrs.evolve(SPEC, per_layer=(LayerSizes(**ONE, shared=True),) * 2)
+PIPELINE = CachePipeline(eviction=SnapKV(budget=40))
+IDS = torch.randint(2, 500, (1, 50), generator=torch.Generator().manual_seed(0))
+MODEL = tiny_llama()
+
+
+class Takes:
+    """What an argument takes: values of `kinds` that `fits`, and None where `none` says so."""
+
+    def __init__(self, *kinds: type, none: bool = False, fits: Callable = lambda value: True):
+        self.kinds, self.none, self.fits = kinds, none, fits
+
+    def __call__(self, value: Any) -> bool:
+        if value is None:
+            return self.none
+        return type(value) in self.kinds and self.fits(value)
+
+
+COUNT = Takes(int, fits=lambda x: 1 <= x < 1 << 30)
+MAYBE_COUNT = Takes(int, none=True, fits=lambda x: 1 <= x < 1 << 30)
+FLAG, MAYBE_FLAG = Takes(bool), Takes(bool, none=True)
+PATH = Takes(str, fits=bool)
+TEXT = Takes(str, none=True)
+NOTHING, NONE = Takes(), Takes(none=True)
+# Floats where they are right for a mask, and a wrong size: refused, or taken, by other words.
+MASK = Takes(Tensor, none=True, fits=lambda x: x.ndim == 2)
+EMBEDS = Takes(Tensor, none=True, fits=lambda x: x.ndim == 3)
+FRACTION = Takes(int, float, none=True, fits=lambda x: 0 <= x <= 1)
+SIZES = {"layers", "kv_heads", "head_dim", "hidden", "tokens", "group", "page_size", "window"}
+
+
+class Call:
+    """A function, how to call it well, and what each of its arguments takes."""
+
+    def __init__(self, make: Callable[[Path], tuple[Callable, dict]], **takes: Takes) -> None:
+        self.make, self.takes = make, takes
+
+
+def state() -> CacheState:
+    return PIPELINE.init(SPEC)
+
+
+def opened(name: str) -> CacheState:
+    found = PIPELINE.init(SHARED) if name == "shared" else state()
+    PIPELINE.begin(found, [3], "prompt")
+    if name != "attend":
+        for layer in range(2):
+            tensors = (torch.ones(heads, 3, 8) for heads in (4, 2, 2))
+            PIPELINE.attend(found, layer, *tensors)
+    return found
+
+
+def cache(folder: Path | None = None) -> hf.KVPolicyCache:
+    with hf.attach(MODEL, PIPELINE) as attached:
+        return attached.read(IDS)
+
+
+def saved(folder: Path) -> Path:
+    cache().save(folder / "c.safetensors")
+    return folder / "c.safetensors"
+
+
+def saved_pipeline(folder: Path) -> Path:
+    kvpolicy.save_pipeline(PIPELINE, folder / "p.json")
+    return folder / "p.json"
+
+
+def on(method: str, **base: Any) -> Callable[[Path], tuple[Callable, dict]]:
+    """A method of a pipeline, with a state of its own where it takes one."""
+    return lambda folder: (getattr(PIPELINE, method), base)
+
+
+def of_cache(method: str, **base: Any) -> Callable[[Path], tuple[Callable, dict]]:
+    return lambda folder: (lambda **given: getattr(cache(), method)(**given), base)
+
+
+def attached(method: str, **base: Any) -> Callable[[Path], tuple[Callable, dict]]:
+    """A method of an attachment that is made for the call."""
+
+    def call(**given: Any) -> object:
+        with hf.attach(MODEL, PIPELINE) as found:
+            more = {"cache": found.read(IDS)} if method == "ask" and "cache" not in given else {}
+            return getattr(found, method)(**given, **more)
+
+    return lambda folder: (call, base)
+
+
+def attaching(**given: Any) -> None:
+    hf.attach(**given).detach()
+
+
+KIT = {
+    "policy": NOTHING, "dtype": NOTHING, "takes_effect": MAYBE_FLAG,
+    "seed": Takes(int, fits=lambda x: x >= 0),
+    **dict.fromkeys(("layers", "kv_heads", "head_dim"), NOTHING),
+}  # fmt: skip
+CALLS = {
+    "attach": Call(
+        lambda folder: (attaching, {"model": MODEL, "pipeline": PIPELINE}),
+        model=NOTHING, pipeline=NOTHING, compile=FLAG, verify=FLAG, dtype=NONE,
+    ),
+    "new_cache": Call(
+        lambda folder: (hf.new_cache, {"model": MODEL, "pipeline": PIPELINE}),
+        model=NOTHING, pipeline=NOTHING, dtype=NONE,
+    ),
+    "detach": Call(lambda folder: (hf.detach, {"model": MODEL}), model=NOTHING),
+    "spec_of": Call(
+        lambda folder: (hf.spec_of, {"model": MODEL}), model=NOTHING, dtype=NONE, device=NONE
+    ),
+    "fit_report": Call(
+        lambda folder: (hf.fit_report, {"config_or_model": MODEL, "tokens": 100}),
+        config_or_model=Takes(LlamaConfig), tokens=COUNT, admitted=FRACTION, pipeline=NONE,
+        batch=COUNT, dtype=NONE,
+    ),
+    "load_cache": Call(
+        lambda folder: (
+            hf.load_cache,
+            {"model": MODEL, "pipeline": PIPELINE, "path": saved(folder)},
+        ),
+        model=NOTHING, pipeline=NOTHING, path=PATH, dtype=NONE,
+    ),
+    "WriteGate.from_pretrained": Call(
+        lambda folder: (
+            WriteGate.from_pretrained,
+            {"path_or_repo": tiny_gate(folder / "g.safetensors")},
+        ),
+        path_or_repo=PATH, file=TEXT, threshold=FRACTION, window=MAYBE_COUNT,
+        activation=Takes(none=True), revision=TEXT,
+    ),
+    "DuoAttention.from_pretrained": Call(
+        lambda folder: (
+            DuoAttention.from_pretrained,
+            {"path_or_repo": tiny_pattern(folder / "duo"), "sparsity": 0.5},
+        ),
+        path_or_repo=PATH, sparsity=FRACTION, threshold=FRACTION, sinks=MAYBE_COUNT,
+        window=MAYBE_COUNT, seed=COUNT, revision=TEXT,
+    ),
+    "pretrained.path": Call(
+        lambda folder: (pretrained.path, {"name": "duo-smollm2-135m-instruct"}),
+        name=Takes(str), folder=Takes(str, none=True, fits=bool),
+    ),
+    "read": Call(
+        attached("read", input_ids=IDS),
+        input_ids=NOTHING, attention_mask=MASK, inputs_embeds=EMBEDS, cache=NONE,
+        chunk_size=MAYBE_COUNT,
+    ),
+    "ask": Call(
+        attached("ask", input_ids=IDS[:, :4], max_new_tokens=2),
+        cache=NOTHING, input_ids=NOTHING, attention_mask=MASK, question=NOTHING,
+    ),
+    "loglikelihood": Call(
+        attached("loglikelihood", input_ids=IDS, continuation_ids=IDS[:, :3]),
+        input_ids=NOTHING, continuation_ids=NOTHING, attention_mask=MASK, question=NOTHING,
+        continuation_mask=MASK,
+    ),
+    "cache.fork": Call(of_cache("fork"), rows=NONE),
+    "cache.crop": Call(of_cache("crop", tokens=0), tokens=Takes(int, fits=lambda x: abs(x) < 1e9)),
+    "cache.save": Call(
+        lambda folder: (lambda **given: cache().save(**given), {"path": folder / "d"}), path=PATH
+    ),
+    "cache.begin_prompt": Call(of_cache("begin_prompt"), boundary=MAYBE_COUNT),
+    "init": Call(on("init", spec=SPEC), spec=NOTHING, batch=COUNT),
+    "dry": Call(on("dry", spec=SPEC), spec=NOTHING, batch=COUNT),
+    "check": Call(on("check", spec=SPEC), spec=NOTHING),
+    "begin": Call(
+        lambda folder: (PIPELINE.begin, {"state": state(), "lengths": [3], "phase": "prompt"}),
+        state=NOTHING, lengths=NOTHING, phase=NOTHING, valid=NONE,
+    ),
+    "attend": Call(
+        lambda folder: (
+            PIPELINE.attend,
+            {"state": opened("attend"), "layer": 0, "query": torch.ones(4, 3, 8)}
+            | {name: torch.ones(2, 3, 8) for name in ("key", "value")},
+        ),
+        state=NOTHING, layer=Takes(int, bool, fits=lambda x: x in (0, 1)), query=NOTHING,
+        key=NOTHING, value=NOTHING,
+    ),
+    "commit": Call(
+        lambda folder: (PIPELINE.commit, {"state": opened("commit")}), state=NOTHING, evict=FLAG
+    ),
+    "reserve": Call(
+        lambda folder: (PIPELINE.reserve, {"state": state(), "steps": 1}),
+        state=NOTHING, steps=COUNT,
+    ),
+    **{
+        name: Call(on(name, state=None), state=NOTHING)
+        for name in ("abort", "end_prompt", "maintain", "report", "due")
+    },
+    "attend_shared": Call(
+        lambda folder: (
+            PIPELINE.attend_shared,
+            {"state": opened("shared"), "layer": 0, "query": torch.ones(4, 3, 8)},
+        ),
+        state=NOTHING, layer=Takes(int, bool, fits=lambda x: x in (0, 1)), query=NOTHING,
+        last=NONE,
+    ),
+    "load_pipeline": Call(
+        lambda folder: (kvpolicy.load_pipeline, {"path": saved_pipeline(folder)}),
+        path=NOTHING, trust_code=FLAG,
+    ),
+    "save_pipeline": Call(
+        lambda folder: (kvpolicy.save_pipeline, {"pipeline": PIPELINE, "path": folder / "p.json"}),
+        pipeline=NOTHING, path=NOTHING,
+    ),
+    "kept": Call(
+        lambda folder: (state().kept, {"layer": 0, "row": 0, "head": 0}),
+        layer=NOTHING, row=NOTHING, head=NOTHING,
+    ),
+    "finish": Call(lambda folder: (state().finish, {"rows": [0]}), rows=Takes(list, tuple)),
+    "check_admission": Call(
+        lambda folder: (testing.check_admission, {"policy": LocalAttention(window=4)}),
+        **KIT, hidden=NOTHING, tokens=NOTHING,
+    ),
+    "check_selection": Call(
+        lambda folder: (testing.check_selection, {"policy": Quest(budget=16)}),
+        **KIT | {"policy": Takes(Quest)}, group=NOTHING, page_size=NOTHING, window=NOTHING,
+        upper_bound=FLAG,
+    ),
+    "check_eviction": Call(
+        lambda folder: (testing.check_eviction, {"policy": SnapKV(budget=16, observation=4)}),
+        **KIT, group=NOTHING, hidden=NOTHING, window=NONE, tokens=NONE, page_size=NOTHING,
+    ),
+    "per_layer": Call(
+        lambda folder: (kvpolicy.per_layer, {"default": Quest(budget=9), "layers": {}}),
+        default=Takes(Quest), layers=Takes(list, tuple, dict, set, fits=lambda x: not x),
+    ),
+}  # fmt: skip
+
+
+def functions() -> dict[str, Callable]:
+    """Public functions, and public methods of what they give."""
+    rooms = (kvpolicy, hf, testing, pretrained)
+    found = {
+        f"{'pretrained.' if room is pretrained else ''}{name}": value
+        for room in rooms
+        for name in (room.__all__ if room is kvpolicy else vars(room))
+        if inspect.isfunction(value := getattr(room, name)) and not name.startswith("_")
+        and value.__module__.startswith("kvpolicy")
+        and not value.__module__.startswith("kvpolicy._")
+    }  # fmt: skip
+    found |= {"kept": CacheState.kept, "finish": CacheState.finish}
+    found |= {n: getattr(hf.Attachment, n) for n in ("read", "ask", "loglikelihood")}
+    found |= {
+        f"cache.{n}": getattr(hf.KVPolicyCache, n) for n in ("fork", "crop", "save", "begin_prompt")
+    }
+    methods = vars(CachePipeline)
+    found |= {n: f for n, f in methods.items() if inspect.isfunction(f) and not n.startswith("_")}
+    for kind in (WriteGate, DuoAttention):
+        found[f"{kind.__name__}.from_pretrained"] = kind.from_pretrained
+    return found
+
+
+# Held elsewhere: tuples of policies, names without arguments, and a captured loop's own calls.
+LEFT = {
+    "any_of": "tests/policies/test_arguments.py",
+    "all_of": "tests/policies/test_arguments.py",
+    "pretrained.names": "it takes nothing",
+    "activate": "of captured loops",
+    "prepare_replay": "of captured loops",
+    "replayed": "of captured loops",
+}
+# Tensors of the model that only some policies want.
+LEFT_ARGUMENTS = {("attend", name) for name in ("key_pre", "hidden", "sinks")}
+LEFT_ARGUMENTS |= {("attend_shared", "sinks")}
+
+
+def test_every_public_function_and_argument_stands_here() -> None:
+    found = functions()
+    assert set(found) - set(LEFT) == set(CALLS)
+    for name, call in CALLS.items():
+        named = [
+            x.name
+            for x in inspect.signature(found[name]).parameters.values()
+            if x.kind is not x.VAR_KEYWORD and x.name not in ("self", "cls")
+        ]
+        left = {argument for of, argument in LEFT_ARGUMENTS if of == name}
+        assert set(named) - left == set(call.takes), name
+
+
+CASES = [(name, argument) for name, call in CALLS.items() for argument in call.takes]
+
+
+@pytest.mark.parametrize(("name", "argument"), CASES)
+def test_a_wrong_argument_is_named(name: str, argument: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    function, base = CALLS[name].make(tmp_path)
+    wrong = []
+    for value in NONSENSE:
+        if CALLS[name].takes[argument](value):
+            continue
+        try:
+            function(**base | {argument: value})
+        except (TypeError, ValueError, kvpolicy.UnsupportedError) as error:
+            says = re.match(rf"(\w+, )*{argument}(, \w+)*: (wanted|.*is a file)", str(error))
+            if not says or ", got " not in str(error) or len(str(error)) > 1200:
+                wrong.append((shown(value), type(error).__name__, str(error)[:200]))
+        except Exception as error:
+            wrong.append((shown(value), type(error).__name__, str(error)[:200]))
+        else:
+            wrong.append((shown(value), "was taken"))
+    assert not wrong
+
+
+CLASSES = [
+    (SnapKV, {"compression_ratio": 0.3}, r"write budget=Ratio\(0\.7\), the part that stays$"),
+    (SnapKV, {"budget": 9, "window_size": 64}, "write observation=64$"),
+    (SnapKV, {"budget": 9, "kernel_size": 7}, "write kernel=7$"),
+    (SnapKV, {"max_capacity_prompt": 64}, "write budget=64$"),
+    (Quest, {"token_budget": 64}, "write budget=64$"),
+    (Quest, {"compression_ratio": 0.5}, "write budget=1024, the tokens that are read$"),
+    (LocalAttention, {"n_sink": 4}, "write sinks=4$"),
+    (LocalAttention, {"start_size": 4}, "write sinks=4$"),
+    (LocalAttention, {"windows": 4}, "write window=4$"),
+    (kvpolicy.Adaptive, {"base": 64, "alpha_safeguard": 0.2}, "write floor=0.2$"),
+    (kvpolicy.Ratio, {"compression_ratio": 0.25}, "write 0.75, the part that stays$"),
+    (kvpolicy.RandomGate, {"compression_ratio": 0.25}, "write sparsity=0.25$"),
+    (DuoAttention, {"head_compression_ratio": 0.5}, r"write DuoAttention.from_pretrained\(path\)$"),
+    (WriteGate, {}, r"norm_pre: wanted .*got none; write WriteGate.from_pretrained\(path\)$"),
+    (SnapKV, {}, r"budget: wanted .*, got none; write SnapKV\(budget=\.\.\.\)$"),
+    (Tokens, {}, r"tokens: wanted .*, got none; write Tokens\(tokens=\.\.\.\)$"),
+    (CachePipeline, {"evict": SelectAll()}, "evict: wanted one of .*; write eviction=SelectAll"),
+    (CachePipeline, {"press": 1}, "press: wanted one of admission, .*, got 'press'$"),
+    (kvpolicy.AdmitAll, {"window": 1}, "window: wanted no argument of AdmitAll, got 'window'$"),
+    (CacheSpec, {"block_size": 4}, "write page_size=4$"),
+]
+
+
+@pytest.mark.parametrize(("make", "given", "message"), CLASSES)
+def test_names_of_other_libraries_say_what_to_write(make, given, message) -> None:
+    with pytest.raises(TypeError, match=message):
+        make(**given)
+
+
+POSITIONAL = [
+    (SnapKV, (64,), r"got 1 positional argument; write SnapKV\(budget=64\)$"),
+    (CachePipeline, (SnapKV(budget=9),), r"CachePipeline\(admission=\.\.\., selection=\.\.\., ev"),
+    (Tokens, (1, 2), "Tokens: wanted at most 1 positional arguments, got 2 positional arguments$"),
+    (kvpolicy.KeepAll, (1,), "KeepAll: wanted named arguments, got 1 positional argument$"),
+]
+
+
+@pytest.mark.parametrize(("make", "given", "message"), POSITIONAL)
+def test_arguments_without_names(make, given, message) -> None:
+    with pytest.raises(TypeError, match=message):
+        make(*given)
+
+
+HINTS = [
+    (lambda: attached("read")(None)[0](input_ids="a text"), r"write tokenizer\(text, return_tens"),
+    (lambda: attached("read")(None)[0](input_ids={"input_ids": IDS}), r"input_ids=inputs\['input"),
+    (lambda: attached("read")(None)[0](input_ids=[1, 2]), r"write torch.tensor\(\[ids\]\)"),
+    (lambda: attached("read")(None)[0](input_ids=IDS[0]), r"write input_ids\[None\]"),
+    (lambda: PIPELINE.report(cache()), "state: wanted a CacheState, .*; write cache.state$"),
+    (lambda: PIPELINE.init(MODEL), r"spec: wanted a CacheSpec, .*spec_of\(model\)$"),
+    (lambda: hf.new_cache(MODEL, PIPELINE, dtype="float16"), "dtype: .*; write torch.float16$"),
+    (lambda: testing.check_eviction(Quest(budget=9)), r"write check_selection\(policy\)$"),
+    (lambda: testing.check_eviction(SnapKV), r"got the class SnapKV; write SnapKV\(\.\.\.\)$"),
+    (lambda: hf.attach(MODEL, PIPELINE, block_size=4), "block_size: .*; write page_size=4$"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), HINTS)
+def test_a_likely_mistake_says_what_to_write(make, message) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()
