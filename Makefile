@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
-.PHONY: setup demo test test-slow test-lives sanitize lint bench clean
+.PHONY: setup demo test test-slow test-lives sanitize lint bench docs clean
 
 setup: $(STAMP)
 
@@ -45,6 +45,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, each version in a folder of its own, so that those built before stay beside it.
+docs: setup
+	@$(BIN)/python -c 'import furo, myst_parser, sphinx, sphinx_copybutton' || $(PIP) -c constraints.txt --no-build-isolation -e '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -n -q -d build/doctrees docs \
+		build/docs/$$($(BIN)/python -c 'import kvpolicy; print(kvpolicy.__version__)')
 
 bench: setup
 	$(BIN)/kvpolicy bench

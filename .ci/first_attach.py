@@ -31,7 +31,8 @@ def smollm2_shape() -> LlamaForCausalLM:
     """A random model of SmolLM2-135M's layers and heads, for which the gate and the pattern are."""
     config = LlamaConfig(
         vocab_size=200,
-        hidden_size=576,
+        hidden_size=108,
+        head_dim=64,
         intermediate_size=64,
         num_hidden_layers=30,
         num_attention_heads=9,
@@ -47,8 +48,8 @@ def main(tree: Path) -> None:
     assert importlib.metadata.version("kvpolicy") == kvpolicy.__version__
     assert pretrained.names() == [DUO, GATE]
     model = smollm2_shape()
-    ids = torch.randint(200, (1, 400))
-    plain = model.generate(ids, max_new_tokens=10, do_sample=False)
+    ids = torch.randint(200, (1, 300))
+    plain = model.generate(ids, max_new_tokens=5, do_sample=False)
     pipelines = {
         "everything": CachePipeline(),
         "SnapKV": CachePipeline(eviction=SnapKV(budget=Ratio(0.5))),
@@ -60,7 +61,7 @@ def main(tree: Path) -> None:
     }
     for name, pipeline in pipelines.items():
         with attach(model, pipeline) as attached:
-            output = model.generate(ids, max_new_tokens=10, do_sample=False)
+            output = model.generate(ids, max_new_tokens=5, do_sample=False)
             report = attached.last_report()
         assert output.shape == plain.shape
         assert name != "everything" or torch.equal(output, plain)

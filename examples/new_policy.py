@@ -7,6 +7,8 @@ No registration: a policy is a frozen class with one or two methods. See docs/wr
 
 from __future__ import annotations
 
+import argparse
+
 import attrs
 import torch
 import torch.nn.functional as F
@@ -98,7 +100,10 @@ def run(pipeline: CachePipeline, prompt: int = 400, steps: int = 8) -> Report:
     return pipeline.report(cache)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(arguments)
     torch.manual_seed(0)
     check_admission(Strided())
     check_selection(MeanKey(budget=Tokens(48)))

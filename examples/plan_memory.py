@@ -42,7 +42,9 @@ SHAPES: dict[str, PreTrainedConfig] = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="a model of the hub, or its folder")
     parser.add_argument("--tokens", type=int, nargs="+", default=[32_000, 100_000, 400_000])
     parser.add_argument("--admitted", type=float, default=0.2, help="fraction that is admitted")

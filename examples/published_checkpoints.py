@@ -49,7 +49,9 @@ MODELS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--text", type=Path, help="a long text file")
     parser.add_argument("--tokens", type=int, default=32_000, help="most tokens of the text")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 
 import torch
@@ -42,7 +42,7 @@ def find_varlen(query: Tensor, softcap: float | None = None) -> Attend | None:
     module, found = find_flash(query, softcap), _installed()
     if module is None or found is None or "VARLEN" in found[1]:
         return None
-    return lambda *args: attend_varlen(module, *args, softcap)
+    return partial(attend_varlen, module, softcap=softcap)
 
 
 def attend_varlen(

@@ -22,6 +22,7 @@ from ._pages import SUMMARY, page_offset
 _GROUPS = {"max": 0, "mean": 1, "each": 2}
 _SCORE_BLOCK = 64  # pages that one program scores
 _SCORE_WARPS = 4
+_CHANNELS = 1024  # bytes of each key's channels that are multiplied at once
 _MAX_BLOCK = 16384  # scores that one program holds; more are read again at each step
 _ONE_SEARCH = 2048  # scores that are searched at once rather than by groups
 _THREAD = 8  # scores that one thread should hold
@@ -53,6 +54,7 @@ def quest_select(
             table.stride(), counts.stride(), query.stride(),
             SLAB_PAGES=pages.slab_pages, PAGE=size, KV_HEADS=kv_heads, GROUP=groups,
             GROUP_PAD=dot_size(groups), DIM=dim, DIM_PAD=dot_size(dim),
+            STEP=min(dot_size(dim), _CHANNELS // query.element_size()),
             COMBINE=_GROUPS[group], BLOCK=block, OVERLAP=overlaps(query.device),
             num_warps=_SCORE_WARPS,
         )  # fmt: skip
@@ -65,7 +67,7 @@ def _quest_scores(
     table_strides, counts_strides, query_strides,
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    COMBINE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    STEP: tl.constexpr, COMBINE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Scores of a block of pages of one KV head by the queries of its group."""
     let_next(OVERLAP)
@@ -73,29 +75,25 @@ def _quest_scores(
     h = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     g = tl.arange(0, GROUP_PAD)
-    d = tl.arange(0, DIM_PAD)
+    d = tl.arange(0, STEP)
     # Loaded beside the count; page ids past it are not used.
     table += b * table_strides[0] + h * table_strides[1]
     page = tl.load(table + n, mask=n < width, other=0)  # [N]
-    q = tl.load(
-        query + b * query_strides[0] + (h * GROUP + g[:, None]) * query_strides[1] + d[None, :],
-        mask=(g < GROUP)[:, None] & (d < DIM)[None, :],
-        other=0.0,
-    ).to(tl.float32)  # [G, D]
+    query = query + b * query_strides[0] + (h * GROUP + g[:, None]) * query_strides[1]
+    real = (g < GROUP)[:, None]
+    q = tl.load(query + d[None, :], mask=real & (d < DIM)[None, :], other=0.0).to(tl.float32)
     held = (tl.load(counts + b * counts_strides[0] + h) + PAGE - 1) // PAGE
     if tl.program_id(0) * BLOCK >= held:
         return
     there = n < tl.minimum(held, width)
     page = tl.where(there, page, 0)
-    at = page_offset(slabs, page, SUMMARY, SLAB_PAGES, 2 * DIM)[:, None] + d[None, :]
-    mask = there[:, None] & (d < DIM)[None, :]
-    low = tl.load(summary + at, mask=mask, other=0.0)  # [N, D]
-    high = tl.load(summary + at + DIM, mask=mask, other=0.0)  # [N, D]
-    # max(q * low, q * high) is q * high where q is positive and q * low elsewhere: two products.
-    above = narrow(tl.maximum(q, 0.0), query.dtype.element_ty).to(high.dtype)
-    below = narrow(tl.minimum(q, 0.0), query.dtype.element_ty).to(low.dtype)
-    score = dot(above, tl.trans(high), tl.zeros([GROUP_PAD, BLOCK], tl.float32))
-    score = dot(below, tl.trans(low), score)
+    at = page_offset(slabs, page, SUMMARY, SLAB_PAGES, 2 * DIM)[:, None]
+    score = tl.zeros([GROUP_PAD, BLOCK], tl.float32)
+    score = _add_bounds(q, summary, at, d, there, score, DIM, query.dtype.element_ty)
+    for start in tl.range(STEP, DIM_PAD, STEP, num_stages=1):
+        c = start + d
+        q = tl.load(query + c[None, :], mask=real & (c < DIM)[None, :], other=0.0).to(tl.float32)
+        score = _add_bounds(q, summary, at, c, there, score, DIM, query.dtype.element_ty)
     written = n < tl.minimum(held + 3, row)  # the choice loads 4 at once
     if COMBINE == 2:
         to = scores + ((b * KV_HEADS + h) * GROUP + g[:, None]) * row + n[None, :]
@@ -106,6 +104,23 @@ def _quest_scores(
         else:
             best = tl.sum(tl.where((g < GROUP)[:, None], score, 0.0), 0) / GROUP
         tl.store(scores + (b * KV_HEADS + h) * row + n, best, mask=written)
+
+
+@triton.jit
+def _add_bounds(q, summary, at, d, there, score, DIM: tl.constexpr, DTYPE: tl.constexpr):
+    """Adds to scores `[G, N]` what channels d of queries `[G, D]` give with the summaries `at`.
+
+    `q` are float32, of a DTYPE to which they are rounded again.
+    """
+    at = at + d[None, :]
+    mask = there[:, None] & (d < DIM)[None, :]
+    low = tl.load(summary + at, mask=mask, other=0.0)  # [N, D]
+    high = tl.load(summary + at + DIM, mask=mask, other=0.0)  # [N, D]
+    # max(q * low, q * high) is q * high where q is positive and q * low elsewhere: two products.
+    above = narrow(tl.maximum(q, 0.0), DTYPE).to(high.dtype)
+    below = narrow(tl.minimum(q, 0.0), DTYPE).to(low.dtype)
+    score = dot(above, tl.trans(high), score)
+    return dot(below, tl.trans(low), score)
 
 
 def top_pages(

@@ -40,6 +40,10 @@ class Tile(NamedTuple):
 
 def choose_tile(dim: int, itemsize: int, shared: int) -> Tile:
     """The tile for a padded head_dim; where memory allows two programs run beside each other."""
+    if dim > 256:
+        if itemsize == 4:
+            return Tile(16, 16, 4, 2)
+        return Tile(64, 32, 8, 3) if shared >= 128 << 10 else Tile(32, 16, 4, 3)
     if itemsize == 4:
         return Tile(64, 32, 4, 2) if dim <= 128 else Tile(32, 32, 4, 2)
     if dim <= 128:

@@ -56,7 +56,8 @@ def write_gate(
             tokens, heads, each,
             key_pre.stride(), key.stride(),
             HIDDEN=hidden, CHUNKS=chunks, DIM=dim, DIM_PAD=dot_size(dim), EPS=_NORM_EPS,
-            ROWS=rows, UNITS=units, SILU=silu, num_warps=warps, num_stages=1,
+            ROWS=rows, UNITS=units, SILU=silu, APART=dot_size(dim) > 256, num_warps=warps,
+            num_stages=1,
         )  # fmt: skip
         _finish[cdiv(tokens, _FINISH), heads](
             partial, b2, key, out if limit is None else out.view(torch.uint8), limit or 0.0,
@@ -77,6 +78,8 @@ def _aligned(key: Tensor) -> Tensor:
 
 def _tile(dim: int, itemsize: int) -> tuple[int, int, int]:
     """Tokens, hidden units and warps of a program; they depend on nothing that changes in a run."""
+    if dim > 256:
+        return (16, 16, 4) if itemsize == 4 else (32, 16, 4)
     if itemsize == 4:
         return (32, 32, 4) if dim <= 128 else (16, 16, 4)
     return (128, 64, 8) if dim <= 128 else (64, 32, 8)
@@ -117,6 +120,7 @@ def _chunks(
     pre_strides, key_strides,
     HIDDEN: tl.constexpr, CHUNKS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     EPS: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, SILU: tl.constexpr,
+    APART: tl.constexpr,
 ):  # fmt: skip
     """Contribution of each chunk of hidden units to the logits: `[chunks, Hkv, T]`."""
     h = tl.program_id(1).to(tl.int64)
@@ -139,10 +143,13 @@ def _chunks(
         there = (unit < HIDDEN)[:, None] & real[None, :]
         # All loads before the products, so that the chunk waits for memory once.
         left = tl.load(at, mask=there, other=0.0)  # [m, D]
-        right = tl.load(at + DIM, mask=there, other=0.0)  # [m, D]
+        right = left if APART else tl.load(at + DIM, mask=there, other=0.0)  # [m, D]
         bias = tl.load(b1 + h * HIDDEN + unit, mask=unit < HIDDEN, other=0.0)  # [m]
         last = tl.load(w2 + h * HIDDEN + unit, mask=unit < HIDDEN, other=0.0)  # [m]
         x = dot(pre, tl.trans(left), tl.zeros([ROWS, UNITS], tl.float32))
+        if APART:
+            tl.debug_barrier()  # the second half takes the first one's place in shared memory
+            right = tl.load(at + DIM, mask=there, other=0.0)
         x = dot(post, tl.trans(right), x)
         x += bias.to(tl.float32)[None, :]
         x = x / (1.0 + tl.exp(-x)) if SILU else _gelu(x, weight)

@@ -18,9 +18,10 @@ def extra(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] == "kvpolicy":
+        package = (error.name or "kvpolicy").split(".")[0]
+        if package == "kvpolicy":
             raise
         raise ModuleNotFoundError(
-            f"the package {error.name} is not installed; pip install 'kvpolicy[{name}]' brings it",
+            f"the package {package} is not installed; pip install 'kvpolicy[{name}]' brings it",
             name=error.name,
         ) from error

@@ -92,9 +92,10 @@ def new_figure(width: float, height: float, title: str, note: str = "") -> Any:
     """A figure of so many inches with a title and a smaller line below it."""
     with extra("plots"):
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), facecolor=PAPER, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)
+    figure = Figure(figsize=(width, height), facecolor=PAPER, layout=layout)
     text = figure.suptitle(title, color=INK, fontsize=13, weight="bold")
     if note:
         text.set_text(f"{title}\n")

@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.support.imports import import_graph, modules
 
@@ -35,6 +36,20 @@ def run_fresh(code: str, cwd: Path = ROOT) -> str:
 @pytest.fixture(scope="module")
 def graph() -> dict[str, set[str]]:
     return import_graph()
+
+
+TOP_LEVEL = {
+    "LICENSE", "MANIFEST.in", "Makefile", "README.md", "adapters", "constraints.txt", "docs",
+    "examples", "kernels", "kvpolicy", "pyproject.toml", "tests",
+}  # fmt: skip
+# What git ignores, and what lies beside the project's own files on some machines.
+BESIDE = {"bench", "build", "dist", "kvpolicy-demo.png", "shared"}
+
+
+def test_the_top_level_has_no_other_entries():
+    found = {p.name for p in ROOT.iterdir() if not p.name.startswith(".")}
+    found = {name for name in found if name != "__pycache__" and not name.endswith(".egg-info")}
+    assert found - BESIDE == TOP_LEVEL
 
 
 @pytest.mark.parametrize("folder", ["kernels", "adapters", "tests/kernels"])
@@ -88,10 +103,10 @@ def test_the_root_names_what_it_exports():
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = SETTINGS["project"]
 # Modules of packages whose names differ; vllm waits for its adapter.
-MODULES = {"fa3-fwd": "fa3_fwd_interface"}
+MODULES = {"fa3-fwd": "fa3_fwd_interface", "lm-eval": "lm_eval"}
 UNUSED = {"vllm"}
 # What transformers requires, and so brings.
-BROUGHT = {"huggingface_hub", "numpy", "tokenizers", "yaml"}
+BROUGHT = {"huggingface_hub", "numpy", "tokenizers", "tqdm", "yaml"}
 # Not for users of the library: what baselines of the benchmark and tests need.
 BASELINES = {"flashinfer"}
 
@@ -174,6 +189,7 @@ def test_a_missing_extra_is_named(graph):
 MISSING = {
     "accelerate": ("train", "import kvpolicy.training"),
     "matplotlib": ("plots", "from kvpolicy.bench.plots import draw; draw(None, [])"),
+    "lm_eval": ("lm-eval", "import kvpolicy.adapters.lm_eval"),
     "gguf": ("eval", "from kvpolicy.evaluation.models.gguf_llama import open_gguf; open_gguf('x')"),
 }
 
@@ -242,6 +258,24 @@ def test_wheel_from_the_sdist_is_complete(built):
     assert path.stat().st_size <= 5_000_000
 
 
+def test_workflows_try_both_ends_of_the_ranges():
+    folder = ROOT / ".github" / "workflows"
+    flows = {p.stem: yaml.safe_load(p.read_text(encoding="utf-8")) for p in folder.glob("*.yml")}
+    rows = flows["ci"]["jobs"]["suite"]["strategy"]["matrix"]["include"]
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    for name in ("torch", "transformers"):
+        (least,) = (re.search(r">=([\d.]+)", x)[1] for x in PROJECT["dependencies"] if name in x)
+        newest = re.search(rf"^{name}==(\S+)", pinned, re.MULTILINE)[1]
+        assert {f"{least}.0", newest} <= {row[name] for row in rows}
+    minors = sorted(c.split(":: ")[-1] for c in PROJECT["classifiers"] if ":: 3." in c)
+    assert sorted({row["python"] for row in rows}) == minors
+    for flow, job in (("ci", "wheel"), ("release", "try")):
+        assert flows[flow]["jobs"][job]["strategy"]["matrix"]["python"] == minors
+        assert flows[flow]["jobs"][job]["steps"][-1]["run"] == ".ci/try-wheel"
+    publish = flows["release"]["jobs"]["publish"]
+    assert publish["needs"] == "try" and publish["permissions"] == {"id-token": "write"}
+
+
 def test_wheel_says_who_where_and_which(built):
     """The version has one place, kvpolicy/__init__.py, and a citation that names it."""
     import kvpolicy
@@ -257,10 +291,26 @@ def test_wheel_says_who_where_and_which(built):
     minors = [c.split(":: ")[-1] for c in says.get_all("Classifier") if ":: 3." in c]
     assert minors == ["3.11", "3.12", "3.13"]
     assert says["Requires-Python"] == ">=3.11"
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"version = {{{kvpolicy.__version__}}}" in readme
+    citing = (ROOT / "docs" / "citing.md").read_text(encoding="utf-8")
+    assert f"version = {{{kvpolicy.__version__}}}" in citing
     changes = (ROOT / "docs" / "changelog.md").read_text(encoding="utf-8")
     assert re.search(r"^## (\S+)", changes, re.MULTILINE)[1] == kvpolicy.__version__
+
+
+@pytest.mark.slow
+def test_wheel_attaches_without_the_tree(built, tmp_path):
+    """What .ci/try-wheel runs in an empty environment, with this one's packages."""
+    (path,) = built.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path)
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['first_attach', {str(ROOT)!r}]\n"
+        f"runpy.run_path({str(ROOT / '.ci' / 'first_attach.py')!r}, run_name='__main__')"
+    )
+    out = run_fresh(code, cwd=tmp_path)
+    assert [line.split(":")[0] for line in out.splitlines()[:2]] == ["everything", "SnapKV"]
+    assert out.rstrip().endswith("kvpolicy " + path.name.split("-")[1])
 
 
 def test_wheel_imports_without_the_tree(built, tmp_path):

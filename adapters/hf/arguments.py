@@ -8,6 +8,7 @@ from transformers.generation import GenerationConfig, GenerationMode
 
 from ...errors import UnsupportedError
 from .attached import Attached
+from .models import Rules
 from .wrappers import check_soft_prompt, soft_prompt
 
 MODES = (
@@ -38,7 +39,8 @@ OTHER_CACHES = {
 }
 # Arguments of other attention functions that change what is attended.
 SCORES = ("position_bias", "head_mask", "cache")
-BY_MODELS = ("softcap", "s_aux", "sinks")  # which only a model's own layers may give
+SINKS = ("s_aux", "sinks")
+BY_MODELS = ("softcap", *SINKS)  # which only a model's own layers may give
 
 
 def check_generate(attachment: Attached, kwargs: dict[str, Any], config: Any) -> None:
@@ -150,27 +152,22 @@ def check_forward(decoder: Any, layers: list[Any], kwargs: dict[str, Any]) -> No
         )
 
 
-def check_attention(
-    scale: float, cap: float | None, scaling: Any, dropout: float, kwargs: dict[str, Any]
-) -> None:
-    """Raises UnsupportedError for arguments of an attention function that are not served.
-
-    `scale` and `cap` are the layer's factor and bound of q.k.
-    """
+def check_attention(rules: Rules, scaling: Any, dropout: float, kwargs: dict[str, Any]) -> None:
+    """Raises UnsupportedError for arguments of an attention function that are not served."""
     if dropout:
         raise UnsupportedError(
             "dropout: an attached model serves inference only; call model.eval()"
         )
     for name, given, known in (
-        ("scaling", scaling, scale),
-        ("softcap", kwargs.get("softcap"), cap),
+        ("scaling", scaling, rules.scale),
+        ("softcap", kwargs.get("softcap"), rules.softcap),
     ):
         if given is not None and given != known:
             raise UnsupportedError(
                 f"{name}: wanted {known}, with which the cache was made, got {given}"
             )
     check_causal(kwargs.get("is_causal"))
-    _check_scores(kwargs)
+    _check_scores(kwargs, *(name for name in SINKS if name != rules.sinks))
 
 
 def _check_scores(kwargs: dict[str, Any], *more: str) -> None:

@@ -15,34 +15,31 @@ from .arguments import check_attention
 from .changes import Changes
 from .compile import PLACE, attend
 from .faces import NAME, KVRef
-from .models import AttentionLayer
+from .models import AttentionLayer, Rules
 from .pre_rope import given_arguments, key_before_rope
 
 PRE = "_kvpolicy_pre_rope"  # left by a hook: what keys before RoPE are made from
 HIDDEN = "_kvpolicy_hidden"  # left on the attention module
-RULE = "_kvpolicy_rule"  # on an attention module: how its keys before RoPE are had
 
 
 def keep_pre(layer: AttentionLayer, changes: Changes) -> None:
     """Lets the attention of a layer find its keys before RoPE."""
     module, source, rule = layer.module, layer.source, layer.pre_rope
     assert rule is not None
-    changes.later(functools.partial(_forget, (module, source), (PRE, RULE)))
-    own = source is None or any(part is source for part in module.modules())
-    module.__dict__[RULE] = rule, source, own
+    changes.later(functools.partial(_forget, (module, source), PRE))
     if source is not None:
         changes.hook(source, _keep_output)
-    elif rule.form == "rotate_back":
-        changes.hook(module, _keep_angles, pre=True, with_kwargs=True)
+    elif rule.form == "rotate_back" and rule.rotation is not None:
+        keep = functools.partial(_keep_argument, rule.rotation.keyword)
+        changes.hook(module, keep, pre=True, with_kwargs=True)
 
 
 def _keep_output(module: nn.Module, args: Any, output: Any) -> None:
     module.__dict__[PRE] = output
 
 
-def _keep_angles(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    rule, _, _ = getattr(module, RULE)
-    module.__dict__[PRE] = given_arguments(module, args, kwargs)[rule.rotation.keyword]
+def _keep_argument(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    module.__dict__[PRE] = given_arguments(module, args, kwargs)[name]
 
 
 def keep_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -52,14 +49,13 @@ def keep_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def forget_hidden(module: nn.Module) -> None:
     """Drops what a hook left for an attention call that never came."""
-    _forget((module,), (HIDDEN,))
+    _forget((module,), HIDDEN)
 
 
-def _forget(modules: Iterable[nn.Module | None], names: Iterable[str]) -> None:
+def _forget(modules: Iterable[nn.Module | None], name: str) -> None:
     for module in modules:
-        for name in names:
-            if module is not None:
-                module.__dict__.pop(name, None)
+        if module is not None:
+            module.__dict__.pop(name, None)
 
 
 def _take(module: nn.Module, name: str) -> Any:
@@ -70,16 +66,16 @@ def _take(module: nn.Module, name: str) -> Any:
     return found
 
 
-def _key_pre(module: Any, key: Tensor) -> Tensor | None:
-    """Keys before RoPE `[B, Hkv, S, D]`, where a policy reads them."""
-    rule = getattr(module, RULE, None)
-    if rule is None:
+def _key_pre(rules: Rules, module: Any, key: Tensor) -> Tensor | None:
+    """Keys before RoPE `[B, Hkv, S, D]`, where hooks left what they are made from."""
+    if rules.pre_rope is None:
         return None
-    pre_rope, source, own = rule
-    holder = module if source is None else source
+    if rules.pre_rope.form == "same":
+        return key
+    holder = module if rules.source is None else rules.source
     # One outside the layer serves others as well.
-    kept = _take(holder, PRE) if own else getattr(holder, PRE, None)
-    return key_before_rope(pre_rope, key, kept)
+    kept = _take(holder, PRE) if rules.source_inside else getattr(holder, PRE, None)
+    return None if kept is None else key_before_rope(rules.pre_rope, key, kept)
 
 
 def attention(
@@ -100,15 +96,13 @@ def attention(
             "nothing is attached to it; if it shares its config object with an attached model, "
             "build it from a copy of that config"
         )
-    pre = None if key.wrote else _key_pre(module, key.key)
     sinks = kwargs.get("s_aux") if kwargs.get("sinks") is None else kwargs["sinks"]
     if torch.compiler.is_compiling() and hasattr(module, PLACE):
-        place, known = getattr(module, PLACE)
-        check_attention(*known, scaling, dropout, kwargs)
+        place, rules = getattr(module, PLACE)
+        check_attention(rules, scaling, dropout, kwargs)
+        pre = _key_pre(rules, module, key.key)
         return attend(place, query, key.key, key.value, pre, hidden, sinks), None
-    sizes = key.cache.spec.at(key.layer)
-    check_attention(sizes.scale, sizes.softcap, scaling, dropout, kwargs)
-    out = _attend(key, query, pre, hidden, sinks)
+    out = _attend(module, key, query, hidden, sinks, scaling, dropout, kwargs)
     if torch.is_grad_enabled() and query.requires_grad:
         out = _NoGradient.apply(out, query)  # type: ignore[no-untyped-call]
     return out, None
@@ -117,12 +111,21 @@ def attention(
 # Not traced where the whole model is compiled: a cache is no part of a graph.
 @torch.compiler.disable
 def _attend(
+    module: Any,
     handle: KVRef,
     query: Tensor,
-    pre: Tensor | None,
     hidden: Tensor | None,
     sinks: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
 ) -> Tensor:
+    known = handle.cache.served
+    if handle.place is None:
+        handle.place = known.place_of(module)
+    rules = known.rules[handle.layer]
+    check_attention(rules, scaling, dropout, kwargs)
+    pre = None if handle.wrote else _key_pre(rules, module, handle.key)
     return handle.cache.attend(handle, query, pre, hidden, sinks)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Any, NoReturn, Unpack
 
 import attrs
 import torch
@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from ..._arguments import check_path, check_rows, optional
 from ..._fields import MOST, check_int
-from ...errors import PhaseError, RollbackError
+from ...errors import PhaseError, RollbackError, UnsupportedError
 from ...pipeline import CachePipeline, is_pipeline
 from ...spec import Sizes, check_sizes
 from ...store import CacheState, Report, save
@@ -75,9 +75,18 @@ class KVPolicyCache(Cache):
         Cache.__init__(self, layers=faces)
         self.states = States({n: x for n, x in enumerate(faces) if keeps_state(x)})
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """A handle in place of both, with which our attention stores them."""
+        # A number of a layer in a graph would be that layer's alone; the module knows it as well.
+        place = None if torch.compiler.is_compiling() else layer_idx
+        handle = KVRef(self, place, key_states, value_states)
+        return handle, handle
+
     def hold(self, layer: int, key: Tensor, value: Tensor) -> KVRef:
-        """A handle for the keys and values of our `layer`; our attention stores them."""
-        return KVRef(self, layer, key, value)
+        """The handle of our `layer`."""
+        return KVRef(self, self.served.layers[layer].place, key, value)
 
     @ordinary
     def attend(
@@ -226,6 +235,16 @@ class KVPolicyCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVPolicyCache:
         return self.fork()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise UnsupportedError(
+            "copy: pages belong to one cache; cache.fork() copies it, cache.save(path) files it"
+        )
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything went through."""
+        return bool(self.chunks)
 
     @ordinary
     def crop(self, tokens: Any) -> None:

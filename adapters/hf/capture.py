@@ -39,6 +39,31 @@ def why_not(model: Any, cache: KVPolicyCache, records: Sequence[str] = ()) -> st
     return None
 
 
+def held_fast(model: Any) -> list[Any]:
+    """What a graph of `model` holds as it was at its capture: where weights lie, which of PEFT's
+    adapters take part, which hooks of others run. Values that change in place are none of it.
+    """
+    found: list[Any] = [_place(x) for x in (*model.parameters(), *model.buffers())]
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            found += [n for n, hook in hooks.items() if not _is_ours(hook)]
+        if hasattr(module, "merged_adapters"):
+            found.append((tuple(module.active_adapters), bool(module.disable_adapters)))
+            found.append((tuple(module.merged_adapters), str(getattr(module, "scaling", None))))
+    return found
+
+
+def _place(x: Tensor) -> int:
+    try:
+        return x.data_ptr()
+    except RuntimeError:  # of a subclass without a storage of its own
+        return id(x)
+
+
+def _is_ours(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith(__name__.rpartition(".")[0])
+
+
 class CapturedStep:
     """The graph of `tokens [B, 1], positions [B, 1] -> logits [B, 1, V]` on one cache's buffers."""
 
@@ -47,7 +72,7 @@ class CapturedStep:
         assert state is not None
         self.model = model
         self.tokens, self.positions = tokens.clone(), positions.clone()
-        self.generation = state.generation
+        self.generation, self.held = state.generation, held_fast(model)
         self.graph = torch.cuda.CUDAGraph()
         cache.capturing = True
         try:
@@ -126,6 +151,8 @@ class Stepper:
         self.began = list(state.lengths), cache.columns
         self.reason = why_not(model, cache, records)
         self.captured = self.reason is None
+        if cache.graph is not None and cache.graph.held != held_fast(model):
+            cache.graph = None
         cache.decoding = "captured" if self.captured else f"eager: {self.reason}"
         state.widen(max(state.lengths) + room)
         self.eager_steps, self.room = 0, room

@@ -17,7 +17,7 @@ from ...errors import PhaseError, UnsupportedError
 from .attached import Attached
 from .models import Served, shards
 
-# On an attention module: [attachment's number, layer] on the CPU, and its scale and softcap.
+# On an attention module: [attachment's number, layer] on the CPU, and the layer's rules.
 PLACE = "_kvpolicy_place"
 Functions = tuple[Callable[..., Any], Callable[..., Any]]  # for prompts and for one column
 COMPILED = "_compiled_call_impl"  # where nn.Module.compile keeps what calling a module runs
@@ -130,8 +130,7 @@ class CompiledLayers:
         if hooks not in functions:
             functions[hooks] = _compile(number)
         for index, (layer, module) in _holders(decoder, known).items():
-            known_scores = known.layers[index].scale, known.layers[index].softcap
-            module.__dict__[PLACE] = torch.tensor([number, index]), known_scores
+            module.__dict__[PLACE] = torch.tensor([number, index]), known.rules[index]
             layer.__dict__[COMPILED] = functools.partial(_run, functions[hooks], layer)
 
 

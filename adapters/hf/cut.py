@@ -63,8 +63,11 @@ def why_not_in_place(model: nn.Module) -> str:
         return "its layers are offloaded"
     if getattr(model, "hf_quantizer", None) is not None:
         return "its weights are quantised"
-    if any(hasattr(weight, "placements") for weight in model.parameters()):
+    weights = [getattr(module, "weight", None) for module in model.modules()]
+    if any(hasattr(weight, "placements") for weight in weights):
         return "its weights are sharded"
+    if len({weight.dtype for weight in model.parameters()}) > 1:
+        return "its weights have several dtypes"
     return ""
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Container
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import (
     CacheLayerMixin,
@@ -15,6 +16,7 @@ from transformers.cache_utils import (
 )
 
 from ...errors import PhaseError, UnsupportedError
+from .models import Served
 
 NAME = "kvpolicy"  # of the attention and the mask function
 
@@ -22,10 +24,10 @@ NAME = "kvpolicy"  # of the attention and the mask function
 class Owner(Protocol):
     """The cache behind them."""
 
+    served: Served
+
     @property
     def columns(self) -> int: ...
-
-    def hold(self, layer: int, key: Tensor, value: Tensor) -> KVRef: ...
 
     def attend(
         self,
@@ -40,13 +42,23 @@ class Owner(Protocol):
 class KVRef:
     """What `update` returns for keys and values: a handle that only our attention understands.
 
-    It names the layer whose keys it stands for: other layers may read them as well, after that one
+    It knows the layer whose keys it stands for: other layers may read them as well, after that one
     `wrote` them.
     """
 
-    def __init__(self, cache: Owner, layer: int, key: Tensor, value: Tensor) -> None:
-        self.cache, self.layer, self.key, self.value = cache, layer, key, value
+    def __init__(self, cache: Owner, place: int | None, key: Tensor, value: Tensor) -> None:
+        self.cache, self.place, self.key, self.value = cache, place, key, value
         self.wrote = False
+
+    @property
+    def layer(self) -> int:
+        """Our number of the layer."""
+        assert self.place is not None
+        return self.cache.served.places[self.place]
+
+    def to(self, device: torch.device | str) -> KVRef:
+        """Itself: a model may bring what layers share to the device of one of them."""
+        return self
 
     @property
     def shape(self) -> Any:
@@ -75,10 +87,7 @@ class _NoTensor:
 
 
 class KVPolicyLayer(CacheLayerMixin):
-    """One layer's face towards transformers; everything is in the cache's state.
-
-    `index` counts the layers with keys of their own.
-    """
+    """One layer's face towards transformers, by its `place`; everything is in the cache's state."""
 
     is_sliding = False
     is_compileable = False
@@ -87,10 +96,10 @@ class KVPolicyLayer(CacheLayerMixin):
     keys: Any = _NoTensor()
     values: Any = _NoTensor()
 
-    def __init__(self, cache: Owner, index: int) -> None:
+    def __init__(self, cache: Owner, place: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         # Weak: a cycle would keep a dropped cache's pages until the collector happens to run.
-        self._cache, self.index = weakref.ref(cache), index
+        self._cache, self.place = weakref.ref(cache), place
         self.is_initialized = True
 
     @property
@@ -105,7 +114,7 @@ class KVPolicyLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        handle = self.cache.hold(self.index, key_states, value_states)
+        handle = KVRef(self.cache, self.place, key_states, value_states)
         return handle, handle
 
     def get_seq_length(self) -> int:
@@ -128,8 +137,8 @@ class KVPolicyLayer(CacheLayerMixin):
 class KVPolicyHybridLayer(KVPolicyLayer, LinearAttentionLayer):
     """A layer that attends and keeps a recurrent or convolutional state, which is transformers'."""
 
-    def __init__(self, cache: Owner, index: int, states: int) -> None:
-        KVPolicyLayer.__init__(self, cache, index)
+    def __init__(self, cache: Owner, place: int, states: int) -> None:
+        KVPolicyLayer.__init__(self, cache, place)
         LinearAttentionLayer.__init__(self, number_of_states=states)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
@@ -150,14 +159,15 @@ def keeps_state(face: Any) -> bool:
     return isinstance(face, LinearAttentionCacheLayerMixin)
 
 
-def faces_of(cache: Owner, config: Any, places: Mapping[int, int]) -> list[Any]:
-    """A cache's layers: ours by `places`, transformers' own for what keeps no keys."""
+def faces_of(cache: Owner, config: Any, places: Container[int]) -> list[Any]:
+    """A cache's layers: ours at `places`, transformers' own for what keeps no keys."""
     faces: list[Any] = []
     for place, own in enumerate(DynamicCache(config=config).layers):
         if place not in places:
             faces.append(own)
         elif keeps_state(own):
-            faces.append(KVPolicyHybridLayer(cache, places[place], own.number_of_states))
+            states: Any = own
+            faces.append(KVPolicyHybridLayer(cache, place, states.number_of_states))
         else:
-            faces.append(KVPolicyLayer(cache, places[place]))
+            faces.append(KVPolicyLayer(cache, place))
     return faces

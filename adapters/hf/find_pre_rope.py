@@ -6,58 +6,12 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import attrs
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .pre_rope import Angles, angles_of, given_arguments, rotated_back
+from .pre_rope import Angles, angles_of, rotated_back
 from .records import PreRope, Rotation
-
-
-@attrs.define(eq=False)
-class Watched:
-    """What happened in an attention module's forward so far.
-
-    Attributes:
-        name: its qualified name.
-        arguments: of its forward, by name.
-        outputs: of submodules, by qualified name, with their first input.
-        hooks: on it.
-    """
-
-    name: str
-    arguments: dict[str, Any] = attrs.field(factory=dict)
-    outputs: dict[str, tuple[Any, Any]] = attrs.field(factory=dict)
-    hooks: list[Any] = attrs.field(factory=list)
-
-
-def watch(name: str, attention: nn.Module) -> Watched:
-    """Watches an attention module until its `hooks` are removed."""
-    seen = Watched(name)
-
-    def begins(module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.arguments = given_arguments(module, args, kwargs)
-        seen.outputs = {}
-
-    def ends(module: nn.Module, args: Any, output: Any, *, label: str) -> None:
-        seen.outputs[label] = output, (args[0] if args else None)
-
-    seen.hooks.append(attention.register_forward_pre_hook(begins, with_kwargs=True))
-    for label, module in attention.named_modules(prefix=name):
-        if module is not attention:
-            hook = _Labelled(ends, label)
-            seen.hooks.append(module.register_forward_hook(hook))
-    return seen
-
-
-class _Labelled:
-    """A hook that knows the name of its module."""
-
-    def __init__(self, function: Any, label: str) -> None:
-        self.function, self.label = function, label
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.function(module, args, output, label=self.label)
+from .watched import Watched
 
 
 def find(seen: Watched, query: Tensor, key: Tensor, *, clips: bool = False) -> PreRope | str:

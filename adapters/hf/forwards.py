@@ -119,6 +119,7 @@ class Forwards:
         as_tuple = not kwargs.get("return_dict", config.return_dict)
         kwargs["return_dict"] = True
         cache = kwargs["past_key_values"] = attachment.cache_for(given)
+        cache.served = attachment.served  # the modules that run; the cache may be a gone model's
         ids, crossing = inputs_of(kwargs), None
         batch, columns = ids.shape[:2]
         if given is not None and cache.counts_positions:

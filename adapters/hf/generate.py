@@ -61,7 +61,8 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
     cache = cache or attachment.cache_for(given)
     use_mask(cache, kwargs, config)
     columns = _prompt_columns(attachment, cache, kwargs)
-    _check_mask(cache, kwargs.get("attention_mask"), columns)
+    width = max([x.shape[1] for x in _inputs(kwargs)], default=1)
+    _check_mask(cache, kwargs.get("attention_mask"), width, columns)
     # Our loop says itself when the prompt has ended.
     boundary = None if own else columns
     if question is None:
@@ -82,11 +83,17 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
     return output
 
 
-def _check_mask(cache: KVPolicyCache, mask: Any, columns: int) -> None:
+def _check_mask(cache: KVPolicyCache, mask: Any, width: int, columns: int) -> None:
     """transformers drops masks of ones, so that forwards do not see them all."""
     check_ahead(mask, columns)
-    flat = isinstance(mask, Tensor) and mask.ndim == 2
-    if cache.state is not None and flat and mask.shape[1] >= columns > cache.columns:
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return
+    if mask.shape[1] != width and mask.shape[1] < columns:
+        raise ValueError(
+            f"attention_mask: wanted {columns} columns or more, got {list(mask.shape)} beside "
+            f"{width} columns of input"
+        )
+    if cache.state is not None and mask.shape[1] >= columns > cache.columns:
         check_stored(mask, cache.chunks, cache.state.batch)
 
 

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
@@ -17,6 +18,8 @@ from .kinds import LayerKind
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
+_TRANSFORMERS = os.path.dirname(os.path.abspath(transformers.__file__))
+_MODELS = os.path.join(_TRANSFORMERS, "models")
 _OPERATORS = (
     "getitem setitem iter len bool contains add radd sub rsub mul rmul truediv rtruediv floordiv "
     "matmul rmatmul pow neg abs lt le gt ge float int index array"
@@ -32,6 +35,12 @@ class Handle:
 
     def __init__(self, layer: StoredLayer) -> None:
         self.__dict__["layer"] = layer
+
+    def to(self, device: torch.device | str) -> Handle:
+        """Itself: a model may bring what it shares to the device of a layer."""
+        if isinstance(device, torch.dtype) or not isinstance(device, torch.device | str):
+            raise Touched("it reads .to of its cached keys or values")
+        return self
 
     def __getattr__(self, name: str) -> Any:
         raise Touched(f"it reads .{name} of its cached keys or values")
@@ -78,12 +87,9 @@ class StoredLayer(CacheLayerMixin):
         self.fresh: Tensor | None = None
         self.updates = self.reads = 0
 
-    @property
-    def keys(self) -> Any:
-        """A handle, for models that look into the cache itself."""
-        return Handle(self)
-
-    values = keys
+    def __getattribute__(self, name: str) -> Any:
+        """For models that look into the cache itself, keys and values are a handle too."""
+        return Handle(self) if name in ("keys", "values") else super().__getattribute__(name)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: `update` keeps what comes."""
@@ -123,10 +129,11 @@ class HybridLayer(LinearAttentionLayer, StoredLayer):
     """The same, of a layer that also keeps a state of transformers' own."""
 
     is_compileable = False
+    is_croppable = False
 
     def __init__(self, index: int, notice: Callable[[StoredLayer], None], states: int) -> None:
         StoredLayer.__init__(self, index, notice)
-        LinearAttentionLayer.__init__(self, number_of_states=states)  # type: ignore[no-untyped-call]
+        LinearAttentionLayer.__init__(self, number_of_states=states)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
@@ -143,12 +150,12 @@ class ProbeCache(Cache):
             elif kind.attention:
                 layers.append(StoredLayer(index, notice))
             elif kind.own:
-                layers.append(LinearAttentionLayer(number_of_states=kind.states))  # type: ignore[no-untyped-call]
+                layers.append(LinearAttentionLayer(number_of_states=kind.states))
             elif hasattr(cache_utils, "DummyLayer"):
-                layers.append(cache_utils.DummyLayer())  # type: ignore[no-untyped-call]
+                layers.append(cache_utils.DummyLayer())
             elif kind.kind == "none":  # as transformers did before it had that
-                layers.append(LinearAttentionLayer())  # type: ignore[no-untyped-call]
-        super().__init__(layers=layers)  # type: ignore[no-untyped-call]
+                layers.append(LinearAttentionLayer())
+        super().__init__(layers=layers)
 
     @property
     def stored(self) -> list[StoredLayer]:
@@ -167,7 +174,8 @@ def place_of(error: BaseException) -> tuple[str, str]:
     while trace is not None:
         code = trace.tb_frame.f_code
         file = os.path.abspath(code.co_filename)
-        if not file.startswith((_HERE, _TORCH)) and "<" not in code.co_filename:
+        library = file.startswith((_HERE, _TORCH, _TRANSFORMERS)) and not file.startswith(_MODELS)
+        if not library and "<" not in code.co_filename:
             found = (
                 f"{os.path.basename(file)}:{trace.tb_lineno}",
                 linecache.getline(file, trace.tb_lineno).strip(),

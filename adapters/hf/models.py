@@ -6,7 +6,7 @@ model is served because `probe` found what the cache needs to know of it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import attrs
 import torch
@@ -32,6 +32,17 @@ def decoder_of(model: Any) -> Any:
             break
         found = inner
     return found
+
+
+class Rules(NamedTuple):
+    """What a layer's attention does with what it is given; see AttentionLayer."""
+
+    scale: float
+    softcap: float | None
+    sinks: str
+    pre_rope: PreRope | None
+    source: nn.Module | None
+    source_inside: bool
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -76,6 +87,11 @@ class AttentionLayer:
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def rules(self) -> Rules:
+        inside = self.source is None or any(x is self.source for x in self.module.modules())
+        return Rules(self.scale, self.softcap, self.sinks, self.pre_rope, self.source, inside)
+
 
 @attrs.frozen(eq=False, kw_only=True)
 class Served:
@@ -87,6 +103,7 @@ class Served:
         readers: attention modules that read the keys of other layers alone.
         places: the index in `layers` by the place in transformers' cache.
         probe: how it was checked.
+        rules: of `layers`.
     """
 
     config: Any
@@ -94,6 +111,22 @@ class Served:
     readers: tuple[Any, ...]
     places: dict[int, int]
     probe: Probe
+    rules: tuple[Rules, ...] = attrs.field(
+        init=False, default=attrs.Factory(lambda self: self._rules(), takes_self=True)
+    )
+
+    def _rules(self) -> tuple[Rules, ...]:
+        return tuple(layer.rules for layer in self.layers)
+
+    def place_of(self, module: Any) -> int:
+        """The place of the one layer that `module` attends for."""
+        found = [layer.place for layer in self.layers if layer.module is module]
+        if len(found) != 1:
+            raise UnsupportedError(
+                f"torch.compile: {type(module).__name__} attends for {len(found)} layers with keys "
+                "of their own; a compiled model is served where each has a module"
+            )
+        return found[0]
 
     @property
     def modules(self) -> list[Any]:
@@ -114,7 +147,12 @@ def served(model: nn.Module, *, verify: bool = True) -> Served:
 def _served(model: nn.Module, decoder: nn.Module, found: Probe) -> Served:
     config, base = text_config(decoder.config), base_of(model)
     read = {layer.reads for layer in found.layers if layer.shared}
-    layers = [_layer(base, config, layer, layer.layer in read) for layer in found.stored]
+    layers = []
+    for layer in found.stored:
+        # A cut model has all heads; this rank may hold a part.
+        module = base.get_submodule(layer.module)
+        parts = shards(module)[1] if found.way == "cut" else 1
+        layers.append(_layer(base, config, layer, layer.layer in read, parts))
     if not layers:
         raise UnsupportedError("model: no layer keeps keys and values, there is nothing to cache")
     readers = [base.get_submodule(layer.module) for layer in found.layers if layer.shared]
@@ -124,7 +162,9 @@ def _served(model: nn.Module, decoder: nn.Module, found: Probe) -> Served:
     )
 
 
-def _layer(base: nn.Module, config: Any, found: ProbedLayer, shared: bool) -> AttentionLayer:
+def _layer(
+    base: nn.Module, config: Any, found: ProbedLayer, shared: bool, parts: int
+) -> AttentionLayer:
     module = base.get_submodule(found.module)
     name = _source(found.pre_rope)
     return AttentionLayer(
@@ -132,8 +172,8 @@ def _layer(base: nn.Module, config: Any, found: ProbedLayer, shared: bool) -> At
         place=found.layer,
         window=found.window if found.chunk is None else found.chunk,
         chunk=found.chunk,
-        heads=found.heads,
-        kv_heads=found.kv_heads,
+        heads=found.heads // parts,
+        kv_heads=found.kv_heads // parts,
         head_dim=found.head_dim,
         value_dim=found.value_dim,
         scale=found.scale,
@@ -204,9 +244,10 @@ def ranks_of(known: Served) -> Ranks:
 
 
 def _ranks_of(module: nn.Module) -> Ranks:
-    for weight in module.parameters():
+    weights: list[Any] = [getattr(part, "weight", None) for part in module.modules()]
+    for weight in weights:
         for axis, placement in enumerate(getattr(weight, "placements", ())):
-            if placement.is_shard(0) and weight.device_mesh.size(axis) > 1:
+            if weight is not None and placement.is_shard(0) and weight.device_mesh.size(axis) > 1:
                 return Ranks(weight.device_mesh, axis)
     return Ranks()
 

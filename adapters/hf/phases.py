@@ -16,6 +16,7 @@ from .generate import merged_config, run
 from .wrappers import soft_prompt
 
 QUESTIONS = ("decode", "prompt")
+OWN = {"inputs", "inputs_embeds", "past_key_values"}  # arguments of generate that `ask` gives
 
 
 def read(
@@ -74,6 +75,13 @@ def ask(
     """See `Attachment.ask`."""
     check_ids("input_ids", input_ids)
     optional(check_mask, "attention_mask", attention_mask)
+    if taken := OWN.intersection(options):
+        raise TypeError(f"{min(taken)}: ask gives it to generate itself; it is no option")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask: wanted {list(input_ids.shape)}, of the question, got "
+            f"{list(attention_mask.shape)}"
+        )
     config = merged_config(attachment, options)
     rows = max(config.num_beams or 1, config.num_return_sequences or 1)
     fork = _fork(attachment, cache, input_ids, question, rows)

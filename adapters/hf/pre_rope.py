@@ -41,10 +41,13 @@ def heads_of(output: Any, pre: PreRope, key: Tensor) -> Tensor:
         whole: Tensor = output
         return whole
     flat: Tensor = output.reshape(batch, columns, -1)
+    taken: Tensor
     if pre.stride == dim:
-        return flat.narrow(-1, pre.offset, heads * dim).unflatten(-1, (heads, dim)).transpose(1, 2)
-    taken = flat.narrow(-1, pre.offset, (heads - 1) * pre.stride + dim)
-    return taken.unfold(-1, dim, pre.stride).transpose(1, 2)
+        taken = flat.narrow(-1, pre.offset, heads * dim).unflatten(-1, (heads, dim))
+    else:
+        taken = flat.narrow(-1, pre.offset, (heads - 1) * pre.stride + dim)
+        taken = taken.unfold(-1, dim, pre.stride)
+    return taken.transpose(1, 2)
 
 
 def angles_of(kept: Any) -> Angles:

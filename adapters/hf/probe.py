@@ -17,12 +17,14 @@ from ...errors import UnsupportedError
 from .cut import cut_model, whole, why_not_in_place
 from .handle import Touched, place_of
 from .kinds import LayerKind, layer_kinds
-from .probe_run import PROMPT, STEPS, OwnRun, ProbeRun
+from .own_run import OwnRun
+from .probe_run import ProbeRun
 from .records import ModelRefused as ModelRefused
 from .records import PreRope as PreRope
 from .records import Probe as Probe
 from .records import ProbedLayer as ProbedLayer
 from .records import Rotation as Rotation
+from .runs import PROMPT, STEPS
 from .untouched import untouched
 from .wrappers import base_of
 
@@ -68,7 +70,7 @@ def _probe(model: Any) -> Probe:
         if error.check != "forward":
             raise
         reason = f"{obstacle}, and in place {error.reason}"
-    _kinds_of(model)
+    check_kinds(model.config)
     return whole(model, probe_in_place(_checked(lambda: cut_model(model), "cut")), reason)
 
 
@@ -85,7 +87,7 @@ def tolerance(dtype: torch.dtype, calls: int) -> float:
 
 def probe_in_place(model: Any) -> Probe:
     """`probe` without what is remembered, on transformers' model itself."""
-    kinds = _kinds_of(model)
+    kinds = check_kinds(model.config)
     tokens = _tokens(model)
     with untouched(model):
         own = OwnRun(model)
@@ -126,9 +128,10 @@ def _compared(
     return worst, None
 
 
-def _kinds_of(model: Any) -> tuple[LayerKind, ...]:
+def check_kinds(config: Any) -> tuple[LayerKind, ...]:
+    """The kinds of the layers; raises ModelRefused where one is not served, or none keeps keys."""
     try:
-        kinds = layer_kinds(model.config)
+        kinds = layer_kinds(config)
     except UnsupportedError as error:
         raise ModelRefused(str(error).removeprefix("model: "), check="kinds") from None
     except (AttributeError, ValueError, TypeError) as error:

@@ -27,7 +27,7 @@ def positions(kinds: Iterable[LayerKind]) -> Tensor:
     """Positions at which masks of these windows and chunks, or of other sizes, show."""
     found = {0, 1, 2, 3} | {2**n + d for n in range(2, 20) for d in (-1, 0, 1)}
     for kind in kinds:
-        for size in {kind.window, kind.chunk} - {None}:
+        for size in (x for x in (kind.window, kind.chunk) if x is not None):
             found |= {n * size + d for n in (1, 2, 3) for d in (-1, 0, 1)}
     return torch.tensor(sorted(found))
 
@@ -44,7 +44,7 @@ def difference(
     except IndexError:
         places = places[places < length]
         theirs = _ask(function, places)
-    ours = seen(places[:, None], places, kind.window, kind.chunk)
+    ours = seen(places[:, None], places, kind.window, kind.chunk).cpu()
     wrong = (theirs != ours).nonzero()
     if not len(wrong):
         return None

@@ -1,106 +1,21 @@
-"""Two runs of a model on a few tokens: by its own attention, and by ours through handles."""
+"""A run of a model by our attention through handles, beside its own."""
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator
 from typing import Any
 
-import attrs
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.masking_utils import eager_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .find_pre_rope import Watched, find, watch
+from .find_pre_rope import find
 from .handle import Handle, ProbeCache, StoredLayer
 from .kinds import LayerKind
+from .own_run import OwnCall
 from .probe_attention import SINKS, Scores, allowed, attend, scores_of, unknown_argument
-from .probe_masks import MaskFunction, difference, positions
+from .probe_masks import difference, positions
 from .records import ModelRefused, PreRope, ProbedLayer
-from .untouched import configs_of
-
-OWN, OURS = "kvpolicy_own", "kvpolicy_probe"  # names of attention and mask functions
-PROMPT, STEPS = 11, 1  # tokens
-
-_LOCK = threading.RLock()
-_running: list[OwnRun | ProbeRun] = []
-
-
-@attrs.frozen(eq=False, kw_only=True)
-class OwnCall:
-    """One call of a model's own attention function.
-
-    Attributes:
-        module: the attention module.
-        query, key, value: what it was given.
-        output: `[B, S, Hq, Dv]`, and `exact` the same computed from wider copies.
-        mask: the function that made its mask; None where that is not known.
-        past: columns before the first query.
-    """
-
-    module: nn.Module
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    output: Tensor
-    exact: Tensor
-    mask: MaskFunction | None
-    past: int
-
-
-class OwnRun:
-    """A model's eager attention on transformers' own cache, with what it was given and gave."""
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.calls = model, list[OwnCall]()
-        self.masks: dict[int, tuple[Tensor, MaskFunction]] = {}
-        self.past = 0
-
-    def run(self, tokens: Tensor) -> list[Tensor]:
-        """Logits of the prompt and of each step."""
-        return _forwards(self, OWN, tokens, DynamicCache(config=self.model.config))
-
-    def begin(self, past: int) -> None:
-        self.past = past
-        self.masks.clear()
-
-    def mask(self, **arguments: Any) -> Tensor | None:
-        made: Tensor | None = eager_mask(**arguments)
-        function = arguments.get("mask_function")
-        if made is not None and function is not None:
-            self.masks[made.untyped_storage().data_ptr()] = made, function
-        return made
-
-    def attention(
-        self, module: Any, query: Any, key: Any, value: Any, mask: Any, **given: Any
-    ) -> Any:
-        function = _eager(module)
-        output, weights = function(module, query, key, value, mask, **given)
-        wide = torch.promote_types(query.dtype, torch.float32)
-        wider = [
-            x.to(wide) if isinstance(x, Tensor) and x.is_floating_point() else x
-            for x in (query, key, value, mask)
-        ]
-        exact, _ = function(module, *wider, **given)
-        known = None
-        if isinstance(mask, Tensor):
-            known = self.masks.get(mask.untyped_storage().data_ptr(), (mask, None))[1]
-        self.calls.append(
-            OwnCall(
-                module=module,
-                query=query,
-                key=key,
-                value=value,
-                output=output,
-                exact=exact,
-                mask=known,
-                past=self.past,
-            )
-        )
-        return output, weights
+from .runs import OURS, forwards
+from .watched import Watched, watch
 
 
 class ProbeRun:
@@ -126,7 +41,7 @@ class ProbeRun:
         try:
             for number, module in modules.items():
                 self.watched[number] = watch(self.names[number], module)
-            logits = _forwards(self, OURS, tokens, self.cache)
+            logits = forwards(self, OURS, tokens, self.cache)
         finally:
             for seen in self.watched.values():
                 for hook in seen.hooks:
@@ -215,6 +130,8 @@ class ProbeRun:
         kind = self.kinds[stored.index]
         self._check_mask(refuse, own, kind, query.device)
         self._check_output(refuse, own, kind, scores)
+        if self.follow or query.dtype.itemsize < 4:
+            self._check_inputs(refuse, own, query, stored)
         if not self.past:
             self.layers.append(self._record(module, layer, stored, query, scores, given))
         if self.follow or query.dtype.itemsize < 4:
@@ -247,6 +164,21 @@ class ProbeRun:
                 f"by its mask, a query at position {query} {'sees' if sees else 'does not see'} "
                 f"the key at {key}, by its kind {kind.kind!r} it does{' not' if sees else ''}",
             )
+
+    def _check_inputs(self, refuse: Any, own: OwnCall, query: Tensor, stored: StoredLayer) -> None:
+        """Refuses a layer that attends to others without a mask, which results would not show."""
+        columns = query.shape[2]
+        assert stored.stored is not None and stored.values_stored is not None
+        for name, theirs, ours in (
+            ("queries", own.query, query),
+            ("keys", own.key, stored.stored),
+            ("values", own.value, stored.values_stored),
+        ):
+            a, b = (x[:, :, -columns:].double() for x in (theirs, ours))
+            if float((a - b).abs().max()) > 16 * torch.finfo(query.dtype).eps * float(
+                a.abs().max()
+            ):
+                raise refuse("attention", f"its {name} are others without a mask")
 
     def _check_output(self, refuse: Any, own: OwnCall, kind: LayerKind, scores: Scores) -> None:
         if own.key.shape[-1] != own.query.shape[-1] or own.query.shape[1] % own.key.shape[1]:
@@ -316,50 +248,3 @@ def _clips(module: Any) -> bool:
     config = getattr(module, "config", None)
     holders = (module, config, getattr(config, "attn_config", None))
     return any(getattr(holder, "clip_qkv", None) is not None for holder in holders)
-
-
-def _eager(module: Any) -> Callable[..., Any]:
-    """The attention that a model's own code defines, beside the module's forward."""
-    defined = getattr(type(module).forward, "__globals__", {}).get("eager_attention_forward")
-    return defined or ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-
-def _forwards(run: OwnRun | ProbeRun, name: str, tokens: Tensor, cache: Any) -> list[Tensor]:
-    """Logits of a prompt and of single tokens after it."""
-    found = []
-    cuts = [(0, PROMPT), *((PROMPT + n, PROMPT + n + 1) for n in range(STEPS))]
-    with _named(run, name):
-        for start, stop in cuts:
-            run.begin(start)
-            out = run.model(input_ids=tokens[:, start:stop], past_key_values=cache, use_cache=True)
-            logits = getattr(out, "logits", None)
-            found.append(out[0] if logits is None else logits)
-    return found
-
-
-@contextlib.contextmanager
-def _named(run: OwnRun | ProbeRun, name: str) -> Iterator[None]:
-    """Lets `run` be what the attention and mask functions of `name` call."""
-    with _LOCK:
-        for config in configs_of(run.model):
-            config._attn_implementation = name
-        _running.append(run)
-        try:
-            yield
-        finally:
-            _running.pop()
-
-
-def _attention(
-    module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, **given: Any
-) -> Any:
-    return _running[-1].attention(module, query, key, value, attention_mask, **given)
-
-
-def _mask(**arguments: Any) -> Any:
-    return _running[-1].mask(**arguments)
-
-
-for _name in (OWN, OURS):
-    AttentionInterface.register(_name, _attention)
-    AttentionMaskInterface.register(_name, _mask)

@@ -1,4 +1,4 @@
-"""Tiny random models of every causal-LM type of the installed transformers."""
+"""Tiny random models of every type of the installed transformers that generates text."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ import torch
 import transformers
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
-from .tiny_sizes import DEFAULT, SIZES, SPECIAL
+from .tiny_sizes import DEFAULT, HEAD_DIM, SIZES, SPECIAL
 
 # Parts of names of parameters that make scores, and of norms on queries and keys.
 _SCORES = ("q_proj", "k_proj", "query", "key", "qkv", "c_attn", "wq", "wk", "q_attn")
-_NORMS = ("q_norm", "k_norm", "qk_norm", "query_norm", "key_norm")
-_NORMS += ("q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm")
+_NORMS = {
+    *("q_norm", "k_norm", "qk_norm", "query_norm", "key_norm"),
+    *("q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm"),
+}
 
 
 def causal_types() -> list[str]:
@@ -24,21 +29,37 @@ def causal_types() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def tiny_config(model_type: str, **changes: Any) -> Any:
-    """A config of `model_type` with a few narrow layers of each kind, and `changes`."""
+def multimodal_types() -> list[str]:
+    """Every other model type that generates text from images and text."""
+    return sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - set(causal_types()))
+
+
+def class_of(model_type: str) -> Any:
+    """The class of the model of `model_type` that generates text."""
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    name = name or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type]
+    return getattr(transformers, name if isinstance(name, str) else name[0])
+
+
+def default_config(model_type: str) -> Any:
+    """The default config from which the model of `model_type` is made."""
     config = CONFIG_MAPPING[model_type](**DEFAULT.get(model_type, {}))
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
-    model_class = getattr(transformers, name if isinstance(name, str) else name[0])
+    model_class = class_of(model_type)
     # A causal LM of a multimodal type may be made from a part of its config.
     wanted = getattr(model_class, "config_class", None)
     for part in getattr(config, "sub_configs", {}):
         if wanted is not None and type(getattr(config, part, None)) is wanted:
             config = getattr(config, part)
-    return shrunk(config, **changes)
+    return config
+
+
+def tiny_config(model_type: str, **changes: Any) -> Any:
+    """A config of `model_type` with a few narrow layers of each kind, and `changes`."""
+    return shrunk(default_config(model_type), **changes)
 
 
 def shrunk(config: Any, **changes: Any) -> Any:
-    """A narrow config like `config`, which must be its type's default one."""
+    """A narrow config of the type of `config`, whose own fields are its default ones."""
     held = config.to_dict()
     special = SPECIAL.get(config.model_type, {})
     sizes = {
@@ -55,6 +76,11 @@ def shrunk(config: Any, **changes: Any) -> Any:
         for name in getattr(config, "sub_configs", {})
         if hasattr(part := getattr(config, name, None), "to_dict")
     }
+    rope = held.get("rope_parameters") or {}
+    if "mrope_section" in rope:  # channels of each axis, which fill half a head
+        half = int(HEAD_DIM * rope.get("partial_rotary_factor", 1.0)) // 2
+        section = [half - 2 * (half // 3), half // 3, half // 3]
+        sizes["rope_parameters"] = {**rope, "mrope_section": section}
     made = type(config)(**{**sizes, **special, **parts, **changes})
     if hasattr(made, "is_decoder") and not getattr(made, "is_encoder_decoder", False):
         made.is_decoder = True
@@ -71,9 +97,7 @@ def tiny_model(model_type: str, *, seed: int = 0, **changes: Any) -> nn.Module:
     config._attn_implementation = "eager"
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
-        model_class = getattr(transformers, name if isinstance(name, str) else name[0])
-        model = model_class._from_config(config).float().eval()
+        model: nn.Module = class_of(model_type)._from_config(config).float().eval()
     sharpen(model, seed=seed)
     return model
 

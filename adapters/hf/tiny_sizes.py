@@ -85,8 +85,9 @@ _ALTERNATING = ["sliding_attention", "full_attention"] * 4
 _BART = dict.fromkeys(("encoder_layers", "decoder_layers"), 4)
 _SHARING: dict[str, Any] = {"num_kv_shared_layers": 4, "layer_types": _ALTERNATING}
 _GEMMA4: dict[str, Any] = {**_SHARING, "global_head_dim": 32, "num_global_key_value_heads": 1}
-_LATENT: dict[str, Any] = {"num_key_value_heads": 4}  # MLA
+_NO_INPUTS = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 _ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
+_AXES: dict[str, Any] = {"rope_parameters": {**_ROPE, "mrope_section": [4, 2, 2]}}
 
 SPECIAL: dict[str, dict[str, Any]] = {
     **_all("bart marian mbart mvp pegasus plbart whisper blenderbot blenderbot-small", _BART),
@@ -96,6 +97,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE},
         "layer_types": [*["sliding_attention"] * 3, "full_attention"] * 2,
+    },
+    **_all("qwen2_vl_text qwen2_5_vl_text qwen2_5_omni_text glm4v_text glm_ocr_text", _AXES),
+    "paddleocr_vl_text": _AXES,
+    "glm4v_moe_text": {
+        "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
     },
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 1.0}},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
@@ -108,6 +114,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "gemma4_text": _GEMMA4,
     "gemma4_unified_text": {k: v for k, v in _GEMMA4.items() if k != "num_global_key_value_heads"},
+    "gemma4_assistant": {"text_config": {**_NO_INPUTS, "num_kv_shared_layers": 8}},
     "gpt_neo": {"attention_types": [[["global", "local"], 4]]},
     "gptj": {"rotary_dim": 8},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 4},
@@ -123,6 +130,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "qk_head_dim": 24,
     },
     "mamba2": {"num_heads": 8, "head_dim": 16},
+    "mimo_v2_flash": {"v_head_dim": 8, "swa_v_head_dim": 8},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 4},
     "ministral": {"head_dim": 16, "layer_types": _ALTERNATING},
     "moshi": {"sliding_window": 64},
@@ -138,10 +146,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "split_ngram_parts": 2,
     },
     "reformer": {
-        "attn_layers": ["local", "lsh"],
+        "attn_layers": ["local", "lsh"] * 4,
         "axial_pos_embds": False,
         "num_buckets": 2,
     },
+    "xlstm": {"chunk_size": 64, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
     "zamba2": {
         "layers_block_type": [*["mamba"] * 2, "hybrid", "mamba"] * 2,
@@ -155,7 +164,5 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 # Where a type's default config is none: what it needs first.
 DEFAULT: dict[str, dict[str, Any]] = {
-    "gemma4_assistant": {
-        "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
-    },
+    "gemma4_assistant": {"text_config": _NO_INPUTS},
 }

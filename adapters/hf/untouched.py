@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 _CONTAINERS = (dict, list, set, collections.OrderedDict)
+_CONVOLUTIONS: Any = getattr(torch.backends.cudnn, "conv")  # noqa: B009  # not in torch's types
 _NAME = "_attn_implementation_internal"  # of a config, behind its property `_attn_implementation`
 
 
@@ -25,9 +26,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     named = [(c, c.__dict__.get(_NAME)) for c in configs_of(model)]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     # Rounded products would hide what is compared.
-    rounding = [
-        (x, x.fp32_precision) for x in (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    ]
+    rounding = [(x, x.fp32_precision) for x in (torch.backends.cuda.matmul, _CONVOLUTIONS)]
     try:
         for backend, _ in rounding:
             backend.fp32_precision = "ieee"
@@ -48,7 +47,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 def configs_of(model: nn.Module) -> list[Any]:
     """All config objects in a model's modules, and the configs inside them."""
     found: dict[int, Any] = {}
-    waiting = [m.config for m in model.modules() if hasattr(m, "config")]
+    waiting: list[Any] = [m.config for m in model.modules() if hasattr(m, "config")]
     while waiting:
         config = waiting.pop()
         if config is None or id(config) in found or not hasattr(config, "_attn_implementation"):
@@ -67,11 +66,11 @@ def _shallow(module: nn.Module) -> dict[str, Any]:
 
 
 def _put_back(module: nn.Module, before: dict[str, Any]) -> None:
-    now = vars(module)
+    now: dict[str, Any] = vars(module)
     for name in [name for name in now if name not in before]:
         del now[name]
     for name, value in before.items():
-        current = now.get(name)
+        current: Any = now.get(name)
         if type(value) in _CONTAINERS and type(current) is type(value):
             # Others may hold the container itself, such as the handle of a hook.
             current.clear()

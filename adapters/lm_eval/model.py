@@ -101,6 +101,11 @@ class KVPolicyLM(HFLM):  # type: ignore[misc]
         asked: dict[Key, list[int]] = {}
         ends: list[int] = []
         for index, (_, context, continuation) in enumerate(requests):
+            if len(continuation) > self.max_length:
+                raise ValueError(
+                    f"continuation: wanted at most max_length={self.max_length} tokens, got "
+                    f"{len(continuation)}"
+                )
             over = max(len(context) + len(continuation) - self.max_length - 1, 0)
             *more, last = continuation
             asked.setdefault((tuple(context[over:]), tuple(more)), []).append(index)
@@ -127,8 +132,9 @@ class KVPolicyLM(HFLM):  # type: ignore[misc]
             yield keys[start : start + size]
 
     def _largest_batch(self, keys: list[Key]) -> int:
-        self.batch_sizes = {0: self._detect_batch_size([(None, *map(list, keys[0]))])}
-        return self.batch_sizes[0]
+        found: int = self._detect_batch_size([(None, *map(list, keys[0]))])
+        self.batch_sizes = {0: found}
+        return found
 
     def _continued(self, keys: list[Key], kind: str) -> list[Continued]:
         def measure(cache: KVPolicyCache) -> None:

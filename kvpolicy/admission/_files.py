@@ -20,12 +20,14 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 @attrs.frozen(kw_only=True)
 class Source:
-    """Where weights were read: a file or folder, or its copy from a repository of the hub.
+    """Where weights were read: a file or folder, that of a trained policy, or a copy from the hub.
 
-    `file` is its name in `repo`, None for a folder; `chosen` what else decided what was read.
+    `name` is the trained policy's; `file` that of a file in `repo`, None for a folder; `chosen`
+    what else decided what was read.
     """
 
     path: Path
+    name: str | None = None
     repo: str | None = None
     file: str | None = None
     revision: str | None = None
@@ -51,10 +53,12 @@ def source_of(
     **chosen: float | int,
 ) -> Source:
     """What to remember of `path`, which was found by the other arguments."""
+    made = Source(path=path.resolve(), chosen=tuple(chosen.items()))
     if Path(source).exists():
-        return Source(path=path.resolve(), chosen=tuple(chosen.items()))
-    repo = str(source)
-    return Source(path=path, repo=repo, file=file, revision=revision, chosen=tuple(chosen.items()))
+        return attrs.evolve(made, name=_name_at(path))
+    if file is None and _is_name(source):
+        return attrs.evolve(made, name=os.fspath(source).removesuffix(".safetensors"))
+    return attrs.evolve(made, repo=str(source), file=file, revision=revision)
 
 
 def find_file(source: str | os.PathLike[str], file: str | None, revision: str | None) -> Path:
@@ -106,6 +110,13 @@ def _is_name(source: str | os.PathLike[str]) -> bool:
     """Whether nothing lies at `source`, and a trained policy has this name."""
     name = os.fspath(source).removesuffix(".safetensors")
     return not Path(source).exists() and name in {*pretrained.KNOWN, *pretrained.names()}
+
+
+def _name_at(path: Path) -> str | None:
+    """The name of the trained policy that is found at `path`."""
+    name = path.name.removesuffix(".safetensors").removesuffix(".packed")
+    found = name in pretrained.names() and pretrained.path(name).resolve() == path.resolve()
+    return name if found else None
 
 
 def _is_repository(source: str | os.PathLike[str]) -> bool:

@@ -19,8 +19,9 @@ def ragged(mean: int, heads: int) -> list[int]:
 
 
 def stored(
-    bench: Bench, sets: list[list[int]], page: int, dim: int, summaries: bool = False
-) -> tuple[PagePool, list[Heads]]:
+    bench: Bench, sets: list[list[int]], page: int, dim: int, summaries: bool = False,
+    dim_v: int | None = None,
+) -> tuple[PagePool, list[Heads]]:  # fmt: skip
     """A pool of random keys and values, and per set the heads of one sequence.
 
     Pages lie in random order. `summaries` fills in each page's smallest and largest key.
@@ -29,8 +30,8 @@ def stored(
 
     width = (2 * dim, bench.dtype) if summaries else None
     pool = PagePool(
-        page_size=page, head_dim=dim, dtype=bench.dtype, device=bench.device, summary=width,
-        moving=False, copy=page_io.copy_pages,
+        page_size=page, head_dim=dim, value_dim=dim_v, dtype=bench.dtype,
+        device=bench.device, summary=width, moving=False, copy=page_io.copy_pages,
     )  # fmt: skip
     needed = [[-(-n // page) for n in lengths] for lengths in sets]
     total = sum(map(sum, needed))

@@ -17,8 +17,8 @@ from .output import machine, print_table, write_results
 from .plots import draw
 from .rows import CheckFailed, Row
 
-GROUPS = ("prefill", "decode", "quest", "write", "snapkv", "model", "launches")
-_MODULES = ("prefill", "decode", "write", "snapkv", "end_to_end", "launches")
+GROUPS = ("prefill", "decode", "quest", "write", "snapkv", "decoders", "model", "launches")
+_MODULES = ("prefill", "decode", "write", "snapkv", "decoders", "end_to_end", "launches")
 
 
 def run(

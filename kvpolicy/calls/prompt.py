@@ -102,15 +102,15 @@ def _last(seg: Segments, last: tuple[int, ...]) -> Segments:
 def _attention(
     state: CacheState, layer: LayerStore, query: Tensor, sinks: Tensor | None, told: Told
 ) -> Tensor:
-    pages, sizes = layer.pool.pages, layer.sizes
-    recent_kv, more = (told.key, told.value), {"softcap": sizes.softcap, "sinks": sinks}
+    pages, sizes, seg = layer.pool.pages, layer.sizes, told.segments
     if told.dense:
         return state.ops.dense_prefill(
-            query, *recent_kv, told.segments, pages, layer.table, sizes.scale, **more
-        )
+            query, told.key, told.value, seg, pages, layer.table, sizes.scale,
+            softcap=sizes.softcap, sinks=sinks,
+        )  # fmt: skip
     return state.ops.prefill_attention(
-        query, *recent_kv, told.flags, told.segments, pages, layer.heads, layer.window,
-        sizes.scale, told.bounds, chunk=sizes.chunk, **more,
+        query, told.key, told.value, told.flags, seg, pages, layer.heads, layer.window,
+        sizes.scale, told.bounds, softcap=sizes.softcap, sinks=sinks, chunk=sizes.chunk,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from .evaluate import evaluate
 from .examples import epilog
 from .generate import chat, generate
 from .inspect import inspect
+from .models import models
 from .plan import plan
 from .train import train_duo, train_gate
 
@@ -38,7 +39,7 @@ def completion(
 
 COMMANDS = (
     generate, chat, plan, inspect, calibrate, pareto, evaluate, train_gate, train_duo, bench,
-    completion,
+    models, completion,
 )  # fmt: skip
 for command in COMMANDS:
     app.command(epilog=epilog(command.__name__.replace("_", "-")))(command)

@@ -83,6 +83,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "kvpolicy train-duo smollm2 --texts manual.txt --out pattern --steps 2 --length 1024",
         ),
     ),
+    "models": (("whether two types are served", "kvpolicy models llama falcon --check"),),
     "bench": (("tiny shapes, also without a GPU", "kvpolicy bench --quick decode --out numbers"),),
     "completion": (("in this shell; in ~/.bashrc for all", 'eval "$(kvpolicy completion bash)"'),),
 }

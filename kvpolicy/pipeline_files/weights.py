@@ -1,4 +1,7 @@
-"""Weights of policies in files: where they lie and the hash of what lies there, never values."""
+"""Weights of policies in files: where they lie and their hash, never values.
+
+The hash is of the weights, not of the file's bytes, which differ where a copy is packed.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ import attrs
 
 from .. import pretrained
 from ..admission import Admission, DuoAttention, WriteGate
-from ..admission._duo_file import CONFIG, PATTERN
-from ..admission._files import Source, find_file, find_folder
+from ..admission._duo_file import PATTERN
+from ..admission._files import Source
 from ..admission.write_gate import WEIGHTS
 from ..store.fingerprint import tensors_hash
 
@@ -33,16 +36,15 @@ def gate_place(gate: WriteGate, beside: Path | None) -> dict[str, Any]:
     if gate.source is None:
         raise ValueError(f"source: WriteGate's weights come from no file; {again}")
     held = WriteGate.from_pretrained(gate.source.path)
-    if _hash(held) != _hash(gate):
+    if (found := _hash(gate)) != _hash(held):
         raise ValueError(f"source: the weights are no longer those of {gate.source.path}; {again}")
-    return _place(gate.source, "file", gate.source.path, beside)
+    return _place(gate.source, "file", beside) | {HASH: found}
 
 
 def read_gate(given: Mapping[str, Any], beside: Path | None) -> WriteGate:
     """A gate whose weights `given` names; what it does not name is the file's own."""
-    path, where = _found("file", given, beside)
-    _check_hash(path, given)
-    gate = WriteGate.from_pretrained(**where)
+    gate = WriteGate.from_pretrained(**_found("file", given, beside))
+    _check_hash(_hash(gate), given)
     return attrs.evolve(gate, **_others(given))
 
 
@@ -54,17 +56,17 @@ def duo_place(duo: DuoAttention, beside: Path | None) -> dict[str, Any] | None:
     made: DuoAttention = DuoAttention.from_pretrained(duo.source.path, **chosen)  # type: ignore[arg-type]
     if made.full_heads != duo.full_heads:
         return None
-    return _place(duo.source, "folder", duo.source.path / PATTERN, beside) | chosen
+    return _place(duo.source, "folder", beside) | {HASH: _digest(duo.source.path)} | chosen
 
 
 def read_duo(given: Mapping[str, Any], beside: Path | None) -> DuoAttention:
     """A pattern of the values that `given` names; what it does not name is the folder's own."""
     if "full_heads" in given:
         return DuoAttention(**given)
-    path, where = _found("folder", given, beside)
-    _check_hash(path / PATTERN, given)
     chosen = {name: given[name] for name in _CHOICE if name in given}
-    duo = DuoAttention.from_pretrained(**where, **chosen)
+    duo = DuoAttention.from_pretrained(**_found("folder", given, beside), **chosen)
+    assert duo.source is not None
+    _check_hash(_digest(duo.source.path), given)
     return attrs.evolve(duo, **_others(given, _CHOICE))
 
 
@@ -78,27 +80,24 @@ def _hash(gate: WriteGate) -> str:
     return tensors_hash({name: getattr(gate, name) for name in WEIGHTS}, {})
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(folder: Path) -> str:
+    return hashlib.sha256((folder / PATTERN).read_bytes()).hexdigest()
 
 
-def _place(source: Source, kind: str, hashed: Path, beside: Path | None) -> dict[str, Any]:
-    digest = {HASH: _digest(hashed)}
+def _place(source: Source, kind: str, beside: Path | None) -> dict[str, Any]:
+    if source.name is not None:
+        return {"pretrained": source.name}
     if source.repo is not None:
         place = {"repo": source.repo, "file": source.file, "revision": source.revision}
-        return {name: value for name, value in place.items() if value is not None} | digest
-    shipped = source.path.name
-    if shipped in pretrained.names() and pretrained.path(shipped).resolve() == source.path:
-        return {"pretrained": shipped} | digest
+        return {name: value for name, value in place.items() if value is not None}
     path = source.path
     if beside is not None and path.is_relative_to(beside.resolve()):
         path = path.relative_to(beside.resolve())
-    return {kind: path.as_posix()} | digest
+    return {kind: path.as_posix()}
 
 
-def _found(kind: str, given: Mapping[str, Any], beside: Path | None) -> tuple[Path, dict[str, Any]]:
-    """The path of what `given` names, and the arguments by which `from_pretrained` reads it."""
+def _found(kind: str, given: Mapping[str, Any], beside: Path | None) -> dict[str, Any]:
+    """The arguments by which `from_pretrained` reads what `given` names."""
     places = [name for name in ("pretrained", "repo", kind) if name in given]
     if len(places) != 1 and places != ["repo", "file"]:
         raise ValueError(
@@ -110,24 +109,16 @@ def _found(kind: str, given: Mapping[str, Any], beside: Path | None) -> tuple[Pa
             raise TypeError(f"{name}: wanted a text, got {given[name]!r}")
     if "repo" in given:
         of = {"path_or_repo": given["repo"], "revision": given.get("revision")}
-        if kind == "file":
-            path = find_file(given["repo"], given.get("file"), given.get("revision"))
-            return path, of | {"file": given.get("file")}
-        return find_folder(given["repo"], (PATTERN, CONFIG), given.get("revision")), of
+        return of | ({"file": given.get("file")} if kind == "file" else {})
     if "pretrained" in given:
-        path = pretrained.path(given["pretrained"])
-    else:
-        path = Path(os.path.join(beside or Path(), given[kind]))
-    return path, {"path_or_repo": path}
+        return {"path_or_repo": pretrained.path(given["pretrained"])}
+    return {"path_or_repo": Path(os.path.join(beside or Path(), given[kind]))}
 
 
-def _check_hash(path: Path, given: Mapping[str, Any]) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    found = _digest(path)
+def _check_hash(found: str, given: Mapping[str, Any]) -> None:
     if given.get(HASH) != found:
         raise ValueError(
-            f'{HASH}: wanted "{found}", which is that of {path.name}, got {given.get(HASH)!r}'
+            f'{HASH}: wanted "{found}", which is that of the weights there, got {given.get(HASH)!r}'
         )
 
 

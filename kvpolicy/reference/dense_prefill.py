@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import Pages, Segments
+from ..ops import Pages, Segments, check_asked
 from ._logits import attend
 from .page_io import read_pages
 
@@ -26,6 +26,7 @@ def dense_prefill(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention `[Hq, Tq, Dv]` where every token is stored: `Ops.dense_prefill`."""
+    check_asked("dense_prefill", query.shape[0], softcap, sinks)
     dim = value.shape[2]
     out = torch.empty(query.shape[1], query.shape[0], dim, dtype=query.dtype, device=query.device)
     for row, start in enumerate(segments.start):

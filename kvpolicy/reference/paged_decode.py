@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..ops import POSITION_MASK, Heads, Pages, Ring, ring_slot
+from ..ops import POSITION_MASK, Heads, Pages, Ring, check_asked, ring_slot
 from ._logits import logits, softmax, widened
 
 
@@ -26,6 +26,7 @@ def paged_decode(
     chunk: int | None = None,
 ) -> Tensor:
     """Attention `[B, Hq, Dv]` over the local window and the global tokens: `Ops.paged_decode`."""
+    check_asked("paged_decode", query.shape[1], softcap, sinks, chunk)
     table, counts = heads
     ring_k, ring_v, _ = ring
     batch, kv_heads, slots, dim = ring_k.shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops import ADMITTED, POSITION_MASK, Bounds, Heads, Pages, Segments
+from ..ops import ADMITTED, POSITION_MASK, Bounds, Heads, Pages, Segments, check_asked
 from ._logits import attend
 from .page_io import read_pages
 
@@ -29,6 +29,7 @@ def prefill_attention(
     chunk: int | None = None,
 ) -> Tensor:
     """Attention over {j <= i : i - j < window or admitted[j]}: `Ops.prefill_attention`."""
+    check_asked("prefill_attention", query.shape[0], softcap, sinks, chunk)
     table, counts = heads
     kv_heads, dim = key.shape[0], key.shape[2]
     shape = query.shape[1], query.shape[0], value.shape[2]
@@ -63,7 +64,7 @@ def prefill_attention(
             group = q.shape[0] // kv_heads
             q = q.reshape(kv_heads, group * (stop - tile), dim)
             attended = attend(q, k, v, mask, scale, softcap, sinks)
-            attended = attended.view(kv_heads * group, stop - tile, -1)
+            attended = attended.reshape(kv_heads * group, stop - tile, -1)
             out[q0 + tile - start : q0 + stop - start] = attended.transpose(0, 1)
     return out.transpose(0, 1)
 

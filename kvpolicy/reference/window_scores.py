@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import POSITION_MASK, Heads, Pages, Ring, ring_slot
+from ..ops import POSITION_MASK, Heads, Pages, Ring, check_asked, ring_slot
 from ._logits import logits
 
 _LOGITS = 1 << 22  # logits that a chunk of keys may have
@@ -36,6 +36,7 @@ def window_scores(
     Sequences are looked at one by one, as long as each is: how a product or a sum is rounded
     depends on its length.
     """
+    check_asked("window_scores", queries.shape[1], softcap, sinks)
     size, (batch, kv_heads, columns) = pages.k.shape[1], heads.table.shape
     wide = torch.promote_types(queries.dtype, torch.float32)
     mass = torch.zeros(batch, kv_heads, columns * size, dtype=wide, device=queries.device)

@@ -73,7 +73,7 @@ class Report:
 
     @property
     def kv(self) -> int:
-        """Bytes of keys and values: pages and ring."""
+        """Keys and values in bytes, those of pages and ring."""
         return self.pages + self.ring
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -104,10 +106,10 @@ def test_nothing_keeps_a_dropped_model():
 
 
 def test_other_models_are_refused():
-    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=50)
-    model = transformers.GPT2LMHeadModel(config)
+    config = transformers.BloomConfig(n_layer=1, n_head=2, hidden_size=32, vocab_size=50)
+    model = transformers.BloomForCausalLM(config)
     before = snapshot(model)
-    with pytest.raises(UnsupportedError, match="gpt2.*llama, mistral, qwen2, qwen3"):
+    with pytest.raises(UnsupportedError, match="layer 0 in BloomAttention .modeling_bloom.py"):
         attach(model, PIPELINE)
     assert snapshot(model) == before
 
@@ -117,6 +119,18 @@ def test_a_cache_without_attach(llama):
     for run, options in ((llama.generate, {"max_new_tokens": 3}), (llama, {})):
         with pytest.raises(PhaseError, match=r"inside attach\(model, pipeline\)"):
             run(**prompt([9]), past_key_values=cache, **options)
+
+
+def test_a_cache_is_copied_by_forks_only(llama):
+    """Another object with the same pages would free them twice."""
+    with attach(llama, PIPELINE) as attached:
+        cache = attached.new_cache()
+        assert not cache.is_initialized
+        llama(**prompt([9]), past_key_values=cache)
+        assert cache.is_initialized and copy.deepcopy(cache).columns == 9
+        for broken in (copy.copy, pickle.dumps):
+            with pytest.raises(UnsupportedError, match=r"^copy: .*cache\.fork.*cache\.save"):
+                broken(cache)
 
 
 def test_a_cache_has_no_tensor_of_all_keys(llama):

@@ -120,8 +120,11 @@ def test_models_that_are_refused_are_not_touched():
     causal = tiny(layers=1)
     causal.model.layers[0].self_attn.is_causal = False
     weighing = tiny(layers=1, attn_implementation="eager", output_attentions=True)
-    other = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=32))
-    for model, match in ((causal, "^is_causal"), (weighing, "^output_attentions"), (other, "gpt2")):
+    other = transformers.BloomForCausalLM(
+        transformers.BloomConfig(n_layer=1, n_head=2, hidden_size=32)
+    )
+    refused = ((causal, "^is_causal"), (weighing, "^output_attentions"), (other, "BloomAttention"))
+    for model, match in refused:
         before = snapshot(model)
         with pytest.raises(Exception, match=match):
             attach(model, CachePipeline(window=5))

@@ -102,6 +102,21 @@ def test_a_mask_that_is_longer_than_the_prompt(llama, more, mode):
     assert reports[0] == reports[1] and reports[0][0][0] > 0
 
 
+def test_a_mask_that_is_shorter_than_the_prompt(llama):
+    """Also one of ones, which transformers drops before it could notice."""
+    ids = prompt([9])["input_ids"]
+    with attach(llama, PIPELINE) as attached:
+        cache = attached.read(ids)
+        more = torch.cat([ids, ids[:, :4]], 1)
+        for given, width in ((None, 6), (cache, 6)):
+            mask = torch.ones(1, width, dtype=torch.long)
+            with pytest.raises(ValueError, match="^attention_mask: wanted"):
+                llama.generate(
+                    ids if given is None else more, attention_mask=mask, past_key_values=given,
+                    max_new_tokens=2,
+                )  # fmt: skip
+
+
 def test_a_mask_that_hides_tokens_to_come(llama):
     ids = prompt([9])["input_ids"]
     mask = torch.ones(1, 12, dtype=torch.long)

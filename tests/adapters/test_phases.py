@@ -224,6 +224,11 @@ def test_what_is_refused(llama):
         cache = attached.read(**CONTEXT)
         with pytest.raises(ValueError, match="question: wanted one of decode, prompt"):
             attached.ask(cache, **QUESTION, question="turn")
+        for name in ("past_key_values", "inputs_embeds", "inputs"):
+            with pytest.raises(TypeError, match=f"^{name}: ask gives it"):
+                attached.ask(cache, **QUESTION, **{name: ids})
+        with pytest.raises(ValueError, match="^attention_mask: wanted .2, 7., of the question"):
+            attached.ask(cache, QUESTION["input_ids"], QUESTION["attention_mask"][:1])
         with pytest.raises(ValueError, match="wanted 1 or 2 questions"):
             attached.ask(cache, ids)
         with pytest.raises(

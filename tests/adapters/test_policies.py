@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvpolicy import CachePipeline, LocalAttention
+from kvpolicy import CachePipeline, LocalAttention, UnsupportedError
 from kvpolicy.adapters.hf import attach, new_cache
 from tests.support.adapters.dense import Dense, follow
 from tests.support.adapters.models import SIZES, error, gate, pipelines, prompt, tiny
@@ -130,7 +130,7 @@ def test_turns_after_eviction(llama, name):
 
 
 def test_a_turn_after_ended_rows(llama):
-    """Columns of ended rows are padding, whatever the next turn's mask says of them."""
+    """Columns of ended rows are padding; a mask that shows them is refused by name."""
     inputs, more = prompt([12, 12]), prompt([6, 6], seed=2)["input_ids"]
     free = llama.generate(**inputs, max_new_tokens=9, do_sample=False)
     end = int(free[0, 12 + 3])
@@ -144,6 +144,9 @@ def test_a_turn_after_ended_rows(llama):
         mask = torch.ones_like(ids)
         mask[0, 20] = 0  # sampled last and not yet fed
         both = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 6}
+        with pytest.raises(UnsupportedError, match="shows columns that the cache does not hold"):
+            llama.generate(**both, past_key_values=cache, do_sample=False)
+        mask[:, :20] = cache.real()
         out = llama.generate(**both, past_key_values=cache, do_sample=False)
     spoken = first[0].tolist().index(end, 12) + 1
     alone = torch.cat([ids[:1, :spoken], more[:1]], 1)

@@ -23,7 +23,10 @@ from kvpolicy.bench.rows import CheckFailed, Goal, Row
 from kvpolicy.kernels import paged_decode
 
 CUDA = torch.cuda.is_available()
-ONE_OF_EACH = ["32K 25%", "everything admitted", "8K page 16", "write", "snapkv", "gate, 100K"]
+ONE_OF_EACH = [
+    "32K 25%", "everything admitted", "8K page 16", "write", "snapkv", "gpt-oss sliding",
+    "gate, 100K",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -37,7 +40,7 @@ def test_quick_run_writes_results(tmp_path: Path, capsys: pytest.CaptureFixture)
     rows = run(ONE_OF_EACH, out=tmp_path, quick=True, seconds=600)
     assert not [row.error for row in rows if row.error]
     assert {row.group for row in rows} == {
-        "ceilings", "prefill", "decode", "write", "snapkv", "model",
+        "ceilings", "prefill", "decode", "write", "snapkv", "decoders", "model",
     }  # fmt: skip
     assert all(row.value and row.value > 0 for row in rows if row.group != "ceilings")
     timed = [row for row in rows if row.unit in ("ms", "us", "s") and "gather" not in row.name]
@@ -304,7 +307,7 @@ def test_both_ways_of_a_prompt_are_measured(bench: Bench, monkeypatch: pytest.Mo
 
     calls: list[int] = []
     own = Rectangles(dense, least=1000, average=0, work=0)
-    monkeypatch.setattr(sparse_prefill, "choose_rectangles", lambda query: own)
+    monkeypatch.setattr(sparse_prefill, "choose_rectangles", lambda *_: own)
     monkeypatch.setattr(prefill, "median_ms", lambda calls, device: 1.0)
     rows = list(prefill.sparse(bench, "own", 48, [0.3, 0.3], 16, 540))
     assert [row.name for row in rows] == ["own", "own: gather", "own: Triton alone"]

@@ -15,7 +15,9 @@ tokenizers = pytest.importorskip("tokenizers")
 from kvpolicy import CachePipeline, DuoAttention, LocalAttention  # noqa: E402
 from kvpolicy.adapters.hf import attach, new_cache  # noqa: E402
 from kvpolicy.evaluation.look.kept import kept_map  # noqa: E402
+from kvpolicy.evaluation.look.kept_map import darkest, draw  # noqa: E402
 from kvpolicy.evaluation.models import tiny_llama  # noqa: E402
+from kvpolicy.evaluation.tasks.prompts import Example, Question  # noqa: E402
 
 TOKENS, WINDOW = 60, 16
 
@@ -78,6 +80,42 @@ def test_the_picture_is_saved(tokenizer, ids, tmp_path):
     local = CachePipeline(admission=LocalAttention(window=WINDOW, sinks=2))
     kept_map(fill(local, ids), tokenizer, ids).png(tmp_path / "kept.png", tokenizer)
     assert (tmp_path / "kept.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_nothing_is_labelled_that_is_not_there(tokenizer, ids, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    said = []
+
+    def texts(figure, path, **options):
+        said.append(
+            " / ".join(x.get_text() for x in figure.findobj(lambda y: hasattr(y, "get_text")))
+        )
+
+    monkeypatch.setattr(Figure, "savefig", texts)
+    local = CachePipeline(admission=LocalAttention(window=WINDOW, sinks=2))
+    found = kept_map(fill(local, ids), tokenizer, ids)
+    found.png(tmp_path / "kept.png", tokenizer)
+    asked = Example(context_ids=tuple(ids), questions=(Question((1, 2), tuple(ids[20:24])),))
+    draw(tmp_path / "kept.png", found.held, tokenizer, asked, title="t")
+    for text, answers, window in zip(said, (False, True), (True, False), strict=True):
+        assert ("answers are underlined" in text) == ("red: answers" in text) == answers
+        assert (f"local window: the last {WINDOW} tokens" in text) == window
+    page = found._repr_html_()
+    assert page.count(f"local window, {WINDOW} tokens") == 1 and page.startswith("<iframe")
+    whole = kept_map(fill(CachePipeline(window=TOKENS), ids), tokenizer, ids)
+    whole.png(tmp_path / "kept.png", tokenizer)
+    assert whole.window == TOKENS and "local window" not in said[-1]
+
+
+def test_the_picture_and_the_page_have_one_scale(tokenizer, ids):
+    duo = DuoAttention(full_heads=((True, False), (False, False)), sinks=0, window=WINDOW)
+    found = kept_map(fill(CachePipeline(admission=duo), ids), tokenizer, ids)
+    assert darkest(found.heads / 4) == 0.25
+    page = found._page("t")
+    assert "kept by 25% of the heads or more" in page
+    assert "#0f4c5c" in page.split('data-i="9"')[1][:40]
 
 
 def test_ids_must_be_the_cache_s(tokenizer, ids):

@@ -24,7 +24,7 @@ def example():
 
 
 def test_example_prints_what_took_effect(example, capsys):
-    example.main()
+    example.main([])
     out = capsys.readouterr().out
     assert out.startswith("the three policies and the budget keep the contract")
     numbers = [int(n) for n in re.findall(r"(\d+) \(dense (\d+)\)", out) for n in n]

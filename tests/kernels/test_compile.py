@@ -41,7 +41,7 @@ def test_compiles(cc: int, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("dim", [64, 80, 256])
+@pytest.mark.parametrize("dim", [64, 80, 256, 512, "192x128"])
 @pytest.mark.parametrize("cc", [80, 86, 89, 90, 100])
-def test_compiles_elsewhere(cc: int, dim: int, dtype: str, tmp_path: Path) -> None:
+def test_compiles_elsewhere(cc: int, dim: int | str, dtype: str, tmp_path: Path) -> None:
     run(f"{cc}:{dim}:16:{dtype}", tmp_path)

@@ -130,7 +130,7 @@ def test_a_full_block_of_equal_scores(better: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("group", ["max", "mean", "each"])
 @pytest.mark.parametrize(
-    ("heads", "dim", "first"), [(3, 80, "low"), (8, 64, "high"), (1, 16, "low")]
+    ("heads", "dim", "first"), [(3, 80, "low"), (8, 64, "high"), (1, 16, "low"), (2, 320, "low")]
 )
 def test_quest_select(heads: int, dim: int, first: str, group: str, dtype: torch.dtype) -> None:
     page, budget = 4, 5

@@ -13,6 +13,7 @@ from kvpolicy.kernels import sparse_prefill as sparse
 from kvpolicy.kernels.prefill_gather import Rectangles, Tile, gather
 from kvpolicy.ops import Heads
 from tests.support.kernels.dense import Dense
+from tests.support.kernels.plain import NOTHING, Asks
 from tests.support.kernels.pool import CUDA, DEVICE, fill_heads, make_pool
 from tests.support.kernels.prefill import check, make_segments
 
@@ -71,6 +72,15 @@ def test_groups_and_dims(
         [60], [66], window=5, group=group, kv_heads=1, dim=dim, rates=(0.9,),
         dtype=torch.bfloat16, first="high",
     )  # fmt: skip
+    assert any(dense.rows)
+
+
+def test_a_softcap_and_sinks(dense: Dense, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rectangle's kernel caps logits; what goes on from it caps them too and adds the sinks."""
+    small(monkeypatch)
+    dense.softcap = 3.0
+    asks = Asks(softcap=3.0, sink=5.0, sharp=3.0)
+    check([60], [66], window=5, rates=(0.9, 0.3), asks=asks)
     assert any(dense.rows)
 
 
@@ -144,10 +154,14 @@ def test_when_rectangles_pay(start: int, queries: int, held: list[int], pays: bo
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("group", [1, 4])
-def test_flash_on_a_device(dim: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = _flash.find_varlen(torch.empty(1, 1, dim, dtype=torch.bfloat16, device=DEVICE))
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_flash_on_a_device(
+    softcap: float | None, dim: int, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query = torch.empty(1, 1, dim, dtype=torch.bfloat16, device=DEVICE)
+    found = _flash.find_varlen(query, softcap)
     if found is None:
-        pytest.skip("needs FlashAttention-3 and a Hopper device")
+        pytest.skip("needs FlashAttention-3 (with softcap) and a Hopper device")
     calls = []
 
     def attend(*args: Any) -> tuple[Tensor, Tensor]:
@@ -159,6 +173,6 @@ def test_flash_on_a_device(dim: int, group: int, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sparse, "choose_rectangles", lambda *_: rectangles)
     check(
         [1500, 0, 0], [777, 1100, 5], window=256, dim=dim, dtype=torch.bfloat16, group=group,
-        rates=(0.9, 0.3),
+        rates=(0.9, 0.3), asks=NOTHING if softcap is None else Asks(softcap=softcap, sharp=3.0),
     )  # fmt: skip
     assert any(calls[0]) and not all(calls[0])

@@ -30,7 +30,7 @@ def oracle(pre, key, norm_pre, norm_post, w1, b1, w2, b2, activation=F.gelu):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("tokens", "dim", "hidden"),
-    [(1, 64, 100), (63, 80, 64), (65, 20, 33), (100, 128, 70), (3, 256, 40)],
+    [(1, 64, 100), (63, 80, 64), (65, 20, 33), (100, 128, 70), (3, 256, 40), (3, 320, 20)],
 )
 def test_write_gate(tokens: int, dim: int, hidden: int, dtype: torch.dtype) -> None:
     parts = weights(2, dim, hidden, dtype)

@@ -110,6 +110,7 @@ CLASSES = {
             "device": words("cpu"),
             "scale": numbers(lambda value: value > 0, none=True),
             "sliding": Kind((tuple, list), lambda value: not value),
+            "per_layer": Kind((tuple, list), lambda value: not value),
             "page_size": ints(1),
             "rollback": ints(0),
             "head_offset": ints(0),

@@ -30,6 +30,7 @@ from kvpolicy import (
     save_pipeline,
 )
 from kvpolicy.admission import _duo_file
+from kvpolicy.admission._packed import pack_file
 from kvpolicy.budget._wrapper import Scaled
 from kvpolicy.pipeline_files import data_of, pipeline_from
 from kvpolicy.pipeline_files.names import KNOWN, is_policy
@@ -137,13 +138,29 @@ def test_what_a_person_writes(tmp_path):
 def test_shipped_weights_are_named(tmp_path):
     policy = WriteGate.from_pretrained(shipped("smollm2-135m-instruct-w64-keep25"), threshold=0.3)
     data = data_of(CachePipeline(admission=policy))["admission"]
-    assert data["pretrained"] == "smollm2-135m-instruct-w64-keep25.safetensors"
+    assert data["pretrained"] == "smollm2-135m-instruct-w64-keep25" and "file" not in data
+    by_name = WriteGate.from_pretrained(data["pretrained"], threshold=0.3)
+    assert data_of(CachePipeline(admission=by_name))["admission"] == data
     again = pipeline_from({"admission": data}).admission
     assert again.threshold == 0.3 and again.window == 64 and torch.equal(again.w1, policy.w1)
     few = {name: data[name] for name in ("type", "pretrained", "sha256")}
     assert pipeline_from({"admission": few}).admission.threshold == 0.1
-    with pytest.raises(ValueError, match=f'sha256: wanted "{data["sha256"]}", which is that of'):
+    with pytest.raises(
+        ValueError, match=f'sha256: wanted "{data["sha256"]}", which is that of the weights'
+    ):
         pipeline_from({"admission": few | {"sha256": "0" * 64}})
+
+
+def test_a_packed_copy_fits(tmp_path, monkeypatch):
+    """As a wheel may hold it: other bytes, the same weights."""
+    policy = WriteGate.from_pretrained(shipped("smollm2-135m-instruct-w64-keep25"))
+    data = data_of(CachePipeline(admission=policy))
+    pack_file(policy.source.path, tmp_path / "smollm2-135m-instruct-w64-keep25.packed.safetensors")
+    monkeypatch.setenv("KVPOLICY_PRETRAINED", str(tmp_path))
+    again = pipeline_from(data)
+    assert again.admission.source.path.parent == tmp_path
+    assert pipeline_fingerprint(again) == pipeline_fingerprint(CachePipeline(admission=policy))
+    assert data_of(again) == data
 
 
 def test_a_pattern_is_named_by_its_folder(tmp_path):
@@ -185,7 +202,7 @@ def test_weights_are_those_of_their_file(tmp_path):
     with pytest.raises(ValueError, match="p.json: admission: sha256: wanted"):
         load_pipeline(tmp_path / "p.json")
     (tmp_path / "gate.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="p.json: admission: .*no file"):
+    with pytest.raises(FileNotFoundError, match="p.json: admission: .*no file .*gate.safetensors"):
         load_pipeline(tmp_path / "p.json")
 
 

@@ -92,7 +92,9 @@ def test_the_host_waits_in_the_first_layer_only(quick, asked, rows):
 @pytest.mark.parametrize(("rows", "selection"), [(1, None), (2, Quest(budget=24))])
 def test_waiting_or_not_the_cache_is_the_same(monkeypatch, asked, rows, selection):
     if rows > 1:
-        monkeypatch.setattr(load("triton"), "prefill_attention", lambda q, *_: q, raising=False)
+        monkeypatch.setattr(
+            load("triton"), "prefill_attention", lambda q, *_, **__: q, raising=False
+        )
     found = []
     for waits in (False, True):
         if waits:
@@ -244,7 +246,7 @@ def test_a_layer_that_failed_is_not_run_again(quick, monkeypatch):
     steps = layers(pipeline, state, CHUNK)
     next(steps)
 
-    def fails(*_):
+    def fails(*_, **__):
         raise torch.OutOfMemoryError("no memory")
 
     with monkeypatch.context() as patch:

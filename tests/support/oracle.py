@@ -11,17 +11,20 @@ from tests.support.rules import read
 class Oracle:
     """Every token ever seen, and for each KV head which of them are admitted and not evicted."""
 
-    def __init__(self, pipeline, spec, layer):
+    def __init__(self, pipeline, spec, layer, sinks=None):
         self.layer, self.spec, self.n = layer, spec, 0
-        self.heads, self.group = spec.kv_heads, spec.group
+        self.sizes, self.sinks = spec.at(layer), sinks
+        self.heads = self.sizes.kv_heads
+        self.group = self.sizes.heads // self.heads
         self.slides = spec.slides(layer) is not None
         self.W = spec.slides(layer) or pipeline.window
         place = (torch.device("cpu"), spec.dtype, "reference")
         self.admission = pipeline.admission.place(*place).at(layer)
         self.eviction = pipeline.eviction.place(*place).at(layer)
         self.selection = pipeline.selection.at(layer)
-        empty = torch.zeros(spec.kv_heads, 0, spec.head_dim, dtype=spec.dtype)
-        self.q, self.k, self.v, self.pre = empty.repeat(spec.group, 1, 1), empty, empty, empty
+        empty = torch.zeros(self.heads, 0, self.sizes.head_dim, dtype=spec.dtype)
+        self.q, self.k, self.pre = empty.repeat(self.group, 1, 1), empty, empty
+        self.v = empty.new_zeros(self.heads, 0, self.sizes.value_dim)
         self.alive = self.mark = torch.zeros(self.heads, 0, dtype=torch.bool)
         self.evicted, self.read, self.slack = [0] * self.heads, None, 0.0
 
@@ -48,8 +51,16 @@ class Oracle:
         def formula(dtype):
             k, v = (x.to(dtype).repeat_interleave(self.group, 0) for x in (self.k, self.v))
             s = (self.q[:, at].to(dtype) @ k.mT).to(torch.promote_types(dtype, torch.float32))
-            s = (s * self.spec.softmax_scale).masked_fill(~visible, float("-inf"))
-            return s.softmax(-1).to(dtype) @ v
+            s, cap = s * self.sizes.scale, self.sizes.softcap
+            s = s if cap is None else cap * (s / cap).tanh()
+            s = s.masked_fill(~visible, float("-inf"))
+            if self.sinks is not None:
+                s = torch.cat([s, self.sinks.to(s)[:, None, None].expand(*s.shape[:2], 1)], -1)
+            return s.softmax(-1)[..., : k.shape[1]].to(dtype) @ v
+
+        if self.sizes.chunk is not None:
+            j = torch.arange(self.n) // self.sizes.chunk
+            visible = visible & (j == torch.as_tensor(at)[:, None] // self.sizes.chunk)
 
         exact = formula(torch.float64)
         if self.spec.dtype != torch.float64:

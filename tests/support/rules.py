@@ -48,8 +48,8 @@ def scores(o):
     view = EvictionView(
         o.layer, pick(o.k), pick(o.v), at[None], valid[None],
         (o.mark.gather(1, at) & valid)[None], o.k[:, recent.clamp(min=0)][None],
-        (recent >= 0)[None], torch.tensor([o.n]), o.spec.softmax_scale,
-        o.q[:, qs.clamp(min=0)][None], (qs >= 0)[None],
+        (recent >= 0)[None], torch.tensor([o.n]), o.sizes.scale,
+        o.q[:, qs.clamp(min=0)][None], (qs >= 0)[None], softcap=o.sizes.softcap, sinks=o.sinks,
     )  # fmt: skip
     found = o.eviction.score(view)[0].tolist()
     return [dict(zip(p, s, strict=False)) for p, s in zip(pages, found, strict=True)]

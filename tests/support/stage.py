@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,11 @@ def set_stage(folder: Path, patch: pytest.MonkeyPatch) -> Any:
     patch.setattr(
         huggingface_hub, "snapshot_download", lambda *a, **k: str(tiny_pattern(downloads / "duo"))
     )
+    if all(map(importlib.util.find_spec, ("fastapi", "uvicorn"))):
+        from transformers.cli.serving.model_manager import ModelManager
+
+        patch.setattr(ModelManager, "_load_model", lambda *a, **k: model)
+        patch.setattr(ModelManager, "_load_processor", lambda *a, **k: tokenizer)
     patch.chdir(folder)
     Path("book.txt").write_text("It was a dark and stormy night. " * 20, encoding="utf-8")
     return model

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from string import Template
 
 import attrs
 import torch
@@ -18,6 +16,7 @@ from ...store import CacheState
 from ..sessions.pipeline import PipelineSession
 from ..tasks.prompts import Example
 from . import kept_map as picture
+from .kept_page import page
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -61,27 +60,33 @@ class KeptMap:
             said.append(f"{far} in pages")
         return f"{token}: " + ", ".join(said)
 
+    @property
+    def window(self) -> int:
+        """How many of the last tokens every head holds for its local window."""
+        return min(*self.windows, len(self.ids))
+
     def html(self, path: Path | str, *, title: str = "What the cache kept") -> None:
-        """Saves one page without further files: hover over a token to see its heads."""
-        layers, heads, tokens = self.held.shape
-        share = self.heads / (layers * heads)
-        spans = [
-            f'<span data-i="{i}" style="background:{_colour(float(share[i]))}'
-            f'{";color:#fff" if share[i] > 0.62 else ""}" title="{html.escape(self.why(i))}">'
-            f"{html.escape(piece)}</span>"
-            for i, piece in enumerate(self.pieces)
-        ]
-        held = f"{self.fraction:.1%} of {tokens:,} tokens"
-        page = _PAGE.substitute(
-            title=html.escape(title),
-            says=f"{layers} layers x {heads} KV heads hold {held}",
-            text="".join(spans),
-            scale=", ".join(picture.SCALE),
-            held=json.dumps(_rows(self.held)),
-            layers=layers,
-            heads=heads,
+        """Saves one page without further files: point at a token to see its heads."""
+        Path(path).write_text(self._page(title), encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        """The page in a frame, which notebooks show."""
+        inside = html.escape(self._page("What the cache kept"))
+        return f'<iframe srcdoc="{inside}" width="100%" height="460" frameborder="0"></iframe>'
+
+    def _page(self, title: str) -> str:
+        layers, heads, _ = self.held.shape
+        return page(
+            title=title,
+            pieces=self.pieces,
+            share=(self.heads / (layers * heads)).tolist(),
+            most=picture.darkest(self.heads / (layers * heads)),
+            says=[self.why(token) for token in range(len(self.ids))],
+            held=_rows(self.held),
+            fraction=self.fraction,
+            shape=(layers, heads),
+            window=self.window,
         )
-        Path(path).write_text(page, encoding="utf-8")
 
     def png(
         self,
@@ -92,7 +97,7 @@ class KeptMap:
     ) -> None:
         """Saves a picture: some of the text by token, and all heads by position."""
         example = Example(context_ids=self.ids, questions=())
-        picture.draw(Path(path), self.held, tokenizer, example, title=title)
+        picture.draw(Path(path), self.held, tokenizer, example, title=title, window=self.window)
 
 
 def kept_map(
@@ -124,53 +129,3 @@ def _rows(held: Tensor) -> list[str]:
     """Heads of each token as one string of 0 and 1, layer after layer."""
     bits = held.flatten(0, 1).T.int()
     return ["".join(map(str, row)) for row in bits.tolist()]
-
-
-def _colour(share: float) -> str:
-    """The scale's colour at `share` in [0, 1], between its steps."""
-    at = share * (len(picture.SCALE) - 1)
-    low = min(int(at), len(picture.SCALE) - 2)
-    ends = [[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in picture.SCALE[low : low + 2]]
-    mixed = (round(a + (b - a) * (at - low)) for a, b in zip(*ends, strict=True))
-    return "#" + "".join(f"{value:02x}" for value in mixed)
-
-
-_PAGE = Template("""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>$title</title>
-<style>
-body { font: 15px/1.9 ui-monospace, "DejaVu Sans Mono", monospace; color: #1d2733;
-  background: #fbfaf7; max-width: 100ch; margin: 2em 20em 4em 2em }
-h1 { font: bold 22px sans-serif } p, aside { font: 13px/1.5 sans-serif; color: #6b7683 }
-main { white-space: pre-wrap; overflow-wrap: anywhere }
-main span { border-radius: 2px; cursor: default } main span:hover { outline: 2px solid #c8452d }
-aside { position: fixed; right: 2em; top: 2em; width: 15em }
-i { display: inline-block; width: 9em; height: .8em; background: linear-gradient(90deg, $scale) }
-td { width: 16px; height: 9px; background: #f3f0e8 } td.on { background: #0f4c5c }
-th { font: 10px sans-serif; text-align: right; padding-right: 6px }
-</style>
-<h1>$title</h1>
-<p>$says. <i></i> from no head to all.</p>
-<aside><div id="what">Hover over a token: its heads, one row a layer.</div><table id="grid"></table>
-</aside>
-<main>$text</main>
-<script>
-const held = $held, layers = $layers, heads = $heads;
-document.querySelector("main").addEventListener("mouseover", event => {
-  const at = event.target.dataset.i;
-  if (at === undefined) return;
-  document.getElementById("what").textContent = event.target.title;
-  const grid = document.getElementById("grid");
-  grid.replaceChildren();
-  for (let layer = 0; layer < layers; layer++) {
-    const row = grid.insertRow();
-    const name = document.createElement("th");
-    name.textContent = layer;
-    row.append(name);
-    for (let head = 0; head < heads; head++)
-      if (held[at][layer * heads + head] === "1") row.insertCell().className = "on";
-      else row.insertCell();
-  }
-});
-</script>
-</html>
-""")

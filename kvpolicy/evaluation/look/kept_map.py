@@ -11,11 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..._extras import extra
+from ..._pictures import ACCENT, INK, MUTED, PAPER, SCALE
 from ...store import CacheState
 from ..tasks.prompts import Example
 
-INK, MUTED, PAPER, ACCENT = "#1d2733", "#6b7683", "#fbfaf7", "#c8452d"
-SCALE = ("#f3f0e8", "#cfe1df", "#7fb8b8", "#2f8089", "#0f4c5c")
 LINE_CHARS, LINES = 104, 8
 FONT = "DejaVu Sans Mono"
 
@@ -43,6 +42,11 @@ def answer_spans(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[t
     return spans
 
 
+def darkest(share: Tensor) -> float:
+    """The share of heads from which on colours end: few tokens outside the window go beyond."""
+    return max(float(share[share < 1].quantile(0.99)) if bool((share < 1).any()) else 1.0, 0.05)
+
+
 def draw(
     path: Path,
     held: Tensor,
@@ -50,11 +54,13 @@ def draw(
     example: Example,
     *,
     title: str,
+    window: int = 0,
 ) -> None:
     """Saves the picture of `held` `[L, Hkv, N]` for the context of `example`.
 
     Above, the text around the first question's answer; a token is the darker, the more heads kept
-    it. Below, all heads by position, answers marked.
+    it. Below, all heads by position, answers and the local window of the last `window` tokens
+    marked.
     """
     with extra("plots"):
         from matplotlib.colors import LinearSegmentedColormap
@@ -79,9 +85,9 @@ def draw(
     text = figure.add_axes((0.045, 0.595, 0.91, 0.28))
     _text(text, pieces, share, spans, colours)
     above = figure.add_axes((0.085, 0.505, 0.80, 0.055))
-    _profile(above, share, spans)
+    _profile(above, share, spans, window)
     image = figure.add_axes((0.085, 0.065, 0.80, 0.435), sharex=above)
-    _heads(image, held, spans)
+    _heads(image, held, spans, window)
     side = figure.add_axes((0.892, 0.065, 0.063, 0.435))
     _layers(side, held)
     figure.savefig(path, dpi=150, facecolor=PAPER)
@@ -99,8 +105,7 @@ def _text(
     while start > 0 and room > 0:
         start -= 1
         room -= len(pieces[start])
-    # The colours end where few tokens outside the window go beyond.
-    most = max(float(share[share < 1].quantile(0.99)) if bool((share < 1).any()) else 1.0, 0.05)
+    most = darkest(share)
     inside = {i for begin, end in spans for i in range(begin, end)}
     size = 72 * 13 * 0.91 / LINE_CHARS / 0.602  # points; a character is 0.602 em wide
     row = column = 0
@@ -133,15 +138,23 @@ def _text(
     small = {"va": "center", "fontsize": 9.5, "color": MUTED}
     axes.text(LINE_CHARS - 28, -0.49, "kept by no head", ha="right", **small)
     axes.text(LINE_CHARS, -0.49, f"by {most:.0%} or more", ha="right", **small)
-    axes.text(0, -0.49, "answers are underlined", **{**small, "color": ACCENT})
+    if spans:
+        axes.text(0, -0.49, "answers are underlined", **{**small, "color": ACCENT})
+    else:
+        axes.text(0, -0.49, f"the text from token {start} on", **small)
 
 
-def _profile(axes: Any, share: Tensor, spans: Sequence[tuple[int, int]]) -> None:
+def _profile(axes: Any, share: Tensor, spans: Sequence[tuple[int, int]], window: int) -> None:
     axes.fill_between(range(len(share)), share, step="mid", color=SCALE[3], linewidth=0)
     axes.set(ylim=(0, 1), yticks=(0, 1), yticklabels=("0", "100 %"))
     _bare(axes)
     axes.tick_params(labelbottom=False)
     axes.set_ylabel("heads", fontsize=9.5, color=MUTED)
+    if 0 < window < len(share):
+        says = f"local window: the last {window} tokens \u2192 "
+        at = len(share) - window - 0.5, 0.78
+        box = {"facecolor": PAPER, "alpha": 0.8, "pad": 1, "linewidth": 0}
+        axes.text(*at, says, ha="right", va="center", fontsize=9.5, color=INK, bbox=box)
     for begin, end in spans:
         axes.annotate(
             "",
@@ -152,7 +165,7 @@ def _profile(axes: Any, share: Tensor, spans: Sequence[tuple[int, int]]) -> None
         )
 
 
-def _heads(axes: Any, held: Tensor, spans: Sequence[tuple[int, int]]) -> None:
+def _heads(axes: Any, held: Tensor, spans: Sequence[tuple[int, int]], window: int) -> None:
     with extra("plots"):
         from matplotlib.colors import ListedColormap
 
@@ -167,7 +180,10 @@ def _heads(axes: Any, held: Tensor, spans: Sequence[tuple[int, int]]) -> None:
     )
     for begin, end in spans:
         axes.axvspan(begin - 0.5, end - 0.5, color=ACCENT, alpha=0.16, linewidth=0)
-    axes.set_xlabel("position in the document (red: answers)", fontsize=10.5, color=MUTED)
+    if 0 < window < tokens:
+        axes.axvline(tokens - window - 0.5, color=INK, linewidth=1, linestyle=":")
+    says = "position in the document; dark: kept" + ("; red: answers" if spans else "")
+    axes.set_xlabel(says, fontsize=10.5, color=MUTED)
     axes.set_ylabel(f"layer, {heads} KV heads each", fontsize=10.5, color=MUTED)
     axes.set_yticks([n + 0.5 for n in range(0, layers, 5)], [str(n) for n in range(0, layers, 5)])
     axes.set_xlim(-0.5, tokens - 0.5)

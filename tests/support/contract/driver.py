@@ -28,18 +28,21 @@ def feed(run, rows, seed, longest):
 class Run:
     """A cache beside one oracle per sequence and layer.
 
-    `streams[row]` are that sequence's tokens and `at[row]` how many went in.
+    `streams[row]` are that sequence's tokens and `at[row]` how many went in, `sinks[layer]` the
+    attention's sinks.
     """
 
-    def __init__(self, pipeline, spec, streams, oracle=True):
+    def __init__(self, pipeline, spec, streams, oracle=True, sinks=None):
         self.pipeline, self.spec, self.streams = pipeline, spec, streams
+        self.sinks = sinks or [None] * spec.layers
         self.state = pipeline.init(spec, len(streams))
         self.at = [0] * len(streams)
         self.pending, self.floor, self.checked = ([0] * len(streams) for _ in range(3))
         self.oracles = [self.new_row() if oracle else None for _ in streams]
 
     def new_row(self):
-        return [Oracle(self.pipeline, self.spec, layer) for layer in range(self.spec.layers)]
+        layers = enumerate(self.sinks)
+        return [Oracle(self.pipeline, self.spec, layer, sinks) for layer, sinks in layers]
 
     def copy(self, state):
         """The same sequences in another cache."""
@@ -106,7 +109,9 @@ class Run:
             if layer == fail_at:
                 raise InterruptedError
             q, k, v, pre = islice(given, 4)
-            outs.append(self.pipeline.attend(self.state, layer, q, k, v, key_pre=pre))
+            sinks = self.sinks[layer]
+            sinks = None if sinks is None else sinks.to(self.spec.device)
+            outs.append(self.pipeline.attend(self.state, layer, q, k, v, key_pre=pre, sinks=sinks))
         if fail_at is not None:
             raise InterruptedError
         selected = [x.selected for x in self.state.layers]

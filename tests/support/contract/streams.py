@@ -14,13 +14,16 @@ def stream(spec, length, seed):
     summation and their ties are real ties.
     """
     rng = torch.Generator().manual_seed(seed)
-    sizes = (spec.heads, spec.kv_heads, spec.kv_heads, spec.kv_heads)
 
-    def draw(heads):
-        whole = torch.randint(-128, 128, (heads, length, spec.head_dim), generator=rng)
+    def draw(heads, dim):
+        whole = torch.randint(-128, 128, (heads, length, dim), generator=rng)
         return (whole / 64).to(spec.dtype)
 
-    return [tuple(draw(heads) for heads in sizes) for _ in range(spec.layers)]
+    def layer(sizes):
+        key, value = (sizes.kv_heads, sizes.head_dim), (sizes.kv_heads, sizes.value_dim)
+        return tuple(draw(*x) for x in ((sizes.heads, sizes.head_dim), key, value, key))
+
+    return [layer(spec.at(index)) for index in range(spec.layers)]
 
 
 def piece(tokens, start, stop):

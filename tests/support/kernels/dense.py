@@ -11,8 +11,9 @@ from tests.support.kernels.pool import NAN
 class Dense:
     """The dense kernel of the contract, in float64; what it does not compute is NaN."""
 
-    def __init__(self) -> None:
+    def __init__(self, softcap: float | None = None) -> None:
         self.rows: list[int] = []
+        self.softcap = softcap
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, used_q: Tensor,
@@ -31,6 +32,8 @@ class Dense:
             if rows:
                 part, keys = slice(q0, q0 + queries), slice(k0, k0 + rows)
                 scores = torch.einsum("qgd,kd->gqk", q[part].double(), k[keys, 0].double()) * scale
+                if self.softcap is not None:
+                    scores = (scores / self.softcap).tanh() * self.softcap
                 lse[:, part] = scores.logsumexp(-1).float()
                 found = torch.einsum("gqk,kd->qgd", scores.softmax(-1), v[keys, 0].double())
                 out[part] = found.to(out)

@@ -1,0 +1,259 @@
+"""Which model types are served, found out on a tiny model of each, and the table of them."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import attrs
+import transformers
+
+from ..._markdown import table
+from .kinds import LayerKind, layer_kinds
+from .probe import check_kinds, probe
+from .records import ModelRefused, Probe
+from .tiny import causal_types, default_config, tiny_config, tiny_model
+
+MEMORY = 12 << 30  # bytes of address space that checking a type may take
+HEADS = (
+    "type",
+    "layers",
+    "policies act on",
+    "attention",
+    "keys before RoPE",
+    "captured",
+    "compiled",
+)
+_INTRODUCTION = """\
+Made by `kvpolicy models --check --out docs/models.md`; do not edit.
+
+A model is served if it keeps the contract of a cache, which `attach` checks once for each
+configuration: a prompt and a decode step on the model itself, with handles in place of the cached
+keys and values, beside the model's own attention. This table is what the same check says of a tiny
+random model of every causal type of transformers {version}: {served} of {total} are served.
+
+- **layers**: of the type's default config. Policies act on full ones; sliding and chunked ones
+  keep a ring, linear, convolutional and hybrid ones transformers' own state, shared ones read the
+  keys of another layer.
+- **keys before RoPE**, which write gates read: *exact*, from a submodule whose output, rotated, was
+  the key that the model cached; *rotated back* by the model's own cos and sin; *no RoPE*, the key
+  itself.
+- **captured**, **compiled**: whether decode steps are, where that was checked.
+- **check**, of refused types: *kinds* of layers by the config; *handle*, the model computes on its
+  cached keys; *updates*, each layer caches keys once a forward and reads them; *arguments* of the
+  attention function; *mask*, what a query sees; *attention*, the result of each call; *logits*;
+  *forward*, it fails."""
+
+_MULTIMODAL = """\
+Other types that generate text from images and text, by their text decoders; image tokens are tokens
+like any other. {served} of {total} are served. Text alone is probed."""
+
+
+@attrs.frozen(kw_only=True)
+class Support:
+    """What is known of one model type.
+
+    Attributes:
+        name: the `model_type`.
+        served: whether the probe passed; None where no verdict was reached.
+        layers: its kinds of layers, with how many of each its default config has.
+        policies: the layers on which policies act.
+        attention: what its attention has besides queries, keys and values.
+        pre_rope: how the keys before RoPE are had.
+        check: that it failed.
+        captured, compiled: what a later check found; "not checked".
+        reason: why it is refused, or no verdict was reached.
+    """
+
+    name: str
+    served: bool | None
+    layers: str = ""
+    policies: str = ""
+    attention: str = ""
+    pre_rope: str = ""
+    check: str = ""
+    captured: str = "not checked"
+    compiled: str = "not checked"
+    reason: str = ""
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """A line of the table of HEADS, for a served type."""
+        return (
+            f"`{self.name}`",
+            self.layers,
+            self.policies,
+            self.attention,
+            self.pre_rope,
+            self.captured,
+            self.compiled,
+        )
+
+
+def check_type(name: str) -> Support:
+    """Probes a tiny random model of the type `name`."""
+    try:
+        check_kinds(tiny_config(name))
+        model = tiny_model(name)
+    except ModelRefused as error:
+        return Support(name=name, served=False, check=error.check, reason=_reason(error))
+    except Exception as error:  # a type may need a package, or fail in its own code
+        said = " ".join(str(error).split())
+        return Support(
+            name=name, served=None, reason=f"no tiny model: {type(error).__name__}: {said}"
+        )
+    try:
+        found = probe(model)
+    except ModelRefused as error:
+        return Support(name=name, served=False, check=error.check, reason=_reason(error))
+    kinds = _default_kinds(name, found.kinds)
+    return Support(
+        name=name,
+        served=True,
+        layers=_layers(kinds),
+        policies=_policies(kinds),
+        attention=_attention(found),
+        pre_rope=_pre_rope(found),
+    )
+
+
+def check_types(
+    names: Sequence[str],
+    *,
+    jobs: int = 1,
+    seconds: float = 120.0,
+    told: Callable[[Support], None] = lambda support: None,
+) -> list[Support]:
+    """`check_type` of each name in a process of its own, `jobs` at a time, in order of `names`.
+
+    A type that crashes or takes more than `seconds` gets no verdict. `told` hears of each.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+
+    def one(name: str) -> Support:
+        found = _in_process(context, name, seconds)
+        told(found)
+        return found
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(one, names))
+
+
+def document(found: Sequence[Support]) -> str:
+    """Markdown of what was found: served types first, by name, then why the others are not."""
+    causal = set(causal_types())
+    text = [x for x in found if x.name in causal]
+    multimodal = [x for x in found if x.name not in causal]
+    said = {
+        "version": transformers.__version__,
+        "served": sum(bool(x.served) for x in text),
+        "total": len(text),
+    }
+    lines = ["# Models", "", _INTRODUCTION.format(**said), *_tables(text)]
+    if multimodal:
+        count = sum(bool(x.served) for x in multimodal)
+        said = {"served": count, "total": len(multimodal)}
+        lines += ["", "## Multimodal", "", _MULTIMODAL.format(**said), *_tables(multimodal)]
+    return "\n".join(lines)
+
+
+def _tables(found: Sequence[Support]) -> list[str]:
+    ordered = sorted(found, key=lambda x: x.name)
+    served = table(HEADS, [x.cells for x in ordered if x.served])
+    others = table(("type", "check", "why not"), [_refusal(x) for x in ordered if not x.served])
+    return ["", "### Served", "", *served, "", "### Refused, or without a verdict", "", *others]
+
+
+def _refusal(support: Support) -> tuple[str, str, str]:
+    return f"`{support.name}`", support.check or "no verdict", support.reason
+
+
+def _in_process(context: Any, name: str, seconds: float) -> Support:
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(name, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        if ours.poll(seconds):
+            found: Support = ours.recv()
+            return found
+        return Support(name=name, served=None, reason=f"no answer within {seconds:g} s")
+    except EOFError:
+        process.join()
+        return Support(name=name, served=None, reason=f"it ended with exit code {process.exitcode}")
+    finally:
+        ours.close()
+        process.kill()
+        process.join()
+
+
+def _child(name: str, pipe: Any) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    with contextlib.suppress(ImportError):  # of systems without limits
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    pipe.send(check_type(name))
+
+
+def _reason(error: ModelRefused) -> str:
+    where = ", ".join(x for x in (error.module, error.place) if x)
+    return " ".join(error.reason.split()) + (f" ({where})" if where else "")
+
+
+def _default_kinds(name: str, tiny: tuple[LayerKind, ...]) -> tuple[LayerKind, ...]:
+    """Of the type's own default config, which tells how many layers are of each kind.
+
+    Those of the tiny one where a default config lacks kinds that the type can have.
+    """
+    try:
+        kinds = layer_kinds(default_config(name))
+    except Exception:  # some types have no default that says so
+        return tiny
+    return kinds if {x.kind for x in tiny} <= {x.kind for x in kinds} else tiny
+
+
+def _counted(kinds: Iterable[LayerKind]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for kind in kinds:
+        word = "hybrid sliding" if kind.kind == "hybrid" and kind.window else kind.kind
+        counts[word] = counts.get(word, 0) + 1
+    return counts
+
+
+def _layers(kinds: Iterable[LayerKind]) -> str:
+    return ", ".join(f"{count} {word}" for word, count in _counted(kinds).items())
+
+
+def _policies(kinds: tuple[LayerKind, ...]) -> str:
+    acting = sum(kind.attention and not (kind.window or kind.chunk) for kind in kinds)
+    if not acting:
+        return "none: no layer sees all keys"
+    return "all layers" if acting == len(kinds) else f"{acting} of {len(kinds)} layers"
+
+
+def _attention(found: Probe) -> str:
+    layers = found.layers
+    said = [
+        ("sinks", any(layer.sinks_keyword for layer in layers)),
+        ("softcap", any(layer.softcap is not None for layer in layers)),
+        ("chunks", any(layer.chunk is not None for layer in layers)),
+        ("shared keys", any(layer.shared for layer in layers)),
+        ("values of another size", any(x.value_dim != x.head_dim for x in layers)),
+        ("layers of several sizes", len({(x.kv_heads, x.head_dim) for x in layers}) > 1),
+    ]
+    return ", ".join(word for word, holds in said if holds)
+
+
+def _pre_rope(found: Probe) -> str:
+    words = {"module": "exact", "same": "no RoPE", "rotate_back": "rotated back"}
+    forms = [words[x.pre_rope.form] if x.pre_rope else "none" for x in found.stored]
+    return ", ".join(sorted(set(forms), key=forms.index))

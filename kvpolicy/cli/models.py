@@ -1,0 +1,52 @@
+"""`kvpolicy models`: which model types of the installed transformers are served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import errors
+
+
+def models(
+    types: Annotated[
+        list[str] | None, typer.Argument(help="Values of model_type; default all.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Probe a tiny random model of each type.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, max=1024, help="Types at a time.")] = 1,
+    seconds: Annotated[float, typer.Option(min=1.0, help="Time limit of a type.")] = 120.0,
+    out: Annotated[
+        Path | None, typer.Option(help="A markdown file for the table, such as docs/models.md.")
+    ] = None,
+) -> None:
+    """Say which model types are served, or what is in the way."""
+    with errors():
+        from ..adapters.hf.support import check_types, document
+        from ..adapters.hf.tiny import causal_types, multimodal_types
+
+        known = [*causal_types(), *multimodal_types()]
+        wrong = sorted(set(types or ()) - set(known))
+        if wrong:
+            raise ValueError(f"types: transformers has no language model of {', '.join(wrong)}")
+        if not check:
+            for name in types or known:
+                typer.echo(name)
+            return
+        found = check_types(
+            types or known,
+            jobs=jobs,
+            seconds=seconds,
+            told=lambda x: typer.echo(f"{x.name}: {'served' if x.served else x.reason}", err=True),
+        )
+        text = document(found)
+        if out is None:
+            typer.echo(text)
+        else:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(text + "\n", encoding="utf-8")
+    served = sum(x.served is True for x in found)
+    typer.echo(f"{served} of {len(found)} types are served", err=True)

@@ -1,0 +1,88 @@
+"""A captured step is not replayed after the model has changed under it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvpolicy import CachePipeline
+from kvpolicy.adapters.hf import attach, capture
+from tests.support.adapters.models import pipelines, prompt, tiny
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"  # asked for by PEFT
+)
+
+
+def lora():
+    """Two adapters, the first of them active."""
+    peft = pytest.importorskip("peft")
+    model = None
+    torch.manual_seed(5)
+    for name in ("default", "other"):
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        if model is None:
+            model = peft.get_peft_model(tiny(), config)
+        else:
+            model.add_adapter(name, config)
+    return model.eval()
+
+
+CHANGES = {
+    "dtype": lambda model: model.to(torch.float64),
+    "adapter": lambda model: model.set_adapter("other"),
+    "none": lambda model: model.base_model.disable_adapter_layers(),
+    "scale": lambda model: [m.set_scale("default", 3.0) for m in tuned(model)],
+    "merged": lambda model: model.merge_adapter(),
+    "hook": lambda model: inner(model).register_forward_hook(lambda module, args, output: -output),
+    "weight": lambda model: setattr(inner(model), "weight", torch.nn.Parameter(-weight(model))),
+}
+
+
+def tuned(model):
+    return [module for module in model.modules() if hasattr(module, "set_scale")]
+
+
+def inner(model):
+    return model.get_base_model().model.layers[1].mlp.up_proj
+
+
+def weight(model):
+    return inner(model).weight.detach().clone()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_graph_holds(change):
+    """Attaching and generating leave it as it is, and so does a value that changes in place."""
+    model = lora()
+    base = model.get_base_model()
+    before = capture.held_fast(base)
+    for pipeline in (CachePipeline(window=5), pipelines()["gate"]):
+        with attach(model, pipeline):
+            model.generate(**prompt([9]), max_new_tokens=3)
+            assert capture.held_fast(base) == before
+    inner(model).weight.mul_(2)
+    assert capture.held_fast(base) == before
+    CHANGES[change](model)
+    assert capture.held_fast(base) != before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("given", [True, False], ids=["a cache of one's own", "private"])
+@pytest.mark.parametrize("change", [name for name in CHANGES if name != "dtype"])
+def test_a_changed_model_is_captured_anew(change, given):
+    """The same tokens as from a fresh cache."""
+    model, ids = lora().to("cuda"), prompt([40])["input_ids"].cuda()
+    options = {"max_new_tokens": 24, "do_sample": False}
+    with attach(model, CachePipeline(window=16)) as attached:
+        cache = attached.new_cache() if given else None
+        before = model.generate(input_ids=ids, past_key_values=cache, **options)
+        CHANGES[change](model)
+        if given:
+            cache.reset()
+        after = model.generate(input_ids=ids, past_key_values=cache, **options)
+        fresh = model.generate(input_ids=ids, past_key_values=attached.new_cache(), **options)
+        assert attached.decoding == "captured"
+    assert torch.equal(after, fresh)
+    assert torch.equal(after, before) == (change == "merged")
