@@ -148,7 +148,10 @@ def train_duo_attention(
             batch = mix.batch(step, batch_size, rank=rank)
             ids, answers = (t.to(model.device) for t in batch)
             if duo and not bool(batch.answers.any()):
-                raise ValueError('texts: wanted batches with answers for "duo", got none')
+                raise ValueError(
+                    f'texts: wanted batches with answers for "duo", got none in {mix.length} '
+                    "tokens; write length=1024 or more, or objective='wgkv', which needs none"
+                )
             if duo:
                 with torch.no_grad():
                     heads.clamp_(0, 1)

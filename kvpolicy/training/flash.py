@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import BackendError
+
 _PAD = 8  # FlashAttention wants head_dim to be a multiple of 8
 
 
@@ -96,6 +98,11 @@ def flash_forward(
     Returns:
         Output `[B, N, H, D]`, log-sum-exp `[B, H, N]` fp32 and the (unused) dropout state.
     """
+    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
+        raise BackendError(
+            f"kernel='flash': wanted bfloat16 or float16 on a CUDA device, got {q.dtype} on "
+            f"{q.device}; write kernel='auto'"
+        )
     length = q.shape[1]
     out, lse, seed, offset, _ = torch.ops.aten._flash_attention_forward(
         q, k, v, None, None, length, length, 0.0, True, False, scale=scale,

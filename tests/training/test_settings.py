@@ -149,3 +149,11 @@ def test_without_accelerate_the_extra_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "kvpolicy.training")
     with pytest.raises(ModuleNotFoundError, match=r"accelerate .*'kvpolicy\[train\]'"):
         importlib.import_module("kvpolicy.training")
+
+
+def test_a_kernel_that_this_device_has_not_is_one_line(folder):
+    code, said = call(folder, "--kernel", "flash", "--no-progress")
+    assert code == 2 and said == [
+        "error: kernel='flash': wanted bfloat16 or float16 on a CUDA device, got torch.float32 on "
+        "cpu; write kernel='auto'"
+    ]
