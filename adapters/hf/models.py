@@ -141,7 +141,7 @@ def served(model: nn.Module, *, verify: bool = True) -> Served:
     Raises UnsupportedError for a model that is not served.
     """
     decoder = decoder_of(model)
-    return _served(model, decoder, probe(model))
+    return _served(model, decoder, probe(model, verify=verify))
 
 
 def _served(model: nn.Module, decoder: nn.Module, found: Probe) -> Served:

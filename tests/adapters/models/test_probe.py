@@ -168,3 +168,14 @@ def test_every_type_is_served_or_refused_with_a_reason(name):
         assert name in UNBUILT
         return
     check_sharp(model, found)
+
+
+def test_without_verify_logits_may_differ(monkeypatch):
+    from kvpolicy import CachePipeline, attach
+
+    monkeypatch.setattr(module, "tolerance", lambda dtype, calls: -1.0)
+    model = tiny_model("qwen3", num_hidden_layers=3)
+    with attach(model, CachePipeline(window=4), verify=False):
+        pass
+    with pytest.raises(ModelRefused, match="check 'logits'"):
+        attach(model, CachePipeline(window=4))  # what was not verified is not remembered
