@@ -154,7 +154,8 @@ def document(found: Sequence[Support]) -> str:
         "served": sum(bool(x.served) for x in text),
         "total": len(text),
     }
-    lines = ["# Models", "", _INTRODUCTION.format(**said), *_tables(text)]
+    lines = ["# Models", "", _INTRODUCTION.format(**said), "", "## Causal language models"]
+    lines += _tables(text)
     if multimodal:
         count = sum(bool(x.served) for x in multimodal)
         said = {"served": count, "total": len(multimodal)}
