@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypedDict, get_args
 
 import attrs
@@ -207,23 +208,31 @@ class CacheSpec:
         """The global ids of the KV heads on this rank."""
         return range(self.head_offset, self.head_offset + self.kv_heads)
 
+    @cached_property
+    def each(self) -> tuple[LayerSizes, ...]:
+        """The sizes of every layer."""
+        if self.per_layer:
+            return self.per_layer
+        return tuple(
+            LayerSizes(
+                heads=self.heads,
+                kv_heads=self.kv_heads,
+                head_dim=self.head_dim,
+                scale=self.softmax_scale,
+                window=self.sliding[layer] if self.sliding else None,
+            )
+            for layer in range(self.layers)
+        )
+
     def at(self, layer: int) -> LayerSizes:
         """The sizes of one layer."""
-        if self.per_layer:
-            return self.per_layer[layer]
-        return LayerSizes(
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            scale=self.softmax_scale,
-            window=self.sliding[layer] if self.sliding else None,
-        )
+        return self.each[layer]
 
     def slides(self, layer: int) -> int | None:
         """The window of a layer that only slides, None for a layer that policies manage."""
-        return self.at(layer).window
+        return self.each[layer].window
 
     @property
     def managed(self) -> tuple[int, ...]:
         """The layers that policies manage."""
-        return tuple(layer for layer in range(self.layers) if self.slides(layer) is None)
+        return tuple(layer for layer, sizes in enumerate(self.each) if sizes.window is None)

@@ -121,9 +121,8 @@ def check_config(config: Any) -> None:
     check_causal(getattr(config, "is_causal", True))
 
 
-def check_model(decoder: Any, layers: list[Any]) -> None:
-    """Raises UnsupportedError for a model whose attention is not what its kind's is."""
-    check_config(decoder.config)
+def check_modules(layers: list[Any]) -> None:
+    """Raises UnsupportedError for attention modules that are not what their kind's are."""
     if not all(getattr(m, "is_causal", True) for m in layers):
         raise UnsupportedError(
             "is_causal=False: every token would see later ones; caches hold none"

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ..._arguments import check_flag
 from ...errors import PhaseError, UnsupportedError
 from ...pipeline import CachePipeline, is_pipeline
-from ...spec import CacheSpec, LayerSizes, Sizes
+from ...spec import Sizes
 from ...store import Report
 from . import phases
-from .arguments import check_config, check_model
+from .arguments import check_config, check_modules
 from .attention import forget_hidden, keep_hidden, keep_pre
 from .cache import KVPolicyCache
 from .changes import Changes
@@ -62,7 +62,7 @@ class Attachment:
         check_config(self.decoder.config)
         self.served = served(self.base, verify=verify)
         self.layers = self.served.modules
-        check_model(self.decoder, self.layers)
+        check_modules(self.layers)
         check_one_device(self.served)
         self.needs = pipeline.admission.needs | pipeline.eviction.needs
         if "key_pre" in self.needs:
@@ -194,7 +194,7 @@ class Attachment:
             raise ValueError(f"{name}: the cache belongs to another pipeline")
         model = given.model()  # None if it is gone
         other = model is not None and decoder_of(model) is not self.decoder
-        if other or _shape(given.spec) != _shape(self.spec):
+        if other or given.spec.each != self.spec.each:
             raise ValueError(f"{name}: the cache was made for another model")
         return given
 
@@ -262,10 +262,6 @@ class Attachment:
         return self._last
 
 
-def _shape(spec: CacheSpec) -> list[LayerSizes]:
-    return [spec.at(layer) for layer in range(spec.layers)]
-
-
 def _attached(decoder: nn.Module) -> Attachment | None:
     found = _ATTACHED.get(decoder)
     return None if found is None else found()
@@ -287,10 +283,9 @@ def attach(
     compared with the model's own attention (see `kvpolicy models`). `compile` compiles the decoder
     layers by `torch.compile` at their first calls, around the attention. `dtype` is what caches
     store and compute in, by default the model's; `sizes` are those of CacheSpec for the caches it
-    makes:
-    `page_size`, `rollback` and `interval` in tokens, and the caps `max_bytes`, `max_tokens` (of a
-    KV head) with `at_cap`. Raises UnsupportedError for other models, ValueError for policies that
-    do not fit, PhaseError for a second attach.
+    makes: `page_size`, `rollback` and `interval` in tokens, and the caps `max_bytes`, `max_tokens`
+    (of a KV head) with `at_cap`. Raises UnsupportedError for other models, ValueError for policies
+    that do not fit, PhaseError for a second attach.
     """
     return Attachment(model, pipeline, compile=compile, dtype=dtype, verify=verify, **sizes)
 

@@ -52,6 +52,7 @@ class KVPolicyCache(Cache):
         self.dtype, self.spec = dtype, spec_from(self.served, dtype=dtype, **sizes)
         self.pipeline, self.sizes, self.model = pipeline, sizes, weakref.ref(model)
         self.ranks = ranks_of(self.served)
+        self.needs = pipeline.admission.needs | pipeline.eviction.needs
         self.failure: BaseException | None = None  # of a layer, until all ranks know of it
         self.state: CacheState | None = None
         self.phase = "prompt"
@@ -73,7 +74,8 @@ class KVPolicyCache(Cache):
         """Layers as transformers sees them, and the states that its own ones keep."""
         faces = faces_of(self, self.served.config, self.served.places)
         Cache.__init__(self, layers=faces)
-        self.states = States({n: x for n, x in enumerate(faces) if keeps_state(x)})
+        own = {n: x for n, x in enumerate(faces) if keeps_state(x)}
+        self.states = States(own, self.served.probe)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -131,7 +133,8 @@ class KVPolicyCache(Cache):
                 out = self.layout.attend_shared(pipeline, state, layer, q, sinks)
             else:
                 k, v = self._own(handle.key, "key"), self._own(handle.value, "value")
-                pre = None if pre is None else self._own(pre, "key_pre")
+                if pre is not None:  # a layer without RoPE has them anyway
+                    pre = self._own(pre, "key_pre") if "key_pre" in self.needs else None
                 out = self.layout.attend(pipeline, state, layer, q, k, v, pre, hidden, sinks)
                 handle.wrote = True
         return out.transpose(1, 2).to(query.dtype).contiguous()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .attached import Attached
 from .cache import KVPolicyCache
-from .phases import evicts_while_decoding, read
+from .phases import one_by_one, read
 
 Ids = tuple[int, ...]
 COLUMNS = 128  # of a forward: bounds what the logits take
@@ -74,7 +74,7 @@ def _decoded(
     attachment: Attached, cache: KVPolicyCache, asked: list[Ids], dtype: torch.dtype | None
 ) -> list[Continued]:
     ids, valid = _padded(asked, attachment.base.device, left=False)
-    width = 1 if evicts_while_decoding(attachment) else COLUMNS
+    width = 1 if one_by_one(attachment) else COLUMNS
     before = cache.real().to(valid) if cache.columns else valid[:, :0]
     mask = torch.cat([before, valid], 1)
     targets = F.pad(ids[:, 1:], (0, 1))

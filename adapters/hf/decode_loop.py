@@ -104,9 +104,9 @@ def _one_by_one(model: Any, input_ids: Tensor, config: Any, model_kwargs: dict[s
     whole = {"input_ids": input_ids}
     for name in ("attention_mask", "position_ids"):
         if model_kwargs.get(name) is not None:
-            whole[name] = model_kwargs[name][:, -input_ids.shape[1] :]
+            whole[name] = model_kwargs[name][..., -input_ids.shape[1] :]
     for column in range(input_ids.shape[1]):
-        part = {name: x[:, column : column + 1] for name, x in whole.items()}
+        part = {name: x[..., column : column + 1] for name, x in whole.items()}
         output = model(
             **part, past_key_values=model_kwargs["past_key_values"], use_cache=True,
             return_dict=True, output_hidden_states=config.output_hidden_states,
@@ -125,10 +125,10 @@ def _choose(scores: Tensor, sample: bool) -> Tensor:
 def _next_position(
     model_kwargs: dict[str, Any], cache: KVPolicyCache, device: torch.device
 ) -> Tensor:
-    """Position ids `[B, 1]` of the first generated token."""
-    if not cache.counts_positions:
-        last: Tensor = model_kwargs["position_ids"][:, -1:]
-        return last + 1
+    """Position ids `[B, 1]` of the first generated token; `[n, B, 1]` where a token has several."""
+    places: Tensor | None = model_kwargs.get("position_ids")
+    if places is not None and (places.ndim > 2 or not cache.counts_positions):
+        return places[..., -1:] + 1
     assert cache.state is not None
     return torch.tensor(cache.state.lengths, device=device)[:, None]
 

@@ -43,7 +43,7 @@ def open_forward(
     mask = new_columns(mask, cache.chunks, batch, columns)
     state = cache.ensure_state(len(texts) if texts else batch)
     if cache.states:
-        cache.states.check(mask, state.active, cache.gapped, packed=bool(texts))
+        cache.states.check(columns, mask, state.active, cache.gapped, packed=bool(texts))
         cache.before = None if cache.capturing else cache.states.snapshot()
     if texts:
         layout = Columns(batch, columns, 0)
@@ -115,9 +115,10 @@ class Crossing:
         head = cache.boundary - cache.columns
         extra = inputs_of(kwargs).shape[1] - head
         first, self.rest = dict(kwargs), dict(kwargs)
-        for name in ("input_ids", "inputs_embeds", "position_ids"):
-            if kwargs.get(name) is not None:
-                first[name], self.rest[name] = kwargs[name][:, :head], kwargs[name][:, head:]
+        for name, axis in (("input_ids", 1), ("inputs_embeds", 1), ("position_ids", -1)):
+            if (whole := kwargs.get(name)) is not None:
+                first[name] = whole.narrow(axis, 0, head)
+                self.rest[name] = whole.narrow(axis, head, whole.shape[axis] - head)
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.shape[1] == head + extra:  # of the new columns
             first["attention_mask"], self.rest["attention_mask"] = mask[:, :head], mask[:, head:]

@@ -122,8 +122,10 @@ class Forwards:
         cache.served = attachment.served  # the modules that run; the cache may be a gone model's
         ids, crossing = inputs_of(kwargs), None
         batch, columns = ids.shape[:2]
-        if given is not None and cache.counts_positions:
+        if given is not None and cache.counts_positions and not _several(kwargs):
             kwargs["position_ids"] = None  # as transformers counted them, by columns
+        if "use_cache" in kwargs or "use_cache" in self.names:
+            kwargs["use_cache"] = True  # some decoders hand a cache on only then
         texts = split(kwargs, batch, columns, cached=kept)
         self._remind(attachment.pipeline, given, columns)
         if Crossing.needed(cache, columns):
@@ -187,3 +189,9 @@ class Forwards:
             UserWarning,
             stacklevel=3,
         )
+
+
+def _several(kwargs: dict[str, Any]) -> bool:
+    """Whether a token has several positions, as where images are: only the model can count them."""
+    places = kwargs.get("position_ids")
+    return isinstance(places, torch.Tensor) and places.ndim > 2

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionMaskInterface
-from transformers.masking_utils import causal_mask_function
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from ...errors import UnsupportedError
 from .faces import NAME
 
+# The second is of cross attention: a probe refuses a model whose own tokens see later ones.
+_PLAIN = (causal_mask_function, bidirectional_mask_function)
 _LAST = threading.local()  # the padding mask of the last call, for a decoder given only masks
 
 
@@ -30,7 +32,7 @@ def no_mask(
     Raises UnsupportedError where tokens would see later ones, as within an image.
     """
     _LAST.padding = attention_mask
-    if q_length == 1 or mask_function is causal_mask_function or torch.compiler.is_compiling():
+    if q_length == 1 or mask_function in _PLAIN or torch.compiler.is_compiling():
         return
     batch = kwargs.get("batch_size", 1)
     device = kwargs.get("device") or getattr(attention_mask, "device", "cpu")

@@ -28,6 +28,8 @@ def decoder_of(model: Any) -> Any:
     found = base_of(model)
     while hasattr(found, "get_decoder"):
         inner = base_of(found.get_decoder())
+        if not hasattr(inner, "config"):  # a head of that name
+            inner = base_of(found.base_model)
         if inner is found:
             break
         found = inner
@@ -111,12 +113,7 @@ class Served:
     readers: tuple[Any, ...]
     places: dict[int, int]
     probe: Probe
-    rules: tuple[Rules, ...] = attrs.field(
-        init=False, default=attrs.Factory(lambda self: self._rules(), takes_self=True)
-    )
-
-    def _rules(self) -> tuple[Rules, ...]:
-        return tuple(layer.rules for layer in self.layers)
+    rules: tuple[Rules, ...]
 
     def place_of(self, module: Any) -> int:
         """The place of the one layer that `module` attends for."""
@@ -158,7 +155,12 @@ def _served(model: nn.Module, decoder: nn.Module, found: Probe) -> Served:
     readers = [base.get_submodule(layer.module) for layer in found.layers if layer.shared]
     places = {layer.place: index for index, layer in enumerate(layers)}
     return Served(
-        config=config, layers=tuple(layers), readers=tuple(readers), places=places, probe=found
+        config=config,
+        layers=tuple(layers),
+        readers=tuple(readers),
+        places=places,
+        probe=found,
+        rules=tuple(layer.rules for layer in layers),
     )
 
 
@@ -247,7 +249,7 @@ def _ranks_of(module: nn.Module) -> Ranks:
     weights: list[Any] = [getattr(part, "weight", None) for part in module.modules()]
     for weight in weights:
         for axis, placement in enumerate(getattr(weight, "placements", ())):
-            if weight is not None and placement.is_shard(0) and weight.device_mesh.size(axis) > 1:
+            if placement.is_shard(0) and weight.device_mesh.size(axis) > 1:
                 return Ranks(weight.device_mesh, axis)
     return Ranks()
 

@@ -87,7 +87,7 @@ def ask(
     fork = _fork(attachment, cache, input_ids, question, rows)
     mask = _full_mask(fork, input_ids, attention_mask, rows)
     given = {"input_ids": input_ids, "attention_mask": mask, "past_key_values": fork}
-    if question == "decode" and evicts_while_decoding(attachment):
+    if question == "decode" and one_by_one(attachment):
         given["prefill_chunk_size"] = 1
     return run(attachment, {**options, **given}, question)
 
@@ -119,7 +119,7 @@ def loglikelihood(
     cache = read(attachment, input_ids[:, :-1], mask, None, None, None)
     asked = torch.cat([input_ids[:, -1:], continuation_ids[:, :-1]], 1)
     decoded = question == "decode"
-    width = 1 if decoded and evicts_while_decoding(attachment) else asked.shape[1]
+    width = 1 if decoded and one_by_one(attachment) else asked.shape[1]
     with torch.no_grad(), attachment.forwards.holding():
         cache.begin_question(None if decoded else cache.columns + asked.shape[1])
         logits = [
@@ -149,10 +149,16 @@ def _right_padded(ids: Tensor, mask: Tensor | None) -> Tensor:
     return shown
 
 
-def evicts_while_decoding(attachment: Attached) -> bool:
-    """Whether a question's tokens must come one by one, so that evictions fall between them."""
-    eviction = attachment.pipeline.eviction
-    return eviction.when == "decode" and not eviction.neutral
+def one_by_one(attachment: Attached) -> bool:
+    """Whether a question's tokens must be decoded one by one.
+
+    Evictions fall between them; layers that share keys choose pages for one token; and some
+    models go on from their states by one column.
+    """
+    pipeline, known = attachment.pipeline, attachment.served
+    evicts = pipeline.eviction.when == "decode" and not pipeline.eviction.neutral
+    chooses = bool(known.readers) and not pipeline.selection.neutral
+    return evicts or chooses or not known.probe.goes_on
 
 
 def _check(question: str) -> None:

@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from ...errors import UnsupportedError
+from .carried import Carried
 from .cut import cut_model, whole, why_not_in_place
 from .handle import Touched, place_of
 from .kinds import LayerKind, layer_kinds
@@ -109,7 +110,11 @@ def probe_in_place(model: Any, verify: bool = True) -> Probe:
             break
     if found is not None and verify:
         raise found
-    return Probe(layers=tuple(run.layers), kinds=kinds, difference=worst, decoded=True)
+    found = Probe(layers=tuple(run.layers), kinds=kinds, difference=worst, decoded=True)
+    if not found.own:
+        return found
+    carried = Carried(model, tokens)
+    return attrs.evolve(found, hides=carried.hides, goes_on=carried.goes_on)
 
 
 def _compared(

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from ...errors import RollbackError, UnsupportedError
+from .records import Probe
 
 # Of a transformers layer: tensors by state, and what says whether they mean anything.
 _STATES = ("conv_states", "recurrent_states")
@@ -27,8 +29,8 @@ _MARKS = (
 class States:
     """The states of one cache's layers, by the layers' places in the model."""
 
-    def __init__(self, layers: Mapping[int, Any]) -> None:
-        self.layers = dict(layers)
+    def __init__(self, layers: Mapping[int, Any], probe: Probe) -> None:
+        self.layers, self.probe = dict(layers), probe
 
     def __bool__(self) -> bool:
         return bool(self.layers)
@@ -76,21 +78,29 @@ class States:
     def reset(self) -> None:
         """Forgets everything."""
         for layer in self.layers.values():
-            layer.reset()
+            LinearAttentionCacheLayerMixin.reset(layer)  # of a hybrid layer that part alone
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The states for a file, by place, kind and number."""
         return {f"state.{name}": tensor for name, tensor in self._tensors()} if self.begun else {}
 
     def from_tensors(self, filed: Mapping[str, Tensor], batch: int, device: torch.device) -> None:
-        """Takes the states that `to_tensors` filed, of `batch` sequences."""
-        for name, tensor in filed.items():
-            if not name.startswith("state."):
-                continue
+        """Takes the states that `to_tensors` filed, of `batch` sequences.
+
+        Raises ValueError for states of other layers, or of another number of sequences.
+        """
+        named = {name: x for name, x in filed.items() if name.startswith("state.")}
+        places = {name.split(".")[1] for name in named}
+        if places != {str(place) for place in self.layers}:
+            raise ValueError(
+                f"path: altered: wanted states of layers {_listed(self.layers)}, got those of "
+                f"{', '.join(sorted(places)) or 'none'}"
+            )
+        for name, tensor in named.items():
             _, place, kind, state = name.split(".")
-            if kind not in _STATES or int(place) not in self.layers or tensor.shape[0] != batch:
-                raise ValueError(f"path: altered: {name} does not fit the model")
             layer = self.layers[int(place)]
+            if kind not in _STATES or tensor.shape[0] != batch:
+                raise ValueError(f"path: altered: {name} does not fit {batch} sequences")
             getattr(layer, kind)[int(state)] = tensor.to(device)
             getattr(layer, f"is_{kind}_initialized")[int(state)] = True
             layer.has_previous_state[int(state)] = True
@@ -115,20 +125,33 @@ class States:
                         getattr(layer, name)[state] = tensor.clone()
 
     def check(
-        self, mask: Tensor | None, active: Sequence[bool], gapped: Sequence[bool], packed: bool
+        self,
+        columns: int,
+        mask: Tensor | None,
+        active: Sequence[bool],
+        gapped: Sequence[bool],
+        packed: bool,
     ) -> None:
-        """Raises UnsupportedError if columns are hidden that the states would take in.
+        """Raises UnsupportedError if the states would not be those of the real columns alone.
 
-        `mask` `[B, S]` is about the new columns. Only columns before a sequence's first token are
-        kept out, and only by the first forward; `gapped` are sequences with others by now. `packed`
-        says that rows hold several texts.
+        `mask` `[B, columns]` is about the new columns. Only columns before a sequence's first token
+        are kept out, and only by the first forward; `gapped` are sequences with others by now.
+        `packed` says that rows hold several texts.
         """
+        if columns > 1 and self.begun and not self.probe.goes_on:
+            raise UnsupportedError(
+                f"input_ids: {columns} columns after others, but layers {_listed(self.layers)} of "
+                "this model go on from their states by one column at a time; give a prompt in one "
+                "forward, and single columns after it"
+            )
         if packed:
             self._refuse("position_ids pack several texts in a row")
         if any(gap and on for gap, on in zip(gapped, active, strict=True)):
             self._refuse("a sequence that had ended, or was padded on the right, goes on")
         if mask is None or bool(mask.all()):
             return
+        if not self.probe.hides:
+            self._refuse("a mask hides columns, which this model's layers read all the same")
         if self.begun:
             self._refuse("a mask hides columns after the first forward")
         if bool((mask.bool().long().diff(dim=1) < 0).any()):
@@ -137,8 +160,12 @@ class States:
     def _refuse(self, what: str) -> None:
         raise UnsupportedError(
             f"attention_mask: {what}, but layers {_listed(self.layers)} keep a recurrent or "
-            "convolutional state that takes in every column; pad on the left, and start a new "
-            "cache for a turn after rows of different lengths"
+            "convolutional state that takes in every column; "
+            + (
+                "pad on the left, and start a new cache for a turn after rows of different lengths"
+                if self.probe.hides
+                else "give it rows of one length"
+            )
         )
 
 

@@ -39,8 +39,7 @@ def spec_from(
     device: torch.device | None = None,
     **sizes: Unpack[Sizes],
 ) -> CacheSpec:
-    """`spec_of` of a model that is known."""
-    check_sizes(sizes)
+    """`spec_of` of a model that is known; `sizes` are checked."""
     optional(check_dtype, "dtype", dtype)
     layers = known.layers
     widest = functools.reduce(torch.promote_types, [layer.dtype for layer in layers])

@@ -92,9 +92,10 @@ def check_shared(state: CacheState, layer: int, last: Sequence[int] | None) -> C
     """The open call; raises unless `layer` ran in it and lets others read its keys."""
     if state.call is None:
         raise PhaseError("attend_shared: no call is open; call begin(state, lengths, phase) first")
-    shares = [n for n in range(state.spec.layers) if state.spec.at(n).shared]
-    check_kind("layer", layer, int, f"one that the spec says is shared, {shares}")
-    if layer not in shares:
+    each = state.spec.each
+    check_kind("layer", layer, int, "one that the spec says is shared")
+    if not 0 <= layer < len(each) or not each[layer].shared:
+        shares = [n for n, sizes in enumerate(each) if sizes.shared]
         raise ValueError(f"layer: wanted one that the spec says is shared, {shares}, got {layer}")
     if layer not in state.call.done:
         raise PhaseError(f"attend_shared: layer {layer} has not run in this call")

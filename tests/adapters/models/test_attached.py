@@ -1,0 +1,132 @@
+"""Models of every kind with a pipeline attached, beside themselves without one.
+
+It shares no code with the probe: a plain forward over the whole text decides, and what plain
+generate says to each sequence alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from kvpolicy import CachePipeline, UnsupportedError
+from kvpolicy.adapters.hf import attach
+from kvpolicy.adapters.hf.probe import ModelRefused
+from kvpolicy.adapters.hf.tiny import causal_types, tiny_model
+
+# Softcap and windows, sinks, chunks and no RoPE, states beside attention and in it, other value
+# channels, shared keys, fused keys, a decoder behind a head of that name, a decoder of two parts.
+KINDS = (
+    "gemma2", "gpt_oss", "llama4_text", "qwen3_5_text", "falcon_h1", "mimo_v2_flash", "gemma4_text",
+    "phi3", "modernbert-decoder", "whisper",
+)  # fmt: skip
+# Plain models that do not run on these inputs.
+NOT_RUN = ("deepseek_v2", "gemma4_unified_assistant", "musicgen", "musicgen_melody")
+# Configs that transformers itself does not build.
+NOT_BUILT = ("gemma4_assistant",)
+PROMPT, TURN, LENGTH = 27, 33, 40  # columns; the tiny models' windows and chunks are far shorter
+HIDDEN = 6  # columns of the second row
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def text(model, hides):
+    """Ids `[2, LENGTH]`, which columns are real, and plain logits."""
+    ids = torch.randint(20, 60, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if hides:
+        mask[1, :HIDDEN] = 0
+    given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    try:
+        logits = model(**given, position_ids=places).logits
+    except TypeError:  # it takes none and counts by the mask
+        logits = model(**given).logits
+    return ids, mask, logits
+
+
+def far(found, wanted, mask):
+    real = mask.bool()
+    return float((found - wanted)[real].abs().max() / wanted[real].std())
+
+
+@torch.no_grad()
+def check(name):
+    model = tiny_model(name).eval()
+    with attach(model, CachePipeline(window=5)) as attached:
+        probe = attached.served.probe
+    ids, mask, wanted = text(model, probe.hides)
+    prompt = {"input_ids": ids[:, :PROMPT], "attention_mask": mask[:, :PROMPT]}
+    alone = [
+        model.generate(input_ids=row[None, hidden:PROMPT], **GREEDY)[0, PROMPT - hidden :]
+        for row, hidden in zip(ids, (mask == 0).sum(1).tolist(), strict=True)
+    ]
+    with attach(model, CachePipeline(window=5)) as attached:
+        whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        assert far(whole, wanted, mask) < 1e-4
+        cache, parts = attached.new_cache(), []
+        # States of a model's own layers take hidden columns in the first forward alone, and some
+        # go on by single columns.
+        cuts = [0, PROMPT, TURN] if probe.own else [0, 11, PROMPT, TURN]
+        if not probe.goes_on:
+            cuts = [0, PROMPT, *range(PROMPT + 1, TURN + 1)]
+        for start, end in itertools.pairwise(cuts):
+            if start == PROMPT:
+                cache.end_prompt()
+                cache.begin_prompt()
+            given = {"input_ids": ids[:, start:end], "attention_mask": mask[:, :end]}
+            parts.append(model(**given, past_key_values=cache).logits)
+        cache.end_prompt()
+        for place in range(TURN, LENGTH):
+            given = {"input_ids": ids[:, place : place + 1], "attention_mask": mask[:, : place + 1]}
+            parts.append(model(**given, past_key_values=cache).logits)
+        assert far(torch.cat(parts, 1), wanted, mask) < 1e-4
+        found = model.generate(**prompt, **GREEDY)[:, PROMPT:]
+        assert torch.equal(found, torch.stack(alone))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds(name):
+    check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", causal_types())
+def test_every_type(name):
+    if name in (*NOT_RUN, *NOT_BUILT):
+        pytest.skip("the plain model does not run on ids alone")
+    try:
+        model = tiny_model(name)
+    except ImportError as error:
+        pytest.skip(f"transformers itself needs a package for it: {error}")
+    try:
+        attach(model, CachePipeline(window=5)).detach()
+    except ModelRefused as refused:
+        assert refused.check and refused.reason
+        return
+    check(name)
+
+
+def test_states_that_take_hidden_columns_in_refuse_them():
+    model = tiny_model("recurrent_gemma").eval()
+    ids, mask = torch.arange(20, 44).view(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[1, :3] = 0
+    with attach(model, CachePipeline(window=5)) as attached, torch.no_grad():
+        assert not attached.served.probe.hides
+        with pytest.raises(UnsupportedError, match="give it rows of one length"):
+            model(input_ids=ids, attention_mask=mask)
+
+
+@torch.no_grad()
+def test_states_that_do_not_go_on_by_chunks_refuse_them():
+    model = tiny_model("jamba").eval()
+    ids = torch.arange(20, 44)[None]
+    plain = model(input_ids=ids, use_cache=False).logits
+    with attach(model, CachePipeline(window=5)) as attached:
+        cache = attached.read(ids[:, :12])
+        with pytest.raises(UnsupportedError, match="12 columns after others"):
+            model(input_ids=ids[:, 12:], past_key_values=cache)
+        said = attached.loglikelihood(ids[:, :12], ids[:, 12:])  # one by one
+    wanted = plain.log_softmax(-1)[:, 11:-1].gather(-1, ids[:, 12:, None]).squeeze(-1)
+    torch.testing.assert_close(said, wanted, rtol=1e-4, atol=1e-4)
