@@ -24,8 +24,8 @@ from .compile import CompiledLayers, check_compiles, make_eager
 from .faces import NAME
 from .forwards import Forwards
 from .generate import generate
-from .models import AttentionLayer, check_one_device, check_pre_rope, decoder_of, served
-from .wrappers import base_of, check_soft_prompt, unwrapped
+from .models import AttentionLayer, check_one_device, check_pre_rope, served
+from .wrappers import base_of, check_soft_prompt, decoder_of, unwrapped
 
 # The model's hooks keep its attachment alive; nothing here keeps the model alive.
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = (

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedError
-from .models import attention_modules, decoder_of
+from .models import attention_modules
+from .wrappers import decoder_of
 
 SAMPLES = 64  # elements read of each parameter
 _VOLATILE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")

@@ -42,6 +42,11 @@ def open_forward(
         )
     mask = new_columns(mask, cache.chunks, batch, columns)
     state = cache.ensure_state(len(texts) if texts else batch)
+    if mask is not None and not cache.served.probe.hides and not bool(mask.all()):
+        raise UnsupportedError(
+            "attention_mask: it hides columns, but this model counts them in its positions or "
+            "reads them in recurrent layers; give it rows of one length"
+        )
     if cache.states:
         cache.states.check(columns, mask, state.active, cache.gapped, packed=bool(texts))
         cache.before = None if cache.capturing else cache.states.snapshot()

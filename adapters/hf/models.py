@@ -12,28 +12,13 @@ import attrs
 import torch
 from torch import nn
 
-from ..._fields import shown
 from ...errors import UnsupportedError
 from .kinds import text_config
 from .placement import device_of, dtype_of
 from .probe import probe
 from .ranks import Ranks
 from .records import PreRope, Probe, ProbedLayer
-from .wrappers import base_of
-
-
-def decoder_of(model: Any) -> Any:
-    """The decoder stack of a language model, through wrappers and around other modalities."""
-    _check_model(model)
-    found = base_of(model)
-    while hasattr(found, "get_decoder"):
-        inner = base_of(found.get_decoder())
-        if not hasattr(inner, "config"):  # a head of that name
-            inner = base_of(found.base_model)
-        if inner is found:
-            break
-        found = inner
-    return found
+from .wrappers import base_of, decoder_of
 
 
 class Rules(NamedTuple):
@@ -218,15 +203,6 @@ def check_pre_rope(known: Served) -> None:
                 f"key_pre: the keys before RoPE, which the policy reads, cannot be had in layer "
                 f"{index} ({type(layer.module).__name__}): {layer.no_pre_rope}"
             )
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module) or not hasattr(base_of(model), "config"):
-        hint = f"; load it: AutoModelForCausalLM.from_pretrained({model!r})"
-        raise TypeError(
-            f"model: wanted a model of transformers, got {shown(model)}"
-            + (hint if isinstance(model, str) else "")
-        )
 
 
 def attention_modules(model: nn.Module) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 import math
 from typing import Any
@@ -27,7 +28,7 @@ from .records import ProbedLayer as ProbedLayer
 from .records import Rotation as Rotation
 from .runs import PROMPT, STEPS
 from .untouched import untouched
-from .wrappers import base_of
+from .wrappers import base_of, decoder_of
 
 _KNOWN: dict[Any, Probe] = {}
 
@@ -111,10 +112,15 @@ def probe_in_place(model: Any, verify: bool = True) -> Probe:
     if found is not None and verify:
         raise found
     found = Probe(layers=tuple(run.layers), kinds=kinds, difference=worst, decoded=True)
-    if not found.own:
+    if not found.own and _takes_positions(model):
         return found
     carried = Carried(model, tokens)
     return attrs.evolve(found, hides=carried.hides, goes_on=carried.goes_on)
+
+
+def _takes_positions(model: Any) -> bool:
+    """Whether the decoder is told positions: one that counts columns counts hidden ones too."""
+    return "position_ids" in inspect.signature(type(decoder_of(model)).forward).parameters
 
 
 def _compared(

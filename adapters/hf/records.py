@@ -157,7 +157,7 @@ class Probe:
         difference: largest difference to the model's own attention, as a part of what is allowed.
         decoded: whether a decode step was compared too.
         cached: whether an earlier probe of the same configuration vouches for this one.
-        hides: whether hidden columns leave no trace in states of transformers' own.
+        hides: whether hidden columns leave no trace in positions or in states of transformers' own.
         goes_on: whether a forward of several columns goes on from such states.
     """
 

@@ -150,8 +150,6 @@ class States:
             self._refuse("a sequence that had ended, or was padded on the right, goes on")
         if mask is None or bool(mask.all()):
             return
-        if not self.probe.hides:
-            self._refuse("a mask hides columns, which this model's layers read all the same")
         if self.begun:
             self._refuse("a mask hides columns after the first forward")
         if bool((mask.bool().long().diff(dim=1) < 0).any()):
@@ -160,12 +158,8 @@ class States:
     def _refuse(self, what: str) -> None:
         raise UnsupportedError(
             f"attention_mask: {what}, but layers {_listed(self.layers)} keep a recurrent or "
-            "convolutional state that takes in every column; "
-            + (
-                "pad on the left, and start a new cache for a turn after rows of different lengths"
-                if self.probe.hides
-                else "give it rows of one length"
-            )
+            "convolutional state that takes in every column; pad on the left, and start a new "
+            "cache for a turn after rows of different lengths"
         )
 
 

@@ -13,8 +13,11 @@ import attrs
 import transformers
 
 from ..._markdown import table
+from ...errors import UnsupportedError
+from ...pipeline import CachePipeline
+from .attach import attach
 from .kinds import LayerKind, layer_kinds
-from .probe import check_kinds, probe
+from .probe import check_kinds
 from .records import ModelRefused, Probe
 from .tiny import causal_types, default_config, tiny_config, tiny_model
 
@@ -46,11 +49,12 @@ random model of every causal type of transformers {version}: {served} of {total}
 - **check**, of refused types: *kinds* of layers by the config; *handle*, the model computes on its
   cached keys; *updates*, each layer caches keys once a forward and reads them; *arguments* of the
   attention function; *mask*, what a query sees; *attention*, the result of each call; *logits*;
-  *forward*, it fails."""
+  *forward*, it fails; *config*, it asks for what no cache holds."""
 
 _MULTIMODAL = """\
-Other types that generate text from images and text, by their text decoders; image tokens are tokens
-like any other. {served} of {total} are served. Text alone is probed."""
+Other types that generate text from images and text, by their text decoders. {served} of {total} are
+served. Text alone is checked; where tokens of an image see each other, a forward with an image is
+refused."""
 
 
 @attrs.frozen(kw_only=True)
@@ -59,7 +63,7 @@ class Support:
 
     Attributes:
         name: the `model_type`.
-        served: whether the probe passed; None where no verdict was reached.
+        served: whether a pipeline attaches; None where no verdict was reached.
         layers: its kinds of layers, with how many of each its default config has.
         policies: the layers on which policies act.
         attention: what its attention has besides queries, keys and values.
@@ -95,7 +99,7 @@ class Support:
 
 
 def check_type(name: str) -> Support:
-    """Probes a tiny random model of the type `name`."""
+    """Attaches a pipeline to a tiny random model of the type `name`."""
     try:
         check_kinds(tiny_config(name))
         model = tiny_model(name)
@@ -107,9 +111,12 @@ def check_type(name: str) -> Support:
             name=name, served=None, reason=f"no tiny model: {type(error).__name__}: {said}"
         )
     try:
-        found = probe(model)
+        with attach(model, CachePipeline()) as attached:
+            found = attached.served.probe
     except ModelRefused as error:
         return Support(name=name, served=False, check=error.check, reason=_reason(error))
+    except UnsupportedError as error:
+        return Support(name=name, served=False, check="config", reason=str(error))
     kinds = _default_kinds(name, found.kinds)
     return Support(
         name=name,
@@ -250,6 +257,8 @@ def _attention(found: Probe) -> str:
         ("shared keys", any(layer.shared for layer in layers)),
         ("values of another size", any(x.value_dim != x.head_dim for x in layers)),
         ("layers of several sizes", len({(x.kv_heads, x.head_dim) for x in layers}) > 1),
+        ("no padded rows", not found.hides),
+        ("no chunks after the first", not found.goes_on),
     ]
     return ", ".join(word for word, holds in said if holds)
 

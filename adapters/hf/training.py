@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from ...errors import UnsupportedError
-from .models import AttentionLayer, attention_layers, check_pre_rope, decoder_of, served
+from .models import AttentionLayer, attention_layers, check_pre_rope, served
 from .pre_rope import keep_for, key_before_rope
-from .wrappers import base_of
+from .wrappers import base_of, decoder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

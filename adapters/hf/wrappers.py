@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..._fields import shown
 from ...errors import UnsupportedError
 
 # By name: importing what defines them takes long, and most are never used.
@@ -56,4 +57,27 @@ def check_soft_prompt(model: Any) -> None:
         raise UnsupportedError(
             f"peft_type {kind}: the adapter hands ready keys and values to the model, which a "
             "pipeline's cache cannot judge; use prompt tuning, p-tuning or LoRA"
+        )
+
+
+def decoder_of(model: Any) -> Any:
+    """The decoder stack of a language model, through wrappers and around other modalities."""
+    _check_model(model)
+    found = base_of(model)
+    while hasattr(found, "get_decoder"):
+        inner = base_of(found.get_decoder())
+        if not hasattr(inner, "config"):  # a head of that name
+            inner = base_of(found.base_model)
+        if inner is found:
+            break
+        found = inner
+    return found
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module) or not hasattr(base_of(model), "config"):
+        hint = f"; load it: AutoModelForCausalLM.from_pretrained({model!r})"
+        raise TypeError(
+            f"model: wanted a model of transformers, got {shown(model)}"
+            + (hint if isinstance(model, str) else "")
         )

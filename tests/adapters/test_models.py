@@ -11,8 +11,9 @@ from torch import nn
 from kvpolicy import CachePipeline, UnsupportedError, WriteGate
 from kvpolicy.adapters.hf import attach, spec_of
 from kvpolicy.adapters.hf.fingerprints import keys_fingerprint, model_fingerprint
-from kvpolicy.adapters.hf.models import attention_layers, decoder_of
+from kvpolicy.adapters.hf.models import attention_layers
 from kvpolicy.adapters.hf.training import attach_for_training
+from kvpolicy.adapters.hf.wrappers import decoder_of
 from kvpolicy.training import WriteGates, train_duo_attention, train_write_gate
 from tests.support.adapters.models import KINDS, SIZES, gate, prompt, tiny
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...adapters.hf import attach
-from ...adapters.hf.models import decoder_of
+from ...adapters.hf.wrappers import decoder_of
 from ...pipeline import CachePipeline
 from ...store import Report
 from ..sessions.pipeline import PipelineSession

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ...adapters.hf.models import decoder_of
+from ...adapters.hf.wrappers import decoder_of
 from ...ops import POSITION_MASK
 from ...store import CacheState
 
