@@ -1,0 +1,159 @@
+"""Caches in which some layers keep a recurrent or convolutional state, beside plain text alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvpolicy import CachePipeline, RollbackError, UnsupportedError
+from kvpolicy.adapters.hf import attach, load_cache
+from kvpolicy.adapters.hf.tiny import tiny_model
+
+# States beside attention layers, convolutions, and both in one layer.
+KINDS = ("qwen3_5_text", "granitemoehybrid", "lfm2", "falcon_h1")
+PIPELINE = CachePipeline(window=5)
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+IDS = torch.randint(20, 60, (2, 24), generator=torch.Generator().manual_seed(3))
+
+
+def logits(model, ids):
+    """Plain logits `[B, V]` after `ids`."""
+    return model(input_ids=ids, use_cache=False).logits[:, -1]
+
+
+def after(model, cache, ids):
+    """Logits `[B, V]` after `ids` on a cache."""
+    return model(input_ids=ids, past_key_values=cache).logits[:, -1]
+
+
+def close(found, wanted):
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.std()))
+
+
+@pytest.fixture(params=KINDS)
+def model(request):
+    return tiny_model(request.param).eval()
+
+
+def test_forks_go_their_own_way(model):
+    with torch.no_grad():
+        wanted = [logits(model, torch.cat([IDS[:, :20], x], 1)) for x in (IDS[:, 20:], IDS[:, 4:8])]
+        swapped = logits(model, torch.cat([IDS[:, :20].flip(0), IDS[:, 20:]], 1))
+        with attach(model, PIPELINE, page_size=4) as attached:
+            cache = attached.read(IDS[:, :20])
+            fork, other = cache.fork(), cache.fork([1, 0])
+            close(after(model, cache, IDS[:, 20:]), wanted[0])
+            close(after(model, fork, IDS[:, 4:8]), wanted[1])
+            close(after(model, other, IDS[:, 20:]), swapped)
+            assert cache.report().states > 0 and cache.report().total > cache.report().states
+
+
+def test_rows_are_selected_in_place(model):
+    with torch.no_grad():
+        wanted = logits(model, torch.cat([IDS[[1, 1, 0], :20], IDS[[0, 1, 0], 20:]], 1))
+        with attach(model, PIPELINE, page_size=4) as attached:
+            cache = attached.read(IDS[:, :20])
+            cache.batch_select_indices(torch.tensor([1, 1, 0]))
+            close(after(model, cache, IDS[[0, 1, 0], 20:]), wanted)
+
+
+def test_files_hold_states(model, tmp_path):
+    with torch.no_grad():
+        wanted = logits(model, IDS)
+        with attach(model, PIPELINE, page_size=4) as attached:
+            cache = attached.read(IDS[:, :20])
+            cache.save(tmp_path / "cache")
+            loaded = load_cache(model, PIPELINE, tmp_path / "cache", page_size=4)
+            close(after(model, loaded, IDS[:, 20:]), wanted)
+            with pytest.raises(ValueError, match="wanted states of layers .*, got those of none"):
+                attached.new_cache().states.from_tensors({}, 2, torch.device("cpu"))
+
+
+def test_a_forward_that_fails_leaves_them(model):
+    layer = model.get_submodule(attach_name(model))
+
+    def fails(*args):
+        raise MemoryError("on purpose")
+
+    with torch.no_grad():
+        wanted = logits(model, IDS)
+        with attach(model, PIPELINE, page_size=4) as attached:
+            for start in (0, 20):  # the first forward, and a later one
+                cache = attached.new_cache()
+                if start:
+                    after(model, cache, IDS[:, :start])
+                hook = layer.register_forward_hook(fails)
+                with pytest.raises(MemoryError):
+                    after(model, cache, IDS[:, start : start + 3])
+                hook.remove()
+                close(after(model, cache, IDS[:, start:]), wanted)
+
+
+def attach_name(model):
+    """The last attention module: layers with states have run before it."""
+    with attach(model, PIPELINE) as attached:
+        module = attached.served.layers[-1].module
+        return next(name for name, x in model.named_modules() if x is module)
+
+
+def test_beams(model):
+    options = {**GREEDY, "num_beams": 3}
+    wanted = model.generate(input_ids=IDS, **options)
+    with attach(model, PIPELINE, page_size=4):
+        assert torch.equal(model.generate(input_ids=IDS, **options), wanted)
+
+
+def test_a_cache_is_emptied(model):
+    with torch.no_grad():
+        wanted = logits(model, IDS)
+        with attach(model, PIPELINE, page_size=4) as attached:
+            cache = attached.read(IDS.flip(1))
+            cache.reset()
+            close(after(model, cache, IDS), wanted)
+
+
+def test_inference_mode_and_back(model):
+    with torch.no_grad():
+        wanted = logits(model, IDS)
+    with attach(model, PIPELINE, page_size=4) as attached:
+        with torch.inference_mode():
+            cache = attached.new_cache()
+            after(model, cache, IDS[:, :20])
+        with torch.no_grad():
+            close(after(model, cache, IDS[:, 20:]), wanted)
+
+
+def test_what_cannot_be_undone_is_refused(model):
+    ids, mask = IDS[:, :12], torch.ones(2, 12, dtype=torch.long)
+    right = mask.clone()
+    right[0, -3:] = 0
+    with attach(model, PIPELINE, page_size=4) as attached, torch.no_grad():
+        cache = attached.read(ids)
+        with pytest.raises(RollbackError, match="recurrent or convolutional state"):
+            cache.crop(-1)
+        with pytest.raises(UnsupportedError, match="after a sequence's first token"):
+            model(input_ids=ids, attention_mask=right)
+        with pytest.raises(UnsupportedError, match="assisted generation: .* states of"):
+            model.generate(input_ids=ids[:1], prompt_lookup_num_tokens=2, **GREEDY)
+        hidden = torch.cat([mask, mask[:, :3]], 1)
+        hidden[0, 12] = 0
+        with pytest.raises(UnsupportedError, match="hides columns after the first forward"):
+            model(input_ids=IDS[:, 12:15], attention_mask=hidden, past_key_values=cache)
+        places = torch.arange(12).remainder(6).expand(2, -1)
+        with pytest.raises(UnsupportedError, match="several texts"):
+            model(input_ids=ids, position_ids=places, use_cache=False)
+
+
+def test_a_turn_after_rows_of_two_lengths_is_refused(model):
+    free = model.generate(input_ids=IDS[:, :12], **GREEDY)
+    end = int(free[0, 14])
+    if end in free[1, 12:].tolist():
+        pytest.skip("both rows say it")
+    with attach(model, PIPELINE, page_size=4) as attached:
+        cache = attached.new_cache()
+        options = {**GREEDY, "eos_token_id": end}
+        said = model.generate(input_ids=IDS[:, :12], past_key_values=cache, **options)
+        assert torch.equal(said, free) is False
+        cache.begin_prompt()
+        with torch.no_grad(), pytest.raises(UnsupportedError, match="had ended"):
+            model(input_ids=IDS[:, :3], past_key_values=cache)
