@@ -15,6 +15,7 @@ from kvpolicy import CachePipeline, UnsupportedError
 from kvpolicy.adapters.hf import attach
 from kvpolicy.adapters.hf.probe import ModelRefused
 from kvpolicy.adapters.hf.tiny import causal_types, tiny_model
+from tests.support.adapters.versions import NEWEST
 
 # Softcap and windows, sinks, chunks and no RoPE, states beside attention and in it, other value
 # channels, shared keys, fused keys, a decoder behind a head of that name, a decoder of two parts.
@@ -108,6 +109,7 @@ def test_every_type(name):
     check(name)
 
 
+@NEWEST
 def test_states_that_take_hidden_columns_in_refuse_them():
     model = tiny_model("recurrent_gemma").eval()
     ids, mask = torch.arange(20, 44).view(2, 12), torch.ones(2, 12, dtype=torch.long)

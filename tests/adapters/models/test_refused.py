@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
-from packaging import version
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
@@ -13,11 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotar
 
 from kvpolicy.adapters.hf.probe import ModelRefused, check_kinds, probe
 from kvpolicy.adapters.hf.tiny import tiny_config, tiny_model
+from tests.support.adapters.versions import NEWEST
 
-NEWEST = pytest.mark.skipif(
-    version.parse(transformers.__version__) < version.parse("5.23"),
-    reason="earlier versions of transformers name kinds of layers, and refuse, otherwise",
-)
 # By type: the check, the layer, the module, and what is said.
 REFUSED = {
     "deepseek_v3": ("handle", 0, "DeepseekV3Attention", "reads .shape of its cached keys"),
