@@ -16,7 +16,7 @@ from .changes import Changes
 from .compile import PLACE, attend
 from .faces import NAME, KVRef
 from .models import AttentionLayer, Rules
-from .pre_rope import given_arguments, key_before_rope
+from .rule.pre_rope import given_arguments, key_before_rope
 
 PRE = "_kvpolicy_pre_rope"  # left by a hook: what keys before RoPE are made from
 HIDDEN = "_kvpolicy_hidden"  # left on the attention module

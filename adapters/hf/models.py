@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from ...errors import UnsupportedError
-from .kinds import text_config
 from .placement import device_of, dtype_of
-from .probe import probe
 from .ranks import Ranks
-from .records import PreRope, Probe, ProbedLayer
+from .rule.kinds import text_config
+from .rule.probe import probe
+from .rule.records import PreRope, Probe, ProbedLayer
 from .wrappers import base_of, decoder_of
 
 

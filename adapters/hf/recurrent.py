@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from ...errors import RollbackError, UnsupportedError
-from .records import Probe
+from .rule.records import Probe
 
 # Of a transformers layer: tensors by state, and what says whether they mean anything.
 _STATES = ("conv_states", "recurrent_states")

@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 
 from ...errors import UnsupportedError
 from .models import AttentionLayer, attention_layers, check_pre_rope, served
-from .pre_rope import keep_for, key_before_rope
+from .rule.pre_rope import keep_for, key_before_rope
 from .wrappers import base_of, decoder_of
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ def models(
 ) -> None:
     """Say which model types are served, or what is in the way."""
     with errors():
-        from ..adapters.hf.support import check_types, document
-        from ..adapters.hf.tiny import causal_types, multimodal_types
+        from ..adapters.hf.rule.support import check_types, document
+        from ..adapters.hf.rule.tiny import causal_types, multimodal_types
 
         known = [*causal_types(), *multimodal_types()]
         wrong = sorted(set(types or ()) - set(known))

@@ -13,8 +13,8 @@ import torch
 
 from kvpolicy import CachePipeline, UnsupportedError
 from kvpolicy.adapters.hf import attach
-from kvpolicy.adapters.hf.probe import ModelRefused
-from kvpolicy.adapters.hf.tiny import causal_types, tiny_model
+from kvpolicy.adapters.hf.rule.probe import ModelRefused
+from kvpolicy.adapters.hf.rule.tiny import causal_types, tiny_model
 from tests.support.adapters.versions import NEWEST
 
 # Softcap and windows, sinks, chunks and no RoPE, states beside attention and in it, other value

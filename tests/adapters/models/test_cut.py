@@ -6,10 +6,10 @@ import attrs
 import pytest
 import torch
 
-from kvpolicy.adapters.hf.cut import cut_config, cut_model
-from kvpolicy.adapters.hf.kinds import layer_kinds
-from kvpolicy.adapters.hf.probe import ModelRefused, probe
-from kvpolicy.adapters.hf.tiny import class_of, default_config, tiny_config, tiny_model
+from kvpolicy.adapters.hf.rule.cut import cut_config, cut_model
+from kvpolicy.adapters.hf.rule.kinds import layer_kinds
+from kvpolicy.adapters.hf.rule.probe import ModelRefused, probe
+from kvpolicy.adapters.hf.rule.tiny import class_of, default_config, tiny_config, tiny_model
 
 TYPES = ("llama", "gpt_oss", "gemma2", "llama4", "qwen3_next", "gemma3n_text", "gemma4_text")
 

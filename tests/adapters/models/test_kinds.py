@@ -6,8 +6,8 @@ import pytest
 from transformers import LlamaConfig, cache_utils
 
 from kvpolicy import UnsupportedError
-from kvpolicy.adapters.hf.kinds import REFUSED, LayerKind, layer_kinds
-from kvpolicy.adapters.hf.tiny import tiny_config
+from kvpolicy.adapters.hf.rule.kinds import REFUSED, LayerKind, layer_kinds
+from kvpolicy.adapters.hf.rule.tiny import tiny_config
 
 FULL, SLIDING = LayerKind(kind="full"), LayerKind(kind="sliding", window=5)
 LINEAR, CONV = LayerKind(kind="linear", states=1), LayerKind(kind="conv", states=1)

@@ -12,9 +12,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
-from kvpolicy.adapters.hf.pre_rope import keep_for, key_before_rope
-from kvpolicy.adapters.hf.probe import PreRope, probe
-from kvpolicy.adapters.hf.tiny import tiny_model
+from kvpolicy.adapters.hf.rule.pre_rope import keep_for, key_before_rope
+from kvpolicy.adapters.hf.rule.probe import PreRope, probe
+from kvpolicy.adapters.hf.rule.tiny import tiny_model
 from tests.support.adapters.versions import NEWEST
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0}

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from kvpolicy.adapters.hf import probe as module
-from kvpolicy.adapters.hf.probe import ModelRefused, probe, tolerance
-from kvpolicy.adapters.hf.tiny import causal_types, tiny_config, tiny_model
+from kvpolicy.adapters.hf.rule import probe as module
+from kvpolicy.adapters.hf.rule.probe import ModelRefused, probe, tolerance
+from kvpolicy.adapters.hf.rule.tiny import causal_types, tiny_config, tiny_model
 from tests.support.adapters.left_out import PARTS, left_out, logits
 
 # Of each type: layers that store and that read others' keys, the sizes of all, and what else.

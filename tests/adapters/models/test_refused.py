@@ -9,8 +9,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
-from kvpolicy.adapters.hf.probe import ModelRefused, check_kinds, probe
-from kvpolicy.adapters.hf.tiny import tiny_config, tiny_model
+from kvpolicy.adapters.hf.rule.probe import ModelRefused, check_kinds, probe
+from kvpolicy.adapters.hf.rule.tiny import tiny_config, tiny_model
 from tests.support.adapters.versions import NEWEST
 
 # By type: the check, the layer, the module, and what is said.
@@ -227,7 +227,7 @@ def test_what_is_no_causal_model():
 
 
 def test_dropout_and_causality_are_arguments():
-    from kvpolicy.adapters.hf.probe_attention import unknown_argument
+    from kvpolicy.adapters.hf.rule.probe_attention import unknown_argument
 
     assert unknown_argument(0.1, None, {}) == "dropout"
     assert unknown_argument(0.0, False, {}) == "is_causal=False"

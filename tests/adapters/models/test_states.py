@@ -7,7 +7,7 @@ import torch
 
 from kvpolicy import CachePipeline, RollbackError, UnsupportedError
 from kvpolicy.adapters.hf import attach, load_cache
-from kvpolicy.adapters.hf.tiny import tiny_model
+from kvpolicy.adapters.hf.rule.tiny import tiny_model
 
 # States beside attention layers, convolutions, and both in one layer.
 KINDS = ("qwen3_5_text", "granitemoehybrid", "lfm2", "falcon_h1")

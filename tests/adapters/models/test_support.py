@@ -10,9 +10,9 @@ import pytest
 import transformers
 from typer.testing import CliRunner
 
-from kvpolicy.adapters.hf import support
-from kvpolicy.adapters.hf.support import check_type, check_types, document
-from kvpolicy.adapters.hf.tiny import causal_types, multimodal_types
+from kvpolicy.adapters.hf.rule import support
+from kvpolicy.adapters.hf.rule.support import check_type, check_types, document
+from kvpolicy.adapters.hf.rule.tiny import causal_types, multimodal_types
 from kvpolicy.cli import app
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "models.md"

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import attrs
 import torch
 
-from ...errors import UnsupportedError
+from ....errors import UnsupportedError
 from .kinds import Kind, LayerKind
 
 Check = Literal["kinds", "forward", "handle", "updates", "arguments", "mask", "attention", "logits"]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import attrs
 from transformers import cache_utils
 
-from ...errors import UnsupportedError
+from ....errors import UnsupportedError
 
 Kind = Literal["full", "sliding", "chunked", "linear", "conv", "hybrid", "shared", "none"]
 

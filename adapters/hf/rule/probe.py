@@ -14,7 +14,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ...errors import UnsupportedError
+from ....errors import UnsupportedError
+from ..wrappers import base_of, decoder_of
 from .carried import Carried
 from .cut import cut_model, whole, why_not_in_place
 from .handle import Touched, place_of
@@ -28,7 +29,6 @@ from .records import ProbedLayer as ProbedLayer
 from .records import Rotation as Rotation
 from .runs import PROMPT, STEPS
 from .untouched import untouched
-from .wrappers import base_of, decoder_of
 
 _KNOWN: dict[Any, Probe] = {}
 
@@ -111,11 +111,11 @@ def probe_in_place(model: Any, verify: bool = True) -> Probe:
             break
     if found is not None and verify:
         raise found
-    found = Probe(layers=tuple(run.layers), kinds=kinds, difference=worst, decoded=True)
-    if not found.own and _takes_positions(model):
-        return found
+    passed = Probe(layers=tuple(run.layers), kinds=kinds, difference=worst, decoded=True)
+    if not passed.own and _takes_positions(model):
+        return passed
     carried = Carried(model, tokens)
-    return attrs.evolve(found, hides=carried.hides, goes_on=carried.goes_on)
+    return attrs.evolve(passed, hides=carried.hides, goes_on=carried.goes_on)
 
 
 def _takes_positions(model: Any) -> bool:

@@ -12,10 +12,10 @@ from typing import Any
 import attrs
 import transformers
 
-from ..._markdown import table
-from ...errors import UnsupportedError
-from ...pipeline import CachePipeline
-from .attach import attach
+from ...._markdown import table
+from ....errors import UnsupportedError
+from ....pipeline import CachePipeline
+from ..attach import attach
 from .kinds import LayerKind, layer_kinds
 from .probe import check_kinds
 from .records import ModelRefused, Probe
