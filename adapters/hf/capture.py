@@ -14,6 +14,7 @@ from torch import Tensor
 from ...errors import KVPolicyError
 from .cache import KVPolicyCache
 from .columns import take_back
+from .wrappers import takes_positions
 
 WARM_UP = 2  # eager steps before capture: kernels compile, workspaces are allocated
 _ONE = threading.Lock()  # of captures in this process
@@ -33,6 +34,8 @@ def why_not(model: Any, cache: KVPolicyCache, records: Sequence[str] = ()) -> st
         return f"the {state.ops.backend} backend synchronises with the host"
     if cache.ranks.many:
         return "the model is shared by ranks, which agree before every step"
+    if not takes_positions(model):
+        return "its decoder counts positions on the host, which a graph would hold fast"
     devices = {p.device for p in model.parameters()}
     if len(devices) > 1:
         return f"the model is spread over {len(devices)} devices"

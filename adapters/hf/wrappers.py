@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -81,3 +82,8 @@ def _check_model(model: Any) -> None:
             f"model: wanted a model of transformers, got {shown(model)}"
             + (hint if isinstance(model, str) else "")
         )
+
+
+def takes_positions(model: Any) -> bool:
+    """Whether the decoder is told positions; one that is not counts the columns of its cache."""
+    return "position_ids" in inspect.signature(type(decoder_of(model)).forward).parameters

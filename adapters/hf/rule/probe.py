@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import json
 import math
 from typing import Any
@@ -15,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from ....errors import UnsupportedError
-from ..wrappers import base_of, decoder_of
+from ..wrappers import base_of, takes_positions
 from .carried import Carried
 from .cut import cut_model, whole, why_not_in_place
 from .handle import Touched, place_of
@@ -112,15 +111,10 @@ def probe_in_place(model: Any, verify: bool = True) -> Probe:
     if found is not None and verify:
         raise found
     passed = Probe(layers=tuple(run.layers), kinds=kinds, difference=worst, decoded=True)
-    if not passed.own and _takes_positions(model):
+    if not passed.own and takes_positions(model):
         return passed
     carried = Carried(model, tokens)
     return attrs.evolve(passed, hides=carried.hides, goes_on=carried.goes_on)
-
-
-def _takes_positions(model: Any) -> bool:
-    """Whether the decoder is told positions: one that counts columns counts hidden ones too."""
-    return "position_ids" in inspect.signature(type(decoder_of(model)).forward).parameters
 
 
 def _compared(

@@ -92,6 +92,20 @@ def test_kinds(name):
     check(name)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", [*KINDS, "blenderbot"])
+def test_captured_steps_go_on(name):
+    """What a graph holds fast, such as a position counted on the host, would repeat."""
+    model = tiny_model(name).eval().cuda()
+    ids = torch.randint(20, 60, (1, PROMPT), generator=torch.Generator().manual_seed(1)).cuda()
+    plain = model.generate(input_ids=ids, **GREEDY)
+    with attach(model, CachePipeline(window=5), page_size=4) as attached:
+        assert torch.equal(model.generate(input_ids=ids, **GREEDY), plain)
+        assert attached.decoding == "captured" or attached.decoding.startswith("eager: ")
+
+
+@NEWEST
 @pytest.mark.slow
 @pytest.mark.parametrize("name", causal_types())
 def test_every_type(name):

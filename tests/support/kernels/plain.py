@@ -54,17 +54,18 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float, asks: Asks,
     sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """One head `[M, Dv]` over the visible `[M, N]` of its keys; `sinks` `[]` or `[M]`.
+    """Heads `[..., M, Dv]` over the visible `[..., M, N]` of their keys.
 
-    Computes in the inputs' dtype.
+    `sinks` broadcast to `[..., M]`. Computes in the inputs' dtype.
     """
-    scores = query @ key.T * scale
+    scores = query @ key.mT * scale
     if asks.softcap is not None:
         scores = asks.softcap * torch.tanh(scores / asks.softcap)
     scores = scores.masked_fill(~visible, float("-inf"))
     if sinks is not None:
-        scores = torch.cat([scores, sinks.to(scores).expand(len(scores))[:, None]], 1)
-    return scores.softmax(-1)[:, : len(key)] @ value
+        column = sinks.to(scores).expand(scores.shape[:-1])[..., None]
+        scores = torch.cat([scores, column], -1)
+    return scores.softmax(-1)[..., : key.shape[-2]] @ value
 
 
 def assert_asked_matters(

@@ -89,12 +89,11 @@ def check(
             j = torch.arange(end)
             visible = (j <= i) & ((i - j < window) | admitted[b][:, None]) & asks.near(i, j)
             own = query[:, segments.cu_q[b] : segments.cu_q[b + 1]].to(kind)
-            rows = []
-            for h in range(kv_heads * group):
-                given = *(x[h // group].to(kind) for x in whole[b]), visible[h // group].to(DEVICE)
-                sink = None if sinks is None else sinks[h]
-                rows.append(attention(own[h], *given, scale, asks, sink))
-            parts.append(torch.stack(rows))
+            # All heads at once, as eager models do: products of one head are rounded otherwise.
+            k, v = (x.to(kind).repeat_interleave(group, 0) for x in whole[b])
+            seen = visible.repeat_interleave(group, 0).to(DEVICE)
+            sink = None if sinks is None else sinks[:, None]
+            parts.append(attention(own, k, v, seen, scale, asks, sink))
         return torch.cat(parts, 1)
 
     exact = formula(torch.float64, asks)
