@@ -20,6 +20,7 @@ from .cut import cut_model, whole, why_not_in_place
 from .handle import Touched, place_of
 from .kinds import LayerKind, layer_kinds
 from .own_run import OwnRun
+from .probe_attention import rounding
 from .probe_run import ProbeRun
 from .records import ModelRefused as ModelRefused
 from .records import PreRope as PreRope
@@ -85,7 +86,7 @@ def tolerance(dtype: torch.dtype, calls: int) -> float:
     the calls add none, as the model goes on with its own attention: what is left are sums in
     another order.
     """
-    eps = torch.finfo(dtype).eps
+    eps = rounding(dtype)
     return 256 * eps * math.sqrt(1 + calls) if dtype.itemsize >= 4 else 16 * eps
 
 

@@ -96,13 +96,18 @@ def attend(
     return (weights @ v).transpose(1, 2)
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """The relative rounding of attention in `dtype`: eager ones take the softmax in float32."""
+    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+
+
 def allowed(query: Tensor, key: Tensor, value: Tensor, scores: Scores, dtype: torch.dtype) -> float:
     """How far attention computed in `dtype` may be from the exact one, elementwise.
 
     A dot product carries at most a few roundings of `|q| |k|`, which the exponential makes a
     relative error of the weights; weights and sums carry a few more. Values bound the result.
     """
-    eps = torch.finfo(dtype).eps
+    eps = rounding(dtype)
     size = query.double().norm(dim=-1).max() * key.double().norm(dim=-1).max() * abs(scores.scale)
     relative = torch.expm1(8 * eps * size.clamp(max=1 / eps)) + 16 * eps
     return float(relative * value.double().abs().max())

@@ -11,7 +11,15 @@ from .find_pre_rope import find
 from .handle import Handle, ProbeCache, StoredLayer
 from .kinds import LayerKind
 from .own_run import OwnCall
-from .probe_attention import SINKS, Scores, allowed, attend, scores_of, unknown_argument
+from .probe_attention import (
+    SINKS,
+    Scores,
+    allowed,
+    attend,
+    rounding,
+    scores_of,
+    unknown_argument,
+)
 from .probe_masks import difference, positions
 from .records import ModelRefused, PreRope, ProbedLayer
 from .runs import OURS, forwards
@@ -175,9 +183,7 @@ class ProbeRun:
             ("values", own.value, stored.values_stored),
         ):
             a, b = (x[:, :, -columns:].double() for x in (theirs, ours))
-            if float((a - b).abs().max()) > 16 * torch.finfo(query.dtype).eps * float(
-                a.abs().max()
-            ):
+            if float((a - b).abs().max()) > 16 * rounding(query.dtype) * float(a.abs().max()):
                 raise refuse("attention", f"its {name} are others without a mask")
 
     def _check_output(self, refuse: Any, own: OwnCall, kind: LayerKind, scores: Scores) -> None:

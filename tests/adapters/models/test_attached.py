@@ -92,6 +92,17 @@ def test_kinds(name):
     check(name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text", "lfm2"])
+def test_a_model_is_served_in_every_dtype(name, dtype):
+    model = tiny_model(name).eval().to(dtype)
+    ids = torch.randint(20, 60, (1, PROMPT), generator=torch.Generator().manual_seed(1))
+    with attach(model, CachePipeline(window=5)) as attached, torch.no_grad():
+        assert attached.spec.dtype == dtype
+        assert all(layer.pre_rope is not None for layer in attached.served.layers)
+        assert torch.isfinite(model(input_ids=ids).logits).all()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", [*KINDS, "blenderbot"])
