@@ -275,6 +275,6 @@ class KeepAll(Eviction):
         return torch.zeros_like(view.valid, dtype=torch.float32)
 
 
-def when_field() -> Any:
+def when_field(default: When = "prompt_end") -> Any:
     """When an eviction acts."""
-    return attrs.field(default="prompt_end", validator=one_of(*WHEN))
+    return attrs.field(default=default, validator=one_of(*WHEN))
