@@ -38,11 +38,13 @@ from .eviction import AtPromptEnd as AtPromptEnd
 from .eviction import Eviction as Eviction
 from .eviction import EvictionView as EvictionView
 from .eviction import KeepAll as KeepAll
+from .eviction import QueryStats as QueryStats
 from .eviction import SnapKV as SnapKV
 from .per_layer import per_layer as per_layer
 from .pipeline import CachePipeline as CachePipeline
 from .pipeline_files import load_pipeline as load_pipeline
 from .pipeline_files import save_pipeline as save_pipeline
+from .rope import Rope as Rope
 from .selection import Quest as Quest
 from .selection import SelectAll as SelectAll
 from .selection import Selection as Selection
@@ -88,11 +90,13 @@ __all__ = [
     "LocalAttention",
     "PhaseError",
     "Pyramid",
+    "QueryStats",
     "Quest",
     "RandomGate",
     "Ratio",
     "Report",
     "RollbackError",
+    "Rope",
     "SelectAll",
     "Selection",
     "SnapKV",
