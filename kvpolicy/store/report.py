@@ -11,7 +11,7 @@ from ..budget import budget_of
 from ..ops import ADMITTED, ring_positions
 from .layer import LayerStore
 from .report_table import SLOTS, report_table
-from .sizes import dense_bytes, query_bytes, ring_bytes, storage_bytes, table_bytes
+from .sizes import dense_bytes, number_bytes, query_bytes, ring_bytes, storage_bytes, table_bytes
 from .state import CacheState
 
 
@@ -22,7 +22,8 @@ class Report:
     Bytes are those of the storages: `pages` hold tokens, `reserved` are allocated and hold none,
     `ring` is the local window with its rollback slots, `positions`, `summaries` belong to pages in
     use, `tables` are page tables, counters and free stack, `queries` the observation windows,
-    `states` recurrent and convolutional states of a model's layers without attention.
+    `numbers` those of tokens that an eviction asked for, `states` recurrent and convolutional
+    states of a model's layers without attention.
     `dense` are keys and values of all tokens seen (in layers that slide: of their windows), which
     is what an ordinary cache holds. `policies` names what acts on which layers, by slot; neutral
     policies and layers that slide are left out.
@@ -56,6 +57,7 @@ class Report:
     cap_evicted: int
     floored: list[int]
     states: int = 0
+    numbers: int = 0
 
     @property
     def total(self) -> int:
@@ -69,6 +71,7 @@ class Report:
             + self.tables
             + self.queries
             + self.states
+            + self.numbers
         )
 
     @property
@@ -114,6 +117,7 @@ def report(state: CacheState) -> Report:
         summaries=summaries,
         tables=table_bytes(state),
         queries=query_bytes(state),
+        numbers=number_bytes(state),
         dense=dense_bytes(state),
         sequences=state.batch,
         tokens=sum(state.lengths),
