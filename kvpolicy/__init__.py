@@ -59,9 +59,19 @@ else:
     _LATER = {"attach": ".adapters.hf", "new_cache": ".adapters.hf"}
 
     def __getattr__(name: str) -> Any:
-        """Imports what needs transformers when it is first asked for."""
+        """Imports what needs transformers when it is first asked for.
+
+        ImportError for a name of another library: an AttributeError's text is lost in
+        `from kvpolicy import StreamingLLM`.
+        """
         if name not in _LATER:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            from ._elsewhere import known_elsewhere, near
+
+            if says := known_elsewhere(name, __all__):
+                raise ImportError(says)
+            raise AttributeError(
+                f"module {__name__!r} has no attribute {name!r}{near(name, __all__)}"
+            )
         value = globals()[name] = getattr(import_module(_LATER[name], __name__), name)
         return value
 
