@@ -33,11 +33,15 @@ from .errors import KVPolicyError as KVPolicyError
 from .errors import PhaseError as PhaseError
 from .errors import RollbackError as RollbackError
 from .errors import UnsupportedError as UnsupportedError
+from .eviction import TOVA as TOVA
 from .eviction import AtPromptEnd as AtPromptEnd
 from .eviction import Eviction as Eviction
 from .eviction import EvictionView as EvictionView
 from .eviction import KeepAll as KeepAll
+from .eviction import KeyDiff as KeyDiff
+from .eviction import Knorm as Knorm
 from .eviction import SnapKV as SnapKV
+from .eviction import StreamingLLM as StreamingLLM
 from .per_layer import per_layer as per_layer
 from .pipeline import CachePipeline as CachePipeline
 from .pipeline_files import load_pipeline as load_pipeline
@@ -82,7 +86,9 @@ __all__ = [
     "EvictionView",
     "KVPolicyError",
     "KeepAll",
+    "KeyDiff",
     "Knob",
+    "Knorm",
     "LocalAttention",
     "PhaseError",
     "Pyramid",
@@ -94,6 +100,8 @@ __all__ = [
     "SelectAll",
     "Selection",
     "SnapKV",
+    "StreamingLLM",
+    "TOVA",
     "Tokens",
     "TotalCap",
     "UnsupportedError",

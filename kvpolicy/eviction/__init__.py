@@ -5,4 +5,8 @@ from ._base import EvictionView as EvictionView
 from ._base import KeepAll as KeepAll
 from ._base import StoredTokens as StoredTokens
 from .at_prompt_end import AtPromptEnd as AtPromptEnd
+from .keydiff import KeyDiff as KeyDiff
+from .knorm import Knorm as Knorm
 from .snapkv import SnapKV as SnapKV
+from .streaming_llm import StreamingLLM as StreamingLLM
+from .tova import TOVA as TOVA

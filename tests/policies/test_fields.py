@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kvpolicy import (
+    TOVA,
     Adaptive,
     AdmitAll,
     AtPromptEnd,
@@ -20,7 +21,9 @@ from kvpolicy import (
     CacheSpec,
     DuoAttention,
     KeepAll,
+    KeyDiff,
     Knob,
+    Knorm,
     LocalAttention,
     Pyramid,
     Quest,
@@ -28,6 +31,7 @@ from kvpolicy import (
     Ratio,
     SelectAll,
     SnapKV,
+    StreamingLLM,
     Tokens,
     TotalCap,
     WriteGate,
@@ -99,6 +103,7 @@ GATE = {
     "b1": torch.ones(1, 2, 3), "w2": torch.ones(1, 2, 3), "b2": torch.ones(1, 2),
 }  # fmt: skip
 LOCAL = LocalAttention(window=8)
+WHEN = words("prompt_end", "decode")
 
 # Class: arguments that make one, and what each field takes.
 CLASSES = {
@@ -174,7 +179,7 @@ CLASSES = {
         {"budget": 64},
         {
             "budget": BUDGET_OR_INT,
-            "when": words("prompt_end", "decode"),
+            "when": WHEN,
             "observation": ints(1),
             "kernel": Kind((int,), lambda value: 1 <= value <= MOST and value % 2),
             "pooling": words("avg", "max"),
@@ -182,6 +187,21 @@ CLASSES = {
             "normalize": words("visible", "global"),
         },
     ),
+    StreamingLLM: (
+        {"budget": 64},
+        {"budget": BUDGET_OR_INT, "sinks": ints(0), "when": WHEN},
+    ),
+    TOVA: (
+        {"budget": 64},
+        {
+            "budget": BUDGET_OR_INT,
+            "group": words("mean", "max"),
+            "across_heads": FLAG,
+            "when": WHEN,
+        },
+    ),
+    KeyDiff: ({"budget": 64}, {"budget": BUDGET_OR_INT, "when": WHEN}),
+    Knorm: ({"budget": 64}, {"budget": BUDGET_OR_INT, "when": WHEN}),
     AtPromptEnd: (
         {"admission": LOCAL},
         {"admission": ADMISSION, "generated": words("admission", "keep")},

@@ -7,6 +7,7 @@ import torch
 from hypothesis import strategies as st
 
 from kvpolicy import (
+    TOVA,
     Adaptive,
     AdmitAll,
     AtPromptEnd,
@@ -14,6 +15,8 @@ from kvpolicy import (
     CacheSpec,
     DuoAttention,
     KeepAll,
+    KeyDiff,
+    Knorm,
     LocalAttention,
     Pyramid,
     Quest,
@@ -22,6 +25,7 @@ from kvpolicy import (
     SelectAll,
     Selection,
     SnapKV,
+    StreamingLLM,
     Tokens,
     TotalCap,
     WriteGate,
@@ -154,6 +158,11 @@ EVICTIONS = {
     "at_end": lambda s: AtPromptEnd(RandomGate(sparsity=0.3, seed=5)),
     "at_end_gate": lambda s: AtPromptEnd(gate(s, seed=2), generated="keep"),
     "at_end_local": lambda s: AtPromptEnd(LocalAttention(window=s.window, sinks=s.room - 2)),
+    "streaming": lambda s: StreamingLLM(budget=s.kept, sinks=3),
+    "tova": lambda s: TOVA(budget=s.kept),
+    "tova_layer": lambda s: TOVA(budget=s.kept, across_heads=True, when="prompt_end"),
+    "keydiff": lambda s: KeyDiff(budget=s.kept, when="decode"),
+    "knorm": lambda s: Knorm(budget=s.kept),
     "per_layer": lambda s: per_layer(snap(s.kept), {0: AtPromptEnd(RandomGate(sparsity=0.2))}),
     "per_layer_decode": lambda s: per_layer(snap(s.kept, when="decode"), {0: snap(s.kept)}),
     "per_layer_mixed": lambda s: per_layer(
