@@ -40,12 +40,14 @@ from .eviction import EvictionView as EvictionView
 from .eviction import KeepAll as KeepAll
 from .eviction import KeyDiff as KeyDiff
 from .eviction import Knorm as Knorm
+from .eviction import QueryStats as QueryStats
 from .eviction import SnapKV as SnapKV
 from .eviction import StreamingLLM as StreamingLLM
 from .per_layer import per_layer as per_layer
 from .pipeline import CachePipeline as CachePipeline
 from .pipeline_files import load_pipeline as load_pipeline
 from .pipeline_files import save_pipeline as save_pipeline
+from .rope import Rope as Rope
 from .selection import Quest as Quest
 from .selection import SelectAll as SelectAll
 from .selection import Selection as Selection
@@ -92,11 +94,13 @@ __all__ = [
     "LocalAttention",
     "PhaseError",
     "Pyramid",
+    "QueryStats",
     "Quest",
     "RandomGate",
     "Ratio",
     "Report",
     "RollbackError",
+    "Rope",
     "SelectAll",
     "Selection",
     "SnapKV",

@@ -31,6 +31,7 @@ CACHE = {
     "positions": "  positions of tokens",
     "summaries": "  summaries of pages",
     "queries": "  queries observed",
+    "statistics": "  statistics of queries, inputs",
     "tables": "  page tables, counters",
     "reserved": "  reserved, at most",
     "cache": "the cache",

@@ -3,6 +3,7 @@
 from ._base import Eviction as Eviction
 from ._base import EvictionView as EvictionView
 from ._base import KeepAll as KeepAll
+from ._base import QueryStats as QueryStats
 from ._base import StoredTokens as StoredTokens
 from .at_prompt_end import AtPromptEnd as AtPromptEnd
 from .keydiff import KeyDiff as KeyDiff

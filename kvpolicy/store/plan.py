@@ -9,7 +9,7 @@ import attrs
 from ..ops import pages_of
 from ..spec import CacheSpec
 from .extents import SLAB_PAGES
-from .sizes import query_bytes, ring_bytes, table_bytes
+from .sizes import query_bytes, ring_bytes, statistics_bytes, table_bytes
 from .state import CacheState
 
 Counts = list[list[int]]  # [layer][head]
@@ -37,6 +37,7 @@ class Planned:
     summaries: int
     tables: int
     queries: int
+    statistics: int
 
 
 def planned(
@@ -74,4 +75,5 @@ def planned(
         summaries=summaries,
         tables=table_bytes(state),
         queries=query_bytes(state),
+        statistics=statistics_bytes(state),
     )

@@ -11,7 +11,14 @@ from ..budget import budget_of
 from ..ops import ADMITTED, ring_positions
 from .layer import LayerStore
 from .report_table import SLOTS, report_table
-from .sizes import dense_bytes, query_bytes, ring_bytes, storage_bytes, table_bytes
+from .sizes import (
+    dense_bytes,
+    query_bytes,
+    ring_bytes,
+    statistics_bytes,
+    storage_bytes,
+    table_bytes,
+)
 from .state import CacheState
 
 
@@ -22,7 +29,8 @@ class Report:
     Bytes are those of the storages: `pages` hold tokens, `reserved` are allocated and hold none,
     `ring` is the local window with its rollback slots, `positions`, `summaries` belong to pages in
     use, `tables` are page tables, counters and free stack, `queries` the observation windows,
-    `states` recurrent and convolutional states of a model's layers without attention.
+    `states` recurrent and convolutional states of a model's layers without attention,
+    `statistics` what evictions hold of queries before RoPE and of attention inputs.
     `dense` are keys and values of all tokens seen (in layers that slide: of their windows), which
     is what an ordinary cache holds. `policies` names what acts on which layers, by slot; neutral
     policies and layers that slide are left out.
@@ -56,6 +64,7 @@ class Report:
     cap_evicted: int
     floored: list[int]
     states: int = 0
+    statistics: int = 0
 
     @property
     def total(self) -> int:
@@ -69,6 +78,7 @@ class Report:
             + self.tables
             + self.queries
             + self.states
+            + self.statistics
         )
 
     @property
@@ -127,6 +137,7 @@ def report(state: CacheState) -> Report:
         overshoot=max(row.overshoot for row in state.sequences),
         cap_evicted=sum(row.cap_evicted for row in state.sequences),
         floored=[_floored(state, x) for x in state.layers],
+        statistics=statistics_bytes(state),
     )
 
 

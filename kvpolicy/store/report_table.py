@@ -15,6 +15,7 @@ BYTES = {
     "positions": "positions of tokens",
     "summaries": "summaries of pages",
     "queries": "queries observed",
+    "statistics": "statistics of queries, inputs",
     "states": "states of other layers",
     "tables": "page tables, counters",
     "reserved": "reserved, empty",

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..eviction import EvictionView
+from ._asked import OF_MODEL, one_head_asked, one_row_asked, poisoned_asked
 
 GARBAGE = 1e3  # a view holds zeros where nothing is valid; other finite values must do as well
 
@@ -55,13 +56,16 @@ def random_view(
         scale=head_dim**-0.5,
         queries=draw(4, kv_heads * group, queries, head_dim) if queries else None,
         query_valid=at >= 0 if queries else None,
+        recent_values=draw(4, kv_heads, window, head_dim).masked_fill(
+            (recent < 0)[:, None, :, None], 0
+        ),
     )
 
 
 def poisoned(view: EvictionView) -> EvictionView:
     """Garbage wherever the view says that nothing is valid."""
     hide = ~view.valid[..., None]
-    queries = view.queries
+    queries, view = view.queries, poisoned_asked(view, GARBAGE)
     if queries is not None and view.query_valid is not None:
         queries = queries.masked_fill(~view.query_valid[:, None, :, None], GARBAGE)
     return view._replace(
@@ -87,9 +91,10 @@ def widened(view: EvictionView, extra: int) -> EvictionView:
 
 def one_row(view: EvictionView, row: int) -> EvictionView:
     """One sequence alone."""
-    part = slice(row, row + 1)
-    rows = {k: v[part] for k, v in view._asdict().items() if isinstance(v, Tensor)}
-    return view._replace(**rows)
+    named = view._asdict()
+    tensors = [n for n, x in named.items() if isinstance(x, Tensor) and n not in OF_MODEL]
+    rows = {name: named[name][row : row + 1] for name in tensors}
+    return one_row_asked(view._replace(**rows), row)
 
 
 def one_head(view: EvictionView, head: int) -> EvictionView:
@@ -98,4 +103,4 @@ def one_head(view: EvictionView, head: int) -> EvictionView:
     parts = {name: getattr(view, name)[:, head : head + 1] for name in names}
     if view.queries is not None:
         parts["queries"] = view.queries.chunk(view.keys.shape[1], 1)[head]
-    return view._replace(**parts)
+    return one_head_asked(view._replace(**parts), head)

@@ -14,6 +14,7 @@ from ..eviction._base import WHEN
 from ..pipeline import CachePipeline
 from ..spec import CacheSpec
 from ..store import CacheState
+from ._asked import asked
 from ._cache import decode, kept, prompt, random_data
 from ._common import (
     ConformanceError,
@@ -92,13 +93,13 @@ def check_eviction(
         at = placed.at(layer)
         _options(at)
         view = random_view(layer, at.queries, kv_heads, group, head_dim, window, dtype, seed)
-        _scores(at, view)
+        _scores(at, asked(at, view, kv_heads * group, hidden, seed))
         batch = make_batch(layer, 40, sizes, at.needs, dtype, seed)
         if run(policy, at.mark, batch[0]) is not None:
             check_decisions(at, at.mark, batch)  # type: ignore[arg-type]
     spec = CacheSpec(
         layers=layers, heads=kv_heads * group, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype,
-        page_size=page_size,
+        page_size=page_size, hidden=hidden,
     )  # fmt: skip
     effect = takes_effect if takes_effect is not None else not policy.neutral
     _pipeline(policy, spec, window, tokens, hidden, effect, seed)
@@ -109,6 +110,10 @@ def _options(policy: Eviction) -> None:
     require(policy.when in WHEN, "options", policy, wanted, f"{policy.when!r}")
     holds = isinstance(policy.queries, int) and policy.queries >= 0
     require(holds, "options", policy, "queries from 0", f"{policy.queries!r}")
+    for name in ("query_skip", "hidden"):
+        value = getattr(policy, name)
+        holds = isinstance(value, int) and value >= 0
+        require(holds, "options", policy, f"{name} from 0", f"{value!r}")
     try:
         budget_of(policy)
     except TypeError:
