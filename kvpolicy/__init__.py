@@ -40,6 +40,8 @@ from .eviction import EvictionView as EvictionView
 from .eviction import KeepAll as KeepAll
 from .eviction import KeyDiff as KeyDiff
 from .eviction import Knorm as Knorm
+from .eviction import LagKV as LagKV
+from .eviction import QFilters as QFilters
 from .eviction import QueryStats as QueryStats
 from .eviction import SnapKV as SnapKV
 from .eviction import StreamingLLM as StreamingLLM
@@ -91,10 +93,12 @@ __all__ = [
     "KeyDiff",
     "Knob",
     "Knorm",
+    "LagKV",
     "LocalAttention",
     "PhaseError",
     "Pyramid",
     "QueryStats",
+    "QFilters",
     "Quest",
     "RandomGate",
     "Ratio",

@@ -8,6 +8,8 @@ from ._base import StoredTokens as StoredTokens
 from .at_prompt_end import AtPromptEnd as AtPromptEnd
 from .keydiff import KeyDiff as KeyDiff
 from .knorm import Knorm as Knorm
+from .lagkv import LagKV as LagKV
+from .q_filters import QFilters as QFilters
 from .snapkv import SnapKV as SnapKV
 from .streaming_llm import StreamingLLM as StreamingLLM
 from .tova import TOVA as TOVA

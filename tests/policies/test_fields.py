@@ -24,8 +24,10 @@ from kvpolicy import (
     KeyDiff,
     Knob,
     Knorm,
+    LagKV,
     LocalAttention,
     Pyramid,
+    QFilters,
     Quest,
     RandomGate,
     Ratio,
@@ -202,6 +204,25 @@ CLASSES = {
     ),
     KeyDiff: ({"budget": 64}, {"budget": BUDGET_OR_INT, "when": WHEN}),
     Knorm: ({"budget": 64}, {"budget": BUDGET_OR_INT, "when": WHEN}),
+    LagKV: (
+        {"budget": 64},
+        {
+            "budget": BUDGET_OR_INT,
+            "sinks": ints(0),
+            "lag": ints(2),
+            "cross_scoring": FLAG,
+            "when": WHEN,
+        },
+    ),
+    QFilters: (
+        {"budget": 64, "filters": torch.ones(1, 2, 4)},
+        {
+            "budget": BUDGET_OR_INT,
+            "filters": Kind((torch.Tensor,), lambda value: False),
+            "when": WHEN,
+            "source": Kind((), none=True),
+        },
+    ),
     AtPromptEnd: (
         {"admission": LOCAL},
         {"admission": ADMISSION, "generated": words("admission", "keep")},

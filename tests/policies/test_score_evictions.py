@@ -10,9 +10,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvpolicy import TOVA, KeyDiff, Knorm, RandomGate, Ratio, StreamingLLM
+from kvpolicy import TOVA, KeyDiff, Knorm, LagKV, QFilters, RandomGate, Ratio, StreamingLLM
+from kvpolicy._files import write_safetensors
 from kvpolicy.testing import check_eviction
-from tests.support.sines import KEY, QUERY, T, kept
+from tests.support.sines import KEY, QUERY, T, kept, waves
 
 HELD = 16
 KNORM = [
@@ -31,6 +32,24 @@ TOVA_MAX = [
     [0, 2, 5, 9, 11, 12, 19, 23, 26, 29, 32, 33, 34, 40, 46, 47],
     [1, 2, 4, 5, 9, 10, 12, 23, 25, 26, 30, 36, 40, 44, 45, 47],
 ]
+Q_FILTERS = [
+    [6, 7, 11, 16, 17, 19, 20, 30, 33, 35, 37, 38, 39, 43, 44, 47],
+    [1, 4, 7, 8, 9, 10, 13, 15, 19, 23, 25, 32, 33, 35, 45, 47],
+]
+# 28 tokens, so that no tie of ranks lies at the border.
+LAG_4 = [
+    [0, 1, 2, 3, 5, 8, 10, 12, 13, 15, 17, 19, 22, 23, 25, 29, 30, 31, 33, 37, 38, 39, 41],
+    [0, 1, 2, 3, 6, 8, 10, 12, 13, 15, 17, 19, 21, 25, 26, 28, 29, 32, 34, 35, 37, 39, 41],
+]
+LAG_4_CROSS = [
+    [0, 1, 2, 3, 5, 8, 11, 12, 13, 17, 19, 22, 23, 25, 29, 30, 33, 35, 37, 38, 39, 40, 41],
+    [0, 1, 2, 3, 6, 8, 10, 12, 13, 15, 17, 19, 21, 25, 26, 28, 29, 32, 34, 35, 37, 39, 41],
+]
+LAG_8 = [[0, 1, 2, 5, 6, 10, 11, 15, 16, 20, 25, 26, 30, 31, 34]] * 2
+LAG_8_CROSS = [
+    [0, 1, 2, 5, 6, 10, 11, 12, 15, 16, 20, 25, 26, 30, 34],
+    [0, 1, 2, 5, 6, 10, 11, 15, 16, 17, 20, 25, 26, 30, 31],
+]
 TOVA_LAYER = [2, 5, 9, 10, 12, 19, 23, 25, 26, 30, 32, 33, 40, 44, 45, 47]
 
 
@@ -43,6 +62,7 @@ TOVA_LAYER = [2, 5, 9, 10, 12, 19, 23, 25, 26, 30, 32, 33, 40, 44, 45, 47]
         (TOVA(budget=HELD), TOVA_MEAN),
         (TOVA(budget=HELD, group="max"), TOVA_MAX),
         (TOVA(budget=HELD, across_heads=True), [TOVA_LAYER, TOVA_LAYER]),
+        (QFilters(budget=HELD, filters=waves(0.7, 2)[None, :, 5]), Q_FILTERS),
         (StreamingLLM(budget=HELD), [[0, 1, 2, 3, *range(36, T)]] * 2),
         (StreamingLLM(budget=Ratio(1 / 3), sinks=0), [[*range(32, T)]] * 2),
     ],
@@ -50,6 +70,32 @@ TOVA_LAYER = [2, 5, 9, 10, 12, 19, 23, 25, 26, 30, 32, 33, 40, 44, 45, 47]
 )
 def test_the_prompt_is_kept_as_the_original_does(policy, wanted, cuts):
     assert kept(policy, cuts=cuts) == wanted
+
+
+@pytest.mark.parametrize(
+    ("lag", "cross", "wanted"),
+    [(4, False, LAG_4), (4, True, LAG_4_CROSS), (8, False, LAG_8), (8, True, LAG_8_CROSS)],
+)
+def test_lagkv(lag, cross, wanted):
+    """Sinks, the last partition and what follows it stay; of 48 tokens 28 do."""
+    found = kept(LagKV(budget=28, lag=lag, sinks=3, cross_scoring=cross))
+    assert found == [[*head, *range(T - 28 + len(head), T)] for head in wanted]
+
+
+def test_lagkv_of_less_than_two_partitions_keeps_the_newest():
+    assert kept(LagKV(budget=20, lag=23, sinks=3)) == [[0, 1, 2, *range(31, T)]] * 2
+
+
+def test_filters_of_a_file_are_the_same(tmp_path):
+    made = QFilters(budget=HELD, filters=waves(0.7, 2)[None, :, 5])
+    made.save(tmp_path / "model.safetensors")
+    again = QFilters.from_pretrained(tmp_path, "model.safetensors", budget=HELD)
+    assert torch.equal(again.filters, made.filters) and kept(again) == Q_FILTERS
+    with pytest.raises(ValueError, match=r"filters: wanted \[L, Hkv, D\] = \[3, 2, 8\]"):
+        again.check(3, 2, 8)
+    write_safetensors(tmp_path / "other.safetensors", {"other": made.filters}, {})
+    with pytest.raises(ValueError, match="wanted the key q_filters, got other"):
+        QFilters.from_pretrained(tmp_path / "other.safetensors", budget=HELD)
 
 
 def test_tova_drops_a_token_at_every_step():
@@ -88,6 +134,9 @@ def test_heads_that_hold_other_tokens_share_what_they_have():
         KeyDiff(budget=48),
         KeyDiff(budget=48, when="decode"),
         Knorm(budget=48),
+        LagKV(budget=48, lag=8),
+        LagKV(budget=24, lag=8, cross_scoring=True, when="decode"),
+        QFilters(budget=48, filters=torch.linspace(-1, 1, 64).view(2, 2, 16)),
     ],
     ids=repr,
 )

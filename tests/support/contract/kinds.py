@@ -30,6 +30,8 @@ KINDS = {
             "per_layer_mixed",
             "knorm",
             "keydiff",
+            "lagkv",
+            "q_filters",
         ),
         "query": (
             "tokens",
