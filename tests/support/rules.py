@@ -50,6 +50,7 @@ def scores(o):
         (o.mark.gather(1, at) & valid)[None], o.k[:, recent.clamp(min=0)][None],
         (recent >= 0)[None], torch.tensor([o.n]), o.sizes.scale,
         o.q[:, qs.clamp(min=0)][None], (qs >= 0)[None], softcap=o.sizes.softcap, sinks=o.sinks,
+        recent_values=o.v[:, recent.clamp(min=0)][None],
     )  # fmt: skip
     found = o.eviction.score(view)[0].tolist()
     return [dict(zip(p, s, strict=False)) for p, s in zip(pages, found, strict=True)]
