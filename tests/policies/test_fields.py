@@ -19,11 +19,14 @@ from kvpolicy import (
     Budget,
     CachePipeline,
     CacheSpec,
+    DBudgetKV,
     DuoAttention,
+    FastGen,
     KeepAll,
     KeyDiff,
     Knob,
     Knorm,
+    KVzap,
     LagKV,
     LocalAttention,
     Pyramid,
@@ -31,10 +34,13 @@ from kvpolicy import (
     Quest,
     RandomGate,
     Ratio,
+    SageKV,
     SelectAll,
+    SimLayerKV,
     SnapKV,
     StreamingLLM,
     Tokens,
+    TopChannels,
     TotalCap,
     WriteGate,
 )
@@ -154,6 +160,18 @@ CLASSES = {
             "source": Kind((), none=True),
         },
     ),
+    KVzap: (
+        {"w2": torch.ones(1, 2, 4), "b2": torch.ones(1, 2)},
+        {
+            "w2": Kind((torch.Tensor,), lambda value: False),
+            "b2": Kind((torch.Tensor,), lambda value: False),
+            "w1": Kind((torch.Tensor,), lambda value: False, none=True),
+            "b1": Kind((torch.Tensor,), lambda value: False, none=True),
+            "threshold": numbers(lambda value: True),
+            "window": ints(1, none=True),
+            "source": Kind((), none=True),
+        },
+    ),
     DuoAttention: (
         {"full_heads": ((True, False),)},
         {
@@ -171,6 +189,16 @@ CLASSES = {
         {"budget": 64},
         {
             "budget": TOKENS_OR_INT,
+            "first": ints(0),
+            "last": ints(0),
+            "group": words("max", "mean", "each"),
+        },
+    ),
+    TopChannels: (
+        {"budget": 64},
+        {
+            "budget": TOKENS_OR_INT,
+            "channels": ints(1),
             "first": ints(0),
             "last": ints(0),
             "group": words("max", "mean", "each"),
@@ -221,6 +249,33 @@ CLASSES = {
             "filters": Kind((torch.Tensor,), lambda value: False),
             "when": WHEN,
             "source": Kind((), none=True),
+        },
+    ),
+    SageKV: (
+        {"budget": 64},
+        {"budget": BUDGET_OR_INT, "sinks": ints(0), "group": words("mean", "max")},
+    ),
+    DBudgetKV: (
+        {},
+        {"threshold": FRACTION, "sinks": ints(0), "observation": ints(1), "when": WHEN},
+    ),
+    FastGen: (
+        {},
+        {
+            **dict.fromkeys(("recovery", "frequent", "local"), FRACTION),
+            "sinks": ints(0),
+            "observation": ints(1),
+            "when": WHEN,
+        },
+    ),
+    SimLayerKV: (
+        {},
+        {
+            "threshold": FRACTION,
+            "sinks": ints(0),
+            "recent": ints(1),
+            "observation": ints(1),
+            "when": WHEN,
         },
     ),
     AtPromptEnd: (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from kvpolicy import Adaptive, AtPromptEnd, EvictionView, TotalCap
+from kvpolicy import Adaptive, EvictionView, TotalCap
 
 
 def read(o, i, h):
@@ -98,7 +98,7 @@ def evict(layers, decoding=False, kept=None):
             o.alive[h, gone] = False
             o.evicted[h] += len(gone)
             changed |= bool(gone)
-        if isinstance(o.eviction, AtPromptEnd):
+        if o.eviction.forgets_window and not decoding:
             o.alive[:, max(o.n - o.W, 0) :] &= o.mark[:, max(o.n - o.W, 0) :]
             changed = True
     return changed

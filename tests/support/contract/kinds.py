@@ -13,12 +13,12 @@ KINDS = {
     "admission": {
         "neutral": ("all",),
         "position": ("local", "duo"),
-        "number": ("random", "gate", "any_of", "all_of", "per_layer"),
+        "number": ("random", "gate", "zap", "any_of", "all_of", "per_layer"),
     },
     "selection": {
         "neutral": ("all",),
         "query": ("quest_each", "user"),
-        "heads": ("quest", "quest_mean", "quest_first", "per_layer"),
+        "heads": ("quest", "quest_mean", "quest_first", "top_channels", "per_layer"),
     },
     "eviction": {
         "neutral": ("none",),
@@ -29,6 +29,7 @@ KINDS = {
             "per_layer",
             "per_layer_mixed",
             "knorm",
+            "at_end_zap",
             "keydiff",
             "lagkv",
             "q_filters",
@@ -40,8 +41,11 @@ KINDS = {
             "pyramid",
             "per_layer_decode",
             "tova",
+            "sage",
+            "dbudget",
+            "fastgen",
         ),
-        "heads": ("adaptive", "adaptive_pyramid", "cap", "cap_decode", "tova_layer"),
+        "heads": ("adaptive", "adaptive_pyramid", "cap", "cap_decode", "tova_layer", "simlayer"),
     },
 }
 for slot, table in (("admission", ADMISSIONS), ("selection", SELECTIONS), ("eviction", EVICTIONS)):
