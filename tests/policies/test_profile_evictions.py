@@ -22,9 +22,12 @@ def row(query, at, tokens):
 
 def maps(head, observation):
     """Rows of a KV head's two query heads for the last `observation` queries of the prompt."""
-    return [
-        row(q, at, range(T)) for q in (2 * head, 2 * head + 1) for at in range(T)[-observation:]
-    ]
+    last = range(T)[-observation:]
+    return [row(q, at, range(T)) for q in (2 * head, 2 * head + 1) for at in last]
+
+
+def norm(rows, held):
+    return math.sqrt(sum(weights.get(n, 0) ** 2 for weights in rows for n in held))
 
 
 @pytest.mark.parametrize("group", ["max", "mean"])
@@ -51,10 +54,9 @@ def test_dbudgetkv_stops_where_the_norm_would_fall(threshold):
     found = kept(DBudgetKV(threshold=threshold, sinks=2, observation=6))
     for head in HEADS:
         rows, tokens = maps(head, 6), list(range(T))
-        norm = lambda held: math.sqrt(sum(r.get(n, 0) ** 2 for r in rows for n in held))  # noqa: E731
         for oldest in range(2, T - 6):  # the least of the ranks first
             left = [n for n in tokens if n != oldest]
-            if norm(left) < (1 - threshold) * norm(range(T)):
+            if norm(rows, left) < (1 - threshold) * norm(rows, range(T)):
                 break
             tokens = left
         assert found[head] == tokens and len(tokens) + 40 > T - 6

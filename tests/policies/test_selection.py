@@ -148,7 +148,7 @@ def test_quest_is_a_value():
 
 
 def rocketkv(query, keys, page, channels):
-    """Scores of pages for one query head, as RocketKV's hybrid attention has them before softmax."""
+    """Scores of pages for one query head, as RocketKV has them before its softmax."""
     sign = [1.0 if x > 0 else -1.0 for x in query.tolist()]
     best = sorted(range(len(sign)), key=lambda c: -abs(float(query[c])))[:channels]
     found = []
