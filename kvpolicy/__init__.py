@@ -42,9 +42,16 @@ from .per_layer import per_layer as per_layer
 from .pipeline import CachePipeline as CachePipeline
 from .pipeline_files import load_pipeline as load_pipeline
 from .pipeline_files import save_pipeline as save_pipeline
+from .selection import FlexPrefill as FlexPrefill
+from .selection import PerPhase as PerPhase
+from .selection import PromptSelection as PromptSelection
+from .selection import PromptView as PromptView
 from .selection import Quest as Quest
+from .selection import Reads as Reads
 from .selection import SelectAll as SelectAll
 from .selection import Selection as Selection
+from .selection import VerticalSlash as VerticalSlash
+from .selection import XAttention as XAttention
 from .spec import CacheSpec as CacheSpec
 from .store import CacheState as CacheState
 from .store import Report as Report
@@ -80,15 +87,20 @@ __all__ = [
     "DuoAttention",
     "Eviction",
     "EvictionView",
+    "FlexPrefill",
     "KVPolicyError",
     "KeepAll",
     "Knob",
     "LocalAttention",
+    "PerPhase",
     "PhaseError",
+    "PromptSelection",
+    "PromptView",
     "Pyramid",
     "Quest",
     "RandomGate",
     "Ratio",
+    "Reads",
     "Report",
     "RollbackError",
     "SelectAll",
@@ -97,8 +109,10 @@ __all__ = [
     "Tokens",
     "TotalCap",
     "UnsupportedError",
+    "VerticalSlash",
     "Write",
     "WriteGate",
+    "XAttention",
     "all_of",
     "any_of",
     "attach",

@@ -15,12 +15,14 @@ from .errors import BackendError
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _MODULES = {  # of reference/ and kernels/ alike, by op
+    "antidiagonal_blocks": "antidiagonal",
     "append": "cache_write",
     "decode_write": "cache_write",
     "move_kept": "compact",
     "read_tokens": "compact",
     "dense_prefill": "dense_prefill",
     "keep_best": "keep_best",
+    "keys_at": "keys_at",
     "copy_pages": "page_io",
     "read_meta": "page_io",
     "read_pages": "page_io",
@@ -32,6 +34,7 @@ _MODULES = {  # of reference/ and kernels/ alike, by op
     "count_leaving": "prompt_write",
     "write_leaving": "prompt_write",
     "prefill_attention": "sparse_prefill",
+    "selected_prefill": "selected_prefill",
     "window_scores": "window_scores",
     "write_gate": "write_gate",
 }

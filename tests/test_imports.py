@@ -37,7 +37,7 @@ ROOMS = {
         ("fork",),
     ),
     "calls": (
-        ("_checks", "budgets", "decide", "select"),
+        ("_checks", "budgets", "decide", "select", "tiles"),
         ("evict",),
         ("capacity",),
         ("prompt_pages", "call"),

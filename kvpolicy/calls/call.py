@@ -28,6 +28,9 @@ def close_call(state: CacheState, call: Call) -> None:
     """Makes lengths current on host and devices."""
     if call.phase == "prompt":
         state.devices.settle()
+        for layer, found in call.chosen.items():
+            store = state.layers[layer]
+            store.chosen = found if store.chosen is None else store.chosen + found
     state.call = None
     for row, added in zip(state.sequences, call.added, strict=True):
         row.length += added

@@ -22,7 +22,8 @@ class LayerStore:
 
     `table` `[B, Hkv, M]` int32, `counts` `[B, Hkv]` int32 global tokens, `evicted` `[B, Hkv]`
     int64. `queries` `[B, Hq, slots', D]` is the ring of recent queries that an eviction asked for.
-    `selected` is what the last decoded token read. `sinks` `[Hq]` are the model's attention sinks,
+    `selected` is what the last decoded token read, `chosen` `[2]` float64 the blocks that tiles of
+    prompts read and those that there were. `sinks` `[Hq]` are the model's attention sinks,
     which the last call brought.
     """
 
@@ -40,6 +41,7 @@ class LayerStore:
     eviction: Eviction
     queries: Tensor | None = None
     selected: Tensor | None = None
+    chosen: Tensor | None = None
     sinks: Tensor | None = None
 
     @property

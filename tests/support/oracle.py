@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvpolicy import Write
-from tests.support.rules import read
+from tests.support.rules import chosen, read
 
 
 class Oracle:
@@ -72,7 +72,7 @@ class Oracle:
         old = self.n
         self.store(q, k, v, pre, prompt=True)
         i, j = torch.arange(old, self.n)[:, None], torch.arange(self.n)
-        far = self.alive.repeat_interleave(self.group, 0)[:, None]
+        far = self.alive.repeat_interleave(self.group, 0)[:, None] & chosen(self, old)
         return self.attend(i[:, 0], (j <= i) & ((i - j < self.W) | far))
 
     def decode(self, q, k, v, pre):
