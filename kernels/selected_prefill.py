@@ -179,7 +179,7 @@ def _span(call: _Call, sizes: tuple[int, int], begin: int, end: int) -> None:
     where, found, sets = call.columns or (None, None, None)
     scale, cap = factors(call.scale, call.softcap)
     with on(query):
-        _attend[heads, many](
+        _attend_chosen[heads, many](
             query, key, value, far_k, far_v, call.far_k, call.far_v, call.at, blocks, *lists,
             where, found, sets, *bounds, call.of, out, begin, call.window, width,
             call.of.shape[1], *sizes, scale, cap, call.sinks,
@@ -282,7 +282,7 @@ def _near(
 
 
 @triton.jit
-def _attend(
+def _attend_chosen(
     query, key, value, far_k, far_v, rows_k, rows_v, at, blocks, whole, rest, listed,
     where, found, sets, cu_q, cu_k, start, of, out, begin, window, width, many, most_whole,
     most_rest, scale, cap, sinks, columns, each,

@@ -17,6 +17,7 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _MODULES = {  # of reference/ and kernels/ alike, by op
     "antidiagonal_blocks": "antidiagonal",
     "append": "cache_write",
+    "attention_mass": "attention_mass",
     "decode_write": "cache_write",
     "move_kept": "compact",
     "read_tokens": "compact",
@@ -36,6 +37,7 @@ _MODULES = {  # of reference/ and kernels/ alike, by op
     "prefill_attention": "sparse_prefill",
     "selected_prefill": "selected_prefill",
     "window_scores": "window_scores",
+    "write_number": "write_number",
     "write_gate": "write_gate",
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..admission import Admission
 from ..eviction import Eviction
-from ..ops import Heads, Ring
+from ..ops import Heads, Numbers, Ring
 from ..selection import Selection
 from ..spec import LayerSizes
 from .pool import PagePool
@@ -22,9 +22,9 @@ class LayerStore:
 
     `table` `[B, Hkv, M]` int32, `counts` `[B, Hkv]` int32 global tokens, `evicted` `[B, Hkv]`
     int64. `queries` `[B, Hq, slots', D]` is the ring of recent queries that an eviction asked for.
-    `selected` is what the last decoded token read, `chosen` `[2]` float64 the blocks that tiles of
-    prompts read and those that there were. `sinks` `[Hq]` are the model's attention sinks,
-    which the last call brought.
+    `numbers` are those of tokens, where an eviction asked for some. `selected` is what the last
+    decoded token read, `chosen` `[2]` float64 the blocks that tiles of prompts read and those that
+    there were. `sinks` `[Hq]` are the model's attention sinks, which the last call brought.
     """
 
     index: int
@@ -40,6 +40,7 @@ class LayerStore:
     selection: Selection
     eviction: Eviction
     queries: Tensor | None = None
+    numbers: Numbers | None = None
     selected: Tensor | None = None
     chosen: Tensor | None = None
     sinks: Tensor | None = None
@@ -55,21 +56,28 @@ class LayerStore:
 
     @property
     def rings(self) -> list[Tensor]:
-        """What holds recent tokens; a call may have to put it back."""
-        return [*self.ring] if self.queries is None else [*self.ring, self.queries]
+        """What holds recent tokens, and all numbers; a call may have to put it back."""
+        asked = [] if self.queries is None else [self.queries]
+        return [*self.ring, *asked, *(self.numbers or ())]
 
     @property
     def buffers(self) -> dict[str, Tensor]:
         """Tensors with one row a sequence by name, the page table excepted."""
         named = {f"ring_{name}": tensor for name, tensor in self.ring._asdict().items()}
         named |= {"counts": self.counts, "evicted": self.evicted}
-        return named if self.queries is None else named | {"queries": self.queries}
+        if self.queries is not None:
+            named["queries"] = self.queries
+        if self.numbers is not None:
+            named |= {"numbers": self.numbers.stored, "ring_numbers": self.numbers.recent}
+        return named
 
     def take_buffers(self, table: Tensor, buffers: dict[str, Tensor]) -> None:
         """Makes these the layer's tensors; names as in `buffers`."""
         self.table, self.counts, self.evicted = table, buffers["counts"], buffers["evicted"]
         self.ring = Ring(*(buffers[f"ring_{name}"] for name in Ring._fields))
         self.queries = buffers.get("queries")
+        if "numbers" in buffers:
+            self.numbers = Numbers(buffers["numbers"], buffers["ring_numbers"])
 
     def snapshot(self) -> tuple[Tensor, ...]:
         """Copies of `rings`."""

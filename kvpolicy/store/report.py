@@ -12,7 +12,7 @@ from ..ops import ADMITTED, ring_positions
 from ..selection import PerPhase, Selection
 from .layer import LayerStore
 from .report_table import SLOTS, report_table
-from .sizes import dense_bytes, query_bytes, ring_bytes, storage_bytes, table_bytes
+from .sizes import dense_bytes, number_bytes, query_bytes, ring_bytes, storage_bytes, table_bytes
 from .state import CacheState
 
 
@@ -23,18 +23,20 @@ class Report:
     Bytes are those of the storages: `pages` hold tokens, `reserved` are allocated and hold none,
     `ring` is the local window with its rollback slots, `positions`, `summaries` belong to pages in
     use, `tables` are page tables, counters and free stack, `queries` the observation windows,
-    `states` recurrent and convolutional states of a model's layers without attention. `dense` are
-    keys and values of all tokens seen (in layers that slide: of their windows), which is what an
-    ordinary cache holds. `policies` names what acts on which layers, by slot; neutral policies and
-    layers that slide are left out. Lists are `[layer][head]`, summed or averaged over sequences.
-    `admitted` is the fraction of seen tokens admitted (None: the layer only slides, policies do not
-    apply), `stored` the mean tokens held per sequence with the window, `evicted` the tokens
-    dropped, `read` the mean tokens that the last decoded token read; `prompt_read` is, by layer,
-    the part of the blocks up to their tile that prompts' tiles read since the cache was made, reset
-    or forked (None: they read everything). `overshoot` is the most tokens by which a head came to
-    exceed `max_tokens` during a prompt call, `cap_evicted` the tokens dropped because a cap was
-    reached. `floored` counts, for each layer, the sequences whose budget was less than the window
-    at their last eviction, so that the window was kept instead.
+    `numbers` those of tokens that an eviction asked for, `states` recurrent and convolutional
+    states of a model's layers without attention.
+    `dense` are keys and values of all tokens seen (in layers that slide: of their windows), which
+    is what an ordinary cache holds. `policies` names what acts on which layers, by slot; neutral
+    policies and layers that slide are left out.
+    Lists are `[layer][head]`, summed or averaged over sequences. `admitted` is the fraction of seen
+    tokens admitted (None: the layer only slides, policies do not apply), `stored` the mean tokens
+    held per sequence with the window, `evicted` the tokens dropped, `read` the mean tokens that the
+    last decoded token read; `prompt_read` is, by layer, the part of the blocks up to their tile
+    that prompts' tiles read since the cache was made, reset or forked (None: they read everything).
+    `overshoot` is the most tokens by which a head came to exceed `max_tokens` during a prompt call,
+    `cap_evicted` the tokens dropped because a cap was reached. `floored` counts, for each layer,
+    the sequences whose budget was less than the window at their last eviction, so that the window
+    was kept instead.
     """
 
     pages: int
@@ -59,6 +61,7 @@ class Report:
     floored: list[int]
     states: int = 0
     prompt_read: list[float | None] = attrs.field(factory=list)
+    numbers: int = 0
 
     @property
     def total(self) -> int:
@@ -72,6 +75,7 @@ class Report:
             + self.tables
             + self.queries
             + self.states
+            + self.numbers
         )
 
     @property
@@ -117,6 +121,7 @@ def report(state: CacheState) -> Report:
         summaries=summaries,
         tables=table_bytes(state),
         queries=query_bytes(state),
+        numbers=number_bytes(state),
         dense=dense_bytes(state),
         sequences=state.batch,
         tokens=sum(state.lengths),
