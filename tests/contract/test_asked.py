@@ -29,7 +29,7 @@ class Asking(Eviction):
     hidden: int = 4
     output_weight: bool = True
     rope: bool = True
-    seen: list = attrs.field(factory=list, eq=False, repr=False)
+    seen: list = attrs.field(factory=list, eq=False, repr=False, metadata={"fingerprint": False})
 
     def score(self, view):
         stats = view.query_stats
