@@ -1,4 +1,4 @@
-"""What evictions ask of a model: queries before RoPE, attention inputs, projections, frequencies."""
+"""What evictions ask of a model: queries before RoPE, inputs, projections, frequencies."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_decoded_tokens_count_after_a_fork_and_a_file_too(tmp_path):
 
 
 def test_models_of_other_shapes():
-    """Projections that are transposed, queries of a fused one, layers without RoPE and with YaRN."""
+    """Transposed projections, queries of a fused one, layers without RoPE and with YaRN."""
     gpt2 = tiny_model("gpt2")
     known = known_of(gpt2, served(gpt2), frozenset({"output_weight", "rope"}))
     assert known[0]["rope"] is None
