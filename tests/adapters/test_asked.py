@@ -134,8 +134,8 @@ def test_decoded_tokens_count_after_a_fork_and_a_file_too(tmp_path):
     assert shown[0].query_stats.tokens.tolist() == shown[0].lengths.tolist() == [32, 25]
     for other in shown[1:]:
         pairs = zip(shown[0].query_stats, other.query_stats, strict=True)
-        assert all(torch.equal(*pair) for pair in pairs)
-        assert torch.equal(shown[0].hidden, other.hidden)
+        assert all(torch.allclose(*pair, atol=1e-4) for pair in pairs)
+        assert torch.allclose(shown[0].hidden, other.hidden, atol=1e-5)
 
 
 def test_models_of_other_shapes():
