@@ -33,6 +33,7 @@ from .errors import KVPolicyError as KVPolicyError
 from .errors import PhaseError as PhaseError
 from .errors import RollbackError as RollbackError
 from .errors import UnsupportedError as UnsupportedError
+from .eviction import H2O as H2O
 from .eviction import AtPromptEnd as AtPromptEnd
 from .eviction import Eviction as Eviction
 from .eviction import EvictionView as EvictionView
@@ -80,6 +81,7 @@ __all__ = [
     "CacheState",
     "CapacityError",
     "DuoAttention",
+    "H2O",
     "Eviction",
     "EvictionView",
     "KVPolicyError",

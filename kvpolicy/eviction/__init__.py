@@ -6,4 +6,5 @@ from ._base import KeepAll as KeepAll
 from ._base import QueryStats as QueryStats
 from ._base import StoredTokens as StoredTokens
 from .at_prompt_end import AtPromptEnd as AtPromptEnd
+from .h2o import H2O as H2O
 from .snapkv import SnapKV as SnapKV

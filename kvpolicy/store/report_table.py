@@ -16,12 +16,13 @@ BYTES = {
     "summaries": "summaries of pages",
     "queries": "queries observed",
     "statistics": "statistics of queries, inputs",
+    "numbers": "numbers of tokens",
     "states": "states of other layers",
     "tables": "page tables, counters",
     "reserved": "reserved, empty",
     "total": "everything",
 }
-RARE = ("states of other layers",)  # of few models: shown where there are any
+RARE = ("numbers of tokens", "states of other layers")  # shown where there are any
 SLOTS = ("admission", "selection", "eviction")
 
 

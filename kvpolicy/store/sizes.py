@@ -30,6 +30,11 @@ def statistics_bytes(state: CacheState) -> int:
     return sum(map(storage_bytes, held))
 
 
+def number_bytes(state: CacheState) -> int:
+    """The numbers of tokens that evictions asked for."""
+    return sum(storage_bytes(layer.numbers or ()) for layer in state.layers)
+
+
 def table_bytes(state: CacheState) -> int:
     """Page tables, counters, lengths and flags; the pools' free stacks and reference counts."""
     layers = ((x.table, x.counts, x.evicted, x.selected) for x in state.layers)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import strategies as st
 
 from kvpolicy import (
+    H2O,
     Adaptive,
     AdmitAll,
     AtPromptEnd,
@@ -154,6 +155,8 @@ EVICTIONS = {
     "at_end": lambda s: AtPromptEnd(RandomGate(sparsity=0.3, seed=5)),
     "at_end_gate": lambda s: AtPromptEnd(gate(s, seed=2), generated="keep"),
     "at_end_local": lambda s: AtPromptEnd(LocalAttention(window=s.window, sinks=s.room - 2)),
+    "h2o": lambda s: H2O(budget=s.kept, when="prompt_end", group="max"),
+    "h2o_decode": lambda s: H2O(budget=s.kept),
     "per_layer": lambda s: per_layer(snap(s.kept), {0: AtPromptEnd(RandomGate(sparsity=0.2))}),
     "per_layer_decode": lambda s: per_layer(snap(s.kept, when="decode"), {0: snap(s.kept)}),
     "per_layer_mixed": lambda s: per_layer(

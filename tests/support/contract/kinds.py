@@ -25,6 +25,7 @@ KINDS = {
         "position": ("at_end_local",),
         "number": ("at_end", "at_end_gate", "per_layer", "per_layer_mixed"),
         "query": ("tokens", "tokens_decode", "ratio", "pyramid", "per_layer_decode"),
+        "accumulated": ("h2o", "h2o_decode"),
         "heads": ("adaptive", "adaptive_pyramid", "cap", "cap_decode"),
     },
 }
