@@ -34,12 +34,18 @@ from .errors import PhaseError as PhaseError
 from .errors import RollbackError as RollbackError
 from .errors import UnsupportedError as UnsupportedError
 from .eviction import H2O as H2O
+from .eviction import TOVA as TOVA
 from .eviction import AtPromptEnd as AtPromptEnd
 from .eviction import Eviction as Eviction
 from .eviction import EvictionView as EvictionView
 from .eviction import KeepAll as KeepAll
+from .eviction import KeyDiff as KeyDiff
+from .eviction import Knorm as Knorm
+from .eviction import LagKV as LagKV
+from .eviction import QFilters as QFilters
 from .eviction import QueryStats as QueryStats
 from .eviction import SnapKV as SnapKV
+from .eviction import StreamingLLM as StreamingLLM
 from .per_layer import per_layer as per_layer
 from .pipeline import CachePipeline as CachePipeline
 from .pipeline_files import load_pipeline as load_pipeline
@@ -86,11 +92,15 @@ __all__ = [
     "EvictionView",
     "KVPolicyError",
     "KeepAll",
+    "KeyDiff",
     "Knob",
+    "Knorm",
+    "LagKV",
     "LocalAttention",
     "PhaseError",
     "Pyramid",
     "QueryStats",
+    "QFilters",
     "Quest",
     "RandomGate",
     "Ratio",
@@ -100,6 +110,8 @@ __all__ = [
     "SelectAll",
     "Selection",
     "SnapKV",
+    "StreamingLLM",
+    "TOVA",
     "Tokens",
     "TotalCap",
     "UnsupportedError",

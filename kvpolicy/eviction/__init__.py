@@ -7,4 +7,10 @@ from ._base import QueryStats as QueryStats
 from ._base import StoredTokens as StoredTokens
 from .at_prompt_end import AtPromptEnd as AtPromptEnd
 from .h2o import H2O as H2O
+from .keydiff import KeyDiff as KeyDiff
+from .knorm import Knorm as Knorm
+from .lagkv import LagKV as LagKV
+from .q_filters import QFilters as QFilters
 from .snapkv import SnapKV as SnapKV
+from .streaming_llm import StreamingLLM as StreamingLLM
+from .tova import TOVA as TOVA

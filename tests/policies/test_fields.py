@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kvpolicy import (
+    TOVA,
     Adaptive,
     AdmitAll,
     AtPromptEnd,
@@ -20,15 +21,20 @@ from kvpolicy import (
     CacheSpec,
     DuoAttention,
     KeepAll,
+    KeyDiff,
     Knob,
+    Knorm,
+    LagKV,
     LocalAttention,
     Pyramid,
+    QFilters,
     Quest,
     RandomGate,
     Ratio,
     Rope,
     SelectAll,
     SnapKV,
+    StreamingLLM,
     Tokens,
     TotalCap,
     WriteGate,
@@ -100,6 +106,7 @@ GATE = {
     "b1": torch.ones(1, 2, 3), "w2": torch.ones(1, 2, 3), "b2": torch.ones(1, 2),
 }  # fmt: skip
 LOCAL = LocalAttention(window=8)
+WHEN = words("prompt_end", "decode")
 
 # Class: arguments that make one, and what each field takes.
 CLASSES = {
@@ -176,12 +183,46 @@ CLASSES = {
         {"budget": 64},
         {
             "budget": BUDGET_OR_INT,
-            "when": words("prompt_end", "decode"),
+            "when": WHEN,
             "observation": ints(1),
             "kernel": Kind((int,), lambda value: 1 <= value <= MOST and value % 2),
             "pooling": words("avg", "max"),
             "group": words("mean", "max"),
             "normalize": words("visible", "global"),
+        },
+    ),
+    StreamingLLM: (
+        {"budget": 64},
+        {"budget": BUDGET_OR_INT, "sinks": ints(0), "when": WHEN},
+    ),
+    TOVA: (
+        {"budget": 64},
+        {
+            "budget": BUDGET_OR_INT,
+            "group": words("mean", "max"),
+            "across_heads": FLAG,
+            "when": WHEN,
+        },
+    ),
+    KeyDiff: ({"budget": 64}, {"budget": BUDGET_OR_INT, "when": WHEN}),
+    Knorm: ({"budget": 64}, {"budget": BUDGET_OR_INT, "when": WHEN}),
+    LagKV: (
+        {"budget": 64},
+        {
+            "budget": BUDGET_OR_INT,
+            "sinks": ints(0),
+            "lag": ints(2),
+            "cross_scoring": FLAG,
+            "when": WHEN,
+        },
+    ),
+    QFilters: (
+        {"budget": 64, "filters": torch.ones(1, 2, 4)},
+        {
+            "budget": BUDGET_OR_INT,
+            "filters": Kind((torch.Tensor,), lambda value: False),
+            "when": WHEN,
+            "source": Kind((), none=True),
         },
     ),
     AtPromptEnd: (

@@ -53,6 +53,7 @@ def scores(o):
         o.q[:, qs.clamp(min=0)][None], (qs >= 0)[None], softcap=o.sizes.softcap, sinks=o.sinks,
         numbers=(numbers.gather(1, at) * valid)[None],
         recent_numbers=(numbers[:, recent.clamp(min=0)] * (recent >= 0))[None],
+        recent_values=o.v[:, recent.clamp(min=0)][None],
     )  # fmt: skip
     found = o.eviction.score(view)[0].tolist()
     return [dict(zip(p, s, strict=False)) for p, s in zip(pages, found, strict=True)]

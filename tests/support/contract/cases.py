@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from kvpolicy import (
     H2O,
+    TOVA,
     Adaptive,
     AdmitAll,
     AtPromptEnd,
@@ -15,14 +16,19 @@ from kvpolicy import (
     CacheSpec,
     DuoAttention,
     KeepAll,
+    KeyDiff,
+    Knorm,
+    LagKV,
     LocalAttention,
     Pyramid,
+    QFilters,
     Quest,
     RandomGate,
     Ratio,
     SelectAll,
     Selection,
     SnapKV,
+    StreamingLLM,
     Tokens,
     TotalCap,
     WriteGate,
@@ -142,6 +148,11 @@ def cap(s):
     return TotalCap(managed * s.spec.kv_heads * (2 * s.spec.page_size + 2), drop=0.2)
 
 
+def filters(s):
+    n, heads, dim = s.spec.layers, s.spec.kv_heads, s.spec.head_dim
+    return torch.randn(n, heads, dim, generator=torch.Generator().manual_seed(7))
+
+
 EVICTIONS = {
     "none": lambda s: KeepAll(),
     "tokens": lambda s: snap(s.kept),
@@ -157,6 +168,13 @@ EVICTIONS = {
     "at_end_local": lambda s: AtPromptEnd(LocalAttention(window=s.window, sinks=s.room - 2)),
     "h2o": lambda s: H2O(budget=s.kept, when="prompt_end", group="max"),
     "h2o_decode": lambda s: H2O(budget=s.kept),
+    "streaming": lambda s: StreamingLLM(budget=s.kept, sinks=3),
+    "tova": lambda s: TOVA(budget=s.kept),
+    "tova_layer": lambda s: TOVA(budget=s.kept, across_heads=True, when="prompt_end"),
+    "keydiff": lambda s: KeyDiff(budget=s.kept, when="decode"),
+    "knorm": lambda s: Knorm(budget=s.kept),
+    "lagkv": lambda s: LagKV(budget=s.kept, lag=s.spec.page_size + 1, sinks=2),
+    "q_filters": lambda s: QFilters(budget=s.kept, filters=filters(s), when="decode"),
     "per_layer": lambda s: per_layer(snap(s.kept), {0: AtPromptEnd(RandomGate(sparsity=0.2))}),
     "per_layer_decode": lambda s: per_layer(snap(s.kept, when="decode"), {0: snap(s.kept)}),
     "per_layer_mixed": lambda s: per_layer(

@@ -22,11 +22,27 @@ KINDS = {
     },
     "eviction": {
         "neutral": ("none",),
-        "position": ("at_end_local",),
-        "number": ("at_end", "at_end_gate", "per_layer", "per_layer_mixed"),
-        "query": ("tokens", "tokens_decode", "ratio", "pyramid", "per_layer_decode"),
+        "position": ("at_end_local", "streaming"),
+        "number": (
+            "at_end",
+            "at_end_gate",
+            "per_layer",
+            "per_layer_mixed",
+            "knorm",
+            "keydiff",
+            "lagkv",
+            "q_filters",
+        ),
+        "query": (
+            "tokens",
+            "tokens_decode",
+            "ratio",
+            "pyramid",
+            "per_layer_decode",
+            "tova",
+        ),
         "accumulated": ("h2o", "h2o_decode"),
-        "heads": ("adaptive", "adaptive_pyramid", "cap", "cap_decode"),
+        "heads": ("adaptive", "adaptive_pyramid", "cap", "cap_decode", "tova_layer"),
     },
 }
 for slot, table in (("admission", ADMISSIONS), ("selection", SELECTIONS), ("eviction", EVICTIONS)):
