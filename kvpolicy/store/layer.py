@@ -76,7 +76,7 @@ class LayerStore:
 
     @property
     def _asked(self) -> dict[str, Tensor]:
-        """What an eviction asked for, by name."""
+        """What an eviction asked for beside numbers, by name."""
         named = {name: getattr(self, name) for name in ASKED}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 

@@ -37,6 +37,7 @@ from kvpolicy import (
     Quest,
     RandomGate,
     Ratio,
+    Rope,
     SageKV,
     SelectAll,
     SimLayerKV,
@@ -130,6 +131,7 @@ CLASSES = {
             "scale": numbers(lambda value: value > 0, none=True),
             "sliding": Kind((tuple, list), lambda value: not value),
             "per_layer": Kind((tuple, list), lambda value: not value),
+            "hidden": ints(1, none=True),
             "page_size": ints(1),
             "rollback": ints(0),
             "head_offset": ints(0),
@@ -321,6 +323,16 @@ CLASSES = {
     AtPromptEnd: (
         {"admission": LOCAL},
         {"admission": ADMISSION, "generated": words("admission", "keep")},
+    ),
+    Rope: (
+        {"frequencies": (1.0,)},
+        {
+            "frequencies": Kind((tuple, list), lambda value: value == (1.5,)),
+            "interleaved": FLAG,
+            "tail": FLAG,
+            "sign": Kind((int,), lambda value: value in (1, -1)),
+            "factor": numbers(lambda value: value > 0),
+        },
     ),
     Tokens: ({"tokens": 64}, {"tokens": ints(1)}),
     Ratio: ({"ratio": 0.5}, {"ratio": POSITIVE_FRACTION}),
