@@ -324,7 +324,7 @@ class KVPolicyCache(Cache):
             self.pipeline,
             fingerprint=model_fingerprint(model),
             extra=to_tensors(self.chunks, self.state.batch) | self.states.to_tensors(),
-            notes={"phase": self.phase, "counts_positions": str(self.counts_positions)},
+            notes={"phase": self.phase},
         )
 
     @ordinary
