@@ -328,6 +328,12 @@ class KVPolicyCache(Cache):
         batch = 0 if self.state is None else self.state.batch
         self._select(torch.arange(batch).repeat_interleave(repeats))
 
+    def offload(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UnsupportedError("offload: pages stay on the model's device; cache.save files them")
+
+    def prefetch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UnsupportedError("prefetch: pages are on the model's device, none is elsewhere")
+
     def activate_past_recording(self, *args: Any, **kwargs: Any) -> None:
         """Assisted decoding begins: evictions wait until rejected candidates are taken back."""
         self.recording = True

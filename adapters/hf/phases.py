@@ -108,7 +108,6 @@ def loglikelihood(
     _check(question)
     if input_ids.shape[1] < 2 or not continuation_ids.shape[1]:
         raise ValueError("input_ids: wanted two columns or more, and a continuation of one or more")
-    _check(question)
     real = _right_padded(continuation_ids, continuation_mask)
     if attention_mask is not None and not bool(attention_mask[:, -1].all()):
         raise ValueError(
