@@ -62,13 +62,11 @@ else:
         `from kvpolicy import StreamingLLM`.
         """
         if name not in _LATER:
-            from ._elsewhere import known_elsewhere, near
-
-            if says := known_elsewhere(name, __all__):
+            elsewhere = import_module("._elsewhere", __name__)
+            if says := elsewhere.known_elsewhere(name, __all__):
                 raise ImportError(says)
-            raise AttributeError(
-                f"module {__name__!r} has no attribute {name!r}{near(name, __all__)}"
-            )
+            hint = elsewhere.near(name, __all__)
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
         value = globals()[name] = getattr(import_module(_LATER[name], __name__), name)
         return value
 

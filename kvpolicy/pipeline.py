@@ -41,8 +41,9 @@ def _instead(value: Any) -> str:
     return f"{fits[0]}={type(value).__name__}(...)" if fits else ""
 
 
-def _classes(kind: type) -> Iterator[type]:
-    for found in kind.__subclasses__():
+def _classes(kind: type[Any]) -> Iterator[type[Any]]:
+    below: list[type[Any]] = kind.__subclasses__()
+    for found in below:
         yield found
         yield from _classes(found)
 
