@@ -50,7 +50,7 @@ def run(
     """
     if not torch.cuda.is_available():
         if not quick:
-            raise BackendError("bench: wanted a CUDA device, found none; quick=True needs none")
+            raise BackendError("bench: wanted a CUDA device, found none; --quick needs none")
         os.environ.setdefault("TRITON_INTERPRET", "1")
     bench = Bench(quick, seconds)
     chosen = choose(bench, names)

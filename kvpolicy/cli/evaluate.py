@@ -98,7 +98,7 @@ def evaluate(
     began = time.monotonic()
     with errors():
         from ..evaluation.grid.results import Store
-        from ..evaluation.grid.runner import Runner, variants_for
+        from ..evaluation.grid.runner import Runner, absent_gates, variants_for
         from ..evaluation.grid.variants import own
         from ..evaluation.tasks.task import QUESTIONS
         from ..evaluation.texts import python_topics
@@ -113,6 +113,11 @@ def evaluate(
         check_number("minutes", minutes, "a number of at least 0", lambda x: x >= 0)
         check_fractions("keep", keeps)
         check_fractions("budget", budgets)
+        if model == "smollm2" and not gates and (absent := absent_gates()):
+            typer.echo(
+                f"left out, since they are not installed: {', '.join(absent)}; "
+                "--gate NAME looks on the hub"
+            )
         found = variants_for(model, gates, threshold or [], duo, keeps, budgets, window)
         mine = {name: own_pipeline(name, trust_code) for name in pipeline or []}
         found = _chosen([*found, *(own(*item) for item in mine.items())], variant)

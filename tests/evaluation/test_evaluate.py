@@ -309,3 +309,17 @@ def test_gates_are_measured_at_each_threshold(folder, tmp_path):
     held = {row["variant"]: row["held_tokens"] for row in rows if row["task"] == "copy"}
     assert held["gate some over 0.6"] < held["gate some over 0.45"] < 420
     assert "gate some over 0.45 + Quest at 0.25" in held  # behind the largest gate
+
+
+def test_gates_that_are_not_installed_are_left_out(monkeypatch):
+    """A wheel holds one of the shipped gates; nothing is asked of the hub for the others."""
+    (here, *others) = runner.SHIPPED_GATES.values()
+    assert runner.absent_gates() == []
+    monkeypatch.setattr(runner, "names", lambda: [here])
+    assert runner.absent_gates() == others
+    gates = [
+        found.name.split("%")[0]
+        for found in runner.variants_for("smollm2", [], [], None, [0.25], [0.25], 64)
+        if found.name.startswith("gate ") and "%" in found.name
+    ]
+    assert set(gates) == {"gate 25"}
