@@ -18,7 +18,7 @@ POLICIES = [LocalAttention(window=WINDOW, sinks=2), RandomGate(sparsity=0.5, see
 BOUND = 1e-4  # of the logits' spread
 TEXT_DECODERS = (
     "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "internvl", "idefics3", "aya_vision", "lfm2_vl",
-    "smolvlm", "mistral3", "shieldgemma2", "glm4v",
+    "smolvlm", "mistral3", "shieldgemma2", "glm4v", "kosmos-2.5",
 )  # fmt: skip
 
 
