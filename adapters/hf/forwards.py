@@ -23,7 +23,7 @@ from .forward import Crossing, close_forward, inputs_of, open_forward, true_posi
 from .masks import padding_of
 from .packed import split
 from .ranks import Ranks
-from .wrappers import check_soft_prompt
+from .wrappers import check_soft_prompt, first_position
 
 
 class Forwards:
@@ -137,6 +137,8 @@ class Forwards:
         self.cache, self.as_tuple = cache, as_tuple
         self.own, self.kept = given is None, kept
         if kwargs.get("position_ids") is None and not texts and "position_ids" in self.names:
+            if not cache.columns:  # transformers' generate counts from 0 in any model
+                cache.first_position = 0 if cache.counts_positions else first_position(decoder)
             kwargs["position_ids"] = true_positions(cache, ids.device)
         return kwargs
 
