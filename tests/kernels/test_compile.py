@@ -11,13 +11,16 @@ from tests.support.kernels.compiled import compiled
 
 def run(configuration: str, cache: Path, *options: str) -> None:
     wanted = {
+        "_add_levels",
         "_append",
         "_attend",
         "_chunks",
         "_column_sums",
+        "_columns",
         "_count_digits",
         "_decode_write",
         "_fold",
+        "_levels",
         "_mark",
         "_mark_whole",
         "_move_kept",
@@ -26,6 +29,7 @@ def run(configuration: str, cache: Path, *options: str) -> None:
         "_split",
         "_store",
         "_top_pages",
+        "_write_number",
     }
     if "x" in configuration:  # rectangles want values of the keys' head_dim
         wanted.remove("_fold")
