@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import email
+import importlib
 import os
 import re
 import shutil
@@ -106,7 +107,7 @@ PROJECT = SETTINGS["project"]
 MODULES = {"fa3-fwd": "fa3_fwd_interface", "lm-eval": "lm_eval"}
 UNUSED = {"vllm"}
 # What transformers requires, and so brings.
-BROUGHT = {"huggingface_hub", "numpy", "tokenizers", "tqdm", "yaml"}
+BROUGHT = {"huggingface_hub", "numpy", "packaging", "tokenizers", "tqdm", "yaml"}
 # Not for users of the library: what baselines of the benchmark and tests need.
 BASELINES = {"flashinfer"}
 
@@ -274,6 +275,21 @@ def test_workflows_try_both_ends_of_the_ranges():
         assert flows[flow]["jobs"][job]["steps"][-1]["run"] == ".ci/try-wheel"
     publish = flows["release"]["jobs"]["publish"]
     assert publish["needs"] == "try" and publish["permissions"] == {"id-token": "write"}
+
+
+@pytest.mark.parametrize("found", ["4.57.1", "5.16.2", "5.24.0", "5.24.0.dev0", "6.0"])
+def test_another_transformers_is_refused_at_once(found, monkeypatch):
+    from kvpolicy.adapters.hf import versions
+
+    assert f"transformers>={versions.FROM},<{versions.BELOW}" in PROJECT["dependencies"]
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.__version__", found)
+        with pytest.raises(
+            ImportError, match=f"^transformers: wanted .*, got {found}; pip install"
+        ):
+            importlib.reload(versions)
+    for served in ("5.17.0", "5.17.1.dev0", "5.23.4"):
+        versions.check(served)
 
 
 def test_wheel_says_who_where_and_which(built):

@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from .._files import replacing
+from .._files import open_safetensors, replacing
 from ..errors import PhaseError
 from ..ops import POSITION_MASK, pages_of
 from ..spec import CacheSpec
@@ -150,12 +150,12 @@ def _numbers() -> list[tuple[str, str, type]]:
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Header and tensors; safetensors bounds both by the file's size."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"path: no file {path}")
     try:
-        with safe_open(path, "pt") as file:
+        with open_safetensors(Path(path)) as file:
             return dict(file.metadata() or {}), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"path: {path} is truncated or no safetensors file: {error}") from None
