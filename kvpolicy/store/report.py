@@ -11,7 +11,15 @@ from ..budget import budget_of
 from ..ops import ADMITTED, ring_positions
 from .layer import LayerStore
 from .report_table import SLOTS, report_table
-from .sizes import dense_bytes, number_bytes, query_bytes, ring_bytes, storage_bytes, table_bytes
+from .sizes import (
+    dense_bytes,
+    number_bytes,
+    query_bytes,
+    ring_bytes,
+    statistics_bytes,
+    storage_bytes,
+    table_bytes,
+)
 from .state import CacheState
 
 
@@ -22,8 +30,9 @@ class Report:
     Bytes are those of the storages: `pages` hold tokens, `reserved` are allocated and hold none,
     `ring` is the local window with its rollback slots, `positions`, `summaries` belong to pages in
     use, `tables` are page tables, counters and free stack, `queries` the observation windows,
-    `numbers` those of tokens that an eviction asked for, `states` recurrent and convolutional
-    states of a model's layers without attention.
+    `numbers` those of tokens that an eviction asked for, `statistics` what evictions hold of
+    queries before RoPE and of attention inputs, `states` recurrent and convolutional states of a
+    model's layers without attention.
     `dense` are keys and values of all tokens seen (in layers that slide: of their windows), which
     is what an ordinary cache holds. `policies` names what acts on which layers, by slot; neutral
     policies and layers that slide are left out.
@@ -58,6 +67,7 @@ class Report:
     floored: list[int]
     states: int = 0
     numbers: int = 0
+    statistics: int = 0
 
     @property
     def total(self) -> int:
@@ -72,6 +82,7 @@ class Report:
             + self.queries
             + self.states
             + self.numbers
+            + self.statistics
         )
 
     @property
@@ -131,6 +142,7 @@ def report(state: CacheState) -> Report:
         overshoot=max(row.overshoot for row in state.sequences),
         cap_evicted=sum(row.cap_evicted for row in state.sequences),
         floored=[_floored(state, x) for x in state.layers],
+        statistics=statistics_bytes(state),
     )
 
 

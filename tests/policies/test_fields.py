@@ -12,23 +12,35 @@ import pytest
 import torch
 
 from kvpolicy import (
+    TOVA,
     Adaptive,
     AdmitAll,
     AtPromptEnd,
     Budget,
     CachePipeline,
     CacheSpec,
+    DBudgetKV,
     DuoAttention,
+    FastGen,
     KeepAll,
+    KeyDiff,
     Knob,
+    Knorm,
+    KVzap,
+    LagKV,
     LocalAttention,
     Pyramid,
+    QFilters,
     Quest,
     RandomGate,
     Ratio,
+    SageKV,
     SelectAll,
+    SimLayerKV,
     SnapKV,
+    StreamingLLM,
     Tokens,
+    TopChannels,
     TotalCap,
     WriteGate,
 )
@@ -99,6 +111,7 @@ GATE = {
     "b1": torch.ones(1, 2, 3), "w2": torch.ones(1, 2, 3), "b2": torch.ones(1, 2),
 }  # fmt: skip
 LOCAL = LocalAttention(window=8)
+WHEN = words("prompt_end", "decode")
 
 # Class: arguments that make one, and what each field takes.
 CLASSES = {
@@ -147,6 +160,18 @@ CLASSES = {
             "source": Kind((), none=True),
         },
     ),
+    KVzap: (
+        {"w2": torch.ones(1, 2, 4), "b2": torch.ones(1, 2)},
+        {
+            "w2": Kind((torch.Tensor,), lambda value: False),
+            "b2": Kind((torch.Tensor,), lambda value: False),
+            "w1": Kind((torch.Tensor,), lambda value: False, none=True),
+            "b1": Kind((torch.Tensor,), lambda value: False, none=True),
+            "threshold": numbers(lambda value: True),
+            "window": ints(1, none=True),
+            "source": Kind((), none=True),
+        },
+    ),
     DuoAttention: (
         {"full_heads": ((True, False),)},
         {
@@ -169,17 +194,88 @@ CLASSES = {
             "group": words("max", "mean", "each"),
         },
     ),
+    TopChannels: (
+        {"budget": 64},
+        {
+            "budget": TOKENS_OR_INT,
+            "channels": ints(1),
+            "first": ints(0),
+            "last": ints(0),
+            "group": words("max", "mean", "each"),
+        },
+    ),
     KeepAll: ({}, {}),
     SnapKV: (
         {"budget": 64},
         {
             "budget": BUDGET_OR_INT,
-            "when": words("prompt_end", "decode"),
+            "when": WHEN,
             "observation": ints(1),
             "kernel": Kind((int,), lambda value: 1 <= value <= MOST and value % 2),
             "pooling": words("avg", "max"),
             "group": words("mean", "max"),
             "normalize": words("visible", "global"),
+        },
+    ),
+    StreamingLLM: (
+        {"budget": 64},
+        {"budget": BUDGET_OR_INT, "sinks": ints(0), "when": WHEN},
+    ),
+    TOVA: (
+        {"budget": 64},
+        {
+            "budget": BUDGET_OR_INT,
+            "group": words("mean", "max"),
+            "across_heads": FLAG,
+            "when": WHEN,
+        },
+    ),
+    KeyDiff: ({"budget": 64}, {"budget": BUDGET_OR_INT, "when": WHEN}),
+    Knorm: ({"budget": 64}, {"budget": BUDGET_OR_INT, "when": WHEN}),
+    LagKV: (
+        {"budget": 64},
+        {
+            "budget": BUDGET_OR_INT,
+            "sinks": ints(0),
+            "lag": ints(2),
+            "cross_scoring": FLAG,
+            "when": WHEN,
+        },
+    ),
+    QFilters: (
+        {"budget": 64, "filters": torch.ones(1, 2, 4)},
+        {
+            "budget": BUDGET_OR_INT,
+            "filters": Kind((torch.Tensor,), lambda value: False),
+            "when": WHEN,
+            "source": Kind((), none=True),
+        },
+    ),
+    SageKV: (
+        {"budget": 64},
+        {"budget": BUDGET_OR_INT, "sinks": ints(0), "group": words("mean", "max")},
+    ),
+    DBudgetKV: (
+        {},
+        {"threshold": FRACTION, "sinks": ints(0), "observation": ints(1), "when": WHEN},
+    ),
+    FastGen: (
+        {},
+        {
+            **dict.fromkeys(("recovery", "frequent", "local"), FRACTION),
+            "sinks": ints(0),
+            "observation": ints(1),
+            "when": WHEN,
+        },
+    ),
+    SimLayerKV: (
+        {},
+        {
+            "threshold": FRACTION,
+            "sinks": ints(0),
+            "recent": ints(1),
+            "observation": ints(1),
+            "when": WHEN,
         },
     ),
     AtPromptEnd: (
