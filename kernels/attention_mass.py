@@ -51,6 +51,7 @@ def attention_mass(
     accumulates: str,
     group: str,
     shifts: tuple[int, int] = (0, 0),
+    among: tuple[int, int, int, int] | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     chunk: int | None = None,
@@ -74,7 +75,7 @@ def attention_mass(
     scale, cap = factors(scale, softcap)
     places = (
         pages.k, pages.meta, pages.slabs, heads.table, heads.counts, ring_k, flags, query, lengths,
-        first, last, most, window, scale, cap, chunk, query.shape[2], *shifts,
+        first, last, most, window, scale, cap, chunk, among, query.shape[2], *shifts,
         heads.table.stride(), heads.counts.stride(), ring_k.stride(), flags.stride(),
         query.stride(),
     )  # fmt: skip
@@ -137,9 +138,16 @@ def _recent(
 
 
 @triton.jit
+def _among(where, among):
+    """Whether tokens at these positions are among those that queries see."""
+    looked = (where >= among[1]) & (where < among[2])
+    return looked | (where < among[0]) | (where >= among[3])
+
+
+@triton.jit
 def _levels(
     part, parts, split, pages_k, pages_meta, slabs, table, counts, ring_k, flags, query, lengths,
-    first, last, most, window, scale, cap, chunk, query_slots, query_shift, key_shift,
+    first, last, most, window, scale, cap, chunk, among, query_slots, query_shift, key_shift,
     table_strides, counts_strides, ring_strides, flags_strides, query_strides,
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     SLOTS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, QUERIES: tl.constexpr,
@@ -181,6 +189,8 @@ def _levels(
             seen = seen & (at[:, None] - where[None, :] < window)
             if chunk is not None:
                 seen = seen & (where[None, :] // chunk == at[:, None] // chunk)
+            if among is not None:
+                seen = seen & _among(where, among)[None, :]
             scores, factor = _logits(q, k, scale, cap)
             scores = tl.where(seen, scores, float("-inf"))  # [M, N]
             _, _, top, total = weigh(scores, factor, top, total, 1, True)
@@ -194,6 +204,8 @@ def _levels(
             seen = (start + n < high)[None, :] & (where[None, :] <= at[:, None])
             if chunk is not None:
                 seen = seen & (where[None, :] // chunk == at[:, None] // chunk)
+            if among is not None:
+                seen = seen & _among(where, among)[None, :]
             scores, factor = _logits(q, k, scale, cap)
             scores = tl.where(seen, scores, float("-inf"))
             _, _, top, total = weigh(scores, factor, top, total, 1, True)
@@ -229,8 +241,8 @@ def _add_levels(
 @triton.jit
 def _columns(
     lse, numbers, number_strides, pages_k, pages_meta, slabs, table, counts, ring_k, flags, query,
-    lengths, first, last, most, window, scale, cap, chunk, query_slots, query_shift, key_shift,
-    table_strides, counts_strides, ring_strides, flags_strides, query_strides,
+    lengths, first, last, most, window, scale, cap, chunk, among, query_slots, query_shift,
+    key_shift, table_strides, counts_strides, ring_strides, flags_strides, query_strides,
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     SLOTS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, QUERIES: tl.constexpr,
     KEYS_: tl.constexpr, STAGES: tl.constexpr, LARGEST: tl.constexpr, WIDEST: tl.constexpr,
@@ -292,6 +304,8 @@ def _columns(
             seen = seen & (at[None, :] - where[:, None] < window)
         if chunk is not None:
             seen = seen & (where[:, None] // chunk == at[None, :] // chunk)
+        if among is not None:
+            seen = seen & ((where >= among[1]) & (where < among[2]))[:, None]
         combined = tl.where(seen, combined, 0.0)
         if MEAN:
             combined = combined / GROUP

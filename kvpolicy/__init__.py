@@ -44,6 +44,7 @@ from .eviction import FastGen as FastGen
 from .eviction import KeepAll as KeepAll
 from .eviction import KeyDiff as KeyDiff
 from .eviction import Knorm as Knorm
+from .eviction import KVzip as KVzip
 from .eviction import LagKV as LagKV
 from .eviction import QFilters as QFilters
 from .eviction import QueryStats as QueryStats
@@ -110,6 +111,7 @@ __all__ = [
     "FastGen",
     "KVPolicyError",
     "KVzap",
+    "KVzip",
     "KeepAll",
     "KeyDiff",
     "Knob",

@@ -11,6 +11,7 @@ from .fastgen import FastGen as FastGen
 from .h2o import H2O as H2O
 from .keydiff import KeyDiff as KeyDiff
 from .knorm import Knorm as Knorm
+from .kvzip import KVzip as KVzip
 from .lagkv import LagKV as LagKV
 from .q_filters import QFilters as QFilters
 from .sage_kv import SageKV as SageKV

@@ -21,6 +21,7 @@ from kvpolicy import (
     KeyDiff,
     Knorm,
     KVzap,
+    KVzip,
     LagKV,
     LocalAttention,
     Pyramid,
@@ -200,6 +201,7 @@ EVICTIONS = {
     "knorm": lambda s: Knorm(budget=s.kept),
     "lagkv": lambda s: LagKV(budget=s.kept, lag=s.spec.page_size + 1, sinks=2),
     "q_filters": lambda s: QFilters(budget=s.kept, filters=filters(s), when="decode"),
+    "kvzip": lambda s: KVzip(budget=s.kept, sinks=2),
     "per_layer": lambda s: per_layer(snap(s.kept), {0: AtPromptEnd(RandomGate(sparsity=0.2))}),
     "per_layer_decode": lambda s: per_layer(snap(s.kept, when="decode"), {0: snap(s.kept)}),
     "per_layer_mixed": lambda s: per_layer(

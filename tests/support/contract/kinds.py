@@ -22,7 +22,7 @@ KINDS = {
     },
     "eviction": {
         "neutral": ("none",),
-        "accumulated": ("h2o", "h2o_decode"),
+        "accumulated": ("h2o", "h2o_decode", "kvzip"),
         "position": ("at_end_local", "streaming"),
         "number": (
             "at_end",

@@ -244,6 +244,7 @@ def _attention_mass(size: Size) -> None:
                 "attention_mass", numbers, mirror.pages, mirror.heads, ring, query, lengths, first,
                 last, window, size.dim**-0.5, most=most, accumulates=modes[0], group=modes[1],
                 chunk=chunk, softcap=9.0 if number == 1 else None,
+                among=(2, page, page + 20, page + 30) if number > 1 else None,
                 sinks=size.randn(kv_heads * size.group, seed=3) if number % 2 else None,
             )  # fmt: skip
         agree(numbers, size.atol)
