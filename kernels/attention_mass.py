@@ -90,7 +90,7 @@ def attention_mass(
         LARGEST=accumulates == "max", WIDEST=group == "max", MEAN=group == "mean",
     )  # fmt: skip
     with on(query):
-        _levels[cdiv(rows, row_tile), parts, units](
+        _query_levels[cdiv(rows, row_tile), parts, units](
             part, parts, split, *places, **sizes, QUERIES=row_tile, KEYS_=tile.streamed,
             STAGES=3 * (tile.stages - 1) + 1,
         )  # fmt: skip
@@ -145,7 +145,7 @@ def _among(where, among):
 
 
 @triton.jit
-def _levels(
+def _query_levels(
     part, parts, split, pages_k, pages_meta, slabs, table, counts, ring_k, flags, query, lengths,
     first, last, most, window, scale, cap, chunk, among, query_slots, query_shift, key_shift,
     table_strides, counts_strides, ring_strides, flags_strides, query_strides,

@@ -57,10 +57,17 @@ from .pipeline import CachePipeline as CachePipeline
 from .pipeline_files import load_pipeline as load_pipeline
 from .pipeline_files import save_pipeline as save_pipeline
 from .rope import Rope as Rope
+from .selection import FlexPrefill as FlexPrefill
+from .selection import PerPhase as PerPhase
+from .selection import PromptSelection as PromptSelection
+from .selection import PromptView as PromptView
 from .selection import Quest as Quest
+from .selection import Reads as Reads
 from .selection import SelectAll as SelectAll
 from .selection import Selection as Selection
 from .selection import TopChannels as TopChannels
+from .selection import VerticalSlash as VerticalSlash
+from .selection import XAttention as XAttention
 from .spec import CacheSpec as CacheSpec
 from .store import CacheState as CacheState
 from .store import Report as Report
@@ -109,6 +116,7 @@ __all__ = [
     "Eviction",
     "EvictionView",
     "FastGen",
+    "FlexPrefill",
     "KVPolicyError",
     "KVzap",
     "KVzip",
@@ -118,13 +126,17 @@ __all__ = [
     "Knorm",
     "LagKV",
     "LocalAttention",
+    "PerPhase",
     "PhaseError",
+    "PromptSelection",
+    "PromptView",
     "Pyramid",
     "QueryStats",
     "QFilters",
     "Quest",
     "RandomGate",
     "Ratio",
+    "Reads",
     "Report",
     "RollbackError",
     "Rope",
@@ -139,8 +151,10 @@ __all__ = [
     "TopChannels",
     "TotalCap",
     "UnsupportedError",
+    "VerticalSlash",
     "Write",
     "WriteGate",
+    "XAttention",
     "all_of",
     "any_of",
     "attach",

@@ -40,7 +40,7 @@ ROOMS = {
         ("looked_back",),
     ),
     "calls": (
-        ("_checks", "budgets", "decide", "select", "settle", "tell"),
+        ("_checks", "budgets", "decide", "select", "settle", "tell", "tiles"),
         ("evict",),
         ("capacity",),
         ("prompt_pages", "call"),
