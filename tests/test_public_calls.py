@@ -134,7 +134,7 @@ def attaching(**given: Any) -> None:
     hf.attach(**given).detach()
 
 
-LOOKS_BACK = CachePipeline(eviction=kvpolicy.KVzip(budget=64))
+LOOKS_BACK = CachePipeline(eviction=kvpolicy.KVzip(budget=64), window=8)
 
 
 class Letters:

@@ -266,7 +266,8 @@ CLASSES = {
     ),
     H2O: (
         {"budget": 64},
-        {"budget": BUDGET_OR_INT, "when": WHEN, "group": words("mean", "max", "sum")},
+        {"budget": BUDGET_OR_INT, "when": WHEN, "group": words("mean", "max", "sum"),
+         "average": FLAG},
     ),
     TOVA: (
         {"budget": 64},
