@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kvpolicy import (
+    GKV,
     H2O,
     TOVA,
     Adaptive,
@@ -23,12 +24,14 @@ from kvpolicy import (
     DBudgetKV,
     DuoAttention,
     FastGen,
+    FastKVzip,
     FlexPrefill,
     KeepAll,
     KeyDiff,
     Knob,
     Knorm,
     KVzap,
+    KVzip,
     LagKV,
     LocalAttention,
     PerPhase,
@@ -36,6 +39,7 @@ from kvpolicy import (
     QFilters,
     Quest,
     RandomGate,
+    Ranked,
     Ratio,
     Rope,
     SageKV,
@@ -46,6 +50,7 @@ from kvpolicy import (
     Tokens,
     TopChannels,
     TotalCap,
+    TrimKV,
     VerticalSlash,
     WriteGate,
     XAttention,
@@ -261,7 +266,8 @@ CLASSES = {
     ),
     H2O: (
         {"budget": 64},
-        {"budget": BUDGET_OR_INT, "when": WHEN, "group": words("mean", "max", "sum")},
+        {"budget": BUDGET_OR_INT, "when": WHEN, "group": words("mean", "max", "sum"),
+         "average": FLAG},
     ),
     TOVA: (
         {"budget": 64},
@@ -282,6 +288,40 @@ CLASSES = {
             "lag": ints(2),
             "cross_scoring": FLAG,
             "when": WHEN,
+        },
+    ),
+    GKV: (
+        {"budget": 64},
+        {"budget": BUDGET_OR_INT, "when": WHEN, "observation": ints(1), "alpha": FRACTION},
+    ),
+    KVzip: ({"budget": 64}, {"budget": BUDGET_OR_INT, "sinks": ints(0)}),
+    Ranked: (
+        {"budget": 64, "gate": KVzap(w2=torch.ones(1, 2, 4), b2=torch.ones(1, 2))},
+        {"gate": Kind((AdmitAll, LocalAttention), lambda value: False), "budget": BUDGET_OR_INT,
+         "when": WHEN, "sinks": ints(0)},
+    ),
+    TrimKV: (
+        {"budget": 64, "w1": torch.ones(1, 3, 4), "b1": torch.ones(1, 3),
+         "w2": torch.ones(1, 2, 3), "b2": torch.ones(1, 2)},
+        {
+            "budget": BUDGET_OR_INT,
+            **dict.fromkeys(("w1", "b1", "w2", "b2"), Kind((torch.Tensor,), lambda value: False)),
+            "when": WHEN,
+            "source": Kind((), none=True),
+        },
+    ),
+    FastKVzip: (
+        {"budget": 64, "q": torch.ones(1, 8, 3), "q_bias": torch.ones(1, 8),
+         "k": torch.ones(1, 8, 3), "q_norm": torch.ones(1, 4), "k_norm": torch.ones(1, 4),
+         "base": torch.ones(1, 2, 1, 1, 4), "bias": torch.ones(1, 2, 1, 1)},
+        {
+            "budget": BUDGET_OR_INT,
+            **dict.fromkeys(("q", "q_bias", "k"), Kind((torch.Tensor,), lambda value: False)),
+            **dict.fromkeys(("q_norm", "k_norm"), TENSOR),
+            **dict.fromkeys(("base", "bias"), Kind((torch.Tensor,), lambda value: False)),
+            "when": WHEN,
+            "sinks": ints(0),
+            "source": Kind((), none=True),
         },
     ),
     QFilters: (

@@ -24,7 +24,7 @@ KINDS = {
     },
     "eviction": {
         "neutral": ("none",),
-        "accumulated": ("h2o", "h2o_decode"),
+        "accumulated": ("h2o", "h2o_decode", "kvzip"),
         "position": ("at_end_local", "streaming"),
         "number": (
             "at_end",
@@ -36,6 +36,9 @@ KINDS = {
             "keydiff",
             "lagkv",
             "q_filters",
+            "trim",
+            "fast",
+            "ranked",
         ),
         "query": (
             "tokens",
@@ -47,6 +50,7 @@ KINDS = {
             "sage",
             "dbudget",
             "fastgen",
+            "g_kv",
         ),
         "heads": ("adaptive", "adaptive_pyramid", "cap", "cap_decode", "tova_layer", "simlayer"),
     },
