@@ -59,6 +59,7 @@ def random_view(
         scale=head_dim**-0.5,
         queries=draw(4, kv_heads * group, queries, head_dim) if queries else None,
         query_valid=at >= 0 if queries else None,
+        group=group,
         recent_values=draw(4, kv_heads, window, head_dim).masked_fill(
             (recent < 0)[:, None, :, None], 0
         ),
