@@ -24,9 +24,9 @@ _TOKENS = 4096  # values of a head that are projected at once
 class CriticalKV(Eviction):
     """The scores of another eviction, weighed by the values' way through the output projection.
 
-    The best `first` of what the budget leaves stay by the scores s of `eviction` alone. The others
-    are scored (s + `epsilon`) x the mean over a group's query heads of |W v|_1, W being the head's
-    part of the output projection and v the token's value.
+    The window and the best others, `first` of the budget in all, stay by the scores s of `eviction`
+    alone. The others are scored (s + `epsilon`) x the mean over a group's query heads of |W v|_1, W
+    being the head's part of the output projection and v the token's value.
 
     Feng et al., 2025 (NVIDIA/kvpress, criticalkv_press.py; FFY0/AdaKV). The authors leave `v` out
     of the inner score: `ExpectedAttention(value_norm=False)`. With `Adaptive` the first stage takes
@@ -62,8 +62,9 @@ class CriticalKV(Eviction):
         lengths = view.lengths.tolist()
         for row, used in enumerate(used_slots(view)):
             own = scores[row, :, :used]
-            left = budget.allowed(lengths[row], window, view.layer, view.layers)
-            best = _best(own, min(int(left * self.first), used))
+            whole = budget.tokens_per_head(lengths[row], view.layer, view.layers)
+            amount = max(int(whole * self.first) - min(window, lengths[row]), 0)
+            best = _best(own, min(amount, used))
             weighed = (own + self.epsilon) * _projected(view, row, used)
             weighed = torch.where(own > float("-inf"), weighed, own).nan_to_num(0.0, FIRST, -FIRST)
             # What never stays, never does.

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from tests.support.contract.cases import ADMISSIONS, EVICTIONS, SELECTIONS
 
-# Not at all; by positions; by a number of each token; by queries; for several heads together.
+# Not at all; by positions; by a number of each token; by queries; by statistics of queries; for
+# several heads together.
 KINDS = {
     "admission": {
         "neutral": ("all",),
         "position": ("local", "duo"),
-        "number": ("random", "gate", "any_of", "all_of", "per_layer"),
+        "number": ("random", "gate", "ada_ea", "any_of", "all_of", "per_layer"),
     },
     "selection": {
         "neutral": ("all",),
@@ -32,6 +33,8 @@ KINDS = {
             "keydiff",
             "lagkv",
             "q_filters",
+            "tri",
+            "tri_end",
         ),
         "query": (
             "tokens",
@@ -40,7 +43,10 @@ KINDS = {
             "pyramid",
             "per_layer_decode",
             "tova",
+            "critical",
+            "r_kv",
         ),
+        "statistics": ("expected", "expected_decode", "critical_expected"),
         "accumulated": ("h2o", "h2o_decode"),
         "heads": ("adaptive", "adaptive_pyramid", "cap", "cap_decode", "tova_layer"),
     },
