@@ -110,6 +110,7 @@ class KVPress(Eviction):
         if self.output_weight:
             weight = view.output_weight[part.start * view.group : part.stop * view.group]
             module.o_proj = SimpleNamespace(weight=weight.flatten(0, 1).T)
+            module.config.hidden_size = weight.shape[2]
         at = torch.arange(hidden.shape[1], device=hidden.device)[None]
         kwargs = {"position_embeddings": module.rotary_emb(hidden, at)}
         scores = self.press.score(module, hidden, keys, values, None, kwargs)
