@@ -1,4 +1,5 @@
-"""Files that are written whole or not at all, and read as the one file that they are."""
+"""Files that are written whole or not at all, read as the one file that they are, and those of
+tensors, which hold no more than that."""
 
 from __future__ import annotations
 

@@ -66,15 +66,17 @@ class KVzap(Admission):
                 f"w1, w2: wanted [L, m, hidden] and [L, Hkv, m], got "
                 f"{None if self.w1 is None else list(self.w1.shape)} and {list(self.w2.shape)}"
             )
+        if (self.w1 is None) != (self.b1 is None):
+            given = "w1" if self.b1 is None else "b1"
+            raise ValueError(f"w1, b1: wanted both or none of them, got {given} only")
         layers, heads, inner = self.w2.shape
         shapes: dict[str, tuple[int, ...]] = {"b2": (layers, heads)}
-        if self.w1 is not None or self.b1 is not None:
-            hidden = 0 if self.w1 is None else self.w1.shape[2]
-            shapes |= {"w1": (layers, inner, hidden), "b1": (layers, inner)}
+        if self.w1 is not None:
+            shapes |= {"w1": (layers, inner, self.w1.shape[2]), "b1": (layers, inner)}
         for name, shape in shapes.items():
             found = getattr(self, name)
-            if found is None or found.shape != shape or not found.is_floating_point():
-                got = None if found is None else f"{found.dtype} {list(found.shape)}"
+            if found.shape != shape or not found.is_floating_point():
+                got = f"{found.dtype} {list(found.shape)}"
                 raise ValueError(f"{name}: wanted floats {list(shape)}, got {got}")
 
     @classmethod

@@ -219,6 +219,8 @@ def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:
         query_valid=query_valid,
         softcap=layer.sizes.softcap,
         sinks=layer.sinks,
+        numbers=(lambda: numbers()[0]) if asks else None,
+        recent_numbers=(lambda: numbers()[1]) if asks else None,
         recent_values=recent_values,
         heads=state.spec.head_ids,
         query_stats=stats,
@@ -228,8 +230,6 @@ def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:
         rope=layer.rope,
         layers=state.spec.layers,
         group=layer.sizes.heads // layer.sizes.kv_heads,
-        numbers=(lambda: numbers()[0]) if asks else None,
-        recent_numbers=(lambda: numbers()[1]) if asks else None,
     )
 
 

@@ -9,7 +9,7 @@ from ._base import EvictionView
 
 
 def attention(view: EvictionView, row: int, used: int, near: bool = True) -> Tensor:
-    """Softmax weights `[Hkv, G, w, used + W]` of a sequence's last queries, 0 of those not yet seen.
+    """Softmax weights `[Hkv, G, w, used + W]` of a sequence's last queries, 0 of those unseen.
 
     Over its first `used` slots and, if `near`, over the window too; without it `[Hkv, G, w, used]`.
     One sequence at a time, as long as it is: how a product or a sum is rounded depends on its

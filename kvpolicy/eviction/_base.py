@@ -77,6 +77,8 @@ class EvictionView:
     query_valid: Tensor | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    _numbers: Tensor | Callable[[], Tensor] | None = None
+    _recent_numbers: Tensor | Callable[[], Tensor] | None = None
     _recent_values: Tensor | Callable[[], Tensor] | None = None
     heads: range = attrs.field(
         default=attrs.Factory(lambda self: range(self.valid.shape[1]), takes_self=True)
@@ -88,8 +90,6 @@ class EvictionView:
     rope: Rope | None = None
     layers: int = 1
     group: int = 1
-    _numbers: Tensor | Callable[[], Tensor] | None = None
-    _recent_numbers: Tensor | Callable[[], Tensor] | None = None
 
     @cached_property
     def keys(self) -> Tensor:
@@ -108,6 +108,14 @@ class EvictionView:
         return _tensor(self._marked)
 
     @cached_property
+    def numbers(self) -> Tensor | None:
+        return None if self._numbers is None else _tensor(self._numbers)
+
+    @cached_property
+    def recent_numbers(self) -> Tensor | None:
+        return None if self._recent_numbers is None else _tensor(self._recent_numbers)
+
+    @cached_property
     def recent_values(self) -> Tensor:
         """Every cache gives them; a view made by hand may lack them."""
         return _given("recent_values", self._recent_values)
@@ -119,14 +127,6 @@ class EvictionView:
     @cached_property
     def output_weight(self) -> Tensor:
         return _given("output_weight", self._output_weight)
-
-    @cached_property
-    def numbers(self) -> Tensor | None:
-        return None if self._numbers is None else _tensor(self._numbers)
-
-    @cached_property
-    def recent_numbers(self) -> Tensor | None:
-        return None if self._recent_numbers is None else _tensor(self._recent_numbers)
 
     def _replace(self, **changes: Any) -> EvictionView:
         """A view with other values in the named places, as of a named tuple."""

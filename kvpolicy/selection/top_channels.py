@@ -23,10 +23,10 @@ class TopChannels(Selection):
 
     A KV head looks at the `channels` channels whose |q| is largest, the mean over its group. There
     a page counts by its largest key where the sum of the group's queries is positive, by its
-    smallest elsewhere; a query head's score is the sum of q times that. RocketKV takes the mean over
-    the group of softmaxes over all tokens; here a page's score depends on itself only, and `group`
-    combines scores. It reads `channels` of D numbers where Quest reads 2 D, and RocketKV's pages
-    are small: `attach(..., page_size=4)`.
+    smallest elsewhere; a query head's score is the sum of q times that. RocketKV takes the mean
+    over the group of softmaxes over all tokens; here a page's score depends on itself only, and
+    `group` combines scores. It reads `channels` of D numbers where Quest reads 2 D, and RocketKV's
+    pages are small: `attach(..., page_size=4)`.
 
     Example:
         `CachePipeline(selection=TopChannels(budget=1024, channels=32))`

@@ -38,8 +38,8 @@ class Planned:
     summaries: int
     tables: int
     queries: int
-    statistics: int
     numbers: int
+    statistics: int
 
 
 def planned(
@@ -80,6 +80,6 @@ def planned(
         summaries=summaries,
         tables=table_bytes(state),
         queries=query_bytes(state),
-        statistics=statistics_bytes(state),
         numbers=number_bytes(state),
+        statistics=statistics_bytes(state),
     )

@@ -60,13 +60,13 @@ def random_view(
         queries=draw(4, kv_heads * group, queries, head_dim) if queries else None,
         query_valid=at >= 0 if queries else None,
         group=group,
-        recent_values=draw(4, kv_heads, window, head_dim).masked_fill(
-            (recent < 0)[:, None, :, None], 0
-        ),
         numbers=_drawn(valid, rng) if numbers else None,
         recent_numbers=_drawn((recent >= 0)[:, None].expand(-1, kv_heads, -1), rng)
         if numbers
         else None,
+        recent_values=draw(4, kv_heads, window, head_dim).masked_fill(
+            (recent < 0)[:, None, :, None], 0
+        ),
     )
 
 

@@ -118,14 +118,14 @@ def _options(policy: Eviction) -> None:
     require(policy.when in WHEN, "options", policy, wanted, f"{policy.when!r}")
     holds = isinstance(policy.queries, int) and policy.queries >= 0
     require(holds, "options", policy, "queries from 0", f"{policy.queries!r}")
-    for name in ("query_skip", "hidden"):
-        value = getattr(policy, name)
-        holds = isinstance(value, int) and value >= 0
-        require(holds, "options", policy, f"{name} from 0", f"{value!r}")
     holds = policy.accumulates in (None, *get_args(Accumulates))
     require(holds, "options", policy, "accumulates None, sum or max", f"{policy.accumulates!r}")
     holds = not policy.accumulates or policy.group in get_args(NumberGroup)
     require(holds, "options", policy, "group mean, max or sum", f"{policy.group!r}")
+    for name in ("query_skip", "hidden"):
+        value = getattr(policy, name)
+        holds = isinstance(value, int) and value >= 0
+        require(holds, "options", policy, f"{name} from 0", f"{value!r}")
     try:
         budget_of(policy)
     except TypeError:

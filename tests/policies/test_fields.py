@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kvpolicy import (
+    H2O,
     TOVA,
     Adaptive,
     AdmitAll,
@@ -19,25 +20,35 @@ from kvpolicy import (
     Budget,
     CachePipeline,
     CacheSpec,
+    DBudgetKV,
     DuoAttention,
+    FastGen,
+    FlexPrefill,
     KeepAll,
     KeyDiff,
     Knob,
     Knorm,
+    KVzap,
     LagKV,
     LocalAttention,
+    PerPhase,
     Pyramid,
     QFilters,
     Quest,
     RandomGate,
     Ratio,
     Rope,
+    SageKV,
     SelectAll,
+    SimLayerKV,
     SnapKV,
     StreamingLLM,
     Tokens,
+    TopChannels,
     TotalCap,
+    VerticalSlash,
     WriteGate,
+    XAttention,
 )
 from kvpolicy._fields import shown
 from kvpolicy.admission import AllOf, AnyOf
@@ -96,6 +107,7 @@ TOKENS_OR_INT = Kind((Tokens, int), INT_OR_OTHER)
 INT64 = ints(-(1 << 63), (1 << 63) - 1)
 TENSOR = Kind((torch.Tensor,), lambda value: value.shape == (1, 4))
 FLAG = Kind((bool,))
+TILE = Kind((int,), lambda value: 1 <= value <= 1 << 16 and not value & (value - 1))
 FUNCTION = Kind((type(lambda: 0), type, abc.ABCMeta))
 EMPTY = Kind((tuple, list, dict), lambda value: not value)
 NOTHING = Kind(())  # of the values below
@@ -156,6 +168,18 @@ CLASSES = {
             "source": Kind((), none=True),
         },
     ),
+    KVzap: (
+        {"w2": torch.ones(1, 2, 4), "b2": torch.ones(1, 2)},
+        {
+            "w2": Kind((torch.Tensor,), lambda value: False),
+            "b2": Kind((torch.Tensor,), lambda value: False),
+            "w1": Kind((torch.Tensor,), lambda value: False, none=True),
+            "b1": Kind((torch.Tensor,), lambda value: False, none=True),
+            "threshold": numbers(lambda value: True),
+            "window": ints(1, none=True),
+            "source": Kind((), none=True),
+        },
+    ),
     DuoAttention: (
         {"full_heads": ((True, False),)},
         {
@@ -178,6 +202,46 @@ CLASSES = {
             "group": words("max", "mean", "each"),
         },
     ),
+    TopChannels: (
+        {"budget": 64},
+        {
+            "budget": TOKENS_OR_INT,
+            "channels": ints(1),
+            "first": ints(0),
+            "last": ints(0),
+            "group": words("max", "mean", "each"),
+        },
+    ),
+    XAttention: (
+        {},
+        {
+            "threshold": FRACTION,
+            "stride": Kind((int,), lambda value: 1 <= value <= 128 and not value & (value - 1)),
+            "tile": Kind((int,), lambda value: False),  # of those below no multiple of the stride
+        },
+    ),
+    FlexPrefill: (
+        {},
+        {
+            "gamma": POSITIVE_FRACTION,
+            "tau": FRACTION,
+            "min_budget": ints(1),
+            "max_budget": ints(512, none=True),
+            "tile": TILE,
+        },
+    ),
+    VerticalSlash: (
+        {},
+        {
+            "vertical": ints(1),
+            "slash": ints(0),
+            "queries": ints(1),
+            "first": ints(0),
+            "nearest": ints(0),
+            "tile": TILE,
+        },
+    ),
+    PerPhase: ({}, {"prefill": SELECTION, "decode": SELECTION}),
     KeepAll: ({}, {}),
     SnapKV: (
         {"budget": 64},
@@ -194,6 +258,10 @@ CLASSES = {
     StreamingLLM: (
         {"budget": 64},
         {"budget": BUDGET_OR_INT, "sinks": ints(0), "when": WHEN},
+    ),
+    H2O: (
+        {"budget": 64},
+        {"budget": BUDGET_OR_INT, "when": WHEN, "group": words("mean", "max", "sum")},
     ),
     TOVA: (
         {"budget": 64},
@@ -223,6 +291,33 @@ CLASSES = {
             "filters": Kind((torch.Tensor,), lambda value: False),
             "when": WHEN,
             "source": Kind((), none=True),
+        },
+    ),
+    SageKV: (
+        {"budget": 64},
+        {"budget": BUDGET_OR_INT, "sinks": ints(0), "group": words("mean", "max")},
+    ),
+    DBudgetKV: (
+        {},
+        {"threshold": FRACTION, "sinks": ints(0), "observation": ints(1), "when": WHEN},
+    ),
+    FastGen: (
+        {},
+        {
+            **dict.fromkeys(("recovery", "frequent", "local"), FRACTION),
+            "sinks": ints(0),
+            "observation": ints(1),
+            "when": WHEN,
+        },
+    ),
+    SimLayerKV: (
+        {},
+        {
+            "threshold": FRACTION,
+            "sinks": ints(0),
+            "recent": ints(1),
+            "observation": ints(1),
+            "when": WHEN,
         },
     ),
     AtPromptEnd: (

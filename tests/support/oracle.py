@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from kvpolicy import Write
-from tests.support.rules import read
+from tests.support.contract.streams import hidden_of
+from tests.support.rules import chosen, read
 
 
 class Oracle:
@@ -39,7 +40,8 @@ class Oracle:
             setattr(self, name, torch.cat([getattr(self, name), new], 1))
         old, self.n = self.n, self.k.shape[1]
         cu, at = torch.tensor([0, self.n - old], dtype=torch.int32), torch.arange(old, self.n)
-        write = Write(k, v, at, cu, self.layer, range(self.heads), key_pre=pre)
+        heads, hidden = range(self.heads), hidden_of(pre)
+        write = Write(k, v, at, cu, self.layer, heads, key_pre=pre, hidden=hidden)
         admit, mark = self.admission.admit(write), self.eviction.mark(write)
         if not prompt and (stays := self.eviction.admit(write)) is not None:
             admit = admit & stays
@@ -108,9 +110,9 @@ class Oracle:
         self.store(q, k, v, pre, prompt=True)
         i, j = torch.arange(old, self.n)[:, None], torch.arange(self.n)
         far = self.alive.repeat_interleave(self.group, 0)[:, None]
-        visible = (j <= i) & ((i - j < self.W) | far)
-        self.weigh(i[:, 0].tolist(), visible)
-        return self.attend(i[:, 0], visible)
+        near = i - j < self.W
+        self.weigh(i[:, 0].tolist(), (j <= i) & (near | far))
+        return self.attend(i[:, 0], (j <= i) & (near | (far & chosen(self, old))))
 
     def decode(self, q, k, v, pre):
         self.store(q, k, v, pre, prompt=False)

@@ -17,26 +17,36 @@ from kvpolicy import (
     CachePipeline,
     CacheSpec,
     CriticalKV,
+    DBudgetKV,
     DuoAttention,
     ExpectedAttention,
+    FastGen,
+    FlexPrefill,
     KeepAll,
     KeyDiff,
     Knorm,
+    KVzap,
     LagKV,
     LocalAttention,
+    PerPhase,
     Pyramid,
     QFilters,
     Quest,
     RandomGate,
     Ratio,
+    SageKV,
     SelectAll,
     Selection,
+    SimLayerKV,
     SnapKV,
     StreamingLLM,
     Tokens,
+    TopChannels,
     TotalCap,
     TriAttention,
+    VerticalSlash,
     WriteGate,
+    XAttention,
     all_of,
     any_of,
     per_layer,
@@ -99,6 +109,18 @@ def gate(sizes, seed=0, window=None):
     )
 
 
+def zap(s, **options):
+    """A KVzap of random weights for the attention inputs of tests' streams."""
+    n, heads = s.spec.layers, s.spec.kv_heads
+    hidden = heads * s.spec.head_dim
+    rng = torch.Generator().manual_seed(11)
+    draw = lambda *shape: torch.randn(*shape, generator=rng) / shape[-1] ** 0.5  # noqa: E731
+    return KVzap(
+        w1=2 * draw(n, 5, hidden), b1=draw(n, 5), w2=draw(n, heads, 5), b2=draw(n, heads),
+        **{"threshold": 0.0, "window": None} | options,
+    )  # fmt: skip
+
+
 def duo(sizes):
     """Every other head streams."""
     full = [
@@ -130,6 +152,7 @@ ADMISSIONS = {
     "local": local,
     "duo": duo,
     "gate": gate,
+    "zap": zap,
     "any_of": lambda s: any_of(RandomGate(sparsity=0.5), local(s)),
     "all_of": lambda s: all_of(
         RandomGate(sparsity=0.1), gate(s, seed=1), RandomGate(sparsity=0.2, seed=9)
@@ -143,14 +166,33 @@ def quest(s, pages=1, **options):
     return Quest(budget=s.window + 1 + (pages - 1) * s.spec.page_size, **options)
 
 
+def xattention(**options):
+    return XAttention(threshold=0.5, stride=2, tile=4, **options)
+
+
 SELECTIONS = {
     "all": lambda s: SelectAll(),
     "quest": quest,
     "quest_mean": lambda s: quest(s, 2, group="mean", last="partial"),
     "quest_each": lambda s: quest(s, 2, group="each", last=0),
     "quest_first": lambda s: quest(s, 2, group="max", first=1, last=1),
+    "top_channels": lambda s: TopChannels(budget=s.window + 1 + s.spec.page_size, channels=3),
     "user": lambda s: LargestKey(budget=Tokens(s.window + 1), group="each"),
     "per_layer": lambda s: per_layer(quest(s, 1, last=0), {0: SelectAll()}),
+    "xattention": lambda s: xattention(),
+    "xattention_quest": lambda s: PerPhase(prefill=xattention(), decode=quest(s)),
+    "xattention_layers": lambda s: per_layer(
+        PerPhase(prefill=xattention(), decode=quest(s, 2)), {0: quest(s)}
+    ),
+}
+# Those that a prompt's last queries decide, which take it in one call.
+WHOLE = {
+    "flex": lambda s: FlexPrefill(gamma=0.4, tau=0.3, min_budget=4, tile=4),
+    "slash": lambda s: VerticalSlash(vertical=4, slash=2, queries=5, first=1, nearest=1, tile=4),
+    "slash_quest": lambda s: PerPhase(
+        prefill=VerticalSlash(vertical=3, slash=1, queries=3, first=1, nearest=1, tile=2),
+        decode=quest(s),
+    ),
 }
 
 
@@ -191,6 +233,11 @@ EVICTIONS = {
     "adaptive_pyramid": lambda s: snap(Adaptive(pyramid(s), floor=0.5)),
     "cap": lambda s: snap(cap(s), normalize="global"),
     "cap_decode": lambda s: snap(cap(s), when="decode"),
+    "sage": lambda s: SageKV(budget=s.kept, sinks=3),
+    "dbudget": lambda s: DBudgetKV(threshold=0.2, sinks=2, observation=3),
+    "fastgen": lambda s: FastGen(recovery=0.5, sinks=2, observation=3, when="decode"),
+    "simlayer": lambda s: SimLayerKV(threshold=0.05, sinks=2, recent=s.kept, observation=2),
+    "at_end_zap": lambda s: AtPromptEnd(zap(s, threshold=0.4), generated="keep"),
     "at_end": lambda s: AtPromptEnd(RandomGate(sparsity=0.3, seed=5)),
     "at_end_gate": lambda s: AtPromptEnd(gate(s, seed=2), generated="keep"),
     "at_end_local": lambda s: AtPromptEnd(LocalAttention(window=s.window, sinks=s.room - 2)),
@@ -225,7 +272,7 @@ def build(sizes, admission="all", selection="all", eviction="none", backend="aut
     """The pipeline of three named policies."""
     return CachePipeline(
         admission=ADMISSIONS[admission](sizes),
-        selection=SELECTIONS[selection](sizes),
+        selection=(SELECTIONS | WHOLE)[selection](sizes),
         eviction=EVICTIONS[eviction](sizes),
         window=sizes.window,
         backend=backend,

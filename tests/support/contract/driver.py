@@ -10,7 +10,7 @@ import torch
 
 from tests.support.contract.contents import Held
 from tests.support.contract.snapshot import snapshot, to_device, to_host
-from tests.support.contract.streams import piece, random_cuts, stream
+from tests.support.contract.streams import hidden_of, piece, random_cuts, stream
 from tests.support.contract.told import before, tell
 from tests.support.oracle import Oracle
 from tests.support.rules import evict
@@ -105,16 +105,17 @@ class Run:
 
     def attend(self, inputs, fail_at):
         """The pipeline's attention on its device; what layers gave and selected, on the host."""
-        given = iter(to_device([x for layer in inputs for x in layer], self.spec.device))
+        tensors = iter(to_device([x for layer in inputs for x in layer], self.spec.device))
         outs = []
         for layer in range(self.spec.layers):
             if layer == fail_at:
                 raise InterruptedError
-            q, k, v, pre = islice(given, 4)
+            q, k, v, pre = islice(tensors, 4)
             sinks = self.sinks[layer]
             sinks = None if sinks is None else sinks.to(self.spec.device)
-            more = {"key_pre": pre, "query_pre": before(q), "sinks": sinks}
-            outs.append(self.pipeline.attend(self.state, layer, q, k, v, **more))
+            given = {"key_pre": pre, "hidden": hidden_of(pre), "sinks": sinks}
+            given["query_pre"] = before(q)
+            outs.append(self.pipeline.attend(self.state, layer, q, k, v, **given))
         if fail_at is not None:
             raise InterruptedError
         selected = [x.selected for x in self.state.layers]
@@ -231,6 +232,9 @@ class Run:
         if not pipe.eviction.neutral:
             assert any(n for x in managed for n in report.evicted[x])
         assert pipe.selection.neutral or not selection or self.reads_less(report)
+        tiled = [x for x in managed if pipe.selection.at(x).tile is not None]
+        assert [x for x in managed if report.prompt_read[x] is not None] == tiled
+        assert all(report.prompt_read[x] < 1 for x in tiled)
         return report
 
     def check_snapshot(self, report):

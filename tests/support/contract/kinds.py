@@ -9,20 +9,22 @@ from __future__ import annotations
 from tests.support.contract.cases import ADMISSIONS, EVICTIONS, SELECTIONS
 
 # Not at all; by positions; by a number of each token; by queries; by statistics of queries; for
-# several heads together.
+# several heads together; for tiles of a prompt.
 KINDS = {
     "admission": {
         "neutral": ("all",),
         "position": ("local", "duo"),
-        "number": ("random", "gate", "ada_ea", "any_of", "all_of", "per_layer"),
+        "number": ("random", "gate", "zap", "ada_ea", "any_of", "all_of", "per_layer"),
     },
     "selection": {
         "neutral": ("all",),
         "query": ("quest_each", "user"),
-        "heads": ("quest", "quest_mean", "quest_first", "per_layer"),
+        "heads": ("quest", "quest_mean", "quest_first", "top_channels", "per_layer"),
+        "tiles": ("xattention", "xattention_quest", "xattention_layers"),
     },
     "eviction": {
         "neutral": ("none",),
+        "accumulated": ("h2o", "h2o_decode"),
         "position": ("at_end_local", "streaming"),
         "number": (
             "at_end",
@@ -30,6 +32,7 @@ KINDS = {
             "per_layer",
             "per_layer_mixed",
             "knorm",
+            "at_end_zap",
             "keydiff",
             "lagkv",
             "q_filters",
@@ -43,12 +46,14 @@ KINDS = {
             "pyramid",
             "per_layer_decode",
             "tova",
+            "sage",
+            "dbudget",
+            "fastgen",
             "critical",
             "r_kv",
         ),
         "statistics": ("expected", "expected_decode", "critical_expected"),
-        "accumulated": ("h2o", "h2o_decode"),
-        "heads": ("adaptive", "adaptive_pyramid", "cap", "cap_decode", "tova_layer"),
+        "heads": ("adaptive", "adaptive_pyramid", "cap", "cap_decode", "tova_layer", "simlayer"),
     },
 }
 for slot, table in (("admission", ADMISSIONS), ("selection", SELECTIONS), ("eviction", EVICTIONS)):
