@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -20,11 +21,19 @@ from .expected_attention import FIRST
 
 
 def _press(instance: KVPress, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if isinstance(value, type) or not callable(getattr(value, "score", None)):
+    if isinstance(value, type) or not _takes_six(getattr(value, "score", None)):
         raise TypeError(
             "press: wanted an object with score(module, hidden_states, keys, values, attentions, "
             f"kwargs), as kvpress's scoring presses are, got {shown(value)}"
         )
+
+
+def _takes_six(function: Any) -> bool:
+    try:
+        inspect.signature(function).bind(*range(6))
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 @named

@@ -109,6 +109,10 @@ class TriAttention(Eviction):
         write_safetensors(Path(path), dict(zip(PARTS, parts, strict=True)), {})
 
     @property
+    def prefers_window(self) -> int:
+        return 1
+
+    @property
     def rope(self) -> bool:
         return True
 
