@@ -14,6 +14,7 @@ from ._knob import Knob as Knob
 from .admission import Admission as Admission
 from .admission import AdmitAll as AdmitAll
 from .admission import DuoAttention as DuoAttention
+from .admission import KVzap as KVzap
 from .admission import LocalAttention as LocalAttention
 from .admission import RandomGate as RandomGate
 from .admission import Write as Write
@@ -34,15 +35,27 @@ from .errors import PhaseError as PhaseError
 from .errors import RollbackError as RollbackError
 from .errors import UnsupportedError as UnsupportedError
 from .eviction import H2O as H2O
+from .eviction import TOVA as TOVA
 from .eviction import AtPromptEnd as AtPromptEnd
+from .eviction import DBudgetKV as DBudgetKV
 from .eviction import Eviction as Eviction
 from .eviction import EvictionView as EvictionView
+from .eviction import FastGen as FastGen
 from .eviction import KeepAll as KeepAll
+from .eviction import KeyDiff as KeyDiff
+from .eviction import Knorm as Knorm
+from .eviction import LagKV as LagKV
+from .eviction import QFilters as QFilters
+from .eviction import QueryStats as QueryStats
+from .eviction import SageKV as SageKV
+from .eviction import SimLayerKV as SimLayerKV
 from .eviction import SnapKV as SnapKV
+from .eviction import StreamingLLM as StreamingLLM
 from .per_layer import per_layer as per_layer
 from .pipeline import CachePipeline as CachePipeline
 from .pipeline_files import load_pipeline as load_pipeline
 from .pipeline_files import save_pipeline as save_pipeline
+from .rope import Rope as Rope
 from .selection import FlexPrefill as FlexPrefill
 from .selection import PerPhase as PerPhase
 from .selection import PromptSelection as PromptSelection
@@ -51,6 +64,7 @@ from .selection import Quest as Quest
 from .selection import Reads as Reads
 from .selection import SelectAll as SelectAll
 from .selection import Selection as Selection
+from .selection import TopChannels as TopChannels
 from .selection import VerticalSlash as VerticalSlash
 from .selection import XAttention as XAttention
 from .spec import CacheSpec as CacheSpec
@@ -64,9 +78,19 @@ else:
     _LATER = {"attach": ".adapters.hf", "new_cache": ".adapters.hf"}
 
     def __getattr__(name: str) -> Any:
-        """Imports what needs transformers when it is first asked for."""
+        """Imports what needs transformers when it is first asked for.
+
+        ImportError for a name of another library: an AttributeError's text is lost in
+        `from kvpolicy import StreamingLLM`.
+        """
         if name not in _LATER:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            from ._elsewhere import known_elsewhere, near
+
+            if says := known_elsewhere(name, __all__):
+                raise ImportError(says)
+            raise AttributeError(
+                f"module {__name__!r} has no attribute {name!r}{near(name, __all__)}"
+            )
         value = globals()[name] = getattr(import_module(_LATER[name], __name__), name)
         return value
 
@@ -85,30 +109,44 @@ __all__ = [
     "CacheSpec",
     "CacheState",
     "CapacityError",
+    "DBudgetKV",
     "DuoAttention",
     "H2O",
     "Eviction",
     "EvictionView",
+    "FastGen",
     "FlexPrefill",
     "KVPolicyError",
+    "KVzap",
     "KeepAll",
+    "KeyDiff",
     "Knob",
+    "Knorm",
+    "LagKV",
     "LocalAttention",
     "PerPhase",
     "PhaseError",
     "PromptSelection",
     "PromptView",
     "Pyramid",
+    "QueryStats",
+    "QFilters",
     "Quest",
     "RandomGate",
     "Ratio",
     "Reads",
     "Report",
     "RollbackError",
+    "Rope",
+    "SageKV",
     "SelectAll",
     "Selection",
+    "SimLayerKV",
     "SnapKV",
+    "StreamingLLM",
+    "TOVA",
     "Tokens",
+    "TopChannels",
     "TotalCap",
     "UnsupportedError",
     "VerticalSlash",

@@ -208,6 +208,22 @@ class PerLayerEviction(_PerLayer, Eviction):
         return max(int(p.queries) for p in self.members)
 
     @property
+    def query_stats(self) -> bool:
+        return any(p.query_stats for p in self.members)
+
+    @property
+    def hidden(self) -> int:
+        return max(int(p.hidden) for p in self.members)
+
+    @property
+    def output_weight(self) -> bool:
+        return any(p.output_weight for p in self.members)
+
+    @property
+    def rope(self) -> bool:
+        return any(p.rope for p in self.members)
+
+    @property
     def prefers_window(self) -> int | None:
         return max((p.prefers_window for p in self.members if p.prefers_window), default=None)
 
@@ -237,6 +253,11 @@ class PerLayerEviction(_PerLayer, Eviction):
             extra = max(view.queries.shape[2] - policy.queries, 0)
             view = view._replace(
                 queries=view.queries[:, :, extra:], query_valid=view.query_valid[:, extra:]
+            )
+        if view.hidden is not None and view.hidden_valid is not None:
+            extra = max(view.hidden.shape[1] - policy.hidden, 0)
+            view = view._replace(
+                hidden=view.hidden[:, extra:], hidden_valid=view.hidden_valid[:, extra:]
             )
         return policy.score(view)
 

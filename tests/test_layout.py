@@ -53,6 +53,20 @@ def test_the_top_level_has_no_other_entries():
     assert found - BESIDE == TOP_LEVEL
 
 
+def test_a_plugin_that_warns_ends_no_run(tmp_path):
+    """As pytest-benchmark does beside xdist; inside tests warnings are errors."""
+    plugin, test = tmp_path / "pytest_other.py", tmp_path / "test_one.py"
+    said = 'import warnings\n\ndef {}:\n    warnings.warn("busy")\n'
+    plugin.write_text(said.format("pytest_configure(config)"))
+    test.write_text(said.format("test_one()"))
+    options = ["-n", "1", "-p", "pytest_other", "-p", "no:cacheprovider", "-c", "pyproject.toml"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "--rootdir", tmp_path, test],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("folder", ["kernels", "adapters", "tests/kernels"])
 def test_folder_is_no_regular_package(folder):
     assert not (ROOT / folder / "__init__.py").exists()

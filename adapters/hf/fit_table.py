@@ -32,6 +32,7 @@ CACHE = {
     "summaries": "  summaries of pages",
     "queries": "  queries observed",
     "numbers": "  numbers of tokens",
+    "statistics": "  statistics of queries, inputs",
     "tables": "  page tables, counters",
     "reserved": "  reserved, at most",
     "cache": "the cache",

@@ -139,6 +139,39 @@ def check_complete(state: CacheState) -> Call:
     return state.call
 
 
+def check_asked(
+    layer: LayerStore, tokens: tuple[int, ...], query_pre: Tensor | None, hidden: Tensor | None
+) -> None:
+    """Raises unless a call brings, and was told, what the layer's eviction asks for.
+
+    `tokens` are the sizes of its token axes.
+    """
+    policy, name = layer.eviction, type(layer.eviction).__name__
+    if layer.query_ring is not None:
+        if query_pre is None:
+            raise ValueError(f"query_pre: wanted queries before RoPE, which {name} reads, got None")
+        wanted = (*tokens[:-1], layer.sizes.heads, tokens[-1], layer.sizes.head_dim)
+        check_input(layer, "query_pre", query_pre, wanted)
+    if layer.hidden is not None:
+        if hidden is None:
+            raise ValueError(f"hidden: wanted attention inputs, which {name} reads, got None")
+        wanted = (*tokens, layer.hidden.shape[3])
+        if tuple(hidden.shape) != wanted:
+            raise ValueError(f"hidden: wanted {list(wanted)}, got {list(hidden.shape)}")
+    if layer.slides:
+        return
+    if policy.output_weight and layer.output_weight is None:
+        raise PhaseError(
+            f"attend: {name} reads the output projection of layer {layer.index}; say it by "
+            "pipeline.tell(state, layer, output_weight=...) first"
+        )
+    if policy.rope and not layer.told_rope:
+        raise PhaseError(
+            f"attend: {name} reads how layer {layer.index} turns queries and keys; say it by "
+            "pipeline.tell(state, layer, rope=...) first, None where it does not"
+        )
+
+
 def check_input(layer: LayerStore, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """Raises unless `tensor` has the wanted shape and the layer's dtype and device."""
     check_kind(name, tensor, Tensor, f"a tensor {list(shape)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..store import moments
 from ..store.numbers import unpromote
 from ..store.rollback import counts_at, shrink
 from ..store.state import CacheState, Call
@@ -18,6 +19,8 @@ def open_call(
     if phase == "decode":
         lengths = tuple(n if on else 0 for n, on in zip(lengths, state.active, strict=True))
     state.widen(max(a + b for a, b in zip(state.lengths, lengths, strict=True)))
+    if phase == "decode" and moments.is_full(state, lengths):
+        moments.settle(state)
     steps = max(lengths, default=0)
     if phase == "prompt":
         capacity.take(state, lengths)
@@ -41,6 +44,8 @@ def close_call(state: CacheState, call: Call) -> None:
     state.call = None
     for row, added in zip(state.sequences, call.added, strict=True):
         row.length += added
+    if call.phase == "prompt" or call.columns > max(state.spec.rollback, 1):
+        moments.committed(state, call.added)
     if call.phase == "prompt":
         state.sync_devices()
     else:

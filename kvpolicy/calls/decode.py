@@ -9,10 +9,11 @@ from ..admission import Write
 from ..errors import UnsupportedError
 from ..ops import Heads
 from ..store.layer import LayerStore
+from ..store.moments import keep_columns, put
 from ..store.numbers import counts_queries
 from ..store.state import CacheState, Call
 from ..store.summaries import refresh_last
-from ._checks import check_input
+from ._checks import check_asked, check_input
 from .decide import decide, number
 from .select import select
 from .settle import settle_step
@@ -27,6 +28,7 @@ def decode(
     value: Tensor,
     key_pre: Tensor | None,
     hidden: Tensor | None,
+    query_pre: Tensor | None,
 ) -> Tensor:
     """Attention of one or more columns, one after the other; see `CachePipeline.attend`."""
     columns, sizes = call.columns, layer.sizes
@@ -34,8 +36,13 @@ def decode(
     kv = state.batch, sizes.kv_heads, columns
     check_input(layer, "key", key, (*kv, sizes.head_dim))
     check_input(layer, "value", value, (*kv, sizes.value_dim))
+    check_asked(layer, (state.batch, columns), query_pre, hidden)
+    long = columns > max(state.spec.rollback, 1)
     if columns > state.spec.rollback and layer.index not in call.undo:
         call.undo[layer.index] = layer.snapshot()
+    if layer.query_ring is not None and query_pre is not None and long:
+        assert call.valid is not None
+        keep_columns(state, layer, query_pre, call.valid)
     outs = []
     for column in range(columns):
         at, on = _column(state, call, layer, column)
@@ -49,6 +56,10 @@ def decode(
             key_pre=None if key_pre is None else key_pre[:, :, column].transpose(0, 1),
             hidden=None if hidden is None else hidden[:, column],
         )
+        if layer.query_ring is not None and query_pre is not None and not long:
+            put(layer.query_ring, query_pre[:, :, column], at, on)
+        if layer.hidden is not None and hidden is not None:
+            put(layer.hidden, hidden[:, None, column].to(layer.hidden.dtype), at, on)
         outs.append(_token(state, layer, query[:, :, column], write, on))
         if columns > state.spec.rollback and columns > 1 and counts_queries(layer):
             settle_step(state, layer, at, on)

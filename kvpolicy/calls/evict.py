@@ -12,7 +12,7 @@ from torch import Tensor
 from ..budget import budget_of
 from ..eviction import EvictionView, StoredTokens
 from ..ops import POSITION_BITS, POSITION_MASK, pages_of
-from ..store import compaction
+from ..store import compaction, moments
 from ..store.compaction import Drop
 from ..store.layer import LayerStore
 from ..store.numbers import most_stored, narrow, remember
@@ -175,6 +175,17 @@ def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:
         queries, query_at = last(layer.queries, lengths, layer.eviction.queries)
         query_valid = query_at >= 0
 
+    hidden = hidden_at = stats = None
+    if layer.query_ring is not None:
+        stats = partial(moments.query_stats, state, layer)
+    if layer.hidden is not None:
+        hidden, hidden_at = last(layer.hidden, lengths, layer.eviction.hidden)
+        hidden = hidden[:, 0].masked_fill((hidden_at < 0)[..., None], 0)
+
+    def recent_values() -> Tensor:
+        found, _ = last(layer.ring.v, lengths, layer.window)
+        return found.masked_fill((at < 0)[:, None, :, None], 0)
+
     @cache
     def content() -> tuple[Tensor, Tensor]:
         k, v, _ = state.ops.read_pages(layer.pool.pages, table)
@@ -210,6 +221,13 @@ def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:
         sinks=layer.sinks,
         numbers=(lambda: numbers()[0]) if asks else None,
         recent_numbers=(lambda: numbers()[1]) if asks else None,
+        recent_values=recent_values,
+        heads=state.spec.head_ids,
+        query_stats=stats,
+        hidden=hidden,
+        hidden_valid=None if hidden_at is None else hidden_at >= 0,
+        output_weight=layer.output_weight,
+        rope=layer.rope,
     )
 
 

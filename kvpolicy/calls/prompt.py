@@ -11,11 +11,12 @@ from ..admission import Write
 from ..errors import PhaseError
 from ..ops import Bounds, Ring, Segments
 from ..store.layer import LayerStore
+from ..store.moments import keep_prompt
 from ..store.numbers import promote
 from ..store.ring import keep_last, recent
 from ..store.state import CacheState, Call, Told
 from ..store.summaries import summarize
-from ._checks import check_input
+from ._checks import check_asked, check_input
 from .decide import decide_prompt, number
 from .prompt_pages import make_room
 from .settle import settle_prompt, settle_ring
@@ -31,12 +32,14 @@ def prompt(
     value: Tensor,
     key_pre: Tensor | None,
     hidden: Tensor | None,
+    query_pre: Tensor | None,
 ) -> Tensor:
     """Attention of new tokens, packed over sequences; see `CachePipeline.attend`."""
     tokens, sizes = sum(call.added), layer.sizes
     check_input(layer, "query", query, (sizes.heads, tokens, sizes.head_dim))
     check_input(layer, "key", key, (sizes.kv_heads, tokens, sizes.head_dim))
     check_input(layer, "value", value, (sizes.kv_heads, tokens, sizes.value_dim))
+    check_asked(layer, (tokens,), query_pre, hidden)
     if layer.index in call.before or layer.index in call.undo:
         raise PhaseError(
             f"attend: layer {layer.index} failed in this call; abort it and begin again"
@@ -76,6 +79,10 @@ def prompt(
     keep_last(layer.ring, (key, value, flags), seg)
     if layer.queries is not None:
         keep_last((layer.queries,), (query,), seg)
+    if layer.query_ring is not None and query_pre is not None:
+        keep_prompt(state, layer, query_pre, seg.cu_q[1:])
+    if layer.hidden is not None and hidden is not None:
+        keep_last((layer.hidden,), (hidden[None].to(layer.hidden.dtype),), seg)
     return out
 
 

@@ -10,5 +10,6 @@ from ._prompt import Reads as Reads
 from .flex_prefill import FlexPrefill as FlexPrefill
 from .per_phase import PerPhase as PerPhase
 from .quest import Quest as Quest
+from .top_channels import TopChannels as TopChannels
 from .vertical_slash import VerticalSlash as VerticalSlash
 from .xattention import XAttention as XAttention

@@ -203,9 +203,9 @@ class PromptSelection(Selection):
         return query.new_zeros(*query.shape[:3], summary.shape[2])
 
 
-def group_field() -> Any:
+def group_field(default: PageGroup = "max") -> Any:
     """The `group` rule of a selection."""
-    return attrs.field(default="max", validator=one_of(*GROUPS))
+    return attrs.field(default=default, validator=one_of(*GROUPS))
 
 
 def first_field() -> Any:

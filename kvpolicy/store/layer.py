@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
 import torch
@@ -11,9 +11,13 @@ from torch import Tensor
 from ..admission import Admission
 from ..eviction import Eviction
 from ..ops import Heads, Numbers, Ring
+from ..rope import Rope
 from ..selection import Selection
 from ..spec import LayerSizes
 from .pool import PagePool
+
+# Buffers that a layer has where its eviction asks for them.
+ASKED = ("queries", "query_ring", "query_sums", "query_products", "hidden")
 
 
 @attrs.define(eq=False)
@@ -25,6 +29,10 @@ class LayerStore:
     `numbers` are those of tokens, where an eviction asked for some. `selected` is what the last
     decoded token read, `chosen` `[2]` float64 the blocks that tiles of prompts read and those that
     there were. `sinks` `[Hq]` are the model's attention sinks, which the last call brought.
+    Where an eviction asks for them: `query_ring` `[B, Hq, S, D]`, `query_sums` `[B, Hq, D]` and
+    `query_products` `[B, Hq, D, D]` of queries before RoPE (see `moments`), `hidden`
+    `[B, 1, slots', hidden]`, the ring of attention inputs, and of the model's layer its `rope` and
+    a function that gives its `output_weight` `[Hq, Dv, hidden]`.
     """
 
     index: int
@@ -44,6 +52,13 @@ class LayerStore:
     selected: Tensor | None = None
     chosen: Tensor | None = None
     sinks: Tensor | None = None
+    query_ring: Tensor | None = None
+    query_sums: Tensor | None = None
+    query_products: Tensor | None = None
+    hidden: Tensor | None = None
+    output_weight: Callable[[], Tensor] | None = None
+    rope: Rope | None = None
+    told_rope: bool = False  # None may be what was told
 
     @property
     def device(self) -> torch.device:
@@ -57,16 +72,19 @@ class LayerStore:
     @property
     def rings(self) -> list[Tensor]:
         """What holds recent tokens, and all numbers; a call may have to put it back."""
-        asked = [] if self.queries is None else [self.queries]
-        return [*self.ring, *asked, *(self.numbers or ())]
+        return [*self.ring, *self._asked.values(), *(self.numbers or ())]
+
+    @property
+    def _asked(self) -> dict[str, Tensor]:
+        """What an eviction asked for beside numbers, by name."""
+        named = {name: getattr(self, name) for name in ASKED}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
     def buffers(self) -> dict[str, Tensor]:
         """Tensors with one row a sequence by name, the page table excepted."""
         named = {f"ring_{name}": tensor for name, tensor in self.ring._asdict().items()}
-        named |= {"counts": self.counts, "evicted": self.evicted}
-        if self.queries is not None:
-            named["queries"] = self.queries
+        named |= {"counts": self.counts, "evicted": self.evicted} | self._asked
         if self.numbers is not None:
             named |= {"numbers": self.numbers.stored, "ring_numbers": self.numbers.recent}
         return named
@@ -75,9 +93,10 @@ class LayerStore:
         """Makes these the layer's tensors; names as in `buffers`."""
         self.table, self.counts, self.evicted = table, buffers["counts"], buffers["evicted"]
         self.ring = Ring(*(buffers[f"ring_{name}"] for name in Ring._fields))
-        self.queries = buffers.get("queries")
         if "numbers" in buffers:
             self.numbers = Numbers(buffers["numbers"], buffers["ring_numbers"])
+        for name in ASKED:
+            setattr(self, name, buffers.get(name))
 
     def snapshot(self) -> tuple[Tensor, ...]:
         """Copies of `rings`."""

@@ -16,6 +16,7 @@ from .._files import open_safetensors, replacing
 from ..errors import PhaseError
 from ..ops import POSITION_MASK, pages_of
 from ..spec import CacheSpec
+from . import moments
 from .fingerprint import pipeline_fingerprint, tensors_hash
 from .layer import LayerStore, check_sinks
 from .numbers import held, hold
@@ -32,7 +33,9 @@ _FILED = {
     "considered_at": "checked",
     "prompt_open": "pending",
 }
-_FREE = ("device", "max_bytes", "max_tokens", "at_cap")  # what a loaded cache may differ in
+_LATER = ("summed",)  # numbers that files of version 0.1.0 lack, where they are 0
+# What a loaded cache may differ in.
+_FREE = ("device", "max_bytes", "max_tokens", "at_cap", "hidden")
 
 
 class Pipeline(Protocol):
@@ -128,12 +131,16 @@ def load(
             _check(tensors, f"{index}.{name}", wanted, spec.dtype)
     state = pipeline.init(spec, batch)
     for name, filed, kind in _numbers():
+        if name in _LATER and filed not in tensors:
+            continue
         _check(tensors, filed, (batch,), torch.int64)
         values = tensors[filed].tolist()
         if not all(0 <= x <= POSITION_MASK for x in values):
             raise ValueError(f"path: altered: {filed} is out of range")
         for row, value in zip(state.sequences, values, strict=True):
             setattr(row, name, kind(value))
+    if moments.is_full(state, (0,) * batch):
+        raise ValueError("path: altered: summed is out of range")
     state.sync_devices()
     for layer in state.layers:
         _fill(state, layer, tensors)

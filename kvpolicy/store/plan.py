@@ -10,7 +10,7 @@ from ..ops import pages_of
 from ..spec import CacheSpec
 from .extents import SLAB_PAGES
 from .numbers import narrow, widen
-from .sizes import number_bytes, query_bytes, ring_bytes, table_bytes
+from .sizes import number_bytes, query_bytes, ring_bytes, statistics_bytes, table_bytes
 from .state import CacheState
 
 Counts = list[list[int]]  # [layer][head]
@@ -39,6 +39,7 @@ class Planned:
     tables: int
     queries: int
     numbers: int
+    statistics: int
 
 
 def planned(
@@ -80,4 +81,5 @@ def planned(
         tables=table_bytes(state),
         queries=query_bytes(state),
         numbers=number_bytes(state),
+        statistics=statistics_bytes(state),
     )

@@ -12,7 +12,15 @@ from ..ops import ADMITTED, ring_positions
 from ..selection import PerPhase, Selection
 from .layer import LayerStore
 from .report_table import SLOTS, report_table
-from .sizes import dense_bytes, number_bytes, query_bytes, ring_bytes, storage_bytes, table_bytes
+from .sizes import (
+    dense_bytes,
+    number_bytes,
+    query_bytes,
+    ring_bytes,
+    statistics_bytes,
+    storage_bytes,
+    table_bytes,
+)
 from .state import CacheState
 
 
@@ -23,8 +31,9 @@ class Report:
     Bytes are those of the storages: `pages` hold tokens, `reserved` are allocated and hold none,
     `ring` is the local window with its rollback slots, `positions`, `summaries` belong to pages in
     use, `tables` are page tables, counters and free stack, `queries` the observation windows,
-    `numbers` those of tokens that an eviction asked for, `states` recurrent and convolutional
-    states of a model's layers without attention.
+    `numbers` those of tokens that an eviction asked for, `statistics` what evictions hold of
+    queries before RoPE and of attention inputs, `states` recurrent and convolutional states of a
+    model's layers without attention.
     `dense` are keys and values of all tokens seen (in layers that slide: of their windows), which
     is what an ordinary cache holds. `policies` names what acts on which layers, by slot; neutral
     policies and layers that slide are left out.
@@ -62,6 +71,7 @@ class Report:
     states: int = 0
     prompt_read: list[float | None] = attrs.field(factory=list)
     numbers: int = 0
+    statistics: int = 0
 
     @property
     def total(self) -> int:
@@ -76,6 +86,7 @@ class Report:
             + self.queries
             + self.states
             + self.numbers
+            + self.statistics
         )
 
     @property
@@ -135,6 +146,7 @@ def report(state: CacheState) -> Report:
         overshoot=max(row.overshoot for row in state.sequences),
         cap_evicted=sum(row.cap_evicted for row in state.sequences),
         floored=[_floored(state, x) for x in state.layers],
+        statistics=statistics_bytes(state),
         prompt_read=[_prompt_read(x) for x in state.layers],
     )
 

@@ -16,6 +16,7 @@ BYTES = {
     "summaries": "summaries of pages",
     "queries": "queries observed",
     "numbers": "numbers of tokens",
+    "statistics": "statistics of queries, inputs",
     "states": "states of other layers",
     "tables": "page tables, counters",
     "reserved": "reserved, empty",

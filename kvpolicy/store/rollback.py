@@ -62,6 +62,7 @@ def crop(state: CacheState, tokens: Sequence[int]) -> None:
     for count, row in zip(tokens, state.sequences, strict=True):
         row.longest = max(row.longest, row.length) if count < row.length else 0
         row.length -= count
+        row.summed = min(row.summed, row.length)  # less only where all goes
         row.considered_at = min(row.considered_at, row.length)
     state.sync_devices()
     with state.unbroken():

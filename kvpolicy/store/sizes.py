@@ -29,6 +29,12 @@ def number_bytes(state: CacheState) -> int:
     return sum(storage_bytes(layer.numbers or ()) for layer in state.layers)
 
 
+def statistics_bytes(state: CacheState) -> int:
+    """Sums over queries and rings of queries before RoPE and attention inputs."""
+    held = ((x.query_ring, x.query_sums, x.query_products, x.hidden) for x in state.layers)
+    return sum(map(storage_bytes, held))
+
+
 def table_bytes(state: CacheState) -> int:
     """Page tables, counters, lengths and flags; the pools' free stacks and reference counts."""
     layers = ((x.table, x.counts, x.evicted, x.selected, x.chosen) for x in state.layers)

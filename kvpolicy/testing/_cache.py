@@ -11,6 +11,7 @@ from torch import Tensor
 from ..pipeline import CachePipeline
 from ..spec import CacheSpec
 from ..store import CacheState
+from ._asked import tell_random
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -43,6 +44,7 @@ def random_data(spec: CacheSpec, lengths: list[int], steps: int, hidden: int, se
             "value": draw(*kv),
             "key_pre": draw(*kv),
             "hidden": draw(count, hidden),
+            "query_pre": draw(spec.heads, count, spec.head_dim),
         }
 
     layers = [[tokens(n + steps) for n in lengths] for _ in range(spec.layers)]
@@ -57,6 +59,8 @@ def prompt(
     `outs`, if given, gets the attention of every call and layer.
     """
     state = pipeline.init(data.spec, len(data.lengths))
+    hidden = data.layers[0][0]["hidden"].shape[-1]
+    tell_random(pipeline, state, data.spec, hidden, 0)
     for low in range(0, max(data.lengths), size):
         spans = [(min(low, n), min(low + size, n)) for n in data.lengths]
         pipeline.begin(state, [high - low for low, high in spans], "prompt")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..eviction import EvictionView
+from ._asked import OF_MODEL, one_head_asked, one_row_asked, poisoned_asked
 
 GARBAGE = 1e3  # a view holds zeros where nothing is valid; other finite values must do as well
 
@@ -62,6 +63,9 @@ def random_view(
         recent_numbers=_drawn((recent >= 0)[:, None].expand(-1, kv_heads, -1), rng)
         if numbers
         else None,
+        recent_values=draw(4, kv_heads, window, head_dim).masked_fill(
+            (recent < 0)[:, None, :, None], 0
+        ),
     )
 
 
@@ -73,7 +77,7 @@ def _drawn(where: Tensor, rng: torch.Generator) -> Tensor:
 def poisoned(view: EvictionView) -> EvictionView:
     """Garbage wherever the view says that nothing is valid."""
     hide = ~view.valid[..., None]
-    queries = view.queries
+    queries, view = view.queries, poisoned_asked(view, GARBAGE)
     if queries is not None and view.query_valid is not None:
         queries = queries.masked_fill(~view.query_valid[:, None, :, None], GARBAGE)
     return view._replace(
@@ -114,9 +118,10 @@ def _numbers_of(
 
 def one_row(view: EvictionView, row: int) -> EvictionView:
     """One sequence alone."""
-    part = slice(row, row + 1)
-    rows = {k: v[part] for k, v in view._asdict().items() if isinstance(v, Tensor)}
-    return view._replace(**rows)
+    named = view._asdict()
+    tensors = [n for n, x in named.items() if isinstance(x, Tensor) and n not in OF_MODEL]
+    rows = {name: named[name][row : row + 1] for name in tensors}
+    return one_row_asked(view._replace(**rows), row)
 
 
 def one_head(view: EvictionView, head: int) -> EvictionView:
@@ -127,4 +132,4 @@ def one_head(view: EvictionView, head: int) -> EvictionView:
         parts["queries"] = view.queries.chunk(view.keys.shape[1], 1)[head]
     part = slice(head, head + 1)
     parts |= _numbers_of(view, lambda x: x[:, part], lambda x: x[:, part])
-    return view._replace(**parts)
+    return one_head_asked(view._replace(**parts), head)

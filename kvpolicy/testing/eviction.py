@@ -17,6 +17,7 @@ from ..eviction._base import WHEN
 from ..pipeline import CachePipeline
 from ..spec import CacheSpec
 from ..store import CacheState
+from ._asked import asked
 from ._cache import decode, kept, prompt, random_data
 from ._common import (
     ConformanceError,
@@ -98,7 +99,7 @@ def check_eviction(
             layer, at.queries, kv_heads, group, head_dim, window, dtype, seed,
             numbers=bool(at.numbered or at.accumulates or at.remembers),
         )  # fmt: skip
-        _scores(at, view)
+        _scores(at, asked(at, view, kv_heads * group, hidden, seed))
         batch = make_batch(layer, 40, sizes, at.needs, dtype, seed)
         if run(policy, at.mark, batch[0]) is not None:
             check_decisions(at, at.mark, batch)  # type: ignore[arg-type]
@@ -106,7 +107,7 @@ def check_eviction(
             check_decisions(at, at.number, batch, None)  # type: ignore[arg-type]
     spec = CacheSpec(
         layers=layers, heads=kv_heads * group, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype,
-        page_size=page_size,
+        page_size=page_size, hidden=hidden,
     )  # fmt: skip
     effect = takes_effect if takes_effect is not None else not policy.neutral
     _pipeline(policy, spec, window, tokens, hidden, effect, seed)
@@ -121,6 +122,10 @@ def _options(policy: Eviction) -> None:
     require(holds, "options", policy, "accumulates None, sum or max", f"{policy.accumulates!r}")
     holds = not policy.accumulates or policy.group in get_args(NumberGroup)
     require(holds, "options", policy, "group mean, max or sum", f"{policy.group!r}")
+    for name in ("query_skip", "hidden"):
+        value = getattr(policy, name)
+        holds = isinstance(value, int) and value >= 0
+        require(holds, "options", policy, f"{name} from 0", f"{value!r}")
     try:
         budget_of(policy)
     except TypeError:

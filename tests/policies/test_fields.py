@@ -12,25 +12,39 @@ import pytest
 import torch
 
 from kvpolicy import (
+    H2O,
+    TOVA,
     Adaptive,
     AdmitAll,
     AtPromptEnd,
     Budget,
     CachePipeline,
     CacheSpec,
+    DBudgetKV,
     DuoAttention,
+    FastGen,
     FlexPrefill,
     KeepAll,
+    KeyDiff,
     Knob,
+    Knorm,
+    KVzap,
+    LagKV,
     LocalAttention,
     PerPhase,
     Pyramid,
+    QFilters,
     Quest,
     RandomGate,
     Ratio,
+    Rope,
+    SageKV,
     SelectAll,
+    SimLayerKV,
     SnapKV,
+    StreamingLLM,
     Tokens,
+    TopChannels,
     TotalCap,
     VerticalSlash,
     WriteGate,
@@ -104,6 +118,7 @@ GATE = {
     "b1": torch.ones(1, 2, 3), "w2": torch.ones(1, 2, 3), "b2": torch.ones(1, 2),
 }  # fmt: skip
 LOCAL = LocalAttention(window=8)
+WHEN = words("prompt_end", "decode")
 
 # Class: arguments that make one, and what each field takes.
 CLASSES = {
@@ -116,6 +131,7 @@ CLASSES = {
             "scale": numbers(lambda value: value > 0, none=True),
             "sliding": Kind((tuple, list), lambda value: not value),
             "per_layer": Kind((tuple, list), lambda value: not value),
+            "hidden": ints(1, none=True),
             "page_size": ints(1),
             "rollback": ints(0),
             "head_offset": ints(0),
@@ -152,6 +168,18 @@ CLASSES = {
             "source": Kind((), none=True),
         },
     ),
+    KVzap: (
+        {"w2": torch.ones(1, 2, 4), "b2": torch.ones(1, 2)},
+        {
+            "w2": Kind((torch.Tensor,), lambda value: False),
+            "b2": Kind((torch.Tensor,), lambda value: False),
+            "w1": Kind((torch.Tensor,), lambda value: False, none=True),
+            "b1": Kind((torch.Tensor,), lambda value: False, none=True),
+            "threshold": numbers(lambda value: True),
+            "window": ints(1, none=True),
+            "source": Kind((), none=True),
+        },
+    ),
     DuoAttention: (
         {"full_heads": ((True, False),)},
         {
@@ -169,6 +197,16 @@ CLASSES = {
         {"budget": 64},
         {
             "budget": TOKENS_OR_INT,
+            "first": ints(0),
+            "last": ints(0),
+            "group": words("max", "mean", "each"),
+        },
+    ),
+    TopChannels: (
+        {"budget": 64},
+        {
+            "budget": TOKENS_OR_INT,
+            "channels": ints(1),
             "first": ints(0),
             "last": ints(0),
             "group": words("max", "mean", "each"),
@@ -209,7 +247,7 @@ CLASSES = {
         {"budget": 64},
         {
             "budget": BUDGET_OR_INT,
-            "when": words("prompt_end", "decode"),
+            "when": WHEN,
             "observation": ints(1),
             "kernel": Kind((int,), lambda value: 1 <= value <= MOST and value % 2),
             "pooling": words("avg", "max"),
@@ -217,9 +255,84 @@ CLASSES = {
             "normalize": words("visible", "global"),
         },
     ),
+    StreamingLLM: (
+        {"budget": 64},
+        {"budget": BUDGET_OR_INT, "sinks": ints(0), "when": WHEN},
+    ),
+    H2O: (
+        {"budget": 64},
+        {"budget": BUDGET_OR_INT, "when": WHEN, "group": words("mean", "max", "sum")},
+    ),
+    TOVA: (
+        {"budget": 64},
+        {
+            "budget": BUDGET_OR_INT,
+            "group": words("mean", "max"),
+            "across_heads": FLAG,
+            "when": WHEN,
+        },
+    ),
+    KeyDiff: ({"budget": 64}, {"budget": BUDGET_OR_INT, "when": WHEN}),
+    Knorm: ({"budget": 64}, {"budget": BUDGET_OR_INT, "when": WHEN}),
+    LagKV: (
+        {"budget": 64},
+        {
+            "budget": BUDGET_OR_INT,
+            "sinks": ints(0),
+            "lag": ints(2),
+            "cross_scoring": FLAG,
+            "when": WHEN,
+        },
+    ),
+    QFilters: (
+        {"budget": 64, "filters": torch.ones(1, 2, 4)},
+        {
+            "budget": BUDGET_OR_INT,
+            "filters": Kind((torch.Tensor,), lambda value: False),
+            "when": WHEN,
+            "source": Kind((), none=True),
+        },
+    ),
+    SageKV: (
+        {"budget": 64},
+        {"budget": BUDGET_OR_INT, "sinks": ints(0), "group": words("mean", "max")},
+    ),
+    DBudgetKV: (
+        {},
+        {"threshold": FRACTION, "sinks": ints(0), "observation": ints(1), "when": WHEN},
+    ),
+    FastGen: (
+        {},
+        {
+            **dict.fromkeys(("recovery", "frequent", "local"), FRACTION),
+            "sinks": ints(0),
+            "observation": ints(1),
+            "when": WHEN,
+        },
+    ),
+    SimLayerKV: (
+        {},
+        {
+            "threshold": FRACTION,
+            "sinks": ints(0),
+            "recent": ints(1),
+            "observation": ints(1),
+            "when": WHEN,
+        },
+    ),
     AtPromptEnd: (
         {"admission": LOCAL},
         {"admission": ADMISSION, "generated": words("admission", "keep")},
+    ),
+    Rope: (
+        {"frequencies": (1.0,)},
+        {
+            "frequencies": Kind((tuple, list), lambda value: value == (1.5,)),
+            "interleaved": FLAG,
+            "tail": FLAG,
+            "sign": Kind((int,), lambda value: value in (1, -1)),
+            "factor": numbers(lambda value: value > 0),
+        },
     ),
     Tokens: ({"tokens": 64}, {"tokens": ints(1)}),
     Ratio: ({"ratio": 0.5}, {"ratio": POSITIVE_FRACTION}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvpolicy import Write
+from tests.support.contract.streams import hidden_of
 from tests.support.rules import chosen, read
 
 
@@ -39,7 +40,8 @@ class Oracle:
             setattr(self, name, torch.cat([getattr(self, name), new], 1))
         old, self.n = self.n, self.k.shape[1]
         cu, at = torch.tensor([0, self.n - old], dtype=torch.int32), torch.arange(old, self.n)
-        write = Write(k, v, at, cu, self.layer, range(self.heads), key_pre=pre)
+        heads, hidden = range(self.heads), hidden_of(pre)
+        write = Write(k, v, at, cu, self.layer, heads, key_pre=pre, hidden=hidden)
         admit, mark = self.admission.admit(write), self.eviction.mark(write)
         if not prompt and (stays := self.eviction.admit(write)) is not None:
             admit = admit & stays

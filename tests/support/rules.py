@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from kvpolicy import Adaptive, AtPromptEnd, EvictionView, PromptView, TotalCap
+from kvpolicy import Adaptive, EvictionView, PromptView, TotalCap
 
 
 def read(o, i, h):
@@ -72,6 +72,7 @@ def scores(o):
         o.q[:, qs.clamp(min=0)][None], (qs >= 0)[None], softcap=o.sizes.softcap, sinks=o.sinks,
         numbers=(numbers.gather(1, at) * valid)[None],
         recent_numbers=(numbers[:, recent.clamp(min=0)] * (recent >= 0))[None],
+        recent_values=o.v[:, recent.clamp(min=0)][None],
     )  # fmt: skip
     found = o.eviction.score(view)[0].tolist()
     return [dict(zip(p, s, strict=False)) for p, s in zip(pages, found, strict=True)]
@@ -120,7 +121,7 @@ def evict(layers, decoding=False, kept=None):
             o.alive[h, gone] = False
             o.evicted[h] += len(gone)
             changed |= bool(gone)
-        if isinstance(o.eviction, AtPromptEnd):
+        if o.eviction.forgets_window and not decoding:
             o.alive[:, max(o.n - o.W, 0) :] &= o.mark[:, max(o.n - o.W, 0) :]
             changed = True
     if any(any(gone) for gone in gone_of.values()):

@@ -8,24 +8,36 @@ from hypothesis import strategies as st
 
 from kvpolicy import (
     H2O,
+    TOVA,
     Adaptive,
     AdmitAll,
     AtPromptEnd,
     CachePipeline,
     CacheSpec,
+    DBudgetKV,
     DuoAttention,
+    FastGen,
     FlexPrefill,
     KeepAll,
+    KeyDiff,
+    Knorm,
+    KVzap,
+    LagKV,
     LocalAttention,
     PerPhase,
     Pyramid,
+    QFilters,
     Quest,
     RandomGate,
     Ratio,
+    SageKV,
     SelectAll,
     Selection,
+    SimLayerKV,
     SnapKV,
+    StreamingLLM,
     Tokens,
+    TopChannels,
     TotalCap,
     VerticalSlash,
     WriteGate,
@@ -92,6 +104,18 @@ def gate(sizes, seed=0, window=None):
     )
 
 
+def zap(s, **options):
+    """A KVzap of random weights for the attention inputs of tests' streams."""
+    n, heads = s.spec.layers, s.spec.kv_heads
+    hidden = heads * s.spec.head_dim
+    rng = torch.Generator().manual_seed(11)
+    draw = lambda *shape: torch.randn(*shape, generator=rng) / shape[-1] ** 0.5  # noqa: E731
+    return KVzap(
+        w1=2 * draw(n, 5, hidden), b1=draw(n, 5), w2=draw(n, heads, 5), b2=draw(n, heads),
+        **{"threshold": 0.0, "window": None} | options,
+    )  # fmt: skip
+
+
 def duo(sizes):
     """Every other head streams."""
     full = [
@@ -110,6 +134,7 @@ ADMISSIONS = {
     "local": local,
     "duo": duo,
     "gate": gate,
+    "zap": zap,
     "any_of": lambda s: any_of(RandomGate(sparsity=0.5), local(s)),
     "all_of": lambda s: all_of(
         RandomGate(sparsity=0.1), gate(s, seed=1), RandomGate(sparsity=0.2, seed=9)
@@ -132,6 +157,7 @@ SELECTIONS = {
     "quest_mean": lambda s: quest(s, 2, group="mean", last="partial"),
     "quest_each": lambda s: quest(s, 2, group="each", last=0),
     "quest_first": lambda s: quest(s, 2, group="max", first=1, last=1),
+    "top_channels": lambda s: TopChannels(budget=s.window + 1 + s.spec.page_size, channels=3),
     "user": lambda s: LargestKey(budget=Tokens(s.window + 1), group="each"),
     "per_layer": lambda s: per_layer(quest(s, 1, last=0), {0: SelectAll()}),
     "xattention": lambda s: xattention(),
@@ -164,6 +190,11 @@ def cap(s):
     return TotalCap(managed * s.spec.kv_heads * (2 * s.spec.page_size + 2), drop=0.2)
 
 
+def filters(s):
+    n, heads, dim = s.spec.layers, s.spec.kv_heads, s.spec.head_dim
+    return torch.randn(n, heads, dim, generator=torch.Generator().manual_seed(7))
+
+
 EVICTIONS = {
     "none": lambda s: KeepAll(),
     "tokens": lambda s: snap(s.kept),
@@ -174,11 +205,23 @@ EVICTIONS = {
     "adaptive_pyramid": lambda s: snap(Adaptive(pyramid(s), floor=0.5)),
     "cap": lambda s: snap(cap(s), normalize="global"),
     "cap_decode": lambda s: snap(cap(s), when="decode"),
+    "sage": lambda s: SageKV(budget=s.kept, sinks=3),
+    "dbudget": lambda s: DBudgetKV(threshold=0.2, sinks=2, observation=3),
+    "fastgen": lambda s: FastGen(recovery=0.5, sinks=2, observation=3, when="decode"),
+    "simlayer": lambda s: SimLayerKV(threshold=0.05, sinks=2, recent=s.kept, observation=2),
+    "at_end_zap": lambda s: AtPromptEnd(zap(s, threshold=0.4), generated="keep"),
     "at_end": lambda s: AtPromptEnd(RandomGate(sparsity=0.3, seed=5)),
     "at_end_gate": lambda s: AtPromptEnd(gate(s, seed=2), generated="keep"),
     "at_end_local": lambda s: AtPromptEnd(LocalAttention(window=s.window, sinks=s.room - 2)),
     "h2o": lambda s: H2O(budget=s.kept, when="prompt_end", group="max"),
     "h2o_decode": lambda s: H2O(budget=s.kept),
+    "streaming": lambda s: StreamingLLM(budget=s.kept, sinks=3),
+    "tova": lambda s: TOVA(budget=s.kept),
+    "tova_layer": lambda s: TOVA(budget=s.kept, across_heads=True, when="prompt_end"),
+    "keydiff": lambda s: KeyDiff(budget=s.kept, when="decode"),
+    "knorm": lambda s: Knorm(budget=s.kept),
+    "lagkv": lambda s: LagKV(budget=s.kept, lag=s.spec.page_size + 1, sinks=2),
+    "q_filters": lambda s: QFilters(budget=s.kept, filters=filters(s), when="decode"),
     "per_layer": lambda s: per_layer(snap(s.kept), {0: AtPromptEnd(RandomGate(sparsity=0.2))}),
     "per_layer_decode": lambda s: per_layer(snap(s.kept, when="decode"), {0: snap(s.kept)}),
     "per_layer_mixed": lambda s: per_layer(

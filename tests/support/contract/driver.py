@@ -10,7 +10,7 @@ import torch
 
 from tests.support.contract.contents import Held
 from tests.support.contract.snapshot import snapshot, to_device, to_host
-from tests.support.contract.streams import piece, random_cuts, stream
+from tests.support.contract.streams import hidden_of, piece, random_cuts, stream
 from tests.support.oracle import Oracle
 from tests.support.rules import evict
 
@@ -103,15 +103,16 @@ class Run:
 
     def attend(self, inputs, fail_at):
         """The pipeline's attention on its device; what layers gave and selected, on the host."""
-        given = iter(to_device([x for layer in inputs for x in layer], self.spec.device))
+        tensors = iter(to_device([x for layer in inputs for x in layer], self.spec.device))
         outs = []
         for layer in range(self.spec.layers):
             if layer == fail_at:
                 raise InterruptedError
-            q, k, v, pre = islice(given, 4)
+            q, k, v, pre = islice(tensors, 4)
             sinks = self.sinks[layer]
             sinks = None if sinks is None else sinks.to(self.spec.device)
-            outs.append(self.pipeline.attend(self.state, layer, q, k, v, key_pre=pre, sinks=sinks))
+            given = {"key_pre": pre, "hidden": hidden_of(pre), "sinks": sinks}
+            outs.append(self.pipeline.attend(self.state, layer, q, k, v, **given))
         if fail_at is not None:
             raise InterruptedError
         selected = [x.selected for x in self.state.layers]
