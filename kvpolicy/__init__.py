@@ -21,9 +21,12 @@ from .admission import Write as Write
 from .admission import WriteGate as WriteGate
 from .admission import all_of as all_of
 from .admission import any_of as any_of
+from .budget import AcrossLayers as AcrossLayers
 from .budget import Adaptive as Adaptive
 from .budget import Budget as Budget
 from .budget import BudgetView as BudgetView
+from .budget import HeadKV as HeadKV
+from .budget import LazyLayers as LazyLayers
 from .budget import Pyramid as Pyramid
 from .budget import Ratio as Ratio
 from .budget import Tokens as Tokens
@@ -80,6 +83,7 @@ else:
 __version__ = "0.2.0"
 
 __all__ = [
+    "AcrossLayers",
     "Adaptive",
     "Admission",
     "AdmitAll",
@@ -96,6 +100,7 @@ __all__ = [
     "Eviction",
     "EvictionView",
     "FastGen",
+    "HeadKV",
     "KVPolicyError",
     "KVzap",
     "KeepAll",
@@ -103,6 +108,7 @@ __all__ = [
     "Knob",
     "Knorm",
     "LagKV",
+    "LazyLayers",
     "LocalAttention",
     "PhaseError",
     "Pyramid",

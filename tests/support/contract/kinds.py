@@ -45,7 +45,17 @@ KINDS = {
             "dbudget",
             "fastgen",
         ),
-        "heads": ("adaptive", "adaptive_pyramid", "cap", "cap_decode", "tova_layer", "simlayer"),
+        "heads": (
+            "adaptive",
+            "adaptive_pyramid",
+            "cap",
+            "cap_decode",
+            "tova_layer",
+            "across_layers",
+            "lazy_layers",
+            "headkv",
+            "simlayer",
+        ),
     },
 }
 for slot, table in (("admission", ADMISSIONS), ("selection", SELECTIONS), ("eviction", EVICTIONS)):
