@@ -37,6 +37,7 @@ from .errors import KVPolicyError as KVPolicyError
 from .errors import PhaseError as PhaseError
 from .errors import RollbackError as RollbackError
 from .errors import UnsupportedError as UnsupportedError
+from .eviction import H2O as H2O
 from .eviction import TOVA as TOVA
 from .eviction import AtPromptEnd as AtPromptEnd
 from .eviction import DBudgetKV as DBudgetKV
@@ -73,9 +74,19 @@ else:
     _LATER = {"attach": ".adapters.hf", "new_cache": ".adapters.hf"}
 
     def __getattr__(name: str) -> Any:
-        """Imports what needs transformers when it is first asked for."""
+        """Imports what needs transformers when it is first asked for.
+
+        ImportError for a name of another library: an AttributeError's text is lost in
+        `from kvpolicy import StreamingLLM`.
+        """
         if name not in _LATER:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            from ._elsewhere import known_elsewhere, near
+
+            if says := known_elsewhere(name, __all__):
+                raise ImportError(says)
+            raise AttributeError(
+                f"module {__name__!r} has no attribute {name!r}{near(name, __all__)}"
+            )
         value = globals()[name] = getattr(import_module(_LATER[name], __name__), name)
         return value
 
@@ -97,6 +108,7 @@ __all__ = [
     "CapacityError",
     "DBudgetKV",
     "DuoAttention",
+    "H2O",
     "Eviction",
     "EvictionView",
     "FastGen",

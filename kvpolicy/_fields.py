@@ -31,6 +31,8 @@ def shown(value: Any) -> str:
         text = repr(value)
     except ValueError:  # an int of more digits than Python prints
         return f"an {type(value).__name__} of more digits than can be shown"
+    if "\n" in text:  # a config, or inputs of a tokenizer
+        return f"a {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 

@@ -1,4 +1,5 @@
-"""Files that are written whole or not at all, and those of tensors that hold no more than that."""
+"""Files that are written whole or not at all, read as the one file that they are, and those of
+tensors, which hold no more than that."""
 
 from __future__ import annotations
 
@@ -38,6 +39,31 @@ def write_pt(path: Path, content: Any) -> None:
     """Replaces a `.pt` file; its bytes do not depend on its name."""
     with replacing(path) as partial, partial.open("wb") as file:
         torch.save(content, file)
+
+
+def open_safetensors(path: Path) -> Any:
+    """What safetensors' `safe_open` gives, of one file.
+
+    It opens a path twice, for the header and for the bytes, between which another file may take its
+    place (`replacing`); then both are opened again.
+    """
+    from safetensors import safe_open
+
+    while True:
+        before = _identity(path)
+        try:
+            file = safe_open(path, framework="pt", device="cpu")
+        except Exception:
+            if _identity(path) == before:
+                raise
+            continue
+        if _identity(path) == before:
+            return file
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def read_pt(path: Path) -> Any:

@@ -16,6 +16,7 @@ from .errors import BackendError
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _MODULES = {  # of reference/ and kernels/ alike, by op
     "append": "cache_write",
+    "attention_mass": "attention_mass",
     "decode_write": "cache_write",
     "move_kept": "compact",
     "read_tokens": "compact",
@@ -33,6 +34,7 @@ _MODULES = {  # of reference/ and kernels/ alike, by op
     "write_leaving": "prompt_write",
     "prefill_attention": "sparse_prefill",
     "window_scores": "window_scores",
+    "write_number": "write_number",
     "write_gate": "write_gate",
 }
 

@@ -102,6 +102,17 @@ class Ring(NamedTuple):
         return ring_slot(position, self.slots)
 
 
+class Numbers(NamedTuple):
+    """A number of each token of a layer, float32 (float64 where keys are).
+
+    `stored` `[B, Hkv, C]`: that of a head's global token n at n; `recent` `[B, Hkv, S]`: those of
+    the ring, slot by slot.
+    """
+
+    stored: Tensor
+    recent: Tensor
+
+
 class Segments(NamedTuple):
     """How packed queries and keys split over sequences in a prompt call; ints live on the host.
 
@@ -226,6 +237,17 @@ class Ops(Protocol):
         is met as in `decode_write`.
         """
 
+    def write_number(
+        self, numbers: Numbers, counts: Tensor, flags: Tensor, number: Tensor | None,
+        lengths: Tensor, active: Tensor, window: int,
+    ) -> None:  # fmt: skip
+        """Numbers of one decoded token a sequence, before `decode_write` writes the tokens.
+
+        The number of the token that leaves the window, if it is admitted, goes to place `counts`
+        `[B, Hkv]` of its head, and `number` `[B, Hkv]` floats, or 0, to the slot of position
+        `lengths` `[B]`. `flags` are the ring's, `active` as in `decode_write`.
+        """
+
     # Attention
 
     def dense_prefill(
@@ -266,6 +288,25 @@ class Ops(Protocol):
         `selected` int32 `[B, Hs, K]` names pages by their number within the head (-1: none) for
         Hs = Hkv or Hq heads. `scale` multiplies q.k. Returns `[B, Hq, Dv]`, zeros for rows that are
         not `active` `[B]` bool.
+        """
+
+    def attention_mass(
+        self, numbers: Numbers, pages: Pages, heads: Heads, ring: Ring, query: Tensor,
+        lengths: Tensor, first: Tensor, last: Tensor, window: int, scale: float, *, most: int,
+        accumulates: str, group: str, shifts: tuple[int, int] = (0, 0),
+        softcap: float | None = None, sinks: Tensor | None = None, chunk: int | None = None,
+    ) -> None:  # fmt: skip
+        """Adds to the numbers of tokens the attention weights that queries give them, in place.
+
+        Queries at positions `first[b]` to `last[b] - 1` (`[B]` int64; at most `most` of them, none
+        before position 0) of sequences of `lengths` `[B]` tokens attend to the global tokens up to
+        their own position and to the recent ones among their last `window`. The weights of a
+        group's query heads are combined by `group`: "mean", "max" or "sum"; `accumulates` is "sum"
+        or "max". `query` `[B, Hq, S', D]` holds the query of position p in slot
+        `(p - shifts[0]) % S'`, and `ring` its tokens in slots `(p - shifts[1]) % S`; there a token
+        that left the window and was admitted is a global one. Every query's weights are computed
+        alike, whatever others come with it; in which order they are added, the kernel decides by
+        `first` and `last` alone.
         """
 
     # Choosing

@@ -221,6 +221,10 @@ class PerLayerEviction(_PerLayer, Eviction):
     def across_heads(self) -> bool:
         return any(p.across_heads for p in self.members)
 
+    def number(self, write: Write) -> Tensor | None:
+        policy: Eviction = self.at(write.layer)
+        return policy.number(write)
+
     def mark(self, write: Write) -> Tensor | None:
         policy: Eviction = self.at(write.layer)
         return policy.mark(write)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Unpack, cast
 
 import attrs
@@ -42,9 +42,27 @@ def _instead(value: Any) -> str:
     return f"{fits[0]}={type(value).__name__}(...)" if fits else ""
 
 
+def _classes(kind: type) -> Iterator[type]:
+    for found in kind.__subclasses__():
+        yield found
+        yield from _classes(found)
+
+
 def _slot(name: str) -> Any:
-    article = "a" if name == "selection" else "an"
-    return is_a(SLOTS[name], f"{article} {name}", _instead)
+    """One policy; a name, and a list of one, say what to write."""
+    kind, article = SLOTS[name], "a" if name == "selection" else "an"
+
+    def instead(value: Any) -> str:
+        if isinstance(value, str):
+            titles = (x.__name__ for x in _classes(kind))
+            return next((f"{x}(...)" for x in titles if x.lower() == value.lower()), "")
+        if isinstance(value, list | tuple) and value and all(isinstance(x, kind) for x in value):
+            if len(value) > 1:
+                return "any_of(...) or all_of(...)" if name == "admission" else ""
+            return f"{name}={type(value[0]).__name__}(...)"
+        return _instead(value)
+
+    return is_a(kind, f"{article} {name}", instead)
 
 
 def _of_model(value: Any) -> str:

@@ -43,6 +43,8 @@ def check_sizes(sizes: Mapping[str, Any]) -> None:
     for name in sizes:
         if name not in names:
             hint = instead(name, sizes[name], names)
+            if name in ("backend", "window"):
+                hint = f"; write CachePipeline({name}={sizes[name]!r})"
             raise TypeError(f"{name}: wanted one of {', '.join(names)}, got {name!r}{hint}")
 
 

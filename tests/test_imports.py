@@ -9,7 +9,7 @@ from tests.support.imports import import_graph, imports, modules, part_of
 # Lowest first. A part of kvpolicy, a module or a folder, imports its own layer and those below it.
 LAYERS = (
     ("errors", "choices", "_fields", "_extras", "_option"),
-    ("_arguments", "_names", "_markdown", "_table", "_files"),
+    ("_arguments", "_elsewhere", "_names", "_markdown", "_table", "_files"),
     ("_knob", "_pictures"),
     ("backend", "pretrained"),
     ("ops", "rope"),
@@ -32,13 +32,14 @@ ROOMS = {
         ("layer", "trimming", "recount"),
         ("devices",),
         ("state",),
-        ("moments", "sizes", "summaries"),
+        ("numbers", "moments"),
+        ("sizes", "summaries"),
         ("allocate",),
         ("compaction", "rollback", "report", "plan", "persist"),
         ("fork",),
     ),
     "calls": (
-        ("_checks", "budgets", "decide", "select", "tell"),
+        ("_checks", "budgets", "decide", "select", "settle", "tell"),
         ("evict",),
         ("capacity",),
         ("prompt_pages", "call"),

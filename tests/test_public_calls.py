@@ -26,6 +26,7 @@ from kvpolicy import (
     SnapKV,
     Tokens,
     WriteGate,
+    _elsewhere,
     pretrained,
     testing,
 )
@@ -401,10 +402,83 @@ HINTS = [
     (lambda: testing.check_eviction(Quest(budget=9)), r"write check_selection\(policy\)$"),
     (lambda: testing.check_eviction(SnapKV), r"got the class SnapKV; write SnapKV\(\.\.\.\)$"),
     (lambda: hf.attach(MODEL, PIPELINE, block_size=4), "block_size: .*; write page_size=4$"),
+    (lambda: hf.attach(MODEL, PIPELINE, backend="triton"), r"write CachePipeline\(backend='triton"),
+    (lambda: hf.attach(MODEL.config, PIPELINE), "model: wanted a model .*, got a LlamaConfig$"),
+    (lambda: CachePipeline(eviction="snapkv"), r"got 'snapkv'; write SnapKV\(\.\.\.\)$"),
+    (lambda: CachePipeline(eviction=[SnapKV(budget=9)]), r"; write eviction=SnapKV\(\.\.\.\)$"),
+    (lambda: CachePipeline(admission=[LocalAttention(), LocalAttention()]), "write any_of"),
+    (lambda: DuoAttention.from_pretrained("x"), "got None and None; write sparsity=0.5, the part"),
+    (lambda: WriteGate.from_pretrained(DUO), r"; write DuoAttention.from_pretrained\('duo-"),
+    (
+        lambda: DuoAttention.from_pretrained(GATE, sparsity=0.5),
+        r"; write WriteGate.from_pretrained",
+    ),
+    (lambda: generated("a text"), r"inputs: wanted .*; write tokenizer\(text, return_tens"),
+    (lambda: generated([1, 2]), r"inputs: wanted .*; write torch.tensor\(\[ids\]\)"),
+    (lambda: generated(IDS[0]), r"inputs: wanted .*; write inputs\[None\]"),
+    (
+        lambda: generated(IDS[:, :20], cache()),
+        r"input_ids: wanted all turns.* 50 .*, got 20; write",
+    ),
+    (lambda: generated(IDS, cache()), r"input_ids: wanted all turns, more than the 50 .*, got 50;"),
 ]
+GATE, DUO = "smollm2-135m-instruct-w64-keep25", "duo-smollm2-135m-instruct"
+
+
+def generated(ids: Any, past: hf.KVPolicyCache | None = None) -> None:
+    with hf.attach(MODEL, PIPELINE):
+        MODEL.generate(ids, past_key_values=past, max_new_tokens=2)
 
 
 @pytest.mark.parametrize(("make", "message"), HINTS)
 def test_a_likely_mistake_says_what_to_write(make, message) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         make()
+
+
+def test_a_next_turn_goes_on_with_all_turns() -> None:
+    with hf.attach(MODEL, PIPELINE) as attached:
+        held = attached.read(IDS[:, :40])
+        out = MODEL.generate(IDS, past_key_values=held, max_new_tokens=2)
+    assert out.shape[1] == 52
+
+
+ROOT_NAMES = [
+    ("StreamingLLM", ImportError, r"write AtPromptEnd\(LocalAttention\("),
+    ("AdaKVPress", ImportError, r"write SnapKV\(budget=Adaptive\("),
+    ("SnapKVPress", ImportError, "SnapKVPress: not its name in kvpolicy; write SnapKV$"),
+    ("Snapkv", ImportError, "; write SnapKV$"),
+    ("ThinKPress", ImportError, "no policy of this name; docs/coming-from.md says"),
+    ("atach", AttributeError, "no attribute 'atach'; write attach$"),
+    ("report", AttributeError, "no attribute 'report'; write Report$"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "message"), ROOT_NAMES)
+def test_names_that_the_root_does_not_have(name, kind, message) -> None:
+    with pytest.raises(kind, match=message):
+        getattr(kvpolicy, name)
+    if kind is ImportError:
+        with pytest.raises(ImportError, match=message):
+            exec(f"from kvpolicy import {name}")
+
+
+def test_names_of_other_libraries_are_not_here_by_now() -> None:
+    own = {name.lower() for name in kvpolicy.__all__}
+    assert not own & set(_elsewhere.KNOWN)
+    for says in _elsewhere.KNOWN.values():
+        assert says.partition("(")[0].partition(".")[0] in kvpolicy.__all__
+
+
+def test_what_the_hub_does_not_give_is_one_sentence(monkeypatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no route\n" * 9)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    for read in (
+        lambda: WriteGate.from_pretrained("a/b", "c.pt"),
+        lambda: DuoAttention.from_pretrained("a/b", sparsity=0.5),
+    ):
+        with pytest.raises(FileNotFoundError, match="a/b is here, and the hub gave none .*copy$"):
+            read()

@@ -69,7 +69,9 @@ def decoder_of(model: Any) -> Any:
         inner = base_of(found.get_decoder())
         if not hasattr(inner, "config"):  # a head of that name
             inner = base_of(found.base_model)
-        if inner is found:
+        if inner is found:  # also where its prefix names no module, as Llama 4's
+            inner = getattr(found, "model", found)
+        if inner is found or not isinstance(inner, nn.Module):
             break
         found = inner
     return found

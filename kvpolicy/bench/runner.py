@@ -17,8 +17,14 @@ from .output import machine, print_table, write_results
 from .plots import draw
 from .rows import CheckFailed, Row
 
-GROUPS = ("prefill", "decode", "quest", "write", "snapkv", "decoders", "model", "launches")
-_MODULES = ("prefill", "decode", "write", "snapkv", "decoders", "end_to_end", "launches")
+GROUPS = (
+    *("prefill", "decode", "quest", "write", "snapkv"),
+    *("decoders", "model", "launches", "families"),
+)
+_MODULES = (
+    *("prefill", "decode", "write", "snapkv", "decoders"),
+    *("end_to_end", "launches", "family_rows"),
+)
 
 
 def run(

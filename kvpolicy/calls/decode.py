@@ -10,11 +10,13 @@ from ..errors import UnsupportedError
 from ..ops import Heads
 from ..store.layer import LayerStore
 from ..store.moments import keep_columns, put
+from ..store.numbers import counts_queries
 from ..store.state import CacheState, Call
 from ..store.summaries import refresh_last
 from ._checks import check_asked, check_input
-from .decide import decide
+from .decide import decide, number
 from .select import select
+from .settle import settle_step
 
 
 def decode(
@@ -59,6 +61,8 @@ def decode(
         if layer.hidden is not None and hidden is not None:
             put(layer.hidden, hidden[:, None, column].to(layer.hidden.dtype), at, on)
         outs.append(_token(state, layer, query[:, :, column], write, on))
+        if columns > state.spec.rollback and columns > 1 and counts_queries(layer):
+            settle_step(state, layer, at, on)
         if sizes.shared and columns > 1:
             call.columnwise.setdefault(layer.index, []).append(layer.counts.clone())
     return outs[0][:, :, None] if columns == 1 else torch.stack(outs, 2)
@@ -120,6 +124,12 @@ def _token(
 ) -> Tensor:
     """Attention `[B, Hq, D]` of one token a sequence, which is stored where `active` `[B]`."""
     decided, bits = decide(layer, write)
+    if layer.numbers is not None:
+        given = number(layer, write)
+        state.ops.write_number(
+            layer.numbers, layer.counts, layer.ring.flags,
+            None if given is None else given.T, write.positions, active, layer.window,
+        )  # fmt: skip
     lengths, minmax = write.positions, layer.selection.extends_minmax and not layer.slides
     state.ops.decode_write(
         layer.pool.pages, layer.heads, layer.ring,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..budget import budget_of
@@ -14,9 +15,11 @@ from ..ops import POSITION_BITS, POSITION_MASK, pages_of
 from ..store import compaction, moments
 from ..store.compaction import Drop
 from ..store.layer import LayerStore
+from ..store.numbers import most_stored, narrow, remember
 from ..store.ring import last
 from ..store.state import CacheState
 from .budgets import keep_within, read_scores, targets_of
+from .settle import seen, settle
 
 
 def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
@@ -31,7 +34,8 @@ def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
         for x in state.layers
         if not (x.slides or x.eviction.neutral or (decoding and x.eviction.when != "decode"))
     ]
-    rated, scores = _rated(state, layers), None
+    remembered: dict[int, Tensor] = {}
+    rated, scores = _rated(state, layers, remembered), None
     if read_scores(layers):
         rated = iter(found := list(rated))
         scores = {x.index: s.masked_fill(~valid, float("-inf")) for x, s, valid in found}
@@ -50,33 +54,45 @@ def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
                 keep |= others.to(keep.device)
             yield layer, keep
 
-    _drop(state, compaction.plan(state, keeps()))
+    _drop(state, compaction.plan(state, keeps()), remembered)
     for layer in state.layers:
         if layer.eviction.forgets_window and not (layer.slides or decoding):
-            compaction.forget_unmarked(layer, torch.tensor(rows, device=layer.device))
             _raise_floor(state, rows)
+            compaction.forget_unmarked(layer, torch.tensor(rows, device=layer.device))
     for row, on in zip(state.sequences, rows, strict=True):
         if on:
             row.considered_at = row.length
 
 
-def _drop(state: CacheState, drops: list[Drop]) -> list[int]:
-    """Does what was planned; CapacityError comes first. Returns the tokens dropped, by sequence."""
+def _drop(state: CacheState, drops: list[Drop], remembered: Mapping[int, Tensor]) -> list[int]:
+    """Does what was planned; CapacityError comes first. Returns the tokens dropped, by sequence.
+
+    `remembered` are scores by layer that become the numbers of tokens which stay.
+    """
     gone = [sum(tokens) for tokens in zip(*(drop.gone for drop in drops), strict=True)]
     gone = gone or [0] * state.batch
     with state.unbroken():
         state.provide({drop.pool: drop.takes for drop in drops})
+        loses = [n > 0 for n in gone]
+        _raise_floor(state, loses)
+        for index, scores in remembered.items():
+            layer = state.layers[index]
+            remember(layer, scores, torch.tensor(loses, device=layer.device))
         compaction.drop(state, drops)
-        _raise_floor(state, [n > 0 for n in gone])
+        if any(loses):
+            narrow(state, most_stored(state.layers) + state.spec.interval)
         state.trim()
     return gone
 
 
 def _raise_floor(state: CacheState, rows: list[bool]) -> None:
-    """Tokens of `rows` are gone for good: `crop` cannot go back to before now."""
+    """Tokens of `rows` go for good: `crop` cannot go back to before now, so no query waits."""
+    settle(state, [row.length if on else 0 for row, on in zip(state.sequences, rows, strict=True)])
     for row, on in zip(state.sequences, rows, strict=True):
         if on:
             row.evicted_at = row.length
+    if any(rows):
+        state.devices.write_final(state.sequences, state.spec.rollback)
 
 
 def _by_layer(
@@ -91,10 +107,11 @@ def _by_layer(
 
 
 def _rated(
-    state: CacheState, layers: Sequence[LayerStore]
+    state: CacheState, layers: Sequence[LayerStore], remembered: dict[int, Tensor]
 ) -> Iterator[tuple[LayerStore, Tensor, Tensor]]:
     """Each layer that holds global tokens with `score(state, layer, ...)`.
 
+    Puts the scores of policies that remember them into `remembered`.
     NaN among any scores raises when all layers are through, so that the host waits once.
     """
     names, nan = [], []
@@ -103,6 +120,8 @@ def _rated(
             scores, valid = score(state, layer, most)
             names.append(type(layer.eviction).__name__)
             nan.append(scores.isnan().any())
+            if layer.eviction.remembers:
+                remembered[layer.index] = scores
             yield layer, scores, valid
     if nan:
         found = torch.stack([x.to(nan[0].device) for x in nan]).tolist()
@@ -155,7 +174,7 @@ def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:
     lengths = state.on(layer).lengths
     recent_keys, at = last(layer.ring.k, lengths, layer.window)
     queries = query_valid = None
-    if layer.queries is not None:
+    if layer.queries is not None and layer.eviction.queries:
         queries, query_at = last(layer.queries, lengths, layer.eviction.queries)
         query_valid = query_at >= 0
 
@@ -180,6 +199,14 @@ def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:
     def meta() -> Tensor:
         return state.ops.read_meta(layer.pool.pages, table).flatten(2).masked_fill_(~valid, 0)
 
+    @cache
+    def numbers() -> tuple[Tensor, Tensor]:
+        found, width = seen(state, layer), valid.shape[2]
+        stored = F.pad(found.stored, (0, max(width - found.stored.shape[2], 0)))[..., :width]
+        near = last(found.recent[..., None], lengths, layer.window)[0][..., 0]
+        return stored.masked_fill(~valid, 0), near.masked_fill((at < 0)[:, None], 0)
+
+    asks = layer.numbers is not None
     return EvictionView(
         layer=layer.index,
         keys=lambda: content()[0],
@@ -195,6 +222,8 @@ def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:
         query_valid=query_valid,
         softcap=layer.sizes.softcap,
         sinks=layer.sinks,
+        numbers=(lambda: numbers()[0]) if asks else None,
+        recent_numbers=(lambda: numbers()[1]) if asks else None,
         recent_values=recent_values,
         heads=state.spec.head_ids,
         query_stats=stats,
@@ -214,8 +243,9 @@ def shrink_to(state: CacheState, targets: list[list[list[int]]]) -> list[int]:
     best = _by_layer(
         layers, {x.index: [row[place] for row in targets] for place, x in enumerate(layers)}
     )
+    remembered: dict[int, Tensor] = {}
     keeps = (
         (layer, state.ops.keep_best(scores, valid, best[layer.index]))
-        for layer, scores, valid in _rated(state, layers)
+        for layer, scores, valid in _rated(state, layers, remembered)
     )
-    return _drop(state, compaction.plan(state, keeps))
+    return _drop(state, compaction.plan(state, keeps), remembered)

@@ -9,15 +9,17 @@ from torch import Tensor
 
 from ..admission import Write
 from ..errors import PhaseError
-from ..ops import Bounds, Segments
+from ..ops import Bounds, Ring, Segments
 from ..store.layer import LayerStore
 from ..store.moments import keep_prompt
+from ..store.numbers import promote
 from ..store.ring import keep_last, recent
 from ..store.state import CacheState, Call, Told
 from ..store.summaries import summarize
 from ._checks import check_asked, check_input
-from .decide import decide_prompt
+from .decide import decide_prompt, number
 from .prompt_pages import make_room
+from .settle import settle_prompt, settle_ring
 
 
 def prompt(
@@ -37,7 +39,7 @@ def prompt(
     check_input(layer, "key", key, (sizes.kv_heads, tokens, sizes.head_dim))
     check_input(layer, "value", value, (sizes.kv_heads, tokens, sizes.value_dim))
     check_asked(layer, (tokens,), query_pre, hidden)
-    if layer.index in call.before:
+    if layer.index in call.before or layer.index in call.undo:
         raise PhaseError(
             f"attend: layer {layer.index} failed in this call; abort it and begin again"
         )
@@ -55,9 +57,13 @@ def prompt(
         key_pre=key_pre, hidden=hidden,
     )  # fmt: skip
     flags = decide_prompt(layer, write)
+    given = number(layer, write)
+    begun = any(state.lengths)
+    if begun:
+        call.undo[layer.index] = layer.snapshot()
+    settle_ring(state, call, layer)
     k, v, f = (recent(r, x, seg) for r, x in zip(layer.ring, (key, value, flags), strict=True))
     bounds = write_prompt(state, call, layer, seg, k, v, f)
-    begun = any(state.lengths)
     # Dense kernels take one sequence after the other, which pays for whole prompts only.
     alone = state.batch == 1 or not begun
     whole = not any(row.evicted_at for row in state.sequences) and _holds_all(state, call, layer)
@@ -66,8 +72,9 @@ def prompt(
     if sizes.shared:
         call.told[layer.index] = told
     out = _attention(state, layer, query, layer.sinks, told)
-    if begun and layer.index not in call.undo:
-        call.undo[layer.index] = layer.snapshot()
+    if layer.numbers is not None:
+        moved = promote(layer, given, f, call.before[layer.index], seg)
+        settle_prompt(state, layer, seg, Ring(k, v, f), query, moved)
     keep_last(layer.ring, (key, value, flags), seg)
     if layer.queries is not None:
         keep_last((layer.queries,), (query,), seg)

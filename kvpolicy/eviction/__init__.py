@@ -8,6 +8,7 @@ from ._base import StoredTokens as StoredTokens
 from .at_prompt_end import AtPromptEnd as AtPromptEnd
 from .dbudgetkv import DBudgetKV as DBudgetKV
 from .fastgen import FastGen as FastGen
+from .h2o import H2O as H2O
 from .keydiff import KeyDiff as KeyDiff
 from .knorm import Knorm as Knorm
 from .lagkv import LagKV as LagKV

@@ -17,7 +17,7 @@ from .._names import named
 from .._option import option
 from ..admission import Admission, Write
 from ..budget import Budget, budget_knob, budget_of, check_budget, is_budget, tokens_from_int
-from ..choices import When
+from ..choices import Accumulates, NumberGroup, When
 from ..ops import Heads, Ops, Pages, Ring
 from ..rope import Rope
 
@@ -47,7 +47,10 @@ class EvictionView:
     ending at position `lengths - 1` in the last column. Where the eviction asks for `queries`:
     `queries` `[B, Hq, w, D]` (after RoPE) ending at the same position, `query_valid` `[B, w]`.
     `lengths` `[B]` counts the tokens seen; `scale` multiplies q.k; `softcap` bounds the product and
-    `sinks` `[Hq]` are logits that join each softmax, where the model has them.
+    `sinks` `[Hq]` are logits that join each softmax, where the model has them. Where the eviction
+    asks for numbers (`numbered`, `accumulates`, `remembers`): those of the global tokens, `numbers`
+    `[B, Hkv, N]`, and of the window's, `recent_numbers` `[B, Hkv, W]`, float32 (float64 in a cache
+    of float64), 0 where not valid.
 
     Besides: `recent_values` `[B, Hkv, W, Dv]` beside `recent_keys`, `heads` the global ids of the
     KV heads present. And where the eviction asks for them: `query_stats`; the last attention inputs
@@ -73,6 +76,8 @@ class EvictionView:
     query_valid: Tensor | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    _numbers: Tensor | Callable[[], Tensor] | None = None
+    _recent_numbers: Tensor | Callable[[], Tensor] | None = None
     _recent_values: Tensor | Callable[[], Tensor] | None = None
     heads: range = attrs.field(
         default=attrs.Factory(lambda self: range(self.valid.shape[1]), takes_self=True)
@@ -98,6 +103,14 @@ class EvictionView:
     @cached_property
     def marked(self) -> Tensor:
         return _tensor(self._marked)
+
+    @cached_property
+    def numbers(self) -> Tensor | None:
+        return None if self._numbers is None else _tensor(self._numbers)
+
+    @cached_property
+    def recent_numbers(self) -> Tensor | None:
+        return None if self._recent_numbers is None else _tensor(self._recent_numbers)
 
     @cached_property
     def recent_values(self) -> Tensor:
@@ -241,6 +254,40 @@ class Eviction(ABC):
         """Whether a token's score depends on other heads; a tensor-parallel rank has few."""
         return False
 
+    @option
+    def numbered(self) -> bool:
+        """Whether `number` gives each token a number to store beside it.
+
+        Every number costs 4 bytes a stored token and KV head, the ring's slots included.
+        """
+        return False
+
+    @option
+    def accumulates(self) -> Accumulates | None:
+        """What reading makes of a token's number: the "sum" or the "max" of the attention weights
+        that queries give it, over all that a head holds, a selection or not; None: nothing.
+
+        Queries of prompts and decoded tokens count once, and those that are taken back do not.
+        Costs `rollback` queries a sequence, and two passes over the keys for each query.
+        """
+        return None
+
+    @option
+    def group(self) -> NumberGroup:
+        """How the weights of a KV head's query heads are combined before they are accumulated."""
+        return "mean"
+
+    @option
+    def replayed(self) -> bool:
+        """Whether only the queries of `CachePipeline.replay` accumulate."""
+        return False
+
+    @option
+    def remembers(self) -> bool:
+        """Whether the scores of an eviction that drops tokens become the numbers of those that
+        stay."""
+        return False
+
     @abstractmethod
     def score(self, view: EvictionView) -> Tensor:
         """Scores `[B, Hkv, N]` of the global tokens; higher stays, -inf always goes."""
@@ -256,6 +303,13 @@ class Eviction(ABC):
     def admit(self, write: Write) -> Tensor | None:
         """Which generated tokens outlive the window, bool `[Hkv, T]`; None: all that the admission
         admits. Under the rules of an admission's `admit`."""
+        return None
+
+    def number(self, write: Write) -> Tensor | None:
+        """Numbers `[Hkv, T]`, floats, to store with new tokens if `numbered`; None: 0.
+
+        Under the rules of an admission's `admit`: stateless, causal and per token.
+        """
         return None
 
     def at(self, layer: int) -> Eviction:

@@ -74,7 +74,9 @@ def adopt(state: CacheState, other: CacheState) -> None:
         other.devices.clear()
         for mine, theirs in zip(state.layers, other.layers, strict=True):
             mine.pool.release(mine.table.flatten())
-            if mine.table.shape == theirs.table.shape:
+            pairs = zip(mine.buffers.values(), theirs.buffers.values(), strict=True)
+            same = all(a.shape == b.shape for a, b in pairs)
+            if same and mine.table.shape == theirs.table.shape:
                 mine.table.copy_(theirs.table)
                 for name, target in mine.buffers.items():
                     target.copy_(theirs.buffers[name])

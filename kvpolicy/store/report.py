@@ -13,6 +13,7 @@ from .layer import LayerStore
 from .report_table import SLOTS, report_table
 from .sizes import (
     dense_bytes,
+    number_bytes,
     query_bytes,
     ring_bytes,
     statistics_bytes,
@@ -29,8 +30,9 @@ class Report:
     Bytes are those of the storages: `pages` hold tokens, `reserved` are allocated and hold none,
     `ring` is the local window with its rollback slots, `positions`, `summaries` belong to pages in
     use, `tables` are page tables, counters and free stack, `queries` the observation windows,
-    `states` recurrent and convolutional states of a model's layers without attention,
-    `statistics` what evictions hold of queries before RoPE and of attention inputs.
+    `numbers` those of tokens that an eviction asked for, `statistics` what evictions hold of
+    queries before RoPE and of attention inputs, `states` recurrent and convolutional states of a
+    model's layers without attention.
     `dense` are keys and values of all tokens seen (in layers that slide: of their windows), which
     is what an ordinary cache holds. `policies` names what acts on which layers, by slot; neutral
     policies and layers that slide are left out.
@@ -64,6 +66,7 @@ class Report:
     cap_evicted: int
     floored: list[int]
     states: int = 0
+    numbers: int = 0
     statistics: int = 0
 
     @property
@@ -78,6 +81,7 @@ class Report:
             + self.tables
             + self.queries
             + self.states
+            + self.numbers
             + self.statistics
         )
 
@@ -124,6 +128,7 @@ def report(state: CacheState) -> Report:
         summaries=summaries,
         tables=table_bytes(state),
         queries=query_bytes(state),
+        numbers=number_bytes(state),
         dense=dense_bytes(state),
         sequences=state.batch,
         tokens=sum(state.lengths),

@@ -15,13 +15,14 @@ BYTES = {
     "positions": "positions of tokens",
     "summaries": "summaries of pages",
     "queries": "queries observed",
+    "numbers": "numbers of tokens",
     "statistics": "statistics of queries, inputs",
     "states": "states of other layers",
     "tables": "page tables, counters",
     "reserved": "reserved, empty",
     "total": "everything",
 }
-RARE = ("states of other layers",)  # of few models: shown where there are any
+RARE = ("numbers of tokens", "states of other layers")  # shown where there are any
 SLOTS = ("admission", "selection", "eviction")
 
 

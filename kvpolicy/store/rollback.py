@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import PhaseError, RollbackError
 from ..ops import POSITION_MASK, pages_of
 from .layer import LayerStore
+from .numbers import unpromote
 from .state import CacheState
 from .summaries import refresh_summary
 
@@ -66,6 +67,7 @@ def crop(state: CacheState, tokens: Sequence[int]) -> None:
     state.sync_devices()
     with state.unbroken():
         for layer in state.layers:
+            unpromote(state, layer, counts[layer.index])
             shrink(state, layer, counts[layer.index])
 
 

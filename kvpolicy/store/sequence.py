@@ -29,3 +29,7 @@ class SequenceState:
     summed: int = 0
     overshoot: int = 0
     cap_evicted: int = 0
+
+    def final(self, rollback: int) -> int:
+        """Queries at positions before this one are never taken back: numbers hold their weights."""
+        return max(self.evicted_at, max(self.length, self.longest) - rollback, 0)

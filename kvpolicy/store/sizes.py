@@ -24,6 +24,11 @@ def query_bytes(state: CacheState) -> int:
     return storage_bytes(layer.queries for layer in state.layers)
 
 
+def number_bytes(state: CacheState) -> int:
+    """The numbers of tokens that evictions asked for."""
+    return sum(storage_bytes(layer.numbers or ()) for layer in state.layers)
+
+
 def statistics_bytes(state: CacheState) -> int:
     """Sums over queries and rings of queries before RoPE and attention inputs."""
     held = ((x.query_ring, x.query_sums, x.query_products, x.hidden) for x in state.layers)

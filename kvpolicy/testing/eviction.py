@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
 from .._arguments import optional
@@ -9,6 +11,7 @@ from .._fields import check_int
 from ..budget import Budget, BudgetView, Counts, bound_layers, budget_of
 from ..calls.budgets import budget_view
 from ..calls.evict import longest, score, view
+from ..choices import Accumulates, NumberGroup
 from ..eviction import Eviction, EvictionView
 from ..eviction._base import WHEN
 from ..pipeline import CachePipeline
@@ -92,11 +95,16 @@ def check_eviction(
     for layer in range(layers):
         at = placed.at(layer)
         _options(at)
-        view = random_view(layer, at.queries, kv_heads, group, head_dim, window, dtype, seed)
+        view = random_view(
+            layer, at.queries, kv_heads, group, head_dim, window, dtype, seed,
+            numbers=bool(at.numbered or at.accumulates or at.remembers),
+        )  # fmt: skip
         _scores(at, asked(at, view, kv_heads * group, hidden, seed))
         batch = make_batch(layer, 40, sizes, at.needs, dtype, seed)
         if run(policy, at.mark, batch[0]) is not None:
             check_decisions(at, at.mark, batch)  # type: ignore[arg-type]
+        if at.numbered and run(policy, at.number, batch[0]) is not None:
+            check_decisions(at, at.number, batch, None)  # type: ignore[arg-type]
     spec = CacheSpec(
         layers=layers, heads=kv_heads * group, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype,
         page_size=page_size, hidden=hidden,
@@ -110,6 +118,10 @@ def _options(policy: Eviction) -> None:
     require(policy.when in WHEN, "options", policy, wanted, f"{policy.when!r}")
     holds = isinstance(policy.queries, int) and policy.queries >= 0
     require(holds, "options", policy, "queries from 0", f"{policy.queries!r}")
+    holds = policy.accumulates in (None, *get_args(Accumulates))
+    require(holds, "options", policy, "accumulates None, sum or max", f"{policy.accumulates!r}")
+    holds = not policy.accumulates or policy.group in get_args(NumberGroup)
+    require(holds, "options", policy, "group mean, max or sum", f"{policy.group!r}")
     for name in ("query_skip", "hidden"):
         value = getattr(policy, name)
         holds = isinstance(value, int) and value >= 0

@@ -44,12 +44,15 @@ def scores(o):
     valid = torch.tensor([[i < len(p) for i in range(at.shape[1])] for p in pages])
     pick = lambda x: x.gather(1, at[..., None].expand(-1, -1, x.shape[2]))[None]  # noqa: E731
     recent = torch.arange(o.n - o.W, o.n)
+    numbers = o.numbers()
     qs = torch.arange(o.n - max(o.eviction.queries, 1), o.n)
     view = EvictionView(
         o.layer, pick(o.k), pick(o.v), at[None], valid[None],
         (o.mark.gather(1, at) & valid)[None], o.k[:, recent.clamp(min=0)][None],
         (recent >= 0)[None], torch.tensor([o.n]), o.sizes.scale,
         o.q[:, qs.clamp(min=0)][None], (qs >= 0)[None], softcap=o.sizes.softcap, sinks=o.sinks,
+        numbers=(numbers.gather(1, at) * valid)[None],
+        recent_numbers=(numbers[:, recent.clamp(min=0)] * (recent >= 0))[None],
         recent_values=o.v[:, recent.clamp(min=0)][None],
     )  # fmt: skip
     found = o.eviction.score(view)[0].tolist()
@@ -108,7 +111,7 @@ def evict(layers, decoding=False, kept=None):
     if isinstance(cap, AcrossLayers | LazyLayers | HeadKV):
         acting = [(o, mine) for o, mine in zip(layers, found, strict=True) if mine is not None]
         caps = {o.layer: n for (o, _), n in zip(acting, dealt(cap, acting), strict=True)}
-    changed = False
+    changed, gone_of = False, {}
     for o, mine in zip(layers, found, strict=True):
         if mine is None:
             continue
@@ -130,10 +133,15 @@ def evict(layers, decoding=False, kept=None):
                 keep = [k[:n] for k in keep]
         for h, s in enumerate(mine):
             gone = sorted(set(s) - set(keep[h]))
+            gone_of.setdefault(o.layer, []).append(gone)
             o.alive[h, gone] = False
             o.evicted[h] += len(gone)
             changed |= bool(gone)
         if o.eviction.forgets_window and not decoding:
             o.alive[:, max(o.n - o.W, 0) :] &= o.mark[:, max(o.n - o.W, 0) :]
             changed = True
+    if any(any(gone) for gone in gone_of.values()):
+        for o, mine in zip(layers, found, strict=True):
+            if mine is not None and o.eviction.remembers:
+                o.remember(mine)
     return changed

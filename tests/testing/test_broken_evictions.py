@@ -79,6 +79,14 @@ def mark_ahead(self, write):
     return write.key[..., 0].roll(-1, 1) > 0
 
 
+def number_by_cut(self, write):
+    return write.key.norm(dim=-1) - write.key.norm(dim=-1).amax(1, keepdim=True)
+
+
+def number_bools(self, write):
+    return write.key[..., 0] > 0
+
+
 @attrs.frozen
 class Lenient(Tokens):
     def keep(self, scores, valid, target, window, best):
@@ -109,6 +117,10 @@ def test_norm_passes():
         ({"score": score_unknown}, "runs"),
         ({"scores": scores_of_another_kind}, "fused"),
         ({"mark": mark_ahead}, "causal"),
+        ({"number": number_by_cut, "numbered": True}, "causal"),
+        ({"number": number_bools, "numbered": True}, "dtype"),
+        ({"accumulates": "mean"}, "options"),
+        ({"accumulates": "sum", "group": "each"}, "options"),
         ({"when": "sometimes"}, "options"),
         ({"needs": {"key_pre"}}, "needs"),
         ({"budget": Lenient(40)}, "budget"),

@@ -7,6 +7,7 @@ import torch
 from hypothesis import strategies as st
 
 from kvpolicy import (
+    H2O,
     TOVA,
     AcrossLayers,
     Adaptive,
@@ -201,6 +202,8 @@ EVICTIONS = {
     "at_end": lambda s: AtPromptEnd(RandomGate(sparsity=0.3, seed=5)),
     "at_end_gate": lambda s: AtPromptEnd(gate(s, seed=2), generated="keep"),
     "at_end_local": lambda s: AtPromptEnd(LocalAttention(window=s.window, sinks=s.room - 2)),
+    "h2o": lambda s: H2O(budget=s.kept, when="prompt_end", group="max"),
+    "h2o_decode": lambda s: H2O(budget=s.kept),
     "streaming": lambda s: StreamingLLM(budget=s.kept, sinks=3),
     "tova": lambda s: TOVA(budget=s.kept),
     "tova_layer": lambda s: TOVA(budget=s.kept, across_heads=True, when="prompt_end"),

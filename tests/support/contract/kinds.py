@@ -22,6 +22,7 @@ KINDS = {
     },
     "eviction": {
         "neutral": ("none",),
+        "accumulated": ("h2o", "h2o_decode"),
         "position": ("at_end_local", "streaming"),
         "number": (
             "at_end",
