@@ -59,10 +59,17 @@ from .pipeline import CachePipeline as CachePipeline
 from .pipeline_files import load_pipeline as load_pipeline
 from .pipeline_files import save_pipeline as save_pipeline
 from .rope import Rope as Rope
+from .selection import FlexPrefill as FlexPrefill
+from .selection import PerPhase as PerPhase
+from .selection import PromptSelection as PromptSelection
+from .selection import PromptView as PromptView
 from .selection import Quest as Quest
+from .selection import Reads as Reads
 from .selection import SelectAll as SelectAll
 from .selection import Selection as Selection
 from .selection import TopChannels as TopChannels
+from .selection import VerticalSlash as VerticalSlash
+from .selection import XAttention as XAttention
 from .spec import CacheSpec as CacheSpec
 from .store import CacheState as CacheState
 from .store import Report as Report
@@ -112,6 +119,7 @@ __all__ = [
     "Eviction",
     "EvictionView",
     "FastGen",
+    "FlexPrefill",
     "HeadKV",
     "KVPolicyError",
     "KVzap",
@@ -122,13 +130,17 @@ __all__ = [
     "LagKV",
     "LazyLayers",
     "LocalAttention",
+    "PerPhase",
     "PhaseError",
+    "PromptSelection",
+    "PromptView",
     "Pyramid",
     "QueryStats",
     "QFilters",
     "Quest",
     "RandomGate",
     "Ratio",
+    "Reads",
     "Report",
     "RollbackError",
     "Rope",
@@ -143,8 +155,10 @@ __all__ = [
     "TopChannels",
     "TotalCap",
     "UnsupportedError",
+    "VerticalSlash",
     "Write",
     "WriteGate",
+    "XAttention",
     "all_of",
     "any_of",
     "attach",

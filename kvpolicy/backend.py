@@ -15,6 +15,7 @@ from .errors import BackendError
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _MODULES = {  # of reference/ and kernels/ alike, by op
+    "antidiagonal_blocks": "antidiagonal",
     "append": "cache_write",
     "attention_mass": "attention_mass",
     "decode_write": "cache_write",
@@ -22,6 +23,7 @@ _MODULES = {  # of reference/ and kernels/ alike, by op
     "read_tokens": "compact",
     "dense_prefill": "dense_prefill",
     "keep_best": "keep_best",
+    "keys_at": "keys_at",
     "copy_pages": "page_io",
     "read_meta": "page_io",
     "read_pages": "page_io",
@@ -33,6 +35,7 @@ _MODULES = {  # of reference/ and kernels/ alike, by op
     "count_leaving": "prompt_write",
     "write_leaving": "prompt_write",
     "prefill_attention": "sparse_prefill",
+    "selected_prefill": "selected_prefill",
     "window_scores": "window_scores",
     "write_number": "write_number",
     "write_gate": "write_gate",

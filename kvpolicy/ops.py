@@ -152,6 +152,34 @@ class Bounds(NamedTuple):
     expected: list[list[int]]
 
 
+class TileReads(NamedTuple):
+    """What tiles of queries of a prompt call read besides the window: blocks of keys, and columns.
+
+    A tile holds the queries at positions `i * tile` to `(i + 1) * tile - 1`, a block the keys
+    there; `tile` is a power of two. `blocks` bool `[Hs, N, M]` with Hs = Hkv or Hq: the tiles that
+    hold queries of a sequence, in order, sequence after sequence as `tile_span` counts them, and
+    whether they read the sequence's block m. `columns` int32 `[Hs, C, K]` (or None) are positions
+    that are read one by one, rising, padded with positions beyond every sequence; tile n reads row
+    `sets[n]` of them (int32 `[N]`).
+    """
+
+    tile: int
+    blocks: Tensor
+    columns: Tensor | None = None
+    sets: Tensor | None = None
+
+
+def tile_span(start: int, queries: int, tile: int) -> tuple[int, int]:
+    """The first tile that holds one of `queries` from position `start` on, and the end of them."""
+    return (start // tile, (start + queries - 1) // tile + 1) if queries else (0, 0)
+
+
+def tile_spans(segments: Segments, tile: int) -> list[tuple[int, int]]:
+    """`tile_span` of each sequence of a call."""
+    pairs = zip(segments.start, segments.cu_q, segments.cu_q[1:], strict=False)
+    return [tile_span(start, end - begin, tile) for start, begin, end in pairs]
+
+
 def check_asked(
     op: str, heads: int, softcap: float | None, sinks: Tensor | None, chunk: int | None = None
 ) -> None:
@@ -276,6 +304,17 @@ class Ops(Protocol):
         device. Returns `[Hq, Tq, Dv]`.
         """
 
+    def selected_prefill(
+        self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, pages: Pages,
+        heads: Heads, window: int, scale: float, reads: TileReads, bounds: Bounds | None = None,
+        *, softcap: float | None = None, sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Attention of a prompt call over {j <= i : i - j < window or stored[j] and chosen}.
+
+        Arguments as in `prefill_attention`. Of the global tokens a query reads those that have left
+        its window and lie in a block or column that `reads` gives its tile. Returns `[Hq, Tq, Dv]`.
+        """
+
     def paged_decode(
         self, query: Tensor, pages: Pages, heads: Heads, ring: Ring, lengths: Tensor,
         active: Tensor, window: int, scale: float, selected: Tensor | None = None, *,
@@ -332,6 +371,29 @@ class Ops(Protocol):
         `last` trailing and then `first` leading pages are taken for certain; `last` = -1 is the
         trailing page only where it is partly filled. Ties go to the lower page. Returns `[B, Hs,
         budget]` int32 page numbers within the head in rising order, padded with -1.
+        """
+
+    def keys_at(
+        self, key: Tensor, flags: Tensor, segments: Segments, pages: Pages, heads: Heads,
+        tile: int, bounds: Bounds | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Admitted keys of a prompt call at their true positions, for choices by position.
+
+        Arguments as in `prefill_attention`. Sequence after sequence, each with rows up to the end
+        of its last tile (of `tile` positions; none without queries): keys `[Hkv, N, D]`, zeros
+        where no token is, and whether there is one, bool `[Hkv, N]`. Recent tokens that were not
+        admitted are no tokens here.
+        """
+
+    def antidiagonal_blocks(
+        self, query: Tensor, keys: Tensor, present: Tensor, segments: Segments, scale: float,
+        tile: int, stride: int, threshold: float, *, softcap: float | None = None,
+    ) -> Tensor:  # fmt: skip
+        """XAttention's choice of blocks, bool `[Hq, N, M]` (mit-han-lab/x-attention).
+
+        `query` `[Hq, Tq, D]`, `keys` and `present` as `keys_at` gives them; `stride` divides
+        `tile`. What is chosen says `kvpolicy.selection.XAttention.prompt`. A tile's choice depends
+        on nothing but its own queries and the keys up to its end, to the last bit.
         """
 
     def keep_best(self, scores: Tensor, valid: Tensor, amount: Tensor) -> Tensor:

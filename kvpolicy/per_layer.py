@@ -14,7 +14,7 @@ from .admission import Admission, Write
 from .budget import budget_of
 from .choices import When
 from .eviction import Eviction, EvictionView
-from .selection import Selection
+from .selection import PerPhase, PromptView, Reads, Selection
 
 Policy = TypeVar("Policy", Admission, Selection, Eviction)
 Layers = tuple[tuple[range, Any], ...]
@@ -137,18 +137,32 @@ class PerLayerAdmission(_PerLayer, Admission):
 class PerLayerSelection(_PerLayer, Selection):
     """A selection for each layer; made by `per_layer`. Resolve `at` a layer to score and choose.
 
-    All layers share the pages' summaries, so the non-neutral members are of one class; budgets,
-    always-kept pages and group rules may differ.
+    All layers share the pages' summaries, so the members that choose pages are of one class;
+    budgets, always-kept pages and group rules may differ, and what prompts read too.
     """
 
     _kind = Selection
 
     def _agree(self) -> None:
-        names = sorted({type(p).__name__ for p in self.members if not p.neutral})
+        choosing = (p.decode if isinstance(p, PerPhase) else p for p in self.members)
+        names = sorted({type(p).__name__ for p in choosing if not p.neutral})
         if len(names) > 1:
             raise ValueError(
                 f"layers: selections that read pages' summaries must be of one class, got {names}"
             )
+
+    @property
+    def tile(self) -> int | None:
+        """The largest tile, a multiple of the others; None if all layers read everything."""
+        return max((p.tile for p in self.members if p.tile is not None), default=None)
+
+    @property
+    def whole_prompt(self) -> bool:
+        return any(p.whole_prompt for p in self.members)
+
+    def prompt(self, view: PromptView) -> Reads:
+        policy: Selection = self.at(view.layer)
+        return policy.prompt(view)
 
     def summarize(self, keys: Tensor, valid: Tensor) -> Tensor:
         policy: Selection = next((p for p in self.members if not p.neutral), self.default)

@@ -43,7 +43,8 @@ def _instead(value: Any) -> str:
 
 
 def _classes(kind: type) -> Iterator[type]:
-    for found in kind.__subclasses__():
+    own: list[type] = kind.__subclasses__()
+    for found in own:
         yield found
         yield from _classes(found)
 

@@ -8,18 +8,22 @@ import attrs
 import torch
 from torch import Tensor
 
-from ._fields import flag, number, shown
+from ._fields import check_int, flag, number, shown
 from ._names import named
 
 
 def _each(instance: Rope, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if not isinstance(value, tuple) or not value or not all(isinstance(x, float) for x in value):
-        raise TypeError(f"frequencies: wanted a float for each pair, got {shown(value)}")
+    wanted = f"frequencies: wanted a float for each pair, got {shown(value)}"
+    if not isinstance(value, tuple):
+        raise TypeError(wanted)
+    if not value or not all(isinstance(x, float) for x in value):
+        raise ValueError(wanted)
 
 
 def _direction(instance: Rope, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if isinstance(value, bool) or value not in (1, -1):
-        raise ValueError(f"sign: wanted 1 or -1, got {shown(value)}")
+    check_int("sign", value, -1, 1)
+    if not value:
+        raise ValueError("sign: wanted 1 or -1, got 0")
 
 
 def _tuple(value: Any) -> Any:

@@ -39,7 +39,7 @@ ROOMS = {
         ("fork",),
     ),
     "calls": (
-        ("_checks", "budgets", "decide", "select", "settle", "tell"),
+        ("_checks", "budgets", "decide", "select", "settle", "tell", "tiles"),
         ("evict",),
         ("capacity",),
         ("prompt_pages", "call"),

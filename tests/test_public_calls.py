@@ -231,6 +231,10 @@ CALLS = {
         name: Call(on(name, state=None), state=NOTHING)
         for name in ("abort", "end_prompt", "maintain", "report", "due")
     },
+    "tell": Call(
+        lambda folder: (PIPELINE.tell, {"state": state(), "layer": 0}),
+        state=NOTHING, layer=Takes(int, bool, fits=lambda x: x in (0, 1)),
+    ),
     "attend_shared": Call(
         lambda folder: (
             PIPELINE.attend_shared,
@@ -305,7 +309,7 @@ LEFT = {
     "replayed": "of captured loops",
 }
 # Tensors of the model that only some policies want.
-LEFT_ARGUMENTS = {("attend", name) for name in ("key_pre", "hidden", "sinks")}
+LEFT_ARGUMENTS = {("attend", name) for name in ("key_pre", "hidden", "query_pre", "sinks")}
 LEFT_ARGUMENTS |= {("attend_shared", "sinks")}
 
 

@@ -38,8 +38,8 @@ _ATTACHMENTS: weakref.WeakValueDictionary[int, Attached] = weakref.WeakValueDict
 @torch.library.custom_op(
     "kvpolicy::attend",
     mutates_args=(),
-    schema="(Tensor place, Tensor query, Tensor key, Tensor value, Tensor? pre, Tensor? hidden, "
-    "Tensor? sinks) -> Tensor",
+    schema="(Tensor place, Tensor query, Tensor key, Tensor value, Tensor? pre, "
+    "Tensor? query_pre, Tensor? hidden, Tensor? sinks) -> Tensor",
 )
 def attend(
     place: Tensor,
@@ -47,6 +47,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     pre: Tensor | None,
+    query_pre: Tensor | None,
     hidden: Tensor | None,
     sinks: Tensor | None,
 ) -> Tensor:
@@ -56,7 +57,7 @@ def attend(
     cache = None if attachment is None else attachment.cache
     if cache is None:
         raise PhaseError("attention outside a forward of the attached model's decoder")
-    return cache.attend(cache.hold(layer, key, value), query, pre, hidden, sinks)
+    return cache.attend(cache.hold(layer, key, value), query, pre, query_pre, hidden, sinks)
 
 
 @attend.register_fake
@@ -66,6 +67,7 @@ def _(
     key: Tensor,
     value: Tensor,
     pre: Tensor | None,
+    query_pre: Tensor | None,
     hidden: Tensor | None,
     sinks: Tensor | None,
 ) -> Tensor:

@@ -34,6 +34,7 @@ class Owner(Protocol):
         handle: KVRef,
         query: Tensor,
         pre: Tensor | None,
+        query_pre: Tensor | None,
         hidden: Tensor | None,
         sinks: Tensor | None,
     ) -> Tensor: ...

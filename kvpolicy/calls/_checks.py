@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .._arguments import check_kind, check_rows, check_text, optional, wrong
 from ..choices import Phase
-from ..errors import CapacityError, PhaseError
+from ..errors import CapacityError, PhaseError, UnsupportedError
 from ..ops import POSITION_MASK
+from ..selection import PerPhase, Selection
 from ..store.layer import LayerStore
 from ..store.state import CacheState, Call
 
@@ -51,12 +52,31 @@ def check_call(state: CacheState, lengths: Sequence[int], phase: str, valid: Ten
             "decode: the prompt has not ended; call end_prompt(state) first so that its eviction "
             "can act"
         )
+    if phase == "prompt":
+        _check_whole(state, lengths)
     if valid is not None:
         _check_valid(state, lengths, phase, valid)
     elif phase == "decode" and any(
         n != 1 for n, on in zip(lengths, state.active, strict=True) if on
     ):
         raise ValueError(f"valid: wanted for a decode call that adds {list(lengths)}, got None")
+
+
+def _check_whole(state: CacheState, lengths: Sequence[int]) -> None:
+    """Raises UnsupportedError for another part of a prompt that a selection decides as a whole."""
+    deciding = [x.selection for x in state.managed if x.selection.whole_prompt]
+    later = next((a for a, b in zip(state.lengths, lengths, strict=True) if a and b), None)
+    if deciding and later is not None:
+        raise UnsupportedError(
+            f"{whole_name(deciding[0])}: a prompt's last queries decide what all of it reads, so "
+            f"it comes in one call, without chunks and turns; got more after {later} tokens"
+        )
+
+
+def whole_name(selection: Selection) -> str:
+    """What decides whole prompts in a selection that does."""
+    policy = selection.prefill if isinstance(selection, PerPhase) else selection
+    return type(policy).__name__
 
 
 def _check_valid(state: CacheState, lengths: Sequence[int], phase: str, valid: Tensor) -> None:

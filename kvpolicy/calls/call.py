@@ -36,6 +36,9 @@ def close_call(state: CacheState, call: Call) -> None:
     """Makes lengths current on host and devices."""
     if call.phase == "prompt":
         state.devices.settle()
+        for layer, found in call.chosen.items():
+            store = state.layers[layer]
+            store.chosen = found if store.chosen is None else store.chosen + found
     else:
         settle_after(state, call)
     state.call = None

@@ -20,6 +20,7 @@ from ._checks import check_asked, check_input
 from .decide import decide_prompt, number
 from .prompt_pages import make_room
 from .settle import settle_prompt, settle_ring
+from .tiles import choose_tiles, count_blocks
 
 
 def prompt(
@@ -71,7 +72,7 @@ def prompt(
     told = Told(seg, k, v, f, bounds, dense)
     if sizes.shared:
         call.told[layer.index] = told
-    out = _attention(state, layer, query, layer.sinks, told)
+    out = _attention(state, call, layer, query, layer.sinks, told)
     if layer.numbers is not None:
         moved = promote(layer, given, f, call.before[layer.index], seg)
         settle_prompt(state, layer, seg, Ring(k, v, f), query, moved)
@@ -101,7 +102,7 @@ def read_prompt(
     told = call.told[layer.index]
     if last != call.added:
         told = told._replace(segments=_last(told.segments, last))
-    return _attention(state, layer, query, sinks, told)
+    return _attention(state, call, layer, query, sinks, told)
 
 
 def _last(seg: Segments, last: tuple[int, ...]) -> Segments:
@@ -114,9 +115,18 @@ def _last(seg: Segments, last: tuple[int, ...]) -> Segments:
 
 
 def _attention(
-    state: CacheState, layer: LayerStore, query: Tensor, sinks: Tensor | None, told: Told
-) -> Tensor:
+    state: CacheState, call: Call, layer: LayerStore, query: Tensor, sinks: Tensor | None,
+    told: Told,
+) -> Tensor:  # fmt: skip
     pages, sizes, seg = layer.pool.pages, layer.sizes, told.segments
+    reads = choose_tiles(state, layer, query, told)
+    if reads is not None:
+        found = count_blocks(reads, told)
+        call.chosen[layer.index] = found + call.chosen.get(layer.index, 0)
+        return state.ops.selected_prefill(
+            query, told.key, told.value, seg, pages, layer.heads, layer.window, sizes.scale,
+            reads, told.bounds, softcap=sizes.softcap, sinks=sinks,
+        )  # fmt: skip
     if told.dense:
         return state.ops.dense_prefill(
             query, told.key, told.value, seg, pages, layer.table, sizes.scale,

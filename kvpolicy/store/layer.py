@@ -27,7 +27,8 @@ class LayerStore:
     `table` `[B, Hkv, M]` int32, `counts` `[B, Hkv]` int32 global tokens, `evicted` `[B, Hkv]`
     int64. `queries` `[B, Hq, slots', D]` is the ring of recent queries that an eviction asked for.
     `numbers` are those of tokens, where an eviction asked for some. `selected` is what the last
-    decoded token read. `sinks` `[Hq]` are the model's attention sinks, which the last call brought.
+    decoded token read, `chosen` `[2]` float64 the blocks that tiles of prompts read and those that
+    there were. `sinks` `[Hq]` are the model's attention sinks, which the last call brought.
     Where an eviction asks for them: `query_ring` `[B, Hq, S, D]`, `query_sums` `[B, Hq, D]` and
     `query_products` `[B, Hq, D, D]` of queries before RoPE (see `moments`), `hidden`
     `[B, 1, slots', hidden]`, the ring of attention inputs, and of the model's layer its `rope` and
@@ -49,6 +50,7 @@ class LayerStore:
     queries: Tensor | None = None
     numbers: Numbers | None = None
     selected: Tensor | None = None
+    chosen: Tensor | None = None
     sinks: Tensor | None = None
     query_ring: Tensor | None = None
     query_sums: Tensor | None = None
@@ -74,7 +76,7 @@ class LayerStore:
 
     @property
     def _asked(self) -> dict[str, Tensor]:
-        """What an eviction asked for, by name."""
+        """What an eviction asked for beside numbers, by name."""
         named = {name: getattr(self, name) for name in ASKED}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 

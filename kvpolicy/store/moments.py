@@ -56,7 +56,8 @@ def _keep(state: CacheState, layer: LayerStore, row: int, new: Tensor) -> None:
     ring, end = layer.query_ring[row], start + count
     done = state.sequences[row].summed
     for block in range(done, summed_at(end, state.spec.rollback), BLOCK):
-        at = torch.arange(block, min(block + BLOCK, start), device=new.device)
+        old_end = max(block, min(block + BLOCK, start))
+        at = torch.arange(block, old_end, device=new.device)
         old = ring[:, ring_slot(at, ring.shape[1])]
         fresh = new[:, max(block - start, 0) : max(block + BLOCK - start, 0)]
         _add(layer, row, block, torch.cat([old, fresh], 1))

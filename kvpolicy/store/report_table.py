@@ -44,6 +44,8 @@ class Reported(Protocol):
     @property
     def read(self) -> list[list[float]]: ...
     @property
+    def prompt_read(self) -> list[float | None]: ...
+    @property
     def sliding_layers(self) -> list[int]: ...
     @property
     def policies(self) -> dict[str, dict[str, list[int]]]: ...
@@ -135,9 +137,13 @@ def _effect(report: Reported, slot: str, on: list[int]) -> str:
         heads = sum(len(report.evicted[n]) for n in on) * max(report.sequences, 1)
         dropped = sum(sum(report.evicted[n]) for n in on)
         return f"evicted {_plain(dropped / heads)} tokens of a head"
+    parts = [x for n in on if (x := report.prompt_read[n]) is not None]
+    prompts = f"prompts read {sum(parts) / len(parts):.1%} of their blocks" if parts else ""
     held, read = ([x for n in on for x in rows[n]] for rows in (report.stored, report.read))
+    if prompts and held == read:
+        return prompts
     means = [_plain(sum(values) / len(values)) for values in (read, held)]
-    return f"the last token read {means[0]} of {means[1]}"
+    return f"{prompts and prompts + ', '}the last token read {means[0]} of {means[1]}"
 
 
 def _where(on: list[int], managed: list[int]) -> str:

@@ -37,7 +37,7 @@ def statistics_bytes(state: CacheState) -> int:
 
 def table_bytes(state: CacheState) -> int:
     """Page tables, counters, lengths and flags; the pools' free stacks and reference counts."""
-    layers = ((x.table, x.counts, x.evicted, x.selected) for x in state.layers)
+    layers = ((x.table, x.counts, x.evicted, x.selected, x.chosen) for x in state.layers)
     pools = ((x.free, x.refs, x.top, x.slabs) for x in state.devices.pools)
     return state.devices.nbytes + sum(storage_bytes(x) for x in (*layers, *pools))
 

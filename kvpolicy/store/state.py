@@ -49,6 +49,7 @@ class Call:
     held: dict[int, list[list[int]]] = attrs.field(factory=dict)  # the same on the host
     done: set[int] = attrs.field(factory=set)  # layers that ran
     told: dict[int, Told] = attrs.field(factory=dict)  # by layer, where others read its keys
+    chosen: dict[int, Tensor] = attrs.field(factory=dict)  # of LayerStore's, what it adds
     # First and last query `[2, B]` to be settled from rings, by device.
     numbers: dict[torch.device, Tensor] = attrs.field(factory=dict)
     longest: list[int] | None = None  # of each sequence before it, where a call changes it
@@ -221,7 +222,7 @@ class CacheState:
             layer.counts.zero_()
             layer.evicted.zero_()
             layer.ring.flags.zero_()
-            layer.selected = None
+            layer.selected = layer.chosen = None
         self.sequences = [SequenceState() for _ in self.sequences]
         self.call = None
         self.resume()

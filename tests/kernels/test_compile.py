@@ -11,20 +11,29 @@ from tests.support.kernels.compiled import compiled
 
 def run(configuration: str, cache: Path, *options: str) -> None:
     wanted = {
+        "_amounts",
         "_append",
         "_attend",
+        "_attend_chosen",
         "_chunks",
         "_column_sums",
         "_count_digits",
         "_decode_write",
+        "_edges",
+        "_find_columns",
         "_fold",
+        "_heaviest",
+        "_levels",
         "_mark",
         "_mark_whole",
         "_move_kept",
+        "_plan",
         "_read_tokens",
+        "_recent",
         "_row_sums",
         "_split",
         "_store",
+        "_stored",
         "_top_pages",
     }
     if "x" in configuration:  # rectangles want values of the keys' head_dim

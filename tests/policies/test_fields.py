@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from kvpolicy import (
+    H2O,
     TOVA,
+    AcrossLayers,
     Adaptive,
     AdmitAll,
     AtPromptEnd,
@@ -22,18 +24,23 @@ from kvpolicy import (
     DBudgetKV,
     DuoAttention,
     FastGen,
+    FlexPrefill,
+    HeadKV,
     KeepAll,
     KeyDiff,
     Knob,
     Knorm,
     KVzap,
     LagKV,
+    LazyLayers,
     LocalAttention,
+    PerPhase,
     Pyramid,
     QFilters,
     Quest,
     RandomGate,
     Ratio,
+    Rope,
     SageKV,
     SelectAll,
     SimLayerKV,
@@ -42,7 +49,9 @@ from kvpolicy import (
     Tokens,
     TopChannels,
     TotalCap,
+    VerticalSlash,
     WriteGate,
+    XAttention,
 )
 from kvpolicy._fields import shown
 from kvpolicy.admission import AllOf, AnyOf
@@ -93,7 +102,7 @@ def words(*options):
 
 FRACTION = numbers(lambda value: 0 <= value <= 1)
 POSITIVE_FRACTION = numbers(lambda value: 0 < value <= 1)
-BUDGET = Kind((Tokens, Ratio, Adaptive, Pyramid, TotalCap))
+BUDGET = Kind((Tokens, Ratio, Adaptive, Pyramid, TotalCap, AcrossLayers, HeadKV, LazyLayers))
 INT_OR_OTHER = lambda value: type(value) is not int or 1 <= value <= MOST  # noqa: E731
 BUDGET_OR_INT = Kind((*BUDGET.types, int), INT_OR_OTHER)
 BASE = Kind((Tokens, Ratio, Adaptive, Pyramid, int), INT_OR_OTHER)
@@ -101,6 +110,7 @@ TOKENS_OR_INT = Kind((Tokens, int), INT_OR_OTHER)
 INT64 = ints(-(1 << 63), (1 << 63) - 1)
 TENSOR = Kind((torch.Tensor,), lambda value: value.shape == (1, 4))
 FLAG = Kind((bool,))
+TILE = Kind((int,), lambda value: 1 <= value <= 1 << 16 and not value & (value - 1))
 FUNCTION = Kind((type(lambda: 0), type, abc.ABCMeta))
 EMPTY = Kind((tuple, list, dict), lambda value: not value)
 NOTHING = Kind(())  # of the values below
@@ -124,6 +134,7 @@ CLASSES = {
             "scale": numbers(lambda value: value > 0, none=True),
             "sliding": Kind((tuple, list), lambda value: not value),
             "per_layer": Kind((tuple, list), lambda value: not value),
+            "hidden": ints(1, none=True),
             "page_size": ints(1),
             "rollback": ints(0),
             "head_offset": ints(0),
@@ -204,6 +215,36 @@ CLASSES = {
             "group": words("max", "mean", "each"),
         },
     ),
+    XAttention: (
+        {},
+        {
+            "threshold": FRACTION,
+            "stride": Kind((int,), lambda value: 1 <= value <= 128 and not value & (value - 1)),
+            "tile": Kind((int,), lambda value: False),  # of those below no multiple of the stride
+        },
+    ),
+    FlexPrefill: (
+        {},
+        {
+            "gamma": POSITIVE_FRACTION,
+            "tau": FRACTION,
+            "min_budget": ints(1),
+            "max_budget": ints(512, none=True),
+            "tile": TILE,
+        },
+    ),
+    VerticalSlash: (
+        {},
+        {
+            "vertical": ints(1),
+            "slash": ints(0),
+            "queries": ints(1),
+            "first": ints(0),
+            "nearest": ints(0),
+            "tile": TILE,
+        },
+    ),
+    PerPhase: ({}, {"prefill": SELECTION, "decode": SELECTION}),
     KeepAll: ({}, {}),
     SnapKV: (
         {"budget": 64},
@@ -220,6 +261,10 @@ CLASSES = {
     StreamingLLM: (
         {"budget": 64},
         {"budget": BUDGET_OR_INT, "sinks": ints(0), "when": WHEN},
+    ),
+    H2O: (
+        {"budget": 64},
+        {"budget": BUDGET_OR_INT, "when": WHEN, "group": words("mean", "max", "sum")},
     ),
     TOVA: (
         {"budget": 64},
@@ -282,6 +327,16 @@ CLASSES = {
         {"admission": LOCAL},
         {"admission": ADMISSION, "generated": words("admission", "keep")},
     ),
+    Rope: (
+        {"frequencies": (1.0,)},
+        {
+            "frequencies": Kind((tuple, list), lambda value: value == (1.5,)),
+            "interleaved": FLAG,
+            "tail": FLAG,
+            "sign": Kind((int,), lambda value: value in (1, -1)),
+            "factor": numbers(lambda value: value > 0),
+        },
+    ),
     Tokens: ({"tokens": 64}, {"tokens": ints(1)}),
     Ratio: ({"ratio": 0.5}, {"ratio": POSITIVE_FRACTION}),
     Adaptive: (
@@ -291,6 +346,20 @@ CLASSES = {
     Pyramid: (
         {"base": Tokens(64)},
         {"base": BASE, "beta": numbers(lambda value: value >= 1), "observation": ints(0)},
+    ),
+    AcrossLayers: ({"base": Tokens(64)}, {"base": BASE, "floor": FRACTION}),
+    LazyLayers: (
+        {"base": Tokens(64)},
+        {"base": BASE, "threshold": FRACTION, "held": ints(0)},
+    ),
+    HeadKV: (
+        {"base": Tokens(64), "importance": ((1.0, 2.0),)},
+        {
+            "base": BASE,
+            "importance": Kind((tuple, list), lambda value: value == ((0.5,),)),
+            "beta": numbers(lambda value: value >= 1),
+            "temperature": numbers(lambda value: value >= 0),
+        },
     ),
     TotalCap: ({"tokens": 64}, {"tokens": ints(1, (1 << 63) - 1), "drop": POSITIVE_FRACTION}),
     Knob: (

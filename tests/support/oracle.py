@@ -6,7 +6,7 @@ import torch
 
 from kvpolicy import Write
 from tests.support.contract.streams import hidden_of
-from tests.support.rules import read
+from tests.support.rules import chosen, read
 
 
 class Oracle:
@@ -110,9 +110,9 @@ class Oracle:
         self.store(q, k, v, pre, prompt=True)
         i, j = torch.arange(old, self.n)[:, None], torch.arange(self.n)
         far = self.alive.repeat_interleave(self.group, 0)[:, None]
-        visible = (j <= i) & ((i - j < self.W) | far)
-        self.weigh(i[:, 0].tolist(), visible)
-        return self.attend(i[:, 0], visible)
+        near = i - j < self.W
+        self.weigh(i[:, 0].tolist(), (j <= i) & (near | far))
+        return self.attend(i[:, 0], (j <= i) & (near | (far & chosen(self, old))))
 
     def decode(self, q, k, v, pre):
         self.store(q, k, v, pre, prompt=False)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from kvpolicy import AcrossLayers, Adaptive, EvictionView, HeadKV, LazyLayers, TotalCap
+from kvpolicy import AcrossLayers, Adaptive, EvictionView, HeadKV, LazyLayers, PromptView, TotalCap
 
 
 def read(o, i, h):
@@ -33,6 +33,25 @@ def read(o, i, h):
         order = list(dict.fromkeys([*sure, *rest]))[: policy.pages(o.W, size)]
         chosen.append(sorted(j for p in order for j in pages[p]))
     return chosen if policy.group == "each" else chosen * o.group
+
+
+def chosen(o, start):
+    """Whether the query heads of a prompt call from `start` on may read each token: [Hq, T, n]."""
+    policy, tile, i, j = o.selection, o.selection.tile, torch.arange(start, o.n), torch.arange(o.n)
+    every = torch.ones(1, len(i), len(j), dtype=torch.bool)
+    if tile is None or o.slides or o.n <= o.W or not len(i):
+        return every
+    there = o.k.masked_fill(~o.alive[..., None], 0)
+    given = o.q[:, start:], start, there, o.alive, o.sizes.scale, o.sizes.softcap
+    reads = policy.prompt(PromptView(o.layer, range(o.heads), *given))
+    own = i // tile - start // tile
+    found = reads.blocks[:, own][:, :, j // tile]
+    if reads.columns is not None:
+        lists = reads.columns.expand(-1, reads.blocks.shape[1], -1)[:, own]
+        for h, rows in enumerate(lists.tolist()):
+            for n, columns in enumerate(rows):
+                found[h, n, [x for x in columns if 0 <= x < o.n]] = True
+    return found.repeat_interleave(o.q.shape[0] // found.shape[0], 0)
 
 
 def scores(o):

@@ -18,6 +18,7 @@ from kvpolicy import (
     DBudgetKV,
     DuoAttention,
     FastGen,
+    FlexPrefill,
     HeadKV,
     KeepAll,
     KeyDiff,
@@ -26,6 +27,7 @@ from kvpolicy import (
     LagKV,
     LazyLayers,
     LocalAttention,
+    PerPhase,
     Pyramid,
     QFilters,
     Quest,
@@ -40,7 +42,9 @@ from kvpolicy import (
     Tokens,
     TopChannels,
     TotalCap,
+    VerticalSlash,
     WriteGate,
+    XAttention,
     all_of,
     any_of,
     per_layer,
@@ -146,6 +150,10 @@ def quest(s, pages=1, **options):
     return Quest(budget=s.window + 1 + (pages - 1) * s.spec.page_size, **options)
 
 
+def xattention(**options):
+    return XAttention(threshold=0.5, stride=2, tile=4, **options)
+
+
 SELECTIONS = {
     "all": lambda s: SelectAll(),
     "quest": quest,
@@ -155,6 +163,20 @@ SELECTIONS = {
     "top_channels": lambda s: TopChannels(budget=s.window + 1 + s.spec.page_size, channels=3),
     "user": lambda s: LargestKey(budget=Tokens(s.window + 1), group="each"),
     "per_layer": lambda s: per_layer(quest(s, 1, last=0), {0: SelectAll()}),
+    "xattention": lambda s: xattention(),
+    "xattention_quest": lambda s: PerPhase(prefill=xattention(), decode=quest(s)),
+    "xattention_layers": lambda s: per_layer(
+        PerPhase(prefill=xattention(), decode=quest(s, 2)), {0: quest(s)}
+    ),
+}
+# Those that a prompt's last queries decide, which take it in one call.
+WHOLE = {
+    "flex": lambda s: FlexPrefill(gamma=0.4, tau=0.3, min_budget=4, tile=4),
+    "slash": lambda s: VerticalSlash(vertical=4, slash=2, queries=5, first=1, nearest=1, tile=4),
+    "slash_quest": lambda s: PerPhase(
+        prefill=VerticalSlash(vertical=3, slash=1, queries=3, first=1, nearest=1, tile=2),
+        decode=quest(s),
+    ),
 }
 
 
@@ -223,7 +245,7 @@ def build(sizes, admission="all", selection="all", eviction="none", backend="aut
     """The pipeline of three named policies."""
     return CachePipeline(
         admission=ADMISSIONS[admission](sizes),
-        selection=SELECTIONS[selection](sizes),
+        selection=(SELECTIONS | WHOLE)[selection](sizes),
         eviction=EVICTIONS[eviction](sizes),
         window=sizes.window,
         backend=backend,

@@ -229,6 +229,9 @@ class Run:
         if not pipe.eviction.neutral:
             assert any(n for x in managed for n in report.evicted[x])
         assert pipe.selection.neutral or not selection or self.reads_less(report)
+        tiled = [x for x in managed if pipe.selection.at(x).tile is not None]
+        assert [x for x in managed if report.prompt_read[x] is not None] == tiled
+        assert all(report.prompt_read[x] < 1 for x in tiled)
         return report
 
     def check_snapshot(self, report):

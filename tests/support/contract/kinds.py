@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from tests.support.contract.cases import ADMISSIONS, EVICTIONS, SELECTIONS
 
-# Not at all; by positions; by a number of each token; by queries; for several heads together.
+# Not at all; by positions; by a number of each token; by queries; for several heads together; for
+# tiles of a prompt.
 KINDS = {
     "admission": {
         "neutral": ("all",),
@@ -19,6 +20,7 @@ KINDS = {
         "neutral": ("all",),
         "query": ("quest_each", "user"),
         "heads": ("quest", "quest_mean", "quest_first", "top_channels", "per_layer"),
+        "tiles": ("xattention", "xattention_quest", "xattention_layers"),
     },
     "eviction": {
         "neutral": ("none",),

@@ -18,19 +18,22 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kvpolicy.kernels import (
     _launch,
+    antidiagonal,
     cache_write,
     compact,
     keep_best,
+    keys_at,
     page_io,
     page_select,
     paged_decode,
     prompt_write,
+    selected_prefill,
     sparse_prefill,
     window_scores,
     write_gate,
 )
 from kvpolicy.kernels.prefill_gather import Rectangles
-from kvpolicy.ops import Heads, Ring, Segments
+from kvpolicy.ops import Heads, Ring, Segments, TileReads
 from tests.support.kernels.pool import make_pool
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KB that one program may use
@@ -144,6 +147,18 @@ def call_all(dim: int, page: int, dtype: torch.dtype, dim_v: int | None = None) 
             segments, pages, stored, window, 0.1,
         )  # fmt: skip
         sparse_prefill.prefill_attention(*prompt)
+    queries = torch.zeros(heads * group, tokens, dim, dtype=dtype)
+    for size, stride, softcap in ((128, 8, None), (64, 16, 30.0)):
+        placed = keys_at.keys_at(key, dest.byte(), segments, pages, stored, size)
+        chosen = antidiagonal.antidiagonal_blocks(
+            queries, *placed, segments, 0.1, size, stride, 0.9, softcap=softcap
+        )
+        sets = torch.zeros(chosen.shape[1], dtype=torch.int32)
+        columns = torch.zeros(chosen.shape[0], 1, 300, dtype=torch.int32)
+        more = () if softcap is None else (columns, sets)
+        given = key, value, segments, pages, stored, window, 0.1, TileReads(size, chosen, *more)
+        sinks = None if softcap is None else torch.zeros(heads * group, dtype=dtype)
+        selected_prefill.selected_prefill(queries, *given, softcap=softcap, sinks=sinks)
     hidden = 512
     observed = torch.zeros(1, heads * group, 288, dim, dtype=dtype)
     for how, norm, count in (
