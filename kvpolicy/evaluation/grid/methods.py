@@ -49,10 +49,15 @@ class Method:
     reads: float | None = None
 
     def build(self, seen: bool, room: Room) -> CachePipeline | None:
-        """The pipeline for a room; a question that comes after the eviction needs room too."""
-        slots = room.slots - (0 if seen else room.asked)
+        """The pipeline for a room.
+
+        A question that comes after the eviction needs room too, but where one goes on.
+        """
+        policy = self.make(1 << 20)
+        goes_on = policy.when == "decode" or policy.forgets_window
+        slots = room.slots - (0 if seen or goes_on else room.asked)
         near = self.window(slots)
-        window = near or self.make(1 << 20).prefers_window or 1
+        window = near or policy.prefers_window or 1
         own = attrs.evolve(room, slots=slots)
         tokens = int(slots - room.page / 2) if self.ragged or self.tuned else own.whole(window)
         if tokens <= window:
