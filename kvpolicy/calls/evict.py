@@ -231,6 +231,8 @@ def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:
         hidden_valid=None if hidden_at is None else hidden_at >= 0,
         output_weight=layer.output_weight,
         rope=layer.rope,
+        layers=state.spec.layers,
+        group=layer.sizes.heads // layer.sizes.kv_heads,
     )
 
 

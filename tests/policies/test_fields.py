@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import importlib
 import re
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import attrs
@@ -13,16 +14,20 @@ import torch
 
 from kvpolicy import (
     H2O,
+    RKV,
     TOVA,
     AcrossLayers,
+    AdaEA,
     Adaptive,
     AdmitAll,
     AtPromptEnd,
     Budget,
     CachePipeline,
     CacheSpec,
+    CriticalKV,
     DBudgetKV,
     DuoAttention,
+    ExpectedAttention,
     FastGen,
     FlexPrefill,
     HeadKV,
@@ -30,6 +35,7 @@ from kvpolicy import (
     KeyDiff,
     Knob,
     Knorm,
+    KVPress,
     KVzap,
     LagKV,
     LazyLayers,
@@ -49,6 +55,7 @@ from kvpolicy import (
     Tokens,
     TopChannels,
     TotalCap,
+    TriAttention,
     VerticalSlash,
     WriteGate,
     XAttention,
@@ -121,6 +128,7 @@ GATE = {
     "b1": torch.ones(1, 2, 3), "w2": torch.ones(1, 2, 3), "b2": torch.ones(1, 2),
 }  # fmt: skip
 LOCAL = LocalAttention(window=8)
+PRESS = SimpleNamespace(score=lambda *six: six)
 WHEN = words("prompt_end", "decode")
 
 # Class: arguments that make one, and what each field takes.
@@ -168,6 +176,20 @@ CLASSES = {
             "window": ints(1, none=True),
             "activation": words("gelu", "silu"),
             "backend": words("reference", "triton"),
+            "source": Kind((), none=True),
+        },
+    ),
+    AdaEA: (
+        {
+            "mean": torch.ones(1, 1, 2, 4), "covariance": torch.ones(1, 1, 2, 4, 4),
+            "thresholds": torch.ones(1, 1, 2),
+        },
+        {
+            **dict.fromkeys(
+                ("mean", "covariance", "thresholds"), Kind((torch.Tensor,), lambda value: False)
+            ),
+            "sinks": ints(0),
+            "window": ints(1, none=True),
             "source": Kind((), none=True),
         },
     ),
@@ -294,6 +316,66 @@ CLASSES = {
             "filters": Kind((torch.Tensor,), lambda value: False),
             "when": WHEN,
             "source": Kind((), none=True),
+        },
+    ),
+    ExpectedAttention: (
+        {"budget": 64},
+        {
+            "budget": BUDGET_OR_INT,
+            "when": WHEN,
+            "future": ints(1),
+            "sinks": ints(0),
+            "covariance": FLAG,
+            "value_norm": FLAG,
+            "epsilon": numbers(lambda value: value >= 0),
+        },
+    ),
+    CriticalKV: (
+        {"eviction": SnapKV(budget=64)},
+        {
+            "eviction": Kind((SnapKV,)),
+            "epsilon": numbers(lambda value: value >= 0),
+            "first": FRACTION,
+        },
+    ),
+    RKV: (
+        {"budget": 64},
+        {
+            "budget": BUDGET_OR_INT,
+            "when": WHEN,
+            "observation": ints(1),
+            "kernel": Kind((int,), lambda value: 1 <= value <= MOST and value % 2),
+            "mix": FRACTION,
+            "threshold": FRACTION,
+            "group": words("mean", "max"),
+        },
+    ),
+    TriAttention: (
+        {"budget": 64, **dict.fromkeys(("real", "imaginary", "size"), torch.ones(1, 2, 4))},
+        {
+            "budget": BUDGET_OR_INT,
+            **dict.fromkeys(
+                ("real", "imaginary", "size"), Kind((torch.Tensor,), lambda value: False)
+            ),
+            "when": WHEN,
+            "farthest": ints(1),
+            "group": words("mean", "max"),
+            "normalize": FLAG,
+            "keep_prompt": FLAG,
+            "source": Kind((), none=True),
+        },
+    ),
+    KVPress: (
+        {"press": PRESS, "budget": 64},
+        {
+            "press": NOTHING,
+            "budget": BUDGET_OR_INT,
+            "when": WHEN,
+            "reads": words("queries", "statistics", "hidden"),
+            "inputs": ints(0),
+            "skip": ints(0),
+            "output_weight": FLAG,
+            "across_heads": FLAG,
         },
     ),
     SageKV: (

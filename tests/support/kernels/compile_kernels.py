@@ -21,12 +21,14 @@ from kvpolicy.kernels import (
     antidiagonal,
     cache_write,
     compact,
+    expected_attention,
     keep_best,
     keys_at,
     page_io,
     page_select,
     paged_decode,
     prompt_write,
+    redundancy,
     selected_prefill,
     sparse_prefill,
     window_scores,
@@ -168,6 +170,11 @@ def call_all(dim: int, page: int, dtype: torch.dtype, dim_v: int | None = None) 
             pages, stored, ring, observed, lengths, window, 0.1, observation=count,
             kernel=5, pooling="avg", group=how, normalize=norm,
         )  # fmt: skip
+    mean = torch.zeros(1, heads * group, dim)
+    for square in (None, torch.zeros(1, heads * group, dim, dim)):
+        expected_attention.expected_logits(pages, stored, mean, square)
+    expected_attention.value_norms(pages, stored)
+    redundancy.last_similar(key, rows, 0.5)
     for silu in (False, True):
         write_gate.write_gate(
             key, key, key[0, 0], key[0, 0], torch.zeros(heads, hidden, 2 * dim, dtype=dtype),
