@@ -22,9 +22,12 @@ from .admission import Write as Write
 from .admission import WriteGate as WriteGate
 from .admission import all_of as all_of
 from .admission import any_of as any_of
+from .budget import AcrossLayers as AcrossLayers
 from .budget import Adaptive as Adaptive
 from .budget import Budget as Budget
 from .budget import BudgetView as BudgetView
+from .budget import HeadKV as HeadKV
+from .budget import LazyLayers as LazyLayers
 from .budget import Pyramid as Pyramid
 from .budget import Ratio as Ratio
 from .budget import Tokens as Tokens
@@ -107,6 +110,7 @@ else:
 __version__ = "0.2.0"
 
 __all__ = [
+    "AcrossLayers",
     "Adaptive",
     "Admission",
     "AdmitAll",
@@ -127,6 +131,7 @@ __all__ = [
     "FlexPrefill",
     "GKV",
     "H2O",
+    "HeadKV",
     "KVPolicyError",
     "KVzap",
     "KVzip",
@@ -135,6 +140,7 @@ __all__ = [
     "Knob",
     "Knorm",
     "LagKV",
+    "LazyLayers",
     "LocalAttention",
     "PerPhase",
     "PhaseError",

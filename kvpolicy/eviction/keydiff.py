@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._names import named
-from ..budget import Budget
+from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
-from ._base import Eviction, EvictionView, budget_field, when_field, wide
+from ._base import Eviction, EvictionView, when_field, wide
 
 
 @named
@@ -25,7 +25,7 @@ class KeyDiff(Eviction):
         `CachePipeline(eviction=KeyDiff(budget=1024))`
     """
 
-    budget: Budget = budget_field()
+    budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
     when: When = when_field()
 
     @property

@@ -11,6 +11,7 @@ from kvpolicy import (
     H2O,
     RKV,
     TOVA,
+    AcrossLayers,
     AdaEA,
     Adaptive,
     AdmitAll,
@@ -24,12 +25,14 @@ from kvpolicy import (
     FastGen,
     FastKVzip,
     FlexPrefill,
+    HeadKV,
     KeepAll,
     KeyDiff,
     Knorm,
     KVzap,
     KVzip,
     LagKV,
+    LazyLayers,
     LocalAttention,
     PerPhase,
     Pyramid,
@@ -230,6 +233,11 @@ def snap(budget, **options):
     return SnapKV(budget=budget, observation=3, kernel=3, **options)
 
 
+def worth(s):
+    """How much each head is worth, from 1 to 4."""
+    return [[1 + (5 * n + 3 * h) % 4 for h in range(s.spec.kv_heads)] for n in range(s.spec.layers)]
+
+
 def pyramid(s):
     return Pyramid(Tokens(s.kept + 1), beta=4.0, observation=s.window + 1)
 
@@ -261,6 +269,9 @@ EVICTIONS = {
     "adaptive": lambda s: snap(Adaptive(Tokens(s.kept)), when="decode"),
     "pyramid": lambda s: snap(pyramid(s)),
     "adaptive_pyramid": lambda s: snap(Adaptive(pyramid(s), floor=0.5)),
+    "across_layers": lambda s: snap(AcrossLayers(Tokens(s.kept)), when="decode"),
+    "lazy_layers": lambda s: snap(LazyLayers(Tokens(s.kept), threshold=0.3, held=2)),
+    "headkv": lambda s: snap(HeadKV(Tokens(s.kept), importance=worth(s), beta=1.2)),
     "cap": lambda s: snap(cap(s), normalize="global"),
     "cap_decode": lambda s: snap(cap(s), when="decode"),
     "sage": lambda s: SageKV(budget=s.kept, sinks=3),

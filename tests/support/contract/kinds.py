@@ -57,7 +57,17 @@ KINDS = {
             "r_kv",
         ),
         "statistics": ("expected", "expected_decode", "critical_expected"),
-        "heads": ("adaptive", "adaptive_pyramid", "cap", "cap_decode", "tova_layer", "simlayer"),
+        "heads": (
+            "adaptive",
+            "adaptive_pyramid",
+            "cap",
+            "cap_decode",
+            "tova_layer",
+            "across_layers",
+            "lazy_layers",
+            "headkv",
+            "simlayer",
+        ),
     },
 }
 for slot, table in (("admission", ADMISSIONS), ("selection", SELECTIONS), ("eviction", EVICTIONS)):
