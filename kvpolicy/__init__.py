@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._knob import Knob as Knob
+from .admission import AdaEA as AdaEA
 from .admission import Admission as Admission
 from .admission import AdmitAll as AdmitAll
 from .admission import DuoAttention as DuoAttention
@@ -34,23 +35,33 @@ from .errors import KVPolicyError as KVPolicyError
 from .errors import PhaseError as PhaseError
 from .errors import RollbackError as RollbackError
 from .errors import UnsupportedError as UnsupportedError
+from .eviction import GKV as GKV
 from .eviction import H2O as H2O
+from .eviction import RKV as RKV
 from .eviction import TOVA as TOVA
 from .eviction import AtPromptEnd as AtPromptEnd
+from .eviction import CriticalKV as CriticalKV
 from .eviction import DBudgetKV as DBudgetKV
 from .eviction import Eviction as Eviction
 from .eviction import EvictionView as EvictionView
+from .eviction import ExpectedAttention as ExpectedAttention
 from .eviction import FastGen as FastGen
+from .eviction import FastKVzip as FastKVzip
 from .eviction import KeepAll as KeepAll
 from .eviction import KeyDiff as KeyDiff
 from .eviction import Knorm as Knorm
+from .eviction import KVPress as KVPress
+from .eviction import KVzip as KVzip
 from .eviction import LagKV as LagKV
 from .eviction import QFilters as QFilters
 from .eviction import QueryStats as QueryStats
+from .eviction import Ranked as Ranked
 from .eviction import SageKV as SageKV
 from .eviction import SimLayerKV as SimLayerKV
 from .eviction import SnapKV as SnapKV
 from .eviction import StreamingLLM as StreamingLLM
+from .eviction import TriAttention as TriAttention
+from .eviction import TrimKV as TrimKV
 from .per_layer import per_layer as per_layer
 from .pipeline import CachePipeline as CachePipeline
 from .pipeline_files import load_pipeline as load_pipeline
@@ -109,13 +120,16 @@ __all__ = [
     "CapacityError",
     "DBudgetKV",
     "DuoAttention",
-    "H2O",
     "Eviction",
     "EvictionView",
     "FastGen",
+    "FastKVzip",
     "FlexPrefill",
+    "GKV",
+    "H2O",
     "KVPolicyError",
     "KVzap",
+    "KVzip",
     "KeepAll",
     "KeyDiff",
     "Knob",
@@ -127,10 +141,11 @@ __all__ = [
     "PromptSelection",
     "PromptView",
     "Pyramid",
-    "QueryStats",
     "QFilters",
+    "QueryStats",
     "Quest",
     "RandomGate",
+    "Ranked",
     "Ratio",
     "Reads",
     "Report",
@@ -146,6 +161,7 @@ __all__ = [
     "Tokens",
     "TopChannels",
     "TotalCap",
+    "TrimKV",
     "UnsupportedError",
     "VerticalSlash",
     "Write",
@@ -158,6 +174,12 @@ __all__ = [
     "new_cache",
     "per_layer",
     "save_pipeline",
+    "AdaEA",
+    "CriticalKV",
+    "ExpectedAttention",
+    "KVPress",
+    "RKV",
+    "TriAttention",
 ]
 
 

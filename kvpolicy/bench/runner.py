@@ -18,11 +18,11 @@ from .plots import draw
 from .rows import CheckFailed, Row
 
 GROUPS = (
-    *("prefill", "decode", "quest", "write", "snapkv"),
+    *("prefill", "tiles", "decode", "quest", "write", "snapkv", "evictions"),
     *("decoders", "model", "launches", "families"),
 )
 _MODULES = (
-    *("prefill", "decode", "write", "snapkv", "decoders"),
+    *("prefill", "tiles", "decode", "write", "snapkv", "evictions", "decoders"),
     *("end_to_end", "launches", "family_rows"),
 )
 

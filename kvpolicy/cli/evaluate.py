@@ -182,9 +182,10 @@ def _chosen(variants: list[Variant], starts: Sequence[str] | None) -> list[Varia
     if not starts:
         return variants
     chosen = [x for x in variants if x.name.startswith(tuple(starts))]
-    if not chosen:
+    unknown = [start for start in starts if not any(x.name.startswith(start) for x in chosen)]
+    if unknown:
         names = ", ".join(x.name for x in variants)
-        raise ValueError(f"variant: wanted the start of one of {names}; got {', '.join(starts)}")
+        raise ValueError(f"variant: wanted the start of one of {names}; got {', '.join(unknown)}")
     sizes = {x.matches for x in chosen}
     return [x for x in variants if x in chosen or x.name in sizes]
 

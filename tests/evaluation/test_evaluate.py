@@ -24,9 +24,9 @@ from kvpolicy.evaluation.models import tiny_llama  # noqa: E402
 from kvpolicy.evaluation.sessions import estimates  # noqa: E402
 from kvpolicy.evaluation.sessions.pipeline import PipelineSession  # noqa: E402
 from kvpolicy.evaluation.sessions.score import score  # noqa: E402
-from kvpolicy.evaluation.tasks import TASKS  # noqa: E402
+from kvpolicy.evaluation.tasks import TASKS, Task  # noqa: E402
 from kvpolicy.evaluation.tasks import loss as long_text  # noqa: E402
-from kvpolicy.evaluation.tasks.prompts import Example, Question  # noqa: E402
+from kvpolicy.evaluation.tasks.prompts import Example, Frame, Question  # noqa: E402
 
 CHAT = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}~"
 
@@ -269,10 +269,25 @@ def test_questions_set_the_contexts_and_variants_are_chosen(folder, tmp_path):
     rows = json.loads((tmp_path / "results.json").read_text())["cells"]
     assert {row["variant"] for row in rows} == {"full", "local 50%"}
     assert {row["questions"] for row in rows if row["task"] == "copy"} == {16}
-    assert (
-        "wanted the start of one of full"
-        in call(folder, tmp_path / "b", "--variant", "x", code=2).stderr
-    )
+    for names in (("x",), ("full", "x")):
+        wrong = call(folder, tmp_path / "b", *(w for n in names for w in ("--variant", n)), code=2)
+        assert wrong.stderr.startswith("error: variant: wanted the start of one of full")
+        assert wrong.stderr.endswith("; got x\n")
+
+
+def test_a_task_of_one_s_own(folder, tmp_path, monkeypatch):
+    """Its record beside the others, by name."""
+
+    def make(tokenizer, text, *, length, contexts, seed):
+        frame = Frame(tokenizer)
+        opening = frame.opening(text[:90])
+        ask = frame.ask("Who went home?", lead="Who? ", answer="aka.")
+        return [Example(context_ids=opening, questions=(ask,))] * contexts
+
+    monkeypatch.setitem(TASKS, "mine", Task(name="mine", make=make, questions=1))
+    options = ("--task", "mine", "--length", 420, "--contexts", 2, "--variant", "full")
+    said = call(folder, tmp_path, *options).stdout
+    assert "mine, 420: full: accuracy" in said and "0 failed" in said
 
 
 def test_pages_are_as_large_as_asked_for(folder, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import importlib
 import re
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import attrs
@@ -12,23 +13,31 @@ import pytest
 import torch
 
 from kvpolicy import (
+    GKV,
     H2O,
+    RKV,
     TOVA,
+    AdaEA,
     Adaptive,
     AdmitAll,
     AtPromptEnd,
     Budget,
     CachePipeline,
     CacheSpec,
+    CriticalKV,
     DBudgetKV,
     DuoAttention,
+    ExpectedAttention,
     FastGen,
+    FastKVzip,
     FlexPrefill,
     KeepAll,
     KeyDiff,
     Knob,
     Knorm,
+    KVPress,
     KVzap,
+    KVzip,
     LagKV,
     LocalAttention,
     PerPhase,
@@ -36,6 +45,7 @@ from kvpolicy import (
     QFilters,
     Quest,
     RandomGate,
+    Ranked,
     Ratio,
     Rope,
     SageKV,
@@ -46,6 +56,8 @@ from kvpolicy import (
     Tokens,
     TopChannels,
     TotalCap,
+    TriAttention,
+    TrimKV,
     VerticalSlash,
     WriteGate,
     XAttention,
@@ -118,6 +130,7 @@ GATE = {
     "b1": torch.ones(1, 2, 3), "w2": torch.ones(1, 2, 3), "b2": torch.ones(1, 2),
 }  # fmt: skip
 LOCAL = LocalAttention(window=8)
+PRESS = SimpleNamespace(score=lambda *six: six)
 WHEN = words("prompt_end", "decode")
 
 # Class: arguments that make one, and what each field takes.
@@ -165,6 +178,20 @@ CLASSES = {
             "window": ints(1, none=True),
             "activation": words("gelu", "silu"),
             "backend": words("reference", "triton"),
+            "source": Kind((), none=True),
+        },
+    ),
+    AdaEA: (
+        {
+            "mean": torch.ones(1, 1, 2, 4), "covariance": torch.ones(1, 1, 2, 4, 4),
+            "thresholds": torch.ones(1, 1, 2),
+        },
+        {
+            **dict.fromkeys(
+                ("mean", "covariance", "thresholds"), Kind((torch.Tensor,), lambda value: False)
+            ),
+            "sinks": ints(0),
+            "window": ints(1, none=True),
             "source": Kind((), none=True),
         },
     ),
@@ -261,7 +288,8 @@ CLASSES = {
     ),
     H2O: (
         {"budget": 64},
-        {"budget": BUDGET_OR_INT, "when": WHEN, "group": words("mean", "max", "sum")},
+        {"budget": BUDGET_OR_INT, "when": WHEN, "group": words("mean", "max", "sum"),
+         "average": FLAG},
     ),
     TOVA: (
         {"budget": 64},
@@ -284,6 +312,40 @@ CLASSES = {
             "when": WHEN,
         },
     ),
+    GKV: (
+        {"budget": 64},
+        {"budget": BUDGET_OR_INT, "when": WHEN, "observation": ints(1), "alpha": FRACTION},
+    ),
+    KVzip: ({"budget": 64}, {"budget": BUDGET_OR_INT, "sinks": ints(0)}),
+    Ranked: (
+        {"budget": 64, "gate": KVzap(w2=torch.ones(1, 2, 4), b2=torch.ones(1, 2))},
+        {"gate": Kind((AdmitAll, LocalAttention), lambda value: False), "budget": BUDGET_OR_INT,
+         "when": WHEN, "sinks": ints(0)},
+    ),
+    TrimKV: (
+        {"budget": 64, "w1": torch.ones(1, 3, 4), "b1": torch.ones(1, 3),
+         "w2": torch.ones(1, 2, 3), "b2": torch.ones(1, 2)},
+        {
+            "budget": BUDGET_OR_INT,
+            **dict.fromkeys(("w1", "b1", "w2", "b2"), Kind((torch.Tensor,), lambda value: False)),
+            "when": WHEN,
+            "source": Kind((), none=True),
+        },
+    ),
+    FastKVzip: (
+        {"budget": 64, "q": torch.ones(1, 8, 3), "q_bias": torch.ones(1, 8),
+         "k": torch.ones(1, 8, 3), "q_norm": torch.ones(1, 4), "k_norm": torch.ones(1, 4),
+         "base": torch.ones(1, 2, 1, 1, 4), "bias": torch.ones(1, 2, 1, 1)},
+        {
+            "budget": BUDGET_OR_INT,
+            **dict.fromkeys(("q", "q_bias", "k"), Kind((torch.Tensor,), lambda value: False)),
+            **dict.fromkeys(("q_norm", "k_norm"), TENSOR),
+            **dict.fromkeys(("base", "bias"), Kind((torch.Tensor,), lambda value: False)),
+            "when": WHEN,
+            "sinks": ints(0),
+            "source": Kind((), none=True),
+        },
+    ),
     QFilters: (
         {"budget": 64, "filters": torch.ones(1, 2, 4)},
         {
@@ -291,6 +353,66 @@ CLASSES = {
             "filters": Kind((torch.Tensor,), lambda value: False),
             "when": WHEN,
             "source": Kind((), none=True),
+        },
+    ),
+    ExpectedAttention: (
+        {"budget": 64},
+        {
+            "budget": BUDGET_OR_INT,
+            "when": WHEN,
+            "future": ints(1),
+            "sinks": ints(0),
+            "covariance": FLAG,
+            "value_norm": FLAG,
+            "epsilon": numbers(lambda value: value >= 0),
+        },
+    ),
+    CriticalKV: (
+        {"eviction": SnapKV(budget=64)},
+        {
+            "eviction": Kind((SnapKV,)),
+            "epsilon": numbers(lambda value: value >= 0),
+            "first": FRACTION,
+        },
+    ),
+    RKV: (
+        {"budget": 64},
+        {
+            "budget": BUDGET_OR_INT,
+            "when": WHEN,
+            "observation": ints(1),
+            "kernel": Kind((int,), lambda value: 1 <= value <= MOST and value % 2),
+            "mix": FRACTION,
+            "threshold": FRACTION,
+            "group": words("mean", "max"),
+        },
+    ),
+    TriAttention: (
+        {"budget": 64, **dict.fromkeys(("real", "imaginary", "size"), torch.ones(1, 2, 4))},
+        {
+            "budget": BUDGET_OR_INT,
+            **dict.fromkeys(
+                ("real", "imaginary", "size"), Kind((torch.Tensor,), lambda value: False)
+            ),
+            "when": WHEN,
+            "farthest": ints(1),
+            "group": words("mean", "max"),
+            "normalize": FLAG,
+            "keep_prompt": FLAG,
+            "source": Kind((), none=True),
+        },
+    ),
+    KVPress: (
+        {"press": PRESS, "budget": 64},
+        {
+            "press": NOTHING,
+            "budget": BUDGET_OR_INT,
+            "when": WHEN,
+            "reads": words("queries", "statistics", "hidden"),
+            "inputs": ints(0),
+            "skip": ints(0),
+            "output_weight": FLAG,
+            "across_heads": FLAG,
         },
     ),
     SageKV: (

@@ -38,10 +38,18 @@ from kvpolicy.pipeline_files.names import KNOWN, is_policy
 from kvpolicy.pipeline_files.weights import weights_of
 from kvpolicy.pretrained import path as shipped
 from kvpolicy.store.fingerprint import pipeline_fingerprint
-from tests.support.contract.cases import ADMISSIONS, EVICTIONS, SELECTIONS, Sizes, build, gate
+from tests.support.contract.cases import (
+    ADMISSIONS,
+    EVICTIONS,
+    SELECTIONS,
+    WHOLE,
+    Sizes,
+    build,
+    gate,
+)
 
 SIZES = Sizes(CacheSpec(layers=3, heads=4, kv_heads=2, head_dim=8, page_size=4), window=8)
-NAMES = {"admission": ADMISSIONS, "selection": SELECTIONS, "eviction": EVICTIONS}
+NAMES = {"admission": ADMISSIONS, "selection": SELECTIONS | WHOLE, "eviction": EVICTIONS}
 CASES = [{slot: name} for slot, table in NAMES.items() for name in table]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from kvpolicy import Adaptive, EvictionView, PromptView, TotalCap
+from tests.support.contract.told import asked
 
 
 def read(o, i, h):
@@ -73,6 +74,7 @@ def scores(o):
         numbers=(numbers.gather(1, at) * valid)[None],
         recent_numbers=(numbers[:, recent.clamp(min=0)] * (recent >= 0))[None],
         recent_values=o.v[:, recent.clamp(min=0)][None],
+        **asked(o),
     )  # fmt: skip
     found = o.eviction.score(view)[0].tolist()
     return [dict(zip(p, s, strict=False)) for p, s in zip(pages, found, strict=True)]
