@@ -107,6 +107,7 @@ else:
 __version__ = "0.2.0"
 
 __all__ = [
+    "AdaEA",
     "Adaptive",
     "Admission",
     "AdmitAll",
@@ -118,16 +119,19 @@ __all__ = [
     "CacheSpec",
     "CacheState",
     "CapacityError",
+    "CriticalKV",
     "DBudgetKV",
     "DuoAttention",
     "Eviction",
     "EvictionView",
+    "ExpectedAttention",
     "FastGen",
     "FastKVzip",
     "FlexPrefill",
     "GKV",
     "H2O",
     "KVPolicyError",
+    "KVPress",
     "KVzap",
     "KVzip",
     "KeepAll",
@@ -144,6 +148,7 @@ __all__ = [
     "QFilters",
     "QueryStats",
     "Quest",
+    "RKV",
     "RandomGate",
     "Ranked",
     "Ratio",
@@ -161,6 +166,7 @@ __all__ = [
     "Tokens",
     "TopChannels",
     "TotalCap",
+    "TriAttention",
     "TrimKV",
     "UnsupportedError",
     "VerticalSlash",
@@ -174,12 +180,6 @@ __all__ = [
     "new_cache",
     "per_layer",
     "save_pipeline",
-    "AdaEA",
-    "CriticalKV",
-    "ExpectedAttention",
-    "KVPress",
-    "RKV",
-    "TriAttention",
 ]
 
 
