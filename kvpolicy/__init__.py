@@ -111,6 +111,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "AcrossLayers",
+    "AdaEA",
     "Adaptive",
     "Admission",
     "AdmitAll",
@@ -122,10 +123,12 @@ __all__ = [
     "CacheSpec",
     "CacheState",
     "CapacityError",
+    "CriticalKV",
     "DBudgetKV",
     "DuoAttention",
     "Eviction",
     "EvictionView",
+    "ExpectedAttention",
     "FastGen",
     "FastKVzip",
     "FlexPrefill",
@@ -133,6 +136,7 @@ __all__ = [
     "H2O",
     "HeadKV",
     "KVPolicyError",
+    "KVPress",
     "KVzap",
     "KVzip",
     "KeepAll",
@@ -150,6 +154,7 @@ __all__ = [
     "QFilters",
     "QueryStats",
     "Quest",
+    "RKV",
     "RandomGate",
     "Ranked",
     "Ratio",
@@ -167,6 +172,7 @@ __all__ = [
     "Tokens",
     "TopChannels",
     "TotalCap",
+    "TriAttention",
     "TrimKV",
     "UnsupportedError",
     "VerticalSlash",
@@ -180,12 +186,6 @@ __all__ = [
     "new_cache",
     "per_layer",
     "save_pipeline",
-    "AdaEA",
-    "CriticalKV",
-    "ExpectedAttention",
-    "KVPress",
-    "RKV",
-    "TriAttention",
 ]
 
 
