@@ -63,16 +63,17 @@ def open_forward(
 
 
 @ordinary
-def true_positions(cache: KVPolicyCache, device: torch.device, first: int = 0) -> Tensor:
-    """Position ids `[B, S]` of the open forward: each sequence's real tokens from `first`."""
+def true_positions(cache: KVPolicyCache, device: torch.device) -> Tensor:
+    """Position ids `[B, S]` of the open forward: each sequence's real tokens in order."""
     state, layout = cache.state, cache.layout
     assert state is not None and layout is not None
     start = state.on(state.layers[0]).lengths.to(device)[:, None]
-    start = start + first if first else start
+    if cache.first_position:  # a captured step has no addition of 0
+        start = start + cache.first_position
     columns = layout.prompt + layout.decode
     if layout.valid is None:
         return start + torch.arange(columns, device=device)
-    return (start - 1 + layout.valid.to(device).long().cumsum(1)).clamp(min=first)
+    return (start - 1 + layout.valid.to(device).long().cumsum(1)).clamp(min=cache.first_position)
 
 
 @ordinary

@@ -24,6 +24,7 @@ from .forward import Crossing, close_forward, inputs_of, open_forward, true_posi
 from .masks import closed, opened, padding_of
 from .packed import split
 from .ranks import Ranks
+from .tiles import refuse_whole
 from .wrappers import check_soft_prompt
 
 
@@ -83,8 +84,9 @@ class Forwards:
 
     def take_back(self) -> None:
         """Undoes the forward in flight, if there is one."""
-        closed()
         cache, self.cache = self.cache, None
+        if cache is not None:
+            closed()
         crossing, self.crossing = self.crossing, None
         if cache is not None and cache.layout is not None:
             close_forward(cache, failed=True)
@@ -100,6 +102,7 @@ class Forwards:
                 return (), self._open(attachment, kwargs)
         except BaseException:
             self.take_back()
+            closed()
             self.release()
             raise
 
@@ -130,6 +133,8 @@ class Forwards:
             kwargs["use_cache"] = True  # some decoders hand a cache on only then
         probe = attachment.served.probe
         texts = split(kwargs, batch, columns, cached=kept, apart=probe.apart)
+        if texts:
+            refuse_whole(attachment, "packed texts")
         self._remind(attachment.pipeline, given, columns)
         if Crossing.needed(cache, columns):
             crossing = Crossing(decoder, cache, kwargs)
@@ -140,7 +145,9 @@ class Forwards:
         self.cache, self.as_tuple = cache, as_tuple
         self.own, self.kept = given is None, kept
         if kwargs.get("position_ids") is None and not texts and "position_ids" in self.names:
-            kwargs["position_ids"] = true_positions(cache, ids.device, _first(cache, probe.first))
+            if not cache.columns:
+                cache.first_position = _first(cache, probe.first)
+            kwargs["position_ids"] = true_positions(cache, ids.device)
         opened(kwargs["attention_mask"])
         return kwargs
 
@@ -166,7 +173,7 @@ class Forwards:
                 close_forward(cache, failed=False)
             if crossing is not None:
                 output = crossing.finish(output)
-            if not self.kept:
+            if not self.kept and getattr(output, "past_key_values", None) is not None:
                 output = dataclasses.replace(output, past_key_values=None)
             if self.own and not self.held:
                 attachment.used(cache)
