@@ -22,6 +22,7 @@ from .cache import KVPolicyCache
 from .compile import check_forward as check_compiled
 from .forward import Crossing, close_forward, inputs_of, open_forward, true_positions
 from .masks import closed, opened, padding_of
+from .own_steps import aside
 from .packed import split
 from .ranks import Ranks
 from .tiles import refuse_whole
@@ -45,6 +46,7 @@ class Forwards:
         self.crossing: Crossing | None = None
         self.own = self.kept = False  # whether we made that cache, and whether to hand it out
         self.as_tuple = False
+        self.expected: KVPolicyCache | None = None  # by generate, of its first forward
         self.warned = False
 
     @contextlib.contextmanager
@@ -117,6 +119,11 @@ class Forwards:
         if attachment.compiled is not None:
             check_compiled(config, kwargs)
         given = kwargs.get("past_key_values")
+        expected, self.expected = self.expected, None
+        if given is None and expected is not None:
+            if expected.columns:
+                raise UnsupportedError(aside(attachment.base))
+            given = expected  # a model may put an empty cache aside
         if given is not None and not isinstance(given, KVPolicyCache):
             check_soft_prompt(attachment.model)  # which hands such caches on
         keeps = config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
