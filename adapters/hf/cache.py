@@ -65,7 +65,8 @@ class KVPolicyCache(Cache):
         self.evicts = True  # whether the end of the prompt does
         self.singles = 0  # forwards of one column in a row, in a prompt that goes on
         self.counts_positions = False  # whether the real tokens seen give position ids
-        self.first_position = 0  # of a sequence's first token, where they do
+        self.counts_columns = False  # whether all columns seen do, as with soft prompts
+        self.first_position = 0  # of a sequence's first token, where tokens do
         self.recording = False  # columns may be taken back before the next forward
         self.graph: Any = None  # CapturedStep of this cache's buffers
         self.captures = 0

@@ -146,9 +146,12 @@ def _next_position(
 ) -> Tensor:
     """Position ids `[B, 1]` of the first generated token; `[n, B, 1]` where a token has several."""
     places: Tensor | None = model_kwargs.get("position_ids")
-    if places is not None and (places.ndim > 2 or not cache.counts_positions):
+    given = not cache.counts_positions and not cache.counts_columns
+    if places is not None and (places.ndim > 2 or given):
         return places[..., -1:] + 1
     assert cache.state is not None
+    if cache.counts_columns:
+        return torch.full((cache.state.batch, 1), cache.columns, device=device)
     return torch.tensor(cache.state.lengths, device=device)[:, None] + cache.first_position
 
 

@@ -26,7 +26,7 @@ from .own_steps import aside
 from .packed import split
 from .ranks import Ranks
 from .tiles import refuse_whole
-from .wrappers import check_soft_prompt
+from .wrappers import check_soft_prompt, soft_prompt
 
 
 class Forwards:
@@ -151,7 +151,8 @@ class Forwards:
         open_forward(cache, batch, columns, kwargs.get("attention_mask"), texts)
         self.cache, self.as_tuple = cache, as_tuple
         self.own, self.kept = given is None, kept
-        if kwargs.get("position_ids") is None and not texts and "position_ids" in self.names:
+        told = kwargs.get("position_ids") is not None or "position_ids" not in self.names
+        if not told and not texts and not soft_prompt(attachment.model):  # PEFT's count columns
             if not cache.columns:
                 cache.first_position = _first(cache, probe.first)
             kwargs["position_ids"] = true_positions(cache, ids.device)

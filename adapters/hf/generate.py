@@ -89,7 +89,9 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
         cache.begin_prompt(boundary)
     else:
         cache.begin_question(None if question == "decode" else columns)
-    cache.counts_positions = "position_ids" not in kwargs and not own_method(attachment.base)
+    cache.counts_columns = bool(soft_prompt(attachment.model))
+    given_places = "position_ids" in kwargs or cache.counts_columns
+    cache.counts_positions = not given_places and not own_method(attachment.base)
     draws = config.do_sample and not own  # our loop hands on the tokens that rank 0 chose
     device = cache.spec.device
     attachment.forwards.expected = cache
@@ -98,7 +100,9 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
             output = attachment.original(**kwargs, past_key_values=cache)
     finally:
         attachment.forwards.expected = None
-        cache.counts_positions = False  # a forward's own position ids count afterwards
+        cache.counts_positions = cache.counts_columns = (
+            False  # a forward's own position ids count afterwards
+        )
     attachment.decoding = cache.decoding if own else f"transformers' loop: {mode.value}"
     if given is None:
         attachment.used(cache)
@@ -147,6 +151,9 @@ def merged_config(attachment: Attached, kwargs: dict[str, Any]) -> GenerationCon
     """The options as transformers will merge them: the call's, else the model's."""
     own = getattr(attachment.model, "generation_config", attachment.base.generation_config)
     config: GenerationConfig = copy.deepcopy(kwargs.get("generation_config") or own)
+    if isinstance(config.watermarking_config, dict):  # as files have it
+        marks = GenerationConfig(watermarking_config=config.watermarking_config)
+        config.watermarking_config = marks.watermarking_config
     config.update(**own.to_dict(), defaults_only=True)
     config.update(**kwargs)
     return config

@@ -84,3 +84,19 @@ def test_layers_that_stop_being_causal(llama):
         finally:
             layer.is_causal = True
         llama(IDS)
+
+
+@pytest.mark.parametrize("kind", ["WatermarkingConfig", "dict"])
+def test_a_watermark_of_the_models_own_config(llama, kind):
+    """As an object, or as a file has it."""
+    own, marks = llama.generation_config, transformers.WatermarkingConfig(bias=30.0)
+    bare = llama.generate(IDS, **GREEDY)
+    llama.generation_config = transformers.GenerationConfig(pad_token_id=0)
+    llama.generation_config.watermarking_config = marks.to_dict() if kind == "dict" else marks
+    try:
+        plain = llama.generate(IDS, **GREEDY)
+        assert not torch.equal(plain, bare)
+        with attach(llama, PIPELINE):
+            assert torch.equal(llama.generate(IDS, **GREEDY), plain)
+    finally:
+        llama.generation_config = own
