@@ -422,6 +422,30 @@ class Ops(Protocol):
         own sequence, to the last bit.
         """
 
+    def expected_logits(
+        self, pages: Pages, heads: Heads, linear: Tensor, square: Tensor | None
+    ) -> Tensor:
+        """Logits m.k + k'Ck `[B, Hq, M * P]` of the keys k that a group's KV head stores.
+
+        `linear` m `[B, Hq, D]` and the symmetric `square` C `[B, Hq, D, D]`, if given, are floats
+        of 32 bits (of 64 on the reference, as are the logits then). Slots without a token are 0. A
+        head's logits depend on nothing but its own sequence, to the last bit.
+        """
+
+    def value_norms(self, pages: Pages, heads: Heads) -> Tensor:
+        """Norms |v| `[B, Hkv, M * P]` of the values that heads store, 0 in slots without a token.
+
+        In float32, or in the values' dtype where that is wider.
+        """
+
+    def last_similar(self, keys: Tensor, lengths: Tensor, threshold: float) -> Tensor:
+        """For each of a head's keys the last other one at an angle of cosine > `threshold`.
+
+        `keys` `[U, N, D]` have a norm of 1, and of head u the first `lengths[u]` (`[U]`) count.
+        Returns their places int32 `[U, N]`, -1 where there is none. No product of all keys with
+        all others is held.
+        """
+
     def write_gate(
         self, key_pre: Tensor, key: Tensor, norm_pre: Tensor, norm_post: Tensor, w1: Tensor,
         b1: Tensor, w2: Tensor, b2: Tensor, limit: float | None = None, inclusive: bool = False,

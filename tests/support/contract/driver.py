@@ -11,6 +11,7 @@ import torch
 from tests.support.contract.contents import Held
 from tests.support.contract.snapshot import snapshot, to_device, to_host
 from tests.support.contract.streams import hidden_of, piece, random_cuts, stream
+from tests.support.contract.told import before, tell
 from tests.support.oracle import Oracle
 from tests.support.rules import evict
 
@@ -36,6 +37,7 @@ class Run:
         self.pipeline, self.spec, self.streams = pipeline, spec, streams
         self.sinks = sinks or [None] * spec.layers
         self.state = pipeline.init(spec, len(streams))
+        tell(pipeline, self.state)
         self.at = [0] * len(streams)
         self.pending, self.floor, self.checked = ([0] * len(streams) for _ in range(3))
         self.oracles = [self.new_row() if oracle else None for _ in streams]
@@ -112,6 +114,7 @@ class Run:
             sinks = self.sinks[layer]
             sinks = None if sinks is None else sinks.to(self.spec.device)
             given = {"key_pre": pre, "hidden": hidden_of(pre), "sinks": sinks}
+            given["query_pre"] = before(q)
             outs.append(self.pipeline.attend(self.state, layer, q, k, v, **given))
         if fail_at is not None:
             raise InterruptedError

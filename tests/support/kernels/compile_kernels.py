@@ -22,12 +22,14 @@ from kvpolicy.kernels import (
     attention_mass,
     cache_write,
     compact,
+    expected_attention,
     keep_best,
     keys_at,
     page_io,
     page_select,
     paged_decode,
     prompt_write,
+    redundancy,
     selected_prefill,
     sparse_prefill,
     window_scores,
@@ -176,6 +178,11 @@ def call_all(dim: int, page: int, dtype: torch.dtype, dim_v: int | None = None) 
     accumulated = numbers, pages, stored, ring, observed, lengths, lengths, lengths, window, 0.1
     for how, over, most in (("sum", "mean", 1), ("sum", "max", 32), ("max", "sum", 257)):
         attention_mass.attention_mass(*accumulated, most=most, accumulates=how, group=over)
+    mean = torch.zeros(1, heads * group, dim)
+    for square in (None, torch.zeros(1, heads * group, dim, dim)):
+        expected_attention.expected_logits(pages, stored, mean, square)
+    expected_attention.value_norms(pages, stored)
+    redundancy.last_similar(key, rows, 0.5)
     for silu in (False, True):
         write_gate.write_gate(
             key, key, key[0, 0], key[0, 0], torch.zeros(heads, hidden, 2 * dim, dtype=dtype),
