@@ -199,7 +199,7 @@ def test_an_eviction_of_shared_pages_may_fail(monkeypatch):
     for layer in range(SPEC.layers):
         columns = run.columns(0, layer, [True])
         q, k, v, pre = (x[None] for x in columns)
-        pipeline.attend(state, layer, q, k, v, key_pre=pre, query_pre=before(q))
+        pipeline.attend(state, layer, q, k, v, key_pre=pre)
     with memory.only(state, 0), pytest.raises(CapacityError):
         pipeline.commit(state)
     assert state.call is None and state.lengths[0] == run.at[0] + 1
