@@ -38,6 +38,7 @@ from .errors import KVPolicyError as KVPolicyError
 from .errors import PhaseError as PhaseError
 from .errors import RollbackError as RollbackError
 from .errors import UnsupportedError as UnsupportedError
+from .eviction import GKV as GKV
 from .eviction import H2O as H2O
 from .eviction import RKV as RKV
 from .eviction import TOVA as TOVA
@@ -48,18 +49,23 @@ from .eviction import Eviction as Eviction
 from .eviction import EvictionView as EvictionView
 from .eviction import ExpectedAttention as ExpectedAttention
 from .eviction import FastGen as FastGen
+from .eviction import FastKVzip as FastKVzip
+from .eviction import JudgeQ as JudgeQ
 from .eviction import KeepAll as KeepAll
 from .eviction import KeyDiff as KeyDiff
 from .eviction import Knorm as Knorm
 from .eviction import KVPress as KVPress
+from .eviction import KVzip as KVzip
 from .eviction import LagKV as LagKV
 from .eviction import QFilters as QFilters
 from .eviction import QueryStats as QueryStats
+from .eviction import Ranked as Ranked
 from .eviction import SageKV as SageKV
 from .eviction import SimLayerKV as SimLayerKV
 from .eviction import SnapKV as SnapKV
 from .eviction import StreamingLLM as StreamingLLM
 from .eviction import TriAttention as TriAttention
+from .eviction import TrimKV as TrimKV
 from .per_layer import per_layer as per_layer
 from .pipeline import CachePipeline as CachePipeline
 from .pipeline_files import load_pipeline as load_pipeline
@@ -121,14 +127,18 @@ __all__ = [
     "CapacityError",
     "DBudgetKV",
     "DuoAttention",
-    "H2O",
     "Eviction",
     "EvictionView",
     "FastGen",
+    "FastKVzip",
     "FlexPrefill",
+    "GKV",
+    "H2O",
     "HeadKV",
+    "JudgeQ",
     "KVPolicyError",
     "KVzap",
+    "KVzip",
     "KeepAll",
     "KeyDiff",
     "Knob",
@@ -141,10 +151,11 @@ __all__ = [
     "PromptSelection",
     "PromptView",
     "Pyramid",
-    "QueryStats",
     "QFilters",
+    "QueryStats",
     "Quest",
     "RandomGate",
+    "Ranked",
     "Ratio",
     "Reads",
     "Report",
@@ -160,6 +171,7 @@ __all__ = [
     "Tokens",
     "TopChannels",
     "TotalCap",
+    "TrimKV",
     "UnsupportedError",
     "VerticalSlash",
     "Write",

@@ -13,4 +13,5 @@ from .cache import new_cache as new_cache
 from .memory import FitReport as FitReport
 from .memory import fit_report as fit_report
 from .persist import load_cache as load_cache
+from .replay import repeats as repeats
 from .sizes import spec_of as spec_of

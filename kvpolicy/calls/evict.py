@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..budget import budget_of
+from ..errors import PhaseError
 from ..eviction import EvictionView, StoredTokens
 from ..ops import POSITION_BITS, POSITION_MASK, pages_of
 from ..store import compaction, moments
@@ -34,6 +35,7 @@ def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
         for x in state.layers
         if not (x.slides or x.eviction.neutral or (decoding and x.eviction.when != "decode"))
     ]
+    _check_replayed(state, layers, rows)
     remembered: dict[int, Tensor] = {}
     rated, scores = _rated(state, layers, remembered), None
     if read_scores(layers):
@@ -62,6 +64,19 @@ def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
     for row, on in zip(state.sequences, rows, strict=True):
         if on:
             row.considered_at = row.length
+
+
+def _check_replayed(state: CacheState, layers: Sequence[LayerStore], rows: list[bool]) -> None:
+    """Raises PhaseError where an eviction wants a replay that has not been."""
+    named = [type(x.eviction).__name__ for x in layers if x.eviction.replayed]
+    for place, (row, on) in enumerate(zip(state.sequences, rows, strict=True)):
+        if named and on and row.length and row.replayed_at != row.length:
+            raise PhaseError(
+                f"{named[0]}: its numbers come from a replay, and sequence {place} of {row.length} "
+                f"tokens was replayed at {row.replayed_at or 'no length'}; before the prompt ends, "
+                "run tokens that look back in pipeline.replay(state), or attached.replay(cache, "
+                "ids)"
+            )
 
 
 def _drop(state: CacheState, drops: list[Drop], remembered: Mapping[int, Tensor]) -> list[int]:

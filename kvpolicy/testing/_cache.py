@@ -69,6 +69,23 @@ def prompt(pipeline: CachePipeline, data: Data, size: int) -> CacheState:
     return state
 
 
+def end_prompt(pipeline: CachePipeline, state: CacheState, data: Data, seen: int) -> None:
+    """Ends the prompts. Where an eviction wants a replay, the tokens that are decoded next look
+    back at the first `seen`."""
+    if any(layer.eviction.replayed for layer in state.layers):
+        with pipeline.replay(state, span=range(seen)) as fork:
+            pipeline.begin(fork, [data.steps] * state.batch, "prompt")
+            for index, layer in enumerate(data.layers):
+                rows = list(zip(layer, data.lengths, strict=True))
+                packed = {
+                    name: torch.cat([_cut(x[name], n, n + data.steps) for x, n in rows], -2)
+                    for name in layer[0]
+                }
+                pipeline.attend(fork, index, **packed)
+            pipeline.commit(fork)
+    pipeline.end_prompt(state)
+
+
 def decode(pipeline: CachePipeline, state: CacheState, data: Data) -> list[Tensor]:
     """Outputs `[B, Hq, 1, D]` of every decoded token and layer."""
     outs = []

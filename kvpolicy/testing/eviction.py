@@ -18,7 +18,7 @@ from ..pipeline import CachePipeline
 from ..spec import CacheSpec
 from ..store import CacheState
 from ._asked import asked
-from ._cache import decode, kept, prompt, random_data
+from ._cache import decode, end_prompt, kept, prompt, random_data
 from ._common import (
     ConformanceError,
     check_equal,
@@ -51,8 +51,8 @@ def check_eviction(
 
     Properties: frozen, comparable, options, needs, runs, shape, dtype, device, inputs unchanged,
     stateless, no NaN, invalid slots, batch, heads, and those of an admission for `mark`; in a
-    pipeline: fused, cut, batch, window, frees pages, budget, neutral, takes effect. Runs on the
-    CPU.
+    pipeline: fused, counted once, cut, batch, window, frees pages, budget, neutral, takes effect.
+    Runs on the CPU.
 
     Args:
         policy: the eviction.
@@ -178,21 +178,22 @@ def _pipeline(
         tokens = window + _room(policy, spec, window) + 3 * size - 5
     steps = 2 * spec.interval if policy.when == "decode" else 2
     data = random_data(spec, [tokens, max(tokens - size, 1)], steps, hidden, seed)
-    state = prompt(pipeline, data, tokens)
+    state, seen = prompt(pipeline, data, tokens), min(data.lengths)
     before = pipeline.report(state)
     _fused(state)
     asked = _asked(pipeline, state)
-    pipeline.end_prompt(state)
+    end_prompt(pipeline, state, data, seen)
+    _counted_once(state)
     found, wanted = pipeline.report(state), kept(state, range(2))
 
     for chunk in (max(tokens // 3, 1), 7):
         other = prompt(pipeline, data, chunk)
-        pipeline.end_prompt(other)
+        end_prompt(pipeline, other, data, seen)
         case = f"the tokens kept as in one call, the prompt in calls of {chunk}"
         _same_kept(policy, "cut", kept(other, range(2)), wanted, case)
     for row in range(2):
         other = prompt(pipeline, data.row(row), tokens)
-        pipeline.end_prompt(other)
+        end_prompt(pipeline, other, data.row(row), seen)
         case = f"the tokens kept as in the batch, for sequence {row} alone"
         _same_kept(policy, "batch", kept(other, [0]), kept(state, [row]), case)
     for positions, n in zip(wanted, _lengths(spec, data.lengths), strict=True):
@@ -228,6 +229,21 @@ def _fused(state: CacheState) -> None:
         wanted = policy.score(view(state, layer, most)).masked_fill(~valid, 0.0)
         got = got.masked_fill(~valid, 0.0)
         check_equal("fused", policy, got.to(wanted.dtype), wanted, "from scores, as from score")
+
+
+def _counted_once(state: CacheState) -> None:
+    """Scores that are sums and become numbers grow by nothing but queries, of which none came."""
+    for layer, most in zip(state.layers, longest(state.layers), strict=True):
+        policy = layer.eviction
+        if not (policy.accumulates and policy.remembers and most):
+            continue
+        numbers = view(state, layer, most).numbers
+        assert numbers is not None
+        scores, valid = run(policy, score, state, layer, most)
+        slack = 1e-4 * numbers.abs().amax().clamp(min=1)
+        more = valid & (scores > numbers + slack)
+        case = "scores that are numbers already not to grow until another query comes"
+        require(not more.any(), "counted once", policy, case, f"{int(more.sum())} that do")
 
 
 def _room(policy: Eviction, spec: CacheSpec, window: int) -> int:

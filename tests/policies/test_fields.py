@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from kvpolicy import (
+    GKV,
     H2O,
     RKV,
     TOVA,
@@ -29,14 +30,17 @@ from kvpolicy import (
     DuoAttention,
     ExpectedAttention,
     FastGen,
+    FastKVzip,
     FlexPrefill,
     HeadKV,
+    JudgeQ,
     KeepAll,
     KeyDiff,
     Knob,
     Knorm,
     KVPress,
     KVzap,
+    KVzip,
     LagKV,
     LazyLayers,
     LocalAttention,
@@ -45,6 +49,7 @@ from kvpolicy import (
     QFilters,
     Quest,
     RandomGate,
+    Ranked,
     Ratio,
     Rope,
     SageKV,
@@ -56,6 +61,7 @@ from kvpolicy import (
     TopChannels,
     TotalCap,
     TriAttention,
+    TrimKV,
     VerticalSlash,
     WriteGate,
     XAttention,
@@ -309,6 +315,40 @@ CLASSES = {
             "when": WHEN,
         },
     ),
+    GKV: (
+        {"budget": 64},
+        {"budget": BUDGET_OR_INT, "when": WHEN, "observation": ints(1), "alpha": FRACTION},
+    ),
+    KVzip: ({"budget": 64}, {"budget": BUDGET_OR_INT, "sinks": ints(0)}),
+    Ranked: (
+        {"budget": 64, "gate": KVzap(w2=torch.ones(1, 2, 4), b2=torch.ones(1, 2))},
+        {"gate": Kind((AdmitAll, LocalAttention), lambda value: False), "budget": BUDGET_OR_INT,
+         "when": WHEN, "sinks": ints(0)},
+    ),
+    TrimKV: (
+        {"budget": 64, "w1": torch.ones(1, 3, 4), "b1": torch.ones(1, 3),
+         "w2": torch.ones(1, 2, 3), "b2": torch.ones(1, 2)},
+        {
+            "budget": BUDGET_OR_INT,
+            **dict.fromkeys(("w1", "b1", "w2", "b2"), Kind((torch.Tensor,), lambda value: False)),
+            "when": WHEN,
+            "source": Kind((), none=True),
+        },
+    ),
+    FastKVzip: (
+        {"budget": 64, "q": torch.ones(1, 8, 3), "q_bias": torch.ones(1, 8),
+         "k": torch.ones(1, 8, 3), "q_norm": torch.ones(1, 4), "k_norm": torch.ones(1, 4),
+         "base": torch.ones(1, 2, 1, 1, 4), "bias": torch.ones(1, 2, 1, 1)},
+        {
+            "budget": BUDGET_OR_INT,
+            **dict.fromkeys(("q", "q_bias", "k"), Kind((torch.Tensor,), lambda value: False)),
+            **dict.fromkeys(("q_norm", "k_norm"), TENSOR),
+            **dict.fromkeys(("base", "bias"), Kind((torch.Tensor,), lambda value: False)),
+            "when": WHEN,
+            "sinks": ints(0),
+            "source": Kind((), none=True),
+        },
+    ),
     QFilters: (
         {"budget": 64, "filters": torch.ones(1, 2, 4)},
         {
@@ -381,6 +421,10 @@ CLASSES = {
     SageKV: (
         {"budget": 64},
         {"budget": BUDGET_OR_INT, "sinks": ints(0), "group": words("mean", "max")},
+    ),
+    JudgeQ: (
+        {"budget": 64, "tokens": torch.ones(3, 8)},
+        {"budget": BUDGET_OR_INT, "tokens": TENSOR, "source": Kind((), none=True)},
     ),
     DBudgetKV: (
         {},
