@@ -96,16 +96,14 @@ else:
         """Imports what needs transformers when it is first asked for.
 
         ImportError for a name of another library: an AttributeError's text is lost in
-        `from kvpolicy import StreamingLLM`.
+        `from kvpolicy import AdaKV`.
         """
         if name not in _LATER:
-            from ._elsewhere import known_elsewhere, near
-
-            if says := known_elsewhere(name, __all__):
+            elsewhere = import_module("._elsewhere", __name__)
+            if says := elsewhere.known_elsewhere(name, __all__):
                 raise ImportError(says)
-            raise AttributeError(
-                f"module {__name__!r} has no attribute {name!r}{near(name, __all__)}"
-            )
+            hint = elsewhere.near(name, __all__)
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
         value = globals()[name] = getattr(import_module(_LATER[name], __name__), name)
         return value
 

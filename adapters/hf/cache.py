@@ -65,6 +65,7 @@ class KVPolicyCache(Cache):
         self.evicts = True  # whether the end of the prompt does
         self.singles = 0  # forwards of one column in a row, in a prompt that goes on
         self.counts_positions = False  # whether the real tokens seen give position ids
+        self.first_position = 0  # of a sequence's first token, where they do
         self.recording = False  # columns may be taken back before the next forward
         self.graph: Any = None  # CapturedStep of this cache's buffers
         self.captures = 0
@@ -330,7 +331,11 @@ class KVPolicyCache(Cache):
             self.pipeline,
             fingerprint=model_fingerprint(model),
             extra=to_tensors(self.chunks, self.state.batch) | self.states.to_tensors(),
-            notes={"phase": self.phase, "counts_positions": str(self.counts_positions)},
+            notes={
+                "phase": self.phase,
+                "counts_positions": str(self.counts_positions),
+                "first_position": str(self.first_position),
+            },
         )
 
     @ordinary
@@ -350,6 +355,12 @@ class KVPolicyCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         batch = 0 if self.state is None else self.state.batch
         self._select(torch.arange(batch).repeat_interleave(repeats))
+
+    def offload(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UnsupportedError("offload: pages stay on the model's device; cache.save files them")
+
+    def prefetch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UnsupportedError("prefetch: pages are on the model's device, none is elsewhere")
 
     def activate_past_recording(self, *args: Any, **kwargs: Any) -> None:
         """Assisted decoding begins: evictions wait until rejected candidates are taken back."""

@@ -138,7 +138,7 @@ def _next_position(
     if places is not None and (places.ndim > 2 or not cache.counts_positions):
         return places[..., -1:] + 1
     assert cache.state is not None
-    return torch.tensor(cache.state.lengths, device=device)[:, None]
+    return torch.tensor(cache.state.lengths, device=device)[:, None] + cache.first_position
 
 
 class _LateFlags:

@@ -41,4 +41,5 @@ def load_cache(
     cache.states.from_tensors(extra, state.batch, cache.spec.device)
     cache.phase = notes["phase"]
     cache.counts_positions = notes["counts_positions"] == "True"
+    cache.first_position = int(notes.get("first_position", 0))  # files of earlier versions
     return cache

@@ -17,7 +17,7 @@ from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import Accumulates
 from ._base import Eviction, EvictionView
 
-NAME = "tokens"  # of the tensor in a file
+NAME = "embeds"  # of the tensor in a file
 
 
 @named
@@ -25,9 +25,9 @@ NAME = "tokens"  # of the tensor in a file
 class JudgeQ(Eviction):
     """Scores tokens by the mean softmax weight of trained tokens that are put behind the prompt.
 
-    Liu et al., 2025 (arXiv 2509.10798; no code was published). `tokens` `[n, hidden]` are input
+    Liu et al., 2025 (arXiv 2509.10798; no code was published). `embeds` `[n, hidden]` are input
     embeddings, trained so that they look where the answer's tokens would. They run through the
-    model in a fork, `attached.replay(cache, inputs_embeds=policy.tokens_for(batch), sinks=0)`,
+    model in a fork, `attached.replay(cache, inputs_embeds=policy.embeds_for(batch), sinks=0)`,
     before the prompt ends; without it the end of the prompt raises PhaseError. `kvpolicy.training`
     has `train_judge`.
 
@@ -36,15 +36,15 @@ class JudgeQ(Eviction):
     """
 
     budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
-    tokens: Tensor = attrs.field(repr=False, validator=is_a(Tensor, "a tensor"))
+    embeds: Tensor = attrs.field(repr=False, validator=is_a(Tensor, "a tensor"))
     source: Source | None = source_field()
     replayed = True
 
     def __attrs_post_init__(self) -> None:
-        if self.tokens.ndim != 2 or 0 in self.tokens.shape or not self.tokens.is_floating_point():
+        if self.embeds.ndim != 2 or 0 in self.embeds.shape or not self.embeds.is_floating_point():
             raise ValueError(
-                f"tokens: wanted floats [n, hidden], got {self.tokens.dtype} "
-                f"{list(self.tokens.shape)}"
+                f"embeds: wanted floats [n, hidden], got {self.embeds.dtype} "
+                f"{list(self.embeds.shape)}"
             )
 
     @property
@@ -60,7 +60,7 @@ class JudgeQ(Eviction):
         budget: Budget | int,
         revision: str | None = None,
     ) -> JudgeQ:
-        """Reads `tokens` of a `.safetensors` file.
+        """Reads `embeds` of a `.safetensors` file.
 
         Args:
             path_or_repo: a file, a directory or a hub repository's id.
@@ -76,19 +76,19 @@ class JudgeQ(Eviction):
         if set(found) != {NAME}:
             raise ValueError(f"{path}: wanted the key {NAME}, got {', '.join(sorted(found))}")
         source = source_of(path, path_or_repo, file, revision)
-        return cls(budget=tokens_from_int(budget), tokens=found[NAME], source=source)
+        return cls(budget=tokens_from_int(budget), embeds=found[NAME], source=source)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a `.safetensors` file."""
-        write_safetensors(Path(path), {NAME: self.tokens}, {})
+        write_safetensors(Path(path), {NAME: self.embeds}, {})
 
-    def tokens_for(self, batch: int = 1) -> Tensor:
+    def embeds_for(self, batch: int = 1) -> Tensor:
         """The same tokens `[batch, n, hidden]` for each of the sequences."""
-        return self.tokens.expand(batch, -1, -1)
+        return self.embeds.expand(batch, -1, -1)
 
     def score(self, view: EvictionView) -> Tensor:
         assert view.numbers is not None
         return view.numbers
 
     def place(self, device: torch.device, dtype: torch.dtype, backend: str) -> JudgeQ:
-        return attrs.evolve(self, tokens=self.tokens.to(device))
+        return attrs.evolve(self, embeds=self.embeds.to(device))

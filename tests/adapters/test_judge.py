@@ -20,8 +20,8 @@ def judge(model, count=3):
 
 
 def test_a_prompt_keeps_what_the_tokens_look_at(llama):
-    policy = JudgeQ(budget=KEPT, tokens=judge(llama))
-    embeds = torch.cat([llama.get_input_embeddings()(CONTEXT), policy.tokens_for()], 1)
+    policy = JudgeQ(budget=KEPT, embeds=judge(llama))
+    embeds = torch.cat([llama.get_input_embeddings()(CONTEXT), policy.embeds_for()], 1)
     llama.set_attn_implementation("eager")
     with torch.no_grad():
         maps = llama(inputs_embeds=embeds, output_attentions=True).attentions
@@ -29,7 +29,7 @@ def test_a_prompt_keeps_what_the_tokens_look_at(llama):
     with attach(llama, pipeline, **SIZES) as attached, torch.no_grad():
         cache = attached.new_cache()
         llama(CONTEXT, past_key_values=cache)
-        attached.replay(cache, inputs_embeds=policy.tokens_for(), sinks=0)
+        attached.replay(cache, inputs_embeds=policy.embeds_for(), sinks=0)
         cache.end_prompt()
         for layer, x in enumerate(maps):
             heads = x[0, :, length:, : length - WINDOW].double().sum(1)
@@ -41,7 +41,7 @@ def test_a_prompt_keeps_what_the_tokens_look_at(llama):
 
 
 def test_ids_or_embeddings_but_not_both(llama):
-    policy = JudgeQ(budget=KEPT, tokens=judge(llama))
+    policy = JudgeQ(budget=KEPT, embeds=judge(llama))
     with attach(llama, CachePipeline(eviction=policy, window=WINDOW), **SIZES) as attached:
         cache = attached.new_cache()
         with torch.no_grad():
@@ -49,18 +49,18 @@ def test_ids_or_embeddings_but_not_both(llama):
         with pytest.raises(ValueError, match="input_ids, inputs_embeds: wanted one of them, got n"):
             attached.replay(cache)
         with pytest.raises(ValueError, match="input_ids, inputs_embeds: wanted one of them, got b"):
-            attached.replay(cache, CONTEXT, inputs_embeds=policy.tokens_for())
+            attached.replay(cache, CONTEXT, inputs_embeds=policy.embeds_for())
         with pytest.raises(ValueError, match=r"inputs_embeds: wanted \[B, S, hidden\]"):
-            attached.replay(cache, inputs_embeds=policy.tokens)
+            attached.replay(cache, inputs_embeds=policy.embeds)
         with pytest.raises(PhaseError):
             cache.end_prompt()
 
 
 def test_tokens_of_a_file_are_the_same(tmp_path):
-    policy = JudgeQ(budget=KEPT, tokens=torch.randn(4, 8))
+    policy = JudgeQ(budget=KEPT, embeds=torch.randn(4, 8))
     policy.save(tmp_path / "judge.safetensors")
     again = JudgeQ.from_pretrained(tmp_path, "judge.safetensors", budget=KEPT)
-    assert torch.equal(again.tokens, policy.tokens)
-    write_safetensors(tmp_path / "other.safetensors", {"filters": policy.tokens}, {})
-    with pytest.raises(ValueError, match="wanted the key tokens, got filters"):
+    assert torch.equal(again.embeds, policy.embeds)
+    write_safetensors(tmp_path / "other.safetensors", {"filters": policy.embeds}, {})
+    with pytest.raises(ValueError, match="wanted the key embeds, got filters"):
         JudgeQ.from_pretrained(tmp_path / "other.safetensors", budget=KEPT)

@@ -292,7 +292,8 @@ CLASSES = {
     ),
     H2O: (
         {"budget": 64},
-        {"budget": BUDGET_OR_INT, "when": WHEN, "group": words("mean", "max", "sum")},
+        {"budget": BUDGET_OR_INT, "when": WHEN, "group": words("mean", "max", "sum"),
+         "average": FLAG},
     ),
     TOVA: (
         {"budget": 64},
@@ -423,8 +424,8 @@ CLASSES = {
         {"budget": BUDGET_OR_INT, "sinks": ints(0), "group": words("mean", "max")},
     ),
     JudgeQ: (
-        {"budget": 64, "tokens": torch.ones(3, 8)},
-        {"budget": BUDGET_OR_INT, "tokens": TENSOR, "source": Kind((), none=True)},
+        {"budget": 64, "embeds": torch.ones(3, 8)},
+        {"budget": BUDGET_OR_INT, "embeds": TENSOR, "source": Kind((), none=True)},
     ),
     DBudgetKV: (
         {},

@@ -100,6 +100,17 @@ def test_h2o_goes_the_way_of_the_original(group):
     assert wanted != h2o(9, 4, 30, 12, lambda w: w[:, :1].mean(1))  # the case tells groups apart
 
 
+def test_an_average_is_of_the_queries_that_could_see_a_token():
+    """kvpress, observed_attention_press.py: sums over queries / (n - j), the mean of a group."""
+    query, key, _ = tokens(30)
+    sums = weights(query, key, list(range(30)), [list(range(30))] * HEADS).mean(1).sum(1)
+    means = sums / torch.arange(30, 0, -1)
+    policy = H2O(budget=13, average=True, when="prompt_end")
+    for h, kept in enumerate(run(policy, 4, 30, 0)[0]):
+        assert kept == sorted(means[h, :26].topk(9).indices.tolist()) + list(range(26, 30))
+    assert run(policy, 4, 30, 0) != run(H2O(budget=13), 4, 30, 0)
+
+
 def g_kv(budget, observed, alpha, prompt, decoded):
     """microsoft/G-KV, smooth_method "max": scores of a round are those of the next, decayed."""
     query, key, _ = tokens(prompt + decoded)

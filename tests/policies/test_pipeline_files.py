@@ -16,6 +16,7 @@ from kvpolicy import (
     CachePipeline,
     CacheSpec,
     DuoAttention,
+    KVPress,
     LocalAttention,
     Pyramid,
     Quest,
@@ -38,10 +39,18 @@ from kvpolicy.pipeline_files.names import KNOWN, is_policy
 from kvpolicy.pipeline_files.weights import weights_of
 from kvpolicy.pretrained import path as shipped
 from kvpolicy.store.fingerprint import pipeline_fingerprint
-from tests.support.contract.cases import ADMISSIONS, EVICTIONS, SELECTIONS, Sizes, build, gate
+from tests.support.contract.cases import (
+    ADMISSIONS,
+    EVICTIONS,
+    SELECTIONS,
+    WHOLE,
+    Sizes,
+    build,
+    gate,
+)
 
 SIZES = Sizes(CacheSpec(layers=3, heads=4, kv_heads=2, head_dim=8, page_size=4), window=8)
-NAMES = {"admission": ADMISSIONS, "selection": SELECTIONS, "eviction": EVICTIONS}
+NAMES = {"admission": ADMISSIONS, "selection": SELECTIONS | WHOLE, "eviction": EVICTIONS}
 CASES = [{slot: name} for slot, table in NAMES.items() for name in table]
 
 
@@ -92,7 +101,7 @@ def test_every_class_of_the_library_stands_in_a_case():
 
     for case in CASES:
         look(build(SIZES, **case))
-    assert set(KNOWN.values()) - seen == {Scaled}
+    assert set(KNOWN.values()) - seen == {Scaled, KVPress}  # which holds what no file can
 
 
 @pytest.mark.parametrize(

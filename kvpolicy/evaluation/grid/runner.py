@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...admission import WriteGate
 from ...errors import KVPolicyError
 from ...pipeline import CachePipeline
-from ...pretrained import path
+from ...pretrained import names, path
 from ..search.calibrate import calibrate
 from ..sessions.estimates import shown
 from ..tasks import Task
@@ -25,7 +25,7 @@ from .records import TOO_SMALL, Measured, Result
 from .results import Store
 from .variants import Cell, Room, Variant, cells, variants
 
-SHIPPED_GATES = ("25", "17", "10")
+SHIPPED_GATES = {x: f"smollm2-135m-instruct-w64-keep{x}" for x in ("25", "17", "10")}
 _NEAR, _TRIALS = 0.03, 9  # of sizes that are searched for
 
 
@@ -158,6 +158,11 @@ class Runner:
         return self._prompts[task.name, length]
 
 
+def absent_gates() -> list[str]:
+    """Names of SHIPPED_GATES that are not here: a wheel holds one."""
+    return [name for name in SHIPPED_GATES.values() if name not in names()]
+
+
 def _asked(prompts: Sequence[Any]) -> float:
     """Tokens that follow a context until its size is measured: a question and one of its answer."""
     questions = [x.questions[0] for x in prompts if isinstance(x, Example)]
@@ -171,7 +176,7 @@ def method_variants_for(
     """All methods; "smollm2" has a gate and a pattern that are shipped."""
     if model == "smollm2":
         duo = duo or path("duo-smollm2-135m-instruct")
-        gates = gates or [path(f"smollm2-135m-instruct-w64-keep{SHIPPED_GATES[0]}")]
+        gates = gates or [path(SHIPPED_GATES["25"])]
     gate = WriteGate.from_pretrained(gates[0]) if gates else None
     return method_variants(keeps, window, gate=gate, duo=duo)
 
@@ -185,7 +190,7 @@ def variants_for(
     budgets: Sequence[float],
     window: int,
 ) -> list[Variant]:
-    """The grid's variants; without gates, "smollm2" has those that are shipped.
+    """The grid's variants; without gates, "smollm2" has those of SHIPPED_GATES that are here.
 
     Each gate counts once with its own threshold, or once with each of `thresholds`.
     """
@@ -193,8 +198,9 @@ def variants_for(
     if model == "smollm2":
         duo = duo or path("duo-smollm2-135m-instruct")
         named = named or [
-            (f"{keep}%", WriteGate.from_pretrained(path(f"smollm2-135m-instruct-w64-keep{keep}")))
-            for keep in SHIPPED_GATES
+            (f"{keep}%", WriteGate.from_pretrained(path(name)))
+            for keep, name in SHIPPED_GATES.items()
+            if name in names()
         ]
     if thresholds:
         named = [

@@ -306,7 +306,7 @@ EVICTIONS = {
     "trim": trim,
     "fast": lambda s: fast(s, sinks=1),
     "ranked": lambda s: Ranked(gate=zap(s), budget=s.kept, when="decode"),
-    "judge": lambda s: JudgeQ(budget=s.kept, tokens=torch.ones(2, 3)),
+    "judge": lambda s: JudgeQ(budget=s.kept, embeds=torch.ones(2, 3)),
     "kvzip": lambda s: KVzip(budget=s.kept, sinks=2),
     "per_layer": lambda s: per_layer(snap(s.kept), {0: AtPromptEnd(RandomGate(sparsity=0.2))}),
     "per_layer_decode": lambda s: per_layer(snap(s.kept, when="decode"), {0: snap(s.kept)}),
