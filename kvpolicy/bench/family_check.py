@@ -61,7 +61,7 @@ def checks(bench: Bench, name: str, told: Callable[[dict[str, Any]], None]) -> N
     for dtype in (torch.float32, bench.dtype):
         _cast(model, dtype)
         own = list(_own(model, case))
-        found, decoding = _attached(model, case, CachePipeline(window=case.window))
+        found, decoding, _ = _attached(model, case, CachePipeline(window=case.window))
         far = [_error(x, exact) for x in (found, own)]
         told({
             "name": str(dtype).removeprefix("torch."), "error": far[0], "own error": far[1],
@@ -128,8 +128,8 @@ def _own(model: Any, case: _Case) -> Iterator[Tensor]:
 @torch.no_grad()
 def _attached(
     model: Any, case: _Case, pipeline: CachePipeline, **sizes: Any
-) -> tuple[list[Tensor], str]:
-    """The same of the padded batch with `pipeline`, and how its steps ran."""
+) -> tuple[list[Tensor], str, list[set[int]]]:
+    """The same of the padded batch with `pipeline`, how its steps ran, and what it kept."""
     from ..adapters.hf import attach
     from ..adapters.hf.capture import Stepper
 
@@ -154,7 +154,17 @@ def _attached(
             parts.append(stepper.step(case.ids[:, column], active).clone())
         stepper.finish(0)
         found = torch.cat(parts, 1).double()
-        return list(found), cache.decoding
+        return list(found), cache.decoding, _kept(cache.state)
+
+
+def _kept(state: Any) -> list[set[int]]:
+    """Positions in the cache, of each head of the layers that policies manage."""
+    return [
+        set(state.kept(layer, row, head).tolist())
+        for layer in state.spec.managed
+        for row in range(state.batch)
+        for head in range(state.spec.at(layer).kv_heads)
+    ]
 
 
 def _policies(bench: Bench, model: Any, case: _Case) -> dict[str, Any]:
@@ -172,13 +182,16 @@ def _policies(bench: Bench, model: Any, case: _Case) -> dict[str, Any]:
         window=case.window, admission=gate, selection=Quest(budget=Tokens(least)),
         eviction=SnapKV(budget=Tokens(2 * least), observation=min(case.window, 16)),
     )  # fmt: skip
-    found, decoding = _attached(model, case, CachePipeline(**parts))
+    found, decoding, kept = _attached(model, case, CachePipeline(**parts))
     told: dict[str, Any] = {
         "name": "gate + Quest + SnapKV", "decoding": decoding, "error": None, "ratio": None,
-        "finite": all(bool(x.isfinite().all()) for x in found),
+        "kept": 0, "other": 0, "finite": all(bool(x.isfinite().all()) for x in found),
     }  # fmt: skip
     if dtype == torch.float32 and bench.device.type == "cuda":
-        wanted, _ = _attached(model, case, CachePipeline(**parts, backend="reference"))
+        wanted, _, same = _attached(model, case, CachePipeline(**parts, backend="reference"))
+        told["kept"] = sum(map(len, same))
+        told["other"] = sum(len(a ^ b) // 2 for a, b in zip(kept, same, strict=True))
+        # Where rounding decides that another token is kept, logits say no more.
         told["error"] = _error(found, wanted)
     return told
 

@@ -174,6 +174,10 @@ class Probe:
         cached: whether an earlier probe of the same configuration vouches for this one.
         hides: whether hidden columns leave no trace in positions or in states of transformers' own.
         goes_on: whether a forward of several columns goes on from such states.
+        counts: where an attention module counts the columns of its cache by itself, as
+            "file.py:line"; "" where none does, or it shows in nothing.
+        counts_from: from how many columns on that shows.
+        counting: the cache layers of these modules.
     """
 
     layers: tuple[ProbedLayer, ...]
@@ -185,6 +189,9 @@ class Probe:
     cached: bool = False
     hides: bool = True
     goes_on: bool = True
+    counts: str = ""
+    counts_from: int = 0
+    counting: tuple[int, ...] = ()
 
     @property
     def own(self) -> tuple[int, ...]:
