@@ -84,6 +84,13 @@ def optional(check: Check) -> Check:
     return checked
 
 
+def odd(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    """An odd int of at least 1."""
+    check_int(attribute.alias, value, 1)
+    if value % 2 == 0:
+        raise ValueError(f"{attribute.alias}: wanted an odd number, got {value}; write {value + 1}")
+
+
 def number(wanted: str, fits: Callable[[float], bool]) -> Check:
     """A finite number that `fits`, which `wanted` says in words."""
 

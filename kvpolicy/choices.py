@@ -16,3 +16,4 @@ Accumulates = Literal["sum", "max"]  # what the number of a token is of the weig
 FloorForm = Literal["minimum", "window", "blend"]  # what AdaKV counts as a head's floor
 Pooling = Literal["avg", "max"]
 Normalize = Literal["visible", "global"]
+PressReads = Literal["queries", "statistics", "hidden"]  # what stands for hidden states

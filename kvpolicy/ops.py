@@ -333,6 +333,7 @@ class Ops(Protocol):
         self, numbers: Numbers, pages: Pages, heads: Heads, ring: Ring, query: Tensor,
         lengths: Tensor, first: Tensor, last: Tensor, window: int, scale: float, *, most: int,
         accumulates: str, group: str, shifts: tuple[int, int] = (0, 0),
+        among: tuple[int, int, int, int] | None = None,
         softcap: float | None = None, sinks: Tensor | None = None, chunk: int | None = None,
     ) -> None:  # fmt: skip
         """Adds to the numbers of tokens the attention weights that queries give them, in place.
@@ -343,9 +344,9 @@ class Ops(Protocol):
         group's query heads are combined by `group`: "mean", "max" or "sum"; `accumulates` is "sum"
         or "max". `query` `[B, Hq, S', D]` holds the query of position p in slot
         `(p - shifts[0]) % S'`, and `ring` its tokens in slots `(p - shifts[1]) % S`; there a token
-        that left the window and was admitted is a global one. Every query's weights are computed
-        alike, whatever others come with it; in which order they are added, the kernel decides by
-        `first` and `last` alone.
+        that left the window and was admitted is a global one. With `among` = (a, b, c, d) queries
+        see no tokens but those before position a, from b to before c and from d on, and only those
+        from b to before c take weights.
         """
 
     # Choosing
@@ -419,6 +420,30 @@ class Ops(Protocol):
         whose `score` says the same on dense keys. A sink joins whichever keys are normalized over.
         Slots without a token score as one of weight 0. A head's scores depend on nothing but its
         own sequence, to the last bit.
+        """
+
+    def expected_logits(
+        self, pages: Pages, heads: Heads, linear: Tensor, square: Tensor | None
+    ) -> Tensor:
+        """Logits m.k + k'Ck `[B, Hq, M * P]` of the keys k that a group's KV head stores.
+
+        `linear` m `[B, Hq, D]` and the symmetric `square` C `[B, Hq, D, D]`, if given, are floats
+        of 32 bits (of 64 on the reference, as are the logits then). Slots without a token are 0. A
+        head's logits depend on nothing but its own sequence, to the last bit.
+        """
+
+    def value_norms(self, pages: Pages, heads: Heads) -> Tensor:
+        """Norms |v| `[B, Hkv, M * P]` of the values that heads store, 0 in slots without a token.
+
+        In float32, or in the values' dtype where that is wider.
+        """
+
+    def last_similar(self, keys: Tensor, lengths: Tensor, threshold: float) -> Tensor:
+        """For each of a head's keys the last other one at an angle of cosine > `threshold`.
+
+        `keys` `[U, N, D]` have a norm of 1, and of head u the first `lengths[u]` (`[U]`) count.
+        Returns their places int32 `[U, N]`, -1 where there is none. No product of all keys with
+        all others is held.
         """
 
     def write_gate(

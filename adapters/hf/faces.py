@@ -133,7 +133,7 @@ class KVPolicyLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def offload(self) -> None:
-        """Nothing: pages stay where they are."""
+        """Nothing: pages stay where they are, and the cache refuses to be offloaded."""
 
     prefetch = offload
 

@@ -23,6 +23,7 @@ from .forward import Crossing, close_forward, inputs_of, open_forward, true_posi
 from .masks import padding_of
 from .packed import split
 from .ranks import Ranks
+from .tiles import refuse_whole
 from .wrappers import check_soft_prompt, first_position
 
 
@@ -127,6 +128,8 @@ class Forwards:
         if "use_cache" in kwargs or "use_cache" in self.names:
             kwargs["use_cache"] = True  # some decoders hand a cache on only then
         texts = split(kwargs, batch, columns, cached=kept)
+        if texts:
+            refuse_whole(attachment, "packed texts")
         self._remind(attachment.pipeline, given, columns)
         if Crossing.needed(cache, columns):
             crossing = Crossing(decoder, cache, kwargs)

@@ -17,6 +17,7 @@ from .cache import KVPolicyCache
 from .columns import check_stored
 from .decode_loop import decode_loop
 from .modes import ordinary
+from .tiles import refuse_more, whole_chunks
 from .tokens import use_mask, use_tokenizer
 from .wrappers import soft_prompt
 
@@ -43,6 +44,8 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
     _check_ids(kwargs)
     config = merged_config(attachment, kwargs)
     check_generate(attachment, kwargs, config)
+    if question is None:
+        whole_chunks(attachment, config, kwargs)
     given = kwargs.pop("past_key_values", None)
     mode = config.get_generation_mode(kwargs.get("assistant_model"))
     own = mode in OWN_LOOP
@@ -72,6 +75,8 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
     _check_mask(cache, kwargs.get("attention_mask"), width, columns)
     # Our loop says itself when the prompt has ended.
     boundary = None if own else columns
+    if question != "decode":
+        refuse_more(attachment, cache)
     if question is None:
         cache.begin_prompt(boundary)
     else:

@@ -3,6 +3,7 @@
 from ._base import Admission as Admission
 from ._base import AdmitAll as AdmitAll
 from ._base import Write as Write
+from .ada_ea import AdaEA as AdaEA
 from .combine import AllOf as AllOf
 from .combine import AnyOf as AnyOf
 from .combine import all_of as all_of

@@ -16,7 +16,7 @@ from .._knob import Knob
 from .._names import named
 from .._option import option
 from ..admission import Admission, Write
-from ..budget import Budget, budget_knob, budget_of, check_budget, is_budget, tokens_from_int
+from ..budget import Budget, budget_knob, budget_of, check_budget
 from ..choices import Accumulates, NumberGroup, When
 from ..ops import Heads, Ops, Pages, Ring
 from ..rope import Rope
@@ -53,7 +53,8 @@ class EvictionView:
     of float64), 0 where not valid.
 
     Besides: `recent_values` `[B, Hkv, W, Dv]` beside `recent_keys`, `heads` the global ids of the
-    KV heads present. And where the eviction asks for them: `query_stats`; the last attention inputs
+    KV heads present, `group` query heads for each, `layer` of the
+    model's `layers`. And where the eviction asks for them: `query_stats`; the last attention inputs
     `hidden` `[B, w, hidden]`, zeros before the first, with `hidden_valid` `[B, w]`; the layer's
     output projection `output_weight` `[Hq, Dv, hidden]`; `rope`, how it turns queries and keys
     (None: it does not).
@@ -87,6 +88,8 @@ class EvictionView:
     hidden_valid: Tensor | None = None
     _output_weight: Tensor | Callable[[], Tensor] | None = None
     rope: Rope | None = None
+    layers: int = 1
+    group: int = 1
 
     @cached_property
     def keys(self) -> Tensor:
@@ -358,11 +361,6 @@ class KeepAll(Eviction):
 def when_field(default: When = "prompt_end") -> Any:
     """When an eviction acts."""
     return attrs.field(default=default, validator=one_of(*WHEN))
-
-
-def budget_field() -> Any:
-    """What an eviction leaves; an int is tokens per KV head."""
-    return attrs.field(converter=tokens_from_int, validator=is_budget)
 
 
 def wide(x: Tensor) -> torch.dtype:

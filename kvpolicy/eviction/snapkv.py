@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import get_args
 
 import attrs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._fields import one_of, positive
+from .._fields import odd, one_of, positive
 from .._names import named
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import HeadGroup, Normalize, Pooling, When
 from ..ops import Ops
 from ._attention import attention, used_slots
 from ._base import Eviction, EvictionView, StoredTokens, when_field
-
-
-def _odd(instance: SnapKV, attribute: attrs.Attribute[Any], value: int) -> None:
-    positive(instance, attribute, value)
-    if value % 2 == 0:
-        raise ValueError(f"{attribute.name}: wanted an odd number, got {value}; write {value + 1}")
 
 
 @named
@@ -46,7 +40,7 @@ class SnapKV(Eviction):
     budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
     when: When = when_field()
     observation: int = attrs.field(default=32, validator=positive)
-    kernel: int = attrs.field(default=5, validator=_odd)
+    kernel: int = attrs.field(default=5, validator=odd)
     pooling: Pooling = attrs.field(default="avg", validator=one_of(*get_args(Pooling)))
     group: HeadGroup = attrs.field(default="mean", validator=one_of(*get_args(HeadGroup)))
     normalize: Normalize = attrs.field(default="visible", validator=one_of(*get_args(Normalize)))

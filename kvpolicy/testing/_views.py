@@ -59,6 +59,7 @@ def random_view(
         scale=head_dim**-0.5,
         queries=draw(4, kv_heads * group, queries, head_dim) if queries else None,
         query_valid=at >= 0 if queries else None,
+        group=group,
         numbers=_drawn(valid, rng) if numbers else None,
         recent_numbers=_drawn((recent >= 0)[:, None].expand(-1, kv_heads, -1), rng)
         if numbers

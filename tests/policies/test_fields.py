@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import importlib
 import re
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import attrs
@@ -12,30 +13,42 @@ import pytest
 import torch
 
 from kvpolicy import (
+    GKV,
     H2O,
+    RKV,
     TOVA,
+    AcrossLayers,
+    AdaEA,
     Adaptive,
     AdmitAll,
     AtPromptEnd,
     Budget,
     CachePipeline,
     CacheSpec,
+    CriticalKV,
     DBudgetKV,
     DuoAttention,
+    ExpectedAttention,
     FastGen,
+    FastKVzip,
     FlexPrefill,
+    HeadKV,
     KeepAll,
     KeyDiff,
     Knob,
     Knorm,
+    KVPress,
     KVzap,
+    KVzip,
     LagKV,
+    LazyLayers,
     LocalAttention,
     PerPhase,
     Pyramid,
     QFilters,
     Quest,
     RandomGate,
+    Ranked,
     Ratio,
     Rope,
     SageKV,
@@ -46,6 +59,8 @@ from kvpolicy import (
     Tokens,
     TopChannels,
     TotalCap,
+    TriAttention,
+    TrimKV,
     VerticalSlash,
     WriteGate,
     XAttention,
@@ -99,7 +114,7 @@ def words(*options):
 
 FRACTION = numbers(lambda value: 0 <= value <= 1)
 POSITIVE_FRACTION = numbers(lambda value: 0 < value <= 1)
-BUDGET = Kind((Tokens, Ratio, Adaptive, Pyramid, TotalCap))
+BUDGET = Kind((Tokens, Ratio, Adaptive, Pyramid, TotalCap, AcrossLayers, HeadKV, LazyLayers))
 INT_OR_OTHER = lambda value: type(value) is not int or 1 <= value <= MOST  # noqa: E731
 BUDGET_OR_INT = Kind((*BUDGET.types, int), INT_OR_OTHER)
 BASE = Kind((Tokens, Ratio, Adaptive, Pyramid, int), INT_OR_OTHER)
@@ -118,6 +133,7 @@ GATE = {
     "b1": torch.ones(1, 2, 3), "w2": torch.ones(1, 2, 3), "b2": torch.ones(1, 2),
 }  # fmt: skip
 LOCAL = LocalAttention(window=8)
+PRESS = SimpleNamespace(score=lambda *six: six)
 WHEN = words("prompt_end", "decode")
 
 # Class: arguments that make one, and what each field takes.
@@ -165,6 +181,20 @@ CLASSES = {
             "window": ints(1, none=True),
             "activation": words("gelu", "silu"),
             "backend": words("reference", "triton"),
+            "source": Kind((), none=True),
+        },
+    ),
+    AdaEA: (
+        {
+            "mean": torch.ones(1, 1, 2, 4), "covariance": torch.ones(1, 1, 2, 4, 4),
+            "thresholds": torch.ones(1, 1, 2),
+        },
+        {
+            **dict.fromkeys(
+                ("mean", "covariance", "thresholds"), Kind((torch.Tensor,), lambda value: False)
+            ),
+            "sinks": ints(0),
+            "window": ints(1, none=True),
             "source": Kind((), none=True),
         },
     ),
@@ -261,7 +291,8 @@ CLASSES = {
     ),
     H2O: (
         {"budget": 64},
-        {"budget": BUDGET_OR_INT, "when": WHEN, "group": words("mean", "max", "sum")},
+        {"budget": BUDGET_OR_INT, "when": WHEN, "group": words("mean", "max", "sum"),
+         "average": FLAG},
     ),
     TOVA: (
         {"budget": 64},
@@ -284,6 +315,40 @@ CLASSES = {
             "when": WHEN,
         },
     ),
+    GKV: (
+        {"budget": 64},
+        {"budget": BUDGET_OR_INT, "when": WHEN, "observation": ints(1), "alpha": FRACTION},
+    ),
+    KVzip: ({"budget": 64}, {"budget": BUDGET_OR_INT, "sinks": ints(0)}),
+    Ranked: (
+        {"budget": 64, "gate": KVzap(w2=torch.ones(1, 2, 4), b2=torch.ones(1, 2))},
+        {"gate": Kind((AdmitAll, LocalAttention), lambda value: False), "budget": BUDGET_OR_INT,
+         "when": WHEN, "sinks": ints(0)},
+    ),
+    TrimKV: (
+        {"budget": 64, "w1": torch.ones(1, 3, 4), "b1": torch.ones(1, 3),
+         "w2": torch.ones(1, 2, 3), "b2": torch.ones(1, 2)},
+        {
+            "budget": BUDGET_OR_INT,
+            **dict.fromkeys(("w1", "b1", "w2", "b2"), Kind((torch.Tensor,), lambda value: False)),
+            "when": WHEN,
+            "source": Kind((), none=True),
+        },
+    ),
+    FastKVzip: (
+        {"budget": 64, "q": torch.ones(1, 8, 3), "q_bias": torch.ones(1, 8),
+         "k": torch.ones(1, 8, 3), "q_norm": torch.ones(1, 4), "k_norm": torch.ones(1, 4),
+         "base": torch.ones(1, 2, 1, 1, 4), "bias": torch.ones(1, 2, 1, 1)},
+        {
+            "budget": BUDGET_OR_INT,
+            **dict.fromkeys(("q", "q_bias", "k"), Kind((torch.Tensor,), lambda value: False)),
+            **dict.fromkeys(("q_norm", "k_norm"), TENSOR),
+            **dict.fromkeys(("base", "bias"), Kind((torch.Tensor,), lambda value: False)),
+            "when": WHEN,
+            "sinks": ints(0),
+            "source": Kind((), none=True),
+        },
+    ),
     QFilters: (
         {"budget": 64, "filters": torch.ones(1, 2, 4)},
         {
@@ -291,6 +356,66 @@ CLASSES = {
             "filters": Kind((torch.Tensor,), lambda value: False),
             "when": WHEN,
             "source": Kind((), none=True),
+        },
+    ),
+    ExpectedAttention: (
+        {"budget": 64},
+        {
+            "budget": BUDGET_OR_INT,
+            "when": WHEN,
+            "future": ints(1),
+            "sinks": ints(0),
+            "covariance": FLAG,
+            "value_norm": FLAG,
+            "epsilon": numbers(lambda value: value >= 0),
+        },
+    ),
+    CriticalKV: (
+        {"eviction": SnapKV(budget=64)},
+        {
+            "eviction": Kind((SnapKV,)),
+            "epsilon": numbers(lambda value: value >= 0),
+            "first": FRACTION,
+        },
+    ),
+    RKV: (
+        {"budget": 64},
+        {
+            "budget": BUDGET_OR_INT,
+            "when": WHEN,
+            "observation": ints(1),
+            "kernel": Kind((int,), lambda value: 1 <= value <= MOST and value % 2),
+            "mix": FRACTION,
+            "threshold": FRACTION,
+            "group": words("mean", "max"),
+        },
+    ),
+    TriAttention: (
+        {"budget": 64, **dict.fromkeys(("real", "imaginary", "size"), torch.ones(1, 2, 4))},
+        {
+            "budget": BUDGET_OR_INT,
+            **dict.fromkeys(
+                ("real", "imaginary", "size"), Kind((torch.Tensor,), lambda value: False)
+            ),
+            "when": WHEN,
+            "farthest": ints(1),
+            "group": words("mean", "max"),
+            "normalize": FLAG,
+            "keep_prompt": FLAG,
+            "source": Kind((), none=True),
+        },
+    ),
+    KVPress: (
+        {"press": PRESS, "budget": 64},
+        {
+            "press": NOTHING,
+            "budget": BUDGET_OR_INT,
+            "when": WHEN,
+            "reads": words("queries", "statistics", "hidden"),
+            "inputs": ints(0),
+            "skip": ints(0),
+            "output_weight": FLAG,
+            "across_heads": FLAG,
         },
     ),
     SageKV: (
@@ -343,6 +468,20 @@ CLASSES = {
     Pyramid: (
         {"base": Tokens(64)},
         {"base": BASE, "beta": numbers(lambda value: value >= 1), "observation": ints(0)},
+    ),
+    AcrossLayers: ({"base": Tokens(64)}, {"base": BASE, "floor": FRACTION}),
+    LazyLayers: (
+        {"base": Tokens(64)},
+        {"base": BASE, "threshold": FRACTION, "held": ints(0)},
+    ),
+    HeadKV: (
+        {"base": Tokens(64), "importance": ((1.0, 2.0),)},
+        {
+            "base": BASE,
+            "importance": Kind((tuple, list), lambda value: value == ((0.5,),)),
+            "beta": numbers(lambda value: value >= 1),
+            "temperature": numbers(lambda value: value >= 0),
+        },
     ),
     TotalCap: ({"tokens": 64}, {"tokens": ints(1, (1 << 63) - 1), "drop": POSITIVE_FRACTION}),
     Knob: (

@@ -7,28 +7,39 @@ import torch
 from hypothesis import strategies as st
 
 from kvpolicy import (
+    GKV,
     H2O,
+    RKV,
     TOVA,
+    AcrossLayers,
+    AdaEA,
     Adaptive,
     AdmitAll,
     AtPromptEnd,
     CachePipeline,
     CacheSpec,
+    CriticalKV,
     DBudgetKV,
     DuoAttention,
+    ExpectedAttention,
     FastGen,
+    FastKVzip,
     FlexPrefill,
+    HeadKV,
     KeepAll,
     KeyDiff,
     Knorm,
     KVzap,
+    KVzip,
     LagKV,
+    LazyLayers,
     LocalAttention,
     PerPhase,
     Pyramid,
     QFilters,
     Quest,
     RandomGate,
+    Ranked,
     Ratio,
     SageKV,
     SelectAll,
@@ -39,6 +50,8 @@ from kvpolicy import (
     Tokens,
     TopChannels,
     TotalCap,
+    TriAttention,
+    TrimKV,
     VerticalSlash,
     WriteGate,
     XAttention,
@@ -116,6 +129,31 @@ def zap(s, **options):
     )  # fmt: skip
 
 
+def trim(s, **options):
+    """TRIM-KV with random gates on the attention inputs of tests' streams."""
+    n, heads = s.spec.layers, s.spec.kv_heads
+    hidden = heads * s.spec.head_dim
+    rng = torch.Generator().manual_seed(17)
+    draw = lambda *shape: torch.randn(*shape, generator=rng) / shape[-1] ** 0.5  # noqa: E731
+    return TrimKV(
+        w1=2 * draw(n, 6, hidden), b1=draw(n, 6), w2=3 * draw(n, heads, 6), b2=2 + draw(n, heads),
+        budget=s.kept, **options,
+    )  # fmt: skip
+
+
+def fast(s, **options):
+    """A gate of Fast KVzip with random weights, likewise."""
+    n, heads, group, dim = s.spec.layers, s.spec.kv_heads, s.spec.group, 4
+    hidden = heads * s.spec.head_dim
+    rng = torch.Generator().manual_seed(23)
+    draw = lambda *shape: torch.randn(*shape, generator=rng) / shape[-1] ** 0.5  # noqa: E731
+    return FastKVzip(
+        q=draw(n, heads * group * dim, hidden), q_bias=draw(n, heads * group * dim),
+        k=draw(n, heads * dim, hidden), q_norm=1 + draw(n, dim) / 8, k_norm=1 + draw(n, dim) / 8,
+        base=draw(n, heads, 1, 3, dim), bias=draw(n, heads, 1, group), budget=s.kept, **options,
+    )  # fmt: skip
+
+
 def duo(sizes):
     """Every other head streams."""
     full = [
@@ -126,6 +164,19 @@ def duo(sizes):
 
 def local(s):
     return LocalAttention(window=s.window, sinks=s.room)
+
+
+def ada_ea(s):
+    """Admits about half of the tokens."""
+    heads = s.spec.layers, s.spec.kv_heads, s.spec.group
+    rng, dim = torch.Generator().manual_seed(5), s.spec.head_dim
+    q = torch.randn(*heads, dim, dim, generator=rng)
+    mean, covariance = torch.randn(*heads, dim, generator=rng), q @ q.mT / dim
+    near = 0.72 + 0.9 / s.spec.group**0.5
+    return AdaEA(
+        mean=mean, covariance=covariance, thresholds=torch.full(heads, near), sinks=1,
+        window=s.window,
+    )  # fmt: skip
 
 
 ADMISSIONS = {
@@ -139,6 +190,7 @@ ADMISSIONS = {
     "all_of": lambda s: all_of(
         RandomGate(sparsity=0.1), gate(s, seed=1), RandomGate(sparsity=0.2, seed=9)
     ),
+    "ada_ea": ada_ea,
     "per_layer": lambda s: per_layer(RandomGate(sparsity=0.3), {0: AdmitAll()}),
 }
 
@@ -181,6 +233,11 @@ def snap(budget, **options):
     return SnapKV(budget=budget, observation=3, kernel=3, **options)
 
 
+def worth(s):
+    """How much each head is worth, from 1 to 4."""
+    return [[1 + (5 * n + 3 * h) % 4 for h in range(s.spec.kv_heads)] for n in range(s.spec.layers)]
+
+
 def pyramid(s):
     return Pyramid(Tokens(s.kept + 1), beta=4.0, observation=s.window + 1)
 
@@ -195,6 +252,15 @@ def filters(s):
     return torch.randn(n, heads, dim, generator=torch.Generator().manual_seed(7))
 
 
+def tri(s, **options):
+    """Statistics of random queries."""
+    shape = s.spec.layers, s.spec.heads, s.spec.head_dim // 2
+    rng = torch.Generator().manual_seed(11)
+    real, imaginary, more = (torch.randn(*shape, generator=rng) for _ in range(3))
+    size = torch.hypot(real, imaginary) + more.abs()
+    return TriAttention(budget=s.kept, real=real, imaginary=imaginary, size=size, **options)
+
+
 EVICTIONS = {
     "none": lambda s: KeepAll(),
     "tokens": lambda s: snap(s.kept),
@@ -203,6 +269,9 @@ EVICTIONS = {
     "adaptive": lambda s: snap(Adaptive(Tokens(s.kept)), when="decode"),
     "pyramid": lambda s: snap(pyramid(s)),
     "adaptive_pyramid": lambda s: snap(Adaptive(pyramid(s), floor=0.5)),
+    "across_layers": lambda s: snap(AcrossLayers(Tokens(s.kept)), when="decode"),
+    "lazy_layers": lambda s: snap(LazyLayers(Tokens(s.kept), threshold=0.3, held=2)),
+    "headkv": lambda s: snap(HeadKV(Tokens(s.kept), importance=worth(s), beta=1.2)),
     "cap": lambda s: snap(cap(s), normalize="global"),
     "cap_decode": lambda s: snap(cap(s), when="decode"),
     "sage": lambda s: SageKV(budget=s.kept, sinks=3),
@@ -222,6 +291,21 @@ EVICTIONS = {
     "knorm": lambda s: Knorm(budget=s.kept),
     "lagkv": lambda s: LagKV(budget=s.kept, lag=s.spec.page_size + 1, sinks=2),
     "q_filters": lambda s: QFilters(budget=s.kept, filters=filters(s), when="decode"),
+    "g_kv": lambda s: GKV(budget=s.kept, observation=3),
+    "trim": trim,
+    "fast": lambda s: fast(s, sinks=1),
+    "ranked": lambda s: Ranked(gate=zap(s), budget=s.kept, when="decode"),
+    "kvzip": lambda s: KVzip(budget=s.kept, sinks=2),
+    "expected": lambda s: ExpectedAttention(budget=s.kept, sinks=2, future=9),
+    "expected_decode": lambda s: ExpectedAttention(budget=s.kept, when="decode", value_norm=False),
+    "critical": lambda s: CriticalKV(snap(s.kept)),
+    "critical_expected": lambda s: CriticalKV(
+        ExpectedAttention(budget=Adaptive(Tokens(s.kept)), covariance=False, when="decode"),
+        first=0.4,
+    ),
+    "r_kv": lambda s: RKV(budget=s.kept, observation=3, kernel=3),
+    "tri": lambda s: tri(s, keep_prompt=True),
+    "tri_end": lambda s: tri(s, when="prompt_end", normalize=False, group="mean"),
     "per_layer": lambda s: per_layer(snap(s.kept), {0: AtPromptEnd(RandomGate(sparsity=0.2))}),
     "per_layer_decode": lambda s: per_layer(snap(s.kept, when="decode"), {0: snap(s.kept)}),
     "per_layer_mixed": lambda s: per_layer(

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from tests.support.contract.cases import ADMISSIONS, EVICTIONS, SELECTIONS
 
-# Not at all; by positions; by a number of each token; by queries; for several heads together; for
-# tiles of a prompt.
+# Not at all; by positions; by a number of each token; by queries; by statistics of queries; for
+# several heads together; for tiles of a prompt.
 KINDS = {
     "admission": {
         "neutral": ("all",),
         "position": ("local", "duo"),
-        "number": ("random", "gate", "zap", "any_of", "all_of", "per_layer"),
+        "number": ("random", "gate", "zap", "ada_ea", "any_of", "all_of", "per_layer"),
     },
     "selection": {
         "neutral": ("all",),
@@ -24,7 +24,7 @@ KINDS = {
     },
     "eviction": {
         "neutral": ("none",),
-        "accumulated": ("h2o", "h2o_decode"),
+        "accumulated": ("h2o", "h2o_decode", "kvzip"),
         "position": ("at_end_local", "streaming"),
         "number": (
             "at_end",
@@ -36,6 +36,11 @@ KINDS = {
             "keydiff",
             "lagkv",
             "q_filters",
+            "trim",
+            "fast",
+            "ranked",
+            "tri",
+            "tri_end",
         ),
         "query": (
             "tokens",
@@ -47,8 +52,22 @@ KINDS = {
             "sage",
             "dbudget",
             "fastgen",
+            "g_kv",
+            "critical",
+            "r_kv",
         ),
-        "heads": ("adaptive", "adaptive_pyramid", "cap", "cap_decode", "tova_layer", "simlayer"),
+        "statistics": ("expected", "expected_decode", "critical_expected"),
+        "heads": (
+            "adaptive",
+            "adaptive_pyramid",
+            "cap",
+            "cap_decode",
+            "tova_layer",
+            "across_layers",
+            "lazy_layers",
+            "headkv",
+            "simlayer",
+        ),
     },
 }
 for slot, table in (("admission", ADMISSIONS), ("selection", SELECTIONS), ("eviction", EVICTIONS)):
