@@ -66,7 +66,7 @@ def checks(bench: Bench, name: str, told: Callable[[dict[str, Any]], None]) -> N
         told({
             "name": str(dtype).removeprefix("torch."), "error": far[0], "own error": far[1],
             "ratio": far[0] / max(far[1], torch.finfo(dtype).eps), "decoding": decoding,
-            "tokens": case.ids.shape[1],
+            "tokens": case.ids.shape[1], "padded": not bool(case.mask.all()),
         })  # fmt: skip
         told(_policies(bench, model, case) | {"dtype": str(dtype).removeprefix("torch.")})
 
@@ -89,12 +89,16 @@ class _Case:
 
 
 def _case(bench: Bench, model: Any) -> _Case:
+    from ..adapters.hf.models import served
     from ..adapters.hf.rule.kinds import layer_kinds
 
     kinds = layer_kinds(model.config)
     reach = max([kind.window or kind.chunk or 1 for kind in kinds])
     prompt = max(reach - STEPS // 2 + PADDING[1], bench.pick(LEAST, 24))
     padding = bench.pick(PADDING, (0, 3, 7))
+    probe = served(model).probe
+    if probe.counts and prompt + STEPS >= probe.counts_from:  # where padded rows are refused
+        padding = (0, 0, 0)
     generator = torch.Generator().manual_seed(1)
     high = model.config.get_text_config().vocab_size
     ids = torch.randint(20, min(high, 140), (3, prompt + STEPS), generator=generator)

@@ -91,7 +91,7 @@ def _compared(name: str, told: dict[str, Any]) -> Row:
         group="families", name=f"{name}: logits, {told['name']}", value=told["error"],
         unit="relative",
         goals=(Goal(what="of its own attention's error", wanted=LIMIT, got=told["ratio"]),),
-        shape=f"3 rows of up to {told['tokens']} tokens, padded",
+        shape=f"3 rows of {told['tokens']} columns{', padded' if told['padded'] else ''}",
         baseline=f"its own attention {told['own error']:.3g}", note=told["decoding"], extra=told,
     )  # fmt: skip
 
