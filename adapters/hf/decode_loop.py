@@ -152,7 +152,7 @@ def _next_position(
     assert cache.state is not None
     if cache.counts_columns:
         return torch.full((cache.state.batch, 1), cache.columns, device=device)
-    return torch.tensor(cache.state.lengths, device=device)[:, None] + cache.first_position
+    return torch.tensor(cache.state.lengths, device=device)[:, None]
 
 
 class _LateFlags:

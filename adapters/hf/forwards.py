@@ -153,9 +153,7 @@ class Forwards:
         self.own, self.kept = given is None, kept
         told = kwargs.get("position_ids") is not None or "position_ids" not in self.names
         if not told and not texts and not soft_prompt(attachment.model):  # PEFT's count columns
-            if not cache.columns:
-                cache.first_position = _first(cache, probe.first)
-            kwargs["position_ids"] = true_positions(cache, ids.device)
+            kwargs["position_ids"] = true_positions(cache, ids.device, _first(cache, probe.first))
         opened(kwargs["attention_mask"])
         return kwargs
 
