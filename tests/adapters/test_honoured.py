@@ -100,3 +100,39 @@ def test_a_watermark_of_the_models_own_config(llama, kind):
             assert torch.equal(llama.generate(IDS, **GREEDY), plain)
     finally:
         llama.generation_config = own
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("ernie", "task_type_ids"),
+        ("roc_bert", "input_shape_ids"),
+        ("roc_bert", "input_pronunciation_ids"),
+        ("bart", "encoder_attention_mask"),  # without what it masks it says nothing
+    ],
+)
+@torch.no_grad()
+def test_inputs_of_other_forwards(name, argument):
+    config = tiny_config(name)
+    config.use_task_id = True
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    ids, given = IDS % 60, {argument: torch.ones_like(IDS)}
+    plain = model(ids, **given).logits
+    assert argument == "encoder_attention_mask" or not torch.allclose(plain, model(ids).logits)
+    with attach(model, PIPELINE):
+        assert torch.allclose(model(ids, **given).logits, plain, atol=1e-4)
+
+
+@torch.no_grad()
+def test_inputs_of_layers():
+    model = tiny_model("gemma4_text")
+    ids = IDS % 60
+    width = model.config.hidden_size_per_layer_input
+    if not width:
+        pytest.skip("this transformers' tiny Gemma 4 has none")
+    given = torch.randn(1, 9, model.config.num_hidden_layers, width)
+    options = {"inputs_embeds": model.get_input_embeddings()(ids), "per_layer_inputs": given}
+    plain = model(**options).logits
+    with attach(model, PIPELINE):
+        assert torch.allclose(model(**options).logits, plain, atol=1e-3)
