@@ -10,6 +10,8 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvpolicy import (
+    GKV,
+    H2O,
     CachePipeline,
     LocalAttention,
     Quest,
@@ -18,6 +20,7 @@ from kvpolicy import (
     WriteGate,
 )
 from kvpolicy.adapters.hf import attach, capture, decode_loop
+from kvpolicy.store.numbers import held
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,6 +47,10 @@ PIPELINES = {
     ),
     "each": CachePipeline(selection=Quest(budget=48, group="each"), window=16),
     "snapkv": CachePipeline(eviction=SnapKV(budget=40, observation=8, when="decode"), window=16),
+    "h2o": CachePipeline(
+        admission=RandomGate(sparsity=0.3), eviction=H2O(budget=40, group="max"), window=16
+    ),
+    "g_kv": CachePipeline(eviction=GKV(budget=40, observation=8), window=16),
     "all": CachePipeline(
         admission=RandomGate(sparsity=0.3),
         selection=Quest(budget=32),
@@ -90,7 +97,12 @@ def test_captured_equals_eager_bit_for_bit(model, name, dtype, monkeypatch) -> N
     assert torch.equal(captured.sequences, eager.sequences)
     for a, b in zip(captured.logits, eager.logits, strict=True):
         assert torch.equal(a, b)
-    assert captured.past_key_values.state.lengths == eager.past_key_values.state.lengths
+    states = [x.past_key_values.state for x in (captured, eager)]
+    assert states[0].lengths == states[1].lengths
+    for layers in zip(*(state.layers for state in states), strict=True):
+        if layers[0].numbers is not None:
+            assert layers[0].eviction.remembers or held(layers[0]).any()
+            assert torch.equal(*map(held, layers))
     model.float()
 
 
