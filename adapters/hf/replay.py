@@ -27,13 +27,14 @@ class Repeat(NamedTuple):
 def replay(
     attachment: Attached,
     cache: KVPolicyCache,
-    input_ids: Tensor,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
     attention_mask: Tensor | None,
     span: range | None,
     sinks: int,
 ) -> None:
     """See `Attachment.replay`."""
-    check_ids("input_ids", input_ids)
+    given = _given(input_ids, inputs_embeds)
     optional(check_mask, "attention_mask", attention_mask)
     if cache is None:
         raise TypeError("cache: wanted a KVPolicyCache that read a context, got None")
@@ -44,17 +45,30 @@ def replay(
             "past_key_values=cache), replay, then call cache.end_prompt()"
         )
     before = cache.real()
-    shown = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    mask = torch.cat([before.to(shown.device, shown.dtype), shown], 1)
+    (tokens,) = given.values()
+    ones = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+    real = ones if attention_mask is None else attention_mask
+    mask = torch.cat([before.to(real.device, real.dtype), real], 1)
     with (
         torch.no_grad(),
         attachment.forwards.holding(),
         cache.pipeline.replay(cache.state, span=span, sinks=sinks) as state,
     ):
         fork = cache.around(state, range(state.batch))
-        attachment.decoder(
-            input_ids=input_ids, attention_mask=mask, past_key_values=fork, use_cache=True
-        )
+        attachment.decoder(**given, attention_mask=mask, past_key_values=fork, use_cache=True)
+
+
+def _given(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> dict[str, Tensor]:
+    """The one of both that is given, as the model takes it."""
+    if (input_ids is None) == (inputs_embeds is None):
+        got = "none" if input_ids is None else "both"
+        raise ValueError(f"input_ids, inputs_embeds: wanted one of them, got {got}")
+    if input_ids is not None:
+        check_ids("input_ids", input_ids)
+        return {"input_ids": input_ids}
+    if not isinstance(inputs_embeds, Tensor) or inputs_embeds.ndim != 3:
+        raise ValueError(f"inputs_embeds: wanted [B, S, hidden], got {shown(inputs_embeds)}")
+    return {"inputs_embeds": inputs_embeds}
 
 
 def repeats(
