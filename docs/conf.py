@@ -9,6 +9,8 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from docutils import nodes
+
 import kvpolicy
 
 if TYPE_CHECKING:
@@ -42,8 +44,9 @@ python_display_short_literal_types = True
 # leaves out.
 _OTHERS = r"(abc|collections|os|pathlib|random|torch|transformers)\..*"
 _UNSEEN = r"(PreTrained\w+|Path|Tensor|Texts|Progress|Objective|Kind|FloorForm)"
-_ROOMS = r"_\w+|adapters\.hf|budget|calls|eviction|ops|per_layer|spec|store|training"
-_INSIDE = rf"kvpolicy\.({_ROOMS}|admission\.(combine|_files)|evaluation\.(sessions|tasks))\..*"
+_ROOMS = r"_\w+|adapters\.hf|budget|calls|eviction|ops|per_layer|rope|spec|store|training"
+_SOME = r"admission\.(combine|_files)|selection\._prompt|evaluation\.(sessions|tasks)"
+_INSIDE = rf"kvpolicy\.({_ROOMS}|{_SOME})\..*"
 nitpick_ignore_regex = [("py:.*", name) for name in (_OTHERS, _UNSEEN, _INSIDE)]
 
 html_theme = "furo"
@@ -93,7 +96,15 @@ def forget_builtins(
         lines.clear()
 
 
+def keep_errors_together(app: Sphinx, document: nodes.document) -> None:
+    """Lets no line break before or after the sign of an error."""
+    for text in list(document.findall(nodes.Text)):
+        if " ± " in text and text.parent is not None:
+            text.parent.replace(text, nodes.Text(text.replace(" ± ", "\u00a0±\u00a0")))
+
+
 def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", forget_builtins, priority=1)
     app.connect("source-read", link_outside)
+    app.connect("doctree-read", keep_errors_together)
     app.connect("build-finished", list_versions)

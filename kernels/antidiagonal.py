@@ -39,13 +39,14 @@ _STEPS = tl.constexpr(_BITS + 1)
 
 
 class Tile(NamedTuple):
-    """Groups of queries and of keys in a product, channels of a step, warps, stages."""
+    """Groups of queries and of keys in a product, channels of a step, warps, stages, registers."""
 
     rows: int
     columns: int
     channels: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def choose_tile(dim: int, itemsize: int, shared: int) -> Tile:
@@ -53,7 +54,7 @@ def choose_tile(dim: int, itemsize: int, shared: int) -> Tile:
     if itemsize == 4:
         return Tile(64, 64, 32, 4, 2)
     wide = min(dim, 64)
-    return Tile(128, 128, wide, 8, 3 if shared >= 160 << 10 else 2)
+    return Tile(128, 128, wide, 4, 3 if shared >= 160 << 10 else 2)
 
 
 def antidiagonal_blocks(
@@ -127,7 +128,7 @@ def _span(
             GROUP=heads // kv_heads, STRIDE=stride, GROUPS=groups, DIM=dim,
             CHANNELS=min(shape.channels, pad), PARTS=cdiv(pad, min(shape.channels, pad)),
             ROWS=rows, COLUMNS=columns, TOGETHER=_TOGETHER, STAGES=shape.stages,
-            num_warps=shape.warps,
+            num_warps=shape.warps, **({"maxnreg": shape.registers} if shape.registers else {}),
         )  # fmt: skip
         _amounts[end - begin, heads](
             levels, amounts, begin, *edges, end, many,

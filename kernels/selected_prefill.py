@@ -39,7 +39,8 @@ _LOG2E = tl.constexpr(LOG2E)
 class Tile(NamedTuple):
     """Queries and keys of a step, keys of a step with a mask, warps, stages.
 
-    With `descriptors` the device's copy engine loads whole steps.
+    With `descriptors` the device's copy engine loads whole steps. `registers` is the most that a
+    thread gets.
     """
 
     queries: int
@@ -48,6 +49,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     descriptors: bool = False
+    registers: int | None = None
 
 
 def choose_tile(tile: int, dim: int, itemsize: int, shared: int) -> Tile:
@@ -189,7 +191,7 @@ def _span(call: _Call, sizes: tuple[int, int], begin: int, end: int) -> None:
             QUERIES=shape.queries, M=max(shape.queries, 16), KEYS_=shape.keys,
             REST=max(shape.rest, 16), DIM=dim, DIM_V=dim_v, DIM_PAD=dot_size(dim),
             DIM_V_PAD=dot_size(dim_v), DESCRIPTORS=descriptors, STAGES=shape.stages,
-            num_warps=shape.warps,
+            num_warps=shape.warps, **({"maxnreg": shape.registers} if shape.registers else {}),
         )  # fmt: skip
 
 
@@ -208,7 +210,7 @@ def _plain(
 ):  # fmt: skip
     """What the lists name, without a mask: top, total and acc after it."""
     n = tl.arange(0, KEYS_)
-    for step in tl.range(0, wholes, num_stages=STAGES):
+    for step in tl.range(0, wholes, num_stages=2 * STAGES - 1):
         row = tl.load(whole + step)
         if DESCRIPTORS:
             k = far_k.load([row, 0])  # [N, D]
@@ -237,7 +239,7 @@ def _masked(
     """Rows that some queries have out of their window, and columns; `last` is the last query's
     first position in its window."""
     n = tl.arange(0, REST)
-    for low in range(plain, some, REST):
+    for low in tl.range(plain, some, REST, num_stages=1):
         row = low + n
         there = row < some
         place = tl.load(at + row, mask=there, other=0)  # [N]
@@ -247,7 +249,7 @@ def _masked(
         v = _load_rows(rows_v, row, e, there, DIM_V)
         top, total, acc = attend_step(q, k, v, seen, scale, cap, top, total, acc, True)
     if where is not None:
-        for low in range(0, columns, REST):
+        for low in tl.range(0, columns, REST, num_stages=1):
             place = tl.load(where + low + n, mask=low + n < columns, other=1 << 30)
             near = place < last
             row = tl.load(found + low + n, mask=near, other=-1)
@@ -265,10 +267,11 @@ def _masked(
 def _near(
     q, key, value, key_t, value_t, low, high, stop, i, window, d, e, scale, cap, top, total, acc,
     KEYS_: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, MASKED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Recent keys from position `low` to `high`, in the window where MASKED asks."""
     n = tl.arange(0, KEYS_)
-    for first in range(low, high, KEYS_):
+    for first in tl.range(low, high, KEYS_, num_stages=STAGES):
         j = first + n
         there = j < (stop if MASKED else high)
         mask = there[:, None] & (d < DIM)[None, :]
@@ -342,7 +345,7 @@ def _attend_chosen(
         upto = tl.minimum(inner, stop) if part == 0 else (outer if part == 1 else stop)
         top, total, acc = _near(
             q, key, value, key_strides[1], value_strides[1], from_, upto, stop, i, window, d, e,
-            scale, cap, top, total, acc, KEYS_, DIM, DIM_V, part != 1,
+            scale, cap, top, total, acc, KEYS_, DIM, DIM_V, part != 1, STAGES,
         )  # fmt: skip
     if sinks is not None:
         sink = tl.load(sinks + head).to(tl.float32) * _LOG2E

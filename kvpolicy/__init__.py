@@ -22,9 +22,12 @@ from .admission import Write as Write
 from .admission import WriteGate as WriteGate
 from .admission import all_of as all_of
 from .admission import any_of as any_of
+from .budget import AcrossLayers as AcrossLayers
 from .budget import Adaptive as Adaptive
 from .budget import Budget as Budget
 from .budget import BudgetView as BudgetView
+from .budget import HeadKV as HeadKV
+from .budget import LazyLayers as LazyLayers
 from .budget import Pyramid as Pyramid
 from .budget import Ratio as Ratio
 from .budget import Tokens as Tokens
@@ -35,6 +38,7 @@ from .errors import KVPolicyError as KVPolicyError
 from .errors import PhaseError as PhaseError
 from .errors import RollbackError as RollbackError
 from .errors import UnsupportedError as UnsupportedError
+from .eviction import GKV as GKV
 from .eviction import H2O as H2O
 from .eviction import RKV as RKV
 from .eviction import TOVA as TOVA
@@ -45,18 +49,23 @@ from .eviction import Eviction as Eviction
 from .eviction import EvictionView as EvictionView
 from .eviction import ExpectedAttention as ExpectedAttention
 from .eviction import FastGen as FastGen
+from .eviction import FastKVzip as FastKVzip
+from .eviction import JudgeQ as JudgeQ
 from .eviction import KeepAll as KeepAll
 from .eviction import KeyDiff as KeyDiff
 from .eviction import Knorm as Knorm
 from .eviction import KVPress as KVPress
+from .eviction import KVzip as KVzip
 from .eviction import LagKV as LagKV
 from .eviction import QFilters as QFilters
 from .eviction import QueryStats as QueryStats
+from .eviction import Ranked as Ranked
 from .eviction import SageKV as SageKV
 from .eviction import SimLayerKV as SimLayerKV
 from .eviction import SnapKV as SnapKV
 from .eviction import StreamingLLM as StreamingLLM
 from .eviction import TriAttention as TriAttention
+from .eviction import TrimKV as TrimKV
 from .per_layer import per_layer as per_layer
 from .pipeline import CachePipeline as CachePipeline
 from .pipeline_files import load_pipeline as load_pipeline
@@ -87,16 +96,14 @@ else:
         """Imports what needs transformers when it is first asked for.
 
         ImportError for a name of another library: an AttributeError's text is lost in
-        `from kvpolicy import StreamingLLM`.
+        `from kvpolicy import AdaKV`.
         """
         if name not in _LATER:
-            from ._elsewhere import known_elsewhere, near
-
-            if says := known_elsewhere(name, __all__):
+            elsewhere = import_module("._elsewhere", __name__)
+            if says := elsewhere.known_elsewhere(name, __all__):
                 raise ImportError(says)
-            raise AttributeError(
-                f"module {__name__!r} has no attribute {name!r}{near(name, __all__)}"
-            )
+            hint = elsewhere.near(name, __all__)
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
         value = globals()[name] = getattr(import_module(_LATER[name], __name__), name)
         return value
 
@@ -104,6 +111,8 @@ else:
 __version__ = "0.2.0"
 
 __all__ = [
+    "AcrossLayers",
+    "AdaEA",
     "Adaptive",
     "Admission",
     "AdmitAll",
@@ -115,30 +124,41 @@ __all__ = [
     "CacheSpec",
     "CacheState",
     "CapacityError",
+    "CriticalKV",
     "DBudgetKV",
     "DuoAttention",
-    "H2O",
     "Eviction",
     "EvictionView",
+    "ExpectedAttention",
     "FastGen",
+    "FastKVzip",
     "FlexPrefill",
+    "GKV",
+    "H2O",
+    "HeadKV",
+    "JudgeQ",
     "KVPolicyError",
+    "KVPress",
     "KVzap",
+    "KVzip",
     "KeepAll",
     "KeyDiff",
     "Knob",
     "Knorm",
     "LagKV",
+    "LazyLayers",
     "LocalAttention",
     "PerPhase",
     "PhaseError",
     "PromptSelection",
     "PromptView",
     "Pyramid",
-    "QueryStats",
     "QFilters",
+    "QueryStats",
     "Quest",
+    "RKV",
     "RandomGate",
+    "Ranked",
     "Ratio",
     "Reads",
     "Report",
@@ -154,6 +174,8 @@ __all__ = [
     "Tokens",
     "TopChannels",
     "TotalCap",
+    "TriAttention",
+    "TrimKV",
     "UnsupportedError",
     "VerticalSlash",
     "Write",
@@ -166,12 +188,6 @@ __all__ = [
     "new_cache",
     "per_layer",
     "save_pipeline",
-    "AdaEA",
-    "CriticalKV",
-    "ExpectedAttention",
-    "KVPress",
-    "RKV",
-    "TriAttention",
 ]
 
 

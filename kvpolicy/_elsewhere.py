@@ -11,13 +11,13 @@ KNOWN = {
     "composed": "CachePipeline(...)",
     "dualcache": "CachePipeline(...)",
     "duo": "DuoAttention.from_pretrained(folder, sparsity=0.5)",
+    "observedattention": "H2O(budget=...)",
     "perlayercompression": "per_layer(...)",
     "pyramidkv": "SnapKV(budget=Pyramid(...))",
-    "streamingllm": "AtPromptEnd(LocalAttention(window=n - 4, sinks=4))",
     "wgkv": "WriteGate.from_pretrained(repository, file)",
 }
 # Methods that have no class here, unless the root has one by now.
-METHODS = {"expectedattention", "h2o", "keydiff", "knorm", "kvzip", "observedattention", "tova"}
+METHODS = {"expectedattention", "kvzip", "minference", "think"}
 ABSENT = (
     "no policy of this name; docs/coming-from.md says what is here for it, and "
     "docs/writing-a-policy.md how to write one"

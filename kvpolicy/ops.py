@@ -333,6 +333,7 @@ class Ops(Protocol):
         self, numbers: Numbers, pages: Pages, heads: Heads, ring: Ring, query: Tensor,
         lengths: Tensor, first: Tensor, last: Tensor, window: int, scale: float, *, most: int,
         accumulates: str, group: str, shifts: tuple[int, int] = (0, 0),
+        among: tuple[int, int, int, int] | None = None,
         softcap: float | None = None, sinks: Tensor | None = None, chunk: int | None = None,
     ) -> None:  # fmt: skip
         """Adds to the numbers of tokens the attention weights that queries give them, in place.
@@ -343,9 +344,9 @@ class Ops(Protocol):
         group's query heads are combined by `group`: "mean", "max" or "sum"; `accumulates` is "sum"
         or "max". `query` `[B, Hq, S', D]` holds the query of position p in slot
         `(p - shifts[0]) % S'`, and `ring` its tokens in slots `(p - shifts[1]) % S`; there a token
-        that left the window and was admitted is a global one. Every query's weights are computed
-        alike, whatever others come with it; in which order they are added, the kernel decides by
-        `first` and `last` alone.
+        that left the window and was admitted is a global one. With `among` = (a, b, c, d) queries
+        see no tokens but those before position a, from b to before c and from d on, and only those
+        from b to before c take weights.
         """
 
     # Choosing

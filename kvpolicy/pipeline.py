@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Unpack, cast
 
 import attrs
@@ -30,6 +31,7 @@ from .spec import CacheSpec
 from .store import CacheState, Report, moments
 from .store.allocate import allocate
 from .store.layer import check_sinks
+from .store.looked_back import adopt_numbers, fork_to_replay, looks_back
 from .store.report import report
 
 DEFAULT_WINDOW = 256
@@ -171,6 +173,9 @@ class CachePipeline:
         for layer in range(spec.layers):
             for policy in (self.selection.at(layer), self.eviction.at(layer)):
                 policy.check_window(self.window)
+            budget = budget_of(self.eviction.at(layer))
+            if budget is not None and spec.slides(layer) is None:
+                budget.check_model(spec.layers, spec.at(layer).kv_heads + elsewhere)
             capacity.check(spec, layer, self.window, self.eviction.at(layer))
             if self.eviction.at(layer).hidden and spec.hidden is None:
                 raise ValueError(
@@ -301,6 +306,46 @@ class CachePipeline:
             evict(state, [row.prompt_open for row in state.sequences])
             for row in state.sequences:
                 row.prompt_open = False
+
+    @contextmanager
+    def replay(
+        self, state: CacheState, *, span: range | None = None, sinks: int = 0
+    ) -> Iterator[CacheState]:
+        """A fork in which tokens look back at those of `state`, for evictions that are `replayed`.
+
+        Run prompt calls in it: the weights that their queries give the tokens at positions `span`
+        (default all) become numbers of `state`, under the eviction's `accumulates` and `group`,
+        when the block ends without an error. Nothing else of `state` changes, and the fork is gone
+        afterwards. A query's softmax runs over the span, the first `sinks` tokens and the tokens of
+        the replay itself. Several replays of one cache add up.
+
+        Example:
+            `with pipeline.replay(state, span=range(0, 2048)) as fork: ...`
+
+        Raises:
+            UnsupportedError: no layer's eviction is `replayed`.
+            ValueError: the span is no range of positions that all sequences hold.
+        """
+        check_state(state)
+        check_int("sinks", sinks, 0)
+        if state.call is not None:
+            raise PhaseError("replay: a call is in flight; commit or abort it first")
+        if not any(map(looks_back, state.layers)):
+            raise UnsupportedError(
+                f"replay: {type(self.eviction).__name__} does not look at replays; only evictions "
+                "that say replayed=True do, such as KVzip"
+            )
+        shortest = min(state.lengths)
+        span = range(shortest) if span is None else span
+        if not isinstance(span, range) or span.step != 1 or not 0 <= span.start < span.stop:
+            raise ValueError(f"span: wanted a range of positions, got {shown(span)}")
+        if span.stop > shortest:
+            raise ValueError(f"span: wanted positions below {shortest}, got {span}")
+        fork = fork_to_replay(state, sinks, span)
+        yield fork
+        if fork.call is not None:
+            raise PhaseError("replay: a call is in flight in the fork; commit or abort it first")
+        adopt_numbers(state, fork)
 
     def maintain(self, state: CacheState) -> None:
         """Evicts for sequences that decoded another `interval` tokens, if the policy does."""

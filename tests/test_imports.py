@@ -37,6 +37,7 @@ ROOMS = {
         ("allocate",),
         ("compaction", "rollback", "report", "plan", "persist"),
         ("fork",),
+        ("looked_back",),
     ),
     "calls": (
         ("_checks", "budgets", "decide", "select", "settle", "tell", "tiles"),

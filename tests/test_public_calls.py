@@ -134,6 +134,38 @@ def attaching(**given: Any) -> None:
     hf.attach(**given).detach()
 
 
+LOOKS_BACK = CachePipeline(eviction=kvpolicy.KVzip(budget=64), window=8)
+
+
+class Letters:
+    """A tokenizer."""
+
+    def encode(self, text, add_special_tokens):
+        return [ord(letter) % 50 for letter in text]
+
+
+def looking_back(**given: Any) -> None:
+    with hf.attach(MODEL, LOOKS_BACK) as found:
+        if "cache" not in given:
+            given["cache"] = found.new_cache()
+            MODEL(IDS, past_key_values=given["cache"])
+        found.replay(**given)
+
+
+def read_in() -> CacheState:
+    found = LOOKS_BACK.init(SPEC)
+    LOOKS_BACK.begin(found, [3], "prompt")
+    for layer in range(2):
+        LOOKS_BACK.attend(found, layer, *(torch.ones(heads, 3, 8) for heads in (4, 2, 2)))
+    LOOKS_BACK.commit(found)
+    return found
+
+
+def replaying(**given: Any) -> None:
+    with LOOKS_BACK.replay(**given):
+        pass
+
+
 KIT = {
     "policy": NOTHING, "dtype": NOTHING, "takes_effect": MAYBE_FLAG,
     "seed": Takes(int, fits=lambda x: x >= 0),
@@ -193,6 +225,17 @@ CALLS = {
         attached("ask", input_ids=IDS[:, :4], max_new_tokens=2),
         cache=NOTHING, input_ids=NOTHING, attention_mask=MASK, question=NOTHING,
     ),
+    "attached.replay": Call(
+        lambda folder: (looking_back, {"input_ids": IDS[:, :4]}),
+        cache=NOTHING, input_ids=NOTHING, attention_mask=MASK, span=NONE,
+        sinks=Takes(int, fits=lambda x: x >= 0),
+    ),
+    "repeats": Call(
+        lambda folder: (hf.repeats, {"tokenizer": Letters(), "input_ids": IDS[:1]}),
+        tokenizer=NOTHING, input_ids=NOTHING, chunk_size=COUNT, suffix=Takes(str),
+        prefix=Takes(int, fits=lambda x: 0 <= x < IDS.shape[1]),
+        previous=Takes(int, fits=lambda x: 0 <= x < 1 << 30),
+    ),
     "loglikelihood": Call(
         attached("loglikelihood", input_ids=IDS, continuation_ids=IDS[:, :3]),
         input_ids=NOTHING, continuation_ids=NOTHING, attention_mask=MASK, question=NOTHING,
@@ -226,6 +269,10 @@ CALLS = {
     "reserve": Call(
         lambda folder: (PIPELINE.reserve, {"state": state(), "steps": 1}),
         state=NOTHING, steps=COUNT,
+    ),
+    "replay": Call(
+        lambda folder: (replaying, {"state": read_in()}),
+        state=NOTHING, span=NONE, sinks=Takes(int, fits=lambda x: x >= 0),
     ),
     **{
         name: Call(on(name, state=None), state=NOTHING)
@@ -289,6 +336,7 @@ def functions() -> dict[str, Callable]:
     }  # fmt: skip
     found |= {"kept": CacheState.kept, "finish": CacheState.finish}
     found |= {n: getattr(hf.Attachment, n) for n in ("read", "ask", "loglikelihood")}
+    found["attached.replay"] = hf.Attachment.replay
     found |= {
         f"cache.{n}": getattr(hf.KVPolicyCache, n) for n in ("fork", "crop", "save", "begin_prompt")
     }
@@ -448,7 +496,7 @@ def test_a_next_turn_goes_on_with_all_turns() -> None:
 
 
 ROOT_NAMES = [
-    ("StreamingLLM", ImportError, r"write AtPromptEnd\(LocalAttention\("),
+    ("PyramidKV", ImportError, r"write SnapKV\(budget=Pyramid\("),
     ("AdaKVPress", ImportError, r"write SnapKV\(budget=Adaptive\("),
     ("SnapKVPress", ImportError, "SnapKVPress: not its name in kvpolicy; write SnapKV$"),
     ("Snapkv", ImportError, "; write SnapKV$"),
@@ -467,9 +515,7 @@ def test_names_that_the_root_does_not_have(name, kind, message) -> None:
             exec(f"from kvpolicy import {name}")
 
 
-def test_names_of_other_libraries_are_not_here_by_now() -> None:
-    own = {name.lower() for name in kvpolicy.__all__}
-    assert not own & set(_elsewhere.KNOWN)
+def test_what_to_write_instead_is_here() -> None:
     for says in _elsewhere.KNOWN.values():
         assert says.partition("(")[0].partition(".")[0] in kvpolicy.__all__
 

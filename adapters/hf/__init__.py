@@ -2,7 +2,7 @@
 
 # First, so that another transformers is refused before anything of it is imported.
 # isort: split
-from . import versions as versions
+from . import versions as _versions  # noqa: F401
 
 # isort: split
 from .attach import Attachment as Attachment
@@ -13,4 +13,5 @@ from .cache import new_cache as new_cache
 from .memory import FitReport as FitReport
 from .memory import fit_report as fit_report
 from .persist import load_cache as load_cache
+from .replay import repeats as repeats
 from .sizes import spec_of as spec_of

@@ -25,6 +25,7 @@ from .faces import NAME
 from .forwards import Forwards
 from .generate import generate
 from .models import AttentionLayer, check_one_device, check_pre_query, check_pre_rope, served
+from .replay import replay
 from .wrappers import base_of, check_soft_prompt, decoder_of, unwrapped
 
 # The model's hooks keep its attachment alive; nothing here keeps the model alive.
@@ -217,6 +218,23 @@ class Attachment:
         context into forwards of so many columns.
         """
         return phases.read(self, input_ids, attention_mask, inputs_embeds, cache, chunk_size)
+
+    def replay(
+        self,
+        cache: KVPolicyCache,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        span: range | None = None,
+        sinks: int = 4,
+    ) -> None:
+        """Lets tokens `[B, S]`, or `[B, S, hidden]` embedded, look back at what `cache` holds.
+
+        Before its prompt ends. For evictions that want it, such as `KVzip`, whose passes `repeats`
+        gives, and `JudgeQ`; the cache holds what it held before. See `CachePipeline.replay`.
+        """
+        replay(self, cache, input_ids, inputs_embeds, attention_mask, span, sinks)
 
     def ask(
         self,

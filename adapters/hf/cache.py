@@ -175,6 +175,15 @@ class KVPolicyCache(Cache):
         for layer, known in self.told.items():
             self.pipeline.tell(state, layer, **known)
 
+    def counted(self) -> Any:
+        """The columns so far, for attention that counts them: while a graph is captured on the
+        device, where every replay finds them anew.
+        """
+        if not self.capturing:
+            return self.columns
+        assert self.state is not None
+        return self.state.on(self.state.layers[0]).lengths.max()
+
     def saw(self, columns: int, valid: Tensor | None) -> None:
         """Records the columns of a finished call; `valid` `[B, columns]` on the host."""
         self.chunks = append(self.chunks, columns, valid)
@@ -243,11 +252,17 @@ class KVPolicyCache(Cache):
     def fork(self, rows: Sequence[int] | None = None) -> KVPolicyCache:
         """A cache that goes its own way; full pages are shared until either gives them up."""
         optional(check_rows, "rows", rows)
+        rows = range(self.state.batch if self.state else 0) if rows is None else rows
+        return self.around(
+            None if self.state is None else select_rows(self.state, list(rows)), rows
+        )
+
+    def around(self, state: CacheState | None, rows: Sequence[int]) -> KVPolicyCache:
+        """A cache of `state`, a fork of this one's with its sequences `rows`."""
         new = object.__new__(KVPolicyCache)
         new.__dict__.update(self.__dict__)
         new._make_faces()
-        rows = range(self.state.batch if self.state else 0) if rows is None else rows
-        new.state = None if self.state is None else select_rows(self.state, list(rows))
+        new.state = state
         new.states.restore(self.states.select(list(rows)))
         new.chunks = pick(self.chunks, list(rows))
         new.graph, new.captures = None, 0
@@ -324,7 +339,7 @@ class KVPolicyCache(Cache):
             self.pipeline,
             fingerprint=model_fingerprint(model),
             extra=to_tensors(self.chunks, self.state.batch) | self.states.to_tensors(),
-            notes={"phase": self.phase, "counts_positions": str(self.counts_positions)},
+            notes={"phase": self.phase},
         )
 
     @ordinary
@@ -344,6 +359,12 @@ class KVPolicyCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         batch = 0 if self.state is None else self.state.batch
         self._select(torch.arange(batch).repeat_interleave(repeats))
+
+    def offload(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UnsupportedError("offload: pages stay on the model's device; cache.save files them")
+
+    def prefetch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UnsupportedError("prefetch: pages are on the model's device, none is elsewhere")
 
     def activate_past_recording(self, *args: Any, **kwargs: Any) -> None:
         """Assisted decoding begins: evictions wait until rejected candidates are taken back."""

@@ -6,6 +6,7 @@ model is served because `probe` found what the cache needs to know of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import attrs
@@ -219,6 +220,20 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     Raises UnsupportedError for a model that is not served.
     """
     return list(served(model).layers)
+
+
+def managed_sizes(layers: Sequence[AttentionLayer]) -> AttentionLayer:
+    """The first layer that policies manage, of a model whose managed layers agree in their sizes.
+
+    A layer that slides where all do. Raises UnsupportedError where they differ, since gates and
+    patterns have one size.
+    """
+    managed = [layer for layer in layers if layer.window is None] or list(layers)
+    sizes = sorted({(layer.kv_heads, layer.head_dim) for layer in managed})
+    if len(sizes) > 1:
+        said = " and ".join(f"{heads} KV heads of {dim} channels" for heads, dim in sizes)
+        raise UnsupportedError(f"model: gates have one size, its layers differ: {said}")
+    return managed[0]
 
 
 def check_pre_rope(known: Served) -> None:

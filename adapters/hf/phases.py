@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ...errors import PhaseError, UnsupportedError
 from .attached import Attached
 from .cache import KVPolicyCache
 from .generate import merged_config, run
+from .tiles import cuts, refuse_more, refuse_whole
 from .wrappers import soft_prompt
 
 QUESTIONS = ("decode", "prompt")
@@ -49,10 +51,13 @@ def read(
             raise UnsupportedError("read: a soft prompt goes before one forward of one context")
         reader = attachment.model
     cache = attachment.cache_for(cache, "cache")
+    refuse_more(attachment, cache)
+    held = [0] if cache.state is None else cache.state.lengths
+    ends = cuts(attachment, held, attention_mask, whole, chunk_size)
     with torch.no_grad(), attachment.forwards.holding():
         cache.begin_prompt()
-        for start in range(0, whole, chunk_size or whole):
-            part = slice(start, start + (chunk_size or whole))
+        for start, stop in pairwise([0, *ends]):
+            part = slice(start, stop)
             mask = None if attention_mask is None else attention_mask[:, part]
             reader(
                 **{name: inputs[:, part]},
@@ -87,6 +92,9 @@ def ask(
     fork = _fork(attachment, cache, input_ids, question, rows)
     mask = _full_mask(fork, input_ids, attention_mask, rows)
     given = {"input_ids": input_ids, "attention_mask": mask, "past_key_values": fork}
+    if attachment.served.probe.first and "position_ids" not in options:
+        # The context's tokens were counted from there.
+        given["position_ids"] = _places(mask, input_ids.shape[1], attachment)
     if question == "decode" and one_by_one(attachment):
         given["prefill_chunk_size"] = 1
     return run(attachment, {**options, **given}, question)
@@ -106,9 +114,9 @@ def loglikelihood(
     optional(check_mask, "attention_mask", attention_mask)
     optional(check_mask, "continuation_mask", continuation_mask)
     _check(question)
+    refuse_whole(attachment, "loglikelihood")
     if input_ids.shape[1] < 2 or not continuation_ids.shape[1]:
         raise ValueError("input_ids: wanted two columns or more, and a continuation of one or more")
-    _check(question)
     real = _right_padded(continuation_ids, continuation_mask)
     if attention_mask is not None and not bool(attention_mask[:, -1].all()):
         raise ValueError(
@@ -187,6 +195,13 @@ def _fork(
         )
     of = range(batch) if held == batch else [0] * batch
     return cache.fork([row for row in of for _ in range(rows)])
+
+
+def _places(mask: Tensor, columns: int, attachment: Attached) -> Tensor:
+    """Position ids `[B, S]` of a question's columns, as a forward counts them."""
+    first = attachment.served.probe.first
+    assert first is not None
+    return (mask.long().cumsum(1) - 1 + first).clamp(min=first)[:, -columns:]
 
 
 def _full_mask(

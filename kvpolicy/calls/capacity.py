@@ -39,6 +39,11 @@ def check(spec: CacheSpec, layer: int, window: int, eviction: Eviction) -> None:
             f"at_cap: 'evict' wants an eviction that scores tokens, got {eviction} for layer "
             f"{layer}"
         )
+    if evicts and eviction.replayed:
+        raise ValueError(
+            f"at_cap: 'evict' wants scores at any time, those of {type(eviction).__name__} come "
+            "from a replay; choose at_cap='raise'"
+        )
     least = window + (spec.interval if evicts else 1)
     if spec.max_tokens is not None and spec.max_tokens < least:
         raise ValueError(

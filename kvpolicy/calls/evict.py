@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..budget import budget_of
+from ..errors import PhaseError
 from ..eviction import EvictionView, StoredTokens
 from ..ops import POSITION_BITS, POSITION_MASK, pages_of
 from ..store import compaction, moments
@@ -19,7 +20,7 @@ from ..store.numbers import most_stored, narrow, remember
 from ..store.ring import last
 from ..store.state import CacheState
 from ._checks import check_told
-from .budgets import keep_within, targets_of
+from .budgets import keep_within, read_scores, targets_of
 from .settle import seen, settle
 
 
@@ -35,15 +36,19 @@ def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
         for x in state.layers
         if not (x.slides or x.eviction.neutral or (decoding and x.eviction.when != "decode"))
     ]
-    asked = targets_of(state, layers)
+    _check_replayed(state, layers, rows)
+    remembered: dict[int, Tensor] = {}
+    rated, scores = _rated(state, layers, remembered), None
+    if read_scores(layers):
+        rated = iter(found := list(rated))
+        scores = {x.index: s.masked_fill(~valid, float("-inf")) for x, s, valid in found}
+    asked = targets_of(state, layers, scores)
     targets = _by_layer([x for x in layers if x.index in asked], asked)
     others = torch.tensor([not on for on in rows], device=state.spec.device)[:, None, None]
 
-    remembered: dict[int, Tensor] = {}
-
     def keeps() -> Iterator[tuple[LayerStore, Tensor]]:
         """Left to the device, layer by layer, while it is busy with scores."""
-        for layer, scores, valid in _rated(state, layers, remembered):
+        for layer, scores, valid in rated:
             keep = valid & (scores > float("-inf"))
             budget = budget_of(layer.eviction)
             if budget is not None:
@@ -60,6 +65,19 @@ def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
     for row, on in zip(state.sequences, rows, strict=True):
         if on:
             row.considered_at = row.length
+
+
+def _check_replayed(state: CacheState, layers: Sequence[LayerStore], rows: list[bool]) -> None:
+    """Raises PhaseError where an eviction wants a replay that has not been."""
+    named = [type(x.eviction).__name__ for x in layers if x.eviction.replayed]
+    for place, (row, on) in enumerate(zip(state.sequences, rows, strict=True)):
+        if named and on and row.length and row.replayed_at != row.length:
+            raise PhaseError(
+                f"{named[0]}: its numbers come from a replay, and sequence {place} of {row.length} "
+                f"tokens was replayed at {row.replayed_at or 'no length'}; before the prompt ends, "
+                "run tokens that look back in pipeline.replay(state), or attached.replay(cache, "
+                "ids)"
+            )
 
 
 def _drop(state: CacheState, drops: list[Drop], remembered: Mapping[int, Tensor]) -> list[int]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..ops import Heads, Numbers, Ring, Segments
 from ..store.layer import LayerStore
+from ..store.looked_back import looks_back
 from ..store.numbers import counts_queries, keep_recent
 from ..store.state import CacheState, Call
 
@@ -130,7 +131,8 @@ def settle_prompt(
     `[Hq, T, D]`, `numbers` `[Hkv, Tk]` those of the recent tokens, which go to the ring.
     """
     assert layer.numbers is not None
-    if counts_queries(layer) or state.replaying:
+    counts = looks_back(layer) if state.looks_back else counts_queries(layer)
+    if counts:
         for row, start in enumerate(seg.start):
             _one_prompt(state, layer, seg, recent, query, numbers, row, start)
     keep_recent(layer, numbers, seg)
@@ -145,7 +147,10 @@ def _one_prompt(
     q, k = (slice(x[row], x[row + 1]) for x in (seg.cu_q, seg.cu_k))
     end, own, sizes = start + q.stop - q.start, slice(row, row + 1), layer.sizes
     final = max(state.sequences[row].final(state.spec.rollback), start)
-    first, last = (start, end) if state.replaying else (final, end - state.spec.rollback)
+    first, last, among = final, end - state.spec.rollback, None
+    if state.looks_back is not None:
+        sinks, low, high, after = state.looks_back
+        first, last, among = start, end, (sinks, low, high, after[row])
     if first >= last:
         return
     at = torch.tensor([end, first, last], device=layer.device)[:, None]
@@ -154,6 +159,6 @@ def _one_prompt(
         Heads(layer.table[own], layer.counts[own]),
         Ring(*(x[None, :, k] for x in recent)), query[None, :, q], at[0], at[1], at[2],
         layer.window, sizes.scale, most=last - first, accumulates=str(layer.eviction.accumulates),
-        group=layer.eviction.group, shifts=(start, end - (k.stop - k.start)),
+        group=layer.eviction.group, shifts=(start, end - (k.stop - k.start)), among=among,
         softcap=sizes.softcap, sinks=layer.sinks, chunk=sizes.chunk,
     )  # fmt: skip

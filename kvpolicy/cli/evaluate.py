@@ -83,6 +83,10 @@ def evaluate(
             help="Parts of the context that Quest reads and SnapKV leaves. [0.125 0.25 0.0625]"
         ),
     ] = None,
+    methods: Annotated[
+        bool,
+        typer.Option("--methods", help="Every method of docs/policies.md at each --keep instead."),
+    ] = False,
     window: Annotated[int, typer.Option(min=1, max=MOST, help="Local window without a gate.")] = 64,
     page_size: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of a page.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the contexts.")] = 0,
@@ -98,7 +102,12 @@ def evaluate(
     began = time.monotonic()
     with errors():
         from ..evaluation.grid.results import Store
-        from ..evaluation.grid.runner import Runner, variants_for
+        from ..evaluation.grid.runner import (
+            Runner,
+            absent_gates,
+            method_variants_for,
+            variants_for,
+        )
         from ..evaluation.grid.variants import own
         from ..evaluation.tasks.task import QUESTIONS
         from ..evaluation.texts import python_topics
@@ -113,7 +122,15 @@ def evaluate(
         check_number("minutes", minutes, "a number of at least 0", lambda x: x >= 0)
         check_fractions("keep", keeps)
         check_fractions("budget", budgets)
-        found = variants_for(model, gates, threshold or [], duo, keeps, budgets, window)
+        if model == "smollm2" and not gates and not methods and (absent := absent_gates()):
+            typer.echo(
+                f"left out, since they are not installed: {', '.join(absent)}; "
+                "--gate NAME looks on the hub"
+            )
+        if methods:
+            found = method_variants_for(model, gates, duo, keeps, window)
+        else:
+            found = variants_for(model, gates, threshold or [], duo, keeps, budgets, window)
         mine = {name: own_pipeline(name, trust_code) for name in pipeline or []}
         found = _chosen([*found, *(own(*item) for item in mine.items())], variant)
         text = python_topics() if texts is None else "\n\n".join(read(texts))
@@ -132,6 +149,8 @@ def evaluate(
             "threshold": threshold,
             "page_size": page_size,
         }
+        if methods:
+            settings["methods"] = True
         if mine:
             settings["pipeline"] = {n: pipeline_fingerprint(x) for n, x in mine.items()}
         store = Store(out)
@@ -177,9 +196,10 @@ def _chosen(variants: list[Variant], starts: Sequence[str] | None) -> list[Varia
     if not starts:
         return variants
     chosen = [x for x in variants if x.name.startswith(tuple(starts))]
-    if not chosen:
+    unknown = [start for start in starts if not any(x.name.startswith(start) for x in chosen)]
+    if unknown:
         names = ", ".join(x.name for x in variants)
-        raise ValueError(f"variant: wanted the start of one of {names}; got {', '.join(starts)}")
+        raise ValueError(f"variant: wanted the start of one of {names}; got {', '.join(unknown)}")
     sizes = {x.matches for x in chosen}
     return [x for x in variants if x in chosen or x.name in sizes]
 

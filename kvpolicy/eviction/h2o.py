@@ -7,7 +7,7 @@ from typing import get_args
 import attrs
 from torch import Tensor
 
-from .._fields import one_of
+from .._fields import flag, one_of
 from .._names import named
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import Accumulates, NumberGroup, When
@@ -25,7 +25,8 @@ class H2O(Eviction):
     hitters and one of recent tokens, by default of equal size: here the recent ones are the
     pipeline's window, and `budget` counts both. It drops a token a step, a pipeline every
     `interval` steps; `when="prompt_end"` drops once. Query heads that share a KV head are combined
-    by `group`, which models of that time did not have.
+    by `group`, which models of that time did not have. `average` divides the sum by the number of
+    queries that could see the token: kvpress's ObservedAttentionPress.
 
     Example:
         `CachePipeline(eviction=H2O(budget=1024), window=512)`
@@ -34,6 +35,7 @@ class H2O(Eviction):
     budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
     when: When = when_field(default="decode")
     group: NumberGroup = attrs.field(default="mean", validator=one_of(*get_args(NumberGroup)))
+    average: bool = attrs.field(default=False, validator=flag)
 
     @property
     def accumulates(self) -> Accumulates:
@@ -41,4 +43,6 @@ class H2O(Eviction):
 
     def score(self, view: EvictionView) -> Tensor:
         assert view.numbers is not None
-        return view.numbers
+        if not self.average:
+            return view.numbers
+        return view.numbers / (view.lengths[:, None, None] - view.positions)

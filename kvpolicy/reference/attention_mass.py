@@ -28,6 +28,7 @@ def attention_mass(
     accumulates: str,
     group: str,
     shifts: tuple[int, int] = (0, 0),
+    among: tuple[int, int, int, int] | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     chunk: int | None = None,
@@ -55,14 +56,19 @@ def attention_mass(
             ok = torch.cat(
                 [there[:, None] & (far[:, None] <= at), seen & ~left[:, None]], -1
             )  # [Hkv, q, N + S]
+            where = torch.cat([far, near.expand_as(left)], 1)[:, None]
             if chunk is not None:
-                where = torch.cat([far, near.expand_as(left)], 1)[:, None]
                 ok &= where // chunk == at // chunk
+            looked = ok
+            if among is not None:
+                looked = (where >= among[1]) & (where < among[2])
+                ok &= looked | (where < among[0]) | (where >= among[3])
             q = rows[:, :, (at[:, 0] - shifts[0]) % query.shape[2]]
             scores = logits(q, keys[:, None], scale, softcap)
             scores = scores.masked_fill_(~ok[:, None], float("-inf"))
             joins = None if sinks is None else sinks.view(kv_heads, -1, 1)
             weights = _combined(softmax(scores, joins).nan_to_num(0.0), group)
+            weights = weights.masked_fill(~looked, 0)
             _add(numbers, row, weights, far.shape[1], accumulates)
 
 

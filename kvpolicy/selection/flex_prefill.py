@@ -56,7 +56,7 @@ class FlexPrefill(PromptSelection):
     def prompt(self, view: PromptView) -> Reads:
         tile, tiles, end = self.tile, view.tiles(self.tile), view.keys.shape[1]
         heads, kv_heads = view.query.shape[0], view.keys.shape[0]
-        blocks = tiles.stop
+        blocks, each = tiles.stop, heads // kv_heads
         least = -(-self.min_budget // tile)
         most = blocks if self.max_budget is None else min(-(-self.max_budget // tile), blocks)
         if end <= max(2, least) * tile:
@@ -69,7 +69,8 @@ class FlexPrefill(PromptSelection):
             number = [self._cover(x, least, most) for x in (tokens, back)]
             tokens, back = (_blocks(x, blocks, tile) for x in (tokens, back))
             queries, keys = _means(view, head, tile)
-            told = _softmax(queries[:, -1:] @ keys.T * view.scale, keys)[:, 0]
+            last = view.query[head * each : (head + 1) * each, -tile:].to(keys.dtype).mean(1)
+            told = _softmax(last @ keys.T * view.scale, keys)
             alike = _distance(told, tokens) < self.tau
             number = [n.masked_fill(alike, least) for n in number]
             tokens[:, 0] = back[:, -1] = float("inf")

@@ -23,9 +23,9 @@ class VerticalSlash(PromptSelection):
 
     The attention of the last `queries` is summed over them for each token and for each distance
     back from a query; every query then reads the `vertical` heaviest tokens, the `first` ones among
-    them, and the tokens at the `slash` heaviest distances, the `nearest` among these. A diagonal
-    is read in whole blocks of `tile` tokens that it touches, which start at multiples of `tile`;
-    the original's start anywhere and are a part of these. It decides whole prompts
+    them, and the tokens at the `slash` heaviest distances, the `nearest` among these. A diagonal is
+    read in the whole blocks of `tile` tokens that it touches, which start at multiples of `tile`;
+    the original reads ranges around it that start anywhere. It decides whole prompts
     (`whole_prompt`): what early queries read depends on later tokens, so early logits do. Paper:
     arXiv 2407.02490, with 1000 and 6096 for heads without a pattern of their own.
 

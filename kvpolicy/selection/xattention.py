@@ -39,9 +39,10 @@ class XAttention(PromptSelection):
     another; a block's mass is the sum of these in a tile. Each query head reads the first block,
     its tile's own and the heaviest others, until they hold the fraction `threshold` of the mass;
     ties go to the lower block. Where tokens are absent the mean is over those that are there, and a
-    group weighs as much as it holds: with every token present this is the original's choice, its
-    last, partly filled group of keys apart. A `threshold` of 1 reads everything. Paper: arXiv
-    2503.16428, with strides of 8 and 16.
+    group weighs as much as it holds. With every token present this is the original's choice, apart
+    from a last, partly filled group of keys, and from its first `chunk_size` queries: there it does
+    not make sure of the first block, and reads one more of the others. A `threshold` of 1 reads
+    everything. Paper: arXiv 2503.16428, with strides of 8 and 16.
 
     Example:
         `CachePipeline(selection=XAttention(threshold=0.9))`

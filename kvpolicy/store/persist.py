@@ -33,7 +33,7 @@ _FILED = {
     "considered_at": "checked",
     "prompt_open": "pending",
 }
-_LATER = ("summed",)  # numbers that files of version 0.1.0 lack, where they are 0
+_LATER = ("summed", "replayed_at")  # numbers that files of version 0.1.0 lack, where they are 0
 # What a loaded cache may differ in.
 _FREE = ("device", "max_bytes", "max_tokens", "at_cap", "hidden")
 

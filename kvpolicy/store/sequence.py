@@ -15,7 +15,7 @@ class SequenceState:
     was last considered. `prompt_open`: its prompt has not ended and a prompt-end eviction waits for
     it. The queries of its first `summed` tokens are in sums for good. `overshoot` is the most
     tokens of a head above `max_tokens`, `cap_evicted` the tokens dropped because a cap was
-    reached.
+    reached. `replayed_at` is the length at the last replay.
 
     A number that is added here is forked, reset, saved and loaded with the others.
     """
@@ -29,6 +29,7 @@ class SequenceState:
     summed: int = 0
     overshoot: int = 0
     cap_evicted: int = 0
+    replayed_at: int = 0
 
     def final(self, rollback: int) -> int:
         """Queries at positions before this one are never taken back: numbers hold their weights."""

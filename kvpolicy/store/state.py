@@ -74,7 +74,7 @@ class CacheState:
         self.sequences = [SequenceState() for _ in range(batch)]
         self.call: Call | None = None
         self.steps_reserved = 0
-        self.replaying = False  # prompt calls count for numbers that only a replay changes
+        self.looks_back: tuple[int, int, int, tuple[int, ...]] | None = None  # of a replay's fork
 
     @property
     def batch(self) -> int:

@@ -18,7 +18,7 @@ from ..pipeline import CachePipeline
 from ..spec import CacheSpec
 from ..store import CacheState
 from ._asked import asked
-from ._cache import decode, kept, prompt, random_data
+from ._cache import decode, end_prompt, kept, prompt, random_data
 from ._common import (
     ConformanceError,
     check_equal,
@@ -51,8 +51,8 @@ def check_eviction(
 
     Properties: frozen, comparable, options, needs, runs, shape, dtype, device, inputs unchanged,
     stateless, no NaN, invalid slots, batch, heads, and those of an admission for `mark`; in a
-    pipeline: fused, cut, batch, window, frees pages, budget, neutral, takes effect. Runs on the
-    CPU.
+    pipeline: fused, counted once, cut, batch, window, frees pages, budget, neutral, takes effect.
+    Runs on the CPU.
 
     Args:
         policy: the eviction.
@@ -178,21 +178,22 @@ def _pipeline(
         tokens = window + _room(policy, spec, window) + 3 * size - 5
     steps = 2 * spec.interval if policy.when == "decode" else 2
     data = random_data(spec, [tokens, max(tokens - size, 1)], steps, hidden, seed)
-    state = prompt(pipeline, data, tokens)
+    state, seen = prompt(pipeline, data, tokens), min(data.lengths)
     before = pipeline.report(state)
     _fused(state)
     asked = _asked(pipeline, state)
-    pipeline.end_prompt(state)
+    end_prompt(pipeline, state, data, seen)
+    _counted_once(state)
     found, wanted = pipeline.report(state), kept(state, range(2))
 
     for chunk in (max(tokens // 3, 1), 7):
         other = prompt(pipeline, data, chunk)
-        pipeline.end_prompt(other)
+        end_prompt(pipeline, other, data, seen)
         case = f"the tokens kept as in one call, the prompt in calls of {chunk}"
         _same_kept(policy, "cut", kept(other, range(2)), wanted, case)
     for row in range(2):
         other = prompt(pipeline, data.row(row), tokens)
-        pipeline.end_prompt(other)
+        end_prompt(pipeline, other, data.row(row), seen)
         case = f"the tokens kept as in the batch, for sequence {row} alone"
         _same_kept(policy, "batch", kept(other, [0]), kept(state, [row]), case)
     for positions, n in zip(wanted, _lengths(spec, data.lengths), strict=True):
@@ -230,6 +231,21 @@ def _fused(state: CacheState) -> None:
         check_equal("fused", policy, got.to(wanted.dtype), wanted, "from scores, as from score")
 
 
+def _counted_once(state: CacheState) -> None:
+    """Scores that are sums and become numbers grow by nothing but queries, of which none came."""
+    for layer, most in zip(state.layers, longest(state.layers), strict=True):
+        policy = layer.eviction
+        if not (policy.accumulates and policy.remembers and most):
+            continue
+        numbers = view(state, layer, most).numbers
+        assert numbers is not None
+        scores, valid = run(policy, score, state, layer, most)
+        slack = 1e-4 * numbers.abs().amax().clamp(min=1)
+        more = valid & (scores > numbers + slack)
+        case = "scores that are numbers already not to grow until another query comes"
+        require(not more.any(), "counted once", policy, case, f"{int(more.sum())} that do")
+
+
 def _room(policy: Eviction, spec: CacheSpec, window: int) -> int:
     """Global tokens a head, in whole pages, of which the budgets drop some in every layer."""
     room = 0
@@ -239,6 +255,7 @@ def _room(policy: Eviction, spec: CacheSpec, window: int) -> int:
             seen = BudgetView(
                 seen=(window + stored,), window=window, layers=tuple(layers), of=spec.layers,
                 kv_heads=(spec.kv_heads,) * len(layers), counts=lambda counts=counts: counts,  # type: ignore[misc]
+                scores=(torch.ones(1, spec.kv_heads, stored),) * len(layers),
             )  # fmt: skip
             if all(sum(heads) < stored * spec.kv_heads for heads in budget.targets(seen)[0]):
                 room = max(room, stored)
@@ -262,9 +279,19 @@ def _asked(pipeline: CachePipeline, state: CacheState) -> list[tuple[Budget, lis
     """What the budgets would leave now: the layers that each binds, and its targets."""
     bound = bound_layers({x.index: pipeline.eviction.at(x.index) for x in state.layers})
     return [
-        (budget, layers, budget.targets(budget_view(state, [state.layers[n] for n in layers])))
+        (budget, layers, budget.targets(_view_of(state, budget, layers)))
         for budget, layers in bound
     ]
+
+
+def _view_of(state: CacheState, budget: Budget, layers: list[int]) -> BudgetView:
+    """What a budget is told of these layers, the scores too if it reads them."""
+    stores, scores = [state.layers[n] for n in layers], None
+    if budget.reads_scores:
+        rated = zip(stores, longest(stores), strict=True)
+        found = {x.index: score(state, x, most) for x, most in rated if most}
+        scores = {n: s.masked_fill(~valid, float("-inf")) for n, (s, valid) in found.items()}
+    return budget_view(state, stores, scores)
 
 
 def _budget(

@@ -130,7 +130,7 @@ def broken(*args: object, **options: object) -> None:
 
 # By how the quoted message begins.
 RAISES: dict[str, Callable[[Path], object]] = {
-    "StreamingLLM: ": lambda folder: kvpolicy.StreamingLLM,
+    "AdaKV: ": lambda folder: kvpolicy.AdaKV,
     "transformers: wanted": lambda folder: versions.check("6.0"),
     "budget: wanted": lambda folder: SnapKV(budget=0.5),
     "compression_ratio: ": lambda folder: SnapKV(compression_ratio=0.3),

@@ -11,12 +11,14 @@ from tests.support.kernels.compiled import compiled
 
 def run(configuration: str, cache: Path, *options: str) -> None:
     wanted = {
+        "_add_levels",
         "_amounts",
         "_append",
         "_attend",
         "_attend_chosen",
         "_chunks",
         "_column_sums",
+        "_columns",
         "_count_digits",
         "_decode_write",
         "_edges",
@@ -24,6 +26,7 @@ def run(configuration: str, cache: Path, *options: str) -> None:
         "_fold",
         "_heaviest",
         "_levels",
+        "_query_levels",
         "_mark",
         "_mark_whole",
         "_move_kept",
@@ -35,6 +38,7 @@ def run(configuration: str, cache: Path, *options: str) -> None:
         "_store",
         "_stored",
         "_top_pages",
+        "_write_number",
     }
     if "x" in configuration:  # rectangles want values of the keys' head_dim
         wanted.remove("_fold")

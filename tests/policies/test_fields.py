@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from kvpolicy import (
+    GKV,
     H2O,
     RKV,
     TOVA,
+    AcrossLayers,
     AdaEA,
     Adaptive,
     AdmitAll,
@@ -28,20 +30,26 @@ from kvpolicy import (
     DuoAttention,
     ExpectedAttention,
     FastGen,
+    FastKVzip,
     FlexPrefill,
+    HeadKV,
+    JudgeQ,
     KeepAll,
     KeyDiff,
     Knob,
     Knorm,
     KVPress,
     KVzap,
+    KVzip,
     LagKV,
+    LazyLayers,
     LocalAttention,
     PerPhase,
     Pyramid,
     QFilters,
     Quest,
     RandomGate,
+    Ranked,
     Ratio,
     Rope,
     SageKV,
@@ -53,6 +61,7 @@ from kvpolicy import (
     TopChannels,
     TotalCap,
     TriAttention,
+    TrimKV,
     VerticalSlash,
     WriteGate,
     XAttention,
@@ -106,7 +115,7 @@ def words(*options):
 
 FRACTION = numbers(lambda value: 0 <= value <= 1)
 POSITIVE_FRACTION = numbers(lambda value: 0 < value <= 1)
-BUDGET = Kind((Tokens, Ratio, Adaptive, Pyramid, TotalCap))
+BUDGET = Kind((Tokens, Ratio, Adaptive, Pyramid, TotalCap, AcrossLayers, HeadKV, LazyLayers))
 INT_OR_OTHER = lambda value: type(value) is not int or 1 <= value <= MOST  # noqa: E731
 BUDGET_OR_INT = Kind((*BUDGET.types, int), INT_OR_OTHER)
 BASE = Kind((Tokens, Ratio, Adaptive, Pyramid, int), INT_OR_OTHER)
@@ -283,7 +292,8 @@ CLASSES = {
     ),
     H2O: (
         {"budget": 64},
-        {"budget": BUDGET_OR_INT, "when": WHEN, "group": words("mean", "max", "sum")},
+        {"budget": BUDGET_OR_INT, "when": WHEN, "group": words("mean", "max", "sum"),
+         "average": FLAG},
     ),
     TOVA: (
         {"budget": 64},
@@ -304,6 +314,40 @@ CLASSES = {
             "lag": ints(2),
             "cross_scoring": FLAG,
             "when": WHEN,
+        },
+    ),
+    GKV: (
+        {"budget": 64},
+        {"budget": BUDGET_OR_INT, "when": WHEN, "observation": ints(1), "alpha": FRACTION},
+    ),
+    KVzip: ({"budget": 64}, {"budget": BUDGET_OR_INT, "sinks": ints(0)}),
+    Ranked: (
+        {"budget": 64, "gate": KVzap(w2=torch.ones(1, 2, 4), b2=torch.ones(1, 2))},
+        {"gate": Kind((AdmitAll, LocalAttention), lambda value: False), "budget": BUDGET_OR_INT,
+         "when": WHEN, "sinks": ints(0)},
+    ),
+    TrimKV: (
+        {"budget": 64, "w1": torch.ones(1, 3, 4), "b1": torch.ones(1, 3),
+         "w2": torch.ones(1, 2, 3), "b2": torch.ones(1, 2)},
+        {
+            "budget": BUDGET_OR_INT,
+            **dict.fromkeys(("w1", "b1", "w2", "b2"), Kind((torch.Tensor,), lambda value: False)),
+            "when": WHEN,
+            "source": Kind((), none=True),
+        },
+    ),
+    FastKVzip: (
+        {"budget": 64, "q": torch.ones(1, 8, 3), "q_bias": torch.ones(1, 8),
+         "k": torch.ones(1, 8, 3), "q_norm": torch.ones(1, 4), "k_norm": torch.ones(1, 4),
+         "base": torch.ones(1, 2, 1, 1, 4), "bias": torch.ones(1, 2, 1, 1)},
+        {
+            "budget": BUDGET_OR_INT,
+            **dict.fromkeys(("q", "q_bias", "k"), Kind((torch.Tensor,), lambda value: False)),
+            **dict.fromkeys(("q_norm", "k_norm"), TENSOR),
+            **dict.fromkeys(("base", "bias"), Kind((torch.Tensor,), lambda value: False)),
+            "when": WHEN,
+            "sinks": ints(0),
+            "source": Kind((), none=True),
         },
     ),
     QFilters: (
@@ -379,6 +423,10 @@ CLASSES = {
         {"budget": 64},
         {"budget": BUDGET_OR_INT, "sinks": ints(0), "group": words("mean", "max")},
     ),
+    JudgeQ: (
+        {"budget": 64, "embeds": torch.ones(3, 8)},
+        {"budget": BUDGET_OR_INT, "embeds": TENSOR, "source": Kind((), none=True)},
+    ),
     DBudgetKV: (
         {},
         {"threshold": FRACTION, "sinks": ints(0), "observation": ints(1), "when": WHEN},
@@ -425,6 +473,20 @@ CLASSES = {
     Pyramid: (
         {"base": Tokens(64)},
         {"base": BASE, "beta": numbers(lambda value: value >= 1), "observation": ints(0)},
+    ),
+    AcrossLayers: ({"base": Tokens(64)}, {"base": BASE, "floor": FRACTION}),
+    LazyLayers: (
+        {"base": Tokens(64)},
+        {"base": BASE, "threshold": FRACTION, "held": ints(0)},
+    ),
+    HeadKV: (
+        {"base": Tokens(64), "importance": ((1.0, 2.0),)},
+        {
+            "base": BASE,
+            "importance": Kind((tuple, list), lambda value: value == ((0.5,),)),
+            "beta": numbers(lambda value: value >= 1),
+            "temperature": numbers(lambda value: value >= 0),
+        },
     ),
     TotalCap: ({"tokens": 64}, {"tokens": ints(1, (1 << 63) - 1), "drop": POSITIVE_FRACTION}),
     Knob: (

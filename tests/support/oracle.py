@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from kvpolicy import Write
 from tests.support.contract.streams import hidden_of
 from tests.support.rules import chosen, read
+
+
+def combined(weights, group):
+    """Weights `[Hkv, G, ...]` of the query heads of each KV head together."""
+    return {"mean": weights.mean(1), "sum": weights.sum(1), "max": weights.amax(1)}[group]
 
 
 class Oracle:
@@ -58,9 +65,25 @@ class Oracle:
         if not policy.accumulates or policy.replayed or policy.neutral or self.slides:
             return
         given = self.softmax(at, visible, torch.float64).nan_to_num(0.0)
-        given = given.unflatten(0, (self.heads, -1))
-        given = {"mean": given.mean(1), "sum": given.sum(1), "max": given.amax(1)}[policy.group]
+        given = combined(given.unflatten(0, (self.heads, -1)), policy.group)
         self.weights += zip(at, given.unbind(1), strict=True)
+
+    def replay(self, q, k, v, pre, span, sinks):
+        """Tokens that look back at `span`: what their weights make of numbers, and nothing else."""
+        twin, own = copy.copy(self), self.n
+        twin.store(q, k, v, pre, prompt=True)
+        i, j = torch.arange(own, twin.n)[:, None], torch.arange(twin.n)
+        far = twin.alive.repeat_interleave(self.group, 0)[:, None]
+        visible = (j <= i) & ((i - j < self.W) | far)
+        visible = visible & ((j < sinks) | ((j >= span.start) & (j < span.stop)) | (j >= own))
+        given = twin.softmax(i[:, 0], visible, torch.float64).nan_to_num(0.0)
+        looked = (j >= span.start) & (j < span.stop)
+        looked = looked & (twin.alive | (j >= twin.n - self.W))  # others leave for good
+        given = given.unflatten(0, (self.heads, -1)) * looked[:, None, None]
+        given = combined(given, self.eviction.group)[..., :own]
+        largest = self.eviction.accumulates == "max"
+        given = given.amax(1) if largest else given.sum(1)
+        self.base = torch.maximum(self.base, given) if largest else self.base + given
 
     def numbers(self):
         """The number of every token for each head."""

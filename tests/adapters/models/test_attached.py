@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kvpolicy import CachePipeline, UnsupportedError
-from kvpolicy.adapters.hf import attach
+from kvpolicy.adapters.hf import attach, load_cache
 from kvpolicy.adapters.hf.rule.probe import ModelRefused
 from kvpolicy.adapters.hf.rule.tiny import causal_types, tiny_model
 from tests.support.adapters.versions import NEWEST
@@ -157,3 +157,69 @@ def test_states_that_do_not_go_on_by_chunks_refuse_them():
         said = attached.loglikelihood(ids[:, :12], ids[:, 12:])  # one by one
     wanted = plain.log_softmax(-1)[:, 11:-1].gather(-1, ids[:, 12:, None]).squeeze(-1)
     torch.testing.assert_close(said, wanted, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["roberta", "xmod"])
+def test_positions_that_begin_after_those_of_padding(name, tmp_path):
+    """In forwards that are told none; transformers' generate counts from 0 in any model."""
+    model = tiny_model(name).eval()
+    ids = torch.arange(20, 44)[None]
+    plain = model(input_ids=ids, use_cache=False).logits
+    spread = plain.std()
+    told = model(input_ids=ids, position_ids=torch.arange(24)[None], use_cache=False).logits
+    assert (told - plain).abs().max() > 0.1 * spread  # it matters
+    with attach(model, CachePipeline(window=5)) as attached:
+        assert (model(input_ids=ids).logits - plain).abs().max() < 1e-4 * spread
+        cache = attached.read(ids[:, :12])
+        cache.save(tmp_path / "cache.safetensors")
+        loaded = load_cache(model, attached.pipeline, tmp_path / "cache.safetensors")
+        for each in (cache.fork(), loaded):
+            each.begin_prompt()
+            found = model(input_ids=ids[:, 12:], past_key_values=each).logits
+            assert (found - plain[:, 12:]).abs().max() < 1e-4 * spread
+        answer = attached.ask(cache, ids[:, 12:], **GREEDY)
+        assert answer[0, 12] == plain[0, -1].argmax()
+    with attach(model, CachePipeline(window=5)):
+        found = model.generate(input_ids=ids, **GREEDY)
+    assert torch.equal(found, model.generate(input_ids=ids, **GREEDY))
+
+
+@pytest.fixture(scope="module")
+def tempered():
+    """Its attention makes queries larger from every 16th column on, which it counts by itself."""
+    return tiny_model("llama4_text", floor_scale=16).eval()
+
+
+@torch.no_grad()
+def test_columns_that_attention_counts_by_itself(tempered):
+    ids = torch.randint(20, 60, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    plain = tempered(input_ids=ids, use_cache=False).logits
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    with attach(tempered, CachePipeline(window=5)) as attached:
+        probe = attached.served.probe
+        assert probe.counts.startswith("modeling_llama4.py:") and probe.counts_from == 16
+        assert probe.counting == (3, 7)  # those without RoPE
+        parts, cache = [], attached.new_cache()
+        for start, end in itertools.pairwise([0, 11, PROMPT, LENGTH]):
+            parts.append(tempered(input_ids=ids[:, start:end], past_key_values=cache).logits)
+        assert far(torch.cat(parts, 1), plain, torch.ones_like(ids)) < 1e-4
+        cache = attached.new_cache()
+        tempered(input_ids=ids[:, :12], attention_mask=mask[:, :12], past_key_values=cache)
+        with pytest.raises(UnsupportedError, match="counts columns, hidden ones too .* from 16"):
+            tempered(input_ids=ids[:, 12:20], attention_mask=mask[:, :20], past_key_values=cache)
+        with pytest.raises(UnsupportedError, match="counts columns, hidden ones too .* from 16"):
+            tempered(input_ids=ids, attention_mask=mask)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rows", [1, 2])
+def test_captured_steps_count_columns(tempered, rows):
+    model = tempered.cuda()
+    ids = torch.randint(20, 60, (rows, PROMPT), generator=torch.Generator().manual_seed(1)).cuda()
+    plain = model.generate(input_ids=ids, **GREEDY)  # past column 32
+    with attach(model, CachePipeline(window=5), page_size=4) as attached:
+        assert torch.equal(model.generate(input_ids=ids, **GREEDY), plain)
+        assert attached.decoding == "captured"

@@ -7,9 +7,11 @@ import torch
 from hypothesis import strategies as st
 
 from kvpolicy import (
+    GKV,
     H2O,
     RKV,
     TOVA,
+    AcrossLayers,
     AdaEA,
     Adaptive,
     AdmitAll,
@@ -21,18 +23,24 @@ from kvpolicy import (
     DuoAttention,
     ExpectedAttention,
     FastGen,
+    FastKVzip,
     FlexPrefill,
+    HeadKV,
+    JudgeQ,
     KeepAll,
     KeyDiff,
     Knorm,
     KVzap,
+    KVzip,
     LagKV,
+    LazyLayers,
     LocalAttention,
     PerPhase,
     Pyramid,
     QFilters,
     Quest,
     RandomGate,
+    Ranked,
     Ratio,
     SageKV,
     SelectAll,
@@ -44,6 +52,7 @@ from kvpolicy import (
     TopChannels,
     TotalCap,
     TriAttention,
+    TrimKV,
     VerticalSlash,
     WriteGate,
     XAttention,
@@ -118,6 +127,31 @@ def zap(s, **options):
     return KVzap(
         w1=2 * draw(n, 5, hidden), b1=draw(n, 5), w2=draw(n, heads, 5), b2=draw(n, heads),
         **{"threshold": 0.0, "window": None} | options,
+    )  # fmt: skip
+
+
+def trim(s, **options):
+    """TRIM-KV with random gates on the attention inputs of tests' streams."""
+    n, heads = s.spec.layers, s.spec.kv_heads
+    hidden = heads * s.spec.head_dim
+    rng = torch.Generator().manual_seed(17)
+    draw = lambda *shape: torch.randn(*shape, generator=rng) / shape[-1] ** 0.5  # noqa: E731
+    return TrimKV(
+        w1=2 * draw(n, 6, hidden), b1=draw(n, 6), w2=3 * draw(n, heads, 6), b2=2 + draw(n, heads),
+        budget=s.kept, **options,
+    )  # fmt: skip
+
+
+def fast(s, **options):
+    """A gate of Fast KVzip with random weights, likewise."""
+    n, heads, group, dim = s.spec.layers, s.spec.kv_heads, s.spec.group, 4
+    hidden = heads * s.spec.head_dim
+    rng = torch.Generator().manual_seed(23)
+    draw = lambda *shape: torch.randn(*shape, generator=rng) / shape[-1] ** 0.5  # noqa: E731
+    return FastKVzip(
+        q=draw(n, heads * group * dim, hidden), q_bias=draw(n, heads * group * dim),
+        k=draw(n, heads * dim, hidden), q_norm=1 + draw(n, dim) / 8, k_norm=1 + draw(n, dim) / 8,
+        base=draw(n, heads, 1, 3, dim), bias=draw(n, heads, 1, group), budget=s.kept, **options,
     )  # fmt: skip
 
 
@@ -200,6 +234,11 @@ def snap(budget, **options):
     return SnapKV(budget=budget, observation=3, kernel=3, **options)
 
 
+def worth(s):
+    """How much each head is worth, from 1 to 4."""
+    return [[1 + (5 * n + 3 * h) % 4 for h in range(s.spec.kv_heads)] for n in range(s.spec.layers)]
+
+
 def pyramid(s):
     return Pyramid(Tokens(s.kept + 1), beta=4.0, observation=s.window + 1)
 
@@ -231,6 +270,9 @@ EVICTIONS = {
     "adaptive": lambda s: snap(Adaptive(Tokens(s.kept)), when="decode"),
     "pyramid": lambda s: snap(pyramid(s)),
     "adaptive_pyramid": lambda s: snap(Adaptive(pyramid(s), floor=0.5)),
+    "across_layers": lambda s: snap(AcrossLayers(Tokens(s.kept)), when="decode"),
+    "lazy_layers": lambda s: snap(LazyLayers(Tokens(s.kept), threshold=0.3, held=2)),
+    "headkv": lambda s: snap(HeadKV(Tokens(s.kept), importance=worth(s), beta=1.2)),
     "cap": lambda s: snap(cap(s), normalize="global"),
     "cap_decode": lambda s: snap(cap(s), when="decode"),
     "sage": lambda s: SageKV(budget=s.kept, sinks=3),
@@ -260,6 +302,12 @@ EVICTIONS = {
     "r_kv": lambda s: RKV(budget=s.kept, observation=3, kernel=3),
     "tri": lambda s: tri(s, keep_prompt=True),
     "tri_end": lambda s: tri(s, when="prompt_end", normalize=False, group="mean"),
+    "g_kv": lambda s: GKV(budget=s.kept, observation=3),
+    "trim": trim,
+    "fast": lambda s: fast(s, sinks=1),
+    "ranked": lambda s: Ranked(gate=zap(s), budget=s.kept, when="decode"),
+    "judge": lambda s: JudgeQ(budget=s.kept, embeds=torch.ones(2, 3)),
+    "kvzip": lambda s: KVzip(budget=s.kept, sinks=2),
     "per_layer": lambda s: per_layer(snap(s.kept), {0: AtPromptEnd(RandomGate(sparsity=0.2))}),
     "per_layer_decode": lambda s: per_layer(snap(s.kept, when="decode"), {0: snap(s.kept)}),
     "per_layer_mixed": lambda s: per_layer(

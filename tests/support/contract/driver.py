@@ -170,7 +170,29 @@ class Run:
     def advance(self, counts):
         self.at = [at + n for at, n in zip(self.at, counts, strict=True)]
 
+    def replay(self):
+        """What a later part of each stream gives the first half of its tokens and the last ones."""
+        if not any(self.pending) or not any(o.eviction.replayed for o in self.oracles[0]):
+            return
+        shortest = min(self.at)
+        for span in (range(shortest // 2), range(shortest // 2, shortest)):
+            if not span:
+                continue
+            ends = [s[0][0].shape[1] for s in self.streams]
+            rows = [piece(s, end - 7, end) for s, end in zip(self.streams, ends, strict=True)]
+            parts = list(zip(*rows, strict=True))
+            run = copy.copy(self)
+            with self.pipeline.replay(self.state, span=span, sinks=2) as run.state:
+                self.pipeline.begin(run.state, [7] * len(rows), "prompt")
+                run.attend([[torch.cat(x, 1) for x in zip(*p, strict=True)] for p in parts], None)
+                self.pipeline.commit(run.state)
+            for row, layers in enumerate(self.oracles):
+                for oracle, token in zip(layers, rows[row], strict=True):
+                    if oracle.eviction.replayed and not oracle.slides:
+                        oracle.replay(*token, span, 2)
+
     def end_prompt(self):
+        self.replay()
         self.pipeline.end_prompt(self.state)
         for row, pending in enumerate(self.pending):
             if pending:

@@ -81,7 +81,8 @@ def check_report(report, state, host):
     )
     queries = [
         0
-        if x.slides or not (x.eviction.queries or x.eviction.accumulates)
+        if x.slides
+        or not (x.eviction.queries or (x.eviction.accumulates and not x.eviction.replayed))
         else max(x.eviction.queries, 1) + spec.rollback
         for x in state.layers
     ]

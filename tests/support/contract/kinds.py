@@ -24,7 +24,7 @@ KINDS = {
     },
     "eviction": {
         "neutral": ("none",),
-        "accumulated": ("h2o", "h2o_decode"),
+        "accumulated": ("h2o", "h2o_decode", "kvzip", "judge"),
         "position": ("at_end_local", "streaming"),
         "number": (
             "at_end",
@@ -38,6 +38,9 @@ KINDS = {
             "q_filters",
             "tri",
             "tri_end",
+            "trim",
+            "fast",
+            "ranked",
         ),
         "query": (
             "tokens",
@@ -49,11 +52,22 @@ KINDS = {
             "sage",
             "dbudget",
             "fastgen",
+            "g_kv",
             "critical",
             "r_kv",
         ),
         "statistics": ("expected", "expected_decode", "critical_expected"),
-        "heads": ("adaptive", "adaptive_pyramid", "cap", "cap_decode", "tova_layer", "simlayer"),
+        "heads": (
+            "adaptive",
+            "adaptive_pyramid",
+            "cap",
+            "cap_decode",
+            "tova_layer",
+            "across_layers",
+            "lazy_layers",
+            "headkv",
+            "simlayer",
+        ),
     },
 }
 for slot, table in (("admission", ADMISSIONS), ("selection", SELECTIONS), ("eviction", EVICTIONS)):

@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kvpolicy.kernels import (
     _launch,
     antidiagonal,
+    attention_mass,
     cache_write,
     compact,
     expected_attention,
@@ -33,9 +34,10 @@ from kvpolicy.kernels import (
     sparse_prefill,
     window_scores,
     write_gate,
+    write_number,
 )
 from kvpolicy.kernels.prefill_gather import Rectangles
-from kvpolicy.ops import Heads, Ring, Segments, TileReads
+from kvpolicy.ops import Heads, Numbers, Ring, Segments, TileReads
 from tests.support.kernels.pool import make_pool
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KB that one program may use
@@ -175,6 +177,12 @@ def call_all(dim: int, page: int, dtype: torch.dtype, dim_v: int | None = None) 
         expected_attention.expected_logits(pages, stored, mean, square)
     expected_attention.value_norms(pages, stored)
     redundancy.last_similar(key, rows, 0.5)
+    numbers = Numbers(torch.zeros(1, heads, 512), torch.zeros(1, heads, slots))
+    for new_number in (None, torch.zeros(1, heads)):
+        write_number.write_number(numbers, counts, flags, new_number, lengths, active, window)
+    accumulated = numbers, pages, stored, ring, observed, lengths, lengths, lengths, window, 0.1
+    for how, over, most in (("sum", "mean", 1), ("sum", "max", 32), ("max", "sum", 257)):
+        attention_mass.attention_mass(*accumulated, most=most, accumulates=how, group=over)
     for silu in (False, True):
         write_gate.write_gate(
             key, key, key[0, 0], key[0, 0], torch.zeros(heads, hidden, 2 * dim, dtype=dtype),
@@ -190,6 +198,10 @@ def call_all(dim: int, page: int, dtype: torch.dtype, dim_v: int | None = None) 
         pages, stored, ring, observed, lengths, window, 0.1, observation=256, kernel=5,
         pooling="avg", group="mean", normalize="visible", **asked,
     )  # fmt: skip
+    for most in (1, 257):
+        attention_mass.attention_mass(
+            *accumulated, most=most, accumulates="sum", group="mean", chunk=1024, **asked
+        )
 
 
 def overlap(ptx: str) -> str:

@@ -7,8 +7,9 @@ from unittest import mock
 
 import torch
 
+from kvpolicy.kernels import attention_mass as mass
 from kvpolicy.kernels import window_scores as scoring
-from kvpolicy.ops import ADMITTED, MARKED, Ring
+from kvpolicy.ops import ADMITTED, MARKED, Numbers, Ring
 from tests.support.kernels.gate import weights
 from tests.support.kernels.mirror import Mirror, Pair, Size, agree, both, make_mirror, pair
 
@@ -238,6 +239,63 @@ def _last_similar(size: Size) -> None:
         )
     agree(found)
     assert (found.host[0] >= 0).any() and (found.host[0] < 0).any()
+
+
+@case("attention_mass")
+def _attention_mass(size: Size) -> None:
+    page = size.page
+    for number, (window, spare, most, first, last, modes, chunk) in enumerate(
+        (
+            (5, 4, 1, (30, 7, 9), (31, 7, 10), ("sum", "mean"), None),  # one row is not active
+            (8, 0, 3, (-2, 4, 7), (1, 6, 10), ("max", "sum"), None),
+            (7, 3, 4, (31, 5, 30), (35, 9, 31), ("sum", "max"), 11),
+            (6, 40, 35, (0, 0, 1), (35, 10, 36), ("max", "mean"), None),
+        )
+    ):
+        lengths = torch.tensor([36, 10, 36]) + page
+        first, last = torch.tensor(first) + page, torch.tensor(last) + page
+        slots = window + spare
+        # Heads hold what left the window and was admitted: every token, every third, none.
+        row = [[int(n) - window, 0, 0] for n in lengths[:2]]
+        mirror = make_mirror(size, [[a, *b] for (a, *b) in row])
+        for b, (count, third, _) in enumerate(row):
+            mirror.counts[b, 1] = third
+            assert mirror.counts[b, 0] == count
+        mirror.fork()
+        batch, kv_heads = mirror.counts.shape
+        keys = size.randn(batch, kv_heads, slots, size.dim, seed=number)
+        flags = torch.zeros(batch, kv_heads, slots, dtype=torch.uint8)
+        flags[:, 0] = ADMITTED
+        flags[:, 2, ::2] = MARKED
+        ring = pair(Ring(keys, keys, flags))
+        query = size.randn(batch, kv_heads * size.group, most + 2, size.dim, seed=9)
+        width = int(mirror.counts.max()) + 3
+        numbers = pair(
+            Numbers(torch.rand(batch, kv_heads, width), torch.rand(batch, kv_heads, slots))
+        )
+        with mock.patch.object(mass, "_SPLIT", 64), mock.patch.object(mass, "_FEW", 4):
+            both(
+                "attention_mass", numbers, mirror.pages, mirror.heads, ring, query, lengths, first,
+                last, window, size.dim**-0.5, most=most, accumulates=modes[0], group=modes[1],
+                chunk=chunk, softcap=9.0 if number == 1 else None,
+                among=(2, page, page + 20, page + 30) if number > 1 else None,
+                sinks=size.randn(kv_heads * size.group, seed=3) if number % 2 else None,
+            )  # fmt: skip
+        agree(numbers, size.atol)
+
+
+@case("write_number")
+def _write_number(size: Size) -> None:
+    window, slots, kv_heads = 4, 6, 3
+    counts = torch.tensor([[7, 0, 3]] * 3, dtype=torch.int32)
+    flags = torch.zeros(3, kv_heads, slots, dtype=torch.uint8)
+    flags[:, :2] = ADMITTED | MARKED
+    numbers = pair(Numbers(torch.rand(3, kv_heads, 8), torch.rand(3, kv_heads, slots)))
+    for step, lengths in enumerate((torch.tensor([2, 20, 33]), torch.tensor([4, 21, 34]))):
+        active = torch.tensor([True, step == 0, True])
+        given = torch.rand(kv_heads, 3).T if step else None
+        both("write_number", numbers, counts, flags, given, lengths, active, window)
+    agree(numbers)
 
 
 @case("write_gate")
