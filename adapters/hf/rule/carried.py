@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .cut import cut_model
+from .cut import cut_model, why_not_in_place
 from .untouched import untouched
 
 HIDDEN = 3  # columns before the prompt
@@ -69,9 +69,10 @@ class Carried:
         return bool(far <= max(_TRACE, 16 * torch.finfo(whole.dtype).eps) * whole.std())
 
 
-def _wide(model: Any) -> Any:
-    """`model`, or in its place a model of 32 bits, if one can be made."""
-    if next(model.parameters()).dtype.itemsize >= 4:
+def _wide(model: Any, alone: bool = False) -> Any:
+    """`model`, or in its place one of 32 bits, with `alone` on one rank, if that can be made."""
+    shared = alone and why_not_in_place(model) == "its weights are sharded"
+    if next(model.parameters()).dtype.itemsize >= 4 and not shared:
         return model
     try:
         return cut_model(model)
@@ -98,10 +99,11 @@ class _Longer(DynamicCache):
 def counts_from(model: Any, names: Iterable[str], tokens: Tensor) -> int | None:
     """From how many columns on it shows that the attention modules `names` count them.
 
-    None where it shows up to FARTHEST columns in nothing. In 16 bits a narrow random model of the
-    same config stands in where one can be made.
+    None where it shows up to FARTHEST columns in nothing. In 16 bits, or where ranks share the
+    model, which would have to agree on what they look for, a narrow random model of the same config
+    stands in where one can be made.
     """
-    wide = _wide(model)
+    wide = _wide(model, alone=True)
     held = dict(wide.named_modules())
     modules = {id(held[name]) for name in names if name in held}
     tokens = tokens.to(wide.get_input_embeddings().weight.device)
