@@ -50,6 +50,7 @@ from .eviction import EvictionView as EvictionView
 from .eviction import ExpectedAttention as ExpectedAttention
 from .eviction import FastGen as FastGen
 from .eviction import FastKVzip as FastKVzip
+from .eviction import JudgeQ as JudgeQ
 from .eviction import KeepAll as KeepAll
 from .eviction import KeyDiff as KeyDiff
 from .eviction import Knorm as Knorm
@@ -135,6 +136,7 @@ __all__ = [
     "GKV",
     "H2O",
     "HeadKV",
+    "JudgeQ",
     "KVPolicyError",
     "KVPress",
     "KVzap",

@@ -33,6 +33,7 @@ from kvpolicy import (
     FastKVzip,
     FlexPrefill,
     HeadKV,
+    JudgeQ,
     KeepAll,
     KeyDiff,
     Knob,
@@ -421,6 +422,10 @@ CLASSES = {
     SageKV: (
         {"budget": 64},
         {"budget": BUDGET_OR_INT, "sinks": ints(0), "group": words("mean", "max")},
+    ),
+    JudgeQ: (
+        {"budget": 64, "embeds": torch.ones(3, 8)},
+        {"budget": BUDGET_OR_INT, "embeds": TENSOR, "source": Kind((), none=True)},
     ),
     DBudgetKV: (
         {},

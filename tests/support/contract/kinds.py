@@ -24,7 +24,7 @@ KINDS = {
     },
     "eviction": {
         "neutral": ("none",),
-        "accumulated": ("h2o", "h2o_decode", "kvzip"),
+        "accumulated": ("h2o", "h2o_decode", "kvzip", "judge"),
         "position": ("at_end_local", "streaming"),
         "number": (
             "at_end",
@@ -36,11 +36,11 @@ KINDS = {
             "keydiff",
             "lagkv",
             "q_filters",
+            "tri",
+            "tri_end",
             "trim",
             "fast",
             "ranked",
-            "tri",
-            "tri_end",
         ),
         "query": (
             "tokens",
