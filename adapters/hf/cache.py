@@ -175,6 +175,15 @@ class KVPolicyCache(Cache):
         for layer, known in self.told.items():
             self.pipeline.tell(state, layer, **known)
 
+    def counted(self) -> Any:
+        """The columns so far, for attention that counts them: while a graph is captured on the
+        device, where every replay finds them anew.
+        """
+        if not self.capturing:
+            return self.columns
+        assert self.state is not None
+        return self.state.on(self.state.layers[0]).lengths.max()
+
     def saw(self, columns: int, valid: Tensor | None) -> None:
         """Records the columns of a finished call; `valid` `[B, columns]` on the host."""
         self.chunks = append(self.chunks, columns, valid)

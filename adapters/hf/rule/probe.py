@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ....errors import UnsupportedError
 from ..wrappers import base_of, takes_positions
-from .carried import Carried
+from .carried import Carried, counts_from
 from .cut import cut_model, whole, why_not_in_place
 from .handle import Touched, place_of
 from .kinds import LayerKind, layer_kinds
@@ -113,6 +113,7 @@ def probe_in_place(model: Any, verify: bool = True) -> Probe:
     if found is not None and verify:
         raise found
     passed = Probe(layers=tuple(run.layers), kinds=kinds, difference=worst, decoded=True)
+    passed = _counted(model, passed, run, tokens)
     if takes_positions(model):
         placed = Placed(model, tokens)
         passed = attrs.evolve(passed, first=placed.first, apart=placed.apart)
@@ -120,6 +121,18 @@ def probe_in_place(model: Any, verify: bool = True) -> Probe:
             return passed
     carried = Carried(model, tokens)
     return attrs.evolve(passed, hides=carried.hides, goes_on=carried.goes_on)
+
+
+def _counted(model: Any, passed: Probe, run: ProbeRun, tokens: Tensor) -> Probe:
+    """With what the attention modules count by themselves, if it shows."""
+    modules = {name: model.get_submodule(name) for name in {x.module for x in passed.layers}}
+    places = {n: run.cache.counted[id(x)] for n, x in modules.items() if id(x) in run.cache.counted}
+    found = counts_from(model, places, tokens) if places else None
+    if found is None:
+        return passed
+    counting = tuple(x.layer for x in passed.layers if x.module in places)
+    place = min(places.values())
+    return attrs.evolve(passed, counts=place, counts_from=found, counting=counting)
 
 
 def _compared(

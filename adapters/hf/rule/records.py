@@ -177,6 +177,10 @@ class Probe:
         first: position that a forward without position ids gives to a first token; None where it
             counts by no rule that is known.
         apart: axes of position ids whose restart is a new text: 2 of `[B, S]`, 3 of `[4, B, S]`.
+        counts: where an attention module counts the columns of its cache by itself, as
+            "file.py:line"; "" where none does, or it shows in nothing.
+        counts_from: from how many columns on that shows.
+        counting: the cache layers of these modules.
     """
 
     layers: tuple[ProbedLayer, ...]
@@ -190,6 +194,9 @@ class Probe:
     goes_on: bool = True
     first: int | None = 0
     apart: frozenset[int] = frozenset()
+    counts: str = ""
+    counts_from: int = 0
+    counting: tuple[int, ...] = ()
 
     @property
     def own(self) -> tuple[int, ...]:
