@@ -52,7 +52,7 @@ def check_call(state: CacheState, lengths: Sequence[int], phase: str, valid: Ten
             "decode: the prompt has not ended; call end_prompt(state) first so that its eviction "
             "can act"
         )
-    if phase == "prompt":
+    if phase == "prompt" and state.looks_back is None:  # a replay is a prompt of its own
         _check_whole(state, lengths)
     if valid is not None:
         _check_valid(state, lengths, phase, valid)
