@@ -112,6 +112,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "AcrossLayers",
+    "AdaEA",
     "Adaptive",
     "Admission",
     "AdmitAll",
@@ -123,10 +124,12 @@ __all__ = [
     "CacheSpec",
     "CacheState",
     "CapacityError",
+    "CriticalKV",
     "DBudgetKV",
     "DuoAttention",
     "Eviction",
     "EvictionView",
+    "ExpectedAttention",
     "FastGen",
     "FastKVzip",
     "FlexPrefill",
@@ -135,6 +138,7 @@ __all__ = [
     "HeadKV",
     "JudgeQ",
     "KVPolicyError",
+    "KVPress",
     "KVzap",
     "KVzip",
     "KeepAll",
@@ -152,6 +156,7 @@ __all__ = [
     "QFilters",
     "QueryStats",
     "Quest",
+    "RKV",
     "RandomGate",
     "Ranked",
     "Ratio",
@@ -169,6 +174,7 @@ __all__ = [
     "Tokens",
     "TopChannels",
     "TotalCap",
+    "TriAttention",
     "TrimKV",
     "UnsupportedError",
     "VerticalSlash",
@@ -182,12 +188,6 @@ __all__ = [
     "new_cache",
     "per_layer",
     "save_pipeline",
-    "AdaEA",
-    "CriticalKV",
-    "ExpectedAttention",
-    "KVPress",
-    "RKV",
-    "TriAttention",
 ]
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._arguments import check_ids, check_mask, optional
+from ..._arguments import check_ids, check_mask, check_text, optional
 from ..._fields import check_int, shown
 from ...errors import PhaseError
 from .attached import Attached
@@ -36,6 +36,8 @@ def replay(
     """See `Attachment.replay`."""
     given = _given(input_ids, inputs_embeds)
     optional(check_mask, "attention_mask", attention_mask)
+    if cache is None:
+        raise TypeError("cache: wanted a KVPolicyCache that read a context, got None")
     cache = attachment.cache_for(cache, "cache")
     if cache.state is None or cache.phase != "prompt":
         raise PhaseError(
@@ -93,6 +95,9 @@ def repeats(
     check_int("chunk_size", chunk_size, 1)
     check_int("prefix", prefix, 0, input_ids.shape[1] - 1)
     check_int("previous", previous, 0)
+    check_text("suffix", suffix, "a text")
+    if isinstance(tokenizer, str) or not callable(getattr(tokenizer, "encode", None)):
+        raise TypeError(f"tokenizer: wanted one that has encode(text), got {shown(tokenizer)}")
 
     def ids(text: str) -> Tensor:
         found = tokenizer.encode(text, add_special_tokens=False)

@@ -16,7 +16,7 @@ from ._base import Eviction, EvictionView, when_field, wide
 @named
 @attrs.frozen(kw_only=True)
 class KeyDiff(Eviction):
-    """Scores tokens by -cos(k, a), a being the mean of k / |k| over all keys of the head.
+    """Scores tokens by `-cos(k, a)`, a being the mean of `k / |k|` over all keys of the head.
 
     Park et al., 2025 (NVIDIA/kvpress, keydiff_press.py). Keys in the window count in the mean. The
     paper drops block by block while it reads: prompts in chunks, `end_prompt` after each.

@@ -15,7 +15,7 @@ from ._base import Eviction, EvictionView, when_field, wide
 @named
 @attrs.frozen(kw_only=True)
 class Knorm(Eviction):
-    """Scores tokens by -|k|, the norm of the key as it is stored.
+    """Scores tokens by `-|k|`, the norm of the key as it is stored.
 
     Devoto et al., 2024, A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression
     (NVIDIA/kvpress, knorm_press.py). The authors leave the first two layers as they are:
