@@ -9,6 +9,8 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from docutils import nodes
+
 import kvpolicy
 
 if TYPE_CHECKING:
@@ -93,7 +95,15 @@ def forget_builtins(
         lines.clear()
 
 
+def keep_errors_together(app: Sphinx, document: nodes.document) -> None:
+    """Lets no line break before or after the sign of an error."""
+    for text in list(document.findall(nodes.Text)):
+        if " ± " in text and text.parent is not None:
+            text.parent.replace(text, nodes.Text(text.replace(" ± ", "\u00a0±\u00a0")))
+
+
 def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", forget_builtins, priority=1)
     app.connect("source-read", link_outside)
+    app.connect("doctree-read", keep_errors_together)
     app.connect("build-finished", list_versions)

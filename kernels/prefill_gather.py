@@ -148,7 +148,6 @@ def gather(
     longest = max(map(max, most))
     if longest == 0 or not any(lengths(segments)):
         return None
-    size, dim, dim_v = *pages.k.shape[1:], pages.v.shape[2]
     rows = sum(cdiv(n, ROWS) for row in most for n in row) * ROWS
     pays = rectangles is not None and _pays(rectangles, segments, expected, window, group)
     if rectangles is not None and pays:
@@ -156,9 +155,7 @@ def gather(
     tile = tile.fit(segments, group)
     queries = tile.queries(group)
     tiles = tile_count(segments, queries)
-    k = torch.empty(rows, dim, dtype=pages.k.dtype, device=pages.k.device)
-    v = torch.empty(rows, dim_v, dtype=k.dtype, device=k.device)
-    at = torch.empty(rows, dtype=torch.int32, device=k.device)
+    k, v, at = gather_rows(pages, Heads(table, counts), rows, longest)
     limits = torch.empty(kv_heads, tiles, dtype=torch.int32, device=k.device)
     plan, blocks, span = None, 0, 0
     if rectangles is not None and pays:
@@ -171,13 +168,6 @@ def gather(
     before = None if chunk is None else torch.empty_like(limits)
     each, many = cdiv(max(lengths(segments)), queries), len(segments.start)
     with on(k):
-        _gather[cdiv(longest, ROWS) * (ROWS // 32), batch * kv_heads](
-            pages.k, pages.v, pages.meta, pages.slabs, table, counts, k, v, at,
-            table.stride(),
-            HEADS=kv_heads, UNITS_PAD=power_of_two(batch * kv_heads), SLAB_PAGES=pages.slab_pages,
-            PAGE=size, DIM=dim, DIM_V=dim_v, DIM_PAD=power_of_two(dim),
-            DIM_V_PAD=power_of_two(dim_v), ROWS=ROWS, BLOCK=32, num_warps=4,
-        )  # fmt: skip
         _limits[cdiv(each, _LIMITS), many * kv_heads](
             at, counts, segments.cu_q_dev, segments.start_dev, limits,
             plan.taken if plan else limits, plan.bounds if plan else limits, window, tiles,
@@ -188,6 +178,29 @@ def gather(
             LEAST=rectangles.least if rectangles and plan else 0, BLOCK=_LIMITS, num_warps=4,
         )  # fmt: skip
     return Far(k, v, limits, tile, plan, before)
+
+
+def gather_rows(
+    pages: Pages, heads: Heads, rows: int, longest: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The global tokens of all heads, head after head: k `[rows, D]`, v, positions `[rows]` int32.
+
+    A head's rows start at a multiple of ROWS; none has more than `longest` tokens.
+    """
+    (batch, kv_heads), (table, counts) = heads.counts.shape, heads
+    size, dim, dim_v = *pages.k.shape[1:], pages.v.shape[2]
+    k = torch.empty(rows, dim, dtype=pages.k.dtype, device=pages.k.device)
+    v = torch.empty(rows, dim_v, dtype=k.dtype, device=k.device)
+    at = torch.empty(rows, dtype=torch.int32, device=k.device)
+    with on(k):
+        _gather[cdiv(longest, ROWS) * (ROWS // 32), batch * kv_heads](
+            pages.k, pages.v, pages.meta, pages.slabs, table, counts, k, v, at,
+            table.stride(),
+            HEADS=kv_heads, UNITS_PAD=power_of_two(batch * kv_heads), SLAB_PAGES=pages.slab_pages,
+            PAGE=size, DIM=dim, DIM_V=dim_v, DIM_PAD=power_of_two(dim),
+            DIM_V_PAD=power_of_two(dim_v), ROWS=ROWS, BLOCK=32, num_warps=4,
+        )  # fmt: skip
+    return k, v, at
 
 
 def _pays(
@@ -320,7 +333,7 @@ def _gather(
 
 
 @triton.jit
-def _rows_before(at, count, cut, steps):
+def rows_before(at, count, cut, steps):
     """How many of a head's rows have a position before each cut (bisection)."""
     low = tl.zeros_like(cut)
     high = low + count
@@ -357,16 +370,16 @@ def _limits(
     count = tl.load(counts + unit)
     cut = tl.load(start + b) - window + 1
     there = tile < mine
-    limit = _rows_before(at, count, cut + tile * QUERIES, steps)
+    limit = rows_before(at, count, cut + tile * QUERIES, steps)
     if chunk is not None:  # of which a row of the call sees those from its start on
         begins = tl.load(start + b) // chunk * chunk
-        less = _rows_before(at, count, begins + tile * 0, steps)
+        less = rows_before(at, count, begins + tile * 0, steps)
         limit = tl.maximum(limit, less)
         tl.store(skipped + h * tiles + before + tile, less, mask=there)
     tl.store(limits + h * tiles + before + tile, limit, mask=there)
     if SPAN:
         block = tile * QUERIES // SPAN
-        shared = _rows_before(at, count, cut + block * SPAN, steps)
+        shared = rows_before(at, count, cut + block * SPAN, steps)
         shared = tl.maximum(tl.minimum(shared, count - SPARE), 0)
         shared = tl.where(shared < LEAST, 0, shared)
         tl.store(taken + h * tiles + before + tile, shared, mask=there)

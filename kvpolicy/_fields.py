@@ -31,6 +31,8 @@ def shown(value: Any) -> str:
         text = repr(value)
     except ValueError:  # an int of more digits than Python prints
         return f"an {type(value).__name__} of more digits than can be shown"
+    if "\n" in text:  # a config, or inputs of a tokenizer
+        return f"a {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
@@ -80,6 +82,13 @@ def optional(check: Check) -> Check:
             check(instance, attribute, value)
 
     return checked
+
+
+def odd(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    """An odd int of at least 1."""
+    check_int(attribute.alias, value, 1)
+    if value % 2 == 0:
+        raise ValueError(f"{attribute.alias}: wanted an odd number, got {value}; write {value + 1}")
 
 
 def number(wanted: str, fits: Callable[[float], bool]) -> Check:

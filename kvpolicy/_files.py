@@ -1,16 +1,18 @@
-"""Files that are written whole or not at all, and `.pt` files that hold no more than they are."""
+"""Files that are written whole or not at all, read as the one file that they are, and those of
+tensors, which hold no more than that."""
 
 from __future__ import annotations
 
 import uuid
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -39,6 +41,31 @@ def write_pt(path: Path, content: Any) -> None:
         torch.save(content, file)
 
 
+def open_safetensors(path: Path) -> Any:
+    """What safetensors' `safe_open` gives, of one file.
+
+    It opens a path twice, for the header and for the bytes, between which another file may take its
+    place (`replacing`); then both are opened again.
+    """
+    from safetensors import safe_open
+
+    while True:
+        before = _identity(path)
+        try:
+            file = safe_open(path, framework="pt", device="cpu")
+        except Exception:
+            if _identity(path) == before:
+                raise
+            continue
+        if _identity(path) == before:
+            return file
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def read_pt(path: Path) -> Any:
     """What a `.pt` file of plain values and tensors holds, on the CPU; runs no code of the file.
 
@@ -59,3 +86,30 @@ def read_pt(path: Path) -> Any:
         except Exception as error:  # torch and pickle raise a dozen kinds for damaged files
             own = str(error) if type(error) is ValueError else type(error).__name__
             raise ValueError(f"{path}: not a readable file of plain tensors: {own}") from error
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a `.safetensors` file, on the CPU, and its metadata.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return found, file.metadata() or {}
+    except OSError:
+        raise
+    except Exception as error:  # of its own, and of torch where a dtype has no tensor
+        raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Replaces a `.safetensors` file."""
+    from safetensors.torch import save_file
+
+    held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with replacing(path) as partial:
+        save_file(held, partial, metadata=metadata)

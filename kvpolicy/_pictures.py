@@ -89,19 +89,19 @@ def bare(axes: Any) -> None:
 
 
 def new_figure(width: float, height: float, title: str, note: str = "") -> Any:
-    """A figure of so many inches with a title and a smaller line below it."""
+    """A figure of so many inches with a title and smaller lines below it."""
     with extra("plots"):
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)
     figure = Figure(figsize=(width, height), facecolor=PAPER, layout=layout)
-    text = figure.suptitle(title, color=INK, fontsize=13, weight="bold")
+    lines = title.count("\n") + 1
+    text = figure.suptitle(title, color=INK, fontsize=13 if width > 6 else 11.5, weight="bold")
     if note:
-        text.set_text(f"{title}\n")
-        figure.text(
-            0.5, 1 - 0.42 / height, note, ha="center", va="top", color=MUTED, fontsize=9.5
-        )  # fmt: skip
+        text.set_text(title + "\n" * (note.count("\n") + lines))
+        top = 1 - (0.26 + 0.16 * lines) / height
+        figure.text(0.5, top, note, ha="center", va="top", color=MUTED, fontsize=9.5)
     return figure
 
 
@@ -126,15 +126,24 @@ def curve(
         axes.errorbar(x, y, yerr=(low, high), fmt="none", ecolor=look.colour, capsize=3)
 
 
-def legend(figure: Any, panels: Iterable[Any], last: str = "") -> None:
-    """One legend for all panels, below them and so never on data; the label `last` ends it."""
+def legend(figure: Any, panels: Iterable[Any], last: str = "", inside: Any = None) -> None:
+    """One legend for all panels, below them and so never on data; the label `last` ends it.
+
+    `inside` is an empty panel that takes it instead.
+    """
     handles: dict[str, Any] = {}
     for axes in panels:
         found = zip(*axes.get_legend_handles_labels(), strict=True)
         handles |= {name: handle for handle, name in found if name not in handles}
     if last in handles:
         handles[last] = handles.pop(last)
-    if handles:
+    if inside is not None:
+        inside.set_axis_off()
+        inside.legend(
+            list(handles.values()), list(handles), loc="center", frameon=False, fontsize=9.5,
+            labelcolor=INK, labelspacing=0.9,
+        )  # fmt: skip
+    elif handles:
         figure.legend(
             list(handles.values()), list(handles), loc="outside lower center", frameon=False,
             ncols=min(max(int(figure.get_figwidth() / 3), 1), len(handles)), fontsize=9.5,

@@ -15,12 +15,17 @@ from .errors import BackendError
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _MODULES = {  # of reference/ and kernels/ alike, by op
+    "antidiagonal_blocks": "antidiagonal",
     "append": "cache_write",
+    "attention_mass": "attention_mass",
     "decode_write": "cache_write",
     "move_kept": "compact",
     "read_tokens": "compact",
     "dense_prefill": "dense_prefill",
+    "expected_logits": "expected_attention",
+    "value_norms": "expected_attention",
     "keep_best": "keep_best",
+    "keys_at": "keys_at",
     "copy_pages": "page_io",
     "read_meta": "page_io",
     "read_pages": "page_io",
@@ -32,7 +37,10 @@ _MODULES = {  # of reference/ and kernels/ alike, by op
     "count_leaving": "prompt_write",
     "write_leaving": "prompt_write",
     "prefill_attention": "sparse_prefill",
+    "last_similar": "redundancy",
+    "selected_prefill": "selected_prefill",
     "window_scores": "window_scores",
+    "write_number": "write_number",
     "write_gate": "write_gate",
 }
 

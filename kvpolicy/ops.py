@@ -102,6 +102,17 @@ class Ring(NamedTuple):
         return ring_slot(position, self.slots)
 
 
+class Numbers(NamedTuple):
+    """A number of each token of a layer, float32 (float64 where keys are).
+
+    `stored` `[B, Hkv, C]`: that of a head's global token n at n; `recent` `[B, Hkv, S]`: those of
+    the ring, slot by slot.
+    """
+
+    stored: Tensor
+    recent: Tensor
+
+
 class Segments(NamedTuple):
     """How packed queries and keys split over sequences in a prompt call; ints live on the host.
 
@@ -139,6 +150,34 @@ class Bounds(NamedTuple):
 
     most: list[list[int]]
     expected: list[list[int]]
+
+
+class TileReads(NamedTuple):
+    """What tiles of queries of a prompt call read besides the window: blocks of keys, and columns.
+
+    A tile holds the queries at positions `i * tile` to `(i + 1) * tile - 1`, a block the keys
+    there; `tile` is a power of two. `blocks` bool `[Hs, N, M]` with Hs = Hkv or Hq: the tiles that
+    hold queries of a sequence, in order, sequence after sequence as `tile_span` counts them, and
+    whether they read the sequence's block m. `columns` int32 `[Hs, C, K]` (or None) are positions
+    that are read one by one, rising, padded with positions beyond every sequence; tile n reads row
+    `sets[n]` of them (int32 `[N]`).
+    """
+
+    tile: int
+    blocks: Tensor
+    columns: Tensor | None = None
+    sets: Tensor | None = None
+
+
+def tile_span(start: int, queries: int, tile: int) -> tuple[int, int]:
+    """The first tile that holds one of `queries` from position `start` on, and the end of them."""
+    return (start // tile, (start + queries - 1) // tile + 1) if queries else (0, 0)
+
+
+def tile_spans(segments: Segments, tile: int) -> list[tuple[int, int]]:
+    """`tile_span` of each sequence of a call."""
+    pairs = zip(segments.start, segments.cu_q, segments.cu_q[1:], strict=False)
+    return [tile_span(start, end - begin, tile) for start, begin, end in pairs]
 
 
 def check_asked(
@@ -226,6 +265,17 @@ class Ops(Protocol):
         is met as in `decode_write`.
         """
 
+    def write_number(
+        self, numbers: Numbers, counts: Tensor, flags: Tensor, number: Tensor | None,
+        lengths: Tensor, active: Tensor, window: int,
+    ) -> None:  # fmt: skip
+        """Numbers of one decoded token a sequence, before `decode_write` writes the tokens.
+
+        The number of the token that leaves the window, if it is admitted, goes to place `counts`
+        `[B, Hkv]` of its head, and `number` `[B, Hkv]` floats, or 0, to the slot of position
+        `lengths` `[B]`. `flags` are the ring's, `active` as in `decode_write`.
+        """
+
     # Attention
 
     def dense_prefill(
@@ -254,6 +304,17 @@ class Ops(Protocol):
         device. Returns `[Hq, Tq, Dv]`.
         """
 
+    def selected_prefill(
+        self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, pages: Pages,
+        heads: Heads, window: int, scale: float, reads: TileReads, bounds: Bounds | None = None,
+        *, softcap: float | None = None, sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Attention of a prompt call over {j <= i : i - j < window or stored[j] and chosen}.
+
+        Arguments as in `prefill_attention`. Of the global tokens a query reads those that have left
+        its window and lie in a block or column that `reads` gives its tile. Returns `[Hq, Tq, Dv]`.
+        """
+
     def paged_decode(
         self, query: Tensor, pages: Pages, heads: Heads, ring: Ring, lengths: Tensor,
         active: Tensor, window: int, scale: float, selected: Tensor | None = None, *,
@@ -266,6 +327,26 @@ class Ops(Protocol):
         `selected` int32 `[B, Hs, K]` names pages by their number within the head (-1: none) for
         Hs = Hkv or Hq heads. `scale` multiplies q.k. Returns `[B, Hq, Dv]`, zeros for rows that are
         not `active` `[B]` bool.
+        """
+
+    def attention_mass(
+        self, numbers: Numbers, pages: Pages, heads: Heads, ring: Ring, query: Tensor,
+        lengths: Tensor, first: Tensor, last: Tensor, window: int, scale: float, *, most: int,
+        accumulates: str, group: str, shifts: tuple[int, int] = (0, 0),
+        among: tuple[int, int, int, int] | None = None,
+        softcap: float | None = None, sinks: Tensor | None = None, chunk: int | None = None,
+    ) -> None:  # fmt: skip
+        """Adds to the numbers of tokens the attention weights that queries give them, in place.
+
+        Queries at positions `first[b]` to `last[b] - 1` (`[B]` int64; at most `most` of them, none
+        before position 0) of sequences of `lengths` `[B]` tokens attend to the global tokens up to
+        their own position and to the recent ones among their last `window`. The weights of a
+        group's query heads are combined by `group`: "mean", "max" or "sum"; `accumulates` is "sum"
+        or "max". `query` `[B, Hq, S', D]` holds the query of position p in slot
+        `(p - shifts[0]) % S'`, and `ring` its tokens in slots `(p - shifts[1]) % S`; there a token
+        that left the window and was admitted is a global one. With `among` = (a, b, c, d) queries
+        see no tokens but those before position a, from b to before c and from d on, and only those
+        from b to before c take weights.
         """
 
     # Choosing
@@ -293,6 +374,29 @@ class Ops(Protocol):
         budget]` int32 page numbers within the head in rising order, padded with -1.
         """
 
+    def keys_at(
+        self, key: Tensor, flags: Tensor, segments: Segments, pages: Pages, heads: Heads,
+        tile: int, bounds: Bounds | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Admitted keys of a prompt call at their true positions, for choices by position.
+
+        Arguments as in `prefill_attention`. Sequence after sequence, each with rows up to the end
+        of its last tile (of `tile` positions; none without queries): keys `[Hkv, N, D]`, zeros
+        where no token is, and whether there is one, bool `[Hkv, N]`. Recent tokens that were not
+        admitted are no tokens here.
+        """
+
+    def antidiagonal_blocks(
+        self, query: Tensor, keys: Tensor, present: Tensor, segments: Segments, scale: float,
+        tile: int, stride: int, threshold: float, *, softcap: float | None = None,
+    ) -> Tensor:  # fmt: skip
+        """XAttention's choice of blocks, bool `[Hq, N, M]` (mit-han-lab/x-attention).
+
+        `query` `[Hq, Tq, D]`, `keys` and `present` as `keys_at` gives them; `stride` divides
+        `tile`. What is chosen says `kvpolicy.selection.XAttention.prompt`. A tile's choice depends
+        on nothing but its own queries and the keys up to its end, to the last bit.
+        """
+
     def keep_best(self, scores: Tensor, valid: Tensor, amount: Tensor) -> Tensor:
         """Marks the `amount` best valid tokens of each head, bool `[..., N]`; ties keep the later.
 
@@ -316,6 +420,30 @@ class Ops(Protocol):
         whose `score` says the same on dense keys. A sink joins whichever keys are normalized over.
         Slots without a token score as one of weight 0. A head's scores depend on nothing but its
         own sequence, to the last bit.
+        """
+
+    def expected_logits(
+        self, pages: Pages, heads: Heads, linear: Tensor, square: Tensor | None
+    ) -> Tensor:
+        """Logits m.k + k'Ck `[B, Hq, M * P]` of the keys k that a group's KV head stores.
+
+        `linear` m `[B, Hq, D]` and the symmetric `square` C `[B, Hq, D, D]`, if given, are floats
+        of 32 bits (of 64 on the reference, as are the logits then). Slots without a token are 0. A
+        head's logits depend on nothing but its own sequence, to the last bit.
+        """
+
+    def value_norms(self, pages: Pages, heads: Heads) -> Tensor:
+        """Norms |v| `[B, Hkv, M * P]` of the values that heads store, 0 in slots without a token.
+
+        In float32, or in the values' dtype where that is wider.
+        """
+
+    def last_similar(self, keys: Tensor, lengths: Tensor, threshold: float) -> Tensor:
+        """For each of a head's keys the last other one at an angle of cosine > `threshold`.
+
+        `keys` `[U, N, D]` have a norm of 1, and of head u the first `lengths[u]` (`[U]`) count.
+        Returns their places int32 `[U, N]`, -1 where there is none. No product of all keys with
+        all others is held.
         """
 
     def write_gate(

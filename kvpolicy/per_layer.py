@@ -14,7 +14,7 @@ from .admission import Admission, Write
 from .budget import budget_of
 from .choices import When
 from .eviction import Eviction, EvictionView
-from .selection import Selection
+from .selection import PerPhase, PromptView, Reads, Selection
 
 Policy = TypeVar("Policy", Admission, Selection, Eviction)
 Layers = tuple[tuple[range, Any], ...]
@@ -137,18 +137,32 @@ class PerLayerAdmission(_PerLayer, Admission):
 class PerLayerSelection(_PerLayer, Selection):
     """A selection for each layer; made by `per_layer`. Resolve `at` a layer to score and choose.
 
-    All layers share the pages' summaries, so the non-neutral members are of one class; budgets,
-    always-kept pages and group rules may differ.
+    All layers share the pages' summaries, so the members that choose pages are of one class;
+    budgets, always-kept pages and group rules may differ, and what prompts read too.
     """
 
     _kind = Selection
 
     def _agree(self) -> None:
-        names = sorted({type(p).__name__ for p in self.members if not p.neutral})
+        choosing = (p.decode if isinstance(p, PerPhase) else p for p in self.members)
+        names = sorted({type(p).__name__ for p in choosing if not p.neutral})
         if len(names) > 1:
             raise ValueError(
                 f"layers: selections that read pages' summaries must be of one class, got {names}"
             )
+
+    @property
+    def tile(self) -> int | None:
+        """The largest tile, a multiple of the others; None if all layers read everything."""
+        return max((p.tile for p in self.members if p.tile is not None), default=None)
+
+    @property
+    def whole_prompt(self) -> bool:
+        return any(p.whole_prompt for p in self.members)
+
+    def prompt(self, view: PromptView) -> Reads:
+        policy: Selection = self.at(view.layer)
+        return policy.prompt(view)
 
     def summarize(self, keys: Tensor, valid: Tensor) -> Tensor:
         policy: Selection = next((p for p in self.members if not p.neutral), self.default)
@@ -194,6 +208,22 @@ class PerLayerEviction(_PerLayer, Eviction):
         return max(int(p.queries) for p in self.members)
 
     @property
+    def query_stats(self) -> bool:
+        return any(p.query_stats for p in self.members)
+
+    @property
+    def hidden(self) -> int:
+        return max(int(p.hidden) for p in self.members)
+
+    @property
+    def output_weight(self) -> bool:
+        return any(p.output_weight for p in self.members)
+
+    @property
+    def rope(self) -> bool:
+        return any(p.rope for p in self.members)
+
+    @property
     def prefers_window(self) -> int | None:
         return max((p.prefers_window for p in self.members if p.prefers_window), default=None)
 
@@ -204,6 +234,10 @@ class PerLayerEviction(_PerLayer, Eviction):
     @property
     def across_heads(self) -> bool:
         return any(p.across_heads for p in self.members)
+
+    def number(self, write: Write) -> Tensor | None:
+        policy: Eviction = self.at(write.layer)
+        return policy.number(write)
 
     def mark(self, write: Write) -> Tensor | None:
         policy: Eviction = self.at(write.layer)
@@ -219,6 +253,11 @@ class PerLayerEviction(_PerLayer, Eviction):
             extra = max(view.queries.shape[2] - policy.queries, 0)
             view = view._replace(
                 queries=view.queries[:, :, extra:], query_valid=view.query_valid[:, extra:]
+            )
+        if view.hidden is not None and view.hidden_valid is not None:
+            extra = max(view.hidden.shape[1] - policy.hidden, 0)
+            view = view._replace(
+                hidden=view.hidden[:, extra:], hidden_valid=view.hidden_valid[:, extra:]
             )
         return policy.score(view)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Unpack, cast
 
 import attrs
 from torch import Tensor, nn
@@ -20,15 +21,17 @@ from .calls.call import abort, close_call, open_call
 from .calls.decode import decode, read_decoded
 from .calls.evict import evict
 from .calls.prompt import prompt, read_prompt
+from .calls.tell import Known, tell
 from .choices import Backend, Phase
 from .errors import PhaseError, UnsupportedError
 from .eviction import Eviction, KeepAll
 from .ops import load
 from .selection import SelectAll, Selection
 from .spec import CacheSpec
-from .store import CacheState, Report
+from .store import CacheState, Report, moments
 from .store.allocate import allocate
 from .store.layer import check_sinks
+from .store.looked_back import adopt_numbers, fork_to_replay, looks_back
 from .store.report import report
 
 DEFAULT_WINDOW = 256
@@ -41,9 +44,28 @@ def _instead(value: Any) -> str:
     return f"{fits[0]}={type(value).__name__}(...)" if fits else ""
 
 
+def _classes(kind: type) -> Iterator[type]:
+    own: list[type] = kind.__subclasses__()
+    for found in own:
+        yield found
+        yield from _classes(found)
+
+
 def _slot(name: str) -> Any:
-    article = "a" if name == "selection" else "an"
-    return is_a(SLOTS[name], f"{article} {name}", _instead)
+    """One policy; a name, and a list of one, say what to write."""
+    kind, article = SLOTS[name], "a" if name == "selection" else "an"
+
+    def instead(value: Any) -> str:
+        if isinstance(value, str):
+            titles = (x.__name__ for x in _classes(kind))
+            return next((f"{x}(...)" for x in titles if x.lower() == value.lower()), "")
+        if isinstance(value, list | tuple) and value and all(isinstance(x, kind) for x in value):
+            if len(value) > 1:
+                return "any_of(...) or all_of(...)" if name == "admission" else ""
+            return f"{name}={type(value[0]).__name__}(...)"
+        return _instead(value)
+
+    return is_a(kind, f"{article} {name}", instead)
 
 
 def _of_model(value: Any) -> str:
@@ -123,6 +145,23 @@ class CachePipeline:
             self.selection, self.eviction,
         )  # fmt: skip
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """What policies want beside queries, keys and values.
+
+        Of {"key_pre", "hidden", "query_pre"}, which `attend` takes, and {"output_weight", "rope"},
+        which `tell` takes.
+        """
+        eviction = self.eviction
+        asked = {
+            "query_pre": eviction.query_stats,
+            "hidden": eviction.hidden,
+            "output_weight": eviction.output_weight,
+            "rope": eviction.rope,
+        }
+        named = frozenset(name for name, wanted in asked.items() if wanted)
+        return self.admission.needs | eviction.needs | named
+
     def check(self, spec: CacheSpec) -> None:
         """Raises ValueError or UnsupportedError if a policy does not fit `spec`."""
         check_kind("spec", spec, CacheSpec, "a CacheSpec", _of_model(spec))
@@ -135,6 +174,11 @@ class CachePipeline:
             for policy in (self.selection.at(layer), self.eviction.at(layer)):
                 policy.check_window(self.window)
             capacity.check(spec, layer, self.window, self.eviction.at(layer))
+            if self.eviction.at(layer).hidden and spec.hidden is None:
+                raise ValueError(
+                    f"hidden: {type(self.eviction.at(layer)).__name__} reads attention inputs; "
+                    "wanted their channels, write CacheSpec(hidden=...)"
+                )
             if spec.kv_heads < spec.model_kv_heads:
                 _check_shard(self.eviction.at(layer))
 
@@ -168,6 +212,7 @@ class CachePipeline:
         *,
         key_pre: Tensor | None = None,
         hidden: Tensor | None = None,
+        query_pre: Tensor | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
         """One layer of the open call: decides, writes, attends.
@@ -176,7 +221,8 @@ class CachePipeline:
         `hidden` `[T, hidden]`, sequence after sequence, real tokens only; returns `[Hq, T, D]`.
         Decode calls are `[B, Hq, T, D]` and `[B, Hkv, T, D]`, `hidden` `[B, T, hidden]`; returns
         `[B, Hq, T, D]`, zeros where a token is not real. Keys are after RoPE at their true
-        positions. Values, and what is returned, have the layer's value channels. `sinks` `[Hq]`
+        positions. `query_pre` are the queries before RoPE, for evictions that keep statistics of
+        them. Values, and what is returned, have the layer's value channels. `sinks` `[Hq]`
         are logits that join every softmax and carry no value.
         """
         check_state(state)
@@ -185,9 +231,19 @@ class CachePipeline:
         check_sinks(sinks, store.sizes.heads, store.device)
         store.sinks = sinks
         run = prompt if call.phase == "prompt" else decode
-        out = run(state, call, store, query, key, value, key_pre, hidden)
+        out = run(state, call, store, query, key, value, key_pre, hidden, query_pre)
         call.done.add(layer)
         return out
+
+    def tell(self, state: CacheState, layer: int, **known: Unpack[Known]) -> None:
+        """Says of the model's layer what an eviction may ask for, before calls; forks know it too.
+
+        `output_weight` `[Hq, Dv, hidden]` is the output projection, or a function that returns it,
+        which is called whenever the layer is scored. `rope` says how queries and keys turn, None
+        that they do not.
+        """
+        check_state(state)
+        tell(state, layer, known)
 
     def attend_shared(
         self,
@@ -248,6 +304,46 @@ class CachePipeline:
             for row in state.sequences:
                 row.prompt_open = False
 
+    @contextmanager
+    def replay(
+        self, state: CacheState, *, span: range | None = None, sinks: int = 0
+    ) -> Iterator[CacheState]:
+        """A fork in which tokens look back at those of `state`, for evictions that are `replayed`.
+
+        Run prompt calls in it: the weights that their queries give the tokens at positions `span`
+        (default all) become numbers of `state`, under the eviction's `accumulates` and `group`,
+        when the block ends without an error. Nothing else of `state` changes, and the fork is gone
+        afterwards. A query's softmax runs over the span, the first `sinks` tokens and the tokens of
+        the replay itself. Several replays of one cache add up.
+
+        Example:
+            `with pipeline.replay(state, span=range(0, 2048)) as fork: ...`
+
+        Raises:
+            UnsupportedError: no layer's eviction is `replayed`.
+            ValueError: the span is no range of positions that all sequences hold.
+        """
+        check_state(state)
+        check_int("sinks", sinks, 0)
+        if state.call is not None:
+            raise PhaseError("replay: a call is in flight; commit or abort it first")
+        if not any(map(looks_back, state.layers)):
+            raise UnsupportedError(
+                f"replay: {type(self.eviction).__name__} does not look at replays; only evictions "
+                "that say replayed=True do, such as KVzip"
+            )
+        shortest = min(state.lengths)
+        span = range(shortest) if span is None else span
+        if not isinstance(span, range) or span.step != 1 or not 0 <= span.start < span.stop:
+            raise ValueError(f"span: wanted a range of positions, got {shown(span)}")
+        if span.stop > shortest:
+            raise ValueError(f"span: wanted positions below {shortest}, got {span}")
+        fork = fork_to_replay(state, sinks, span)
+        yield fork
+        if fork.call is not None:
+            raise PhaseError("replay: a call is in flight in the fork; commit or abort it first")
+        adopt_numbers(state, fork)
+
     def maintain(self, state: CacheState) -> None:
         """Evicts for sequences that decoded another `interval` tokens, if the policy does."""
         due = self.due(state)
@@ -275,6 +371,9 @@ class CachePipeline:
 
     def prepare_replay(self, state: CacheState, most: int) -> None:
         """Makes a captured decode step of one token ready to run; up to `most` will follow."""
+        if moments.is_full(state, (1,) * state.batch):
+            state.sync_host()
+            moments.settle(state)
         if state.steps_reserved < 1:
             state.sync_host()  # caps ask how long each row is
             capacity.reserve_long(state, most)

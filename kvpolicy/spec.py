@@ -43,6 +43,8 @@ def check_sizes(sizes: Mapping[str, Any]) -> None:
     for name in sizes:
         if name not in names:
             hint = instead(name, sizes[name], names)
+            if name in ("backend", "window"):
+                hint = f"; write CachePipeline({name}={sizes[name]!r})"
             raise TypeError(f"{name}: wanted one of {', '.join(names)}, got {name!r}{hint}")
 
 
@@ -144,7 +146,8 @@ class CacheSpec:
     multiplies q.k (default `head_dim ** -0.5`). `sliding` gives, per layer, the window of layers
     that only slide and None for the others. `per_layer` gives all sizes of each layer, for models
     whose layers differ; the numbers above are then those of the layers that policies manage, or of
-    the first of them where these differ. `page_size` is in tokens, `rollback` the number of
+    the first of them where these differ. `hidden` are the channels of the attention input, for
+    evictions that read it. `page_size` is in tokens, `rollback` the number of
     tokens that `crop` can take back, `interval` the number of decoded tokens between two
     decode-time evictions.
 
@@ -169,6 +172,7 @@ class CacheSpec:
         default=(), converter=_windows, validator=_sliding
     )
     per_layer: tuple[LayerSizes, ...] = attrs.field(default=(), converter=_windows, validator=_each)
+    hidden: int | None = attrs.field(default=None, validator=optional(positive))
     page_size: int = attrs.field(default=16, validator=positive)
     rollback: int = attrs.field(default=32, validator=not_negative)
     interval: int = attrs.field(default=16, validator=positive)

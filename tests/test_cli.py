@@ -150,7 +150,7 @@ def test_training_takes_a_data_set(
     )  # fmt: skip
     assert asked == [(("some/set", "10BT"), {"split": "train", "streaming": True})]
     said = fails("train-gate", folder / "model", "--out", "g.pt", "--lam", 0.1)
-    assert said == "error: texts, dataset: wanted exactly one\n"
+    assert said == "error: texts, dataset: wanted exactly one; add --texts FOLDER\n"
 
 
 def test_calibrate_reports_the_knob_that_gives_a_size(folder: Path, tmp_path: Path) -> None:

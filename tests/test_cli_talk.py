@@ -160,3 +160,26 @@ def test_what_cannot_be_is_one_sentence(folder: Path, words: tuple, message: str
     command, model, *rest = words
     said = call(command, folder / model, *rest, code=2).stderr
     assert message in said and "Traceback" not in said
+
+
+def test_policies_of_a_file_are_imported_where_they_are_trusted(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("half_for_talk.py").write_text(
+        "import attrs\nfrom kvpolicy import LocalAttention\n\n\n"
+        "@attrs.frozen(kw_only=True)\nclass Mine(LocalAttention):\n    pass\n"
+    )
+    Path("mine.json").write_text('{"admission": {"type": "half_for_talk:Mine", "window": 8}}')
+    words = (
+        "generate",
+        folder / "model",
+        "hello",
+        "--max-new-tokens",
+        3,
+        "--pipeline",
+        "mine.json",
+    )
+    assert "trust_code=True" in call(*words, code=2).stderr
+    assert "Mine" in call(*words, "--trust-code").stderr

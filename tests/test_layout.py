@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import email
+import importlib
 import os
 import re
 import shutil
@@ -50,6 +51,20 @@ def test_the_top_level_has_no_other_entries():
     found = {p.name for p in ROOT.iterdir() if not p.name.startswith(".")}
     found = {name for name in found if name != "__pycache__" and not name.endswith(".egg-info")}
     assert found - BESIDE == TOP_LEVEL
+
+
+def test_a_plugin_that_warns_ends_no_run(tmp_path):
+    """As pytest-benchmark does beside xdist; inside tests warnings are errors."""
+    plugin, test = tmp_path / "pytest_other.py", tmp_path / "test_one.py"
+    said = 'import warnings\n\ndef {}:\n    warnings.warn("busy")\n'
+    plugin.write_text(said.format("pytest_configure(config)"))
+    test.write_text(said.format("test_one()"))
+    options = ["-n", "1", "-p", "pytest_other", "-p", "no:cacheprovider", "-c", "pyproject.toml"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "--rootdir", tmp_path, test],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("folder", ["kernels", "adapters", "tests/kernels"])
@@ -106,7 +121,7 @@ PROJECT = SETTINGS["project"]
 MODULES = {"fa3-fwd": "fa3_fwd_interface", "lm-eval": "lm_eval"}
 UNUSED = {"vllm"}
 # What transformers requires, and so brings.
-BROUGHT = {"huggingface_hub", "numpy", "tokenizers", "tqdm", "yaml"}
+BROUGHT = {"huggingface_hub", "numpy", "packaging", "tokenizers", "tqdm", "yaml"}
 # Not for users of the library: what baselines of the benchmark and tests need.
 BASELINES = {"flashinfer"}
 
@@ -274,6 +289,21 @@ def test_workflows_try_both_ends_of_the_ranges():
         assert flows[flow]["jobs"][job]["steps"][-1]["run"] == ".ci/try-wheel"
     publish = flows["release"]["jobs"]["publish"]
     assert publish["needs"] == "try" and publish["permissions"] == {"id-token": "write"}
+
+
+@pytest.mark.parametrize("found", ["4.57.1", "5.16.2", "5.24.0", "5.24.0.dev0", "6.0"])
+def test_another_transformers_is_refused_at_once(found, monkeypatch):
+    from kvpolicy.adapters.hf import versions
+
+    assert f"transformers>={versions.FROM},<{versions.BELOW}" in PROJECT["dependencies"]
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.__version__", found)
+        with pytest.raises(
+            ImportError, match=f"^transformers: wanted .*, got {found}; pip install"
+        ):
+            importlib.reload(versions)
+    for served in ("5.17.0", "5.17.1.dev0", "5.23.4"):
+        versions.check(served)
 
 
 def test_wheel_says_who_where_and_which(built):

@@ -26,6 +26,7 @@ from kvpolicy import (
     SnapKV,
     Tokens,
     WriteGate,
+    _elsewhere,
     pretrained,
     testing,
 )
@@ -133,6 +134,38 @@ def attaching(**given: Any) -> None:
     hf.attach(**given).detach()
 
 
+LOOKS_BACK = CachePipeline(eviction=kvpolicy.KVzip(budget=64), window=8)
+
+
+class Letters:
+    """A tokenizer."""
+
+    def encode(self, text, add_special_tokens):
+        return [ord(letter) % 50 for letter in text]
+
+
+def looking_back(cache=None, **given: Any) -> None:
+    with hf.attach(MODEL, LOOKS_BACK) as found:
+        cache = found.new_cache() if cache is None else cache
+        if isinstance(cache, hf.KVPolicyCache):
+            MODEL(IDS, past_key_values=cache)
+        found.replay(cache, **given)
+
+
+def read_in() -> CacheState:
+    found = LOOKS_BACK.init(SPEC)
+    LOOKS_BACK.begin(found, [3], "prompt")
+    for layer in range(2):
+        LOOKS_BACK.attend(found, layer, *(torch.ones(heads, 3, 8) for heads in (4, 2, 2)))
+    LOOKS_BACK.commit(found)
+    return found
+
+
+def replaying(**given: Any) -> None:
+    with LOOKS_BACK.replay(**given):
+        pass
+
+
 KIT = {
     "policy": NOTHING, "dtype": NOTHING, "takes_effect": MAYBE_FLAG,
     "seed": Takes(int, fits=lambda x: x >= 0),
@@ -192,6 +225,17 @@ CALLS = {
         attached("ask", input_ids=IDS[:, :4], max_new_tokens=2),
         cache=NOTHING, input_ids=NOTHING, attention_mask=MASK, question=NOTHING,
     ),
+    "attached.replay": Call(
+        lambda folder: (looking_back, {"input_ids": IDS[:, :4]}),
+        cache=NOTHING, input_ids=NOTHING, attention_mask=MASK, span=NONE,
+        sinks=Takes(int, fits=lambda x: x >= 0),
+    ),
+    "repeats": Call(
+        lambda folder: (hf.repeats, {"tokenizer": Letters(), "input_ids": IDS[:1]}),
+        tokenizer=NOTHING, input_ids=NOTHING, chunk_size=COUNT, suffix=Takes(str),
+        prefix=Takes(int, fits=lambda x: 0 <= x < IDS.shape[1]),
+        previous=Takes(int, fits=lambda x: 0 <= x < 1 << 30),
+    ),
     "loglikelihood": Call(
         attached("loglikelihood", input_ids=IDS, continuation_ids=IDS[:, :3]),
         input_ids=NOTHING, continuation_ids=NOTHING, attention_mask=MASK, question=NOTHING,
@@ -226,10 +270,18 @@ CALLS = {
         lambda folder: (PIPELINE.reserve, {"state": state(), "steps": 1}),
         state=NOTHING, steps=COUNT,
     ),
+    "replay": Call(
+        lambda folder: (replaying, {"state": read_in()}),
+        state=NOTHING, span=NONE, sinks=Takes(int, fits=lambda x: x >= 0),
+    ),
     **{
         name: Call(on(name, state=None), state=NOTHING)
         for name in ("abort", "end_prompt", "maintain", "report", "due")
     },
+    "tell": Call(
+        lambda folder: (PIPELINE.tell, {"state": state(), "layer": 0}),
+        state=NOTHING, layer=Takes(int, bool, fits=lambda x: x in (0, 1)),
+    ),
     "attend_shared": Call(
         lambda folder: (
             PIPELINE.attend_shared,
@@ -284,6 +336,7 @@ def functions() -> dict[str, Callable]:
     }  # fmt: skip
     found |= {"kept": CacheState.kept, "finish": CacheState.finish}
     found |= {n: getattr(hf.Attachment, n) for n in ("read", "ask", "loglikelihood")}
+    found["attached.replay"] = hf.Attachment.replay
     found |= {
         f"cache.{n}": getattr(hf.KVPolicyCache, n) for n in ("fork", "crop", "save", "begin_prompt")
     }
@@ -304,7 +357,7 @@ LEFT = {
     "replayed": "of captured loops",
 }
 # Tensors of the model that only some policies want.
-LEFT_ARGUMENTS = {("attend", name) for name in ("key_pre", "hidden", "sinks")}
+LEFT_ARGUMENTS = {("attend", name) for name in ("key_pre", "hidden", "query_pre", "sinks")}
 LEFT_ARGUMENTS |= {("attend_shared", "sinks")}
 
 
@@ -401,10 +454,81 @@ HINTS = [
     (lambda: testing.check_eviction(Quest(budget=9)), r"write check_selection\(policy\)$"),
     (lambda: testing.check_eviction(SnapKV), r"got the class SnapKV; write SnapKV\(\.\.\.\)$"),
     (lambda: hf.attach(MODEL, PIPELINE, block_size=4), "block_size: .*; write page_size=4$"),
+    (lambda: hf.attach(MODEL, PIPELINE, backend="triton"), r"write CachePipeline\(backend='triton"),
+    (lambda: hf.attach(MODEL.config, PIPELINE), "model: wanted a model .*, got a LlamaConfig$"),
+    (lambda: CachePipeline(eviction="snapkv"), r"got 'snapkv'; write SnapKV\(\.\.\.\)$"),
+    (lambda: CachePipeline(eviction=[SnapKV(budget=9)]), r"; write eviction=SnapKV\(\.\.\.\)$"),
+    (lambda: CachePipeline(admission=[LocalAttention(), LocalAttention()]), "write any_of"),
+    (lambda: DuoAttention.from_pretrained("x"), "got None and None; write sparsity=0.5, the part"),
+    (lambda: WriteGate.from_pretrained(DUO), r"; write DuoAttention.from_pretrained\('duo-"),
+    (
+        lambda: DuoAttention.from_pretrained(GATE, sparsity=0.5),
+        r"; write WriteGate.from_pretrained",
+    ),
+    (lambda: generated("a text"), r"inputs: wanted .*; write tokenizer\(text, return_tens"),
+    (lambda: generated([1, 2]), r"inputs: wanted .*; write torch.tensor\(\[ids\]\)"),
+    (lambda: generated(IDS[0]), r"inputs: wanted .*; write inputs\[None\]"),
+    (
+        lambda: generated(IDS[:, :20], cache()),
+        r"input_ids: wanted all turns.* 50 .*, got 20; write",
+    ),
+    (lambda: generated(IDS, cache()), r"input_ids: wanted all turns, more than the 50 .*, got 50;"),
 ]
+GATE, DUO = "smollm2-135m-instruct-w64-keep25", "duo-smollm2-135m-instruct"
+
+
+def generated(ids: Any, past: hf.KVPolicyCache | None = None) -> None:
+    with hf.attach(MODEL, PIPELINE):
+        MODEL.generate(ids, past_key_values=past, max_new_tokens=2)
 
 
 @pytest.mark.parametrize(("make", "message"), HINTS)
 def test_a_likely_mistake_says_what_to_write(make, message) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         make()
+
+
+def test_a_next_turn_goes_on_with_all_turns() -> None:
+    with hf.attach(MODEL, PIPELINE) as attached:
+        held = attached.read(IDS[:, :40])
+        out = MODEL.generate(IDS, past_key_values=held, max_new_tokens=2)
+    assert out.shape[1] == 52
+
+
+ROOT_NAMES = [
+    ("PyramidKV", ImportError, r"write SnapKV\(budget=Pyramid\("),
+    ("AdaKVPress", ImportError, r"write SnapKV\(budget=Adaptive\("),
+    ("SnapKVPress", ImportError, "SnapKVPress: not its name in kvpolicy; write SnapKV$"),
+    ("Snapkv", ImportError, "; write SnapKV$"),
+    ("ThinKPress", ImportError, "no policy of this name; docs/coming-from.md says"),
+    ("atach", AttributeError, "no attribute 'atach'; write attach$"),
+    ("report", AttributeError, "no attribute 'report'; write Report$"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "message"), ROOT_NAMES)
+def test_names_that_the_root_does_not_have(name, kind, message) -> None:
+    with pytest.raises(kind, match=message):
+        getattr(kvpolicy, name)
+    if kind is ImportError:
+        with pytest.raises(ImportError, match=message):
+            exec(f"from kvpolicy import {name}")
+
+
+def test_what_to_write_instead_is_here() -> None:
+    for says in _elsewhere.KNOWN.values():
+        assert says.partition("(")[0].partition(".")[0] in kvpolicy.__all__
+
+
+def test_what_the_hub_does_not_give_is_one_sentence(monkeypatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no route\n" * 9)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    for read in (
+        lambda: WriteGate.from_pretrained("a/b", "c.pt"),
+        lambda: DuoAttention.from_pretrained("a/b", sparsity=0.5),
+    ):
+        with pytest.raises(FileNotFoundError, match="a/b is here, and the hub gave none .*copy$"):
+            read()

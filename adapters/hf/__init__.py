@@ -1,5 +1,10 @@
-"""Hugging Face transformers: Llama, Mistral, Qwen2 and Qwen3 through public extension points."""
+"""Hugging Face transformers through public extension points."""
 
+# First, so that another transformers is refused before anything of it is imported.
+# isort: split
+from . import versions as versions
+
+# isort: split
 from .attach import Attachment as Attachment
 from .attach import attach as attach
 from .attach import detach as detach
@@ -8,4 +13,5 @@ from .cache import new_cache as new_cache
 from .memory import FitReport as FitReport
 from .memory import fit_report as fit_report
 from .persist import load_cache as load_cache
+from .replay import repeats as repeats
 from .sizes import spec_of as spec_of

@@ -17,14 +17,15 @@ from ...spec import Sizes
 from ...store import Report
 from . import phases
 from .arguments import check_config, check_modules
-from .attention import forget_hidden, keep_hidden, keep_pre
+from .attention import forget_hidden, keep_hidden, keep_pre, keep_query
 from .cache import KVPolicyCache
 from .changes import Changes
 from .compile import CompiledLayers, check_compiles, make_eager
 from .faces import NAME
 from .forwards import Forwards
 from .generate import generate
-from .models import AttentionLayer, check_one_device, check_pre_rope, served
+from .models import AttentionLayer, check_one_device, check_pre_query, check_pre_rope, served
+from .replay import replay
 from .wrappers import base_of, check_soft_prompt, decoder_of, unwrapped
 
 # The model's hooks keep its attachment alive; nothing here keeps the model alive.
@@ -64,9 +65,11 @@ class Attachment:
         self.layers = self.served.modules
         check_modules(self.layers)
         check_one_device(self.served)
-        self.needs = pipeline.admission.needs | pipeline.eviction.needs
+        self.needs = pipeline.reads
         if "key_pre" in self.needs:
             check_pre_rope(self.served)
+        if "query_pre" in self.needs:
+            check_pre_query(self.served)
         empty = self.new_cache()
         self.spec, self.ranks = empty.spec, empty.ranks
         pipeline.check(self.spec)
@@ -112,6 +115,8 @@ class Attachment:
         """Lets attention see what policies read of a layer beside queries, keys and values."""
         if "key_pre" in self.needs:
             keep_pre(layer, self.changes)
+        if "query_pre" in self.needs:
+            keep_query(layer, self.changes)
         if "hidden" in self.needs:
             self.changes.later(functools.partial(forget_hidden, layer.module))
             self.changes.hook(layer.module, keep_hidden, pre=True, with_kwargs=True)
@@ -213,6 +218,22 @@ class Attachment:
         context into forwards of so many columns.
         """
         return phases.read(self, input_ids, attention_mask, inputs_embeds, cache, chunk_size)
+
+    def replay(
+        self,
+        cache: KVPolicyCache,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        span: range | None = None,
+        sinks: int = 4,
+    ) -> None:
+        """Lets tokens `[B, S]` look back at what `cache` holds, before its prompt ends.
+
+        For evictions that want it, such as `KVzip`, whose passes `repeats` gives; the cache holds
+        what it held before. See `CachePipeline.replay`.
+        """
+        replay(self, cache, input_ids, attention_mask, span, sinks)
 
     def ask(
         self,

@@ -17,29 +17,48 @@ from .compile import PLACE, attend
 from .faces import NAME, KVRef
 from .models import AttentionLayer, Rules
 from .rule.pre_rope import given_arguments, key_before_rope
+from .rule.records import PreRope
 
 PRE = "_kvpolicy_pre_rope"  # left by a hook: what keys before RoPE are made from
+QUERY = "_kvpolicy_pre_query"  # the same of queries
 HIDDEN = "_kvpolicy_hidden"  # left on the attention module
 
 
 def keep_pre(layer: AttentionLayer, changes: Changes) -> None:
     """Lets the attention of a layer find its keys before RoPE."""
-    module, source, rule = layer.module, layer.source, layer.pre_rope
+    _keep(layer.module, layer.source, layer.pre_rope, PRE, changes)
+
+
+def keep_query(layer: AttentionLayer, changes: Changes) -> None:
+    """Lets the attention of a layer find its queries before RoPE."""
+    _keep(layer.module, layer.query_source, layer.pre_query, QUERY, changes)
+
+
+def _keep(
+    module: Any, source: nn.Module | None, rule: PreRope | None, name: str, changes: Changes
+) -> None:
     assert rule is not None
-    changes.later(functools.partial(_forget, (module, source), PRE))
+    changes.later(functools.partial(_forget, (module, source), name))
     if source is not None:
-        changes.hook(source, _keep_output)
+        changes.hook(source, _keep_output if name == PRE else _keep_query_output)
     elif rule.form == "rotate_back" and rule.rotation is not None:
-        keep = functools.partial(_keep_argument, rule.rotation.keyword)
+        keep = functools.partial(_keep_argument, rule.rotation.keyword, name)
         changes.hook(module, keep, pre=True, with_kwargs=True)
 
 
+# Functions of the module, which dynamo traces without guarding on closures.
 def _keep_output(module: nn.Module, args: Any, output: Any) -> None:
     module.__dict__[PRE] = output
 
 
-def _keep_argument(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    module.__dict__[PRE] = given_arguments(module, args, kwargs)[name]
+def _keep_query_output(module: nn.Module, args: Any, output: Any) -> None:
+    module.__dict__[QUERY] = output
+
+
+def _keep_argument(
+    argument: str, name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    module.__dict__[name] = given_arguments(module, args, kwargs)[argument]
 
 
 def keep_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -68,14 +87,27 @@ def _take(module: nn.Module, name: str) -> Any:
 
 def _key_pre(rules: Rules, module: Any, key: Tensor) -> Tensor | None:
     """Keys before RoPE `[B, Hkv, S, D]`, where hooks left what they are made from."""
-    if rules.pre_rope is None:
+    return _before_rope(rules.pre_rope, rules.source, rules.source_inside, PRE, module, key)
+
+
+def _query_pre(rules: Rules, module: Any, query: Tensor) -> Tensor | None:
+    """Queries before RoPE `[B, Hq, S, D]`, where hooks left what they are made from."""
+    return _before_rope(
+        rules.pre_query, rules.query_source, rules.query_inside, QUERY, module, query
+    )
+
+
+def _before_rope(
+    rule: PreRope | None, source: nn.Module | None, inside: bool, name: str, module: Any, x: Tensor
+) -> Tensor | None:
+    if rule is None:
         return None
-    if rules.pre_rope.form == "same":
-        return key
-    holder = module if rules.source is None else rules.source
+    if rule.form == "same":
+        return x
+    holder = module if source is None else source
     # One outside the layer serves others as well.
-    kept = _take(holder, PRE) if rules.source_inside else getattr(holder, PRE, None)
-    return None if kept is None else key_before_rope(rules.pre_rope, key, kept)
+    kept = _take(holder, name) if inside else getattr(holder, name, None)
+    return None if kept is None else key_before_rope(rule, x, kept)
 
 
 def attention(
@@ -101,7 +133,8 @@ def attention(
         place, rules = getattr(module, PLACE)
         check_attention(rules, scaling, dropout, kwargs)
         pre = _key_pre(rules, module, key.key)
-        return attend(place, query, key.key, key.value, pre, hidden, sinks), None
+        before = _query_pre(rules, module, query)
+        return attend(place, query, key.key, key.value, pre, before, hidden, sinks), None
     out = _attend(module, key, query, hidden, sinks, scaling, dropout, kwargs)
     if torch.is_grad_enabled() and query.requires_grad:
         out = _NoGradient.apply(out, query)  # type: ignore[no-untyped-call]
@@ -126,7 +159,8 @@ def _attend(
     rules = known.rules[handle.layer]
     check_attention(rules, scaling, dropout, kwargs)
     pre = None if handle.wrote else _key_pre(rules, module, handle.key)
-    return handle.cache.attend(handle, query, pre, hidden, sinks)
+    before = None if handle.wrote else _query_pre(rules, module, query)
+    return handle.cache.attend(handle, query, pre, before, hidden, sinks)
 
 
 class _NoGradient(torch.autograd.Function):

@@ -20,6 +20,7 @@ from ...spec import Sizes, check_sizes
 from ...store import CacheState, Report, save
 from ...store.fork import adopt, select_rows
 from ...store.rollback import crop
+from .asked import known_of
 from .columns import Chunks, append, gaps, pick, real, take_back, to_tensors
 from .faces import KVRef, faces_of, keeps_state
 from .fingerprints import model_fingerprint
@@ -52,7 +53,8 @@ class KVPolicyCache(Cache):
         self.dtype, self.spec = dtype, spec_from(self.served, dtype=dtype, **sizes)
         self.pipeline, self.sizes, self.model = pipeline, sizes, weakref.ref(model)
         self.ranks = ranks_of(self.served)
-        self.needs = pipeline.admission.needs | pipeline.eviction.needs
+        self.needs = pipeline.reads
+        self.told = known_of(model, self.served, self.needs)
         self.failure: BaseException | None = None  # of a layer, until all ranks know of it
         self.state: CacheState | None = None
         self.phase = "prompt"
@@ -63,6 +65,7 @@ class KVPolicyCache(Cache):
         self.evicts = True  # whether the end of the prompt does
         self.singles = 0  # forwards of one column in a row, in a prompt that goes on
         self.counts_positions = False  # whether the real tokens seen give position ids
+        self.first_position = 0  # of a sequence's first token, where they do
         self.recording = False  # columns may be taken back before the next forward
         self.graph: Any = None  # CapturedStep of this cache's buffers
         self.captures = 0
@@ -96,21 +99,23 @@ class KVPolicyCache(Cache):
         handle: KVRef,
         query: Tensor,
         pre: Tensor | None,
+        query_pre: Tensor | None,
         hidden: Tensor | None,
         sinks: Tensor | None,
     ) -> Tensor:
         """Attention `[B, S, Hq, D]` of one layer of the forward in flight; stores its tokens.
 
-        `query` and the handle's keys and values are `[B, H, S, D]`, as is `pre`; `hidden`
-        `[B, S, hidden]`, `sinks` `[Hq]`. Computes in the cache's dtype and answers in the query's.
+        `query` and the handle's keys and values are `[B, H, S, D]`, as are `pre` and `query_pre`;
+        `hidden` `[B, S, hidden]`, `sinks` `[Hq]`. Computes in the cache's dtype and
+        answers in the query's.
         """
         if self.layout is None or self.state is None:
             raise PhaseError("attention outside a forward of the attached model's decoder")
         if not self.ranks.many:
-            return self._attend(handle, query, pre, hidden, sinks)
+            return self._attend(handle, query, pre, query_pre, hidden, sinks)
         if self.failure is None:
             try:
-                return self._attend(handle, query, pre, hidden, sinks)
+                return self._attend(handle, query, pre, query_pre, hidden, sinks)
             except BaseException as error:  # raised on all ranks when the forward closes
                 self.failure = error
         # The other ranks wait for this layer.
@@ -121,6 +126,7 @@ class KVPolicyCache(Cache):
         handle: KVRef,
         query: Tensor,
         pre: Tensor | None,
+        query_pre: Tensor | None,
         hidden: Tensor | None,
         sinks: Tensor | None,
     ) -> Tensor:
@@ -135,7 +141,12 @@ class KVPolicyCache(Cache):
                 k, v = self._own(handle.key, "key"), self._own(handle.value, "value")
                 if pre is not None:  # a layer without RoPE has them anyway
                     pre = self._own(pre, "key_pre") if "key_pre" in self.needs else None
-                out = self.layout.attend(pipeline, state, layer, q, k, v, pre, hidden, sinks)
+                if query_pre is not None:
+                    wanted = "query_pre" in self.needs
+                    query_pre = self._own(query_pre, "query_pre") if wanted else None
+                out = self.layout.attend(
+                    pipeline, state, layer, q, k, v, pre, query_pre, hidden, sinks
+                )
                 handle.wrote = True
         return out.transpose(1, 2).to(query.dtype).contiguous()
 
@@ -151,12 +162,19 @@ class KVPolicyCache(Cache):
     def ensure_state(self, batch: int) -> CacheState:
         """The state, made for `batch` sequences by the first forward."""
         if self.state is None or (not self.chunks and self.state.batch != batch):
-            self.state, self.graph = self.pipeline.init(self.spec, batch), None
+            self.take_state(self.pipeline.init(self.spec, batch))
+        assert self.state is not None
         if self.state.batch != batch:
             raise ValueError(
                 f"input_ids: the cache holds {self.state.batch} sequences, got a batch of {batch}"
             )
         return self.state
+
+    def take_state(self, state: CacheState) -> None:
+        """Makes a new state this cache's; evictions in it are told what they ask of the model."""
+        self.state, self.graph = state, None
+        for layer, known in self.told.items():
+            self.pipeline.tell(state, layer, **known)
 
     def saw(self, columns: int, valid: Tensor | None) -> None:
         """Records the columns of a finished call; `valid` `[B, columns]` on the host."""
@@ -226,11 +244,17 @@ class KVPolicyCache(Cache):
     def fork(self, rows: Sequence[int] | None = None) -> KVPolicyCache:
         """A cache that goes its own way; full pages are shared until either gives them up."""
         optional(check_rows, "rows", rows)
+        rows = range(self.state.batch if self.state else 0) if rows is None else rows
+        return self.around(
+            None if self.state is None else select_rows(self.state, list(rows)), rows
+        )
+
+    def around(self, state: CacheState | None, rows: Sequence[int]) -> KVPolicyCache:
+        """A cache of `state`, a fork of this one's with its sequences `rows`."""
         new = object.__new__(KVPolicyCache)
         new.__dict__.update(self.__dict__)
         new._make_faces()
-        rows = range(self.state.batch if self.state else 0) if rows is None else rows
-        new.state = None if self.state is None else select_rows(self.state, list(rows))
+        new.state = state
         new.states.restore(self.states.select(list(rows)))
         new.chunks = pick(self.chunks, list(rows))
         new.graph, new.captures = None, 0
@@ -307,7 +331,11 @@ class KVPolicyCache(Cache):
             self.pipeline,
             fingerprint=model_fingerprint(model),
             extra=to_tensors(self.chunks, self.state.batch) | self.states.to_tensors(),
-            notes={"phase": self.phase, "counts_positions": str(self.counts_positions)},
+            notes={
+                "phase": self.phase,
+                "counts_positions": str(self.counts_positions),
+                "first_position": str(self.first_position),
+            },
         )
 
     @ordinary
@@ -327,6 +355,12 @@ class KVPolicyCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         batch = 0 if self.state is None else self.state.batch
         self._select(torch.arange(batch).repeat_interleave(repeats))
+
+    def offload(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UnsupportedError("offload: pages stay on the model's device; cache.save files them")
+
+    def prefetch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UnsupportedError("prefetch: pages are on the model's device, none is elsewhere")
 
     def activate_past_recording(self, *args: Any, **kwargs: Any) -> None:
         """Assisted decoding begins: evictions wait until rejected candidates are taken back."""

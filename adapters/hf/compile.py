@@ -22,6 +22,7 @@ PLACE = "_kvpolicy_place"
 Functions = tuple[Callable[..., Any], Callable[..., Any]]  # for prompts and for one column
 COMPILED = "_compiled_call_impl"  # where nn.Module.compile keeps what calling a module runs
 _NUMBERS = itertools.count()
+_BACKENDS = ["inductor"]  # the last one is used
 # With the first, Inductor writes its own matrix-vector products for one token, several in a kernel.
 # With the second it computes what they multiply beforehand: each of their programs would compute
 # all of it anew, and the exponentials of an activation cost more than the weights' bytes.
@@ -37,8 +38,8 @@ _ATTACHMENTS: weakref.WeakValueDictionary[int, Attached] = weakref.WeakValueDict
 @torch.library.custom_op(
     "kvpolicy::attend",
     mutates_args=(),
-    schema="(Tensor place, Tensor query, Tensor key, Tensor value, Tensor? pre, Tensor? hidden, "
-    "Tensor? sinks) -> Tensor",
+    schema="(Tensor place, Tensor query, Tensor key, Tensor value, Tensor? pre, "
+    "Tensor? query_pre, Tensor? hidden, Tensor? sinks) -> Tensor",
 )
 def attend(
     place: Tensor,
@@ -46,6 +47,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     pre: Tensor | None,
+    query_pre: Tensor | None,
     hidden: Tensor | None,
     sinks: Tensor | None,
 ) -> Tensor:
@@ -55,7 +57,7 @@ def attend(
     cache = None if attachment is None else attachment.cache
     if cache is None:
         raise PhaseError("attention outside a forward of the attached model's decoder")
-    return cache.attend(cache.hold(layer, key, value), query, pre, hidden, sinks)
+    return cache.attend(cache.hold(layer, key, value), query, pre, query_pre, hidden, sinks)
 
 
 @attend.register_fake
@@ -65,6 +67,7 @@ def _(
     key: Tensor,
     value: Tensor,
     pre: Tensor | None,
+    query_pre: Tensor | None,
     hidden: Tensor | None,
     sinks: Tensor | None,
 ) -> Tensor:
@@ -165,14 +168,27 @@ def _compile(number: int) -> Functions:
         code = _call.__code__.replace(co_name=f"kvpolicy_{phase}_{number}")
         own.append(types.FunctionType(code, globals(), code.co_name))
     prompt, token = own
+    backend = _BACKENDS[-1]
+    options = _TOKEN if backend == "inductor" else None
     return (
-        torch.compile(prompt, fullgraph=True, dynamic=True),
-        torch.compile(token, fullgraph=True, options=_TOKEN),
+        torch.compile(prompt, fullgraph=True, dynamic=True, backend=backend),
+        torch.compile(token, fullgraph=True, options=options, backend=backend),
     )
 
 
 def _call(layer: Any, *args: Any, **kwargs: Any) -> Any:
     return layer._call_impl(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def traced() -> Iterator[None]:
+    """Runs dynamo's graphs as they are, without code for them, of what is attached inside."""
+    torch._dynamo.reset()
+    _BACKENDS.append("eager")
+    try:
+        yield
+    finally:
+        _BACKENDS.pop()
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor
 from .attached import Attached
 from .cache import KVPolicyCache
 from .phases import one_by_one, read
+from .tiles import refuse_whole
 
 Ids = tuple[int, ...]
 COLUMNS = 128  # of a forward: bounds what the logits take
@@ -43,6 +44,7 @@ def continued(
     one token has no prompt. `dtype` is that of the softmax, by default the logits'; `read_to` is
     called with a cache whose prompts have ended, if there were any.
     """
+    refuse_whole(attachment, "loglikelihood")
     found: dict[int, Continued] = {}
     for without in (False, True):
         some = [n for n, (context, _) in enumerate(rows) if (len(context) == 1) == without]

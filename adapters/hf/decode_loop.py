@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, cast
 
 import torch
@@ -58,29 +59,30 @@ def decode_loop(
     going = torch.ones_like(unfinished)
     late = _LateFlags(stepper.captured, kvp_streamer)
     length = prompt
-    while True:
-        last = logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-        processed = logits_processor(ids[:, :length], last)
-        token = _choose(processed, config.do_sample)
-        if pad is not None:
-            token = torch.where(unfinished, token, pad.to(token.device))
-        token = cache.ranks.same(token)
-        ids[:, length] = token
-        length += 1
-        if scores is not None:
-            scores.append(processed)
-        if raw is not None:
-            raw.append(last)
-        alive = unfinished & ~stopping_criteria(ids[:, :length], scores)
-        alive = cache.ranks.same(alive)
-        stopped = late.stopped(alive, token)
-        if stopped or length == ids.shape[1] - 1:
-            break
-        # A row is active for the token that it sampled before it ended; nothing is when all ended.
-        logits = stepper.step(token, (unfinished if ends else going) & alive.any())
-        for name in names:
-            recorded[name].append(getattr(stepper.output, name))
-        unfinished = alive
+    with _experts(model):
+        while True:
+            last = logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+            processed = logits_processor(ids[:, :length], last)
+            token = _choose(processed, config.do_sample)
+            if pad is not None:
+                token = torch.where(unfinished, token, pad.to(token.device))
+            token = cache.ranks.same(token)
+            ids[:, length] = token
+            length += 1
+            if scores is not None:
+                scores.append(processed)
+            if raw is not None:
+                raw.append(last)
+            alive = unfinished & ~stopping_criteria(ids[:, :length], scores)
+            alive = cache.ranks.same(alive)
+            stopped = late.stopped(alive, token)
+            if stopped or length == ids.shape[1] - 1:
+                break
+            # A row is active for the token that it sampled before it ended; none when all ended.
+            logits = stepper.step(token, (unfinished if ends else going) & alive.any())
+            for name in names:
+                recorded[name].append(getattr(stepper.output, name))
+            unfinished = alive
     extra = late.finish()
     length -= extra
     stepper.finish(extra)
@@ -94,6 +96,12 @@ def decode_loop(
         past_key_values=cache,
         **{name: cast(Any, tuple(parts)) for name, parts in recorded.items()},
     )
+
+
+def _experts(model: Any) -> Any:
+    """Decodes with the experts' implementation that transformers' own loop decodes with."""
+    switch = getattr(model, "_optimize_model_for_decode", None)
+    return contextlib.nullcontext() if switch is None else switch()
 
 
 def _one_by_one(model: Any, input_ids: Tensor, config: Any, model_kwargs: dict[str, Any]) -> Any:
@@ -130,7 +138,7 @@ def _next_position(
     if places is not None and (places.ndim > 2 or not cache.counts_positions):
         return places[..., -1:] + 1
     assert cache.state is not None
-    return torch.tensor(cache.state.lengths, device=device)[:, None]
+    return torch.tensor(cache.state.lengths, device=device)[:, None] + cache.first_position
 
 
 class _LateFlags:

@@ -34,6 +34,7 @@ class Owner(Protocol):
         handle: KVRef,
         query: Tensor,
         pre: Tensor | None,
+        query_pre: Tensor | None,
         hidden: Tensor | None,
         sinks: Tensor | None,
     ) -> Tensor: ...
@@ -129,7 +130,7 @@ class KVPolicyLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def offload(self) -> None:
-        """Nothing: pages stay where they are."""
+        """Nothing: pages stay where they are, and the cache refuses to be offloaded."""
 
     prefetch = offload
 

@@ -31,10 +31,13 @@ CACHE = {
     "positions": "  positions of tokens",
     "summaries": "  summaries of pages",
     "queries": "  queries observed",
+    "numbers": "  numbers of tokens",
+    "statistics": "  statistics of queries, inputs",
     "tables": "  page tables, counters",
     "reserved": "  reserved, at most",
     "cache": "the cache",
 }
+RARE = ("  numbers of tokens",)  # shown where there are any
 ALL = {"weights": "  weights", "gates": "  gates", "total": "weights, gates and cache"}
 
 
@@ -53,5 +56,7 @@ def fit_table(plan: Planned) -> Table:
 
 def _section(head: str, names: dict[str, str], plan: Planned, of: int) -> Section:
     found = {name: getattr(plan, field) for field, name in names.items()}
-    rows = [(name, f"{n:,}", size(n), part(n, of)) for name, n in found.items()]
+    rows = [
+        (name, f"{n:,}", size(n), part(n, of)) for name, n in found.items() if n or name not in RARE
+    ]
     return Section(heads=(head, "bytes", "", "of ordinary"), rows=rows)

@@ -64,14 +64,14 @@ def open_forward(
 
 @ordinary
 def true_positions(cache: KVPolicyCache, device: torch.device) -> Tensor:
-    """Position ids `[B, S]` of the open forward: each sequence's real tokens from 0."""
+    """Position ids `[B, S]` of the open forward: each sequence's real tokens in order."""
     state, layout = cache.state, cache.layout
     assert state is not None and layout is not None
-    start = state.on(state.layers[0]).lengths.to(device)[:, None]
+    start = state.on(state.layers[0]).lengths.to(device)[:, None] + cache.first_position
     columns = layout.prompt + layout.decode
     if layout.valid is None:
         return start + torch.arange(columns, device=device)
-    return (start - 1 + layout.valid.to(device).long().cumsum(1)).clamp(min=0)
+    return (start - 1 + layout.valid.to(device).long().cumsum(1)).clamp(min=cache.first_position)
 
 
 @ordinary

@@ -23,7 +23,8 @@ from .forward import Crossing, close_forward, inputs_of, open_forward, true_posi
 from .masks import padding_of
 from .packed import split
 from .ranks import Ranks
-from .wrappers import check_soft_prompt
+from .tiles import refuse_whole
+from .wrappers import check_soft_prompt, first_position
 
 
 class Forwards:
@@ -127,6 +128,8 @@ class Forwards:
         if "use_cache" in kwargs or "use_cache" in self.names:
             kwargs["use_cache"] = True  # some decoders hand a cache on only then
         texts = split(kwargs, batch, columns, cached=kept)
+        if texts:
+            refuse_whole(attachment, "packed texts")
         self._remind(attachment.pipeline, given, columns)
         if Crossing.needed(cache, columns):
             crossing = Crossing(decoder, cache, kwargs)
@@ -137,6 +140,8 @@ class Forwards:
         self.cache, self.as_tuple = cache, as_tuple
         self.own, self.kept = given is None, kept
         if kwargs.get("position_ids") is None and not texts and "position_ids" in self.names:
+            if not cache.columns:  # transformers' generate counts from 0 in any model
+                cache.first_position = 0 if cache.counts_positions else first_position(decoder)
             kwargs["position_ids"] = true_positions(cache, ids.device)
         return kwargs
 

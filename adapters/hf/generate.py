@@ -10,12 +10,14 @@ from typing import Any
 from torch import Tensor
 from transformers.generation import GenerationConfig, GenerationMode
 
+from ..._arguments import check_ids
 from .arguments import check_ahead, check_generate
 from .attached import Attached
 from .cache import KVPolicyCache
 from .columns import check_stored
 from .decode_loop import decode_loop
 from .modes import ordinary
+from .tiles import refuse_more, whole_chunks
 from .tokens import use_mask, use_tokenizer
 from .wrappers import soft_prompt
 
@@ -39,8 +41,11 @@ def run(attachment: Attached, kwargs: dict[str, Any], question: str | None = Non
 
 
 def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> Any:
+    _check_ids(kwargs)
     config = merged_config(attachment, kwargs)
     check_generate(attachment, kwargs, config)
+    if question is None:
+        whole_chunks(attachment, config, kwargs)
     given = kwargs.pop("past_key_values", None)
     mode = config.get_generation_mode(kwargs.get("assistant_model"))
     own = mode in OWN_LOOP
@@ -62,9 +67,16 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
     use_mask(cache, kwargs, config)
     columns = _prompt_columns(attachment, cache, kwargs)
     width = max([x.shape[1] for x in _inputs(kwargs)], default=1)
+    if width == columns <= cache.columns and not soft_prompt(attachment.model):
+        raise ValueError(
+            f"input_ids: wanted all turns, more than the {cache.columns} columns that the cache "
+            f"has seen, got {columns}; write torch.cat([ids, next_turn], 1), or take a new cache"
+        )
     _check_mask(cache, kwargs.get("attention_mask"), width, columns)
     # Our loop says itself when the prompt has ended.
     boundary = None if own else columns
+    if question != "decode":
+        refuse_more(attachment, cache)
     if question is None:
         cache.begin_prompt(boundary)
     else:
@@ -81,6 +93,14 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
         cache.reset()
         attachment.idle[cache.state.batch] = cache
     return output
+
+
+def _check_ids(kwargs: dict[str, Any]) -> None:
+    """Raises for texts, lists and single rows, which transformers takes for a tensor [B, S]."""
+    for name in ("inputs", "input_ids"):
+        value = kwargs.get(name)
+        if value is not None and (not isinstance(value, Tensor) or value.ndim == 1):
+            check_ids(name, value)
 
 
 def _check_mask(cache: KVPolicyCache, mask: Any, width: int, columns: int) -> None:

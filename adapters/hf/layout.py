@@ -33,13 +33,22 @@ class Columns:
         key: Tensor,
         value: Tensor,
         pre: Tensor | None,
+        query_pre: Tensor | None,
         hidden: Tensor | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """Attention `[B, Hq, S, D]` of one layer; `pre` and the others `[B, H, S, D]`."""
+        """Attention `[B, Hq, S, D]` of one layer; `pre` and others `[B, H, S, D]`."""
         if not self.prompt:
             return pipeline.attend(
-                state, layer, query, key, value, key_pre=pre, hidden=hidden, sinks=sinks
+                state,
+                layer,
+                query,
+                key,
+                value,
+                key_pre=pre,
+                query_pre=query_pre,
+                hidden=hidden,
+                sinks=sinks,
             )
         packed = pipeline.attend(
             state,
@@ -48,6 +57,7 @@ class Columns:
             self.pack(key),
             self.pack(value),
             key_pre=None if pre is None else self.pack(pre),
+            query_pre=None if query_pre is None else self.pack(query_pre),
             hidden=None if hidden is None else self.pack(hidden[:, None])[0],
             sinks=sinks,
         )

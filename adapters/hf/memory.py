@@ -36,7 +36,9 @@ class FitReport:
     `pages` hold the global tokens that are left once the prompt has ended, `prompt_pages` those
     before a prompt-end eviction; `reserved` is the most that stays allocated beside them. `ring` is
     the local window with its rollback slots; `positions` and `summaries` belong to the pages,
-    `tables` are page tables, counters and free stack, `queries` the observation windows. `weights`
+    `tables` are page tables, counters and free stack, `queries` the observation windows, `numbers`
+    those of tokens that an eviction asked for, `statistics` what evictions hold of queries before
+    RoPE and of attention inputs. `weights`
     are the model's, `gates` the policies' own. `full` are K and V of all tokens (in layers that
     slide: of their windows), which is what an ordinary cache holds. `kept` is the fraction of
     tokens in the cache, window included. Activations are not counted. `print` shows a table.
@@ -53,6 +55,8 @@ class FitReport:
     summaries: int
     tables: int
     queries: int
+    numbers: int
+    statistics: int
     gates: int
     weights: int
     full: int
@@ -61,7 +65,7 @@ class FitReport:
     def cache(self) -> int:
         """Everything that grows with tokens or sequences."""
         parts = (self.pages, self.reserved, self.ring, self.positions, self.summaries)
-        return sum(parts) + self.tables + self.queries
+        return sum(parts) + self.tables + self.queries + self.numbers + self.statistics
 
     @property
     def total(self) -> int:

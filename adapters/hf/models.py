@@ -6,6 +6,7 @@ model is served because `probe` found what the cache needs to know of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import attrs
@@ -30,6 +31,9 @@ class Rules(NamedTuple):
     pre_rope: PreRope | None
     source: nn.Module | None
     source_inside: bool
+    pre_query: PreRope | None
+    query_source: nn.Module | None
+    query_inside: bool
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -52,6 +56,10 @@ class AttentionLayer:
         source: the submodule whose output `pre_rope` starts from, None where there is none.
         pre_rope: how keys before RoPE are had, None where there is no way.
         no_pre_rope: why not.
+        query_source, pre_query, no_pre_query: the same of the queries.
+        output: the submodule that projects what attention gives, None where there is none.
+        no_output: why not.
+        hidden: channels of the module's input; 0 where they are not known.
         dtype: of its keys and values.
         device: where it runs.
     """
@@ -71,13 +79,26 @@ class AttentionLayer:
     source: nn.Module | None
     pre_rope: PreRope | None
     no_pre_rope: str
+    query_source: nn.Module | None
+    pre_query: PreRope | None
+    no_pre_query: str
+    output: nn.Module | None
+    no_output: str
+    hidden: int
     dtype: torch.dtype
     device: torch.device
 
     @property
     def rules(self) -> Rules:
-        inside = self.source is None or any(x is self.source for x in self.module.modules())
-        return Rules(self.scale, self.softcap, self.sinks, self.pre_rope, self.source, inside)
+        own = list(self.module.modules())
+        inside, query_inside = (
+            source is None or any(x is source for x in own)
+            for source in (self.source, self.query_source)
+        )
+        return Rules(
+            self.scale, self.softcap, self.sinks, self.pre_rope, self.source, inside,
+            self.pre_query, self.query_source, query_inside,
+        )  # fmt: skip
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -153,7 +174,7 @@ def _layer(
     base: nn.Module, config: Any, found: ProbedLayer, shared: bool, parts: int
 ) -> AttentionLayer:
     module = base.get_submodule(found.module)
-    name = _source(found.pre_rope)
+    name, query_name = _source(found.pre_rope), _source(found.pre_query)
     return AttentionLayer(
         module=module,
         place=found.layer,
@@ -170,6 +191,12 @@ def _layer(
         source=base.get_submodule(name) if name else None,
         pre_rope=found.pre_rope,
         no_pre_rope=found.no_pre_rope,
+        query_source=base.get_submodule(query_name) if query_name else None,
+        pre_query=found.pre_query,
+        no_pre_query=found.no_pre_query,
+        output=base.get_submodule(found.output) if found.output else None,
+        no_output=found.no_output,
+        hidden=found.hidden,
         dtype=dtype_of(module, _parent(base, found.module), config),
         device=device_of(module, _parent(base, found.module)),
     )
@@ -195,6 +222,20 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     return list(served(model).layers)
 
 
+def managed_sizes(layers: Sequence[AttentionLayer]) -> AttentionLayer:
+    """The first layer that policies manage, of a model whose managed layers agree in their sizes.
+
+    A layer that slides where all do. Raises UnsupportedError where they differ, since gates and
+    patterns have one size.
+    """
+    managed = [layer for layer in layers if layer.window is None] or list(layers)
+    sizes = sorted({(layer.kv_heads, layer.head_dim) for layer in managed})
+    if len(sizes) > 1:
+        said = " and ".join(f"{heads} KV heads of {dim} channels" for heads, dim in sizes)
+        raise UnsupportedError(f"model: gates have one size, its layers differ: {said}")
+    return managed[0]
+
+
 def check_pre_rope(known: Served) -> None:
     """Raises UnsupportedError for a model whose keys before RoPE cannot be had."""
     for index, layer in enumerate(known.layers):
@@ -202,6 +243,16 @@ def check_pre_rope(known: Served) -> None:
             raise UnsupportedError(
                 f"key_pre: the keys before RoPE, which the policy reads, cannot be had in layer "
                 f"{index} ({type(layer.module).__name__}): {layer.no_pre_rope}"
+            )
+
+
+def check_pre_query(known: Served) -> None:
+    """Raises UnsupportedError for a model whose queries before RoPE cannot be had."""
+    for index, layer in enumerate(known.layers):
+        if layer.pre_query is None and layer.window is None:
+            raise UnsupportedError(
+                f"query_pre: the queries before RoPE, which the policy reads, cannot be had in "
+                f"layer {index} ({type(layer.module).__name__}): {layer.no_pre_query}"
             )
 
 

@@ -33,11 +33,13 @@ def load_cache(
     """
     check_path("path", path)
     cache = new_cache(model, pipeline, dtype=dtype, **sizes)
-    cache.state, extra, notes = persist.load(
+    state, extra, notes = persist.load(
         path, pipeline, cache.spec, fingerprint=model_fingerprint(model)
     )
+    cache.take_state(state)
     cache.chunks = from_tensors(extra)
-    cache.states.from_tensors(extra, cache.state.batch, cache.spec.device)
+    cache.states.from_tensors(extra, state.batch, cache.spec.device)
     cache.phase = notes["phase"]
     cache.counts_positions = notes["counts_positions"] == "True"
+    cache.first_position = int(notes.get("first_position", 0))  # files of earlier versions
     return cache

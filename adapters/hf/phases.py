@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ...errors import PhaseError, UnsupportedError
 from .attached import Attached
 from .cache import KVPolicyCache
 from .generate import merged_config, run
+from .tiles import cuts, refuse_more, refuse_whole
 from .wrappers import soft_prompt
 
 QUESTIONS = ("decode", "prompt")
@@ -49,10 +51,13 @@ def read(
             raise UnsupportedError("read: a soft prompt goes before one forward of one context")
         reader = attachment.model
     cache = attachment.cache_for(cache, "cache")
+    refuse_more(attachment, cache)
+    held = [0] if cache.state is None else cache.state.lengths
+    ends = cuts(attachment, held, attention_mask, whole, chunk_size)
     with torch.no_grad(), attachment.forwards.holding():
         cache.begin_prompt()
-        for start in range(0, whole, chunk_size or whole):
-            part = slice(start, start + (chunk_size or whole))
+        for start, stop in pairwise([0, *ends]):
+            part = slice(start, stop)
             mask = None if attention_mask is None else attention_mask[:, part]
             reader(
                 **{name: inputs[:, part]},
@@ -106,9 +111,9 @@ def loglikelihood(
     optional(check_mask, "attention_mask", attention_mask)
     optional(check_mask, "continuation_mask", continuation_mask)
     _check(question)
+    refuse_whole(attachment, "loglikelihood")
     if input_ids.shape[1] < 2 or not continuation_ids.shape[1]:
         raise ValueError("input_ids: wanted two columns or more, and a continuation of one or more")
-    _check(question)
     real = _right_padded(continuation_ids, continuation_mask)
     if attention_mask is not None and not bool(attention_mask[:, -1].all()):
         raise ValueError(

@@ -70,11 +70,18 @@ def spec_from(
         sliding=_windows(each),
         head_offset=part * first.kv_heads,
         all_kv_heads=parts * first.kv_heads,
+        hidden=_hidden(known),
         **sizes,
     )
     if all(uniform.at(index) == own for index, own in enumerate(each)):
         return uniform
     return attrs.evolve(uniform, sliding=(), per_layer=each)
+
+
+def _hidden(known: Served) -> int | None:
+    """Channels of the attention input, None where layers that policies manage differ in them."""
+    found = {layer.hidden for layer in known.layers if layer.window is None}
+    return found.pop() if len(found) == 1 and min(found) else None
 
 
 def _windows(each: Sequence[LayerSizes]) -> tuple[int | None, ...]:

@@ -69,7 +69,9 @@ def decoder_of(model: Any) -> Any:
         inner = base_of(found.get_decoder())
         if not hasattr(inner, "config"):  # a head of that name
             inner = base_of(found.base_model)
-        if inner is found:
+        if inner is found:  # also where its prefix names no module, as Llama 4's
+            inner = getattr(found, "model", found)
+        if inner is found or not isinstance(inner, nn.Module):
             break
         found = inner
     return found
@@ -87,3 +89,12 @@ def _check_model(model: Any) -> None:
 def takes_positions(model: Any) -> bool:
     """Whether the decoder is told positions; one that is not counts the columns of its cache."""
     return "position_ids" in inspect.signature(type(decoder_of(model)).forward).parameters
+
+
+def first_position(decoder: nn.Module) -> int:
+    """Where a decoder that is told no positions counts from: RoBERTa's after that of padding."""
+    modules: list[Any] = list(decoder.modules())
+    for module in modules:
+        if hasattr(module, "create_position_ids_from_input_ids"):
+            return int(module.padding_idx) + 1
+    return 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,13 @@ def find_file(source: str | os.PathLike[str], file: str | None, revision: str | 
     none_or(check_text, "revision", revision)
     path = Path(source)
     if file is None and _is_name(source):
-        return pretrained.path(str(source))
+        path = pretrained.path(str(source))
+        if path.is_dir():
+            raise ValueError(
+                f"path_or_repo: wanted a gate's file, got {str(source)!r}, a DuoAttention pattern; "
+                f"write DuoAttention.from_pretrained({str(source)!r}, sparsity=0.5)"
+            )
+        return path
     if path.is_dir():
         if file is None:
             raise ValueError(f"file: {path} is a directory; wanted the name of a file in it")
@@ -76,7 +84,8 @@ def find_file(source: str | os.PathLike[str], file: str | None, revision: str | 
     elif not path.exists() and file is not None and _is_repository(source):
         from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(str(source), file, revision=revision))
+        with _from_hub(f"no file {file} of", source):
+            return Path(hf_hub_download(str(source), file, revision=revision))
     elif file is not None and path.is_file():
         raise ValueError(f"file: {path} is a file already, got file={file!r} as well")
     if not path.is_file():
@@ -94,16 +103,37 @@ def find_folder(
     path = Path(source)
     if _is_name(source):
         path = pretrained.path(str(source))
+        if path.is_file():
+            raise ValueError(
+                f"path_or_repo: wanted a pattern's folder, got {str(source)!r}, a write gate; "
+                f"write WriteGate.from_pretrained({str(source)!r})"
+            )
     elif not path.exists() and _is_repository(source):
         from huggingface_hub import snapshot_download
 
-        path = Path(snapshot_download(str(source), revision=revision, allow_patterns=list(files)))
+        with _from_hub("no copy of", source):
+            path = Path(
+                snapshot_download(str(source), revision=revision, allow_patterns=list(files))
+            )
     if not path.is_dir():
         raise FileNotFoundError(f"path_or_repo: no directory {path}")
     for name in files:
         if not (path / name).is_file():
             raise FileNotFoundError(f"path_or_repo: {path} holds no {name}")
     return path
+
+
+@contextmanager
+def _from_hub(what: str, source: str | os.PathLike[str]) -> Iterator[None]:
+    """One sentence for the dozen errors of the hub, of HTTP and of the system."""
+    try:
+        yield
+    except Exception as error:
+        raise FileNotFoundError(
+            f"path_or_repo: {what} the hub repository {source} is here, and the hub gave none "
+            f"({type(error).__name__}): a wrong name, no access, or no network; write the path of "
+            "a copy"
+        ) from error
 
 
 def _is_name(source: str | os.PathLike[str]) -> bool:

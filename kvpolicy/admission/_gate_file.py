@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .._files import read_pt, replacing, write_pt
+from .._files import open_safetensors, read_pt, replacing, write_pt
 from . import _packed
 
 _KEY = re.compile(r"model\.layers\.(\d+)\.self_attn\.g_predictors\..+")
@@ -44,10 +44,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     _check_suffix(path)
     if path.suffix == ".pt":
         return stack(read_pt(path), str(path), path.stat().st_size), {}
-    from safetensors import safe_open
-
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with open_safetensors(path) as file:
             _check_names(file.keys(), str(path))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}

@@ -117,7 +117,8 @@ class DuoAttention(Admission):
         """
         if (sparsity is None) == (threshold is None):
             raise ValueError(
-                f"sparsity, threshold: wanted exactly one, got {sparsity!r} and {threshold!r}"
+                f"sparsity, threshold: wanted exactly one, got {sparsity!r} and {threshold!r}; "
+                "write sparsity=0.5, the part of the heads that stream"
             )
         for name, value in (("sparsity", sparsity), ("threshold", threshold)):
             if value is not None:

@@ -19,9 +19,9 @@ PANELS = {
     "TPOT": ("time per output token", "ms"),
     MEMORY: ("cache in memory", "GB"),
 }
-LABELS = {"dense": "dense: everything admitted", "gate": "write gate"}
-FLOOR = "floor: what operations and bytes need at least"
-_FLOOR: dict[str, Any] = {"alpha": 0.3, "linewidth": 1.4, "marker": "_", "markersize": 7}
+LABELS = {"dense": "dense: all admitted", "gate": "write gate"}
+FLOOR = "floor: what operations\nand bytes need at least"
+_FLOOR: dict[str, Any] = {"alpha": 0.42, "linewidth": 1.4, "marker": "_", "markersize": 7}
 NOTE = "Random weights, compiled layers. A bar spans a setting that was measured again."
 
 
@@ -78,8 +78,8 @@ def draw_curves(out: Path, rows: Sequence[Row], where: str) -> None:
     context = "context [1000 tokens]", lambda s: s["tokens"] / 1e3
     _picture(
         out / "model-memory-and-time.png",
-        f"{SHAPES[0]}'s shape{short}: time and memory over context, {share}",
-        *context, first,
+        f"{SHAPES[0]}'s shape{short}:\ntime and memory over context, {share}",
+        *context, first, square=True,
     )  # fmt: skip
     _picture(
         out / "model-over-context.png", f"Time and memory over context{short}, {share}",
@@ -120,18 +120,28 @@ def _picture(
     x: Callable[[dict[str, Any]], float],
     mine: Sequence[Cost],
     across: bool = False,
+    square: bool = False,
 ) -> None:
-    """A row of panels a shape and a panel a cost, or `across` a panel a shape."""
+    """A row of panels a shape and a panel a cost, or `across` a panel a shape.
+
+    `square` has two panels a row and the legend in the last place, to be read on a phone too.
+    """
     if not mine:
         return
     shapes = [shape for shape in SHAPES if any(c.setting["shape"] == shape for c in mine)]
     kinds = [what for what in PANELS if any(c.what == what for c in mine)]
     places = [(s, k) for s in shapes for k in kinds]
     rows, columns = (1, len(places)) if across else (len(shapes), len(kinds))
-    figure = new_figure(max(4.1 * columns, 8.2), 3.1 * rows + 1.6, title, NOTE)
-    panels = axes_of(figure, rows, columns, sharey="row" if across else "col")
+    square = square and len(places) == 3
+    if square:
+        figure = new_figure(5.4, 5.4, title, NOTE.replace(". ", ".\n"))
+        panels = axes_of(figure, 2, 2)
+    else:
+        figure = new_figure(max(4.1 * columns, 8.2), 3.1 * rows + 1.6, title, NOTE)
+        panels = axes_of(figure, rows, columns, sharey="row" if across else "col")
+    used = panels.flat[: len(places)]
     named = looks(c.setting["policy"] for c in mine)
-    for (shape, what), axes in zip(places, panels.flat, strict=True):
+    for (shape, what), axes in zip(places, used, strict=True):
         here = [c for c in mine if (c.setting["shape"], c.what) == (shape, what)]
         _panel(axes, here, x, named)
         says, unit = PANELS[what]
@@ -141,11 +151,11 @@ def _picture(
         axes.set_ylabel(unit, color=INK, fontsize=9.5)
         axes.yaxis.set_tick_params(labelleft=True)
     # After all panels of a shared axis have their data.
-    for axes in panels.flat:
+    for axes in used:
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
-    legend(figure, panels.flat, last=FLOOR)
-    figure.savefig(path, dpi=DPI)
+    legend(figure, used, FLOOR, panels.flat[-1] if square else None)
+    figure.savefig(path, dpi=DPI * 5 // 4 if square else DPI)
 
 
 def _panel(

@@ -17,8 +17,14 @@ from .output import machine, print_table, write_results
 from .plots import draw
 from .rows import CheckFailed, Row
 
-GROUPS = ("prefill", "decode", "quest", "write", "snapkv", "decoders", "model", "launches")
-_MODULES = ("prefill", "decode", "write", "snapkv", "decoders", "end_to_end", "launches")
+GROUPS = (
+    *("prefill", "tiles", "decode", "quest", "write", "snapkv", "evictions"),
+    *("decoders", "model", "launches", "families"),
+)
+_MODULES = (
+    *("prefill", "tiles", "decode", "write", "snapkv", "evictions", "decoders"),
+    *("end_to_end", "launches", "family_rows"),
+)
 
 
 def run(
@@ -44,7 +50,7 @@ def run(
     """
     if not torch.cuda.is_available():
         if not quick:
-            raise BackendError("bench: wanted a CUDA device, found none; quick=True needs none")
+            raise BackendError("bench: wanted a CUDA device, found none; --quick needs none")
         os.environ.setdefault("TRITON_INTERPRET", "1")
     bench = Bench(quick, seconds)
     chosen = choose(bench, names)

@@ -16,6 +16,7 @@ from ..eviction import EvictionView, SnapKV
 from ..pipeline import CachePipeline
 from ..spec import CacheSpec
 from ..store import CacheState, compaction
+from ..store.moments import summed_at
 from .context import Bench, Case, check
 from .rows import Goal, Row
 from .timing import median_ms
@@ -34,7 +35,9 @@ def full_state(
     )  # fmt: skip
     state = pipeline.init(spec)
     pool, size = state.layers[0].pool, spec.page_size
-    state.sequences[0].length = held + state.layers[0].window
+    row = state.sequences[0]
+    row.length = held + state.layers[0].window
+    row.summed = summed_at(row.length, spec.rollback)
     state.widen(held)
     state.sync_devices()
     pages = -(-held // size)
@@ -42,9 +45,13 @@ def full_state(
     for layer, own in zip(state.layers, ids, strict=True):
         layer.table[0, :, :pages] = own
         layer.counts.fill_(held)
-        assert layer.queries is not None
-        for tensor in (layer.ring.k, layer.ring.v, layer.queries):
-            tensor.normal_()
+        for tensor in (layer.ring.k, layer.ring.v, layer.queries, layer.query_ring):
+            if tensor is not None:
+                tensor.normal_()
+        for number in layer.numbers or ():
+            number.uniform_()
+        if layer.query_products is not None:  # queries of mean 0 and deviation 1
+            layer.query_products.copy_(torch.eye(dim, device=bench.device) * held)
     first = torch.zeros(pool.capacity, dtype=torch.int32, device=bench.device)
     first[ids.long()] = torch.arange(pages, dtype=torch.int32, device=bench.device) * size
     base, slot = 0, torch.arange(size, dtype=torch.int32, device=bench.device)
@@ -92,7 +99,7 @@ def snapkv(bench: Bench, case: str) -> Iterator[Row]:
     check(case, scores[0, 0], exact)
     del scores, exact
     rounds = bench.pick(ROUNDS + 1, 1)
-    times, scratch = zip(*[_round(bench, make(layers)) for _ in range(rounds)], strict=True)
+    times, scratch = zip(*[round_of(bench, make(layers)) for _ in range(rounds)], strict=True)
     ms = statistics.median(times[1:] or times)  # the first one compiles
     # q.k twice: once for the softmax' sums, once for the weights; keys are read as often.
     flops = layers * 2 * 2.0 * state.spec.head_dim * heads * window * held
@@ -115,7 +122,7 @@ def snapkv(bench: Bench, case: str) -> Iterator[Row]:
         )  # fmt: skip
 
 
-def _round(bench: Bench, state: CacheState) -> tuple[float, int]:
+def round_of(bench: Bench, state: CacheState) -> tuple[float, int]:
     """Milliseconds on the host's clock and bytes of scratch of one eviction."""
     cuda, before = bench.device.type == "cuda", 0
     if cuda:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .._arguments import check_kind, check_rows, check_text, optional, wrong
 from ..choices import Phase
-from ..errors import CapacityError, PhaseError
+from ..errors import CapacityError, PhaseError, UnsupportedError
 from ..ops import POSITION_MASK
+from ..selection import PerPhase, Selection
 from ..store.layer import LayerStore
 from ..store.state import CacheState, Call
 
@@ -51,12 +52,31 @@ def check_call(state: CacheState, lengths: Sequence[int], phase: str, valid: Ten
             "decode: the prompt has not ended; call end_prompt(state) first so that its eviction "
             "can act"
         )
+    if phase == "prompt":
+        _check_whole(state, lengths)
     if valid is not None:
         _check_valid(state, lengths, phase, valid)
     elif phase == "decode" and any(
         n != 1 for n, on in zip(lengths, state.active, strict=True) if on
     ):
         raise ValueError(f"valid: wanted for a decode call that adds {list(lengths)}, got None")
+
+
+def _check_whole(state: CacheState, lengths: Sequence[int]) -> None:
+    """Raises UnsupportedError for another part of a prompt that a selection decides as a whole."""
+    deciding = [x.selection for x in state.managed if x.selection.whole_prompt]
+    later = next((a for a, b in zip(state.lengths, lengths, strict=True) if a and b), None)
+    if deciding and later is not None:
+        raise UnsupportedError(
+            f"{whole_name(deciding[0])}: a prompt's last queries decide what all of it reads, so "
+            f"it comes in one call, without chunks and turns; got more after {later} tokens"
+        )
+
+
+def whole_name(selection: Selection) -> str:
+    """What decides whole prompts in a selection that does."""
+    policy = selection.prefill if isinstance(selection, PerPhase) else selection
+    return type(policy).__name__
 
 
 def _check_valid(state: CacheState, lengths: Sequence[int], phase: str, valid: Tensor) -> None:
@@ -117,6 +137,39 @@ def check_complete(state: CacheState) -> Call:
     if missing:
         raise PhaseError(f"commit: layers {missing} have not run; attend to them or abort the call")
     return state.call
+
+
+def check_asked(
+    layer: LayerStore, tokens: tuple[int, ...], query_pre: Tensor | None, hidden: Tensor | None
+) -> None:
+    """Raises unless a call brings, and was told, what the layer's eviction asks for.
+
+    `tokens` are the sizes of its token axes.
+    """
+    policy, name = layer.eviction, type(layer.eviction).__name__
+    if layer.query_ring is not None:
+        if query_pre is None:
+            raise ValueError(f"query_pre: wanted queries before RoPE, which {name} reads, got None")
+        wanted = (*tokens[:-1], layer.sizes.heads, tokens[-1], layer.sizes.head_dim)
+        check_input(layer, "query_pre", query_pre, wanted)
+    if layer.hidden is not None:
+        if hidden is None:
+            raise ValueError(f"hidden: wanted attention inputs, which {name} reads, got None")
+        wanted = (*tokens, layer.hidden.shape[3])
+        if tuple(hidden.shape) != wanted:
+            raise ValueError(f"hidden: wanted {list(wanted)}, got {list(hidden.shape)}")
+    if layer.slides:
+        return
+    if policy.output_weight and layer.output_weight is None:
+        raise PhaseError(
+            f"attend: {name} reads the output projection of layer {layer.index}; say it by "
+            "pipeline.tell(state, layer, output_weight=...) first"
+        )
+    if policy.rope and not layer.told_rope:
+        raise PhaseError(
+            f"attend: {name} reads how layer {layer.index} turns queries and keys; say it by "
+            "pipeline.tell(state, layer, rope=...) first, None where it does not"
+        )
 
 
 def check_input(layer: LayerStore, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

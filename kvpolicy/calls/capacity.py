@@ -23,6 +23,7 @@ from ..eviction import Eviction
 from ..ops import pages_of
 from ..spec import CacheSpec
 from ..store.layer import LayerStore
+from ..store.numbers import most_stored, widen
 from ..store.pool import PagePool
 from ..store.state import CacheState
 from .evict import shrink_to
@@ -37,6 +38,11 @@ def check(spec: CacheSpec, layer: int, window: int, eviction: Eviction) -> None:
         raise ValueError(
             f"at_cap: 'evict' wants an eviction that scores tokens, got {eviction} for layer "
             f"{layer}"
+        )
+    if evicts and eviction.replayed:
+        raise ValueError(
+            f"at_cap: 'evict' wants scores at any time, those of {type(eviction).__name__} come "
+            "from a replay; choose at_cap='raise'"
         )
     least = window + (spec.interval if evicts else 1)
     if spec.max_tokens is not None and spec.max_tokens < least:
@@ -86,6 +92,7 @@ def take(state: CacheState, added: tuple[int, ...]) -> None:
         # What is admitted may fit all the same; if it does not, the layer that writes it raises.
         with contextlib.suppress(CapacityError):
             _evict_pages(state, lambda: _pages_beyond(state, added))
+    widen(state, most_stored(state.layers) + max(added, default=0))
     state.devices.release()
     state.steps_reserved = 0
 
@@ -125,6 +132,7 @@ def _too_many(row: int, layer: int, tokens: int, most: int) -> CapacityError:
 def _reserve_steps(state: CacheState, steps: int) -> None:
     """Keeps pages for `steps` decoded tokens a sequence."""
     state.devices.reserve(_pages_for(state, steps))
+    widen(state, most_stored(state.layers) + steps)
     state.steps_reserved = steps
 
 

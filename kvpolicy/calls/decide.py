@@ -35,6 +35,23 @@ def decide_prompt(layer: LayerStore, write: Write) -> Tensor:
     return flags | bits if bits else flags
 
 
+def number(layer: LayerStore, write: Write) -> Tensor | None:
+    """The numbers `[Hkv, T]` of new tokens, None where the eviction gives none."""
+    if layer.numbers is None or not layer.eviction.numbered:
+        return None
+    found, shape = layer.eviction.number(write), write.key.shape[:2]
+    if found is None:
+        return None
+    if not isinstance(found, Tensor) or not found.dtype.is_floating_point or found.shape != shape:
+        got = type(found).__name__
+        if isinstance(found, Tensor):
+            got = f"{found.dtype} {list(found.shape)}"
+        raise ValueError(
+            f"{type(layer.eviction).__name__}.number: wanted floats {list(shape)}, got {got}"
+        )
+    return found
+
+
 def _admitted(layer: LayerStore, write: Write) -> tuple[Tensor | None, int]:
     """The admission's bit where it decides, and the bits of every token otherwise."""
     if layer.slides:

@@ -9,11 +9,14 @@ from ..admission import Write
 from ..errors import UnsupportedError
 from ..ops import Heads
 from ..store.layer import LayerStore
+from ..store.moments import keep_columns, put
+from ..store.numbers import counts_queries
 from ..store.state import CacheState, Call
 from ..store.summaries import refresh_last
-from ._checks import check_input
-from .decide import decide
+from ._checks import check_asked, check_input
+from .decide import decide, number
 from .select import select
+from .settle import settle_step
 
 
 def decode(
@@ -25,6 +28,7 @@ def decode(
     value: Tensor,
     key_pre: Tensor | None,
     hidden: Tensor | None,
+    query_pre: Tensor | None,
 ) -> Tensor:
     """Attention of one or more columns, one after the other; see `CachePipeline.attend`."""
     columns, sizes = call.columns, layer.sizes
@@ -32,8 +36,13 @@ def decode(
     kv = state.batch, sizes.kv_heads, columns
     check_input(layer, "key", key, (*kv, sizes.head_dim))
     check_input(layer, "value", value, (*kv, sizes.value_dim))
+    check_asked(layer, (state.batch, columns), query_pre, hidden)
+    long = columns > max(state.spec.rollback, 1)
     if columns > state.spec.rollback and layer.index not in call.undo:
         call.undo[layer.index] = layer.snapshot()
+    if layer.query_ring is not None and query_pre is not None and long:
+        assert call.valid is not None
+        keep_columns(state, layer, query_pre, call.valid)
     outs = []
     for column in range(columns):
         at, on = _column(state, call, layer, column)
@@ -47,7 +56,13 @@ def decode(
             key_pre=None if key_pre is None else key_pre[:, :, column].transpose(0, 1),
             hidden=None if hidden is None else hidden[:, column],
         )
+        if layer.query_ring is not None and query_pre is not None and not long:
+            put(layer.query_ring, query_pre[:, :, column], at, on)
+        if layer.hidden is not None and hidden is not None:
+            put(layer.hidden, hidden[:, None, column].to(layer.hidden.dtype), at, on)
         outs.append(_token(state, layer, query[:, :, column], write, on))
+        if columns > state.spec.rollback and columns > 1 and counts_queries(layer):
+            settle_step(state, layer, at, on)
         if sizes.shared and columns > 1:
             call.columnwise.setdefault(layer.index, []).append(layer.counts.clone())
     return outs[0][:, :, None] if columns == 1 else torch.stack(outs, 2)
@@ -109,6 +124,12 @@ def _token(
 ) -> Tensor:
     """Attention `[B, Hq, D]` of one token a sequence, which is stored where `active` `[B]`."""
     decided, bits = decide(layer, write)
+    if layer.numbers is not None:
+        given = number(layer, write)
+        state.ops.write_number(
+            layer.numbers, layer.counts, layer.ring.flags,
+            None if given is None else given.T, write.positions, active, layer.window,
+        )  # fmt: skip
     lengths, minmax = write.positions, layer.selection.extends_minmax and not layer.slides
     state.ops.decode_write(
         layer.pool.pages, layer.heads, layer.ring,

@@ -6,17 +6,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..budget import budget_of
+from ..errors import PhaseError
 from ..eviction import EvictionView, StoredTokens
 from ..ops import POSITION_BITS, POSITION_MASK, pages_of
-from ..store import compaction
+from ..store import compaction, moments
 from ..store.compaction import Drop
 from ..store.layer import LayerStore
+from ..store.numbers import most_stored, narrow, remember
 from ..store.ring import last
 from ..store.state import CacheState
 from .budgets import keep_within, targets_of
+from .settle import seen, settle
 
 
 def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
@@ -31,13 +35,16 @@ def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
         for x in state.layers
         if not (x.slides or x.eviction.neutral or (decoding and x.eviction.when != "decode"))
     ]
+    _check_replayed(state, layers, rows)
     asked = targets_of(state, layers)
     targets = _by_layer([x for x in layers if x.index in asked], asked)
     others = torch.tensor([not on for on in rows], device=state.spec.device)[:, None, None]
 
+    remembered: dict[int, Tensor] = {}
+
     def keeps() -> Iterator[tuple[LayerStore, Tensor]]:
         """Left to the device, layer by layer, while it is busy with scores."""
-        for layer, scores, valid in _rated(state, layers):
+        for layer, scores, valid in _rated(state, layers, remembered):
             keep = valid & (scores > float("-inf"))
             budget = budget_of(layer.eviction)
             if budget is not None:
@@ -46,33 +53,58 @@ def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
                 keep |= others.to(keep.device)
             yield layer, keep
 
-    _drop(state, compaction.plan(state, keeps()))
+    _drop(state, compaction.plan(state, keeps()), remembered)
     for layer in state.layers:
         if layer.eviction.forgets_window and not (layer.slides or decoding):
-            compaction.forget_unmarked(layer, torch.tensor(rows, device=layer.device))
             _raise_floor(state, rows)
+            compaction.forget_unmarked(layer, torch.tensor(rows, device=layer.device))
     for row, on in zip(state.sequences, rows, strict=True):
         if on:
             row.considered_at = row.length
 
 
-def _drop(state: CacheState, drops: list[Drop]) -> list[int]:
-    """Does what was planned; CapacityError comes first. Returns the tokens dropped, by sequence."""
+def _check_replayed(state: CacheState, layers: Sequence[LayerStore], rows: list[bool]) -> None:
+    """Raises PhaseError where an eviction wants a replay that has not been."""
+    named = [type(x.eviction).__name__ for x in layers if x.eviction.replayed]
+    for place, (row, on) in enumerate(zip(state.sequences, rows, strict=True)):
+        if named and on and row.length and row.replayed_at != row.length:
+            raise PhaseError(
+                f"{named[0]}: its numbers come from a replay, and sequence {place} of {row.length} "
+                f"tokens was replayed at {row.replayed_at or 'no length'}; before the prompt ends, "
+                "run tokens that look back in pipeline.replay(state), or attached.replay(cache, "
+                "ids)"
+            )
+
+
+def _drop(state: CacheState, drops: list[Drop], remembered: Mapping[int, Tensor]) -> list[int]:
+    """Does what was planned; CapacityError comes first. Returns the tokens dropped, by sequence.
+
+    `remembered` are scores by layer that become the numbers of tokens which stay.
+    """
     gone = [sum(tokens) for tokens in zip(*(drop.gone for drop in drops), strict=True)]
     gone = gone or [0] * state.batch
     with state.unbroken():
         state.provide({drop.pool: drop.takes for drop in drops})
+        loses = [n > 0 for n in gone]
+        _raise_floor(state, loses)
+        for index, scores in remembered.items():
+            layer = state.layers[index]
+            remember(layer, scores, torch.tensor(loses, device=layer.device))
         compaction.drop(state, drops)
-        _raise_floor(state, [n > 0 for n in gone])
+        if any(loses):
+            narrow(state, most_stored(state.layers) + state.spec.interval)
         state.trim()
     return gone
 
 
 def _raise_floor(state: CacheState, rows: list[bool]) -> None:
-    """Tokens of `rows` are gone for good: `crop` cannot go back to before now."""
+    """Tokens of `rows` go for good: `crop` cannot go back to before now, so no query waits."""
+    settle(state, [row.length if on else 0 for row, on in zip(state.sequences, rows, strict=True)])
     for row, on in zip(state.sequences, rows, strict=True):
         if on:
             row.evicted_at = row.length
+    if any(rows):
+        state.devices.write_final(state.sequences, state.spec.rollback)
 
 
 def _by_layer(
@@ -87,10 +119,11 @@ def _by_layer(
 
 
 def _rated(
-    state: CacheState, layers: Sequence[LayerStore]
+    state: CacheState, layers: Sequence[LayerStore], remembered: dict[int, Tensor]
 ) -> Iterator[tuple[LayerStore, Tensor, Tensor]]:
     """Each layer that holds global tokens with `score(state, layer, ...)`.
 
+    Puts the scores of policies that remember them into `remembered`.
     NaN among any scores raises when all layers are through, so that the host waits once.
     """
     names, nan = [], []
@@ -99,6 +132,8 @@ def _rated(
             scores, valid = score(state, layer, most)
             names.append(type(layer.eviction).__name__)
             nan.append(scores.isnan().any())
+            if layer.eviction.remembers:
+                remembered[layer.index] = scores
             yield layer, scores, valid
     if nan:
         found = torch.stack([x.to(nan[0].device) for x in nan]).tolist()
@@ -151,9 +186,20 @@ def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:
     lengths = state.on(layer).lengths
     recent_keys, at = last(layer.ring.k, lengths, layer.window)
     queries = query_valid = None
-    if layer.queries is not None:
+    if layer.queries is not None and layer.eviction.queries:
         queries, query_at = last(layer.queries, lengths, layer.eviction.queries)
         query_valid = query_at >= 0
+
+    hidden = hidden_at = stats = None
+    if layer.query_ring is not None:
+        stats = partial(moments.query_stats, state, layer)
+    if layer.hidden is not None:
+        hidden, hidden_at = last(layer.hidden, lengths, layer.eviction.hidden)
+        hidden = hidden[:, 0].masked_fill((hidden_at < 0)[..., None], 0)
+
+    def recent_values() -> Tensor:
+        found, _ = last(layer.ring.v, lengths, layer.window)
+        return found.masked_fill((at < 0)[:, None, :, None], 0)
 
     @cache
     def content() -> tuple[Tensor, Tensor]:
@@ -165,6 +211,14 @@ def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:
     def meta() -> Tensor:
         return state.ops.read_meta(layer.pool.pages, table).flatten(2).masked_fill_(~valid, 0)
 
+    @cache
+    def numbers() -> tuple[Tensor, Tensor]:
+        found, width = seen(state, layer), valid.shape[2]
+        stored = F.pad(found.stored, (0, max(width - found.stored.shape[2], 0)))[..., :width]
+        near = last(found.recent[..., None], lengths, layer.window)[0][..., 0]
+        return stored.masked_fill(~valid, 0), near.masked_fill((at < 0)[:, None], 0)
+
+    asks = layer.numbers is not None
     return EvictionView(
         layer=layer.index,
         keys=lambda: content()[0],
@@ -180,6 +234,17 @@ def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:
         query_valid=query_valid,
         softcap=layer.sizes.softcap,
         sinks=layer.sinks,
+        numbers=(lambda: numbers()[0]) if asks else None,
+        recent_numbers=(lambda: numbers()[1]) if asks else None,
+        recent_values=recent_values,
+        heads=state.spec.head_ids,
+        query_stats=stats,
+        hidden=hidden,
+        hidden_valid=None if hidden_at is None else hidden_at >= 0,
+        output_weight=layer.output_weight,
+        rope=layer.rope,
+        layers=state.spec.layers,
+        group=layer.sizes.heads // layer.sizes.kv_heads,
     )
 
 
@@ -192,8 +257,9 @@ def shrink_to(state: CacheState, targets: list[list[list[int]]]) -> list[int]:
     best = _by_layer(
         layers, {x.index: [row[place] for row in targets] for place, x in enumerate(layers)}
     )
+    remembered: dict[int, Tensor] = {}
     keeps = (
         (layer, state.ops.keep_best(scores, valid, best[layer.index]))
-        for layer, scores, valid in _rated(state, layers)
+        for layer, scores, valid in _rated(state, layers, remembered)
     )
-    return _drop(state, compaction.plan(state, keeps))
+    return _drop(state, compaction.plan(state, keeps), remembered)

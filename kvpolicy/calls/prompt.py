@@ -9,14 +9,18 @@ from torch import Tensor
 
 from ..admission import Write
 from ..errors import PhaseError
-from ..ops import Bounds, Segments
+from ..ops import Bounds, Ring, Segments
 from ..store.layer import LayerStore
+from ..store.moments import keep_prompt
+from ..store.numbers import promote
 from ..store.ring import keep_last, recent
 from ..store.state import CacheState, Call, Told
 from ..store.summaries import summarize
-from ._checks import check_input
-from .decide import decide_prompt
+from ._checks import check_asked, check_input
+from .decide import decide_prompt, number
 from .prompt_pages import make_room
+from .settle import settle_prompt, settle_ring
+from .tiles import choose_tiles, count_blocks
 
 
 def prompt(
@@ -28,13 +32,15 @@ def prompt(
     value: Tensor,
     key_pre: Tensor | None,
     hidden: Tensor | None,
+    query_pre: Tensor | None,
 ) -> Tensor:
     """Attention of new tokens, packed over sequences; see `CachePipeline.attend`."""
     tokens, sizes = sum(call.added), layer.sizes
     check_input(layer, "query", query, (sizes.heads, tokens, sizes.head_dim))
     check_input(layer, "key", key, (sizes.kv_heads, tokens, sizes.head_dim))
     check_input(layer, "value", value, (sizes.kv_heads, tokens, sizes.value_dim))
-    if layer.index in call.before:
+    check_asked(layer, (tokens,), query_pre, hidden)
+    if layer.index in call.before or layer.index in call.undo:
         raise PhaseError(
             f"attend: layer {layer.index} failed in this call; abort it and begin again"
         )
@@ -52,9 +58,13 @@ def prompt(
         key_pre=key_pre, hidden=hidden,
     )  # fmt: skip
     flags = decide_prompt(layer, write)
+    given = number(layer, write)
+    begun = any(state.lengths)
+    if begun:
+        call.undo[layer.index] = layer.snapshot()
+    settle_ring(state, call, layer)
     k, v, f = (recent(r, x, seg) for r, x in zip(layer.ring, (key, value, flags), strict=True))
     bounds = write_prompt(state, call, layer, seg, k, v, f)
-    begun = any(state.lengths)
     # Dense kernels take one sequence after the other, which pays for whole prompts only.
     alone = state.batch == 1 or not begun
     whole = not any(row.evicted_at for row in state.sequences) and _holds_all(state, call, layer)
@@ -62,12 +72,17 @@ def prompt(
     told = Told(seg, k, v, f, bounds, dense)
     if sizes.shared:
         call.told[layer.index] = told
-    out = _attention(state, layer, query, layer.sinks, told)
-    if begun and layer.index not in call.undo:
-        call.undo[layer.index] = layer.snapshot()
+    out = _attention(state, call, layer, query, layer.sinks, told)
+    if layer.numbers is not None:
+        moved = promote(layer, given, f, call.before[layer.index], seg)
+        settle_prompt(state, layer, seg, Ring(k, v, f), query, moved)
     keep_last(layer.ring, (key, value, flags), seg)
     if layer.queries is not None:
         keep_last((layer.queries,), (query,), seg)
+    if layer.query_ring is not None and query_pre is not None:
+        keep_prompt(state, layer, query_pre, seg.cu_q[1:])
+    if layer.hidden is not None and hidden is not None:
+        keep_last((layer.hidden,), (hidden[None].to(layer.hidden.dtype),), seg)
     return out
 
 
@@ -87,7 +102,7 @@ def read_prompt(
     told = call.told[layer.index]
     if last != call.added:
         told = told._replace(segments=_last(told.segments, last))
-    return _attention(state, layer, query, sinks, told)
+    return _attention(state, call, layer, query, sinks, told)
 
 
 def _last(seg: Segments, last: tuple[int, ...]) -> Segments:
@@ -100,9 +115,18 @@ def _last(seg: Segments, last: tuple[int, ...]) -> Segments:
 
 
 def _attention(
-    state: CacheState, layer: LayerStore, query: Tensor, sinks: Tensor | None, told: Told
-) -> Tensor:
+    state: CacheState, call: Call, layer: LayerStore, query: Tensor, sinks: Tensor | None,
+    told: Told,
+) -> Tensor:  # fmt: skip
     pages, sizes, seg = layer.pool.pages, layer.sizes, told.segments
+    reads = choose_tiles(state, layer, query, told)
+    if reads is not None:
+        found = count_blocks(reads, told)
+        call.chosen[layer.index] = found + call.chosen.get(layer.index, 0)
+        return state.ops.selected_prefill(
+            query, told.key, told.value, seg, pages, layer.heads, layer.window, sizes.scale,
+            reads, told.bounds, softcap=sizes.softcap, sinks=sinks,
+        )  # fmt: skip
     if told.dense:
         return state.ops.dense_prefill(
             query, told.key, told.value, seg, pages, layer.table, sizes.scale,

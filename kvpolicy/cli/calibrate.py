@@ -147,7 +147,7 @@ def pareto(
         if task not in asking:
             raise ValueError(f"task: wanted one of {', '.join(asking)}, got {task!r}")
         if (gate is None) == (pipeline is None):
-            raise ValueError("gate, pipeline: wanted exactly one")
+            raise ValueError("gate, pipeline: wanted exactly one; add --gate FILE or NAME")
         measured = (
             _pipeline(gate, None, True, None) if gate else own_pipeline(str(pipeline), trust_code)
         )

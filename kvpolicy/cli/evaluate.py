@@ -98,7 +98,7 @@ def evaluate(
     began = time.monotonic()
     with errors():
         from ..evaluation.grid.results import Store
-        from ..evaluation.grid.runner import Runner, variants_for
+        from ..evaluation.grid.runner import Runner, absent_gates, variants_for
         from ..evaluation.grid.variants import own
         from ..evaluation.tasks.task import QUESTIONS
         from ..evaluation.texts import python_topics
@@ -113,6 +113,11 @@ def evaluate(
         check_number("minutes", minutes, "a number of at least 0", lambda x: x >= 0)
         check_fractions("keep", keeps)
         check_fractions("budget", budgets)
+        if model == "smollm2" and not gates and (absent := absent_gates()):
+            typer.echo(
+                f"left out, since they are not installed: {', '.join(absent)}; "
+                "--gate NAME looks on the hub"
+            )
         found = variants_for(model, gates, threshold or [], duo, keeps, budgets, window)
         mine = {name: own_pipeline(name, trust_code) for name in pipeline or []}
         found = _chosen([*found, *(own(*item) for item in mine.items())], variant)
@@ -177,9 +182,10 @@ def _chosen(variants: list[Variant], starts: Sequence[str] | None) -> list[Varia
     if not starts:
         return variants
     chosen = [x for x in variants if x.name.startswith(tuple(starts))]
-    if not chosen:
+    unknown = [start for start in starts if not any(x.name.startswith(start) for x in chosen)]
+    if unknown:
         names = ", ".join(x.name for x in variants)
-        raise ValueError(f"variant: wanted the start of one of {names}; got {', '.join(starts)}")
+        raise ValueError(f"variant: wanted the start of one of {names}; got {', '.join(unknown)}")
     sizes = {x.matches for x in chosen}
     return [x for x in variants if x in chosen or x.name in sizes]
 

@@ -21,6 +21,7 @@ from .common import (
     QuestTokens,
     SnapKVTokens,
     Sparsity,
+    Trust,
     Window,
     composed,
     errors,
@@ -57,6 +58,7 @@ def generate(
     quest: QuestTokens = None,
     snapkv: SnapKVTokens = None,
     pipeline: Own = None,
+    trust_code: Trust = False,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
     system: System = None,
     max_new_tokens: New = 256,
@@ -72,7 +74,7 @@ def generate(
     Without a policy everything is kept. The answer goes to stdout as it comes.
     """
     with errors():
-        composition = composed(window, gate, duo, sparsity, quest, snapkv, pipeline)
+        composition = composed(window, gate, duo, sparsity, quest, snapkv, pipeline, trust_code)
         asked = sys.stdin.read() if prompt == "-" else prompt
         asked = "\n\n".join([*(text_of(path) for path in file or []), asked])
         options = (temperature, top_p, max_new_tokens)
@@ -91,6 +93,7 @@ def chat(
     quest: QuestTokens = None,
     snapkv: SnapKVTokens = None,
     pipeline: Own = None,
+    trust_code: Trust = False,
     system: System = None,
     max_new_tokens: New = 512,
     temperature: Temperature = 0.0,
@@ -105,7 +108,7 @@ def chat(
     A line is a turn. Ctrl-D ends, and the report follows; so does Ctrl-C.
     """
     with errors():
-        composition = composed(window, gate, duo, sparsity, quest, snapkv, pipeline)
+        composition = composed(window, gate, duo, sparsity, quest, snapkv, pipeline, trust_code)
         before = [text_of(path) for path in file or []]
         options = (temperature, top_p, max_new_tokens)
         with _talk(model, composition, device, dtype, seed, options, False, system) as talk:

@@ -23,9 +23,10 @@ def models(
         Path | None, typer.Option(help="A markdown file for the table, such as docs/models.md.")
     ] = None,
 ) -> None:
-    """Say which model types are served, or what is in the way."""
+    """Say which model types are served, or what is in the way; on a GPU also which are captured."""
     with errors():
-        from ..adapters.hf.rule.support import check_types, document
+        from ..adapters.hf.rule.document import document
+        from ..adapters.hf.rule.support import check_types
         from ..adapters.hf.rule.tiny import causal_types, multimodal_types
 
         known = [*causal_types(), *multimodal_types()]

@@ -189,7 +189,7 @@ def _documents(
     texts: Path | None, dataset: str | None, subset: str | None, split: str
 ) -> Iterable[Any]:
     if (texts is None) == (dataset is None):
-        raise ValueError("texts, dataset: wanted exactly one")
+        raise ValueError("texts, dataset: wanted exactly one; add --texts FOLDER")
     if texts is not None:
         return read(texts)
     with extra("train"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import attrs
 import torch
@@ -16,11 +16,25 @@ from .._knob import Knob
 from .._names import named
 from .._option import option
 from ..admission import Admission, Write
-from ..budget import Budget, budget_knob, budget_of, check_budget
-from ..choices import When
+from ..budget import Budget, budget_knob, budget_of, check_budget, is_budget, tokens_from_int
+from ..choices import Accumulates, NumberGroup, When
 from ..ops import Heads, Ops, Pages, Ring
+from ..rope import Rope
 
 WHEN: tuple[When, ...] = get_args(When)
+Given = TypeVar("Given")
+
+
+class QueryStats(NamedTuple):
+    """What the queries of each sequence were before RoPE, over all of its tokens that count.
+
+    `tokens` `[B]` int64 of them, `mean` `[B, Hq, D]` and `covariance` `[B, Hq, D, D]` (divided by
+    `tokens`) in float32 at least; zeros where there are none.
+    """
+
+    tokens: Tensor
+    mean: Tensor
+    covariance: Tensor
 
 
 @attrs.frozen(eq=False, slots=False)
@@ -33,7 +47,17 @@ class EvictionView:
     ending at position `lengths - 1` in the last column. Where the eviction asks for `queries`:
     `queries` `[B, Hq, w, D]` (after RoPE) ending at the same position, `query_valid` `[B, w]`.
     `lengths` `[B]` counts the tokens seen; `scale` multiplies q.k; `softcap` bounds the product and
-    `sinks` `[Hq]` are logits that join each softmax, where the model has them.
+    `sinks` `[Hq]` are logits that join each softmax, where the model has them. Where the eviction
+    asks for numbers (`numbered`, `accumulates`, `remembers`): those of the global tokens, `numbers`
+    `[B, Hkv, N]`, and of the window's, `recent_numbers` `[B, Hkv, W]`, float32 (float64 in a cache
+    of float64), 0 where not valid.
+
+    Besides: `recent_values` `[B, Hkv, W, Dv]` beside `recent_keys`, `heads` the global ids of the
+    KV heads present, `group` query heads for each, `layer` of the
+    model's `layers`. And where the eviction asks for them: `query_stats`; the last attention inputs
+    `hidden` `[B, w, hidden]`, zeros before the first, with `hidden_valid` `[B, w]`; the layer's
+    output projection `output_weight` `[Hq, Dv, hidden]`; `rope`, how it turns queries and keys
+    (None: it does not).
 
     What comes from pages may be given as a function that returns the tensor; it is called when a
     policy first asks, so that a cache copies only what is used.
@@ -53,6 +77,19 @@ class EvictionView:
     query_valid: Tensor | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    _numbers: Tensor | Callable[[], Tensor] | None = None
+    _recent_numbers: Tensor | Callable[[], Tensor] | None = None
+    _recent_values: Tensor | Callable[[], Tensor] | None = None
+    heads: range = attrs.field(
+        default=attrs.Factory(lambda self: range(self.valid.shape[1]), takes_self=True)
+    )
+    _query_stats: QueryStats | Callable[[], QueryStats] | None = None
+    hidden: Tensor | None = None
+    hidden_valid: Tensor | None = None
+    _output_weight: Tensor | Callable[[], Tensor] | None = None
+    rope: Rope | None = None
+    layers: int = 1
+    group: int = 1
 
     @cached_property
     def keys(self) -> Tensor:
@@ -70,18 +107,48 @@ class EvictionView:
     def marked(self) -> Tensor:
         return _tensor(self._marked)
 
+    @cached_property
+    def numbers(self) -> Tensor | None:
+        return None if self._numbers is None else _tensor(self._numbers)
+
+    @cached_property
+    def recent_numbers(self) -> Tensor | None:
+        return None if self._recent_numbers is None else _tensor(self._recent_numbers)
+
+    @cached_property
+    def recent_values(self) -> Tensor:
+        """Every cache gives them; a view made by hand may lack them."""
+        return _given("recent_values", self._recent_values)
+
+    @cached_property
+    def query_stats(self) -> QueryStats:
+        return _given("query_stats", self._query_stats)
+
+    @cached_property
+    def output_weight(self) -> Tensor:
+        return _given("output_weight", self._output_weight)
+
     def _replace(self, **changes: Any) -> EvictionView:
         """A view with other values in the named places, as of a named tuple."""
         return attrs.evolve(self, **changes)
 
     def _asdict(self) -> dict[str, Any]:
         """All values by name, as of a named tuple."""
-        names = (field.alias or field.name for field in attrs.fields(EvictionView))
-        return {name: getattr(self, name) for name in names}
+        named = {field.alias or field.name: field.name for field in attrs.fields(EvictionView)}
+        return {
+            name: None if getattr(self, field) is None else getattr(self, name)
+            for name, field in named.items()
+        }
 
 
 def _tensor(given: Tensor | Callable[[], Tensor]) -> Tensor:
     return given if isinstance(given, Tensor) else given()
+
+
+def _given(name: str, value: Given | Callable[[], Given] | None) -> Given:
+    if value is None:
+        raise ValueError(f"{name}: this view has none; an eviction asks by `{name} = True`")
+    return value() if callable(value) else value
 
 
 class StoredTokens(NamedTuple):
@@ -142,6 +209,35 @@ class Eviction(ABC):
         return frozenset()
 
     @option
+    def query_stats(self) -> bool:
+        """Whether `score` wants `query_stats` in its view. A layer then holds, per sequence and
+        query head, `D * (D + 1)` numbers of 4 bytes and the last 320 queries and twice the rollback
+        depth."""
+        return False
+
+    @option
+    def query_skip(self) -> int:
+        """First tokens of a sequence whose queries do not count in `query_stats`."""
+        return 0
+
+    @option
+    def hidden(self) -> int:
+        """The number of last attention inputs that `score` wants in its view; a layer holds them,
+        and `rollback` more, in the cache's dtype."""
+        return 0
+
+    @option
+    def output_weight(self) -> bool:
+        """Whether `score` wants the output projection in its view. Nothing is held: a quantised or
+        offloaded one is made while a layer is scored."""
+        return False
+
+    @option
+    def rope(self) -> bool:
+        """Whether `score` wants to know how the layer turns queries and keys by position."""
+        return False
+
+    @option
     def neutral(self) -> bool:
         """Whether nothing is ever evicted."""
         return False
@@ -161,6 +257,40 @@ class Eviction(ABC):
         """Whether a token's score depends on other heads; a tensor-parallel rank has few."""
         return False
 
+    @option
+    def numbered(self) -> bool:
+        """Whether `number` gives each token a number to store beside it.
+
+        Every number costs 4 bytes a stored token and KV head, the ring's slots included.
+        """
+        return False
+
+    @option
+    def accumulates(self) -> Accumulates | None:
+        """What reading makes of a token's number: the "sum" or the "max" of the attention weights
+        that queries give it, over all that a head holds, a selection or not; None: nothing.
+
+        Queries of prompts and decoded tokens count once, and those that are taken back do not.
+        Costs `rollback` queries a sequence, and two passes over the keys for each query.
+        """
+        return None
+
+    @option
+    def group(self) -> NumberGroup:
+        """How the weights of a KV head's query heads are combined before they are accumulated."""
+        return "mean"
+
+    @option
+    def replayed(self) -> bool:
+        """Whether only the queries of `CachePipeline.replay` accumulate."""
+        return False
+
+    @option
+    def remembers(self) -> bool:
+        """Whether the scores of an eviction that drops tokens become the numbers of those that
+        stay."""
+        return False
+
     @abstractmethod
     def score(self, view: EvictionView) -> Tensor:
         """Scores `[B, Hkv, N]` of the global tokens; higher stays, -inf always goes."""
@@ -176,6 +306,13 @@ class Eviction(ABC):
     def admit(self, write: Write) -> Tensor | None:
         """Which generated tokens outlive the window, bool `[Hkv, T]`; None: all that the admission
         admits. Under the rules of an admission's `admit`."""
+        return None
+
+    def number(self, write: Write) -> Tensor | None:
+        """Numbers `[Hkv, T]`, floats, to store with new tokens if `numbered`; None: 0.
+
+        Under the rules of an admission's `admit`: stateless, causal and per token.
+        """
         return None
 
     def at(self, layer: int) -> Eviction:
@@ -221,6 +358,16 @@ class KeepAll(Eviction):
         return torch.zeros_like(view.valid, dtype=torch.float32)
 
 
-def when_field() -> Any:
+def when_field(default: When = "prompt_end") -> Any:
     """When an eviction acts."""
-    return attrs.field(default="prompt_end", validator=one_of(*WHEN))
+    return attrs.field(default=default, validator=one_of(*WHEN))
+
+
+def budget_field() -> Any:
+    """What an eviction leaves; an int is tokens per KV head."""
+    return attrs.field(converter=tokens_from_int, validator=is_budget)
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype that scores of `x` are computed in: float32 at least."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import get_args
 
 import attrs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._fields import one_of, positive
+from .._fields import odd, one_of, positive
 from .._names import named
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import HeadGroup, Normalize, Pooling, When
 from ..ops import Ops
+from ._attention import attention, used_slots
 from ._base import Eviction, EvictionView, StoredTokens, when_field
-
-
-def _odd(instance: SnapKV, attribute: attrs.Attribute[Any], value: int) -> None:
-    positive(instance, attribute, value)
-    if value % 2 == 0:
-        raise ValueError(f"{attribute.name}: wanted an odd number, got {value}; write {value + 1}")
 
 
 @named
@@ -45,7 +40,7 @@ class SnapKV(Eviction):
     budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
     when: When = when_field()
     observation: int = attrs.field(default=32, validator=positive)
-    kernel: int = attrs.field(default=5, validator=_odd)
+    kernel: int = attrs.field(default=5, validator=odd)
     pooling: Pooling = attrs.field(default="avg", validator=one_of(*get_args(Pooling)))
     group: HeadGroup = attrs.field(default="mean", validator=one_of(*get_args(HeadGroup)))
     normalize: Normalize = attrs.field(default="visible", validator=one_of(*get_args(Normalize)))
@@ -74,15 +69,15 @@ class SnapKV(Eviction):
         mass = torch.zeros(batch, kv_heads, length, dtype=wide, device=view.valid.device)
         if mass.shape[-1] == 0:  # pooling refuses to pool nothing
             return mass
-        place = torch.arange(1, length + 1, device=mass.device)
-        for row, used in enumerate((view.valid * place).amax((1, 2)).tolist()):
+        for row, used in enumerate(used_slots(view)):
             mass[row, :, :used] = self._mass(view, row, used)
         pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
         return pool(mass, self.kernel, 1, self.kernel // 2)
 
     def _mass(self, view: EvictionView, row: int, used: int) -> Tensor:
         """Weights `[Hkv, used]` of a sequence's first `used` slots, before pooling."""
-        weights = self._weights(view, row, used)  # [Hkv, G, w, used]
+        near = self.normalize == "visible"
+        weights = attention(view, row, used, near)[..., :used]  # [Hkv, G, w, used]
         seen = view.query_valid[row].sum().clamp(min=1)  # type: ignore[index]
         if self.group == "max" and self.normalize == "global":
             mass = weights.amax(1).sum(1) / seen  # WG-KV: max over the group, then the mean
@@ -90,38 +85,3 @@ class SnapKV(Eviction):
             mass = weights.sum(2) / seen
             mass = mass.amax(1) if self.group == "max" else mass.mean(1)
         return mass.masked_fill(~view.valid[row, :, :used], 0.0)
-
-    def _weights(self, view: EvictionView, row: int, used: int) -> Tensor:
-        assert view.queries is not None and view.query_valid is not None
-        kv_heads, w = view.keys.shape[1], view.queries.shape[2]
-        q = view.queries[row].unflatten(0, (kv_heads, -1))  # [Hkv, G, w, D]
-        keys, recent_keys = view.keys[row, :, :used], view.recent_keys[row]
-        wide = torch.promote_types(q.dtype, torch.float32)
-        if q.dtype == torch.float16:  # q.k may exceed its range where the logit does not
-            q, keys, recent_keys = q.float(), keys.float(), recent_keys.float()
-        end = view.lengths[row]
-        at = (end - w + torch.arange(w, device=q.device))[:, None]  # query positions [w, 1]
-        logits = _capped((q @ keys[:, None].transpose(2, 3)).to(wide) * view.scale, view.softcap)
-        ok = (view.valid[row, :, None, :used] & (view.positions[row, :, None, :used] <= at))[
-            :, None
-        ]
-        if self.normalize == "visible":
-            recent = recent_keys.shape[1]
-            near = (q @ recent_keys[:, None].transpose(2, 3)).to(wide) * view.scale
-            near = _capped(near, view.softcap)
-            key_at = end - recent + torch.arange(recent, device=q.device)
-            near_ok = view.recent_valid[row] & (key_at <= at)  # [w, W]
-            logits = torch.cat([logits, near], -1)
-            ok = torch.cat([ok, near_ok.expand(kv_heads, 1, -1, -1)], -1)
-        logits = logits.masked_fill(~ok, float("-inf"))
-        if view.sinks is not None:
-            sinks = view.sinks.to(logits).view(kv_heads, -1, 1, 1)
-            logits = torch.cat([logits, sinks.expand(*logits.shape[:3], 1)], -1)
-        # A query without any key gives NaN, and a query not yet seen gives nothing.
-        weights: Tensor = logits.softmax(-1).nan_to_num(0.0)[..., :used]
-        weights = weights * view.query_valid[row, :, None]
-        return weights
-
-
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -17,7 +17,7 @@ from ..per_layer import per_layer
 from ..pipeline import CachePipeline
 from . import text
 from .names import named
-from .weights import READERS
+from .weights import reader_of
 
 FORMAT = 1  # of the files; another one is refused
 _SPAN = re.compile(r"(\d+)(?::(-?\d+)(?::(-?\d+))?)?")
@@ -87,7 +87,7 @@ class _Reader:
         return {_span(k, where): self.value(v, f"{where}.layers.{k}") for k, v in layers.items()}
 
     def _made(self, make: Callable[..., Any], given: dict[str, Any], where: str) -> Any:
-        reads = READERS.get(make) if isinstance(make, type) else None
+        reads = reader_of(make)
         try:
             if reads is not None:
                 return reads(given, self.folder)

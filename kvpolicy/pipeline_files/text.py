@@ -38,6 +38,8 @@ def read(path: Path) -> Any:
         ValueError: it is too large, or no JSON or YAML of plain values; the message names it.
     """
     check_suffix(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path: no file {path}")
     if (size := path.stat().st_size) > MOST_BYTES:
         raise ValueError(f"{path}: wanted at most {MOST_BYTES:,} bytes, got {size:,}")
     try:

@@ -8,17 +8,19 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import attrs
+from torch import Tensor
 
 from .. import pretrained
-from ..admission import Admission, DuoAttention, WriteGate
+from ..admission import DuoAttention
 from ..admission._duo_file import PATTERN
 from ..admission._files import Source
-from ..admission.write_gate import WEIGHTS
 from ..store.fingerprint import tensors_hash
+from .names import KNOWN
 
 HASH = "sha256"
 # Names of a place: a shipped policy, a path, or a part of a hub repository.
@@ -26,26 +28,52 @@ _PLACE = ("pretrained", "file", "folder", "repo", "revision", HASH)
 _CHOICE = ("sparsity", "threshold", "seed")  # what makes a pattern of DuoAttention's values
 
 
-def gate_place(gate: WriteGate, beside: Path | None) -> dict[str, Any]:
-    """Where a gate's weights lie, in place of them; paths start at the folder `beside`.
+def weights_of(policy: Any) -> dict[str, Tensor]:
+    """The tensors among a policy's fields; empty for one that `from_pretrained` does not read."""
+    if not _reads_weights(type(policy)):
+        return {}
+    names = [field.name for field in attrs.fields(type(policy))]
+    return {name: x for name in names if isinstance(x := getattr(policy, name), Tensor)}
+
+
+def weights_place(policy: Any, beside: Path | None) -> dict[str, Any]:
+    """Where a policy's weights lie, in place of them; paths start at the folder `beside`.
 
     Raises:
         ValueError: they come from no file, or are no longer those of their file.
     """
-    again = "write them by gate.save(path) and read them by WriteGate.from_pretrained(path)"
-    if gate.source is None:
-        raise ValueError(f"source: WriteGate's weights come from no file; {again}")
-    held = WriteGate.from_pretrained(gate.source.path)
-    if (found := _hash(gate)) != _hash(held):
-        raise ValueError(f"source: the weights are no longer those of {gate.source.path}; {again}")
-    return _place(gate.source, "file", beside) | {HASH: found}
+    kind: Any = type(policy)
+    name, source = kind.__name__, policy.source
+    again = f"write them by its save(path) and read them by {name}.from_pretrained(path)"
+    if source is None:
+        raise ValueError(f"source: {name}'s weights come from no file; {again}")
+    needed = {x: getattr(policy, x) for x in _needed(kind) if x not in weights_of(policy)}
+    held = kind.from_pretrained(source.path, **needed)
+    if (found := _hash(policy)) != _hash(held):
+        raise ValueError(f"source: the weights are no longer those of {source.path}; {again}")
+    return _place(source, "file", beside) | {HASH: found}
 
 
-def read_gate(given: Mapping[str, Any], beside: Path | None) -> WriteGate:
-    """A gate whose weights `given` names; what it does not name is the file's own."""
-    gate = WriteGate.from_pretrained(**_found("file", given, beside))
-    _check_hash(_hash(gate), given)
-    return attrs.evolve(gate, **_others(given))
+def _read_weights(kind: Any, given: Mapping[str, Any], beside: Path | None) -> Any:
+    """A policy whose weights `given` names; what it does not name is the file's own."""
+    needed = {name: given[name] for name in _needed(kind) if name in given}
+    policy = kind.from_pretrained(**_found("file", given, beside), **needed)
+    _check_hash(_hash(policy), given)
+    return attrs.evolve(policy, **_others(given, tuple(needed)))
+
+
+def _reads_weights(kind: Any) -> bool:
+    """Whether it is one of the library's policies whose weights stand in a file of their own."""
+    return (
+        kind in KNOWN.values()
+        and hasattr(kind, "from_pretrained")
+        and kind is not DuoAttention
+        and "source" in attrs.fields_dict(kind)
+    )
+
+
+def _needed(kind: type) -> list[str]:
+    return [x.name for x in attrs.fields(kind) if x.init and x.default is attrs.NOTHING]
 
 
 def duo_place(duo: DuoAttention, beside: Path | None) -> dict[str, Any] | None:
@@ -70,14 +98,15 @@ def read_duo(given: Mapping[str, Any], beside: Path | None) -> DuoAttention:
     return attrs.evolve(duo, **_others(given, _CHOICE))
 
 
-READERS: dict[type, Callable[[Mapping[str, Any], Path | None], Admission]] = {
-    WriteGate: read_gate,
-    DuoAttention: read_duo,
-}
+def reader_of(kind: Any) -> Callable[[Mapping[str, Any], Path | None], Any] | None:
+    """What makes policies of a class whose weights lie elsewhere; None for all others."""
+    if kind is DuoAttention:
+        return read_duo
+    return partial(_read_weights, kind) if _reads_weights(kind) else None
 
 
-def _hash(gate: WriteGate) -> str:
-    return tensors_hash({name: getattr(gate, name) for name in WEIGHTS}, {})
+def _hash(policy: Any) -> str:
+    return tensors_hash(weights_of(policy), {})
 
 
 def _digest(folder: Path) -> str:

@@ -13,14 +13,13 @@ import attrs
 from .._arguments import check_path
 from .._fields import shown
 from .._files import write_text
-from ..admission import DuoAttention, WriteGate
-from ..admission.write_gate import WEIGHTS
+from ..admission import DuoAttention
 from ..pipeline import SLOTS, CachePipeline, is_pipeline
 from ..store.fingerprint import pipeline_fingerprint
 from . import text
 from .names import BASES, PER_LAYER, name_of
 from .read import FORMAT, pipeline_from
-from .weights import duo_place, gate_place
+from .weights import duo_place, weights_of, weights_place
 
 
 def save_pipeline(pipeline: CachePipeline, path: str | os.PathLike[str]) -> None:
@@ -90,9 +89,10 @@ class _Writer:
             raise ValueError(f"{where}: {error}") from error
         if name == PER_LAYER:
             return {"type": name, **self._per_layer(value, where)}
-        skipped = {"source"} if isinstance(value, WriteGate | DuoAttention) else set()
+        held = weights_of(value)
+        skipped = {"source", *held} if held or isinstance(value, DuoAttention) else set()
         if place is not None:
-            skipped |= {*WEIGHTS, "full_heads"}
+            skipped |= {"full_heads"}
         fields = {
             key: self.value(item, f"{where}.{key}")
             for key, item in _fields(value).items()
@@ -102,8 +102,8 @@ class _Writer:
 
     def _place(self, value: Any) -> dict[str, Any] | None:
         """Where weights lie that the file does not hold."""
-        if isinstance(value, WriteGate):
-            return gate_place(value, self.folder)
+        if weights_of(value):
+            return weights_place(value, self.folder)
         return duo_place(value, self.folder) if isinstance(value, DuoAttention) else None
 
     def _per_layer(self, value: Any, where: str) -> dict[str, Any]:

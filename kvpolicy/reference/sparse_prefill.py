@@ -42,7 +42,7 @@ def prefill_attention(
         first = start + (q1 - q0) - (k1 - k0)  # position of the row's first recent key
         longest = max(counts[row].tolist() if bounds is None else bounds.most[row], default=0)
         used = -(-longest // pages.k.shape[1])
-        far_k, far_v, far_at = _global_tokens(pages, table[row, :, :used], counts[row])
+        far_k, far_v, far_at = global_tokens(pages, table[row, :, :used], counts[row])
         for tile in range(start, start + q1 - q0, TILE):
             stop = min(tile + TILE, start + q1 - q0)
             band = max(tile - window + 1, first)
@@ -69,7 +69,7 @@ def prefill_attention(
     return out.transpose(0, 1)
 
 
-def _global_tokens(pages: Pages, table: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def global_tokens(pages: Pages, table: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """k, v `[Hkv, N, D]` and positions `[Hkv, N]` of one sequence, padded with a far position."""
     k, v, meta = read_pages(pages, table)
     at = (meta & POSITION_MASK).flatten(1)

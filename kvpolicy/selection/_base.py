@@ -1,4 +1,4 @@
-"""Selection: which pages a decoding query reads."""
+"""Selection: which pages a decoding query reads, and which blocks a prompt's tiles do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from .._names import named
 from .._option import option
 from ..budget import Tokens, budget_of, check_budget
 from ..choices import PageGroup
-from ..ops import Heads, Ops, Pages
+from ..ops import Heads, Ops, Pages, TileReads
+from ._prompt import PromptCall, PromptView, Reads, checked, packed
 
 GROUPS: tuple[PageGroup, ...] = get_args(PageGroup)
 
@@ -22,8 +23,9 @@ GROUPS: tuple[PageGroup, ...] = get_args(PageGroup)
 class Selection(ABC):
     """Decides at read time which pages of the global cache a decoding query reads.
 
-    A subclass is a frozen value. The window is always read. A selection frees nothing and is
-    applied to decode calls only.
+    A subclass is a frozen value. The window is always read. A selection frees nothing. Queries of
+    prompt calls read everything, unless it has a `tile`: then `prompt` decides for them as well
+    (`PromptSelection` is the base of those that decide for prompts alone).
     """
 
     @option
@@ -50,7 +52,18 @@ class Selection(ABC):
 
     @option
     def neutral(self) -> bool:
-        """Whether everything is read."""
+        """Whether decoding queries read everything."""
+        return False
+
+    @option
+    def tile(self) -> int | None:
+        """Positions, a power of two, in a tile of a prompt's queries and in a block of its keys,
+        for a selection that acts while prefilling; None: prompts read everything."""
+        return None
+
+    @option
+    def whole_prompt(self) -> bool:
+        """Whether a prompt's last queries decide for all of it, so that it comes in one call."""
         return False
 
     @option
@@ -71,6 +84,15 @@ class Selection(ABC):
         page.
         """
 
+    def prompt(self, view: PromptView) -> Reads:
+        """What the tiles of a prompt call read, for one layer and sequence; asked if `tile` is set.
+
+        A tile's choice may depend on its own queries, earlier ones and the keys up to its end, not
+        on where the call begins or ends, unless `whole_prompt` says so; a head's on its own group.
+        A tile that two calls share is decided in each by the queries that it has there.
+        """
+        raise TypeError(f"{type(self).__name__}: wanted a method prompt(view), since it has a tile")
+
     def at(self, layer: int) -> Selection:
         """The policy of one layer."""
         return self
@@ -81,6 +103,9 @@ class Selection(ABC):
     def check_window(self, window: int) -> None:
         """Raises ValueError if the policy cannot read a window of so many tokens."""
         check_budget(self, window)
+        tile = self.tile
+        if tile is not None and (not isinstance(tile, int) or tile < 1 or tile & (tile - 1)):
+            raise ValueError(f"{type(self).__name__}.tile: wanted a power of two, got {tile!r}")
 
     def pages(self, window: int, page_size: int) -> int:
         """The number of pages read besides the window."""
@@ -109,6 +134,16 @@ class Selection(ABC):
             )
         scores = combine_group(scores, self.group)
         return ops.top_pages(scores, heads.counts, size, budget, self.first, last_pages(self))
+
+    def choose(self, ops: Ops, call: PromptCall) -> TileReads:
+        """What the tiles of a prompt call read, for all its sequences.
+
+        An op may choose without copying keys, but chooses as `prompt` says.
+        """
+        tile, name = self.tile, type(self).__name__
+        assert tile is not None
+        views = call.views(ops, tile)
+        return packed([checked(name, self.prompt(view), view, tile) for view in views], tile)
 
 
 def last_pages(policy: Selection) -> int:
@@ -142,9 +177,35 @@ class SelectAll(Selection):
         return query.new_zeros(*query.shape[:3], summary.shape[2])
 
 
-def group_field() -> Any:
+class PromptSelection(Selection):
+    """A selection that acts while prefilling only: `tile` and `prompt` say how.
+
+    Decoding reads everything; `PerPhase(prompt=..., decode=...)` adds a selection for that.
+    """
+
+    @property
+    def neutral(self) -> bool:
+        return True
+
+    @property
+    @abstractmethod
+    def tile(self) -> int:
+        """Positions, a power of two, in a tile of queries and in a block of keys."""
+
+    @abstractmethod
+    def prompt(self, view: PromptView) -> Reads:
+        """What the tiles of a prompt call read; see `Selection.prompt`."""
+
+    def summarize(self, keys: Tensor, valid: Tensor) -> Tensor:
+        return keys.new_zeros(keys.shape[0], 0)
+
+    def score(self, query: Tensor, summary: Tensor, counts: Tensor) -> Tensor:
+        return query.new_zeros(*query.shape[:3], summary.shape[2])
+
+
+def group_field(default: PageGroup = "max") -> Any:
     """The `group` rule of a selection."""
-    return attrs.field(default="max", validator=one_of(*GROUPS))
+    return attrs.field(default=default, validator=one_of(*GROUPS))
 
 
 def first_field() -> Any:

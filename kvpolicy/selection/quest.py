@@ -16,7 +16,8 @@ from ..ops import Heads, Ops, Pages
 from ._base import Selection, first_field, group_field, last_field, last_pages
 
 
-def _tokens(value: Tokens | int) -> Tokens:
+def quest_tokens(value: Tokens | int) -> Tokens:
+    """Tokens; an int becomes so."""
     return cast(Tokens, tokens_from_int(value))
 
 
@@ -39,7 +40,7 @@ class Quest(Selection):
     """
 
     budget: Tokens = attrs.field(
-        converter=_tokens,
+        converter=quest_tokens,
         validator=is_a(Tokens, "Tokens(n) or an int", lambda value: "budget=1024"),
     )
     first: int = first_field()

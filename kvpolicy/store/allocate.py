@@ -7,11 +7,13 @@ import torch
 
 from ..admission import Admission
 from ..eviction import Eviction
-from ..ops import Ops, Ring
+from ..ops import Numbers, Ops, Ring
 from ..selection import Selection
 from ..spec import CacheSpec
+from . import moments
 from .devices import Devices
 from .layer import LayerStore
+from .numbers import capacity_of, counts_queries, has_numbers
 from .pool import PagePool
 from .state import CacheState, _bucket
 
@@ -64,9 +66,27 @@ def allocate(
             selection=selection.at(index),
             eviction=eviction.at(index),
         )
-        if layer.eviction.queries and not slides:
-            kept = layer.eviction.queries + spec.rollback
+        if not slides and not layer.eviction.neutral and has_numbers(layer.eviction):
+            wide = torch.promote_types(spec.dtype, torch.float32)
+            layer.numbers = Numbers(
+                zeros(heads, capacity_of(0), dtype=wide), zeros(heads, slots, dtype=wide)
+            )
+        # What accumulates waits in the ring of queries until it cannot be taken back.
+        observed = max(layer.eviction.queries, int(counts_queries(layer)))
+        if observed and not slides:
+            kept = observed + spec.rollback
             layer.queries = zeros(sizes.heads, kept, sizes.head_dim, dtype=spec.dtype)
+        if layer.eviction.query_stats and not slides:
+            wide = torch.promote_types(spec.dtype, torch.float32)
+            shape = sizes.heads, sizes.head_dim
+            kept = moments.slots(spec.rollback)
+            layer.query_ring = zeros(shape[0], kept, shape[1], dtype=spec.dtype)
+            layer.query_sums = zeros(*shape, dtype=wide)
+            layer.query_products = zeros(*shape, shape[1], dtype=wide)
+        if layer.eviction.hidden and not slides:
+            assert spec.hidden is not None  # `CachePipeline.check` says so
+            kept = layer.eviction.hidden + spec.rollback
+            layer.hidden = zeros(1, kept, spec.hidden, dtype=spec.dtype)
         state.add_layer(layer)
     return state
 

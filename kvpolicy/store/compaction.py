@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..ops import ADMITTED, MARKED, pages_of
 from .layer import LayerStore
+from .numbers import move_kept
 from .pool import PagePool
 from .state import CacheState
 from .summaries import SCRATCH, summary_of
@@ -28,18 +29,19 @@ class Kept(NamedTuple):
 class Drop(NamedTuple):
     """A drop that is decided but not done, of the layers that share a pool.
 
-    `keep` holds the layers' masks one after the other; those of a head begin at `starts`
-    `[L, B, Hkv]`. `counts` `[L, B, Hkv]` tokens are left. `table` `[L, B, Hkv, M]` are the pages up
-    to now, and `own` marks those that kept tokens move into and that other heads hold too: they are
-    replaced by `takes` new ones. `gone` are the tokens that go, by sequence. `refreshed` are, for
-    each layer, the pages that change as places in its table `[3, n]`, and their new summaries
-    `[n, S]`.
+    `keep` holds the layers' masks `[B, Hkv, N]` one after the other, of `widths` N; those of a head
+    begin at `starts` `[L, B, Hkv]`. `counts` `[L, B, Hkv]` tokens are left. `table`
+    `[L, B, Hkv, M]` are the pages up to now, and `own` marks those that kept tokens move into and
+    that other heads hold too: they are replaced by `takes` new ones. `gone` are the tokens that go,
+    by sequence. `refreshed` are, for each layer, the pages that change as places in its table
+    `[3, n]`, and their new summaries `[n, S]`.
     """
 
     pool: PagePool
     layers: list[LayerStore]
     keep: Tensor
     starts: Tensor
+    widths: list[int]
     counts: Tensor
     table: Tensor
     own: Tensor
@@ -91,6 +93,7 @@ def _draft(pool: PagePool, part: list[Kept]) -> Drop:
         layers=layers,
         keep=torch.cat([x.flatten() for x in keeps]),
         starts=(sizes[0] + sizes[1] * head).view_as(counts),
+        widths=[x.shape[2] for x in keeps],
         counts=counts,
         table=table,
         own=stays & fewer & (pool.refs[table.long()] > 1),
@@ -118,7 +121,10 @@ def drop(state: CacheState, drops: Sequence[Drop]) -> None:
             pool.pages, old.flatten(0, 2), table.flatten(0, 2), planned.keep,
             planned.starts.flatten(), before.masked_fill_(~changed, 0).flatten(),
         )  # fmt: skip
+        heads = counts[0].numel()
+        keeps = planned.keep.split([heads * width for width in planned.widths])
         for i, layer in enumerate(layers):
+            move_kept(layer, keeps[i].view(*layer.counts.shape, -1), changed[i])
             layer.table.copy_(table[i])
             layer.evicted.add_(layer.counts - counts[i])
             layer.counts.copy_(counts[i])

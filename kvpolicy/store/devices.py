@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import attrs
 import torch
@@ -20,12 +20,14 @@ SPARE_SHARE = 20  # a long reservation may be one page in so many of those in us
 
 @attrs.define(eq=False)
 class Device:
-    """One device: `lengths` `[B]` int64, `active` `[B]` bool, `cu_one` `[B + 1]` int32.
+    """One device: `lengths`, `final` `[B]` int64, `active` `[B]` bool, `cu_one` `[B + 1]` int32.
 
-    `cu_one` are the cu_seqlens of one token a sequence.
+    `cu_one` are the cu_seqlens of one token a sequence. `final` is `SequenceState.final` as far as
+    it does not follow from `lengths`.
     """
 
     lengths: Tensor
+    final: Tensor
     active: Tensor
     cu_one: Tensor
 
@@ -33,6 +35,7 @@ class Device:
     def empty(cls, device: torch.device, batch: int) -> Device:
         return cls(
             lengths=torch.zeros(batch, dtype=torch.int64, device=device),
+            final=torch.zeros(batch, dtype=torch.int64, device=device),
             active=torch.ones(batch, dtype=torch.bool, device=device),
             cu_one=torch.arange(batch + 1, dtype=torch.int32, device=device),
         )
@@ -78,16 +81,23 @@ class Devices:
     @property
     def nbytes(self) -> int:
         """Bytes of lengths, flags and offsets."""
-        tensors = (t for own in self._each.values() for t in (own.lengths, own.active, own.cu_one))
+        tensors = (t for own in self._each.values() for t in attrs.astuple(own, recurse=False))
         return sum(t.untyped_storage().nbytes() for t in tensors)
 
-    def write(self, sequences: Iterable[SequenceState]) -> None:
-        """Makes lengths and active flags those of the host, in place."""
+    def write(self, sequences: Sequence[SequenceState], rollback: int) -> None:
+        """Makes lengths, active flags and what is final those of the host, in place."""
+        self.write_final(sequences, rollback)
         rows = list(sequences)
         for device, own in self._each.items():
             lengths = [row.length for row in rows]
             own.lengths.copy_(torch.tensor(lengths, dtype=torch.int64, device=device))
             own.active.copy_(torch.tensor([row.active for row in rows], device=device))
+
+    def write_final(self, sequences: Sequence[SequenceState], rollback: int) -> None:
+        """Makes what is final that of the host, in place."""
+        final = [max(row.evicted_at, row.longest - rollback, 0) for row in sequences]
+        for device, own in self._each.items():
+            own.final.copy_(torch.tensor(final, dtype=torch.int64, device=device))
 
     def read(self) -> tuple[list[int], list[bool]]:
         """Lengths and active flags as the devices have them; waits for one."""

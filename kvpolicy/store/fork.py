@@ -47,7 +47,7 @@ def _fill(new: CacheState, state: CacheState, rows: Sequence[int]) -> None:
     for layer in state.layers:
         index = torch.tensor([max(r, 0) for r in rows], device=layer.device)
         empty = torch.tensor([r < 0 for r in rows], device=layer.device)
-        copied = attrs.evolve(layer, selected=None)
+        copied = attrs.evolve(layer, selected=None, chosen=None)
         copied.take_buffers(
             _pick(layer.table, index, empty),
             {name: _pick(t, index, empty) for name, t in layer.buffers.items()},
@@ -74,14 +74,16 @@ def adopt(state: CacheState, other: CacheState) -> None:
         other.devices.clear()
         for mine, theirs in zip(state.layers, other.layers, strict=True):
             mine.pool.release(mine.table.flatten())
-            if mine.table.shape == theirs.table.shape:
+            pairs = zip(mine.buffers.values(), theirs.buffers.values(), strict=True)
+            same = all(a.shape == b.shape for a, b in pairs)
+            if same and mine.table.shape == theirs.table.shape:
                 mine.table.copy_(theirs.table)
                 for name, target in mine.buffers.items():
                     target.copy_(theirs.buffers[name])
             else:
                 mine.take_buffers(theirs.table, theirs.buffers)
                 state.moved()
-            mine.selected = None
+            mine.selected = mine.chosen = None
     state.sequences, state.steps_reserved = other.sequences, 0
     state.devices.adopt(other.devices)
     state.sync_devices()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
 import torch
@@ -10,10 +10,14 @@ from torch import Tensor
 
 from ..admission import Admission
 from ..eviction import Eviction
-from ..ops import Heads, Ring
+from ..ops import Heads, Numbers, Ring
+from ..rope import Rope
 from ..selection import Selection
 from ..spec import LayerSizes
 from .pool import PagePool
+
+# Buffers that a layer has where its eviction asks for them.
+ASKED = ("queries", "query_ring", "query_sums", "query_products", "hidden")
 
 
 @attrs.define(eq=False)
@@ -22,8 +26,13 @@ class LayerStore:
 
     `table` `[B, Hkv, M]` int32, `counts` `[B, Hkv]` int32 global tokens, `evicted` `[B, Hkv]`
     int64. `queries` `[B, Hq, slots', D]` is the ring of recent queries that an eviction asked for.
-    `selected` is what the last decoded token read. `sinks` `[Hq]` are the model's attention sinks,
-    which the last call brought.
+    `numbers` are those of tokens, where an eviction asked for some. `selected` is what the last
+    decoded token read, `chosen` `[2]` float64 the blocks that tiles of prompts read and those that
+    there were. `sinks` `[Hq]` are the model's attention sinks, which the last call brought.
+    Where an eviction asks for them: `query_ring` `[B, Hq, S, D]`, `query_sums` `[B, Hq, D]` and
+    `query_products` `[B, Hq, D, D]` of queries before RoPE (see `moments`), `hidden`
+    `[B, 1, slots', hidden]`, the ring of attention inputs, and of the model's layer its `rope` and
+    a function that gives its `output_weight` `[Hq, Dv, hidden]`.
     """
 
     index: int
@@ -39,8 +48,17 @@ class LayerStore:
     selection: Selection
     eviction: Eviction
     queries: Tensor | None = None
+    numbers: Numbers | None = None
     selected: Tensor | None = None
+    chosen: Tensor | None = None
     sinks: Tensor | None = None
+    query_ring: Tensor | None = None
+    query_sums: Tensor | None = None
+    query_products: Tensor | None = None
+    hidden: Tensor | None = None
+    output_weight: Callable[[], Tensor] | None = None
+    rope: Rope | None = None
+    told_rope: bool = False  # None may be what was told
 
     @property
     def device(self) -> torch.device:
@@ -53,21 +71,32 @@ class LayerStore:
 
     @property
     def rings(self) -> list[Tensor]:
-        """What holds recent tokens; a call may have to put it back."""
-        return [*self.ring] if self.queries is None else [*self.ring, self.queries]
+        """What holds recent tokens, and all numbers; a call may have to put it back."""
+        return [*self.ring, *self._asked.values(), *(self.numbers or ())]
+
+    @property
+    def _asked(self) -> dict[str, Tensor]:
+        """What an eviction asked for beside numbers, by name."""
+        named = {name: getattr(self, name) for name in ASKED}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
     def buffers(self) -> dict[str, Tensor]:
         """Tensors with one row a sequence by name, the page table excepted."""
         named = {f"ring_{name}": tensor for name, tensor in self.ring._asdict().items()}
-        named |= {"counts": self.counts, "evicted": self.evicted}
-        return named if self.queries is None else named | {"queries": self.queries}
+        named |= {"counts": self.counts, "evicted": self.evicted} | self._asked
+        if self.numbers is not None:
+            named |= {"numbers": self.numbers.stored, "ring_numbers": self.numbers.recent}
+        return named
 
     def take_buffers(self, table: Tensor, buffers: dict[str, Tensor]) -> None:
         """Makes these the layer's tensors; names as in `buffers`."""
         self.table, self.counts, self.evicted = table, buffers["counts"], buffers["evicted"]
         self.ring = Ring(*(buffers[f"ring_{name}"] for name in Ring._fields))
-        self.queries = buffers.get("queries")
+        if "numbers" in buffers:
+            self.numbers = Numbers(buffers["numbers"], buffers["ring_numbers"])
+        for name in ASKED:
+            setattr(self, name, buffers.get(name))
 
     def snapshot(self) -> tuple[Tensor, ...]:
         """Copies of `rings`."""

@@ -12,12 +12,14 @@ import attrs
 import torch
 from torch import Tensor
 
-from .._files import replacing
+from .._files import open_safetensors, replacing
 from ..errors import PhaseError
 from ..ops import POSITION_MASK, pages_of
 from ..spec import CacheSpec
+from . import moments
 from .fingerprint import pipeline_fingerprint, tensors_hash
 from .layer import LayerStore, check_sinks
+from .numbers import held, hold
 from .sequence import SequenceState
 from .state import CacheState
 from .summaries import summarize
@@ -31,7 +33,9 @@ _FILED = {
     "considered_at": "checked",
     "prompt_open": "pending",
 }
-_FREE = ("device", "max_bytes", "max_tokens", "at_cap")  # what a loaded cache may differ in
+_LATER = ("summed", "replayed_at")  # numbers that files of version 0.1.0 lack, where they are 0
+# What a loaded cache may differ in.
+_FREE = ("device", "max_bytes", "max_tokens", "at_cap", "hidden")
 
 
 class Pipeline(Protocol):
@@ -71,6 +75,8 @@ def save(
     }
     for layer in state.layers:
         found = layer.buffers | _packed(state, layer)
+        if layer.numbers is not None:
+            found["numbers"] = held(layer)
         if layer.sinks is not None:
             found["sinks"] = layer.sinks
         named = {f"{layer.index}.{name}": x for name, x in found.items()}
@@ -125,12 +131,16 @@ def load(
             _check(tensors, f"{index}.{name}", wanted, spec.dtype)
     state = pipeline.init(spec, batch)
     for name, filed, kind in _numbers():
+        if name in _LATER and filed not in tensors:
+            continue
         _check(tensors, filed, (batch,), torch.int64)
         values = tensors[filed].tolist()
         if not all(0 <= x <= POSITION_MASK for x in values):
             raise ValueError(f"path: altered: {filed} is out of range")
         for row, value in zip(state.sequences, values, strict=True):
             setattr(row, name, kind(value))
+    if moments.is_full(state, (0,) * batch):
+        raise ValueError("path: altered: summed is out of range")
     state.sync_devices()
     for layer in state.layers:
         _fill(state, layer, tensors)
@@ -147,12 +157,12 @@ def _numbers() -> list[tuple[str, str, type]]:
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Header and tensors; safetensors bounds both by the file's size."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"path: no file {path}")
     try:
-        with safe_open(path, "pt") as file:
+        with open_safetensors(Path(path)) as file:
             return dict(file.metadata() or {}), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"path: {path} is truncated or no safetensors file: {error}") from None
@@ -224,6 +234,8 @@ def _fill(state: CacheState, layer: LayerStore, tensors: Mapping[str, Tensor]) -
     """Writes one layer's tensors into an empty cache."""
     here, spec = f"{layer.index}.", state.spec
     for name, target in layer.buffers.items():
+        if name == "numbers":
+            continue
         _check(tensors, here + name, tuple(target.shape), target.dtype)
         target.copy_(tensors[here + name])
     if here + "sinks" in tensors:
@@ -244,6 +256,10 @@ def _fill(state: CacheState, layer: LayerStore, tensors: Mapping[str, Tensor]) -
     if not fits or not torch.equal(table[used].unique(), torch.arange(1, pages + 1)):
         raise ValueError(f"path: altered: the page table of layer {layer.index} does not fit")
     state.widen(max(state.lengths))
+    if layer.numbers is not None:
+        shape = (*counts.shape, int(counts.max()))
+        _check(tensors, here + "numbers", shape, layer.numbers.stored.dtype)
+        hold(state, layer, tensors[here + "numbers"])
     if not pages:
         return
     device = layer.table.device

@@ -9,7 +9,8 @@ import attrs
 from ..ops import pages_of
 from ..spec import CacheSpec
 from .extents import SLAB_PAGES
-from .sizes import query_bytes, ring_bytes, table_bytes
+from .numbers import narrow, widen
+from .sizes import number_bytes, query_bytes, ring_bytes, statistics_bytes, table_bytes
 from .state import CacheState
 
 Counts = list[list[int]]  # [layer][head]
@@ -37,6 +38,8 @@ class Planned:
     summaries: int
     tables: int
     queries: int
+    numbers: int
+    statistics: int
 
 
 def planned(
@@ -49,6 +52,9 @@ def planned(
     """
     state = pipeline.dry(spec, batch)
     state.widen(tokens)
+    for counts in (written, left):
+        most = max((n for x in state.managed for n in counts[x.index]), default=0)
+        (widen if counts is written else narrow)(state, most + spec.interval)
     pages = prompt_pages = reserved = positions = summaries = 0
     for pool in state.devices.pools:
         own = [layer for layer in state.managed if layer.pool is pool]
@@ -74,4 +80,6 @@ def planned(
         summaries=summaries,
         tables=table_bytes(state),
         queries=query_bytes(state),
+        numbers=number_bytes(state),
+        statistics=statistics_bytes(state),
     )

@@ -9,9 +9,18 @@ import torch
 
 from ..budget import budget_of
 from ..ops import ADMITTED, ring_positions
+from ..selection import PerPhase, Selection
 from .layer import LayerStore
 from .report_table import SLOTS, report_table
-from .sizes import dense_bytes, query_bytes, ring_bytes, storage_bytes, table_bytes
+from .sizes import (
+    dense_bytes,
+    number_bytes,
+    query_bytes,
+    ring_bytes,
+    statistics_bytes,
+    storage_bytes,
+    table_bytes,
+)
 from .state import CacheState
 
 
@@ -22,17 +31,21 @@ class Report:
     Bytes are those of the storages: `pages` hold tokens, `reserved` are allocated and hold none,
     `ring` is the local window with its rollback slots, `positions`, `summaries` belong to pages in
     use, `tables` are page tables, counters and free stack, `queries` the observation windows,
-    `states` recurrent and convolutional states of a model's layers without attention.
+    `numbers` those of tokens that an eviction asked for, `statistics` what evictions hold of
+    queries before RoPE and of attention inputs, `states` recurrent and convolutional states of a
+    model's layers without attention.
     `dense` are keys and values of all tokens seen (in layers that slide: of their windows), which
     is what an ordinary cache holds. `policies` names what acts on which layers, by slot; neutral
     policies and layers that slide are left out.
     Lists are `[layer][head]`, summed or averaged over sequences. `admitted` is the fraction of seen
     tokens admitted (None: the layer only slides, policies do not apply), `stored` the mean tokens
     held per sequence with the window, `evicted` the tokens dropped, `read` the mean tokens that the
-    last decoded token read. `overshoot` is the most tokens by which a head came to exceed
-    `max_tokens` during a prompt call, `cap_evicted` the tokens dropped because a cap was reached.
-    `floored` counts, for each layer, the sequences whose budget was less than the window at their
-    last eviction, so that the window was kept instead.
+    last decoded token read; `prompt_read` is, by layer, the part of the blocks up to their tile
+    that prompts' tiles read since the cache was made, reset or forked (None: they read everything).
+    `overshoot` is the most tokens by which a head came to exceed `max_tokens` during a prompt call,
+    `cap_evicted` the tokens dropped because a cap was reached. `floored` counts, for each layer,
+    the sequences whose budget was less than the window at their last eviction, so that the window
+    was kept instead.
     """
 
     pages: int
@@ -56,6 +69,9 @@ class Report:
     cap_evicted: int
     floored: list[int]
     states: int = 0
+    prompt_read: list[float | None] = attrs.field(factory=list)
+    numbers: int = 0
+    statistics: int = 0
 
     @property
     def total(self) -> int:
@@ -69,6 +85,8 @@ class Report:
             + self.tables
             + self.queries
             + self.states
+            + self.numbers
+            + self.statistics
         )
 
     @property
@@ -114,6 +132,7 @@ def report(state: CacheState) -> Report:
         summaries=summaries,
         tables=table_bytes(state),
         queries=query_bytes(state),
+        numbers=number_bytes(state),
         dense=dense_bytes(state),
         sequences=state.batch,
         tokens=sum(state.lengths),
@@ -127,6 +146,8 @@ def report(state: CacheState) -> Report:
         overshoot=max(row.overshoot for row in state.sequences),
         cap_evicted=sum(row.cap_evicted for row in state.sequences),
         floored=[_floored(state, x) for x in state.layers],
+        statistics=statistics_bytes(state),
+        prompt_read=[_prompt_read(x) for x in state.layers],
     )
 
 
@@ -135,13 +156,16 @@ def _acting(state: CacheState, slot: str) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for layer in state.managed:
         policy = getattr(layer, slot)
-        if not policy.neutral:
+        prompts = isinstance(policy, Selection) and policy.tile is not None
+        if prompts or not policy.neutral:
             found.setdefault(_name(policy), []).append(layer.index)
     return found
 
 
 def _name(policy: Any) -> str:
-    """The class, with those of the admissions inside."""
+    """The class, with those of the policies inside."""
+    if isinstance(policy, PerPhase):
+        return f"PerPhase({_name(policy.prefill)}, {_name(policy.decode)})"
     inner = getattr(policy, "admission", None)
     members = getattr(policy, "policies", () if inner is None else (inner,))
     names = ", ".join(_name(x) for x in members)
@@ -172,6 +196,13 @@ def _floored(state: CacheState, layer: LayerStore) -> int:
         return 0
     lengths = [row.considered_at for row in state.sequences if row.considered_at]
     return sum(budget.floored(n, layer.window, layer.index, state.spec.layers) for n in lengths)
+
+
+def _prompt_read(layer: LayerStore) -> float | None:
+    if layer.chosen is None:
+        return None
+    chosen, there = layer.chosen.tolist()
+    return float(chosen / there)
 
 
 def _read(state: CacheState, layer: LayerStore) -> list[float]:

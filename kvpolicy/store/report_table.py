@@ -15,12 +15,14 @@ BYTES = {
     "positions": "positions of tokens",
     "summaries": "summaries of pages",
     "queries": "queries observed",
+    "numbers": "numbers of tokens",
+    "statistics": "statistics of queries, inputs",
     "states": "states of other layers",
     "tables": "page tables, counters",
     "reserved": "reserved, empty",
     "total": "everything",
 }
-RARE = ("states of other layers",)  # of few models: shown where there are any
+RARE = ("numbers of tokens", "states of other layers")  # shown where there are any
 SLOTS = ("admission", "selection", "eviction")
 
 
@@ -41,6 +43,8 @@ class Reported(Protocol):
     def evicted(self) -> list[list[int]]: ...
     @property
     def read(self) -> list[list[float]]: ...
+    @property
+    def prompt_read(self) -> list[float | None]: ...
     @property
     def sliding_layers(self) -> list[int]: ...
     @property
@@ -133,9 +137,13 @@ def _effect(report: Reported, slot: str, on: list[int]) -> str:
         heads = sum(len(report.evicted[n]) for n in on) * max(report.sequences, 1)
         dropped = sum(sum(report.evicted[n]) for n in on)
         return f"evicted {_plain(dropped / heads)} tokens of a head"
+    parts = [x for n in on if (x := report.prompt_read[n]) is not None]
+    prompts = f"prompts read {sum(parts) / len(parts):.1%} of their blocks" if parts else ""
     held, read = ([x for n in on for x in rows[n]] for rows in (report.stored, report.read))
+    if prompts and held == read:
+        return prompts
     means = [_plain(sum(values) / len(values)) for values in (read, held)]
-    return f"the last token read {means[0]} of {means[1]}"
+    return f"{prompts and prompts + ', '}the last token read {means[0]} of {means[1]}"
 
 
 def _where(on: list[int], managed: list[int]) -> str:

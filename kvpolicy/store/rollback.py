@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import PhaseError, RollbackError
 from ..ops import POSITION_MASK, pages_of
 from .layer import LayerStore
+from .numbers import unpromote
 from .state import CacheState
 from .summaries import refresh_summary
 
@@ -61,10 +62,12 @@ def crop(state: CacheState, tokens: Sequence[int]) -> None:
     for count, row in zip(tokens, state.sequences, strict=True):
         row.longest = max(row.longest, row.length) if count < row.length else 0
         row.length -= count
+        row.summed = min(row.summed, row.length)  # less only where all goes
         row.considered_at = min(row.considered_at, row.length)
     state.sync_devices()
     with state.unbroken():
         for layer in state.layers:
+            unpromote(state, layer, counts[layer.index])
             shrink(state, layer, counts[layer.index])
 
 

@@ -24,9 +24,20 @@ def query_bytes(state: CacheState) -> int:
     return storage_bytes(layer.queries for layer in state.layers)
 
 
+def number_bytes(state: CacheState) -> int:
+    """The numbers of tokens that evictions asked for."""
+    return sum(storage_bytes(layer.numbers or ()) for layer in state.layers)
+
+
+def statistics_bytes(state: CacheState) -> int:
+    """Sums over queries and rings of queries before RoPE and attention inputs."""
+    held = ((x.query_ring, x.query_sums, x.query_products, x.hidden) for x in state.layers)
+    return sum(map(storage_bytes, held))
+
+
 def table_bytes(state: CacheState) -> int:
     """Page tables, counters, lengths and flags; the pools' free stacks and reference counts."""
-    layers = ((x.table, x.counts, x.evicted, x.selected) for x in state.layers)
+    layers = ((x.table, x.counts, x.evicted, x.selected, x.chosen) for x in state.layers)
     pools = ((x.free, x.refs, x.top, x.slabs) for x in state.devices.pools)
     return state.devices.nbytes + sum(storage_bytes(x) for x in (*layers, *pools))
 

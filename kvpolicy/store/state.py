@@ -49,6 +49,10 @@ class Call:
     held: dict[int, list[list[int]]] = attrs.field(factory=dict)  # the same on the host
     done: set[int] = attrs.field(factory=set)  # layers that ran
     told: dict[int, Told] = attrs.field(factory=dict)  # by layer, where others read its keys
+    chosen: dict[int, Tensor] = attrs.field(factory=dict)  # of LayerStore's, what it adds
+    # First and last query `[2, B]` to be settled from rings, by device.
+    numbers: dict[torch.device, Tensor] = attrs.field(factory=dict)
+    longest: list[int] | None = None  # of each sequence before it, where a call changes it
     columnwise: dict[int, list[Tensor]] = attrs.field(factory=dict)  # counts after each column
 
     @property
@@ -70,6 +74,7 @@ class CacheState:
         self.sequences = [SequenceState() for _ in range(batch)]
         self.call: Call | None = None
         self.steps_reserved = 0
+        self.looks_back: tuple[int, int, int, tuple[int, ...]] | None = None  # of a replay's fork
 
     @property
     def batch(self) -> int:
@@ -117,7 +122,7 @@ class CacheState:
 
     def sync_devices(self) -> None:
         """Writes the host's lengths and active rows to every device, in place."""
-        self.devices.write(self.sequences)
+        self.devices.write(self.sequences, self.spec.rollback)
 
     def sync_host(self) -> None:
         """Reads lengths back after captured steps, where only the device knows which rows ended."""
@@ -217,7 +222,7 @@ class CacheState:
             layer.counts.zero_()
             layer.evicted.zero_()
             layer.ring.flags.zero_()
-            layer.selected = None
+            layer.selected = layer.chosen = None
         self.sequences = [SequenceState() for _ in self.sequences]
         self.call = None
         self.resume()

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..pipeline import CachePipeline
 from ..spec import CacheSpec
 from ..store import CacheState
+from ._asked import tell_random
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -43,26 +44,54 @@ def random_data(spec: CacheSpec, lengths: list[int], steps: int, hidden: int, se
             "value": draw(*kv),
             "key_pre": draw(*kv),
             "hidden": draw(count, hidden),
+            "query_pre": draw(spec.heads, count, spec.head_dim),
         }
 
     layers = [[tokens(n + steps) for n in lengths] for _ in range(spec.layers)]
     return Data(spec=spec, layers=layers, lengths=lengths, steps=steps)
 
 
-def prompt(pipeline: CachePipeline, data: Data, size: int) -> CacheState:
-    """A cache after the prompts, in calls of `size` tokens; end_prompt is not sent."""
+def prompt(
+    pipeline: CachePipeline, data: Data, size: int, outs: list[list[Tensor]] | None = None
+) -> CacheState:
+    """A cache after the prompts, in calls of `size` tokens; end_prompt is not sent.
+
+    `outs`, if given, gets the attention of every call and layer.
+    """
     state = pipeline.init(data.spec, len(data.lengths))
+    hidden = data.layers[0][0]["hidden"].shape[-1]
+    tell_random(pipeline, state, data.spec, hidden, 0)
     for low in range(0, max(data.lengths), size):
         spans = [(min(low, n), min(low + size, n)) for n in data.lengths]
         pipeline.begin(state, [high - low for low, high in spans], "prompt")
+        attended = []
         for index, layer in enumerate(data.layers):
             packed = {
                 name: torch.cat([_cut(x[name], *s) for x, s in zip(layer, spans, strict=True)], -2)
                 for name in layer[0]
             }
-            pipeline.attend(state, index, **packed)
+            attended.append(pipeline.attend(state, index, **packed))
         pipeline.commit(state)
+        if outs is not None:
+            outs.append(attended)
     return state
+
+
+def end_prompt(pipeline: CachePipeline, state: CacheState, data: Data, seen: int) -> None:
+    """Ends the prompts. Where an eviction wants a replay, the tokens that are decoded next look
+    back at the first `seen`."""
+    if any(layer.eviction.replayed for layer in state.layers):
+        with pipeline.replay(state, span=range(seen)) as fork:
+            pipeline.begin(fork, [data.steps] * state.batch, "prompt")
+            for index, layer in enumerate(data.layers):
+                rows = list(zip(layer, data.lengths, strict=True))
+                packed = {
+                    name: torch.cat([_cut(x[name], n, n + data.steps) for x, n in rows], -2)
+                    for name in layer[0]
+                }
+                pipeline.attend(fork, index, **packed)
+            pipeline.commit(fork)
+    pipeline.end_prompt(state)
 
 
 def decode(pipeline: CachePipeline, state: CacheState, data: Data) -> list[Tensor]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..eviction import EvictionView
+from ._asked import OF_MODEL, one_head_asked, one_row_asked, poisoned_asked
 
 GARBAGE = 1e3  # a view holds zeros where nothing is valid; other finite values must do as well
 
@@ -20,6 +23,7 @@ def random_view(
     window: int,
     dtype: torch.dtype,
     seed: int,
+    numbers: bool = False,
 ) -> EvictionView:
     """Four sequences, the last all in its window; an empty head; zeros where not valid."""
     rng = torch.Generator().manual_seed(seed * 1000 + layer)
@@ -55,13 +59,26 @@ def random_view(
         scale=head_dim**-0.5,
         queries=draw(4, kv_heads * group, queries, head_dim) if queries else None,
         query_valid=at >= 0 if queries else None,
+        group=group,
+        numbers=_drawn(valid, rng) if numbers else None,
+        recent_numbers=_drawn((recent >= 0)[:, None].expand(-1, kv_heads, -1), rng)
+        if numbers
+        else None,
+        recent_values=draw(4, kv_heads, window, head_dim).masked_fill(
+            (recent < 0)[:, None, :, None], 0
+        ),
     )
+
+
+def _drawn(where: Tensor, rng: torch.Generator) -> Tensor:
+    """Numbers between 0 and 1, as weights and gates are."""
+    return torch.rand(where.shape, generator=rng).masked_fill(~where, 0)
 
 
 def poisoned(view: EvictionView) -> EvictionView:
     """Garbage wherever the view says that nothing is valid."""
     hide = ~view.valid[..., None]
-    queries = view.queries
+    queries, view = view.queries, poisoned_asked(view, GARBAGE)
     if queries is not None and view.query_valid is not None:
         queries = queries.masked_fill(~view.query_valid[:, None, :, None], GARBAGE)
     return view._replace(
@@ -71,6 +88,11 @@ def poisoned(view: EvictionView) -> EvictionView:
         marked=view.marked | ~view.valid,
         recent_keys=view.recent_keys.masked_fill(~view.recent_valid[:, None, :, None], GARBAGE),
         queries=queries,
+        **_numbers_of(
+            view,
+            lambda x: x.masked_fill(~view.valid, GARBAGE),
+            lambda x: x.masked_fill(~view.recent_valid[:, None], GARBAGE),
+        ),
     )
 
 
@@ -82,14 +104,25 @@ def widened(view: EvictionView, extra: int) -> EvictionView:
         positions=F.pad(view.positions, (0, extra)),
         valid=F.pad(view.valid, (0, extra)),
         marked=F.pad(view.marked, (0, extra)),
+        **_numbers_of(view, lambda x: F.pad(x, (0, extra)), lambda x: x),
     )
+
+
+def _numbers_of(
+    view: EvictionView, of: Callable[[Tensor], Tensor], recent: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Changed numbers of global and of recent tokens, where a view has any."""
+    if view.numbers is None or view.recent_numbers is None:
+        return {}
+    return {"numbers": of(view.numbers), "recent_numbers": recent(view.recent_numbers)}
 
 
 def one_row(view: EvictionView, row: int) -> EvictionView:
     """One sequence alone."""
-    part = slice(row, row + 1)
-    rows = {k: v[part] for k, v in view._asdict().items() if isinstance(v, Tensor)}
-    return view._replace(**rows)
+    named = view._asdict()
+    tensors = [n for n, x in named.items() if isinstance(x, Tensor) and n not in OF_MODEL]
+    rows = {name: named[name][row : row + 1] for name in tensors}
+    return one_row_asked(view._replace(**rows), row)
 
 
 def one_head(view: EvictionView, head: int) -> EvictionView:
@@ -98,4 +131,6 @@ def one_head(view: EvictionView, head: int) -> EvictionView:
     parts = {name: getattr(view, name)[:, head : head + 1] for name in names}
     if view.queries is not None:
         parts["queries"] = view.queries.chunk(view.keys.shape[1], 1)[head]
-    return view._replace(**parts)
+    part = slice(head, head + 1)
+    parts |= _numbers_of(view, lambda x: x[:, part], lambda x: x[:, part])
+    return one_head_asked(view._replace(**parts), head)

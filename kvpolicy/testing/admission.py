@@ -108,13 +108,19 @@ def make_batch(
 
 
 def check_decisions(
-    policy: object, decide: Callable[[Write], Tensor], batch: list[Write]
+    policy: object,
+    decide: Callable[[Write], Tensor],
+    batch: list[Write],
+    dtype: torch.dtype | None = torch.bool,
 ) -> list[Tensor]:
-    """Checks what every decision at write time must keep; returns each sequence's decisions."""
+    """Checks what every decision at write time must keep; returns each sequence's decisions.
+
+    Without a `dtype` they are floats, equal up to rounding.
+    """
 
     def call(write: Write) -> Tensor:
         result: Tensor = run(policy, decide, write)
-        check_tensor(policy, result, decide.__name__, write.key.shape[:2], write.key, torch.bool)
+        check_tensor(policy, result, decide.__name__, write.key.shape[:2], write.key, dtype)
         return result.clone()
 
     first, tokens = batch[0], batch[0].key.shape[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
 from .._arguments import optional
@@ -9,12 +11,14 @@ from .._fields import check_int
 from ..budget import Budget, BudgetView, Counts, bound_layers, budget_of
 from ..calls.budgets import budget_view
 from ..calls.evict import longest, score, view
+from ..choices import Accumulates, NumberGroup
 from ..eviction import Eviction, EvictionView
 from ..eviction._base import WHEN
 from ..pipeline import CachePipeline
 from ..spec import CacheSpec
 from ..store import CacheState
-from ._cache import decode, kept, prompt, random_data
+from ._asked import asked
+from ._cache import decode, end_prompt, kept, prompt, random_data
 from ._common import (
     ConformanceError,
     check_equal,
@@ -47,8 +51,8 @@ def check_eviction(
 
     Properties: frozen, comparable, options, needs, runs, shape, dtype, device, inputs unchanged,
     stateless, no NaN, invalid slots, batch, heads, and those of an admission for `mark`; in a
-    pipeline: fused, cut, batch, window, frees pages, budget, neutral, takes effect. Runs on the
-    CPU.
+    pipeline: fused, counted once, cut, batch, window, frees pages, budget, neutral, takes effect.
+    Runs on the CPU.
 
     Args:
         policy: the eviction.
@@ -91,14 +95,19 @@ def check_eviction(
     for layer in range(layers):
         at = placed.at(layer)
         _options(at)
-        view = random_view(layer, at.queries, kv_heads, group, head_dim, window, dtype, seed)
-        _scores(at, view)
+        view = random_view(
+            layer, at.queries, kv_heads, group, head_dim, window, dtype, seed,
+            numbers=bool(at.numbered or at.accumulates or at.remembers),
+        )  # fmt: skip
+        _scores(at, asked(at, view, kv_heads * group, hidden, seed))
         batch = make_batch(layer, 40, sizes, at.needs, dtype, seed)
         if run(policy, at.mark, batch[0]) is not None:
             check_decisions(at, at.mark, batch)  # type: ignore[arg-type]
+        if at.numbered and run(policy, at.number, batch[0]) is not None:
+            check_decisions(at, at.number, batch, None)  # type: ignore[arg-type]
     spec = CacheSpec(
         layers=layers, heads=kv_heads * group, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype,
-        page_size=page_size,
+        page_size=page_size, hidden=hidden,
     )  # fmt: skip
     effect = takes_effect if takes_effect is not None else not policy.neutral
     _pipeline(policy, spec, window, tokens, hidden, effect, seed)
@@ -109,6 +118,14 @@ def _options(policy: Eviction) -> None:
     require(policy.when in WHEN, "options", policy, wanted, f"{policy.when!r}")
     holds = isinstance(policy.queries, int) and policy.queries >= 0
     require(holds, "options", policy, "queries from 0", f"{policy.queries!r}")
+    holds = policy.accumulates in (None, *get_args(Accumulates))
+    require(holds, "options", policy, "accumulates None, sum or max", f"{policy.accumulates!r}")
+    holds = not policy.accumulates or policy.group in get_args(NumberGroup)
+    require(holds, "options", policy, "group mean, max or sum", f"{policy.group!r}")
+    for name in ("query_skip", "hidden"):
+        value = getattr(policy, name)
+        holds = isinstance(value, int) and value >= 0
+        require(holds, "options", policy, f"{name} from 0", f"{value!r}")
     try:
         budget_of(policy)
     except TypeError:
@@ -161,21 +178,22 @@ def _pipeline(
         tokens = window + _room(policy, spec, window) + 3 * size - 5
     steps = 2 * spec.interval if policy.when == "decode" else 2
     data = random_data(spec, [tokens, max(tokens - size, 1)], steps, hidden, seed)
-    state = prompt(pipeline, data, tokens)
+    state, seen = prompt(pipeline, data, tokens), min(data.lengths)
     before = pipeline.report(state)
     _fused(state)
     asked = _asked(pipeline, state)
-    pipeline.end_prompt(state)
+    end_prompt(pipeline, state, data, seen)
+    _counted_once(state)
     found, wanted = pipeline.report(state), kept(state, range(2))
 
     for chunk in (max(tokens // 3, 1), 7):
         other = prompt(pipeline, data, chunk)
-        pipeline.end_prompt(other)
+        end_prompt(pipeline, other, data, seen)
         case = f"the tokens kept as in one call, the prompt in calls of {chunk}"
         _same_kept(policy, "cut", kept(other, range(2)), wanted, case)
     for row in range(2):
         other = prompt(pipeline, data.row(row), tokens)
-        pipeline.end_prompt(other)
+        end_prompt(pipeline, other, data.row(row), seen)
         case = f"the tokens kept as in the batch, for sequence {row} alone"
         _same_kept(policy, "batch", kept(other, [0]), kept(state, [row]), case)
     for positions, n in zip(wanted, _lengths(spec, data.lengths), strict=True):
@@ -211,6 +229,21 @@ def _fused(state: CacheState) -> None:
         wanted = policy.score(view(state, layer, most)).masked_fill(~valid, 0.0)
         got = got.masked_fill(~valid, 0.0)
         check_equal("fused", policy, got.to(wanted.dtype), wanted, "from scores, as from score")
+
+
+def _counted_once(state: CacheState) -> None:
+    """Scores that are sums and become numbers grow by nothing but queries, of which none came."""
+    for layer, most in zip(state.layers, longest(state.layers), strict=True):
+        policy = layer.eviction
+        if not (policy.accumulates and policy.remembers and most):
+            continue
+        numbers = view(state, layer, most).numbers
+        assert numbers is not None
+        scores, valid = run(policy, score, state, layer, most)
+        slack = 1e-4 * numbers.abs().amax().clamp(min=1)
+        more = valid & (scores > numbers + slack)
+        case = "scores that are numbers already not to grow until another query comes"
+        require(not more.any(), "counted once", policy, case, f"{int(more.sum())} that do")
 
 
 def _room(policy: Eviction, spec: CacheSpec, window: int) -> int:

@@ -23,6 +23,7 @@ from ._common import (
     require,
     run,
 )
+from ._tiles import check_tiles
 
 PAGES = 5
 
@@ -45,8 +46,10 @@ def check_selection(
 
     Properties: frozen, comparable, options, runs, shape, dtype, device, inputs unchanged,
     stateless, no host sync, invalid slots, batch, no NaN, page order, other pages, heads, upper
-    bound; in a pipeline: dense, cut, budget, fused, takes effect. Runs on the CPU; the prompt is a
-    few pages longer than the budget, so check a policy with a small one.
+    bound; in a pipeline: dense, cut, budget, fused, takes effect. For one with a `tile` also, of
+    prompts: shape, stateless, heads, look-ahead and cut (unless `whole_prompt`), batch, takes
+    effect. Runs on the CPU; the prompt is a few pages longer than the budget, and ten tiles long,
+    so check a policy with a small one.
 
     Args:
         policy: the selection.
@@ -58,7 +61,8 @@ def check_selection(
         window: local window; less than the budget.
         dtype: of keys and queries.
         upper_bound: whether a page's score must be at least every q.k inside it, as Quest's is.
-        takes_effect: whether less must be read than is stored; by default, unless `neutral`.
+        takes_effect: whether less must be read than is stored; by default, unless `neutral`, and
+            by prompts if it has a `tile`.
         seed: of the data.
 
     Raises:
@@ -98,7 +102,9 @@ def check_selection(
         page_size=page_size,
     )  # fmt: skip
     effect = takes_effect if takes_effect is not None else not policy.neutral
-    _pipeline(policy, members, spec, window, effect, seed)
+    check_tiles(policy, members, spec, window, takes_effect is not False, seed)
+    of_prompts = policy.tile is not None and policy.neutral
+    _pipeline(policy, members, spec, window, effect and not of_prompts, seed)
 
 
 def _options(policy: Selection, window: int, page_size: int) -> None:
@@ -213,10 +219,11 @@ def _pipeline(
 
     length = window + size * (max(budgets) + 4) - size // 3
     data = random_data(spec, [length, length - size], steps, 1, seed + 1)
-    state, other = prompt(pipeline, data, length), prompt(pipeline, data, size + 3)
+    part = length if policy.whole_prompt else size + 3
+    state, other = prompt(pipeline, data, length), prompt(pipeline, data, part)
     outs, cut = decode(pipeline, state, data), decode(pipeline, other, data)
     for result, wanted in zip(cut, outs, strict=True):
-        case = f"as in one call, the prompt in calls of {size + 3}"
+        case = f"as in one call, the prompt in calls of {part}"
         check_equal("cut", policy, result, wanted, case)
 
     found = pipeline.report(state)

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from ..adapters.hf.fingerprints import keys_fingerprint
-from ..adapters.hf.models import attention_layers
-from ..adapters.hf.training import AttachedModel, attach_for_training, dense_attention
+from ..adapters.hf.models import attention_layers, managed_sizes
+from ..adapters.hf.training import AttachedModel, Attended, attach_for_training
+from ..adapters.hf.training_attention import attend
 from ..admission import _duo_file
 from .data import Texts, TrainingMix, as_mix
 from .objective import distillation_loss
@@ -122,7 +123,7 @@ def train_duo_attention(
             f"{mix.length}, got {sink_size} and {recent_size}"
         )
     weight = 0.05 if lam is None else lam
-    shape = (len(layers), layers[0].kv_heads)
+    shape = (len(layers), managed_sizes(layers).kv_heads)
     heads = nn.Parameter(torch.full(shape, 1.0 if duo else 0.0, device=model.device))
     optimizer = torch.optim.AdamW([heads], lr=0.02 if duo else 0.2, weight_decay=0.0)
     schedule: torch.optim.lr_scheduler.LRScheduler
@@ -209,11 +210,9 @@ def _streaming_mask(length: int, sink: int, recent: int, device: torch.device) -
 def _recorder(full: dict[int, Tensor]) -> Callable[..., Tensor]:
     """Dense attention that keeps each layer's output for the student."""
 
-    def rule(
-        layer: int, query: Tensor, key: Tensor, value: Tensor, key_pre: Tensor, scale: float
-    ) -> Tensor:
-        full[layer] = dense_attention(query, key, value, scale)
-        return full[layer]
+    def rule(attended: Attended) -> Tensor:
+        full[attended.call] = attended.dense()
+        return full[attended.call]
 
     return rule
 
@@ -225,15 +224,29 @@ def _mixed(
     mask: Tensor,
     teacher: dict[int, Tensor] | None,
 ) -> Tensor:
-    def rule(
-        layer: int, query: Tensor, key: Tensor, value: Tensor, key_pre: Tensor, scale: float
-    ) -> Tensor:
-        streaming = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
-        )
-        full = dense_attention(query, key, value, scale) if teacher is None else teacher[layer]
+    def rule(attended: Attended) -> Tensor:
+        query, key = attended.query, attended.key
+        streaming = _streaming(attended, mask)
+        full = attended.dense() if teacher is None else teacher[attended.call]
         group = query.shape[1] // key.shape[1]
-        part = share[layer].repeat_interleave(group)[:, None, None].to(query.dtype)
+        part = share[attended.layer].repeat_interleave(group)[:, None, None].to(query.dtype)
         return part * full + (1 - part) * streaming
 
     return model.hidden(ids, rule)
+
+
+def _streaming(attended: Attended, mask: Tensor) -> Tensor:
+    """Attention of `mask` `[N, N]` alone."""
+    query, key, value = attended.query, attended.key, attended.value
+    scale, softcap, sinks = attended.scale, attended.softcap, attended.sinks
+    if softcap is None and sinks is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
+        )
+    hidden = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
+
+    def bias(distance: Tensor) -> Tensor:
+        start = distance.shape[1] - distance.shape[0]
+        return hidden[start : distance.shape[1], : distance.shape[1]]
+
+    return attend(query, key, value, scale=scale, softcap=softcap, sinks=sinks, bias=bias)

@@ -21,17 +21,35 @@ _PAD = 8  # FlashAttention wants head_dim to be a multiple of 8
 
 
 def flash_gated(
-    query: Tensor, key: Tensor, value: Tensor, log_gate: Tensor, *, window: int, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_gate: Tensor,
+    *,
+    window: int,
+    scale: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Gated attention of objective.gated_attention, on CUDA in bf16 or fp16."""
+    """Gated attention of objective.gated_attention, on CUDA in bf16 or fp16, without softcap."""
+    dim = value.shape[-1]
+    if dim < query.shape[-1]:  # FlashAttention wants as many channels
+        value = F.pad(value, (0, query.shape[-1] - dim))
     q, k, v = (t.transpose(1, 2).contiguous() for t in (query, key, value))
-    return _FlashGated.apply(q, k, v, log_gate, window, scale).transpose(1, 2)
+    out: Tensor = _FlashGated.apply(q, k, v, log_gate, window, scale, sinks)
+    return out[..., :dim].transpose(1, 2)
 
 
 class _FlashGated(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, window: int, scale: float
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_gate: Tensor,
+        window: int,
+        scale: float,
+        sinks: Tensor | None,
     ) -> Tensor:
         out, lse, rng = flash_forward(q, k, v, scale, window)
         if q.shape[1] > window:
@@ -44,6 +62,10 @@ class _FlashGated(torch.autograd.Function):
             merged = (near * w_near + far[..., : v.shape[-1]] * w_far).to(out.dtype)
             out = torch.cat([out[:, :window], merged], 1)
             lse = torch.cat([lse[:, :, :window], both], 2).contiguous()
+        if sinks is not None:  # a part of the softmax whose value is zero
+            both = torch.logaddexp(lse, sinks.to(lse)[:, None])
+            out = (out * (lse - both).exp().transpose(1, 2)[..., None]).to(out.dtype)
+            lse = both
         ctx.save_for_backward(q, k, v, log_gate, out, lse, *rng)
         ctx.window, ctx.scale = window, scale
         return out
@@ -67,7 +89,7 @@ class _FlashGated(torch.autograd.Function):
             dv[:, :left] += fdv[..., :dim]
             unit = scale * _bias_query(q.dtype, scale)
             dgate[..., :left] = fdk[..., dim].float().transpose(1, 2) / unit
-        return dq, dk, dv, dgate, None, None
+        return dq, dk, dv, dgate, None, None, None
 
 
 def _far(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters.hf.fingerprints import keys_fingerprint
-from ..adapters.hf.models import attention_layers
+from ..adapters.hf.models import attention_layers, managed_sizes
 from ..admission import _gate_file
 
 if TYPE_CHECKING:
@@ -66,10 +66,11 @@ class GatePredictor(nn.Module):
         return {name: view.detach() for name, view in views.items()}
 
     def forward(self, key_pre: Tensor, key_post: Tensor) -> Tensor:
-        """Gate values `[B, H, N]` in [FLOOR, 1], fp32, of two keys `[B, H, N, D]`."""
+        """Gate values `[B, H, N]` in [FLOOR, 1], fp32 at least, of two keys `[B, H, N, D]`."""
         with torch.autocast(key_pre.device.type, enabled=False):
+            dtype = torch.promote_types(key_pre.dtype, torch.float32)
             keys = torch.cat(
-                [self.pre_key_norm(key_pre.float()), self.post_key_norm(key_post.float())], -1
+                [self.pre_key_norm(key_pre.to(dtype)), self.post_key_norm(key_post.to(dtype))], -1
             )
             # A grouped 1x1 convolution is a batched matmul over heads, which is faster.
             bias1, bias2 = cast(Tensor, self.conv1.bias), cast(Tensor, self.conv2.bias)
@@ -104,8 +105,9 @@ class WriteGates(nn.Module):
             UnsupportedError: the adapter does not serve the model.
         """
         layers = attention_layers(model)
-        gates = cls(len(layers), layers[0].kv_heads, layers[0].head_dim, expand)
-        return gates.to(layers[0].device)
+        sizes = managed_sizes(layers)
+        gates = cls(len(layers), sizes.kv_heads, sizes.head_dim, expand)
+        return gates.to(sizes.device)
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel) -> WriteGates:

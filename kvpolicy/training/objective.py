@@ -6,13 +6,15 @@ Source: WG-KV (EMCLab-Sinica/WG-KV), `src/modeling_layers.py` and `scripts/train
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Literal
+from functools import lru_cache, partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..adapters.hf.training_attention import attend
 
 Kernel = Literal["auto", "dense", "flex", "flash"]
 
@@ -27,11 +29,11 @@ def log_gate(gate: Tensor, threshold: float | None = None) -> Tensor:
     return torch.zeros_like(gate).masked_fill(gate <= threshold, CLOSED)
 
 
-def choose_kernel(device: torch.device, head_dim: int) -> Kernel:
-    """The fastest kernel that serves a device and a head_dim."""
+def choose_kernel(device: torch.device, head_dim: int, softcap: float | None = None) -> Kernel:
+    """The fastest kernel that serves a device, a head_dim and a softcap."""
     if device.type != "cuda":
         return "dense"
-    return "flash" if head_dim % 8 == 0 and head_dim < 256 else "flex"
+    return "flash" if head_dim % 8 == 0 and head_dim < 256 and softcap is None else "flex"
 
 
 def ungate(gate: Tensor, count: int, seed: int) -> Tensor:
@@ -56,6 +58,8 @@ def gated_attention(
     *,
     window: int,
     scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     kernel: Kernel = "auto",
 ) -> Tensor:
     """Causal attention over a_ij = s_ij + [i - j >= window] ln g_j.
@@ -63,34 +67,51 @@ def gated_attention(
     Args:
         query: `[B, H, N, D]`.
         key: `[B, Hkv, N, D]`, after RoPE.
-        value: `[B, Hkv, N, D]`.
+        value: `[B, Hkv, N, Dv]`.
         log_gate: `[B, Hkv, N]` fp32; gradients flow to it.
         window: keys with i - j < window, the token itself included, are never biased.
         scale: factor of the dot products, usually D ** -0.5.
-        kernel: "dense" holds the bias `[B, H, N, N]`; "flex" compiles FlexAttention (CUDA);
-            "flash" merges two FlashAttention calls (CUDA, bf16 or fp16); "auto" is
-            `choose_kernel`.
+        softcap: c of s_ij = c tanh(scale q.k / c), or None.
+        sinks: logits `[H]` that join the softmax, or None; they get no gradient.
+        kernel: "dense" holds the bias `[B, H, N, N]`, or with softcap or sinks that of a tile of
+            queries; "flex" compiles FlexAttention (CUDA); "flash" merges two FlashAttention calls
+            (CUDA, bf16 or fp16, no softcap); "auto" is `choose_kernel`.
 
     Returns:
-        `[B, H, N, D]`.
+        `[B, H, N, Dv]`.
     """
     if window < 1:
         raise ValueError(f"window: wanted at least 1, got {window}")
     # Under autocast RoPE may leave queries and keys in fp32.
     query, key = query.to(value.dtype), key.to(value.dtype)
     if kernel == "auto":
-        kernel = choose_kernel(query.device, query.shape[-1])
+        kernel = choose_kernel(query.device, query.shape[-1], softcap)
     if kernel == "dense":
-        return _dense(query, key, value, log_gate, window, scale)
+        if softcap is None and sinks is None:
+            return _dense(query, key, value, log_gate, window, scale)
+        group = query.shape[1] // key.shape[1]
+        bias = partial(_far_bias, log_gate.repeat_interleave(group, 1), window)
+        return attend(query, key, value, scale=scale, softcap=softcap, sinks=sinks, bias=bias)
     if kernel == "flex":
-        return _compiled_flex()(
-            query, key, value, log_gate, window, scale, _causal_blocks(query.shape[2], query.device)
-        )
+        blocks = _causal_blocks(query.shape[2], query.device)
+        given = query, key, value, log_gate, window, scale, blocks
+        return _compiled_flex()(*given, softcap, sinks)
     if kernel == "flash":
         from .flash import flash_gated
 
-        return flash_gated(query, key, value, log_gate, window=window, scale=scale)
+        if softcap is not None:
+            raise ValueError(
+                "kernel: FlashAttention gives no gradients with a softcap, which this model has; "
+                "write kernel='auto', 'flex' or 'dense'"
+            )
+        return flash_gated(query, key, value, log_gate, window=window, scale=scale, sinks=sinks)
     raise ValueError(f"kernel: wanted one of 'auto', 'dense', 'flex', 'flash', got {kernel!r}")
+
+
+def _far_bias(log_gate: Tensor, window: int, distance: Tensor) -> Tensor:
+    """`[B, H, R, N]` of a tile's distances: ln g far away, and what hides later keys."""
+    part = log_gate[:, :, None, : distance.shape[1]] * (distance >= window)
+    return part.masked_fill(distance < 0, float("-inf"))
 
 
 def _dense(
@@ -120,18 +141,31 @@ def _flex(
     window: int,
     scale: float,
     blocks: object,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
     group = query.shape[1] // key.shape[1]
 
     def far_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
         return score + torch.where(i - j >= window, log_gate[b, h // group, j], 0.0)
 
-    attend: Callable[..., Tensor] = flex_attention  # its overloads know literals only
-    return attend(
-        query, key, value, score_mod=far_bias, block_mask=blocks, scale=scale, enable_gqa=True
-    )
+    flex: Callable[..., Any] = flex_attention  # its overloads know literals only
+    rules: dict[str, Any] = {
+        "score_mod": far_bias,
+        "block_mask": blocks,
+        "scale": scale,
+        "enable_gqa": True,
+    }
+    if sinks is None:
+        out: Tensor = flex(query, key, value, **rules)
+        return out
+    out, lse = flex(query, key, value, **rules, return_lse=True)
+    share = torch.sigmoid(lse.float() - sinks.float()[:, None])  # of all but the sink
+    return (out * share[..., None]).to(out.dtype)
 
 
 @lru_cache(maxsize=1)

@@ -80,5 +80,6 @@ class GateTraining:
     def __attrs_post_init__(self) -> None:
         if (self.target_keep is None) == (self.lam is None):
             raise ValueError(
-                f"target_keep, lam: wanted exactly one, got {self.target_keep} and {self.lam}"
+                f"target_keep, lam: wanted exactly one, got {self.target_keep} and {self.lam}; "
+                "write target_keep=0.25 to keep a quarter"
             )

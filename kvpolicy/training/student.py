@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..adapters.hf.training import AttachedModel
+from ..adapters.hf.training import AttachedModel, Attended
 from .gate import WriteGates
 from .objective import Kernel, gated_attention, kept_fraction, log_gate, ungate
 
@@ -52,17 +52,19 @@ def gated_forward(
     seen: dict[int, Tensor] = {}
     free: dict[int, Tensor] = {}
 
-    def rule(
-        layer: int, query: Tensor, key: Tensor, value: Tensor, key_pre: Tensor, scale: float
-    ) -> Tensor:
-        gate = gates.layers[layer](key_pre, key)
+    def rule(attended: Attended) -> Tensor:
+        layer = attended.layer
+        # A layer that reads another's keys sees what that one's gates admitted.
+        gate = gates.layers[layer](attended.key_pre, attended.key)
         # A recomputed layer keeps the gates of its first run.
         free.setdefault(layer, gate)
         if threshold is None:
             gate = ungate(gate, ungated, seed * len(gates.layers) + layer)
         seen.setdefault(layer, gate)
-        bias = log_gate(gate, threshold)
-        return gated_attention(query, key, value, bias, window=window, scale=scale, kernel=kernel)
+        return gated_attention(
+            attended.query, attended.key, attended.value, log_gate(gate, threshold), window=window,
+            scale=attended.scale, softcap=attended.softcap, sinks=attended.sinks, kernel=kernel,
+        )  # fmt: skip
 
     hidden = model.hidden(input_ids, rule)
     if not seen:

@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
+from transformers.cache_utils import Cache, DynamicCache
 
-from kvpolicy import CachePipeline, PhaseError, RollbackError
+from kvpolicy import CachePipeline, PhaseError, RollbackError, UnsupportedError
 from kvpolicy.adapters.hf import attach
 from tests.support.adapters.models import SIZES, pipelines, prompt, tiny
 
@@ -22,6 +23,48 @@ def attached(llama):
 
 def run(model, cache, ids):
     return model(input_ids=ids, past_key_values=cache).logits[:, -1]
+
+
+REFUSED = {"offload", "prefetch"}
+TESTED = {  # by what they do, here and in tests of beams, assistants, forks and states
+    "activate_past_recording", "batch_repeat_interleave", "batch_select_indices", "crop",
+    "get_conv_state", "get_recurrent_state", "reorder_cache", "reset", "update",
+    "update_conv_state", "update_indexer", "update_recurrent_state",
+}  # fmt: skip
+ARGUMENTS = {
+    "early_initialization": (2, 2, 16, torch.float32, torch.device("cpu")),
+    "get_mask_sizes": (3, 0),
+    "get_query_offset": (0,),
+    "has_previous_state": (0,),
+    "is_recording_past": (0,),
+    "offload": (0,),
+    "prefetch": (0,),
+}
+
+
+def said(cache, name):
+    """What an attribute is, or what the method answers or raises."""
+    found = getattr(cache, name)
+    try:
+        return found(*ARGUMENTS.get(name, ())) if callable(found) else found
+    except ValueError as error:
+        return type(error)
+
+
+def test_it_answers_as_a_cache_of_transformers(llama):
+    """Every public name of transformers' Cache: as DynamicCache has it, or refused by name."""
+    ids = prompt([9, 9])["input_ids"]
+    empty, full = (DynamicCache(config=llama.config) for _ in range(2))
+    with torch.no_grad():
+        llama(ids, past_key_values=full)
+    names = {name for name in dir(Cache) if not name.startswith("_")} - TESTED - REFUSED
+    with attach(llama, PIPELINE, **SIZES) as attached:
+        for plain, cache in ((empty, attached.new_cache()), (full, attached.read(ids))):
+            for name in sorted(names, key=ARGUMENTS.__contains__):  # which may initialise it
+                assert said(cache, name) == said(plain, name), name
+            for name in REFUSED:
+                with pytest.raises(UnsupportedError, match=f"^{name}: pages"):
+                    said(cache, name)
 
 
 def test_crop_conventions(attached):

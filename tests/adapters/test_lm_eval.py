@@ -23,6 +23,7 @@ from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
+from kvpolicy.adapters.hf import attach  # noqa: E402
 from kvpolicy.adapters.lm_eval import KVPolicyLM  # noqa: E402
 
 WORDS = 197
@@ -100,6 +101,18 @@ def test_a_neutral_pipeline_is_the_plain_model(tokenizer, size):
         error = (found - true).abs().max()
         assert error <= 2 * (wanted - true).abs().max() < 1e-3
     assert lm.generate_until(GENERATED) == plain.generate_until(GENERATED)
+
+
+def test_lm_evals_own_model_on_an_attached_one(tokenizer):
+    """Forwards of a neutral pipeline that are not cut are transformers' own to the bit."""
+    served = model()
+    lm = HFLM(served, tokenizer=tokenizer, batch_size=3)
+    plain = lm.loglikelihood(CONTINUED), lm.loglikelihood_rolling(ROLLED)
+    with attach(served, CachePipeline(window=5)):
+        assert (lm.loglikelihood(CONTINUED), lm.loglikelihood_rolling(ROLLED)) == plain
+        assert lm.generate_until(GENERATED)
+    with attach(served, pipelines()["striped"]):
+        assert lm.loglikelihood(CONTINUED) != plain[0]
 
 
 @pytest.fixture(scope="module")

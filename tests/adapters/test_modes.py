@@ -7,10 +7,11 @@ import io
 import pickle
 
 import accelerate
+import attrs
 import pytest
 import torch
 
-from kvpolicy import CachePipeline, UnsupportedError
+from kvpolicy import Admission, CachePipeline, UnsupportedError
 from kvpolicy.adapters.hf import attach
 from tests.support.adapters.faults import digest, snapshot
 from tests.support.adapters.models import SIZES, error, pipelines, prompt, tiny
@@ -68,6 +69,24 @@ def test_autocast(llama, name):
             if name is None:
                 first = (ours.logits[0] - exact.logits[0]).abs().max()
                 assert first <= 2 * (plain.logits[0] - exact.logits[0]).abs().max() + 1e-3
+
+
+def test_policies_compute_in_the_dtype_of_the_cache(llama):
+    """Autocast would round their products, and the attention's, to its own."""
+    seen = set()
+
+    @attrs.frozen(kw_only=True)
+    class Seeing(Admission):
+        window: int = 5
+
+        def admit(self, write):
+            seen.add((write.key @ write.key.mT).dtype)
+            return torch.ones(write.key.shape[:2], dtype=torch.bool)
+
+    pipeline = CachePipeline(admission=Seeing())
+    with torch.autocast("cpu", dtype=torch.bfloat16), attach(llama, pipeline):
+        llama.generate(IDS, max_new_tokens=3, **DICT)
+    assert seen == {torch.float32}
 
 
 def test_a_prepared_model():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -48,6 +49,26 @@ def test_stop_strings(llama, tokenizer, rows, mode):
         assert torch.equal(run(llama), plain)
         with pytest.raises(ValueError, match="tokenizer"):
             llama.generate(**inputs, stop_strings=stops, max_new_tokens=3)
+
+
+@pytest.mark.filterwarnings("ignore:Using .stop_strings. with .*:UserWarning")
+def test_a_text_generation_pipeline(llama, tokenizer):
+    """transformers' own, which hides the cache and hands its tokenizer on."""
+    texts = ["thecat", "adoghere"]
+    tokenizer.padding_side = "left"
+    generator = transformers.pipeline("text-generation", model=llama, tokenizer=tokenizer)
+    options = {"max_new_tokens": 12, "do_sample": False, "batch_size": 2}
+    free = generator(texts, **options)
+    said = [row["generated_text"] for (row,) in free]
+    stop = [x.removeprefix(text)[4:6] for x, text in zip(said, texts, strict=True)]
+    plain = generator(texts, stop_sequence=stop, **options)
+    assert plain != free
+    with attach(llama, PIPELINE) as attached:
+        assert generator(texts, stop_sequence=stop, **options) == plain
+        assert generator(texts, **options) == free
+        assert attached.last_report().tokens > 0
+    with attach(llama, pipelines()["striped"]):
+        assert generator(texts, **options) != free
 
 
 def test_token_healing(tokenizer):

@@ -24,7 +24,8 @@ from kvpolicy.kernels import paged_decode
 
 CUDA = torch.cuda.is_available()
 ONE_OF_EACH = [
-    "32K 25%", "everything admitted", "8K page 16", "write", "snapkv", "gpt-oss sliding",
+    "32K 25%", "everything admitted", "8K page 16", "write", "snapkv", "ExpectedAttention, 120",
+    "gpt-oss sliding",
     "gate, 100K",
 ]  # fmt: skip
 
@@ -40,7 +41,7 @@ def test_quick_run_writes_results(tmp_path: Path, capsys: pytest.CaptureFixture)
     rows = run(ONE_OF_EACH, out=tmp_path, quick=True, seconds=600)
     assert not [row.error for row in rows if row.error]
     assert {row.group for row in rows} == {
-        "ceilings", "prefill", "decode", "write", "snapkv", "decoders", "model",
+        "ceilings", "prefill", "decode", "write", "snapkv", "evictions", "decoders", "model",
     }  # fmt: skip
     assert all(row.value and row.value > 0 for row in rows if row.group != "ceilings")
     timed = [row for row in rows if row.unit in ("ms", "us", "s") and "gather" not in row.name]

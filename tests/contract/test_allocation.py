@@ -17,6 +17,7 @@ from tests.support.contract.cases import Sizes, build
 from tests.support.contract.contents import digest
 from tests.support.contract.driver import Run, stream
 from tests.support.contract.invariants import check_states
+from tests.support.contract.told import before
 
 SPEC = CacheSpec(
     layers=3,
@@ -124,7 +125,7 @@ def test_prompt_end_and_decode(names, memory):
             for layer in range(SPEC.layers):
                 parts = [tuple(x[:, at : at + n] for x in s[layer]) for s, at, n in spans]
                 q, k, v, pre = (torch.cat(x, 1) for x in zip(*parts, strict=True))
-                pipeline.attend(state, layer, q, k, v, key_pre=pre)
+                pipeline.attend(state, layer, q, k, v, key_pre=pre, query_pre=before(q))
             pipeline.abort(state)
 
         tried += until_it_works(run, memory, prompt, lambda: pipeline.abort(state))[0]
@@ -198,7 +199,7 @@ def test_an_eviction_of_shared_pages_may_fail(monkeypatch):
     for layer in range(SPEC.layers):
         columns = run.columns(0, layer, [True])
         q, k, v, pre = (x[None] for x in columns)
-        pipeline.attend(state, layer, q, k, v, key_pre=pre)
+        pipeline.attend(state, layer, q, k, v, key_pre=pre, query_pre=before(q))
     with memory.only(state, 0), pytest.raises(CapacityError):
         pipeline.commit(state)
     assert state.call is None and state.lengths[0] == run.at[0] + 1

@@ -11,9 +11,15 @@ from tests.support.contract.cases import Sizes, build
 from tests.support.contract.contents import contents
 from tests.support.contract.driver import Run, feed, streams_of
 
+EVICTIONS = ["none", "tokens_decode", "pyramid", "at_end_gate"]
+ASKING = ["expected_decode", "critical", "critical_expected", "r_kv", "tri"]
 
-@pytest.mark.parametrize("eviction", ["none", "tokens_decode", "pyramid", "at_end_gate"])
-@pytest.mark.parametrize("admission", ["random", "duo", "gate", "per_layer"])
+
+@pytest.mark.parametrize(
+    "admission, eviction",
+    [(a, e) for a in ("random", "duo", "gate", "per_layer") for e in EVICTIONS]
+    + [("ada_ea", e) for e in ASKING if "critical_" not in e],
+)
 def test_a_shard_of_heads_holds_its_part(admission, eviction):
     spec = CacheSpec(
         layers=2, heads=6, kv_heads=3, head_dim=8, page_size=4, interval=3, dtype=torch.float64

@@ -10,9 +10,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -32,7 +30,7 @@ PAGES = sorted({block.page for block in blocks("python")})
 # Blocks by page and place in it: the packages without which they do not run, and what takes long.
 NEEDS = {("docs/serving.md", 0): ("fastapi", "uvicorn")}
 SLOW = {
-    ("docs/transformers.md", 1): "inductor compiles; tests/adapters/test_compiled.py",
+    ("docs/transformers.md", 2): "inductor compiles; tests/adapters/test_compiled.py",
     ("docs/which-policy.md", 0): "56 plans of a model of 8B; tests/adapters/test_fit.py",
 }
 
@@ -42,7 +40,7 @@ NOT_RUN = {
     (".venv/bin/python", "-m", "pytest"): "that its file exists is tested",
     ("pip", "install"): "needs a package index",
     ("curl",): "needs the server that the block before it starts",
-    ("torchrun",): "needs several devices; tests/adapters/test_parallel.py has two processes",
+    ("torchrun",): "tests/docs/test_many_gpus.py runs it in two processes",
     ("eval",): "tests/test_cli_help.py has a bash complete names",
     ("kvpolicy", "generate"): "tests/test_cli_talk.py; below on the real model",
     ("kvpolicy", "chat"): "the same",
@@ -56,49 +54,6 @@ NOT_RUN = {
     ("kvpolicy", "bench"): "needs a GPU; tests/bench runs it on tiny shapes",
     ("python", "-m", "kvpolicy.adapters.lm_eval"): "needs lm-eval; tests/adapters/test_lm_eval.py",
     ("python", "-c"): "reads the texts of a Debian package; that it compiles is tested",
-}
-
-
-def example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def of_transformers() -> dict[str, Any]:
-    """What docs/transformers.md has at hand in its fragments."""
-    from kvpolicy import CachePipeline, Quest, SnapKV, attach
-
-    model = tiny_llama()
-    draw = lambda n: torch.randint(2, 500, (1, n))  # noqa: E731
-    pipeline = CachePipeline(selection=Quest(budget=64), eviction=SnapKV(budget=64))
-    prompt = {"input_ids": draw(90), "attention_mask": torch.ones(1, 90, dtype=torch.long)}
-    return {
-        "attach": attach,
-        "model": model,
-        "pipeline": pipeline,
-        "inputs": prompt,
-        "context": draw(120),
-        "questions": [draw(5), draw(7)],
-        "continuation": draw(3),
-        "chunk_1": draw(40),
-        "chunk_2": draw(50),
-        "token": draw(1),
-        "next_turn": draw(6),
-        "ids": draw(30),
-        "torch": torch,
-    }
-
-
-def of_policies() -> dict[str, Any]:
-    """What docs/writing-a-policy.md imports from examples/new_policy.py."""
-    return dict(vars(example("new_policy")))
-
-
-AT_HAND: dict[str, Callable[[], dict[str, Any]]] = {
-    "docs/transformers.md": of_transformers,
-    "docs/writing-a-policy.md": of_policies,
 }
 
 
@@ -116,7 +71,7 @@ def run(page: str, names: dict[str, Any], slow: bool = False) -> None:
 
 
 def run_checked(page: str, capsys: pytest.CaptureFixture, slow: bool) -> None:
-    names = {"__name__": page} | AT_HAND.get(page, dict)()
+    names: dict[str, Any] = {"__name__": page}
     run(page, names, slow)
     whole = slow or not any(name == page for name, _ in SLOW)
     if whole and page in CHECKS:
@@ -281,7 +236,7 @@ def test_every_block_names_its_language() -> None:
 def test_tables_name_what_is_there() -> None:
     shown = {(block.page, block.number) for block in blocks("python")}
     assert set(NEEDS) | set(SLOW) <= shown
-    assert set(AT_HAND) | set(CHECKS) <= {page for page, _ in shown}
+    assert set(CHECKS) <= {page for page, _ in shown}
     used = {tuple(words) for block in blocks("sh") for words in commands(block)}
     for begin in NOT_RUN:
         assert any(words[: len(begin)] == begin for words in used), f"{begin} is not shown"

@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache
 from typer.testing import CliRunner
 
+import kvpolicy
 from kvpolicy import (
     CachePipeline,
     DuoAttention,
@@ -24,7 +25,7 @@ from kvpolicy import (
     attach,
     new_cache,
 )
-from kvpolicy.adapters.hf import fit_report
+from kvpolicy.adapters.hf import fit_report, versions
 from kvpolicy.cli import app
 from kvpolicy.evaluation.models import tiny_llama
 from tests.support.docs import ROOT
@@ -74,6 +75,12 @@ def twice() -> None:
         attach(model, SMALL)
 
 
+def again() -> None:
+    with attach(tiny_llama(), SMALL) as attached:
+        held = attached.read(IDS)
+        attached.model.generate(IDS[:, :20], past_key_values=held, max_new_tokens=2)
+
+
 def asked_early() -> None:
     with attach(tiny_llama(), SMALL) as attached:
         attached.ask(attached.new_cache(), IDS)
@@ -117,8 +124,14 @@ def saying(folder: Path) -> None:
         attached.read("a text")
 
 
+def broken(*args: object, **options: object) -> None:
+    raise OSError("no network")
+
+
 # By how the quoted message begins.
 RAISES: dict[str, Callable[[Path], object]] = {
+    "AdaKV: ": lambda folder: kvpolicy.AdaKV,
+    "transformers: wanted": lambda folder: versions.check("6.0"),
     "budget: wanted": lambda folder: SnapKV(budget=0.5),
     "compression_ratio: ": lambda folder: SnapKV(compression_ratio=0.3),
     "SnapKV: wanted named": lambda folder: SnapKV(64),
@@ -140,7 +153,8 @@ RAISES: dict[str, Callable[[Path], object]] = {
     ),
     "past_key_values: wanted": lambda folder: generating(past_key_values=DynamicCache()),
     "past_key_values: the cache belongs": lambda folder: other_cache(),
-    "input_ids: wanted": saying,
+    "input_ids: wanted token": saying,
+    "input_ids: wanted all": lambda folder: again(),
     "ask: the cache's": lambda folder: asked_early(),
     "report: nothing": lambda folder: new_cache(tiny_llama(), SMALL).report(),
     "last_report: ": lambda folder: attach(tiny_llama(), SMALL).last_report(),
@@ -152,7 +166,8 @@ RAISES: dict[str, Callable[[Path], object]] = {
     ),
     "sequence 0: an eviction": lambda folder: cache(SMALL).crop(-3),
     "backend='triton' on": lambda folder: cache(CachePipeline(backend="triton")),
-    "path_or_repo: ": lambda folder: WriteGate.from_pretrained(folder / "none.pt"),
+    "path_or_repo: no file c.pt": lambda folder: WriteGate.from_pretrained("a/b", "c.pt"),
+    "path_or_repo: no file ...": lambda folder: WriteGate.from_pretrained(folder / "none.pt"),
     "...: not a readable": damaged,
     "sparsity, threshold: ": lambda folder: DuoAttention.from_pretrained(folder),
     "gate: wanted": lambda folder: command("plan", "smollm2", "--gate", "keep25"),
@@ -170,6 +185,7 @@ def test_a_quoted_message_is_what_is_said(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", broken)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     (make,) = (call for begin, call in RAISES.items() if message.startswith(begin))
     with pytest.raises(Exception) as caught:  # noqa: PT011  (of every kind that the page quotes)

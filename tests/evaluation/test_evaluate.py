@@ -24,9 +24,9 @@ from kvpolicy.evaluation.models import tiny_llama  # noqa: E402
 from kvpolicy.evaluation.sessions import estimates  # noqa: E402
 from kvpolicy.evaluation.sessions.pipeline import PipelineSession  # noqa: E402
 from kvpolicy.evaluation.sessions.score import score  # noqa: E402
-from kvpolicy.evaluation.tasks import TASKS  # noqa: E402
+from kvpolicy.evaluation.tasks import TASKS, Task  # noqa: E402
 from kvpolicy.evaluation.tasks import loss as long_text  # noqa: E402
-from kvpolicy.evaluation.tasks.prompts import Example, Question  # noqa: E402
+from kvpolicy.evaluation.tasks.prompts import Example, Frame, Question  # noqa: E402
 
 CHAT = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}~"
 
@@ -269,10 +269,25 @@ def test_questions_set_the_contexts_and_variants_are_chosen(folder, tmp_path):
     rows = json.loads((tmp_path / "results.json").read_text())["cells"]
     assert {row["variant"] for row in rows} == {"full", "local 50%"}
     assert {row["questions"] for row in rows if row["task"] == "copy"} == {16}
-    assert (
-        "wanted the start of one of full"
-        in call(folder, tmp_path / "b", "--variant", "x", code=2).stderr
-    )
+    for names in (("x",), ("full", "x")):
+        wrong = call(folder, tmp_path / "b", *(w for n in names for w in ("--variant", n)), code=2)
+        assert wrong.stderr.startswith("error: variant: wanted the start of one of full")
+        assert wrong.stderr.endswith("; got x\n")
+
+
+def test_a_task_of_one_s_own(folder, tmp_path, monkeypatch):
+    """Its record beside the others, by name."""
+
+    def make(tokenizer, text, *, length, contexts, seed):
+        frame = Frame(tokenizer)
+        opening = frame.opening(text[:90])
+        ask = frame.ask("Who went home?", lead="Who? ", answer="aka.")
+        return [Example(context_ids=opening, questions=(ask,))] * contexts
+
+    monkeypatch.setitem(TASKS, "mine", Task(name="mine", make=make, questions=1))
+    options = ("--task", "mine", "--length", 420, "--contexts", 2, "--variant", "full")
+    said = call(folder, tmp_path, *options).stdout
+    assert "mine, 420: full: accuracy" in said and "0 failed" in said
 
 
 def test_pages_are_as_large_as_asked_for(folder, tmp_path):
@@ -294,3 +309,17 @@ def test_gates_are_measured_at_each_threshold(folder, tmp_path):
     held = {row["variant"]: row["held_tokens"] for row in rows if row["task"] == "copy"}
     assert held["gate some over 0.6"] < held["gate some over 0.45"] < 420
     assert "gate some over 0.45 + Quest at 0.25" in held  # behind the largest gate
+
+
+def test_gates_that_are_not_installed_are_left_out(monkeypatch):
+    """A wheel holds one of the shipped gates; nothing is asked of the hub for the others."""
+    (here, *others) = runner.SHIPPED_GATES.values()
+    assert runner.absent_gates() == []
+    monkeypatch.setattr(runner, "names", lambda: [here])
+    assert runner.absent_gates() == others
+    gates = [
+        found.name.split("%")[0]
+        for found in runner.variants_for("smollm2", [], [], None, [0.25], [0.25], 64)
+        if found.name.startswith("gate ") and "%" in found.name
+    ]
+    assert set(gates) == {"gate 25"}

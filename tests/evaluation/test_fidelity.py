@@ -8,6 +8,8 @@ import torch
 pytest.importorskip("transformers")
 
 from kvpolicy import CachePipeline, LocalAttention, Quest, SnapKV, Tokens  # noqa: E402
+from kvpolicy.adapters.hf.models import served  # noqa: E402
+from kvpolicy.adapters.hf.rule.tiny import tiny_model  # noqa: E402
 from kvpolicy.evaluation.look.fidelity import compare  # noqa: E402
 from kvpolicy.evaluation.models import tiny_llama  # noqa: E402
 
@@ -118,3 +120,30 @@ def test_bad_texts_are_refused(model, ids):
         compare(model, CachePipeline(), ids, continuation=80)
     with pytest.raises(ValueError, match="token ids"):
         compare(model, CachePipeline(), ids.float())
+
+
+# Softcap, sinks, chunks, states beside attention, values of another size, shared keys.
+@pytest.mark.parametrize(
+    "name",
+    ["gemma2", "gpt_oss", "llama4_text", "qwen3_5_text", "jamba", "mimo_v2_flash", "gemma3n_text"],
+)
+def test_models_of_every_kind_lose_what_their_own_attention_says(name):
+    model = tiny_model(name).eval()
+    ids = torch.randint(20, 60, (32,), generator=torch.Generator().manual_seed(3))
+    pipeline = CachePipeline(admission=LocalAttention(window=5, sinks=2))
+    found = compare(model, pipeline, ids, continuation=REST)
+    with torch.no_grad():
+        weights = model(ids[None], output_attentions=True, use_cache=False).attentions
+    weights = [x for x in weights if x is not None]
+    known = served(model)
+    query, key = torch.arange(32 - REST, 32)[:, None], torch.arange(32)
+    hidden = (key >= 2) & (query - key >= 5)
+    own = [x for x, layer in zip(weights, known.probe.layers, strict=True) if not layer.shared]
+    acting = 0
+    for index, (layer, each) in enumerate(zip(known.layers, own, strict=True)):
+        lost = (each[0, :, -REST:].double() * hidden).sum(-1).mean(-1)
+        lost = torch.zeros_like(lost) if layer.window is not None else lost
+        torch.testing.assert_close(found.lost_mass[index], lost, atol=1e-5, rtol=1e-4)
+        acting += layer.window is None and float(lost.max()) > 0.01
+    assert acting
+    assert model.config._attn_implementation == "eager"

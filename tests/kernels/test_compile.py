@@ -11,21 +11,34 @@ from tests.support.kernels.compiled import compiled
 
 def run(configuration: str, cache: Path, *options: str) -> None:
     wanted = {
+        "_add_levels",
+        "_amounts",
         "_append",
         "_attend",
+        "_attend_chosen",
         "_chunks",
         "_column_sums",
+        "_columns",
         "_count_digits",
         "_decode_write",
+        "_edges",
+        "_find_columns",
         "_fold",
+        "_heaviest",
+        "_levels",
+        "_query_levels",
         "_mark",
         "_mark_whole",
         "_move_kept",
+        "_plan",
         "_read_tokens",
+        "_recent",
         "_row_sums",
         "_split",
         "_store",
+        "_stored",
         "_top_pages",
+        "_write_number",
     }
     if "x" in configuration:  # rectangles want values of the keys' head_dim
         wanted.remove("_fold")

@@ -117,13 +117,15 @@ def test_nothing_stored():
         assert layer.call(op, policy, 0.3, pages).shape == (2, 2, 0)
 
 
+@pytest.mark.parametrize("of", [kernels, reference], ids=["triton", "reference"])
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: "-".join(m.values()))
-def test_a_sequence_scores_the_same_alone(mode, monkeypatch):
+def test_a_sequence_scores_the_same_alone(mode, of, monkeypatch):
     """Bit for bit: which tokens are evicted must not depend on the batch."""
     monkeypatch.setattr(kernels, "_SPLIT", 32)
     layer = make_layer([50, 90], 2, 2, 16, torch.float32, 10, 12)
+    pages = layer.flat if of is reference else None
     policy = SnapKV(budget=99, observation=12, **mode)
-    both = layer.call(kernels.window_scores, policy, 0.3)
+    both = layer.call(of.window_scores, policy, 0.3, pages)
     for row in range(2):
         part = slice(row, row + 1)
         table, counts = layer.heads
@@ -131,7 +133,7 @@ def test_a_sequence_scores_the_same_alone(mode, monkeypatch):
         alone = attrs.evolve(
             layer, heads=Heads(table[part, :, :used], counts[part]),
             ring_k=layer.ring_k[part], ring_q=layer.ring_q[part], lengths=layer.lengths[part],
-        ).call(kernels.window_scores, policy, 0.3)  # fmt: skip
+        ).call(of.window_scores, policy, 0.3, pages)  # fmt: skip
         valid = torch.arange(used * 4, device=DEVICE) < counts[part, :, None]
         assert torch.equal(alone[valid], both[part, :, : used * 4][valid])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import importlib
 import re
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import attrs
@@ -12,25 +13,54 @@ import pytest
 import torch
 
 from kvpolicy import (
+    GKV,
+    H2O,
+    RKV,
+    TOVA,
+    AdaEA,
     Adaptive,
     AdmitAll,
     AtPromptEnd,
     Budget,
     CachePipeline,
     CacheSpec,
+    CriticalKV,
+    DBudgetKV,
     DuoAttention,
+    ExpectedAttention,
+    FastGen,
+    FastKVzip,
+    FlexPrefill,
     KeepAll,
+    KeyDiff,
     Knob,
+    Knorm,
+    KVPress,
+    KVzap,
+    KVzip,
+    LagKV,
     LocalAttention,
+    PerPhase,
     Pyramid,
+    QFilters,
     Quest,
     RandomGate,
+    Ranked,
     Ratio,
+    Rope,
+    SageKV,
     SelectAll,
+    SimLayerKV,
     SnapKV,
+    StreamingLLM,
     Tokens,
+    TopChannels,
     TotalCap,
+    TriAttention,
+    TrimKV,
+    VerticalSlash,
     WriteGate,
+    XAttention,
 )
 from kvpolicy._fields import shown
 from kvpolicy.admission import AllOf, AnyOf
@@ -89,6 +119,7 @@ TOKENS_OR_INT = Kind((Tokens, int), INT_OR_OTHER)
 INT64 = ints(-(1 << 63), (1 << 63) - 1)
 TENSOR = Kind((torch.Tensor,), lambda value: value.shape == (1, 4))
 FLAG = Kind((bool,))
+TILE = Kind((int,), lambda value: 1 <= value <= 1 << 16 and not value & (value - 1))
 FUNCTION = Kind((type(lambda: 0), type, abc.ABCMeta))
 EMPTY = Kind((tuple, list, dict), lambda value: not value)
 NOTHING = Kind(())  # of the values below
@@ -99,6 +130,8 @@ GATE = {
     "b1": torch.ones(1, 2, 3), "w2": torch.ones(1, 2, 3), "b2": torch.ones(1, 2),
 }  # fmt: skip
 LOCAL = LocalAttention(window=8)
+PRESS = SimpleNamespace(score=lambda *six: six)
+WHEN = words("prompt_end", "decode")
 
 # Class: arguments that make one, and what each field takes.
 CLASSES = {
@@ -111,6 +144,7 @@ CLASSES = {
             "scale": numbers(lambda value: value > 0, none=True),
             "sliding": Kind((tuple, list), lambda value: not value),
             "per_layer": Kind((tuple, list), lambda value: not value),
+            "hidden": ints(1, none=True),
             "page_size": ints(1),
             "rollback": ints(0),
             "head_offset": ints(0),
@@ -147,6 +181,32 @@ CLASSES = {
             "source": Kind((), none=True),
         },
     ),
+    AdaEA: (
+        {
+            "mean": torch.ones(1, 1, 2, 4), "covariance": torch.ones(1, 1, 2, 4, 4),
+            "thresholds": torch.ones(1, 1, 2),
+        },
+        {
+            **dict.fromkeys(
+                ("mean", "covariance", "thresholds"), Kind((torch.Tensor,), lambda value: False)
+            ),
+            "sinks": ints(0),
+            "window": ints(1, none=True),
+            "source": Kind((), none=True),
+        },
+    ),
+    KVzap: (
+        {"w2": torch.ones(1, 2, 4), "b2": torch.ones(1, 2)},
+        {
+            "w2": Kind((torch.Tensor,), lambda value: False),
+            "b2": Kind((torch.Tensor,), lambda value: False),
+            "w1": Kind((torch.Tensor,), lambda value: False, none=True),
+            "b1": Kind((torch.Tensor,), lambda value: False, none=True),
+            "threshold": numbers(lambda value: True),
+            "window": ints(1, none=True),
+            "source": Kind((), none=True),
+        },
+    ),
     DuoAttention: (
         {"full_heads": ((True, False),)},
         {
@@ -169,12 +229,52 @@ CLASSES = {
             "group": words("max", "mean", "each"),
         },
     ),
+    TopChannels: (
+        {"budget": 64},
+        {
+            "budget": TOKENS_OR_INT,
+            "channels": ints(1),
+            "first": ints(0),
+            "last": ints(0),
+            "group": words("max", "mean", "each"),
+        },
+    ),
+    XAttention: (
+        {},
+        {
+            "threshold": FRACTION,
+            "stride": Kind((int,), lambda value: 1 <= value <= 128 and not value & (value - 1)),
+            "tile": Kind((int,), lambda value: False),  # of those below no multiple of the stride
+        },
+    ),
+    FlexPrefill: (
+        {},
+        {
+            "gamma": POSITIVE_FRACTION,
+            "tau": FRACTION,
+            "min_budget": ints(1),
+            "max_budget": ints(512, none=True),
+            "tile": TILE,
+        },
+    ),
+    VerticalSlash: (
+        {},
+        {
+            "vertical": ints(1),
+            "slash": ints(0),
+            "queries": ints(1),
+            "first": ints(0),
+            "nearest": ints(0),
+            "tile": TILE,
+        },
+    ),
+    PerPhase: ({}, {"prefill": SELECTION, "decode": SELECTION}),
     KeepAll: ({}, {}),
     SnapKV: (
         {"budget": 64},
         {
             "budget": BUDGET_OR_INT,
-            "when": words("prompt_end", "decode"),
+            "when": WHEN,
             "observation": ints(1),
             "kernel": Kind((int,), lambda value: 1 <= value <= MOST and value % 2),
             "pooling": words("avg", "max"),
@@ -182,9 +282,179 @@ CLASSES = {
             "normalize": words("visible", "global"),
         },
     ),
+    StreamingLLM: (
+        {"budget": 64},
+        {"budget": BUDGET_OR_INT, "sinks": ints(0), "when": WHEN},
+    ),
+    H2O: (
+        {"budget": 64},
+        {"budget": BUDGET_OR_INT, "when": WHEN, "group": words("mean", "max", "sum"),
+         "average": FLAG},
+    ),
+    TOVA: (
+        {"budget": 64},
+        {
+            "budget": BUDGET_OR_INT,
+            "group": words("mean", "max"),
+            "across_heads": FLAG,
+            "when": WHEN,
+        },
+    ),
+    KeyDiff: ({"budget": 64}, {"budget": BUDGET_OR_INT, "when": WHEN}),
+    Knorm: ({"budget": 64}, {"budget": BUDGET_OR_INT, "when": WHEN}),
+    LagKV: (
+        {"budget": 64},
+        {
+            "budget": BUDGET_OR_INT,
+            "sinks": ints(0),
+            "lag": ints(2),
+            "cross_scoring": FLAG,
+            "when": WHEN,
+        },
+    ),
+    GKV: (
+        {"budget": 64},
+        {"budget": BUDGET_OR_INT, "when": WHEN, "observation": ints(1), "alpha": FRACTION},
+    ),
+    KVzip: ({"budget": 64}, {"budget": BUDGET_OR_INT, "sinks": ints(0)}),
+    Ranked: (
+        {"budget": 64, "gate": KVzap(w2=torch.ones(1, 2, 4), b2=torch.ones(1, 2))},
+        {"gate": Kind((AdmitAll, LocalAttention), lambda value: False), "budget": BUDGET_OR_INT,
+         "when": WHEN, "sinks": ints(0)},
+    ),
+    TrimKV: (
+        {"budget": 64, "w1": torch.ones(1, 3, 4), "b1": torch.ones(1, 3),
+         "w2": torch.ones(1, 2, 3), "b2": torch.ones(1, 2)},
+        {
+            "budget": BUDGET_OR_INT,
+            **dict.fromkeys(("w1", "b1", "w2", "b2"), Kind((torch.Tensor,), lambda value: False)),
+            "when": WHEN,
+            "source": Kind((), none=True),
+        },
+    ),
+    FastKVzip: (
+        {"budget": 64, "q": torch.ones(1, 8, 3), "q_bias": torch.ones(1, 8),
+         "k": torch.ones(1, 8, 3), "q_norm": torch.ones(1, 4), "k_norm": torch.ones(1, 4),
+         "base": torch.ones(1, 2, 1, 1, 4), "bias": torch.ones(1, 2, 1, 1)},
+        {
+            "budget": BUDGET_OR_INT,
+            **dict.fromkeys(("q", "q_bias", "k"), Kind((torch.Tensor,), lambda value: False)),
+            **dict.fromkeys(("q_norm", "k_norm"), TENSOR),
+            **dict.fromkeys(("base", "bias"), Kind((torch.Tensor,), lambda value: False)),
+            "when": WHEN,
+            "sinks": ints(0),
+            "source": Kind((), none=True),
+        },
+    ),
+    QFilters: (
+        {"budget": 64, "filters": torch.ones(1, 2, 4)},
+        {
+            "budget": BUDGET_OR_INT,
+            "filters": Kind((torch.Tensor,), lambda value: False),
+            "when": WHEN,
+            "source": Kind((), none=True),
+        },
+    ),
+    ExpectedAttention: (
+        {"budget": 64},
+        {
+            "budget": BUDGET_OR_INT,
+            "when": WHEN,
+            "future": ints(1),
+            "sinks": ints(0),
+            "covariance": FLAG,
+            "value_norm": FLAG,
+            "epsilon": numbers(lambda value: value >= 0),
+        },
+    ),
+    CriticalKV: (
+        {"eviction": SnapKV(budget=64)},
+        {
+            "eviction": Kind((SnapKV,)),
+            "epsilon": numbers(lambda value: value >= 0),
+            "first": FRACTION,
+        },
+    ),
+    RKV: (
+        {"budget": 64},
+        {
+            "budget": BUDGET_OR_INT,
+            "when": WHEN,
+            "observation": ints(1),
+            "kernel": Kind((int,), lambda value: 1 <= value <= MOST and value % 2),
+            "mix": FRACTION,
+            "threshold": FRACTION,
+            "group": words("mean", "max"),
+        },
+    ),
+    TriAttention: (
+        {"budget": 64, **dict.fromkeys(("real", "imaginary", "size"), torch.ones(1, 2, 4))},
+        {
+            "budget": BUDGET_OR_INT,
+            **dict.fromkeys(
+                ("real", "imaginary", "size"), Kind((torch.Tensor,), lambda value: False)
+            ),
+            "when": WHEN,
+            "farthest": ints(1),
+            "group": words("mean", "max"),
+            "normalize": FLAG,
+            "keep_prompt": FLAG,
+            "source": Kind((), none=True),
+        },
+    ),
+    KVPress: (
+        {"press": PRESS, "budget": 64},
+        {
+            "press": NOTHING,
+            "budget": BUDGET_OR_INT,
+            "when": WHEN,
+            "reads": words("queries", "statistics", "hidden"),
+            "inputs": ints(0),
+            "skip": ints(0),
+            "output_weight": FLAG,
+            "across_heads": FLAG,
+        },
+    ),
+    SageKV: (
+        {"budget": 64},
+        {"budget": BUDGET_OR_INT, "sinks": ints(0), "group": words("mean", "max")},
+    ),
+    DBudgetKV: (
+        {},
+        {"threshold": FRACTION, "sinks": ints(0), "observation": ints(1), "when": WHEN},
+    ),
+    FastGen: (
+        {},
+        {
+            **dict.fromkeys(("recovery", "frequent", "local"), FRACTION),
+            "sinks": ints(0),
+            "observation": ints(1),
+            "when": WHEN,
+        },
+    ),
+    SimLayerKV: (
+        {},
+        {
+            "threshold": FRACTION,
+            "sinks": ints(0),
+            "recent": ints(1),
+            "observation": ints(1),
+            "when": WHEN,
+        },
+    ),
     AtPromptEnd: (
         {"admission": LOCAL},
         {"admission": ADMISSION, "generated": words("admission", "keep")},
+    ),
+    Rope: (
+        {"frequencies": (1.0,)},
+        {
+            "frequencies": Kind((tuple, list), lambda value: value == (1.5,)),
+            "interleaved": FLAG,
+            "tail": FLAG,
+            "sign": Kind((int,), lambda value: value in (1, -1)),
+            "factor": numbers(lambda value: value > 0),
+        },
     ),
     Tokens: ({"tokens": 64}, {"tokens": ints(1)}),
     Ratio: ({"ratio": 0.5}, {"ratio": POSITIVE_FRACTION}),

@@ -30,26 +30,36 @@ from kvpolicy import (
     save_pipeline,
 )
 from kvpolicy.admission import _duo_file
+from kvpolicy.admission._files import source_of
 from kvpolicy.admission._packed import pack_file
 from kvpolicy.budget._wrapper import Scaled
 from kvpolicy.pipeline_files import data_of, pipeline_from
 from kvpolicy.pipeline_files.names import KNOWN, is_policy
+from kvpolicy.pipeline_files.weights import weights_of
 from kvpolicy.pretrained import path as shipped
 from kvpolicy.store.fingerprint import pipeline_fingerprint
-from tests.support.contract.cases import ADMISSIONS, EVICTIONS, SELECTIONS, Sizes, build, gate
+from tests.support.contract.cases import (
+    ADMISSIONS,
+    EVICTIONS,
+    SELECTIONS,
+    WHOLE,
+    Sizes,
+    build,
+    gate,
+)
 
 SIZES = Sizes(CacheSpec(layers=3, heads=4, kv_heads=2, head_dim=8, page_size=4), window=8)
-NAMES = {"admission": ADMISSIONS, "selection": SELECTIONS, "eviction": EVICTIONS}
+NAMES = {"admission": ADMISSIONS, "selection": SELECTIONS | WHOLE, "eviction": EVICTIONS}
 CASES = [{slot: name} for slot, table in NAMES.items() for name in table]
 
 
 def on_disk(value, folder):
-    """`value` with every write gate inside it read from a file below `folder`."""
-    if isinstance(value, WriteGate):
-        file = folder / "gates" / f"{len(list(folder.rglob('*.safetensors')))}.safetensors"
+    """`value` with the weights of every policy inside it in a file below `folder`."""
+    if weights_of(value):
+        file = folder / "weights" / f"{len(list(folder.rglob('*.safetensors')))}.safetensors"
         file.parent.mkdir(exist_ok=True)
         value.save(file)
-        return attrs.evolve(WriteGate.from_pretrained(file), window=value.window)
+        return attrs.evolve(value, source=source_of(file, file, None, None))
     if isinstance(value, tuple):
         return tuple(on_disk(item, folder) for item in value)
     if not attrs.has(type(value)):

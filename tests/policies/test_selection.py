@@ -7,12 +7,14 @@ import math
 import attrs
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpolicy.reference import top_pages
-from kvpolicy.selection import Quest, SelectAll
+from kvpolicy.selection import Quest, SelectAll, TopChannels
 from kvpolicy.selection._base import combine_group
+from kvpolicy.testing import check_selection
 
 
 def random_pages(seed, scale=1.0):
@@ -143,3 +145,48 @@ def test_quest_is_a_value():
     assert len({Quest(budget=64), Quest(budget=64), Quest(budget=65)}) == 2
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         Quest(budget=64).last = 0
+
+
+def rocketkv(query, keys, page, channels):
+    """Scores of pages for one query head, as RocketKV has them before its softmax."""
+    sign = [1.0 if x > 0 else -1.0 for x in query.tolist()]
+    best = sorted(range(len(sign)), key=lambda c: -abs(float(query[c])))[:channels]
+    found = []
+    for first in range(0, len(keys), page):
+        part = keys[first : first + page]
+        largest = [max(sign[c] * float(k[c]) for k in part) for c in best]
+        found.append(sum(sign[c] * float(query[c]) * x for c, x in zip(best, largest, strict=True)))
+    return found
+
+
+def test_top_channels_scores_pages_as_rocketkv_does():
+    torch.manual_seed(3)
+    keys, query, page = torch.randn(37, 12), torch.randn(12), 4
+    padded = F.pad(keys, (0, 0, 0, 3)).view(-1, page, 12)
+    counts = torch.tensor([4] * 9 + [1])
+    for channels in (1, 5, 12):
+        policy = TopChannels(budget=64, channels=channels)
+        summary = policy.summarize(padded, torch.arange(page) < counts[:, None])
+        scores = policy.score(query[None, None, None], summary[None, None], counts[None, None])
+        wanted = torch.tensor(rocketkv(query, keys, page, channels))
+        assert torch.allclose(scores[0, 0, 0], wanted, atol=1e-5)
+    assert torch.allclose(
+        scores, Quest(budget=64).score(query[None, None, None], summary[None, None], counts)
+    )  # of all channels it is Quest's bound
+
+
+def test_top_channels_of_a_group_are_chosen_together():
+    """By the mean |q|; where the sum of queries is negative, by the smallest key."""
+    query = torch.tensor([[1.0, -3.0, 0.1], [0.5, 2.0, 0.2]])
+    keys = torch.tensor([[[1.0, 5.0, 9.0], [2.0, -5.0, 9.0]]])
+    policy = TopChannels(budget=64, channels=2)
+    summary = policy.summarize(keys, torch.ones(1, 2, dtype=torch.bool))
+    scores = policy.score(query[None, None], summary[None, None], torch.tensor([[[2]]]))
+    assert scores.flatten().tolist() == [1 * 2 + -3 * -5, 0.5 * 2 + 2 * -5]
+
+
+def test_more_channels_than_a_key_has_are_refused():
+    with pytest.raises(ValueError, match="channels: wanted at most 16 of a key, got 32"):
+        TopChannels(budget=64).check(2, 2, 16)
+    check_selection(TopChannels(budget=48, channels=5))
+    check_selection(TopChannels(budget=48, channels=5, group="each", last=0))

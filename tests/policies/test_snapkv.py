@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvpolicy import CachePipeline, CacheSpec, EvictionView
+from kvpolicy import Adaptive, CachePipeline, CacheSpec, EvictionView, Tokens
 from kvpolicy.admission import LocalAttention, RandomGate
 from kvpolicy.eviction import AtPromptEnd, KeepAll, SnapKV
 from kvpolicy.reference import keep_best
@@ -150,6 +150,29 @@ def test_a_query_does_not_see_later_tokens():
     after = policy.score(make_view([(q, k)], 2, 8, [[list(range(10))] * 2]))
     assert torch.equal(before[..., 9], after[..., 9])
     assert not torch.allclose(before[..., 0], after[..., 0])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_heads_that_tie_keep_the_same_alone_and_in_a_batch(seed):
+    """Few tokens, shared between heads: sums of weights decide, down to how they were rounded."""
+    draw = torch.Generator().manual_seed(seed)
+    heads, spec = 4, CacheSpec(layers=1, heads=4, kv_heads=4, head_dim=8, page_size=4)
+    alone, longer = ([torch.randn(heads, n, 8, generator=draw) for _ in range(3)] for n in (11, 40))
+    budget = Adaptive(Tokens(10), 0.2)
+    pipeline = CachePipeline(
+        eviction=SnapKV(budget=budget, normalize="global"), window=8, backend="reference"
+    )
+    found = []
+    for rows in ([alone], [alone, longer], [longer, alone]):
+        state = pipeline.init(spec, len(rows))
+        pipeline.begin(state, [row[0].shape[1] for row in rows], "prompt")
+        pipeline.attend(state, 0, *(torch.cat(x, 1) for x in zip(*rows, strict=True)))
+        pipeline.commit(state)
+        pipeline.end_prompt(state)
+        place = len(rows) - 1 if rows[0] is longer else 0
+        found.append([state.kept(0, place, head).tolist() for head in range(heads)])
+    assert found[0] == found[1] == found[2]
+    assert any(len(kept) < 11 for kept in found[0])
 
 
 def test_padding_of_a_batch_changes_nothing():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import attrs
 import pytest
 import safetensors.torch
@@ -33,6 +35,32 @@ def test_a_loaded_cache_goes_on_bit_for_bit(tmp_path, dtype):
     assert torch.equal(*(call(PIPELINE, s, "prompt", [9, 0], 99) for s in (state, other)))
     assert PIPELINE.report(state).evicted == PIPELINE.report(other).evicted
     assert sum(map(sum, PIPELINE.report(other).evicted)) > 0
+
+
+def test_a_file_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
+    """safetensors opens it twice, for the header and for the bytes."""
+    old, new = filled(), filled()
+    call(PIPELINE, new, "decode", [1, 1], 7)  # other values of the same shapes
+    save(old, tmp_path / "cache", PIPELINE)
+    real, replaced = torch.UntypedStorage.from_file, []
+
+    def between(*args, **options):
+        if not replaced:
+            replaced.append(save(new, tmp_path / "cache", PIPELINE))
+        return real(*args, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", between)
+    found = load(tmp_path / "cache", PIPELINE, SPEC)[0]
+    assert replaced and found.lengths == new.lengths != old.lengths
+    assert torch.equal(*(call(PIPELINE, s, "decode", [1, 1], 3) for s in (found, new)))
+
+
+def test_threads_may_save_to_one_path(tmp_path):
+    states = [filled() for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in pool.map(lambda n: save(states[n % 4], tmp_path / "cache", PIPELINE), range(40)):
+            assert load(tmp_path / "cache", PIPELINE, SPEC)[0].lengths == states[0].lengths
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 def test_only_pages_in_use_are_written(tmp_path):

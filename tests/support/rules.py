@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from kvpolicy import Adaptive, AtPromptEnd, EvictionView, TotalCap
+from kvpolicy import Adaptive, EvictionView, PromptView, TotalCap
+from tests.support.contract.told import asked
 
 
 def read(o, i, h):
@@ -35,6 +36,25 @@ def read(o, i, h):
     return chosen if policy.group == "each" else chosen * o.group
 
 
+def chosen(o, start):
+    """Whether the query heads of a prompt call from `start` on may read each token: [Hq, T, n]."""
+    policy, tile, i, j = o.selection, o.selection.tile, torch.arange(start, o.n), torch.arange(o.n)
+    every = torch.ones(1, len(i), len(j), dtype=torch.bool)
+    if tile is None or o.slides or o.n <= o.W or not len(i):
+        return every
+    there = o.k.masked_fill(~o.alive[..., None], 0)
+    given = o.q[:, start:], start, there, o.alive, o.sizes.scale, o.sizes.softcap
+    reads = policy.prompt(PromptView(o.layer, range(o.heads), *given))
+    own = i // tile - start // tile
+    found = reads.blocks[:, own][:, :, j // tile]
+    if reads.columns is not None:
+        lists = reads.columns.expand(-1, reads.blocks.shape[1], -1)[:, own]
+        for h, rows in enumerate(lists.tolist()):
+            for n, columns in enumerate(rows):
+                found[h, n, [x for x in columns if 0 <= x < o.n]] = True
+    return found.repeat_interleave(o.q.shape[0] // found.shape[0], 0)
+
+
 def scores(o):
     """What the eviction says of each head's global tokens: `[head][token] -> float`."""
     pages = [o.pages(h) for h in range(o.heads)]
@@ -44,12 +64,17 @@ def scores(o):
     valid = torch.tensor([[i < len(p) for i in range(at.shape[1])] for p in pages])
     pick = lambda x: x.gather(1, at[..., None].expand(-1, -1, x.shape[2]))[None]  # noqa: E731
     recent = torch.arange(o.n - o.W, o.n)
+    numbers = o.numbers()
     qs = torch.arange(o.n - max(o.eviction.queries, 1), o.n)
     view = EvictionView(
         o.layer, pick(o.k), pick(o.v), at[None], valid[None],
         (o.mark.gather(1, at) & valid)[None], o.k[:, recent.clamp(min=0)][None],
         (recent >= 0)[None], torch.tensor([o.n]), o.sizes.scale,
         o.q[:, qs.clamp(min=0)][None], (qs >= 0)[None], softcap=o.sizes.softcap, sinks=o.sinks,
+        numbers=(numbers.gather(1, at) * valid)[None],
+        recent_numbers=(numbers[:, recent.clamp(min=0)] * (recent >= 0))[None],
+        recent_values=o.v[:, recent.clamp(min=0)][None],
+        **asked(o),
     )  # fmt: skip
     found = o.eviction.score(view)[0].tolist()
     return [dict(zip(p, s, strict=False)) for p, s in zip(pages, found, strict=True)]
@@ -72,7 +97,7 @@ def evict(layers, decoding=False, kept=None):
     caps, cap = None, layers[0].eviction.budget
     if isinstance(cap, TotalCap):
         caps = cap.lengths([[len(o.pages(h)) for h in range(o.heads)] for o in layers])
-    changed = False
+    changed, gone_of = False, {}
     for o, mine in zip(layers, found, strict=True):
         if mine is None:
             continue
@@ -94,10 +119,15 @@ def evict(layers, decoding=False, kept=None):
                 keep = [k[:n] for k in keep]
         for h, s in enumerate(mine):
             gone = sorted(set(s) - set(keep[h]))
+            gone_of.setdefault(o.layer, []).append(gone)
             o.alive[h, gone] = False
             o.evicted[h] += len(gone)
             changed |= bool(gone)
-        if isinstance(o.eviction, AtPromptEnd):
+        if o.eviction.forgets_window and not decoding:
             o.alive[:, max(o.n - o.W, 0) :] &= o.mark[:, max(o.n - o.W, 0) :]
             changed = True
+    if any(any(gone) for gone in gone_of.values()):
+        for o, mine in zip(layers, found, strict=True):
+            if mine is not None and o.eviction.remembers:
+                o.remember(mine)
     return changed

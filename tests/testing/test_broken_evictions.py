@@ -79,6 +79,25 @@ def mark_ahead(self, write):
     return write.key[..., 0].roll(-1, 1) > 0
 
 
+def number_by_cut(self, write):
+    return write.key.norm(dim=-1) - write.key.norm(dim=-1).amax(1, keepdim=True)
+
+
+def number_from_the_calls_start(self, write):
+    starts, at = write.cu_seqlens[:-1], torch.arange(len(write.positions))
+    since = at - starts[torch.searchsorted(write.cu_seqlens[1:], at.int(), right=True)]
+    return since.float().expand(write.key.shape[0], -1)
+
+
+def score_with_queries_that_count_already(self, view):
+    logits = view.queries.unflatten(1, (view.keys.shape[1], -1)).mean(2) @ view.keys.mT
+    return view.numbers + logits.exp().sum(2)
+
+
+def number_bools(self, write):
+    return write.key[..., 0] > 0
+
+
 @attrs.frozen
 class Lenient(Tokens):
     def keep(self, scores, valid, target, window, best):
@@ -109,6 +128,20 @@ def test_norm_passes():
         ({"score": score_unknown}, "runs"),
         ({"scores": scores_of_another_kind}, "fused"),
         ({"mark": mark_ahead}, "causal"),
+        ({"number": number_by_cut, "numbered": True}, "causal"),
+        ({"number": number_from_the_calls_start, "numbered": True}, "cut"),
+        (
+            {
+                "score": score_with_queries_that_count_already,
+                "queries": 8,
+                "accumulates": "sum",
+                "remembers": True,
+            },
+            "counted once",
+        ),
+        ({"number": number_bools, "numbered": True}, "dtype"),
+        ({"accumulates": "mean"}, "options"),
+        ({"accumulates": "sum", "group": "each"}, "options"),
         ({"when": "sometimes"}, "options"),
         ({"needs": {"key_pre"}}, "needs"),
         ({"budget": Lenient(40)}, "budget"),

@@ -111,3 +111,4 @@ def test_the_kernel_follows_the_device():
     assert choose_kernel(torch.device("cpu"), 64) == "dense"
     assert choose_kernel(torch.device("cuda"), 128) == "flash"
     assert choose_kernel(torch.device("cuda"), 100) == "flex"
+    assert choose_kernel(torch.device("cuda"), 128, 50.0) == "flex"

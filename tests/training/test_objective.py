@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvpolicy.adapters.hf import training_attention
 from kvpolicy.training import flash
 from kvpolicy.training.objective import (
     answer_loss,
@@ -75,7 +76,10 @@ def _inputs(length: int, group: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor
     return normal(2 * group), normal(2), normal(2), gate
 
 
-def _oracle(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, window: int) -> Tensor:
+def _oracle(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, window: int,
+    softcap: float | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Weights g_j exp(s_ij) outside the window, one query at a time."""
     group = query.shape[1] // key.shape[1]
     rows = []
@@ -83,9 +87,41 @@ def _oracle(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, window: i
         near = torch.arange(i + 1) > i - window
         k, v, w = (t[:, :, : i + 1].repeat_interleave(group, 1) for t in (key, value, weight))
         score = (query[:, :, i : i + 1] * k).sum(-1) * 0.3
+        if softcap is not None:
+            score = softcap * (score / softcap).tanh()
         part = score.exp() * torch.where(near, torch.ones_like(w), w)
-        rows.append((part[..., None] * v).sum(2) / part.sum(-1, keepdim=True))
+        whole = part.sum(-1, keepdim=True)
+        if sinks is not None:
+            whole = whole + sinks.exp()[:, None]
+        rows.append((part[..., None] * v).sum(2) / whole)
     return torch.stack(rows, 2)
+
+
+SINKS = torch.tensor([-1.0, 0.0, 1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+ASKED = [{"softcap": 1.5}, {"sinks": SINKS}, {"softcap": 0.7, "sinks": SINKS}]
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("tile", [7, 64])
+def test_softcap_and_sinks_are_the_definition(
+    asked: dict, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_attention, "TILE", tile)
+    query, key, value, gate = _inputs(40)
+    value = value[..., :10]  # of another size than keys
+    bias = gate.requires_grad_()
+    leaves = (query, key, value, bias)
+    probe = torch.randn(2, 6, 40, 10, generator=torch.Generator().manual_seed(1)).double()
+    results = []
+    for out in (
+        gated_attention(query, key, value, log_gate(gate), window=5, scale=0.3, **asked),
+        _oracle(query, key, value, gate, 5, **asked),
+    ):
+        results.append([out, *torch.autograd.grad((out * probe).sum(), leaves)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+    plain = _oracle(query, key, value, gate, 5)
+    assert (results[0][0] - plain).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("window", [1, 5, 39, 40, 64])
@@ -135,19 +171,21 @@ def _plain_backward(grad, q, k, v, out, lse, rng, scale, window):  # noqa: ANN00
     return torch.einsum("bhij,bjhd->bihd", ds, k), dk, dv
 
 
+@pytest.mark.parametrize("sinks", [None, SINKS])
 @pytest.mark.parametrize("window", [5, 39, 40, 64])
 def test_merged_flash_calls_equal_the_dense_kernel(
-    window: int, monkeypatch: pytest.MonkeyPatch
+    window: int, sinks: Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flash, "flash_forward", _plain_forward)
     monkeypatch.setattr(flash, "flash_backward", _plain_backward)
     query, key, value, gate = _inputs(40)
     bias = log_gate(0.05 + 0.9 * gate).requires_grad_()
+    value = value if sinks is None else value[..., :10]  # fewer channels than keys
     leaves = (query, key, value, bias)
-    probe = torch.randn(query.shape, generator=torch.Generator().manual_seed(1)).double()
+    probe = torch.randn(2, 6, 40, value.shape[-1], generator=torch.Generator().manual_seed(1))
     results = []
     for kernel in ("dense", "flash"):
-        out = gated_attention(*leaves, window=window, scale=0.3, kernel=kernel)  # type: ignore[arg-type]
+        out = gated_attention(*leaves, window=window, scale=0.3, sinks=sinks, kernel=kernel)  # type: ignore[arg-type]
         results.append([out, *torch.autograd.grad((out * probe).sum(), leaves)])
     for want, got in zip(*results, strict=True):
         torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)  # ln g passes fp32
@@ -160,3 +198,29 @@ def test_gated_attention_rejects_what_it_does_not_know() -> None:
         gated_attention(query, key, value, gate, window=0, scale=1.0)
     with pytest.raises(ValueError, match="got 'eager'"):
         gated_attention(query, key, value, gate, window=1, scale=1.0, kernel="eager")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no gradients with a softcap"):
+        gated_attention(query, key, value, gate, window=1, scale=1.0, softcap=9.0, kernel="flash")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("asked", [{}, *ASKED])
+@pytest.mark.parametrize("kernel", ["flex", "flash"])
+def test_kernels_of_a_gpu_equal_the_definition(kernel: str, asked: dict) -> None:
+    if kernel == "flash" and "softcap" in asked:
+        return
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = (1, 6, 300, 64), (1, 2, 300, 64), (1, 2, 300, 64), (1, 2, 300)
+    made = [torch.randn(x, generator=generator, device="cuda") for x in shapes]
+    made = [x.bfloat16() for x in made[:3]] + [made[3].sigmoid()]
+    asked = {k: v.cuda().float() if k == "sinks" else v for k, v in asked.items()}
+    probe = torch.randn(1, 6, 300, 64, generator=generator, device="cuda")
+    found = []
+    for kind, dtype in ((kernel, torch.bfloat16), ("dense", torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in made[:3]]
+        leaves.append(made[3].to(torch.promote_types(dtype, torch.float32)).requires_grad_())
+        bias = log_gate(leaves[3])
+        out = gated_attention(*leaves[:3], bias, window=40, scale=0.3, kernel=kind, **asked)
+        found.append([out, *torch.autograd.grad((out * probe).sum(), leaves)])
+    for got, want in zip(*found, strict=True):
+        assert (got.double() - want.double()).norm() < 2e-2 * want.double().norm()

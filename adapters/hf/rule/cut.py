@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .kinds import LayerKind, layer_kinds, text_config
-from .records import ModelRefused, Probe, ProbedLayer
+from .records import ModelRefused, PreRope, Probe, ProbedLayer
 from .tiny_sizes import CHOSEN, EXPERTS, INNER_SIZES
 
 VOCAB = 1024
@@ -130,14 +130,6 @@ def _moved(model: Any, layer: ProbedLayer, index: int, alike: list[tuple[str, ..
     if layer.shared:  # the last layer before that stores, of the kind that the cut one reads
         reads = max(n for n in range(index) if alike[n] == alike[layer.reads])
     parts = _parts(modules[name])
-    pre = layer.pre_rope
-    if pre is not None:
-        rotation = pre.rotation
-        if rotation is not None:
-            rotated = _renamed(rotation.module, layer.layer, index)
-            rotation = attrs.evolve(rotation, module=rotated)
-        module = _renamed(pre.module, layer.layer, index)
-        pre = attrs.evolve(pre, module=module, rotation=rotation)
     weights = [w for w in modules[name].parameters() if w.is_floating_point() and w.itemsize > 1]
     return attrs.evolve(
         layer,
@@ -146,10 +138,27 @@ def _moved(model: Any, layer: ProbedLayer, index: int, alike: list[tuple[str, ..
         reads=reads,
         heads=layer.heads // parts,
         kv_heads=layer.kv_heads // parts,
-        pre_rope=pre,
+        pre_rope=_pre_renamed(layer.pre_rope, layer.layer, index),
+        pre_query=_pre_renamed(layer.pre_query, layer.layer, index),
+        output=_renamed(layer.output, layer.layer, index),
+        hidden=layer.hidden * _stream(model.config) // _stream(cut_config(model.config)[0]),
         dtype=weights[0].dtype if weights else text_config(model.config).dtype,
         device=weights[0].device if weights else layer.device,
     )
+
+
+def _stream(config: Any) -> int:
+    """Channels of the residual stream, which may be cut."""
+    return getattr(text_config(config), "hidden_size", None) or 1
+
+
+def _pre_renamed(pre: PreRope | None, before: int, after: int) -> PreRope | None:
+    if pre is None:
+        return None
+    rotation = pre.rotation
+    if rotation is not None:
+        rotation = attrs.evolve(rotation, module=_renamed(rotation.module, before, after))
+    return attrs.evolve(pre, module=_renamed(pre.module, before, after), rotation=rotation)
 
 
 def _renamed(name: str, before: int, after: int) -> str:

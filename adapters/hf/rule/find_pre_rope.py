@@ -21,11 +21,11 @@ def find(seen: Watched, query: Tensor, key: Tensor, *, clips: bool = False) -> P
     `[B, Hq, S, D]` what it attended with. The prompt must be long enough to tell rotations apart.
     With `clips` the model bounds what its submodules put out, so that none of it is exact.
     """
-    search = _Search(seen, key)
+    search = Search(seen, key)
     found = search.direct(key) or search.normed_afterwards(key) or search.fused(key)
     if found is None:
         # The same rotation as the queries', which is checked on these.
-        by_query = _Search(seen, query)
+        by_query = Search(seen, query)
         of_query = by_query.direct(query) or by_query.fused(query)
         if of_query is not None and not search.producers(key):
             found = of_query
@@ -50,7 +50,9 @@ def _clipped(x: Tensor, like: Tensor) -> Tensor:
     return x.clamp(-bound, bound)
 
 
-class _Search:
+class Search:
+    """What may lie before a tensor that a layer attends with, `like` `[B, H, S, D]`."""
+
     def __init__(self, seen: Watched, like: Tensor) -> None:
         self.seen, self.shape = seen, like.shape
         self.tolerance = 16 * torch.finfo(like.dtype).eps

@@ -64,7 +64,7 @@ class OwnRun:
     def attention(
         self, module: Any, query: Any, key: Any, value: Any, mask: Any, **given: Any
     ) -> Any:
-        function = _eager(module)
+        function = own_attention(module)
         output, weights = function(module, query, key, value, mask, **given)
         wide = torch.promote_types(query.dtype, torch.float32)
         wider = [
@@ -90,7 +90,7 @@ class OwnRun:
         return output, weights
 
 
-def _eager(module: Any) -> Callable[..., Any]:
+def own_attention(module: Any) -> Callable[..., Any]:
     """The attention that a model's own code defines, beside the module's forward."""
     defined = getattr(type(module).forward, "__globals__", {}).get("eager_attention_forward")
     found: Callable[..., Any] = defined or ALL_ATTENTION_FUNCTIONS["sdpa"]

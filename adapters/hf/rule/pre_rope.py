@@ -75,7 +75,7 @@ def rotated_back(rotation: Rotation, x: Tensor, angles: Angles) -> Tensor:
 def _turned(rotation: Rotation, x: Tensor, angles: Angles, *, back: bool) -> Tensor:
     half = rotation.channels // 2
     wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = (_per_pair(a, rotation).to(wide) for a in angles)
+    cos, sin = (per_pair(a, rotation).to(wide) for a in angles)
     sin = sin * (-rotation.sign if back else rotation.sign)
     if back:
         size = cos * cos + sin * sin
@@ -95,7 +95,7 @@ def _turned(rotation: Rotation, x: Tensor, angles: Angles, *, back: bool) -> Ten
     return torch.cat([rest, out] if rotation.tail else [out, rest], -1)
 
 
-def _per_pair(angle: Tensor, rotation: Rotation) -> Tensor:
+def per_pair(angle: Tensor, rotation: Rotation) -> Tensor:
     """cos or sin of each pair of channels, `[B or 1, 1, S, R / 2]`."""
     half = rotation.channels // 2
     if angle.ndim == 4:  # with an axis for heads, at one of two places

@@ -229,6 +229,8 @@ def _has(model: Any, found: Probe) -> bool:
     names = {name for name, _ in model.named_modules()}
     wanted = {layer.module for layer in found.layers}
     wanted |= {layer.pre_rope.module for layer in found.layers if layer.pre_rope}
+    wanted |= {layer.pre_query.module for layer in found.layers if layer.pre_query}
+    wanted |= {layer.output for layer in found.layers}
     return wanted <= names | {""}
 
 

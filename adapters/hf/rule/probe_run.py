@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
 
 from .find_pre_rope import find
+from .find_query import find_query
 from .handle import Handle, ProbeCache, StoredLayer
 from .kinds import LayerKind
 from .own_run import OwnCall
@@ -142,10 +145,16 @@ class ProbeRun:
             self._check_inputs(refuse, own, query, stored)
         if not self.past:
             self.layers.append(self._record(module, layer, stored, query, scores, given))
-        if self.follow or query.dtype.itemsize < 4:
-            return own.output, None
-        out = attend(query, k, v, scores, kind, self.past).to(query.dtype)
-        return out.contiguous(), None
+        out = own.output
+        if not self.follow and query.dtype.itemsize >= 4:
+            out = attend(query, k, v, scores, kind, self.past).to(query.dtype).contiguous()
+        if not self.past:
+            ended = functools.partial(self._projected, len(self.layers) - 1)
+            self.watched[id(module)].look_for_output(out, ended)
+        return out, None
+
+    def _projected(self, call: int, name: str, reason: str) -> None:
+        self.layers[call] = attrs.evolve(self.layers[call], output=name, no_output=reason)
 
     def _layer(self, module: Any, stored: StoredLayer) -> int:
         if not stored.reads:
@@ -220,6 +229,8 @@ class ProbeRun:
         pre: PreRope | str = f"it reads the keys of layer {stored.index}"
         if layer == stored.index:
             pre = find(self.watched[id(module)], query, key, clips=_clips(module))
+        pre_query = find_query(self.watched[id(module)], query, pre, clips=_clips(module))
+        taken = next(iter(self.watched[id(module)].arguments.values()), None)
         sinks = next((word for word in SINKS if given.get(word) is not None), "")
         return ProbedLayer(
             module=self.names[id(module)],
@@ -238,6 +249,9 @@ class ProbeRun:
             sinks_keyword=sinks,
             pre_rope=None if isinstance(pre, str) else pre,
             no_pre_rope=pre if isinstance(pre, str) else "",
+            pre_query=None if isinstance(pre_query, str) else pre_query,
+            no_pre_query=pre_query if isinstance(pre_query, str) else "",
+            hidden=taken.shape[-1] if isinstance(taken, Tensor) else 0,
             dtype=key.dtype,
             device=key.device,
         )

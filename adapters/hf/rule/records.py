@@ -54,6 +54,9 @@ class Rotation:
         repeated: whether cos and sin as wide as `channels` hold `a a b b`, else `a b a b`.
         sign: -1 where the model rotates the other way.
         tail: whether the last channels of a head are rotated, else the first.
+        turns: radians by which each pair of channels turns from one position to the next, as a
+            short forward showed them; empty where it did not.
+        factor: by which cos and sin are multiplied.
     """
 
     keyword: str = ""
@@ -63,6 +66,8 @@ class Rotation:
     repeated: bool = False
     sign: int = 1
     tail: bool = False
+    turns: tuple[float, ...] = ()
+    factor: float = 1.0
 
 
 @attrs.frozen(kw_only=True)
@@ -115,6 +120,11 @@ class ProbedLayer:
         sinks_keyword: the argument of the attention function by which it comes; "" without.
         pre_rope: how to get the keys before RoPE; None where no way was found.
         no_pre_rope: why not; "" where `pre_rope` is given.
+        pre_query: how to get the queries before RoPE, which do as keys do; None without a way.
+        no_pre_query: why not.
+        output: qualified name of the submodule that projects what attention gives.
+        no_output: why there is none; "" where `output` is given.
+        hidden: channels of the attention module's input; 0 where they were not seen.
         dtype: of its keys and values.
         device: where it ran.
     """
@@ -135,6 +145,11 @@ class ProbedLayer:
     sinks_keyword: str = ""
     pre_rope: PreRope | None = None
     no_pre_rope: str = ""
+    pre_query: PreRope | None = None
+    no_pre_query: str = ""
+    output: str = ""
+    no_output: str = "its attention module has not run to its end"
+    hidden: int = 0
     dtype: torch.dtype
     device: torch.device
 

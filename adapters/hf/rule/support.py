@@ -1,4 +1,4 @@
-"""Which model types are served, found out on a tiny model of each, and the table of them."""
+"""Which model types are served, found out on a tiny model of each."""
 
 from __future__ import annotations
 
@@ -10,51 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import attrs
-import transformers
 
-from ...._markdown import table
 from ....errors import UnsupportedError
 from ....pipeline import CachePipeline
 from ..attach import attach
 from .kinds import LayerKind, layer_kinds
 from .probe import check_kinds
 from .records import ModelRefused, Probe
-from .tiny import causal_types, default_config, tiny_config, tiny_model
+from .steps import NOT_CHECKED, captured, compiled
+from .tiny import default_config, tiny_config, tiny_model
 
 MEMORY = 12 << 30  # bytes of address space that checking a type may take
-HEADS = (
-    "type",
-    "layers",
-    "policies act on",
-    "attention",
-    "keys before RoPE",
-    "captured",
-    "compiled",
-)
-_INTRODUCTION = """\
-Made by `kvpolicy models --check --out docs/models.md`; do not edit.
-
-A model is served if it keeps the contract of a cache, which `attach` checks once for each
-configuration: a prompt and a decode step on the model itself, with handles in place of the cached
-keys and values, beside the model's own attention. This table is what the same check says of a tiny
-random model of every causal type of transformers {version}: {served} of {total} are served.
-
-- **layers**: of the type's default config. Policies act on full ones; sliding and chunked ones
-  keep a ring, linear, convolutional and hybrid ones transformers' own state, shared ones read the
-  keys of another layer.
-- **keys before RoPE**, which write gates read: *exact*, from a submodule whose output, rotated, was
-  the key that the model cached; *rotated back* by the model's own cos and sin; *no RoPE*, the key
-  itself.
-- **captured**, **compiled**: whether decode steps are, where that was checked.
-- **check**, of refused types: *kinds* of layers by the config; *handle*, the model computes on its
-  cached keys; *updates*, each layer caches keys once a forward and reads them; *arguments* of the
-  attention function; *mask*, what a query sees; *attention*, the result of each call; *logits*;
-  *forward*, it fails; *config*, it asks for what no cache holds."""
-
-_MULTIMODAL = """\
-Other types that generate text from images and text, by their text decoders. {served} of {total} are
-served. Text alone is checked; where tokens of an image see each other, a forward with an image is
-refused."""
 
 
 @attrs.frozen(kw_only=True)
@@ -69,7 +35,8 @@ class Support:
         attention: what its attention has besides queries, keys and values.
         pre_rope: how the keys before RoPE are had.
         check: that it failed.
-        captured, compiled: what a later check found; "not checked".
+        captured: whether decode steps are, or what prevents it; "not checked" without a GPU.
+        compiled: whether a layer is traced as one graph, or what prevents it.
         reason: why it is refused, or no verdict was reached.
     """
 
@@ -80,13 +47,13 @@ class Support:
     attention: str = ""
     pre_rope: str = ""
     check: str = ""
-    captured: str = "not checked"
-    compiled: str = "not checked"
+    captured: str = NOT_CHECKED
+    compiled: str = NOT_CHECKED
     reason: str = ""
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """A line of the table of HEADS, for a served type."""
+        """A line of the document's table, for a served type."""
         return (
             f"`{self.name}`",
             self.layers,
@@ -125,7 +92,18 @@ def check_type(name: str) -> Support:
         policies=_policies(kinds),
         attention=_attention(found),
         pre_rope=_pre_rope(found),
+        compiled=_tried(compiled, model),
+        captured=_tried(captured, model),
     )
+
+
+def _tried(check: Callable[[Any], str], model: Any) -> str:
+    """What `check` says of a served model, whose plain generate may need more than ids."""
+    try:
+        return check(model)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return f"{NOT_CHECKED}: {type(error).__name__}: {' '.join(lines[0].split())[:160]}"
 
 
 def check_types(
@@ -149,36 +127,6 @@ def check_types(
 
     with ThreadPoolExecutor(jobs) as pool:
         return list(pool.map(one, names))
-
-
-def document(found: Sequence[Support]) -> str:
-    """Markdown of what was found: served types first, by name, then why the others are not."""
-    causal = set(causal_types())
-    text = [x for x in found if x.name in causal]
-    multimodal = [x for x in found if x.name not in causal]
-    said = {
-        "version": transformers.__version__,
-        "served": sum(bool(x.served) for x in text),
-        "total": len(text),
-    }
-    lines = ["# Models", "", _INTRODUCTION.format(**said), "", "## Causal language models"]
-    lines += _tables(text)
-    if multimodal:
-        count = sum(bool(x.served) for x in multimodal)
-        said = {"served": count, "total": len(multimodal)}
-        lines += ["", "## Multimodal", "", _MULTIMODAL.format(**said), *_tables(multimodal)]
-    return "\n".join(lines)
-
-
-def _tables(found: Sequence[Support]) -> list[str]:
-    ordered = sorted(found, key=lambda x: x.name)
-    served = table(HEADS, [x.cells for x in ordered if x.served])
-    others = table(("type", "check", "why not"), [_refusal(x) for x in ordered if not x.served])
-    return ["", "### Served", "", *served, "", "### Refused, or without a verdict", "", *others]
-
-
-def _refusal(support: Support) -> tuple[str, str, str]:
-    return f"`{support.name}`", support.check or "no verdict", support.reason
 
 
 def _in_process(context: Any, name: str, seconds: float) -> Support:
@@ -207,7 +155,8 @@ def _child(name: str, pipe: Any) -> None:
     with contextlib.suppress(ImportError):  # of systems without limits
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        if not torch.cuda.is_available():  # whose driver takes address space as it likes
+            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     os.environ["HF_HUB_OFFLINE"] = "1"
     pipe.send(check_type(name))
 

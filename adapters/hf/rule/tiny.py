@@ -62,12 +62,14 @@ def shrunk(config: Any, **changes: Any) -> Any:
     """A narrow config of the type of `config`, whose own fields are its default ones."""
     held = config.to_dict()
     special = SPECIAL.get(config.model_type, {})
-    sizes = {
+    sizes: dict[str, Any] = {
         # Some configs refuse a float where they have an integer.
         name: int(size) if type(held[name]) is int and size == int(size) else size
         for name, size in SIZES.items()
         if type(held.get(name)) in (int, float) and held[name]
     }
+    if "sliding_window" in held and held["sliding_window"] is None:
+        sizes["sliding_window"] = None  # although its type may have one by default
     if isinstance(held.get("qk_rope_head_dim"), int):  # MLA
         sizes.pop("head_dim", None)
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...admission import WriteGate
 from ...errors import KVPolicyError
 from ...pipeline import CachePipeline
-from ...pretrained import path
+from ...pretrained import names, path
 from ..sessions.estimates import shown
 from ..tasks import Task
 from .cell import OutOfTime, answer, read_text
@@ -22,7 +22,7 @@ from .records import TOO_SMALL, Measured, Result
 from .results import Store
 from .variants import Cell, Room, Variant, cells, variants
 
-SHIPPED_GATES = ("25", "17", "10")
+SHIPPED_GATES = {x: f"smollm2-135m-instruct-w64-keep{x}" for x in ("25", "17", "10")}
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -134,6 +134,11 @@ class Runner:
         return self._prompts[task.name, length]
 
 
+def absent_gates() -> list[str]:
+    """Names of SHIPPED_GATES that are not here: a wheel holds one."""
+    return [name for name in SHIPPED_GATES.values() if name not in names()]
+
+
 def variants_for(
     model: str,
     gates: Sequence[Path],
@@ -143,7 +148,7 @@ def variants_for(
     budgets: Sequence[float],
     window: int,
 ) -> list[Variant]:
-    """The grid's variants; without gates, "smollm2" has those that are shipped.
+    """The grid's variants; without gates, "smollm2" has those of SHIPPED_GATES that are here.
 
     Each gate counts once with its own threshold, or once with each of `thresholds`.
     """
@@ -151,8 +156,9 @@ def variants_for(
     if model == "smollm2":
         duo = duo or path("duo-smollm2-135m-instruct")
         named = named or [
-            (f"{keep}%", WriteGate.from_pretrained(path(f"smollm2-135m-instruct-w64-keep{keep}")))
-            for keep in SHIPPED_GATES
+            (f"{keep}%", WriteGate.from_pretrained(path(name)))
+            for keep, name in SHIPPED_GATES.items()
+            if name in names()
         ]
     if thresholds:
         named = [

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...adapters.hf import attach
+from ...adapters.hf.models import served
 from ...adapters.hf.wrappers import decoder_of
 from ...pipeline import CachePipeline
 from ...store import Report
@@ -47,7 +48,8 @@ class Fidelity:
     `kl[i]` is KL(full || pipeline) in nats of the next token after the prompt and `i` decoded
     tokens, `agrees[i]` whether both find the same token most likely. `lost_mass` `[L, Hq]` is the
     softmax mass of full attention on tokens that the pipeline's head did not read, averaged over
-    decoded tokens (0 on layers that only slide). `report` is the cache's after the last token.
+    decoded tokens, for layers with keys of their own (0 where they only slide). `report` is the
+    cache's after the last token.
     """
 
     prompt_tokens: int
@@ -186,10 +188,15 @@ def _observe(
     model: PreTrainedModel, prompt: Tensor, rest: Tensor, read: list[list[Tensor]], chunk: int
 ) -> tuple[Tensor, Tensor]:
     """Logits of full attention `[C + 1, vocabulary]` and the mean lost mass `[L, Hq]`."""
-    config = decoder_of(model).config
+    known = served(model)
     session = PlainSession(model)
     first = session.prefill(prompt)
-    mass = LostMass(read, config.num_hidden_layers, config.num_attention_heads, chunk)
+    heads = max(layer.heads for layer in known.layers)
+    mass = LostMass(read, len(known.layers), heads, chunk)
+    parts = [rest] if known.probe.goes_on else list(rest.split(1))  # as its states go on
+    logits = [first[None]]
     with observed(model, mass):
-        logits = session.step(rest)
-    return torch.cat([first[None], logits]).cpu(), mass.total / len(rest)
+        for part in parts:
+            logits.append(session.step(part))
+            mass.done += len(part)
+    return torch.cat(logits).cpu(), mass.total / len(rest)

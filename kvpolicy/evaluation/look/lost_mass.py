@@ -12,7 +12,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ...adapters.hf.wrappers import decoder_of
+from ...adapters.hf.models import served
+from ...adapters.hf.rule.own_run import own_attention
+from ...adapters.hf.rule.probe_attention import scores_of
+from ...adapters.hf.wrappers import base_of
 from ...ops import POSITION_MASK
 from ...store import CacheState
 
@@ -50,14 +53,28 @@ def read_by_last_token(state: CacheState, index: int, length: int) -> Tensor:
 
 
 class LostMass:
-    """Sums, by layer and query head, the attention that falls on tokens not read."""
+    """Sums, by layer and query head, the attention that falls on tokens not read.
+
+    `read` has what each layer read at each decoded token; `done` of these are summed.
+    """
 
     def __init__(self, read: list[list[Tensor]], layers: int, heads: int, chunk: int) -> None:
-        self.read, self.chunk = read, chunk
+        self.read, self.chunk, self.done = read, chunk, 0
         self.total = torch.zeros(layers, heads, dtype=torch.float64)
 
-    def add(self, layer: int, query: Tensor, key: Tensor, scale: float) -> None:
-        """`query` `[Hq, C, D]` of decoded tokens, `key` `[Hkv, N, D]` up to the last of them."""
+    def add(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
+        """`query` `[Hq, C, D]` of decoded tokens, `key` `[Hkv, N, D]` up to the last of them.
+
+        The mass of `sinks` `[Hq]` is on no token.
+        """
         heads, tokens = query.shape[0], key.shape[1]
         key = key.float().repeat_interleave(heads // key.shape[0], 0)
         for begin in range(0, query.shape[1], self.chunk):
@@ -65,39 +82,76 @@ class LostMass:
             at = torch.arange(part.shape[1], device=key.device) + begin
             at = at + tokens - query.shape[1]
             logits = part @ key.transpose(1, 2) * scale
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
             hidden = torch.arange(tokens, device=key.device) > at[:, None]
-            weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
-            steps = self.read[begin : begin + part.shape[1]]
+            logits = logits.masked_fill(hidden, float("-inf"))
+            if sinks is not None:
+                column = sinks.to(logits)[:, None, None].expand(*logits.shape[:2], 1)
+                logits = torch.cat([logits, column], -1)
+            weights = logits.softmax(-1)[..., :tokens]
+            first = self.done + begin
+            steps = self.read[first : first + part.shape[1]]
             missing = torch.zeros(heads, len(steps), tokens, dtype=torch.bool)
             for row, step in enumerate(steps):
                 seen = step[layer]
                 unread = ~seen.repeat_interleave(heads // len(seen), 0)
                 missing[:, row, : seen.shape[1]] = unread
             lost = (weights * missing.to(key.device)).double().sum((1, 2))
-            self.total[layer] += lost.cpu()
+            self.total[layer, :heads] += lost.cpu()
+
+
+class _Look:
+    """What an attention module's calls in one forward add to, by layer; None adds to nothing."""
+
+    def __init__(self, mass: LostMass, own: str | None, layers: list[int | None]) -> None:
+        self.mass, self.own, self.layers, self.calls = mass, own, layers, 0
+
+    def next(self) -> int | None:
+        self.calls += 1
+        return self.layers[(self.calls - 1) % len(self.layers)]
 
 
 @contextmanager
 def observed(model: PreTrainedModel, mass: LostMass) -> Iterator[None]:
-    """SDPA that also adds up lost mass."""
-    previous, config = model.config._attn_implementation, decoder_of(model).config
-    config.__dict__[_SLOT] = mass
-    model.set_attn_implementation(NAME)
+    """The model's own attention, which also adds up lost mass of layers that policies manage.
+
+    A layer that reads another's keys adds nothing.
+    """
+    known, base = served(model), base_of(model)
+    own = base.config._attn_implementation
+    looks: dict[Any, _Look] = {}
+    for layer in known.probe.layers:
+        module = base.get_submodule(layer.module)
+        index = known.places[layer.reads]
+        acts = not layer.shared and known.layers[index].window is None
+        looks.setdefault(module, _Look(mass, own, [])).layers.append(index if acts else None)
+    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[own or "eager"])
     try:
+        for module, look in looks.items():
+            module.__dict__[_SLOT] = look
+        base.set_attn_implementation(NAME)
         yield
     finally:
-        model.set_attn_implementation(previous)
-        del config.__dict__[_SLOT]
+        base.set_attn_implementation(own)
+        for module in looks:
+            module.__dict__.pop(_SLOT, None)
 
 
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    if kwargs.get("sliding_window") is None:
-        mass: LostMass = module.config.__dict__[_SLOT]
-        mass.add(module.layer_idx, query[0], key[0], kwargs["scaling"])
-    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
+) -> tuple[Tensor, Tensor | None]:
+    look: _Look = module.__dict__[_SLOT]
+    layer = look.next()
+    if layer is not None:
+        scores = scores_of(query, kwargs.get("scaling"), kwargs)
+        assert not isinstance(scores, str)  # the check by which it is served
+        rules = scores.scale, scores.softcap, scores.sinks
+        look.mass.add(layer, query[0], key[0], *rules)
+    named = look.own not in (None, "eager")
+    function: Any = ALL_ATTENTION_FUNCTIONS[look.own] if named else own_attention(module)
+    found: tuple[Tensor, Tensor | None] = function(module, query, key, value, mask, **kwargs)
+    return found
 
 
 AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -93,7 +93,10 @@ def sentences(
         tokens -= len(ids)
         if tokens == 0:
             return found
-    raise ValueError(f"text: {tokens} tokens too short for a context of this length")
+    raise ValueError(
+        f"text: {tokens} tokens too short for a context of this length; give more text, or a "
+        "smaller length"
+    )
 
 
 def scatter(sentences: Sequence[Ids], inserts: Sequence[Ids], tail: int, rng: random.Random) -> Ids:

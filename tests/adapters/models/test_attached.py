@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kvpolicy import CachePipeline, UnsupportedError
-from kvpolicy.adapters.hf import attach
+from kvpolicy.adapters.hf import attach, load_cache
 from kvpolicy.adapters.hf.rule.probe import ModelRefused
 from kvpolicy.adapters.hf.rule.tiny import causal_types, tiny_model
 from tests.support.adapters.versions import NEWEST
@@ -157,3 +157,29 @@ def test_states_that_do_not_go_on_by_chunks_refuse_them():
         said = attached.loglikelihood(ids[:, :12], ids[:, 12:])  # one by one
     wanted = plain.log_softmax(-1)[:, 11:-1].gather(-1, ids[:, 12:, None]).squeeze(-1)
     torch.testing.assert_close(said, wanted, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["roberta", "xmod"])
+def test_positions_that_begin_after_those_of_padding(name, tmp_path):
+    """In forwards that are told none; transformers' generate counts from 0 in any model."""
+    model = tiny_model(name).eval()
+    ids = torch.arange(20, 44)[None]
+    plain = model(input_ids=ids, use_cache=False).logits
+    spread = plain.std()
+    told = model(input_ids=ids, position_ids=torch.arange(24)[None], use_cache=False).logits
+    assert (told - plain).abs().max() > 0.1 * spread  # it matters
+    with attach(model, CachePipeline(window=5)) as attached:
+        assert (model(input_ids=ids).logits - plain).abs().max() < 1e-4 * spread
+        cache = attached.read(ids[:, :12])
+        cache.save(tmp_path / "cache.safetensors")
+        loaded = load_cache(model, attached.pipeline, tmp_path / "cache.safetensors")
+        for each in (cache.fork(), loaded):
+            each.begin_prompt()
+            found = model(input_ids=ids[:, 12:], past_key_values=each).logits
+            assert (found - plain[:, 12:]).abs().max() < 1e-4 * spread
+        answer = attached.ask(cache, ids[:, 12:], **GREEDY)
+        assert answer[0, 12] == plain[0, -1].argmax()
+    with attach(model, CachePipeline(window=5)):
+        found = model.generate(input_ids=ids, **GREEDY)
+    assert torch.equal(found, model.generate(input_ids=ids, **GREEDY))

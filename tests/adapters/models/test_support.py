@@ -7,11 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from typer.testing import CliRunner
 
 from kvpolicy.adapters.hf.rule import support
-from kvpolicy.adapters.hf.rule.support import check_type, check_types, document
+from kvpolicy.adapters.hf.rule.document import document
+from kvpolicy.adapters.hf.rule.support import check_type, check_types
 from kvpolicy.adapters.hf.rule.tiny import causal_types, multimodal_types
 from kvpolicy.cli import app
 
@@ -26,8 +28,8 @@ def test_a_served_and_a_refused_type():
     found = [check_type("gpt_oss"), check_type("bloom"), check_type("axk2")]
     rows = lines(document(found))
     assert rows["gpt_oss"] == (
-        "| `gpt_oss` | 18 sliding, 18 full | 18 of 36 layers | sinks | exact | not checked | "
-        "not checked |"
+        "| `gpt_oss` | 18 sliding, 18 full | 18 of 36 layers | sinks | exact | "
+        f"{'yes' if torch.cuda.is_available() else 'not checked'} | yes |"
     )
     assert rows["bloom"].startswith("| `bloom` | handle | it reads .reshape of its cached keys")
     assert re.search(r"\(BloomAttention, modeling_bloom.py:\d+\)", rows["bloom"])

@@ -58,6 +58,7 @@ def twin(oracle):
     """A copy that goes its own way."""
     new = copy.copy(oracle)
     new.alive, new.evicted = oracle.alive.clone(), list(oracle.evicted)
+    new.base, new.weights = oracle.base.clone(), list(oracle.weights)
     return new
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from kvpolicy.calls.settle import seen
 from kvpolicy.ops import ADMITTED, MARKED, POSITION_MASK
 from tests.support.contract.snapshot import snapshot
 
@@ -49,6 +50,7 @@ class Held:
         k, v, meta = state.ops.read_pages(store.pool.pages, store.table[:, :, :most])
         self.k, self.v, self.meta = (x.flatten(2, 3) for x in (k, v, meta))
         self.ring = store.ring
+        self.numbers = None if store.numbers is None else seen(state, store)
 
     def check(self, row, oracle):
         pages = [oracle.pages(h) for h in range(oracle.heads)]
@@ -68,12 +70,42 @@ class Held:
             assert torch.equal((flags & ADMITTED) > 0, oracle.alive[:, near])
             if not oracle.eviction.neutral:
                 assert torch.equal(meta > POSITION_MASK, oracle.mark[heads, at])
+        if self.numbers is not None:
+            wanted, held = oracle.numbers(), self.numbers.stored[row][heads, slot]
+            recent = self.numbers.recent[row][:, near % self.ring.slots]
+            close = {"atol": 1e-12 if held.dtype == torch.float64 else 1e-4, "rtol": 1e-4}
+            torch.testing.assert_close(held.double(), wanted[heads, at], **close)
+            torch.testing.assert_close(recent.double(), wanted[:, near], **close)
         h = oracle.n % oracle.heads
         assert self.state.kept(self.layer, row, h).tolist() == pages[h] + near.tolist()
 
 
+class Digest:
+    """Text that is equal to the letter, and numbers that are up to the order of their sums."""
+
+    def __init__(self, text, numbers):
+        self.text, self.numbers = text, numbers
+
+    def __eq__(self, other):
+        pairs = zip(self.numbers, other.numbers, strict=True)
+        close = all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in pairs)
+        return self.text == other.text and close
+
+
+def numbers(state):
+    """What an eviction would see of each token's number, by layer and sequence."""
+    found = []
+    for layer, row in ((x, b) for x in state.layers if x.numbers for b in range(state.batch)):
+        there = torch.arange(int(layer.counts.max())) < layer.counts[row, :, None]
+        near = torch.arange(max(state.lengths[row] - layer.window, 0), state.lengths[row])
+        held = seen(state, layer)
+        found.append(held.stored[row, :, : there.shape[1]].where(there, 0))
+        found.append(held.recent[row][:, near % layer.ring.slots])
+    return found
+
+
 def digest(state):
-    """Everything that decides what comes next, as plain lists; unused memory left out."""
+    """Everything that decides what comes next; unused memory left out."""
     (state,) = snapshot([state])
     rows = range(state.batch)
     tensors = [
@@ -85,4 +117,5 @@ def digest(state):
     hosts = [
         (x.length, x.active, x.evicted_at, x.considered_at, x.prompt_open) for x in state.sequences
     ]
-    return repr((tensors, counters, state.devices.read(), hosts))
+    text = repr((tensors, counters, state.devices.read(), hosts))
+    return Digest(text, numbers(state))

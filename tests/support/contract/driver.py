@@ -10,7 +10,8 @@ import torch
 
 from tests.support.contract.contents import Held
 from tests.support.contract.snapshot import snapshot, to_device, to_host
-from tests.support.contract.streams import piece, random_cuts, stream
+from tests.support.contract.streams import hidden_of, piece, random_cuts, stream
+from tests.support.contract.told import before, tell
 from tests.support.oracle import Oracle
 from tests.support.rules import evict
 
@@ -36,6 +37,7 @@ class Run:
         self.pipeline, self.spec, self.streams = pipeline, spec, streams
         self.sinks = sinks or [None] * spec.layers
         self.state = pipeline.init(spec, len(streams))
+        tell(pipeline, self.state)
         self.at = [0] * len(streams)
         self.pending, self.floor, self.checked = ([0] * len(streams) for _ in range(3))
         self.oracles = [self.new_row() if oracle else None for _ in streams]
@@ -103,15 +105,17 @@ class Run:
 
     def attend(self, inputs, fail_at):
         """The pipeline's attention on its device; what layers gave and selected, on the host."""
-        given = iter(to_device([x for layer in inputs for x in layer], self.spec.device))
+        tensors = iter(to_device([x for layer in inputs for x in layer], self.spec.device))
         outs = []
         for layer in range(self.spec.layers):
             if layer == fail_at:
                 raise InterruptedError
-            q, k, v, pre = islice(given, 4)
+            q, k, v, pre = islice(tensors, 4)
             sinks = self.sinks[layer]
             sinks = None if sinks is None else sinks.to(self.spec.device)
-            outs.append(self.pipeline.attend(self.state, layer, q, k, v, key_pre=pre, sinks=sinks))
+            given = {"key_pre": pre, "hidden": hidden_of(pre), "sinks": sinks}
+            given["query_pre"] = before(q)
+            outs.append(self.pipeline.attend(self.state, layer, q, k, v, **given))
         if fail_at is not None:
             raise InterruptedError
         selected = [x.selected for x in self.state.layers]
@@ -166,7 +170,29 @@ class Run:
     def advance(self, counts):
         self.at = [at + n for at, n in zip(self.at, counts, strict=True)]
 
+    def replay(self):
+        """What a later part of each stream gives the first half of its tokens and the last ones."""
+        if not any(self.pending) or not any(o.eviction.replayed for o in self.oracles[0]):
+            return
+        shortest = min(self.at)
+        for span in (range(shortest // 2), range(shortest // 2, shortest)):
+            if not span:
+                continue
+            ends = [s[0][0].shape[1] for s in self.streams]
+            rows = [piece(s, end - 7, end) for s, end in zip(self.streams, ends, strict=True)]
+            parts = list(zip(*rows, strict=True))
+            run = copy.copy(self)
+            with self.pipeline.replay(self.state, span=span, sinks=2) as run.state:
+                self.pipeline.begin(run.state, [7] * len(rows), "prompt")
+                run.attend([[torch.cat(x, 1) for x in zip(*p, strict=True)] for p in parts], None)
+                self.pipeline.commit(run.state)
+            for row, layers in enumerate(self.oracles):
+                for oracle, token in zip(layers, rows[row], strict=True):
+                    if oracle.eviction.replayed and not oracle.slides:
+                        oracle.replay(*token, span, 2)
+
     def end_prompt(self):
+        self.replay()
         self.pipeline.end_prompt(self.state)
         for row, pending in enumerate(self.pending):
             if pending:
@@ -228,6 +254,9 @@ class Run:
         if not pipe.eviction.neutral:
             assert any(n for x in managed for n in report.evicted[x])
         assert pipe.selection.neutral or not selection or self.reads_less(report)
+        tiled = [x for x in managed if pipe.selection.at(x).tile is not None]
+        assert [x for x in managed if report.prompt_read[x] is not None] == tiled
+        assert all(report.prompt_read[x] < 1 for x in tiled)
         return report
 
     def check_snapshot(self, report):

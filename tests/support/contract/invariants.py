@@ -80,10 +80,18 @@ def check_report(report, state, host):
         state.batch * spec.kv_heads * n * (2 * wide * item + 1) for n in slots
     )
     queries = [
-        0 if x.slides or not x.eviction.queries else x.eviction.queries + spec.rollback
+        0
+        if x.slides
+        or not (x.eviction.queries or (x.eviction.accumulates and not x.eviction.replayed))
+        else max(x.eviction.queries, 1) + spec.rollback
         for x in state.layers
     ]
     assert report.queries == sum(state.batch * spec.heads * n * wide * item for n in queries)
+    numbered = [(x, n) for x, n in zip(host.layers, slots, strict=True) if x.numbers is not None]
+    held = [x.numbers.stored.shape[2] + n for x, n in numbered]
+    assert report.numbers == sum(state.batch * spec.kv_heads * n * max(item, 4) for n in held)
+    for layer, _ in numbered:
+        assert not layer.slides and layer.numbers.stored.shape[2] >= layer.counts.max()
     assert report.tokens == sum(state.lengths)
 
 

@@ -8,24 +8,56 @@ from __future__ import annotations
 
 from tests.support.contract.cases import ADMISSIONS, EVICTIONS, SELECTIONS
 
-# Not at all; by positions; by a number of each token; by queries; for several heads together.
+# Not at all; by positions; by a number of each token; by queries; by statistics of queries; for
+# several heads together; for tiles of a prompt.
 KINDS = {
     "admission": {
         "neutral": ("all",),
         "position": ("local", "duo"),
-        "number": ("random", "gate", "any_of", "all_of", "per_layer"),
+        "number": ("random", "gate", "zap", "ada_ea", "any_of", "all_of", "per_layer"),
     },
     "selection": {
         "neutral": ("all",),
         "query": ("quest_each", "user"),
-        "heads": ("quest", "quest_mean", "quest_first", "per_layer"),
+        "heads": ("quest", "quest_mean", "quest_first", "top_channels", "per_layer"),
+        "tiles": ("xattention", "xattention_quest", "xattention_layers"),
     },
     "eviction": {
         "neutral": ("none",),
-        "position": ("at_end_local",),
-        "number": ("at_end", "at_end_gate", "per_layer", "per_layer_mixed"),
-        "query": ("tokens", "tokens_decode", "ratio", "pyramid", "per_layer_decode"),
-        "heads": ("adaptive", "adaptive_pyramid", "cap", "cap_decode"),
+        "accumulated": ("h2o", "h2o_decode", "kvzip"),
+        "position": ("at_end_local", "streaming"),
+        "number": (
+            "at_end",
+            "at_end_gate",
+            "per_layer",
+            "per_layer_mixed",
+            "knorm",
+            "at_end_zap",
+            "keydiff",
+            "lagkv",
+            "q_filters",
+            "trim",
+            "fast",
+            "ranked",
+            "tri",
+            "tri_end",
+        ),
+        "query": (
+            "tokens",
+            "tokens_decode",
+            "ratio",
+            "pyramid",
+            "per_layer_decode",
+            "tova",
+            "sage",
+            "dbudget",
+            "fastgen",
+            "g_kv",
+            "critical",
+            "r_kv",
+        ),
+        "statistics": ("expected", "expected_decode", "critical_expected"),
+        "heads": ("adaptive", "adaptive_pyramid", "cap", "cap_decode", "tova_layer", "simlayer"),
     },
 }
 for slot, table in (("admission", ADMISSIONS), ("selection", SELECTIONS), ("eviction", EVICTIONS)):

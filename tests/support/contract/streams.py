@@ -26,6 +26,11 @@ def stream(spec, length, seed):
     return [layer(spec.at(index)) for index in range(spec.layers)]
 
 
+def hidden_of(pre):
+    """The attention input `[..., T, Hkv * D]` that stands beside keys before RoPE."""
+    return pre.transpose(-3, -2).flatten(-2)
+
+
 def piece(tokens, start, stop):
     return [tuple(x[:, start:stop] for x in layer) for layer in tokens]
 

@@ -18,19 +18,26 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kvpolicy.kernels import (
     _launch,
+    antidiagonal,
+    attention_mass,
     cache_write,
     compact,
+    expected_attention,
     keep_best,
+    keys_at,
     page_io,
     page_select,
     paged_decode,
     prompt_write,
+    redundancy,
+    selected_prefill,
     sparse_prefill,
     window_scores,
     write_gate,
+    write_number,
 )
 from kvpolicy.kernels.prefill_gather import Rectangles
-from kvpolicy.ops import Heads, Ring, Segments
+from kvpolicy.ops import Heads, Numbers, Ring, Segments, TileReads
 from tests.support.kernels.pool import make_pool
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KB that one program may use
@@ -144,6 +151,18 @@ def call_all(dim: int, page: int, dtype: torch.dtype, dim_v: int | None = None) 
             segments, pages, stored, window, 0.1,
         )  # fmt: skip
         sparse_prefill.prefill_attention(*prompt)
+    queries = torch.zeros(heads * group, tokens, dim, dtype=dtype)
+    for size, stride, softcap in ((128, 8, None), (64, 16, 30.0)):
+        placed = keys_at.keys_at(key, dest.byte(), segments, pages, stored, size)
+        chosen = antidiagonal.antidiagonal_blocks(
+            queries, *placed, segments, 0.1, size, stride, 0.9, softcap=softcap
+        )
+        sets = torch.zeros(chosen.shape[1], dtype=torch.int32)
+        columns = torch.zeros(chosen.shape[0], 1, 300, dtype=torch.int32)
+        more = () if softcap is None else (columns, sets)
+        given = key, value, segments, pages, stored, window, 0.1, TileReads(size, chosen, *more)
+        sinks = None if softcap is None else torch.zeros(heads * group, dtype=dtype)
+        selected_prefill.selected_prefill(queries, *given, softcap=softcap, sinks=sinks)
     hidden = 512
     observed = torch.zeros(1, heads * group, 288, dim, dtype=dtype)
     for how, norm, count in (
@@ -153,6 +172,17 @@ def call_all(dim: int, page: int, dtype: torch.dtype, dim_v: int | None = None) 
             pages, stored, ring, observed, lengths, window, 0.1, observation=count,
             kernel=5, pooling="avg", group=how, normalize=norm,
         )  # fmt: skip
+    numbers = Numbers(torch.zeros(1, heads, 512), torch.zeros(1, heads, slots))
+    for new_number in (None, torch.zeros(1, heads)):
+        write_number.write_number(numbers, counts, flags, new_number, lengths, active, window)
+    accumulated = numbers, pages, stored, ring, observed, lengths, lengths, lengths, window, 0.1
+    for how, over, most in (("sum", "mean", 1), ("sum", "max", 32), ("max", "sum", 257)):
+        attention_mass.attention_mass(*accumulated, most=most, accumulates=how, group=over)
+    mean = torch.zeros(1, heads * group, dim)
+    for square in (None, torch.zeros(1, heads * group, dim, dim)):
+        expected_attention.expected_logits(pages, stored, mean, square)
+    expected_attention.value_norms(pages, stored)
+    redundancy.last_similar(key, rows, 0.5)
     for silu in (False, True):
         write_gate.write_gate(
             key, key, key[0, 0], key[0, 0], torch.zeros(heads, hidden, 2 * dim, dtype=dtype),
@@ -168,6 +198,10 @@ def call_all(dim: int, page: int, dtype: torch.dtype, dim_v: int | None = None) 
         pages, stored, ring, observed, lengths, window, 0.1, observation=256, kernel=5,
         pooling="avg", group="mean", normalize="visible", **asked,
     )  # fmt: skip
+    for most in (1, 257):
+        attention_mass.attention_mass(
+            *accumulated, most=most, accumulates="sum", group="mean", chunk=1024, **asked
+        )
 
 
 def overlap(ptx: str) -> str:

@@ -7,8 +7,9 @@ from unittest import mock
 
 import torch
 
+from kvpolicy.kernels import attention_mass as mass
 from kvpolicy.kernels import window_scores as scoring
-from kvpolicy.ops import ADMITTED, MARKED, Ring
+from kvpolicy.ops import ADMITTED, MARKED, Numbers, Ring
 from tests.support.kernels.gate import weights
 from tests.support.kernels.mirror import Mirror, Pair, Size, agree, both, make_mirror, pair
 
@@ -204,6 +205,97 @@ def _window_scores(size: Size) -> None:
                 pooling=pooling, group=group, normalize=normalize,
             )  # fmt: skip
         agree(found, size.atol)
+
+
+@case("attention_mass")
+def _attention_mass(size: Size) -> None:
+    page = size.page
+    for number, (window, spare, most, first, last, modes, chunk) in enumerate(
+        (
+            (5, 4, 1, (30, 7, 9), (31, 7, 10), ("sum", "mean"), None),  # one row is not active
+            (8, 0, 3, (-2, 4, 7), (1, 6, 10), ("max", "sum"), None),
+            (7, 3, 4, (31, 5, 30), (35, 9, 31), ("sum", "max"), 11),
+            (6, 40, 35, (0, 0, 1), (35, 10, 36), ("max", "mean"), None),
+        )
+    ):
+        lengths = torch.tensor([36, 10, 36]) + page
+        first, last = torch.tensor(first) + page, torch.tensor(last) + page
+        slots = window + spare
+        # Heads hold what left the window and was admitted: every token, every third, none.
+        row = [[int(n) - window, 0, 0] for n in lengths[:2]]
+        mirror = make_mirror(size, [[a, *b] for (a, *b) in row])
+        for b, (count, third, _) in enumerate(row):
+            mirror.counts[b, 1] = third
+            assert mirror.counts[b, 0] == count
+        mirror.fork()
+        batch, kv_heads = mirror.counts.shape
+        keys = size.randn(batch, kv_heads, slots, size.dim, seed=number)
+        flags = torch.zeros(batch, kv_heads, slots, dtype=torch.uint8)
+        flags[:, 0] = ADMITTED
+        flags[:, 2, ::2] = MARKED
+        ring = pair(Ring(keys, keys, flags))
+        query = size.randn(batch, kv_heads * size.group, most + 2, size.dim, seed=9)
+        width = int(mirror.counts.max()) + 3
+        numbers = pair(
+            Numbers(torch.rand(batch, kv_heads, width), torch.rand(batch, kv_heads, slots))
+        )
+        with mock.patch.object(mass, "_SPLIT", 64), mock.patch.object(mass, "_FEW", 4):
+            both(
+                "attention_mass", numbers, mirror.pages, mirror.heads, ring, query, lengths, first,
+                last, window, size.dim**-0.5, most=most, accumulates=modes[0], group=modes[1],
+                chunk=chunk, softcap=9.0 if number == 1 else None,
+                among=(2, page, page + 20, page + 30) if number > 1 else None,
+                sinks=size.randn(kv_heads * size.group, seed=3) if number % 2 else None,
+            )  # fmt: skip
+        agree(numbers, size.atol)
+
+
+@case("write_number")
+def _write_number(size: Size) -> None:
+    window, slots, kv_heads = 4, 6, 3
+    counts = torch.tensor([[7, 0, 3]] * 3, dtype=torch.int32)
+    flags = torch.zeros(3, kv_heads, slots, dtype=torch.uint8)
+    flags[:, :2] = ADMITTED | MARKED
+    numbers = pair(Numbers(torch.rand(3, kv_heads, 8), torch.rand(3, kv_heads, slots)))
+    for step, lengths in enumerate((torch.tensor([2, 20, 33]), torch.tensor([4, 21, 34]))):
+        active = torch.tensor([True, step == 0, True])
+        given = torch.rand(kv_heads, 3).T if step else None
+        both("write_number", numbers, counts, flags, given, lengths, active, window)
+    agree(numbers)
+
+
+@case("expected_logits", "value_norms")
+def _expected_attention(size: Size) -> None:
+    mirror = make_mirror(size, [[size.prompt + 40, 0, 2 * size.page], [size.page - 1, 64, 5]])
+    mirror.fork()
+    batch, kv_heads = mirror.counts.shape
+    linear = size.randn(batch, kv_heads * size.group, size.dim, seed=2).float()
+    queries = size.randn(batch, kv_heads * size.group, size.dim + 5, size.dim, seed=3).float()
+    square = queries.mT @ queries / size.dim**1.5
+    for c in (square, None):
+        found = both("expected_logits", mirror.pages, mirror.heads, linear, c)
+        agree(found, size.atol * float(found.host.abs().max()))
+    agree(both("value_norms", mirror.pages, mirror.heads), size.atol)
+
+
+@case("last_similar")
+def _last_similar(size: Size) -> None:
+    width = size.prompt + 30
+    # A few directions, so that many keys have one that resembles them and some have none.
+    axes = torch.nn.functional.normalize(size.randn(9, size.dim, seed=5).float(), dim=-1)
+    rng = torch.Generator().manual_seed(6)
+    keys = axes[torch.randint(9, (4, width), generator=rng)]
+    keys[:, ::7] = torch.nn.functional.normalize(
+        size.randn(4, len(range(0, width, 7)), size.dim, seed=7).float(), dim=-1
+    )
+    lengths = torch.tensor([width, 0, 1, width // 2])
+    found = both("last_similar", keys.to(size.dtype), lengths, 0.9)
+    for side in found:
+        side.masked_fill_(
+            torch.arange(width, device=side.device) >= lengths.to(side.device)[:, None], -1
+        )
+    agree(found)
+    assert (found.host[0] >= 0).any() and (found.host[0] < 0).any()
 
 
 @case("write_gate")

@@ -8,10 +8,12 @@ import attrs
 import torch
 from torch.nn.attention import SDPBackend
 
+from kvpolicy.kernels import antidiagonal
 from kvpolicy.kernels import dense_prefill as dense
+from kvpolicy.kernels import selected_prefill as selected
 from kvpolicy.kernels import sparse_prefill as sparse
 from kvpolicy.kernels.prefill_gather import Rectangles, Tile
-from kvpolicy.ops import Heads, Segments
+from kvpolicy.ops import Heads, Segments, TileReads, tile_spans
 from tests.support.kernels.dense import Dense
 from tests.support.kernels.mirror import Mirror, Pair, Size, agree, both, make_mirror, pair
 from tests.support.kernels.op_cases import case
@@ -112,3 +114,57 @@ def _dense_prefill(size: Size) -> None:
     ):
         given = (query, key, value, segments, mirror.pages, mirror.table)
         agree(both("dense_prefill", *given, size.dim**-0.5), size.atol)
+
+
+def tile_reads(segments: Segments, heads: int, tile: int, columns: bool) -> Pair:
+    """Blocks that tiles read by chance, of query heads or KV heads, and columns."""
+    spans, chance = tile_spans(segments, tile), torch.Generator().manual_seed(6)
+    numbers = [n for low, high in spans for n in range(low, high)]
+    width = max(high for _, high in spans)
+    blocks = torch.rand(heads, len(numbers), width, generator=chance) < 0.4
+    blocks &= torch.arange(width) <= torch.tensor(numbers)[:, None]
+    if not columns:
+        return pair(TileReads(tile, blocks))
+    owner = [b for b, (low, high) in enumerate(spans) for _ in range(low, high)]
+    where = torch.rand(heads, len(spans), width * tile, generator=chance).argsort(-1)[..., :11]
+    return pair(TileReads(tile, blocks, where.sort(-1).values.int(), torch.tensor(owner).int()))
+
+
+@case("selected_prefill")
+def _selected_prefill(size: Size) -> None:
+    choose = selected.choose_tile
+    for tile, rates, descriptors, each, columns in (
+        (16, (0.9, 0.3), True, True, False), (8, (1.0, 0.0), False, False, True),
+        (64, (0.7, 1.0), True, True, True), (16, (0.0, 0.0), False, True, False),
+    ):  # fmt: skip
+        mirror, segments, (query, key, value, _) = prompt(size, 9, rates)
+
+        def shape(tile, dim, itemsize, shared, descriptors=descriptors):
+            found = choose(tile, dim, itemsize, shared)
+            if not CUDA:
+                found = found._replace(queries=min(tile, 32), keys=16, rest=16)
+            return found._replace(descriptors=descriptors and (found.descriptors or not CUDA))
+
+        reads = tile_reads(segments, 2 * size.group if each else 2, tile, columns)
+        with mock.patch.object(selected, "choose_tile", shape):
+            given = query, key, value, segments, mirror.pages, mirror.heads, 9, size.dim**-0.5
+            agree(both("selected_prefill", *given, reads), size.atol)
+
+
+@case("keys_at", "antidiagonal_blocks")
+def _antidiagonal_blocks(size: Size) -> None:
+    for tile, stride, rates, scratch in ((16, 4, (0.9, 0.3), 1), (32, 8, (1.0, 0.5), 1 << 20)):
+        mirror, segments, (query, key, _, flags) = prompt(size, 9, rates)
+        placed = both("keys_at", key, flags, segments, mirror.pages, mirror.heads, tile)
+        agree(Pair(*(x[0] for x in placed)))
+        agree(Pair(*(x[1].float() for x in placed)))
+        for threshold, softcap in ((0.6, None), (1.0, 20.0)):
+            given = [Pair(*x) for x in zip(*placed, strict=True)]
+            with mock.patch.object(antidiagonal, "_SCRATCH", scratch):
+                found = both(
+                    "antidiagonal_blocks", query, *given, segments, size.dim**-0.5, tile, stride,
+                    threshold, softcap=softcap,
+                )  # fmt: skip
+            # Masses that differ by rounding may turn the last block of a tile.
+            differ = (found.host != found.device.cpu()).sum()
+            assert differ <= (0 if threshold == 1 else 0.02 * found.host.sum())

@@ -1,0 +1,95 @@
+"""Tokens that look back at a context before it is compressed."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._arguments import check_ids, check_mask, optional
+from ..._fields import check_int
+from ...errors import PhaseError
+from .attached import Attached
+from .cache import KVPolicyCache
+
+FIRST = "\n\nRepeat the previous context exactly."
+NEXT = "\n\nRepeat the part of the previous context exactly, starting with"
+
+
+class Repeat(NamedTuple):
+    """A pass of a replay: `ids` `[1, n]` that look back at positions `span` of the context."""
+
+    ids: Tensor
+    span: range
+
+
+def replay(
+    attachment: Attached,
+    cache: KVPolicyCache,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    span: range | None,
+    sinks: int,
+) -> None:
+    """See `Attachment.replay`."""
+    check_ids("input_ids", input_ids)
+    optional(check_mask, "attention_mask", attention_mask)
+    cache = attachment.cache_for(cache, "cache")
+    if cache.state is None or cache.phase != "prompt":
+        raise PhaseError(
+            "replay: wanted a cache whose prompt has not ended: run the context by model(ids, "
+            "past_key_values=cache), replay, then call cache.end_prompt()"
+        )
+    before = cache.real()
+    shown = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    mask = torch.cat([before.to(shown.device, shown.dtype), shown], 1)
+    with (
+        torch.no_grad(),
+        attachment.forwards.holding(),
+        cache.pipeline.replay(cache.state, span=span, sinks=sinks) as state,
+    ):
+        fork = cache.around(state, range(state.batch))
+        attachment.decoder(
+            input_ids=input_ids, attention_mask=mask, past_key_values=fork, use_cache=True
+        )
+
+
+def repeats(
+    tokenizer: Any,
+    input_ids: Tensor,
+    *,
+    chunk_size: int = 2048,
+    prefix: int = 0,
+    suffix: str = "\n",
+    previous: int = 8,
+) -> list[Repeat]:
+    """KVzip's passes over a context `[1, S]`: parts of it, each with the request to repeat it.
+
+    The request of a later part names the last `previous` tokens before it. The first `prefix`
+    tokens, such as a system prompt, are not repeated. `suffix` is what ends a user's turn in the
+    model's chat template and opens the answer (snu-mllab/KVzip; kvpress, presses/kvzip_press.py).
+
+    Example:
+        `for ids, span in repeats(tokenizer, context): attached.replay(cache, ids, span=span)`
+    """
+    check_ids("input_ids", input_ids)
+    if input_ids.shape[0] != 1:
+        raise ValueError(f"input_ids: wanted one context [1, S], got {list(input_ids.shape)}")
+    check_int("chunk_size", chunk_size, 1)
+    check_int("prefix", prefix, 0, input_ids.shape[1] - 1)
+    check_int("previous", previous, 0)
+
+    def ids(text: str) -> Tensor:
+        found = tokenizer.encode(text, add_special_tokens=False)
+        return torch.tensor([found], dtype=input_ids.dtype, device=input_ids.device)
+
+    found = []
+    for start in range(prefix, input_ids.shape[1], chunk_size):
+        stop = min(start + chunk_size, input_ids.shape[1])
+        asked = [ids(FIRST)] if start == prefix else [ids(NEXT)]
+        if start > prefix and previous:
+            asked.append(input_ids[:, max(start - previous, prefix) : start])
+        parts = [*asked, ids(suffix), input_ids[:, start:stop]]
+        found.append(Repeat(torch.cat([x.long() for x in parts], 1), range(start, stop)))
+    return found

@@ -1,0 +1,134 @@
+"""Expected logits of keys, and norms of values, straight from pages.
+
+A program holds a tile of a head's keys and takes one query head of the group after the other. The
+square, k'Ck, is a product of the tile with a part of C's columns, multiplied by the same channels
+of the keys and summed. C is split in two parts of the keys' dtype, so that the tensor cores keep
+16 bits of it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops import Heads, Pages
+from ._launch import cdiv, check_dims, check_dtype, dense_last, dot_size, on, power_of_two
+from ._math import dot
+from ._pages import KEYS, VALUES, find, token_rows
+
+_VALUES = 64  # values that one program of `value_norms` looks at
+
+
+def expected_logits(pages: Pages, heads: Heads, linear: Tensor, square: Tensor | None) -> Tensor:
+    """Logits `[B, Hq, M * P]`; see `Ops.expected_logits`."""
+    check_dtype("expected_logits", "keys", pages.k)
+    size, dim = pages.k.shape[1:]
+    check_dims("expected_logits", dim)
+    batch, kv_heads, columns = heads.table.shape
+    query_heads, width = linear.shape[1], columns * size
+    out = torch.empty(batch, query_heads, width, dtype=torch.float32, device=pages.k.device)
+    if not out.numel():
+        return out
+    table, counts, linear = dense_last(heads.table), dense_last(heads.counts), linear.contiguous()
+    exact = pages.k.dtype == torch.float32
+    high = low = factor = linear  # not read
+    if square is not None:
+        # The parts stay in the range of 16 bits whatever the queries are.
+        factor = square.abs().amax((2, 3)).clamp(min=1e-30).contiguous()
+        even = square / factor[..., None, None]
+        high = even.to(pages.k.dtype).contiguous()
+        low = (even - high.float()).to(pages.k.dtype).contiguous()
+    pad = dot_size(dim)
+    keys = 64 if pad <= 128 and not exact else 32
+    part = 16 if exact and pad > 256 else 64 if pad <= 128 else 32
+    with on(pages.k):
+        _expected_logits[cdiv(width, keys), batch * kv_heads](
+            pages.k, pages.slabs, table, counts, linear, high, low, factor, out, width,
+            table.stride(), counts.stride(),
+            SLAB_PAGES=pages.slab_pages, PAGE=size, KV_HEADS=kv_heads,
+            GROUP=query_heads // kv_heads, DIM=dim, DIM_PAD=pad, SQUARE=square is not None,
+            SPLIT=not exact, KEYS_=keys, COLUMNS=min(pad, part),
+            num_warps=4, num_stages=2,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _expected_logits(
+    pages_k, slabs, table, counts, linear, high, low, factor, out, width, table_strides,
+    counts_strides,
+    SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, SQUARE: tl.constexpr, SPLIT: tl.constexpr,
+    KEYS_: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Logits of a tile of a head's keys, for each query head of its group."""
+    unit = tl.program_id(1).to(tl.int64)
+    b, head = unit // KV_HEADS, unit % KV_HEADS
+    n = tl.program_id(0) * KEYS_ + tl.arange(0, KEYS_)
+    d, c = tl.arange(0, DIM_PAD), tl.arange(0, COLUMNS)
+    count = tl.load(counts + b * counts_strides[0] + head)
+    out += unit * GROUP * width + n
+    if tl.program_id(0) * KEYS_ >= count:
+        for g in range(GROUP):
+            tl.store(out + g * width, tl.zeros([KEYS_], tl.float32), mask=n < width)
+        return
+    there = n < count
+    page, slot = find(table + b * table_strides[0] + head * table_strides[1], n, there, PAGE)
+    from_k = token_rows(pages_k, slabs, page, slot, d, KEYS, SLAB_PAGES, PAGE, DIM)
+    k = tl.load(from_k, mask=there[:, None] & (d < DIM)[None, :], other=0.0)  # [N, D]
+    for g in range(GROUP):
+        row = unit * GROUP + g
+        m = tl.load(linear + row * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
+        logits = tl.sum(k.to(tl.float32) * m[None, :], 1)
+        if SQUARE:
+            total = tl.zeros([KEYS_], tl.float32)
+            for start in range(0, DIM_PAD, COLUMNS):
+                at = start + c
+                place = row * (DIM * DIM) + d[:, None] * DIM + at[None, :]
+                mask = (d < DIM)[:, None] & (at < DIM)[None, :]
+                part = tl.load(high + place, mask=mask, other=0.0)  # [D, C]
+                product = dot(k, part, tl.zeros([KEYS_, COLUMNS], tl.float32))
+                if SPLIT:
+                    product = dot(k, tl.load(low + place, mask=mask, other=0.0), product)
+                from_c = token_rows(pages_k, slabs, page, slot, at, KEYS, SLAB_PAGES, PAGE, DIM)
+                same = tl.load(from_c, mask=there[:, None] & (at < DIM)[None, :], other=0.0)
+                total += tl.sum(product * same.to(tl.float32), 1)
+            logits += total * tl.load(factor + row)
+        tl.store(out + g * width, tl.where(there, logits, 0.0), mask=n < width)
+
+
+def value_norms(pages: Pages, heads: Heads) -> Tensor:
+    """Norms `[B, Hkv, M * P]`; see `Ops.value_norms`."""
+    check_dtype("value_norms", "values", pages.v)
+    size, dim = pages.v.shape[1:]
+    batch, kv_heads, columns = heads.table.shape
+    width = columns * size
+    out = torch.empty(batch, kv_heads, width, dtype=torch.float32, device=pages.v.device)
+    if out.numel():
+        table, counts = dense_last(heads.table), dense_last(heads.counts)
+        with on(pages.v):
+            _value_norms[cdiv(width, _VALUES), batch * kv_heads](
+                pages.v, pages.slabs, table, counts, out, width, table.stride(), counts.stride(),
+                SLAB_PAGES=pages.slab_pages, PAGE=size, KV_HEADS=kv_heads, DIM=dim,
+                DIM_PAD=power_of_two(dim), VALUES_=_VALUES, num_warps=4,
+            )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _value_norms(
+    pages_v, slabs, table, counts, out, width, table_strides, counts_strides,
+    SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr, VALUES_: tl.constexpr,
+):  # fmt: skip
+    """Norms of a tile of a head's values."""
+    unit = tl.program_id(1).to(tl.int64)
+    b, head = unit // KV_HEADS, unit % KV_HEADS
+    n, d = tl.program_id(0) * VALUES_ + tl.arange(0, VALUES_), tl.arange(0, DIM_PAD)
+    there = n < tl.load(counts + b * counts_strides[0] + head)
+    page, slot = find(table + b * table_strides[0] + head * table_strides[1], n, there, PAGE)
+    from_v = token_rows(pages_v, slabs, page, slot, d, VALUES, SLAB_PAGES, PAGE, DIM)
+    v = tl.load(from_v, mask=there[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32)
+    tl.store(out + unit * width + n, tl.sqrt(tl.sum(v * v, 1)), mask=n < width)

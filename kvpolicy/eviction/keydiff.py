@@ -1,0 +1,48 @@
+"""KeyDiff: keep the keys that are unlike the others."""
+
+from __future__ import annotations
+
+import attrs
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._names import named
+from ..budget import Budget
+from ..choices import When
+from ._base import Eviction, EvictionView, budget_field, when_field, wide
+
+
+@named
+@attrs.frozen(kw_only=True)
+class KeyDiff(Eviction):
+    """Scores tokens by -cos(k, a), a being the mean of k / |k| over all keys of the head.
+
+    Park et al., 2025 (NVIDIA/kvpress, keydiff_press.py). Keys in the window count in the mean. The
+    paper drops block by block while it reads: prompts in chunks, `end_prompt` after each.
+
+    Example:
+        `CachePipeline(eviction=KeyDiff(budget=1024))`
+    """
+
+    budget: Budget = budget_field()
+    when: When = when_field()
+
+    @property
+    def prefers_window(self) -> int:
+        return 1
+
+    def score(self, view: EvictionView) -> Tensor:
+        total = _directions(view.keys, view.valid)
+        total = total + _directions(view.recent_keys, view.recent_valid[:, None])
+        keys = view.keys.to(wide(view.keys))
+        return -F.cosine_similarity(keys, total.to(keys.dtype)[:, :, None], dim=-1)
+
+
+def _directions(keys: Tensor, valid: Tensor) -> Tensor:
+    """The sum `[B, Hkv, D]` of k / |k| over the valid ones.
+
+    In float64, so that how far a view is padded decides nothing.
+    """
+    units = F.normalize(keys.to(wide(keys)), dim=-1).masked_fill(~valid[..., None], 0)
+    return units.sum(2, dtype=torch.float64)

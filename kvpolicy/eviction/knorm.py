@@ -1,0 +1,37 @@
+"""Knorm: keep the keys of small norm."""
+
+from __future__ import annotations
+
+import attrs
+import torch
+from torch import Tensor
+
+from .._names import named
+from ..budget import Budget
+from ..choices import When
+from ._base import Eviction, EvictionView, budget_field, when_field, wide
+
+
+@named
+@attrs.frozen(kw_only=True)
+class Knorm(Eviction):
+    """Scores tokens by -|k|, the norm of the key as it is stored.
+
+    Devoto et al., 2024, A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression
+    (NVIDIA/kvpress, knorm_press.py). The authors leave the first two layers as they are:
+    `per_layer(Knorm(budget=n), {range(2): KeepAll()})`.
+
+    Example:
+        `CachePipeline(eviction=Knorm(budget=1024))`
+    """
+
+    budget: Budget = budget_field()
+    when: When = when_field()
+
+    @property
+    def prefers_window(self) -> int:
+        return 1
+
+    def score(self, view: EvictionView) -> Tensor:
+        norms: Tensor = torch.linalg.vector_norm(view.keys, dim=-1, dtype=wide(view.keys))
+        return -norms

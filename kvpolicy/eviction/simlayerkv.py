@@ -1,0 +1,68 @@
+"""SimLayerKV: layers that look at their window only keep no more."""
+
+from __future__ import annotations
+
+import attrs
+import torch
+from torch import Tensor
+
+from .._fields import fraction, not_negative, positive
+from .._knob import Knob
+from .._names import named
+from ..choices import When
+from ._attention import attention, used_slots
+from ._base import Eviction, EvictionView, when_field
+
+
+@named
+@attrs.frozen(kw_only=True)
+class SimLayerKV(Eviction):
+    """A lazy layer keeps its first `sinks` and last `recent` tokens, another one all.
+
+    Zhang et al., 2024 (sail-sg/SimLayerKV; NVIDIA/kvpress, simlayerkv_press.py). A layer is lazy if
+    those tokens get more than `threshold` of the softmax weight of the last `observation` queries,
+    the mean over all of its heads. kvpress recommends 0.9 for Llama 3, 0.65 for Llama 2, 0.8 for
+    Mistral, 0.85 for Qwen. A tensor-parallel rank has few heads and refuses it.
+
+    Example:
+        `CachePipeline(eviction=SimLayerKV(threshold=0.9))`
+    """
+
+    threshold: float = attrs.field(default=0.9, validator=fraction())
+    sinks: int = attrs.field(default=4, validator=not_negative)
+    recent: int = attrs.field(default=1024, validator=positive)
+    observation: int = attrs.field(default=1, validator=positive)
+    when: When = when_field()
+    across_heads = True
+
+    @property
+    def queries(self) -> int:
+        return self.observation
+
+    @property
+    def prefers_window(self) -> int:
+        return self.observation
+
+    def check_window(self, window: int) -> None:
+        if window > self.recent:
+            raise ValueError(f"recent: wanted at least the window of {window}, got {self.recent}")
+
+    def score(self, view: EvictionView) -> Tensor:
+        near = view.positions >= view.lengths[:, None, None] - self.recent
+        held = ((view.positions < self.sinks) | near) & view.valid
+        found = torch.zeros(view.valid.shape, device=view.valid.device)
+        for row, used in enumerate(used_slots(view)):
+            weights = attention(view, row, used).double()
+            total = weights.sum()
+            seen = weights[..., used:].sum()
+            seen = seen + weights[..., :used].masked_fill(~held[row, :, None, None, :used], 0).sum()
+            lazy = seen > self.threshold * total
+            found[row] = found[row].masked_fill(lazy & ~held[row], float("-inf"))
+        return found
+
+    def knob(self, *, window: int, seen: int, layers: int, kv_heads: int) -> Knob[Eviction] | None:
+        return Knob(
+            name="threshold",
+            at=lambda x: x,
+            set=lambda value: attrs.evolve(self, threshold=value),
+        )
