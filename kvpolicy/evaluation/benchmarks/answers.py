@@ -1,4 +1,4 @@
-"""Free greedy answers of a composition, several questions about one context."""
+"""Free greedy answers of a composition about contexts, and what its cache took for them."""
 
 from __future__ import annotations
 
@@ -12,168 +12,163 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...adapters.hf import Attachment, attach
-from ...pipeline import CachePipeline
+from ...adapters.hf import Attachment, KVPolicyCache, repeats
+from ...eviction import KVzip
 from ...store import Report
+from ..grid.records import Footprint
 from ..sessions.pipeline import settled
 from ..tasks.prompts import Ids
-from .chat import Chat, Prompt
-from .item import Item
+from .chat import Reading
 
 
 @attrs.frozen(kw_only=True)
 class Answered:
-    """What came of the questions about one context.
+    """What came of contexts read together.
 
-    `texts` are the answers, `tokens` those of the context, `dropped` of which did not fit into the
-    model's positions and were left out. `bytes` is all that the cache held once the prompt had
-    ended, `dense` what full attention's keys and values take; `held` the part of the tokens kept,
-    window included. `footprint` is the KV footprint: entries stored times the steps that they stay,
-    as a part of full attention's (arXiv 2506.17121). `first_token` are seconds from the start of
-    the context to the first token of an answer.
+    `texts` are the answers, a tuple a context. `sizes` are those of one context's cache once it is
+    read, before its questions; `kv_footprint` is entries stored times the steps that they stay, as
+    a part of full attention's (arXiv 2506.17121), questions and answers included.
     """
 
-    texts: tuple[str, ...]
-    tokens: int
-    dropped: int
-    bytes: float
-    dense: float
-    held: float
-    footprint: float
-    first_token: float
+    texts: tuple[tuple[str, ...], ...]
+    sizes: Footprint
+    kv_footprint: float
 
 
-def answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pipeline: CachePipeline,
-    items: Sequence[Item],
-    *,
-    seen: bool = False,
-    page_size: int = 16,
-    most: int | None = None,
-) -> Answered:
-    """Asks a model about the one context of all items; answers are greedy.
+@attrs.frozen(kw_only=True)
+class Asker:
+    """Asks a model that a pipeline is attached to; answers are greedy.
 
-    With the questions unseen the context is read once, and each question is asked on a copy. `seen`
-    puts a question into the prompt and reads it for each, so that what decides at a prompt's end
-    knows it. `most` are the positions that the model has.
+    `after` is what the chat template puts behind a user's message, for evictions that let the
+    model repeat its context.
     """
-    chat = Chat(tokenizer, most)
-    prompts = [chat.prompt(item) for item in items]
-    with attach(model, pipeline, page_size=page_size) as here, torch.no_grad():
-        if seen:
-            pairs = zip(prompts, items, strict=True)
-            parts = [_in_prompt(here, tokenizer, prompt, item) for prompt, item in pairs]
-        else:
-            # The question that leaves least room says what all of them read.
-            context = min((prompt.context for prompt in prompts), key=len)
-            parts = [_on_copies(here, tokenizer, context, prompts, items)]
-    sizes = ("bytes", "dense", "held", "footprint", "first_token")
-    return Answered(
-        texts=tuple(text for part in parts for text in part.texts),
-        tokens=max(part.tokens for part in parts),
-        dropped=max(prompt.dropped for prompt in prompts),
-        **{name: statistics.fmean(getattr(part, name) for part in parts) for name in sizes},
-    )
+
+    here: Attachment
+    tokenizer: PreTrainedTokenizerBase
+    after: str = "\n"
+
+    @property
+    def alone(self) -> bool:
+        """Whether contexts must be read one at a time."""
+        return isinstance(self.here.pipeline.eviction, KVzip)
+
+    @torch.no_grad()
+    def answers(self, group: Sequence[Reading]) -> Answered:
+        """Answers to all questions of some contexts, each context in a sequence of its own."""
+        cache = self._read(group)
+        report = settled(cache)
+        rows = [row for row, reading in enumerate(group) for _ in reading.questions]
+        asked = [question for reading in group for question in reading.questions]
+        most = [new for reading in group for new in reading.new_tokens]
+        ids, mask = self._block(asked)
+        replies = self.here.ask(cache.fork(rows), ids, mask, **self._greedy(max(most)))
+        kept = [
+            self._until_end(row.tolist()[ids.shape[1] :][:new])
+            for row, new in zip(replies, most, strict=True)
+        ]
+        texts = iter([str(self.tokenizer.decode(x, skip_special_tokens=True)) for x in kept])
+        spent = statistics.fmean(len(q) + len(a) for q, a in zip(asked, kept, strict=True))
+        return Answered(
+            texts=tuple(tuple(next(texts) for _ in reading.questions) for reading in group),
+            sizes=self._sizes(cache, report, ids),
+            kv_footprint=kv_footprint(report, self.here.pipeline.window, spent),
+        )
+
+    @torch.no_grad()
+    def first_token(self, reading: Reading) -> float:
+        """Seconds from the start of a context alone to the first token of an answer about it."""
+        ids, mask = self._block(reading.questions[:1])
+        self._wait()
+        began = time.monotonic()
+        cache = self._read([reading])
+        self.here.ask(cache, ids, mask, **self._greedy(1))
+        self._wait()
+        return time.monotonic() - began
+
+    def _read(self, group: Sequence[Reading]) -> KVPolicyCache:
+        ids, mask = self._block([reading.context for reading in group])
+        if not self.alone:
+            return self.here.read(ids, mask)
+        cache = self.here.new_cache()
+        cache.begin_prompt()
+        self.here.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+        for again, span in repeats(self.tokenizer, ids, suffix=self.after):
+            self.here.replay(cache, again, span=span)
+        cache.end_prompt()
+        return cache
+
+    def _sizes(self, cache: KVPolicyCache, found: Report, asked: Tensor) -> Footprint:
+        """Of one of the cache's sequences; what a token reads is seen by a token after it."""
+        assert cache.state is not None
+        spec, batch = cache.spec, cache.state.batch
+        twin = cache.fork()
+        self.here.model(input_ids=asked[:1, -1:].expand(batch, 1), past_key_values=twin)
+        heads = sum(map(len, found.stored))
+        token = 2 * spec.head_dim * spec.dtype.itemsize
+        return Footprint(
+            held_tokens=_mean(found.stored),
+            seen_tokens=found.tokens / batch,
+            read_tokens=twin.report().mean_read,
+            bytes=found.total / batch,
+            kv_bytes=found.kv / batch,
+            slots=found.kv / batch / heads / token - spec.rollback,
+            admitted=found.mean_admitted,
+            evicted=sum(map(sum, found.evicted)) / batch,
+        )
+
+    def _block(self, rows: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+        """Ids `[B, S]` padded on the left, and which are real, as an attention mask."""
+        width = max(map(len, rows))
+        ids = torch.tensor([[*[0] * (width - len(row)), *row] for row in rows])
+        mask = torch.tensor([[int(i >= width - len(row)) for i in range(width)] for row in rows])
+        return ids.to(self.here.model.device), mask.to(self.here.model.device)
+
+    def _greedy(self, new_tokens: int) -> dict[str, Any]:
+        """Options of `generate`; what a model's own generation config draws or punishes is off."""
+        found: dict[str, Any] = {
+            "do_sample": False,
+            "num_beams": 1,
+            "repetition_penalty": 1.0,
+            "no_repeat_ngram_size": 0,
+            "min_new_tokens": None,
+            "max_new_tokens": new_tokens,
+        }
+        ends = sorted(ends_of(self.here.model, self.tokenizer))
+        if ends:
+            pad = self.tokenizer.pad_token_id
+            found |= {"eos_token_id": ends, "pad_token_id": ends[0] if pad is None else pad}
+        return found
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        ends = ends_of(self.here.model, self.tokenizer)
+        return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
+
+    def _wait(self) -> None:
+        if self.here.model.device.type == "cuda":
+            torch.cuda.synchronize(self.here.model.device)
 
 
-def _on_copies(
-    here: Attachment,
-    tokenizer: PreTrainedTokenizerBase,
-    context: Ids,
-    prompts: Sequence[Prompt],
-    items: Sequence[Item],
-) -> Answered:
-    began = time.monotonic()
-    cache = here.read(_row(here, context))
-    _new(here.ask(cache, _row(here, prompts[0].question), **_greedy(tokenizer, 1)), 0)
-    first = time.monotonic() - began
-    report = settled(cache)
-    ids, mask = _block([prompt.question for prompt in prompts])
-    on = here.model.device
-    replies = here.ask(
-        cache, ids.to(on), mask.to(on), **_greedy(tokenizer, max(x.new_tokens for x in items))
-    )
-    new = [
-        _new(row, ids.shape[1])[: item.new_tokens] for row, item in zip(replies, items, strict=True)
-    ]
-    asked = [
-        len(prompt.question) + len(_until_end(tokenizer, row))
-        for prompt, row in zip(prompts, new, strict=True)
-    ]
-    return _answered(tokenizer, new, report, len(context), statistics.fmean(asked), first)
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that end a reply: all of the model's generation config, and the tokenizer's."""
+    config = getattr(model, "generation_config", None)
+    found = getattr(config, "eos_token_id", None)
+    several = found if isinstance(found, list | tuple) else [found]
+    return frozenset(x for x in (*several, tokenizer.eos_token_id) if x is not None)
 
 
-def _in_prompt(
-    here: Attachment, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, item: Item
-) -> Answered:
-    ids = _row(here, prompt.context + prompt.question)
-    began = time.monotonic()
-    here.model.generate(ids, **_greedy(tokenizer, 1))
-    first = time.monotonic() - began
-    report = here.last_report()
-    replies = here.model.generate(ids, **_greedy(tokenizer, item.new_tokens))
-    new = [_new(replies[0], ids.shape[1])]
-    return _answered(
-        tokenizer, new, report, ids.shape[1], len(_until_end(tokenizer, new[0])), first
-    )
+def kv_footprint(report: Report, window: int, asked: float) -> float:
+    """The KV footprint of a context's cache with so many tokens asked and answered after it.
+
+    A head holds all of the first `window` tokens and grows evenly from there to what it holds when
+    the context ends, evicted tokens included; an eviction then acts at once. In units of tokens
+    times steps, over those of full attention.
+    """
+    seen, held = report.tokens / report.sequences, _mean(report.stored)
+    peak = held + _mean(report.evicted) / report.sequences
+    near = min(window, seen)
+    read = near * near / 2 + (seen - near) * (near + peak) / 2
+    return (read + asked * (held + asked / 2)) / ((seen + asked) ** 2 / 2)
 
 
-def _answered(
-    tokenizer: PreTrainedTokenizerBase,
-    new: Sequence[list[int]],
-    report: Report,
-    tokens: int,
-    asked: float,
-    first: float,
-) -> Answered:
-    heads = [x for layer in report.stored for x in layer]
-    stored = statistics.fmean(heads)
-    gone = statistics.fmean(x for layer in report.evicted for x in layer)
-    # While the context is read the cache grows to its peak; afterwards what is asked joins it.
-    spent = tokens / 2 * (stored + gone) + asked * (stored + asked / 2)
-    return Answered(
-        texts=tuple(
-            tokenizer.decode(_until_end(tokenizer, row), skip_special_tokens=True) for row in new
-        ),
-        tokens=tokens,
-        dropped=0,
-        bytes=report.total,
-        dense=report.dense,
-        held=stored / tokens,
-        footprint=spent / (tokens**2 / 2 + asked * (tokens + asked / 2)),
-        first_token=first,
-    )
-
-
-def _greedy(tokenizer: PreTrainedTokenizerBase, new_tokens: int) -> dict[str, Any]:
-    pad = tokenizer.pad_token_id
-    return {
-        "do_sample": False,
-        "max_new_tokens": new_tokens,
-        "pad_token_id": tokenizer.eos_token_id if pad is None else pad,
-    }
-
-
-def _until_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Generated ids up to the first one that ends a reply."""
-    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
-    return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
-
-
-def _new(row: Tensor, begin: int) -> list[int]:
-    found: list[int] = row.flatten().tolist()[begin:]
-    return found
-
-
-def _row(here: Attachment, ids: Ids) -> Tensor:
-    return torch.tensor([ids], device=here.model.device)
-
-
-def _block(rows: Sequence[Ids]) -> tuple[Tensor, Tensor]:
-    """Ids `[B, S]` padded on the left, and which are real, as an attention mask."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[*[0] * (width - len(row)), *row] for row in rows])
-    mask = torch.tensor([[int(i >= width - len(row)) for i in range(width)] for row in rows])
-    return ids, mask
+def _mean(values: Sequence[Sequence[float]]) -> float:
+    return statistics.fmean(x for layer in values for x in layer)

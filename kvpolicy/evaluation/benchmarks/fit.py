@@ -2,41 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from ..tasks.prompts import encode
+from .chat import Chat
 from .item import Item
 
 
-def tokens_of(tokenizer: PreTrainedTokenizerBase, item: Item) -> int:
-    """Tokens of an item with its reply, without what a chat template adds."""
-    text = f"{item.context}\n\n{item.question}{item.lead}"
-    return len(encode(tokenizer, text)) + item.new_tokens
+def tokens_of(chat: Chat, items: Sequence[Item]) -> int:
+    """Tokens of a context in the model's chat template, with the longest question and reply."""
+    (reading,) = chat.readings(items)
+    asked = zip(reading.questions, reading.new_tokens, strict=True)
+    return len(reading.context) + max(len(question) + new for question, new in asked)
 
 
 def longest(
-    tokenizer: PreTrainedTokenizerBase, make: Callable[[int], Item], length: int, least: int = 1
+    tokenizer: PreTrainedTokenizerBase,
+    make: Callable[[int], list[Item]],
+    length: int,
+    least: int = 1,
+    most: int = 1 << 24,
 ) -> int:
-    """The most units that `make(units)` may have so that its item takes at most `length` tokens.
+    """The most units that `make(units)` may have so that its items take at most `length` tokens.
+
+    No more than `most`.
 
     Raises:
         ValueError: not even `least` units fit.
     """
+    chat = Chat(tokenizer)
 
-    def fits(units: int) -> bool:
-        return tokens_of(tokenizer, make(units)) <= length
+    def tokens(units: int) -> int:
+        return tokens_of(chat, make(units))
 
-    if not fits(least):
-        need = tokens_of(tokenizer, make(least))
-        raise ValueError(
-            f"length: wanted at least {need} tokens for {make(least).task}, got {length}"
-        )
-    low, high = least, 2 * least
-    while fits(high):
-        low, high = high, 2 * high
+    low, took = least, tokens(least)
+    if took > length:
+        task = make(least)[0].task
+        raise ValueError(f"length: wanted at least {took} tokens for {task}, got {length}")
+    high = min(2 * least + 8, most)
+    while (over := tokens(high)) <= length:
+        if high == most:
+            return most
+        # Units are about alike, so that the next guess is a little beyond the line through both.
+        slope = max((over - took) / (high - low), 0.05)
+        low, took, high = high, over, min(high + int((length - over) / slope * 1.05) + 1, most)
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        guess = low + round((length - took) / max(over - took, 1) * (high - low))
+        middle = min(max(guess, low + 1), high - 1)
+        found = tokens(middle)
+        if found <= length:
+            low, took = middle, found
+        else:
+            high, over = middle, found
     return low

@@ -15,7 +15,9 @@ import attrs
 
 from ..._extras import extra
 from . import scores
+from .benchmark import Benchmark, Wanted, some
 from .item import Item
+from .own import rows
 
 Score = Callable[[str, Item], float]
 Row = Mapping[str, Any]
@@ -27,17 +29,18 @@ def by_references(score: Callable[[str, Sequence[str]], float]) -> Score:
 
 
 def _first_line(score: Score) -> Score:
-    return lambda answer, item: score(answer.lstrip().split("\n")[0], item)
+    return lambda answer, item: score(answer.lstrip("\n").split("\n")[0], item)
 
 
 def _of_class(answer: str, item: Item) -> float:
     return scores.of_class(answer, item.answers, item.about["all_classes"])
 
 
-_F1, _ROUGE = by_references(scores.word_f1), by_references(scores.rouge_l)
+_F1, _ROUGE = by_references(scores.word_f1), by_references(scores.rouge_f1)
 _CHARACTERS, _NUMBERS = by_references(scores.character_f1), by_references(scores.of_numbers)
-_CODE, _LETTER = by_references(scores.edit_similarity), by_references(scores.letter)
-_FIRST = by_references(scores.first_number)
+_CODE, _LETTER = by_references(scores.edit_similarity), by_references(scores.choice)
+_DIGITS, _FIRST = by_references(scores.first_digits), by_references(scores.first_number)
+_RECALL, _STATED = by_references(scores.rouge_recall), by_references(scores.stated)
 
 LONGBENCH: dict[str, Score] = {
     **dict.fromkeys(("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa"), _F1),
@@ -52,8 +55,8 @@ LONGBENCH: dict[str, Score] = {
     "repobench-p": _CODE,
 }
 INFINITEBENCH: dict[str, Score] = {
-    "passkey": _FIRST,
-    "number_string": _FIRST,
+    "passkey": _DIGITS,
+    "number_string": _DIGITS,
     "kv_retrieval": by_references(scores.word_found),
     "longdialogue_qa_eng": by_references(scores.any_found),
     "longbook_qa_eng": _F1,
@@ -66,70 +69,68 @@ INFINITEBENCH: dict[str, Score] = {
 }
 LOOGLE: dict[str, Score] = {
     "shortdep_cloze": by_references(scores.masks_filled),
-    "shortdep_qa": _ROUGE,
-    "longdep_qa": _ROUGE,
-    "longdep_summarization": _ROUGE,
+    "shortdep_qa": _RECALL,
+    "longdep_qa": _RECALL,
+    "longdep_summarization": _RECALL,
 }
 
 
 @attrs.frozen(kw_only=True)
-class Published:
+class Published(Benchmark):
     """Where a benchmark lies on the hub, what its tasks are and how each is scored.
 
-    A task is a configuration of the repository where `configs`, else a value of the column `task`.
-    `left_out` are its tasks that are not served, with the reason.
+    A task is a configuration of the repository where `configs`, else all of it. `left_out` are
+    tasks that are not served, with the reason. Folders among a user's files may hold `TASK.jsonl`
+    with the same columns, for machines without a network.
     """
 
     repository: str
-    tasks: Mapping[str, Score]
+    answers: Mapping[str, Score]
     split: str = "test"
     configs: bool = True
     left_out: Mapping[str, str] = attrs.field(factory=dict)
 
-    def read(self, tasks: Sequence[str] | None = None, folder: Path | None = None) -> list[Item]:
-        """The items of some tasks; all where none is named.
+    def tasks(self, data: Sequence[Path] = ()) -> tuple[str, ...]:
+        found = tuple(x for x in self.answers if _file(x, data))
+        if data and not found:
+            names = ", ".join(f"{x}.jsonl" for x in self.answers)
+            raise ValueError(f"data: wanted a folder with one of {names}, found none of them")
+        return found or tuple(self.answers)
 
-        `folder` holds `TASK.jsonl` files with the same columns, for machines without a network.
+    def refused(self, task: str) -> str:
+        return self.left_out.get(task, "")
 
-        Raises:
-            ValueError: a task that it does not have, or that is left out.
-            ModuleNotFoundError: `datasets` is missing.
-        """
-        names = list(self.tasks) if tasks is None else list(tasks)
-        for name in names:
-            if name in self.left_out:
-                raise ValueError(f"task: {name} is left out: {self.left_out[name]}")
-            if name not in self.tasks:
-                raise ValueError(f"task: wanted one of {', '.join(self.tasks)}, got {name!r}")
-        return [item for name in names for item in items(self._rows(name, folder), name)]
-
-    def _rows(self, task: str, folder: Path | None) -> Iterable[Row]:
-        if folder is not None:
-            from .own import rows
-
-            return rows(folder / f"{task}.jsonl")
-        with extra("benchmarks"):
-            import datasets
-        if self.configs:
-            return datasets.load_dataset(self.repository, task, split=self.split)
-        whole = datasets.load_dataset(self.repository, split=self.split)
-        return whole.filter(lambda row: row.get("task", task) == task)
+    def items(self, task: str, wanted: Wanted) -> list[Item]:
+        file = _file(task, wanted.data)
+        return some(items(self._hub(task) if file is None else rows(file), task), wanted)
 
     def score(self, answer: str, item: Item) -> float:
-        """An answer's score in [0, 1]."""
-        return self.tasks[item.task](answer, item)
+        return self.answers[item.task](answer, item)
+
+    def _hub(self, task: str) -> Iterable[Row]:
+        with extra("benchmarks"):
+            import datasets
+        named = (task,) if self.configs else ()
+        found: Iterable[Row] = datasets.load_dataset(self.repository, *named, split=self.split)
+        return found
 
 
-def items(rows: Iterable[Row], task: str) -> list[Item]:
+def _file(task: str, data: Sequence[Path]) -> Path | None:
+    """A user's file of a task."""
+    places = (x / f"{task}.jsonl" if x.is_dir() else x for x in data)
+    return next((x for x in places if x.name == f"{task}.jsonl" and x.is_file()), None)
+
+
+def items(found_rows: Iterable[Row], task: str) -> list[Item]:
     """Items of a benchmark's rows; ValueError names the row and the column that is missing."""
     found = []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(found_rows):
         answers = row.get("answers", row.get("answer"))
         for column, value in (("context", row.get("context")), ("question", row.get("question")),
                               ("answer", answers)):  # fmt: skip
             if value is None:
                 raise ValueError(f"{task}, row {number}: wanted the column {column!r}, got none")
-        about = {k: row[k] for k in ("all_classes", "length", "difficulty") if k in row}
+        about = {k: row[k] for k in ("all_classes",) if k in row}
         found.append(
             Item(
                 task=task,
@@ -151,21 +152,21 @@ _FORMULA = by_references(scores.mathematical)
 PUBLISHED: dict[str, Published] = {
     "longbench": Published(
         repository="Xnhyacinth/LongBench",
-        tasks=LONGBENCH,
+        answers=LONGBENCH,
         left_out=dict.fromkeys(
             ("multifieldqa_zh", "dureader", "vcsum", "lsht", "passage_retrieval_zh"),
             "its score cuts Chinese text into words by a segmenter",
         ),
     ),
     "longbench-v2": Published(
-        repository="Xnhyacinth/LongBench-v2", tasks={"0shot": _LETTER, "cot": _LETTER}
+        repository="Xnhyacinth/LongBench-v2", answers={"0shot": _STATED, "cot": _STATED}
     ),
     "infinitebench": Published(
         repository="MaxJeblick/InfiniteBench",
-        tasks=INFINITEBENCH,
+        answers=INFINITEBENCH,
         left_out={"longbook_sum_eng": "its summaries are scored by another model"},
     ),
-    "loogle": Published(repository="simonjegou/loogle", tasks=LOOGLE),
-    "aime25": _ONE(repository="alessiodevoto/aime25", tasks={"aime25": _FORMULA}),
-    "math500": _ONE(repository="alessiodevoto/math500", tasks={"math500": _FORMULA}),
+    "loogle": Published(repository="simonjegou/loogle", answers=LOOGLE),
+    "aime25": _ONE(repository="alessiodevoto/aime25", answers={"aime25": _FORMULA}),
+    "math500": _ONE(repository="alessiodevoto/math500", answers={"math500": _FORMULA}),
 }

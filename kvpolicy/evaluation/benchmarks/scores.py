@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import difflib
-import json
+import math
 import re
 import string
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
+
+from .rouge import rouge_l
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -58,14 +60,22 @@ def character_f1(answer: str, references: Sequence[str]) -> float:
     return max(_f1(parts(answer), parts(x)) for x in references)
 
 
-def rouge_l(answer: str, references: Sequence[str]) -> float:
-    """The best F1 by the longest common subsequence of words (ROUGE-L)."""
-    return max(_rouge(answer.split(), x.split()) for x in references)
+def rouge_f1(answer: str, references: Sequence[str]) -> float:
+    """The best F1 by longest common subsequences of words (LongBench)."""
+    return max(rouge_l(answer, x).f1 for x in references)
+
+
+def rouge_recall(answer: str, references: Sequence[str]) -> float:
+    """The best recall by longest common subsequences of words (LooGLE)."""
+    return max(rouge_l(answer, x).recall for x in references)
 
 
 def edit_similarity(answer: str, references: Sequence[str]) -> float:
-    """How alike the answer's first line of code and a reference are, by matching blocks."""
-    lines = [x for x in answer.lstrip("\n").split("\n") if not re.match(r"\s*(`|#|//)", x)]
+    """How alike the answer's first line of code and a reference are, by matching blocks.
+
+    Lines with a quoted or commented part are passed over (LongBench).
+    """
+    lines = [x for x in answer.lstrip("\n").split("\n") if not re.search(r"`|#|//", x)]
     line = lines[0] if lines else ""
     return max(difflib.SequenceMatcher(None, line, x, autojunk=False).ratio() for x in references)
 
@@ -90,8 +100,14 @@ def of_numbers(answer: str, references: Sequence[str]) -> float:
     return sum(x in wanted for x in found) / len(found) if found else 0.0
 
 
+def first_digits(answer: str, references: Sequence[str]) -> float:
+    """Whether the first digits of an answer are a reference (InfiniteBench's passkeys)."""
+    found = re.search(r"\d+", answer)
+    return float(found is not None and found.group() in references)
+
+
 def first_number(answer: str, references: Sequence[str]) -> float:
-    """Whether the first number of an answer is a reference (InfiniteBench)."""
+    """Whether the first number of an answer equals a reference (InfiniteBench's Math.Find)."""
     found = re.search(r"\d+\.\d+|\d+", answer)
     return float(found is not None and any(_equal(found.group(), x) for x in references))
 
@@ -119,15 +135,29 @@ def word_found(answer: str, references: Sequence[str]) -> float:
 
 
 def masks_filled(answer: str, references: Sequence[str]) -> float:
-    """The part of the masks of a JSON object that the answer's object fills alike (LooGLE)."""
+    """The part of the masks of a reference, a dict as Python writes it, that the answer's has.
+
+    An answer that is no dict alone fills none (LooGLE's exact match).
+    """
     wanted, found = _object(references[0]), _object(answer)
     return sum(found.get(k) == v for k, v in wanted.items()) / len(wanted) if wanted else 0.0
 
 
-def letter(answer: str, references: Sequence[str]) -> float:
-    """Whether the answer chooses a reference's letter of A to D (LongBench v2)."""
+def choice(answer: str, references: Sequence[str]) -> float:
+    """Whether an answer chooses a reference's letter (InfiniteBench).
+
+    It does by the last single letter of the first line that has one, or by its own first letter.
+    """
+    line = re.search(r"\b[A-D]\b(?!.*\b[A-D]\b)", answer.strip())
+    return float(
+        line is not None and line.group() in references or answer.strip()[:1] in references
+    )
+
+
+def stated(answer: str, references: Sequence[str]) -> float:
+    """Whether "The correct answer is (A)" is said with a reference's letter (LongBench v2)."""
     bare = answer.replace("*", "")
-    for pattern in (r"answer is \(?([A-D])\b", r"^\s*\(?([A-D])\b", r"\b([A-D])\b"):
+    for pattern in (r"The correct answer is \(([A-D])\)", r"The correct answer is ([A-D])"):
         if match := re.search(pattern, bare):
             return float(match.group(1) in references)
     return 0.0
@@ -147,15 +177,34 @@ def boxed(text: str) -> str | None:
 
 
 def mathematical(answer: str, references: Sequence[str]) -> float:
-    r"""Whether the last `\boxed{...}`, or else the last number, is a reference (MATH, AIME).
+    r"""Whether the last `\boxed{...}` of an answer is a reference (MATH, AIME); none is wrong.
 
     Compared as written, spaces, `\left`, `\right`, `\text{}`, `\dfrac` and leading zeros apart.
     """
     found = boxed(answer)
-    if found is None:
-        numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", answer)
-        found = numbers[-1] if numbers else ""
-    return float(_formula(found) in {_formula(x) for x in references})
+    return float(found is not None and _formula(found) in {_formula(x) for x in references})
+
+
+def ndcg_at_10(answer: str, references: Sequence[str]) -> float:
+    """NDCG@10 of a ranking "ID3 > ID1 > ID2" (HELMET); a reference is "id relevance"."""
+    relevance = {name: int(of) for name, of in (x.rsplit(" ", 1) for x in references)}
+    bare = re.sub(r"[\[\]:]", "", answer).lower().replace("id", "")
+    ranked = max((x.group() for x in re.finditer(r"\d+(?:\s*>\s*\d+)*", bare)), key=len, default="")
+    found = [relevance.get(x.strip(), 0) for x in dict.fromkeys(re.split(r"\s*>\s*", ranked))]
+    best = sorted(relevance.values(), reverse=True)
+
+    def gain(values: Sequence[int]) -> float:
+        return sum(x / math.log2(i + 2) for i, x in enumerate(values[:10]))
+
+    return gain(found) / gain(best) if gain(best) else 0.0
+
+
+def labelled(answer: str, references: Sequence[str]) -> float:
+    """Whether the rest of the line after "label:" is a reference (HELMET's classes)."""
+    match = re.search(r"(?:label:)(.*)(?:\n|$)", answer, re.IGNORECASE) or re.search(
+        r"^(.*)", answer
+    )
+    return exact(match.group(1) if match else "", references)
 
 
 def _equal(text: str, other: str) -> bool:
@@ -166,18 +215,12 @@ def _equal(text: str, other: str) -> bool:
 
 
 def _object(text: str) -> dict[str, Any]:
-    """The first object of a text, in JSON's or Python's writing; an empty one without any."""
-    match = re.search(r"\{.*?\}", text, re.DOTALL)
-    if match is None:
+    """The dict that a text is, in Python's writing; an empty one if it is none."""
+    try:
+        found = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return {}
-    for read in (json.loads, ast.literal_eval):
-        try:
-            found = read(match.group())
-        except (ValueError, SyntaxError):
-            continue
-        if isinstance(found, dict):
-            return found
-    return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _formula(text: str) -> str:
@@ -192,14 +235,4 @@ def _formula(text: str) -> str:
 
 def _f1(found: Sequence[str], wanted: Sequence[str]) -> float:
     same = sum((Counter(found) & Counter(wanted)).values())
-    return 2 * same / (len(found) + len(wanted)) if same else 0.0
-
-
-def _rouge(found: Sequence[str], wanted: Sequence[str]) -> float:
-    row = [0] * (len(wanted) + 1)
-    for word in found:
-        before = 0
-        for i, other in enumerate(wanted, 1):
-            before, row[i] = row[i], before + 1 if word == other else max(row[i], row[i - 1])
-    same = row[-1]
     return 2 * same / (len(found) + len(wanted)) if same else 0.0

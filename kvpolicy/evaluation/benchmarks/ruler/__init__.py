@@ -6,4 +6,4 @@ kinds are those of the paper's configuration (NVIDIA/RULER, scripts/synthetic.ya
 
 from .generate import RETRIEVAL as RETRIEVAL
 from .generate import SYNTHETIC as SYNTHETIC
-from .generate import ruler as ruler
+from .generate import Ruler as Ruler

@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+import attrs
 
+from .. import scores
+from ..benchmark import Benchmark, Wanted
 from ..fit import longest
 from ..item import Item
 from .haystacks import Source
 from .lists import common_words, frequent_words, tracing
 from .needles import NEEDLES
-from .questions import asking, hotpot, squad
+from .questions import QUESTIONS, answered, asking
 
 #: The tasks of a needle in a haystack.
 RETRIEVAL = tuple(x.name for x in NEEDLES)
@@ -26,47 +28,32 @@ _MAKERS: dict[str, Callable[[Source, int], Callable[[int], list[Item]]]] = {
 }
 #: The tasks that need nothing but a text.
 SYNTHETIC = tuple(_MAKERS)
-_FILES = {"qa_1": squad, "qa_2": hotpot}
 
 
-def ruler(
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    *,
-    length: int,
-    contexts: int,
-    tasks: Sequence[str] | None = None,
-    files: dict[str, Path] | None = None,
-    seed: int = 0,
-) -> list[Item]:
-    """Questions of RULER whose context, question and reply take at most `length` tokens.
+@attrs.frozen
+class Ruler(Benchmark):
+    """RULER; among a user's files SQuAD's serves `qa_1` and HotpotQA's `qa_2`."""
 
-    Args:
-        text: what prose and words are taken from.
-        contexts: contexts of each task; some ask several questions of one.
-        tasks: names; default the synthetic ones and those that `files` serve.
-        files: SQuAD's file for "qa_1", HotpotQA's for "qa_2".
+    generated = True
 
-    Raises:
-        ValueError: an unknown task, one whose file is missing, or a length that is too small.
-    """
-    files = files or {}
-    names = list(tasks) if tasks is not None else [*SYNTHETIC, *files]
-    if unknown := [x for x in names if x not in _MAKERS and x not in _FILES]:
-        known = ", ".join([*_MAKERS, *_FILES])
-        raise ValueError(f"tasks: wanted {known}; got {', '.join(unknown)}")
-    if missing := [x for x in names if x in _FILES and x not in files]:
-        raise ValueError(f"{missing[0]}: wanted its file, in {_FILES[missing[0]].__name__}'s form")
-    source, found = Source.of(text), []
-    asked = {name: _FILES[name](file) for name, file in files.items()}
-    for name in names:
-        for number in range(contexts):
-            own = zlib.crc32(f"{name} {seed} {number}".encode())
-            make = (
-                partial(asking, name, asked[name])(own)
-                if name in asked
-                else _MAKERS[name](source, own)
-            )
-            units = longest(tokenizer, lambda n, make=make: make(n)[0], length)
-            found += make(units)
-    return found
+    def tasks(self, data: Sequence[Path] = ()) -> tuple[str, ...]:
+        return (*SYNTHETIC, *sorted(answered(data)))
+
+    def items(self, task: str, wanted: Wanted) -> list[Item]:
+        most = 1 << 24
+        if task in QUESTIONS:
+            asked = QUESTIONS[task](answered(wanted.data)[task])
+            make = partial(asking, task, asked)
+            most = sum(len(x.passages) for x in asked)
+        else:
+            make = partial(_MAKERS[task], Source.of(wanted.text))
+        found = []
+        for number in range(wanted.contexts):
+            own = make(zlib.crc32(f"{task} {wanted.seed} {number}".encode()))
+            units = longest(wanted.tokenizer, own, wanted.length, 1, most)
+            found += own(units)
+        return found
+
+    def score(self, answer: str, item: Item) -> float:
+        found = scores.any_found if item.task in QUESTIONS else scores.all_found
+        return found(answer, item.answers)

@@ -57,21 +57,24 @@ def common_words(source: Source, seed: int) -> Maker:
     """`cwe`: a numbered list in which 10 words occur 30 times and all others 3 times."""
 
     def make(units: int) -> list[Item]:
-        rng = random.Random(seed)
-        words = rng.sample(source.words, min(_COMMON + units, len(source.words)))
-        if len(words) < _COMMON + units:
-            rest = random.Random(seed + 1)
-            words += [
-                "".join(rest.sample(source.words, 2)) for _ in range(_COMMON + units - len(words))
-            ]
-        common, others = words[:_COMMON], words[_COMMON:]
+        common = random.Random(seed).sample(source.words, _COMMON)
+        rng = random.Random(seed + 1)
+        left = [word for word in source.words if word not in common]
+        others = rng.sample(left, min(units, len(left)))
+        known = {*common, *others}
+        while len(others) < units:  # a text with few words: two of them as one
+            word = "".join(rng.sample(source.words, 2))
+            if word not in known:
+                others.append(word)
+                known.add(word)
         listed = common * _OFTEN + others * _RARELY
         rng.shuffle(listed)
         numbered = " ".join(f"{i}. {word}" for i, word in enumerate(listed, 1))
         return [
             Item(
                 task="cwe",
-                context=f"Below is a numbered list of words, some of which come often.\n\n{numbered}",
+                context="Below is a numbered list of words, some of which come often.\n\n"
+                f"{numbered}",
                 question=f"Which are the {_COMMON} most common words of the list?",
                 lead=f"The {_COMMON} most common words of the list are:",
                 answers=tuple(common),

@@ -36,8 +36,9 @@ class Needles:
         def make(units: int) -> list[Item]:
             rng = random.Random(seed)
             start = rng.randrange(len(source.sentences))
-            known = [draw(self.key, source, rng) for _ in range(max(self.keys, self.singly))]
-            given = {k: [draw(self.value, source, rng) for _ in range(self.values)] for k in known}
+            known = _different(self.key, source, rng, max(self.keys, self.singly))
+            values = iter(_different(self.value, source, rng, len(known) * self.values))
+            given = {k: [next(values) for _ in range(self.values)] for k in known}
             needles = [self._needle(k, v) for k, found in given.items() for v in found]
             rng.shuffle(needles)
             if self.haystack == "prose":
@@ -45,10 +46,7 @@ class Needles:
             elif self.haystack == "filler":
                 hay = [FILLER] * units
             else:
-                own = random.Random(seed + 1)  # more units, the same first ones
-                pairs = [(draw(self.key, source, own), draw(self.value, source, own))
-                         for _ in range(units)]  # fmt: skip
-                hay = [self._needle(k, v) for k, v in pairs if k not in given]
+                hay = self._like(source, random.Random(seed + 1), units, given)
             context = f"{self._opening()}\n\n{hidden(hay, needles, rng)}"
             groups = (
                 [known[: self.asked]] if self.asked > 1 else [[k] for k in known[: self.singly]]
@@ -56,6 +54,20 @@ class Needles:
             return [self._item(context, group, given) for group in groups]
 
         return make
+
+    def _like(
+        self, source: Source, rng: random.Random, units: int, given: dict[str, list[str]]
+    ) -> list[str]:
+        """Needles of the same kind with other keys and values; more units, the same first ones."""
+        keys, values = set(given), {v for found in given.values() for v in found}
+        hay: list[str] = []
+        while len(hay) < units:
+            k, v = draw(self.key, source, rng), draw(self.value, source, rng)
+            if k not in keys and v not in values:
+                keys.add(k)
+                values.add(v)
+                hay.append(self._needle(k, v))
+        return hay
 
     def _opening(self) -> str:
         what = _WORDS[self.value]
@@ -80,6 +92,13 @@ class Needles:
             answers=tuple(v for k in keys for v in given[k]),
             new_tokens=128,
         )
+
+
+def _different(kind: str, source: Source, rng: random.Random, count: int) -> list[str]:
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[draw(kind, source, rng)] = None
+    return list(found)
 
 
 NEEDLES = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,27 @@ def hotpot(file: Path) -> list[Asked]:
     ]
 
 
+#: What reads the file of a task.
+QUESTIONS = {"qa_1": squad, "qa_2": hotpot}
+
+
+def answered(data: Sequence[Path]) -> dict[str, Path]:
+    """The tasks that a user's JSON files, or those in folders, serve, by their form."""
+    files = [y for x in data for y in (sorted(x.glob("*.json")) if x.is_dir() else [x])]
+    found: dict[str, Path] = {}
+    for file in files:
+        task = "qa_1" if isinstance(_json(file), dict) else "qa_2"
+        if task in found:
+            raise ValueError(f"data: wanted one file for {task}, got {found[task]} and {file}")
+        found[task] = file
+    return found
+
+
 def asking(task: str, asked: Sequence[Asked], seed: int) -> Callable[[int], list[Item]]:
-    """Questions of `qa_1` or `qa_2`: a question's passages among those of others."""
+    """Questions of `qa_1` or `qa_2`: a question's passages among those of others.
+
+    As many as fit; a file with few passages makes contexts that are shorter.
+    """
     one = asked[random.Random(seed).randrange(len(asked))]
     others = list(dict.fromkeys(p for x in asked for p in x.passages if p not in one.passages))
     order = random.Random(seed + 1).sample(range(len(others)), len(others))
@@ -70,5 +90,9 @@ def asking(task: str, asked: Sequence[Asked], seed: int) -> Callable[[int], list
     return make
 
 
+@lru_cache(maxsize=4)
 def _json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"data: {file}: wanted JSON, got {error}") from error
