@@ -166,8 +166,13 @@ def kv_footprint(report: Report, window: int, asked: float) -> float:
     seen, held = report.tokens / report.sequences, _mean(report.stored)
     peak = held + _mean(report.evicted) / report.sequences
     near = min(window, seen)
-    read = near * near / 2 + (seen - near) * (near + peak) / 2
-    return (read + asked * (held + asked / 2)) / ((seen + asked) ** 2 / 2)
+    read = _steps(near) + (seen - near) * (near + peak) / 2 + (peak - near) / 2
+    return (read + asked * held + _steps(asked)) / _steps(seen + asked)
+
+
+def _steps(count: float) -> float:
+    """1 + 2 + ... + count."""
+    return count * (count + 1) / 2
 
 
 def _mean(values: Sequence[Sequence[float]]) -> float:

@@ -9,7 +9,8 @@ import attrs
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(str(x) for x in value)
+    several = isinstance(value, Iterable) and not isinstance(value, str)
+    return tuple(str(x) for x in (value if several else (value,)))
 
 
 @attrs.frozen(kw_only=True)

@@ -25,7 +25,7 @@ from ...eviction import (
     StreamingLLM,
 )
 from ...pipeline import CachePipeline
-from ..grid.variants import SEEN, Room, Variant
+from ..grid.variants import OBSERVATION, SEEN, Room, Variant
 
 Make = Callable[[Budget], Eviction]
 #: They act when the prompt ends. Budgets shared by heads are kvpress's.
@@ -100,8 +100,19 @@ def evictions(
 
 def _build(make: Make, keep: float | None, room: Room) -> CachePipeline | None:
     """A part of the tokens seen, or as many whole pages as fit into a room with the window."""
+    window = window_of(make(Tokens(1 << 20)))
     if keep is not None:
-        return CachePipeline(eviction=make(Ratio(round(keep, 9))))
-    window = CachePipeline(eviction=make(Tokens(1 << 20))).window
+        return CachePipeline(eviction=make(Ratio(round(keep, 9))), window=window)
     budget = room.whole(window)
-    return CachePipeline(eviction=make(Tokens(budget))) if budget > window else None
+    made = make(Tokens(max(budget, 1)))
+    return CachePipeline(eviction=made, window=window) if budget > window else None
+
+
+def window_of(eviction: Eviction) -> int:
+    """The local window that it wants, else the smallest, so that its scores decide about the rest.
+
+    SageKV's original keeps recent tokens too: as many as SnapKV's window.
+    """
+    if isinstance(eviction, SageKV):
+        return OBSERVATION
+    return eviction.window or eviction.prefers_window or 1

@@ -125,7 +125,8 @@ def items(found_rows: Iterable[Row], task: str) -> list[Item]:
     """Items of a benchmark's rows; ValueError names the row and the column that is missing."""
     found = []
     for number, row in enumerate(found_rows):
-        answers = row.get("answers", row.get("answer"))
+        answers = row.get("answers")
+        answers = row.get("answer") if answers is None else answers
         for column, value in (("context", row.get("context")), ("question", row.get("question")),
                               ("answer", answers)):  # fmt: skip
             if value is None:
