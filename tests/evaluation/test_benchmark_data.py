@@ -267,8 +267,8 @@ def test_helmet_reads_each_kind_by_its_columns(tokenizer, tmp_path):
           [{"context": '{"k": "v"}', "question": "k", "answer": "v", "num_kvs": 1,
             "demos": [["a", "1"], ["b", "2"], ["c", "3"]]}])  # fmt: skip
     write(folder / "icl_trec.jsonl", [{"context": "x\nlabel: 3", "question": "y", "answer": "3"}])
-    write(folder / "niah_mk.jsonl",
-          [{"context": "c", "query": "key", "type_needle_v": "number", "answer": ["12", "13"]}])  # fmt: skip
+    needle = {"query": "key", "type_needle_v": "number", "answer": ["12", "13"]}
+    write(folder / "niah_mk.jsonl", [{"context": "c", **needle}])
     write(folder / "narrativeqa_1.jsonl", [{"context": "c", "question": "q", "answer": "a"}])
     helmet, ask = BENCHMARKS["helmet"], wanted(tokenizer, data=(tmp_path,))
     assert set(helmet.tasks((tmp_path,))) == {"nq", "msmarco", "json_kv", "icl_trec", "niah_mk"}

@@ -31,6 +31,7 @@ from kvpolicy.evaluation.models import tiny_llama  # noqa: E402
 from kvpolicy.eviction import Eviction  # noqa: E402
 from tests.support.evaluation.small import small_gate  # noqa: E402
 
+
 def small_model():
     """Its tokenizer has a hundred tokens, and it writes no others."""
     model = tiny_llama()
