@@ -22,9 +22,12 @@ from .admission import Write as Write
 from .admission import WriteGate as WriteGate
 from .admission import all_of as all_of
 from .admission import any_of as any_of
+from .budget import AcrossLayers as AcrossLayers
 from .budget import Adaptive as Adaptive
 from .budget import Budget as Budget
 from .budget import BudgetView as BudgetView
+from .budget import HeadKV as HeadKV
+from .budget import LazyLayers as LazyLayers
 from .budget import Pyramid as Pyramid
 from .budget import Ratio as Ratio
 from .budget import Tokens as Tokens
@@ -47,6 +50,7 @@ from .eviction import EvictionView as EvictionView
 from .eviction import ExpectedAttention as ExpectedAttention
 from .eviction import FastGen as FastGen
 from .eviction import FastKVzip as FastKVzip
+from .eviction import JudgeQ as JudgeQ
 from .eviction import KeepAll as KeepAll
 from .eviction import KeyDiff as KeyDiff
 from .eviction import Knorm as Knorm
@@ -107,6 +111,8 @@ else:
 __version__ = "0.2.0"
 
 __all__ = [
+    "AcrossLayers",
+    "AdaEA",
     "Adaptive",
     "Admission",
     "AdmitAll",
@@ -118,16 +124,21 @@ __all__ = [
     "CacheSpec",
     "CacheState",
     "CapacityError",
+    "CriticalKV",
     "DBudgetKV",
     "DuoAttention",
     "Eviction",
     "EvictionView",
+    "ExpectedAttention",
     "FastGen",
     "FastKVzip",
     "FlexPrefill",
     "GKV",
     "H2O",
+    "HeadKV",
+    "JudgeQ",
     "KVPolicyError",
+    "KVPress",
     "KVzap",
     "KVzip",
     "KeepAll",
@@ -135,6 +146,7 @@ __all__ = [
     "Knob",
     "Knorm",
     "LagKV",
+    "LazyLayers",
     "LocalAttention",
     "PerPhase",
     "PhaseError",
@@ -144,6 +156,7 @@ __all__ = [
     "QFilters",
     "QueryStats",
     "Quest",
+    "RKV",
     "RandomGate",
     "Ranked",
     "Ratio",
@@ -161,6 +174,7 @@ __all__ = [
     "Tokens",
     "TopChannels",
     "TotalCap",
+    "TriAttention",
     "TrimKV",
     "UnsupportedError",
     "VerticalSlash",
@@ -174,12 +188,6 @@ __all__ = [
     "new_cache",
     "per_layer",
     "save_pipeline",
-    "AdaEA",
-    "CriticalKV",
-    "ExpectedAttention",
-    "KVPress",
-    "RKV",
-    "TriAttention",
 ]
 
 

@@ -173,6 +173,9 @@ class CachePipeline:
         for layer in range(spec.layers):
             for policy in (self.selection.at(layer), self.eviction.at(layer)):
                 policy.check_window(self.window)
+            budget = budget_of(self.eviction.at(layer))
+            if budget is not None and spec.slides(layer) is None:
+                budget.check_model(spec.layers, spec.at(layer).kv_heads + elsewhere)
             capacity.check(spec, layer, self.window, self.eviction.at(layer))
             if self.eviction.at(layer).hidden and spec.hidden is None:
                 raise ValueError(

@@ -144,12 +144,12 @@ class Letters:
         return [ord(letter) % 50 for letter in text]
 
 
-def looking_back(cache=None, **given: Any) -> None:
+def looking_back(**given: Any) -> None:
     with hf.attach(MODEL, LOOKS_BACK) as found:
-        cache = found.new_cache() if cache is None else cache
-        if isinstance(cache, hf.KVPolicyCache):
-            MODEL(IDS, past_key_values=cache)
-        found.replay(cache, **given)
+        if "cache" not in given:
+            given["cache"] = found.new_cache()
+            MODEL(IDS, past_key_values=given["cache"])
+        found.replay(**given)
 
 
 def read_in() -> CacheState:

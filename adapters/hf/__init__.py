@@ -2,7 +2,7 @@
 
 # First, so that another transformers is refused before anything of it is imported.
 # isort: split
-from . import versions as versions
+from . import versions as _versions  # noqa: F401
 
 # isort: split
 from .attach import Attachment as Attachment

@@ -41,10 +41,17 @@ OTHER_CACHES = {
 SCORES = ("position_bias", "head_mask", "cache")
 SINKS = ("s_aux", "sinks")
 BY_MODELS = ("softcap", *SINKS)  # which only a model's own layers may give
+# Arguments of forwards, which generate hands on.
+FORWARDS = {
+    "encoder_hidden_states": "its keys and values come from no token of the cache's",
+    "encoder_outputs": "its keys and values come from no token of the cache's",
+    "return_shared_kv_states": "keys and values lie in pages, heads with different tokens",
+}
 
 
 def check_generate(attachment: Attached, kwargs: dict[str, Any], config: Any) -> None:
     """Raises UnsupportedError for what an attached model's `generate` does not serve."""
+    check_handed_on(kwargs)
     if kwargs.get("custom_generate") is not None:
         raise UnsupportedError("custom_generate: not together with an attached pipeline")
     if config.use_cache is False:
@@ -109,6 +116,14 @@ def check_outputs(attentions: Any) -> None:
         )
 
 
+def check_handed_on(kwargs: dict[str, Any]) -> None:
+    """Raises UnsupportedError for arguments of a decoder's forward that are not served."""
+    for name, reason in FORWARDS.items():
+        value = kwargs.get(name)
+        if value is not None and value is not False:
+            raise UnsupportedError(f"{name}: not with an attached pipeline: {reason}")
+
+
 def check_causal(causal: bool | None) -> None:
     """Raises UnsupportedError if tokens shall see later ones."""
     if causal is False:
@@ -137,6 +152,8 @@ def check_forward(decoder: Any, layers: list[Any], kwargs: dict[str, Any]) -> No
         raise UnsupportedError(
             "is_causal=False: every token would see later ones; caches hold none"
         )
+    check_handed_on(kwargs)
+    check_modules(layers)
     _check_scores(kwargs, *BY_MODELS)
     if not decoder.training and not any(module.training for module in layers):
         return

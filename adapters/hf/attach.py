@@ -222,18 +222,19 @@ class Attachment:
     def replay(
         self,
         cache: KVPolicyCache,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
+        inputs_embeds: Tensor | None = None,
         span: range | None = None,
         sinks: int = 4,
     ) -> None:
-        """Lets tokens `[B, S]` look back at what `cache` holds, before its prompt ends.
+        """Lets tokens `[B, S]`, or `[B, S, hidden]` embedded, look back at what `cache` holds.
 
-        For evictions that want it, such as `KVzip`, whose passes `repeats` gives; the cache holds
-        what it held before. See `CachePipeline.replay`.
+        Before its prompt ends. For evictions that want it, such as `KVzip`, whose passes `repeats`
+        gives, and `JudgeQ`; the cache holds what it held before. See `CachePipeline.replay`.
         """
-        replay(self, cache, input_ids, attention_mask, span, sinks)
+        replay(self, cache, input_ids, inputs_embeds, attention_mask, span, sinks)
 
     def ask(
         self,

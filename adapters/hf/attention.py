@@ -122,6 +122,11 @@ def attention(
 ) -> tuple[Tensor, None]:
     """The registered attention function: `query` `[B, Hq, S, D]`, output `[B, S, Hq, Dv]`."""
     hidden = _take(module, HIDDEN)
+    if attention_mask is not None:
+        raise UnsupportedError(
+            "attention_mask: a mask reached the attention past the one that its decoder's forward "
+            "was given; pass a 2D mask of real tokens to the model"
+        )
     if not isinstance(key, KVRef):
         raise UnsupportedError(
             "attention without a pipeline cache: this model's config says attention 'kvpolicy' but "

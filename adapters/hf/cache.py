@@ -65,7 +65,6 @@ class KVPolicyCache(Cache):
         self.evicts = True  # whether the end of the prompt does
         self.singles = 0  # forwards of one column in a row, in a prompt that goes on
         self.counts_positions = False  # whether the real tokens seen give position ids
-        self.first_position = 0  # of a sequence's first token, where they do
         self.recording = False  # columns may be taken back before the next forward
         self.graph: Any = None  # CapturedStep of this cache's buffers
         self.captures = 0
@@ -175,6 +174,15 @@ class KVPolicyCache(Cache):
         self.state, self.graph = state, None
         for layer, known in self.told.items():
             self.pipeline.tell(state, layer, **known)
+
+    def counted(self) -> Any:
+        """The columns so far, for attention that counts them: while a graph is captured on the
+        device, where every replay finds them anew.
+        """
+        if not self.capturing:
+            return self.columns
+        assert self.state is not None
+        return self.state.on(self.state.layers[0]).lengths.max()
 
     def saw(self, columns: int, valid: Tensor | None) -> None:
         """Records the columns of a finished call; `valid` `[B, columns]` on the host."""
@@ -331,11 +339,7 @@ class KVPolicyCache(Cache):
             self.pipeline,
             fingerprint=model_fingerprint(model),
             extra=to_tensors(self.chunks, self.state.batch) | self.states.to_tensors(),
-            notes={
-                "phase": self.phase,
-                "counts_positions": str(self.counts_positions),
-                "first_position": str(self.first_position),
-            },
+            notes={"phase": self.phase},
         )
 
     @ordinary

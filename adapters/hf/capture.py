@@ -14,15 +14,18 @@ from torch import Tensor
 from ...errors import KVPolicyError
 from .cache import KVPolicyCache
 from .columns import take_back
+from .compile import PLACE
 from .wrappers import takes_positions
 
 WARM_UP = 2  # eager steps before capture: kernels compile, workspaces are allocated
 _ONE = threading.Lock()  # of captures in this process
 
 
-def why_not(model: Any, cache: KVPolicyCache, records: Sequence[str] = ()) -> str | None:
+def why_not(
+    model: Any, cache: KVPolicyCache, records: Sequence[str] = (), room: int = 0
+) -> str | None:
     """Why decoding cannot be captured, or None if it can; `records` is what `forward` shall hand
-    on beside logits.
+    on beside logits, `room` how many tokens are decoded.
     """
     state = cache.state
     assert state is not None
@@ -36,6 +39,14 @@ def why_not(model: Any, cache: KVPolicyCache, records: Sequence[str] = ()) -> st
         return "the model is shared by ranks, which agree before every step"
     if not takes_positions(model):
         return "its decoder counts positions on the host, which a graph would hold fast"
+    probe = cache.served.probe
+    compiled = any(hasattr(module, PLACE) for module in cache.served.modules)
+    alike = all(n == cache.columns for n in state.lengths)
+    if probe.counts and cache.columns + room >= probe.counts_from and (compiled or not alike):
+        return (
+            f"its attention counts columns on the host ({probe.counts}), which shows from "
+            f"{probe.counts_from} columns on and a graph would hold fast"
+        )
     devices = {p.device for p in model.parameters()}
     if len(devices) > 1:
         return f"the model is spread over {len(devices)} devices"
@@ -152,7 +163,7 @@ class Stepper:
         self.records = records
         self.output: Any = None
         self.began = list(state.lengths), cache.columns
-        self.reason = why_not(model, cache, records)
+        self.reason = why_not(model, cache, records, room)
         self.captured = self.reason is None
         if cache.graph is not None and cache.graph.held != held_fast(model):
             cache.graph = None

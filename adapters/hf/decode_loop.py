@@ -50,7 +50,7 @@ def decode_loop(
     room = max(config.max_length - prompt, 1)
     position = _next_position(model_kwargs, cache, input_ids.device)
     stepper = Stepper(model, cache, position, room, names)
-    ids = input_ids.new_zeros(batch, prompt + room + 1)
+    ids = torch.zeros(batch, prompt + room + 1, dtype=torch.long, device=input_ids.device)
     ids[:, :prompt] = input_ids
     unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
     # As in transformers, rows that another criterion than an EOS token stopped go on with the rest.
@@ -138,7 +138,7 @@ def _next_position(
     if places is not None and (places.ndim > 2 or not cache.counts_positions):
         return places[..., -1:] + 1
     assert cache.state is not None
-    return torch.tensor(cache.state.lengths, device=device)[:, None] + cache.first_position
+    return torch.tensor(cache.state.lengths, device=device)[:, None]
 
 
 class _LateFlags:

@@ -29,6 +29,8 @@ class Owner(Protocol):
     @property
     def columns(self) -> int: ...
 
+    def counted(self) -> Any: ...
+
     def attend(
         self,
         handle: KVRef,
@@ -118,8 +120,9 @@ class KVPolicyLayer(CacheLayerMixin):
         handle = KVRef(self.cache, self.place, key_states, value_states)
         return handle, handle
 
-    def get_seq_length(self) -> int:
-        return self.cache.columns
+    def get_seq_length(self) -> Any:
+        cache = self.cache
+        return cache.counted() if self.place in cache.served.probe.counting else cache.columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.columns + query_length, 0

@@ -47,6 +47,8 @@ def open_forward(
             "attention_mask: it hides columns, but this model counts them in its positions or "
             "reads them in recurrent layers; give it rows of one length"
         )
+    hidden = bool(texts) or (mask is not None and not bool(mask.all()))
+    _check_counted(cache, columns, hidden)
     if cache.states:
         cache.states.check(columns, mask, state.active, cache.gapped, packed=bool(texts))
         cache.before = None if cache.capturing else cache.states.snapshot()
@@ -62,16 +64,32 @@ def open_forward(
     cache.layout = layout
 
 
+def _check_counted(cache: KVPolicyCache, columns: int, hidden: bool) -> None:
+    """Raises UnsupportedError where a model's own count of columns is not that of tokens."""
+    probe, state = cache.served.probe, cache.state
+    assert state is not None
+    if not probe.counts or cache.columns + columns < probe.counts_from:
+        return
+    on = [n for n, active in zip(state.lengths, state.active, strict=True) if active]
+    if hidden or any(n != cache.columns for n in on):
+        raise UnsupportedError(
+            f"attention_mask: this model's attention counts columns, hidden ones too "
+            f"({probe.counts}), which shows from {probe.counts_from} columns on; give it rows of "
+            "one length, without padding"
+        )
+
+
 @ordinary
-def true_positions(cache: KVPolicyCache, device: torch.device) -> Tensor:
-    """Position ids `[B, S]` of the open forward: each sequence's real tokens in order."""
+def true_positions(cache: KVPolicyCache, device: torch.device, first: int = 0) -> Tensor:
+    """Position ids `[B, S]` of the open forward: each sequence's real tokens from `first`."""
     state, layout = cache.state, cache.layout
     assert state is not None and layout is not None
-    start = state.on(state.layers[0]).lengths.to(device)[:, None] + cache.first_position
+    start = state.on(state.layers[0]).lengths.to(device)[:, None]
+    start = start + first if first else start
     columns = layout.prompt + layout.decode
     if layout.valid is None:
         return start + torch.arange(columns, device=device)
-    return (start - 1 + layout.valid.to(device).long().cumsum(1)).clamp(min=cache.first_position)
+    return (start - 1 + layout.valid.to(device).long().cumsum(1)).clamp(min=first)
 
 
 @ordinary

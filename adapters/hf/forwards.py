@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import sys
 import threading
@@ -20,11 +21,11 @@ from .attached import Attached
 from .cache import KVPolicyCache
 from .compile import check_forward as check_compiled
 from .forward import Crossing, close_forward, inputs_of, open_forward, true_positions
-from .masks import padding_of
+from .masks import closed, opened, padding_of
 from .packed import split
 from .ranks import Ranks
 from .tiles import refuse_whole
-from .wrappers import check_soft_prompt, first_position
+from .wrappers import check_soft_prompt
 
 
 class Forwards:
@@ -83,6 +84,7 @@ class Forwards:
 
     def take_back(self) -> None:
         """Undoes the forward in flight, if there is one."""
+        closed()
         cache, self.cache = self.cache, None
         crossing, self.crossing = self.crossing, None
         if cache is not None and cache.layout is not None:
@@ -127,7 +129,8 @@ class Forwards:
             kwargs["position_ids"] = None  # as transformers counted them, by columns
         if "use_cache" in kwargs or "use_cache" in self.names:
             kwargs["use_cache"] = True  # some decoders hand a cache on only then
-        texts = split(kwargs, batch, columns, cached=kept)
+        probe = attachment.served.probe
+        texts = split(kwargs, batch, columns, cached=kept, apart=probe.apart)
         if texts:
             refuse_whole(attachment, "packed texts")
         self._remind(attachment.pipeline, given, columns)
@@ -140,15 +143,15 @@ class Forwards:
         self.cache, self.as_tuple = cache, as_tuple
         self.own, self.kept = given is None, kept
         if kwargs.get("position_ids") is None and not texts and "position_ids" in self.names:
-            if not cache.columns:  # transformers' generate counts from 0 in any model
-                cache.first_position = 0 if cache.counts_positions else first_position(decoder)
-            kwargs["position_ids"] = true_positions(cache, ids.device)
+            kwargs["position_ids"] = true_positions(cache, ids.device, _first(cache, probe.first))
+        opened(kwargs["attention_mask"])
         return kwargs
 
     def close(self, attachment: Attached, output: Any) -> Any:
         """What the decoder's forward returns; None leaves `output` as it is."""
         if self.owner is not threading.current_thread() or self.cache is None:
             return None  # the forward failed before it opened
+        closed()
         try:
             if output is None:
                 self.take_back()
@@ -167,7 +170,7 @@ class Forwards:
             if crossing is not None:
                 output = crossing.finish(output)
             if not self.kept:
-                output.past_key_values = None
+                output = dataclasses.replace(output, past_key_values=None)
             if self.own and not self.held:
                 attachment.used(cache)
             return output.to_tuple() if self.as_tuple else output
@@ -194,6 +197,20 @@ class Forwards:
             UserWarning,
             stacklevel=3,
         )
+
+
+def _first(cache: KVPolicyCache, own: int | None) -> int:
+    """Position of a sequence's first token: the model's `own`, 0 as transformers' generate has it.
+
+    Raises UnsupportedError where the model's own is not known.
+    """
+    if cache.counts_positions:
+        return 0
+    if own is None:
+        raise UnsupportedError(
+            "position_ids: this model counts positions by a rule of its own; pass them"
+        )
+    return own
 
 
 def _several(kwargs: dict[str, Any]) -> bool:

@@ -11,11 +11,13 @@ from torch import Tensor
 from transformers.generation import GenerationConfig, GenerationMode
 
 from ..._arguments import check_ids
+from ...errors import UnsupportedError
 from .arguments import check_ahead, check_generate
 from .attached import Attached
 from .cache import KVPolicyCache
 from .columns import check_stored
 from .decode_loop import decode_loop
+from .masks import check_values
 from .modes import ordinary
 from .tiles import refuse_more, whole_chunks
 from .tokens import use_mask, use_tokenizer
@@ -84,8 +86,11 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
     cache.counts_positions = "position_ids" not in kwargs
     draws = config.do_sample and not own  # our loop hands on the tokens that rank 0 chose
     device = cache.spec.device
-    with attachment.ranks.one_seed(device) if draws else contextlib.nullcontext():
-        output = attachment.original(**kwargs, past_key_values=cache)
+    try:
+        with attachment.ranks.one_seed(device) if draws else contextlib.nullcontext():
+            output = attachment.original(**kwargs, past_key_values=cache)
+    finally:
+        cache.counts_positions = False  # a forward's own position ids count afterwards
     attachment.decoding = cache.decoding if own else f"transformers' loop: {mode.value}"
     if given is None:
         attachment.used(cache)
@@ -105,6 +110,7 @@ def _check_ids(kwargs: dict[str, Any]) -> None:
 
 def _check_mask(cache: KVPolicyCache, mask: Any, width: int, columns: int) -> None:
     """transformers drops masks of ones, so that forwards do not see them all."""
+    check_values(mask)
     check_ahead(mask, columns)
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         return
@@ -112,6 +118,11 @@ def _check_mask(cache: KVPolicyCache, mask: Any, width: int, columns: int) -> No
         raise ValueError(
             f"attention_mask: wanted {columns} columns or more, got {list(mask.shape)} beside "
             f"{width} columns of input"
+        )
+    if not bool(mask[:, min(columns, mask.shape[1]) - 1].all()):
+        raise UnsupportedError(
+            "attention_mask: it hides a row's last column, whose logits the first token would come "
+            "from; pad prompts on the left"
         )
     if cache.state is not None and mask.shape[1] >= columns > cache.columns:
         check_stored(mask, cache.chunks, cache.state.batch)

@@ -13,33 +13,31 @@ from ...errors import UnsupportedError
 BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
-def split(kwargs: dict[str, Any], batch: int, columns: int, cached: bool) -> list[int] | None:
+def split(
+    kwargs: dict[str, Any], batch: int, columns: int, cached: bool, apart: frozenset[int]
+) -> list[int] | None:
     """Lengths of the texts that rows `[batch, columns]` pack, in order; None if none packs several.
 
     As in transformers, position ids that do not go on by one begin a text, without a mask and a
-    cache. Raises UnsupportedError if there is a cache, which cannot tell the texts apart.
+    cache, in models that tell texts `apart` by them (see `Probe`); other bounds must say the same.
+    Raises UnsupportedError if there is a cache, which cannot tell the texts apart, and for bounds
+    alone, which only some of transformers' attention functions read.
     """
     named = [name for name in BOUNDS if kwargs.get(name) is not None]
-    places = kwargs.get("position_ids")
-    if isinstance(places, Tensor) and places.ndim != 2:  # several numbers a token, of images
-        places = None
-    if places is None and not named:
+    places = _counting(kwargs.get("position_ids"), columns, apart)
+    if places is None or kwargs.get("attention_mask") is not None or columns == 1:
+        if named:
+            raise UnsupportedError(
+                f"{named[0]}: bounds of packed texts are served in forwards of several columns "
+                "without attention_mask and cache, beside position_ids that restart, of models "
+                "whose masks tell texts apart by these"
+            )
         return None
-    if kwargs.get("attention_mask") is not None or columns == 1:
-        _refuse_alone(named)
-        return None
-    found = {} if places is None else {"position_ids": _of_positions(places, batch, columns)}
+    lengths = _of_positions(places, batch, columns)
     for name in named:
-        lengths = _of_bounds(name, kwargs[name], columns)
-        if lengths is not None:
-            found[name] = lengths
-    if not found:
-        _refuse_alone(named)
-        return None
-    (first, lengths), *others = found.items()
-    for name, other in others:
-        if other != lengths:
-            raise ValueError(f"{name}: wanted the texts of {first}, {lengths}, got {other}")
+        other = _of_bounds(name, kwargs[name], columns)
+        if other not in (None, lengths):
+            raise ValueError(f"{name}: wanted the texts of position_ids, {lengths}, got {other}")
     for name in ("max_length_q", "max_length_k"):
         if name in named and int(kwargs[name]) != max(lengths):
             raise ValueError(f"{name}: wanted {max(lengths)}, got {int(kwargs[name])}")
@@ -47,18 +45,19 @@ def split(kwargs: dict[str, Any], batch: int, columns: int, cached: bool) -> lis
         return None
     if cached and (named or _restarts(places)):
         raise UnsupportedError(
-            f"{first}: {len(lengths)} texts in {batch} rows go through one cache, where they would "
-            "see each other; pass use_cache=False to have each text served for itself"
+            f"position_ids: {len(lengths)} texts in {batch} rows go through one cache, where they "
+            "would see each other; pass use_cache=False to have each text served for itself"
         )
     return None if cached else lengths
 
 
-def _refuse_alone(named: list[str]) -> None:
-    if named:
-        raise UnsupportedError(
-            f"{named[0]}: bounds of packed texts are served in forwards of several columns without "
-            "attention_mask and cache, with position_ids or cu_seq_lens_q"
-        )
+def _counting(places: Any, columns: int, apart: frozenset[int]) -> Tensor | None:
+    """The position ids `[1 or B, S]` by which a model tells texts apart; None if it does not."""
+    if not isinstance(places, Tensor) or places.ndim not in apart or places.shape[-1] != columns:
+        return None
+    if places.ndim == 2:
+        return places
+    return places[0] if len(places) == 4 else None  # before those of the axes of images
 
 
 def _of_positions(places: Tensor, batch: int, columns: int) -> list[int]:
@@ -79,5 +78,5 @@ def _lengths(breaks: Tensor, columns: int) -> list[int]:
     return [b - a for a, b in zip(at, at[1:], strict=False)]
 
 
-def _restarts(places: Tensor | None) -> bool:
-    return places is not None and bool((places.diff(dim=-1) < 0).any())
+def _restarts(places: Tensor) -> bool:
+    return bool((places.diff(dim=-1) < 0).any())

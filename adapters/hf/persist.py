@@ -40,6 +40,4 @@ def load_cache(
     cache.chunks = from_tensors(extra)
     cache.states.from_tensors(extra, state.batch, cache.spec.device)
     cache.phase = notes["phase"]
-    cache.counts_positions = notes["counts_positions"] == "True"
-    cache.first_position = int(notes.get("first_position", 0))  # files of earlier versions
     return cache

@@ -92,6 +92,9 @@ def ask(
     fork = _fork(attachment, cache, input_ids, question, rows)
     mask = _full_mask(fork, input_ids, attention_mask, rows)
     given = {"input_ids": input_ids, "attention_mask": mask, "past_key_values": fork}
+    if attachment.served.probe.first and "position_ids" not in options:
+        # The context's tokens were counted from there.
+        given["position_ids"] = _places(mask, input_ids.shape[1], attachment)
     if question == "decode" and one_by_one(attachment):
         given["prefill_chunk_size"] = 1
     return run(attachment, {**options, **given}, question)
@@ -192,6 +195,13 @@ def _fork(
         )
     of = range(batch) if held == batch else [0] * batch
     return cache.fork([row for row in of for _ in range(rows)])
+
+
+def _places(mask: Tensor, columns: int, attachment: Attached) -> Tensor:
+    """Position ids `[B, S]` of a question's columns, as a forward counts them."""
+    first = attachment.served.probe.first
+    assert first is not None
+    return (mask.long().cumsum(1) - 1 + first).clamp(min=first)[:, -columns:]
 
 
 def _full_mask(

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._arguments import check_ids, check_mask, optional
-from ..._fields import check_int
+from ..._arguments import check_ids, check_mask, check_text, optional
+from ..._fields import check_int, shown
 from ...errors import PhaseError
 from .attached import Attached
 from .cache import KVPolicyCache
@@ -27,14 +27,17 @@ class Repeat(NamedTuple):
 def replay(
     attachment: Attached,
     cache: KVPolicyCache,
-    input_ids: Tensor,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
     attention_mask: Tensor | None,
     span: range | None,
     sinks: int,
 ) -> None:
     """See `Attachment.replay`."""
-    check_ids("input_ids", input_ids)
+    given = _given(input_ids, inputs_embeds)
     optional(check_mask, "attention_mask", attention_mask)
+    if cache is None:
+        raise TypeError("cache: wanted a KVPolicyCache that read a context, got None")
     cache = attachment.cache_for(cache, "cache")
     if cache.state is None or cache.phase != "prompt":
         raise PhaseError(
@@ -42,17 +45,30 @@ def replay(
             "past_key_values=cache), replay, then call cache.end_prompt()"
         )
     before = cache.real()
-    shown = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    mask = torch.cat([before.to(shown.device, shown.dtype), shown], 1)
+    (tokens,) = given.values()
+    ones = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+    real = ones if attention_mask is None else attention_mask
+    mask = torch.cat([before.to(real.device, real.dtype), real], 1)
     with (
         torch.no_grad(),
         attachment.forwards.holding(),
         cache.pipeline.replay(cache.state, span=span, sinks=sinks) as state,
     ):
         fork = cache.around(state, range(state.batch))
-        attachment.decoder(
-            input_ids=input_ids, attention_mask=mask, past_key_values=fork, use_cache=True
-        )
+        attachment.decoder(**given, attention_mask=mask, past_key_values=fork, use_cache=True)
+
+
+def _given(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> dict[str, Tensor]:
+    """The one of both that is given, as the model takes it."""
+    if (input_ids is None) == (inputs_embeds is None):
+        got = "none" if input_ids is None else "both"
+        raise ValueError(f"input_ids, inputs_embeds: wanted one of them, got {got}")
+    if input_ids is not None:
+        check_ids("input_ids", input_ids)
+        return {"input_ids": input_ids}
+    if not isinstance(inputs_embeds, Tensor) or inputs_embeds.ndim != 3:
+        raise ValueError(f"inputs_embeds: wanted [B, S, hidden], got {shown(inputs_embeds)}")
+    return {"inputs_embeds": inputs_embeds}
 
 
 def repeats(
@@ -79,6 +95,9 @@ def repeats(
     check_int("chunk_size", chunk_size, 1)
     check_int("prefix", prefix, 0, input_ids.shape[1] - 1)
     check_int("previous", previous, 0)
+    check_text("suffix", suffix, "a text")
+    if isinstance(tokenizer, str) or not callable(getattr(tokenizer, "encode", None)):
+        raise TypeError(f"tokenizer: wanted one that has encode(text), got {shown(tokenizer)}")
 
     def ids(text: str) -> Tensor:
         found = tokenizer.encode(text, add_special_tokens=False)

@@ -89,12 +89,3 @@ def _check_model(model: Any) -> None:
 def takes_positions(model: Any) -> bool:
     """Whether the decoder is told positions; one that is not counts the columns of its cache."""
     return "position_ids" in inspect.signature(type(decoder_of(model)).forward).parameters
-
-
-def first_position(decoder: nn.Module) -> int:
-    """Where a decoder that is told no positions counts from: RoBERTa's after that of padding."""
-    modules: list[Any] = list(decoder.modules())
-    for module in modules:
-        if hasattr(module, "create_position_ids_from_input_ids"):
-            return int(module.padding_idx) + 1
-    return 0

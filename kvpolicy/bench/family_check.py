@@ -61,12 +61,12 @@ def checks(bench: Bench, name: str, told: Callable[[dict[str, Any]], None]) -> N
     for dtype in (torch.float32, bench.dtype):
         _cast(model, dtype)
         own = list(_own(model, case))
-        found, decoding = _attached(model, case, CachePipeline(window=case.window))
+        found, decoding, _ = _attached(model, case, CachePipeline(window=case.window))
         far = [_error(x, exact) for x in (found, own)]
         told({
             "name": str(dtype).removeprefix("torch."), "error": far[0], "own error": far[1],
             "ratio": far[0] / max(far[1], torch.finfo(dtype).eps), "decoding": decoding,
-            "tokens": case.ids.shape[1],
+            "tokens": case.ids.shape[1], "padded": not bool(case.mask.all()),
         })  # fmt: skip
         told(_policies(bench, model, case) | {"dtype": str(dtype).removeprefix("torch.")})
 
@@ -89,12 +89,16 @@ class _Case:
 
 
 def _case(bench: Bench, model: Any) -> _Case:
+    from ..adapters.hf.models import served
     from ..adapters.hf.rule.kinds import layer_kinds
 
     kinds = layer_kinds(model.config)
     reach = max([kind.window or kind.chunk or 1 for kind in kinds])
     prompt = max(reach - STEPS // 2 + PADDING[1], bench.pick(LEAST, 24))
     padding = bench.pick(PADDING, (0, 3, 7))
+    probe = served(model).probe
+    if probe.counts and prompt + STEPS >= probe.counts_from:  # where padded rows are refused
+        padding = (0, 0, 0)
     generator = torch.Generator().manual_seed(1)
     high = model.config.get_text_config().vocab_size
     ids = torch.randint(20, min(high, 140), (3, prompt + STEPS), generator=generator)
@@ -128,8 +132,8 @@ def _own(model: Any, case: _Case) -> Iterator[Tensor]:
 @torch.no_grad()
 def _attached(
     model: Any, case: _Case, pipeline: CachePipeline, **sizes: Any
-) -> tuple[list[Tensor], str]:
-    """The same of the padded batch with `pipeline`, and how its steps ran."""
+) -> tuple[list[Tensor], str, list[set[int]]]:
+    """The same of the padded batch with `pipeline`, how its steps ran, and what it kept."""
     from ..adapters.hf import attach
     from ..adapters.hf.capture import Stepper
 
@@ -154,7 +158,17 @@ def _attached(
             parts.append(stepper.step(case.ids[:, column], active).clone())
         stepper.finish(0)
         found = torch.cat(parts, 1).double()
-        return list(found), cache.decoding
+        return list(found), cache.decoding, _kept(cache.state)
+
+
+def _kept(state: Any) -> list[set[int]]:
+    """Positions in the cache, of each head of the layers that policies manage."""
+    return [
+        set(state.kept(layer, row, head).tolist())
+        for layer in state.spec.managed
+        for row in range(state.batch)
+        for head in range(state.spec.at(layer).kv_heads)
+    ]
 
 
 def _policies(bench: Bench, model: Any, case: _Case) -> dict[str, Any]:
@@ -172,13 +186,16 @@ def _policies(bench: Bench, model: Any, case: _Case) -> dict[str, Any]:
         window=case.window, admission=gate, selection=Quest(budget=Tokens(least)),
         eviction=SnapKV(budget=Tokens(2 * least), observation=min(case.window, 16)),
     )  # fmt: skip
-    found, decoding = _attached(model, case, CachePipeline(**parts))
+    found, decoding, kept = _attached(model, case, CachePipeline(**parts))
     told: dict[str, Any] = {
         "name": "gate + Quest + SnapKV", "decoding": decoding, "error": None, "ratio": None,
-        "finite": all(bool(x.isfinite().all()) for x in found),
+        "kept": 0, "other": 0, "finite": all(bool(x.isfinite().all()) for x in found),
     }  # fmt: skip
     if dtype == torch.float32 and bench.device.type == "cuda":
-        wanted, _ = _attached(model, case, CachePipeline(**parts, backend="reference"))
+        wanted, _, same = _attached(model, case, CachePipeline(**parts, backend="reference"))
+        told["kept"] = sum(map(len, same))
+        told["other"] = sum(len(a ^ b) // 2 for a, b in zip(kept, same, strict=True))
+        # Where rounding decides that another token is kept, logits say no more.
         told["error"] = _error(found, wanted)
     return told
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from typing import Any
@@ -19,7 +20,10 @@ WINDOW, PROFILED = 256, 8
 
 
 def kernels(bench: Bench, model: Any, cache: Any) -> dict[str, float]:
-    """Microseconds a step of each of this library's kernels."""
+    """Microseconds a step in which each of this library's kernels ran, and in "all" any of them.
+
+    A kernel that is launched before another has ended waits inside for it.
+    """
     from ..adapters.hf.capture import Stepper
 
     if bench.device.type != "cuda":
@@ -39,12 +43,22 @@ def kernels(bench: Bench, model: Any, cache: Any) -> dict[str, float]:
                 stepper.step(token, active)
             torch.cuda.synchronize()
         stepper.finish(0)
-    found: dict[str, float] = {}
+    spans: dict[str, list[tuple[float, float]]] = {"all": []}
     for event in profile.events():
         if event.device_type == torch.autograd.DeviceType.CUDA and event.name in names:
-            took = event.time_range.elapsed_us() / PROFILED
-            found[event.name] = found.get(event.name, 0.0) + took
-    return found
+            span = event.time_range.start, event.time_range.end
+            spans["all"].append(span)
+            spans.setdefault(event.name, []).append(span)
+    return {name: _covered(each) / PROFILED for name, each in spans.items()}
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """How long at least one of them lasted."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(end - max(start, reached), 0.0)
+        reached = max(reached, end)
+    return total
 
 
 def _names() -> set[str]:
@@ -66,8 +80,24 @@ def windows(model: Any) -> list[tuple[int | None, int | None]]:
         return [(sizes.window, sizes.chunk) for sizes in attached.spec.each]
 
 
+def _copy(target: torch.Tensor, source: torch.Tensor, *given: Any) -> None:
+    target.copy_(source)
+
+
+def copies(sizes: dict[str, Any]) -> int:
+    """Bytes of weights that the chosen experts of a token copy, and leave to be written back."""
+    if "num_experts_per_tok" not in sizes:
+        return 0
+    inner = sizes.get("moe_intermediate_size", sizes["intermediate_size"])
+    return int(2 * 3 * inner * sizes["hidden_size"] * sizes["num_experts_per_tok"])
+
+
 def llama(bench: Bench, name: str, layers: list[tuple[int | None, int | None]]) -> dict[str, Any]:
-    """Microseconds of the kernels of a Llama with the same heads, channels and stored tokens."""
+    """Microseconds of the kernels of a Llama with the same heads, channels and stored tokens.
+
+    Beside a mixture of experts, in layers that copy as much as the experts do: what lies in the L2
+    to be written back slows what is read next.
+    """
     from transformers import LlamaConfig
 
     from ..adapters.hf import attach
@@ -83,8 +113,13 @@ def llama(bench: Bench, name: str, layers: list[tuple[int | None, int | None]]) 
         head_dim=sizes.get("head_dim", hidden // heads), max_position_embeddings=1 << 17,
         bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
-    model = built(bench, config)
-    found: dict[str, Any] = {}
+    model, copied = built(bench, config), copies(FAMILIES[name].sizes)
+    if copied and not bench.quick:
+        source = torch.empty(copied, dtype=torch.uint8, device=bench.device)
+        target = torch.empty_like(source)
+        for layer in model.model.layers:
+            layer.mlp.register_forward_hook(functools.partial(_copy, target, source))
+    found: dict[str, Any] = {"copied": copied}
     for length in bench.pick(LENGTHS, (48,)):
         ids = torch.randint(20, 100, (1, length), device=bench.device)
         total, spans = 0.0, [length % chunk if chunk else window for window, chunk in layers]
@@ -94,7 +129,7 @@ def llama(bench: Bench, name: str, layers: list[tuple[int | None, int | None]]) 
                 pipeline = CachePipeline(admission=LocalAttention(window=window, sinks=0))
             with attach(model, pipeline) as attached:
                 cache = attached.read(ids, chunk_size=READ)
-                a_layer = sum(kernels(bench, model, cache).values()) / config.num_hidden_layers
+                a_layer = kernels(bench, model, cache).get("all", 0.0) / config.num_hidden_layers
             total += a_layer * spans.count(window)
         found[f"llama {length}"] = total
     return found

@@ -18,6 +18,7 @@ from .rows import Goal, Row
 MOST = 1.1  # times the kernels of a Llama
 TOGETHER, PATIENCE = 6, 240.0  # types compared at a time; seconds for one
 POLICIES = 1e-3  # relative error of logits between two backends in float32
+OTHERS = 1e-4  # of the kept tokens, where rounding decided
 _WORK = {"checks": checks, "times": times}
 
 
@@ -75,18 +76,22 @@ def compared(bench: Bench) -> Iterator[Row]:
 def _compared(name: str, told: dict[str, Any]) -> Row:
     if told["name"] == "gate + Quest + SnapKV":
         error, goals = told["error"], []
-        if error is not None:
+        if error is not None and told["other"]:
+            part = told["other"] / told["kept"]
+            goals = [Goal(what="other tokens kept", wanted=OTHERS, got=part)]
+        elif error is not None:
             goals = [Goal(what="of the reference", wanted=POLICIES, got=error)]
         return Row(
             group="families", name=f"{name}: {told['name']}, {told['dtype']}", unit="relative",
-            value=error, goals=tuple(goals), note=told["decoding"], extra=told,
+            value=error, goals=tuple(goals), extra=told,
+            note=f"{told['decoding']}, {told['other']} of {told['kept']} kept are others",
             error="" if told["finite"] else "logits are not finite",
         )  # fmt: skip
     return Row(
         group="families", name=f"{name}: logits, {told['name']}", value=told["error"],
         unit="relative",
         goals=(Goal(what="of its own attention's error", wanted=LIMIT, got=told["ratio"]),),
-        shape=f"3 rows of up to {told['tokens']} tokens, padded",
+        shape=f"3 rows of {told['tokens']} columns{', padded' if told['padded'] else ''}",
         baseline=f"its own attention {told['own error']:.3g}", note=told["decoding"], extra=told,
     )  # fmt: skip
 
@@ -101,7 +106,7 @@ def timed(bench: Bench, name: str) -> Iterator[Row]:
         for word in ("dense", "gate"):
             yield _step(name, word, told)
             if told.get(f"{word} kernels"):
-                yield _kernels(name, word, told, llama.get(f"llama {told['tokens']}"))
+                yield _kernels(name, word, told, llama)
     if error:
         yield Row(group="families", name=f"{name}: times", error=error)
 
@@ -119,13 +124,17 @@ def _step(name: str, word: str, told: dict[str, Any]) -> Row:
     )  # fmt: skip
 
 
-def _kernels(name: str, word: str, told: dict[str, Any], llama: float | None) -> Row:
+def _kernels(name: str, word: str, told: dict[str, Any], others: dict[str, Any]) -> Row:
     goals, taken = [], told[f"{word} kernels"]
+    llama = others.get(f"llama {told['tokens']}")
     if word == "dense" and llama:
         goals = [Goal(what="of a Llama's", wanted=MOST, got=taken / llama)]
+    said = "" if llama is None else f"Llama {llama:.4g} us"
+    if others.get("copied"):
+        said += f" beside copies of {others['copied'] >> 20} MB a layer"
     return Row(
         group="families", name=f"{name}: kernels, {word}, {told['tokens']} tokens", value=taken,
-        unit="us", goals=tuple(goals), baseline="" if llama is None else f"Llama {llama:.4g} us",
+        unit="us", goals=tuple(goals), baseline=said,
         note=", ".join(f"{k} {x:.1f}" for k, x in told[f"{word} by kernel"].items()),
     )  # fmt: skip
 

@@ -8,7 +8,10 @@ from ._policies import bound_layers as bound_layers
 from ._policies import budget_of as budget_of
 from ._policies import check_budget as check_budget
 from ._wrapper import budget_knob as budget_knob
+from .across_layers import AcrossLayers as AcrossLayers
 from .adaptive import Adaptive as Adaptive
+from .headkv import HeadKV as HeadKV
+from .lazy_layers import LazyLayers as LazyLayers
 from .pyramid import Pyramid as Pyramid
 from .tokens import Ratio as Ratio
 from .tokens import Tokens as Tokens

@@ -25,7 +25,8 @@ class BudgetView:
     `seen[row]` real tokens of each sequence, the local `window` in tokens, `layers` the indices of
     the layers, `of` all layers of the model, `kv_heads[i]` the KV heads of the i-th one here.
     `counts[row][i][head]` are the global tokens stored now; the device is asked for them when a
-    budget first asks.
+    budget first asks. `scores[i]` `[B, Hkv, N]` are the eviction's of the i-th layer, -inf where no
+    token is, for a budget with `reads_scores`.
     """
 
     seen: tuple[int, ...]
@@ -34,10 +35,17 @@ class BudgetView:
     of: int
     kv_heads: tuple[int, ...]
     _counts: Callable[[], Counts]
+    _scores: tuple[Tensor, ...] | None = None
 
     @cached_property
     def counts(self) -> Counts:
         return self._counts()
+
+    @property
+    def scores(self) -> tuple[Tensor, ...]:
+        if self._scores is None:
+            raise ValueError("scores: this view has none; a budget asks by `reads_scores = True`")
+        return self._scores
 
 
 class Budget(ABC):
@@ -59,6 +67,12 @@ class Budget(ABC):
         return False
 
     @option
+    def reads_scores(self) -> bool:
+        """Whether `targets` reads the scores of all layers; they are then held together, 4 bytes a
+        token, head and layer."""
+        return False
+
+    @option
     def fixed(self) -> int | None:
         """Tokens per head, window included, if they are the same at any length; else None."""
         return None
@@ -74,6 +88,9 @@ class Budget(ABC):
                 f"budget: wanted at least window + 1 = {window + 1} tokens (budgets include the "
                 f"window), got {self.fixed}"
             )
+
+    def check_model(self, layers: int, kv_heads: int) -> None:  # noqa: B027
+        """Raises ValueError if the budget does not fit a model with these sizes."""
 
     def allowed(self, seen: int, window: int, layer: int, layers: int) -> int:
         """Mean global tokens per head; the window is kept even where it is more than the budget."""

@@ -40,8 +40,15 @@ class Wrapper(Budget):
     def spans_layers(self) -> bool:
         return self.base.spans_layers
 
+    @property
+    def reads_scores(self) -> bool:
+        return self.base.reads_scores
+
     def check(self, window: int) -> None:
         self.base.check(window)
+
+    def check_model(self, layers: int, kv_heads: int) -> None:
+        self.base.check_model(layers, kv_heads)
 
     def tokens_per_head(self, seen: int, layer: int, layers: int) -> int:
         return self.base.tokens_per_head(seen, layer, layers)

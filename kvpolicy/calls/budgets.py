@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from ..budget import Budget, BudgetView, Counts, bound_layers
+from ..budget import Budget, BudgetView, Counts, bound_layers, budget_of
 from ..store.layer import LayerStore
 from ..store.state import CacheState
 
 
-def targets_of(state: CacheState, layers: Sequence[LayerStore]) -> dict[int, list[list[int]]]:
-    """Global tokens `[B][Hkv]` that budgets leave, by layer; a budget is asked once."""
+def targets_of(
+    state: CacheState, layers: Sequence[LayerStore], scores: Mapping[int, Tensor] | None = None
+) -> dict[int, list[list[int]]]:
+    """Global tokens `[B][Hkv]` that budgets leave, by layer; a budget is asked once.
+
+    `scores` `[B, Hkv, N]` of the layers, -inf where no token is, if a budget reads them.
+    """
     found: dict[int, list[list[int]]] = {}
     for budget, own in bound_layers({x.index: x.eviction for x in layers}):
-        view = budget_view(state, [state.layers[n] for n in own])
+        view = budget_view(state, [state.layers[n] for n in own], scores)
         targets = budget.targets(view)
         _check_targets(budget, targets, view)
         found |= {n: [row[i] for row in targets] for i, n in enumerate(own)}
     return found
 
 
-def budget_view(state: CacheState, layers: Sequence[LayerStore]) -> BudgetView:
+def read_scores(layers: Sequence[LayerStore]) -> bool:
+    """Whether a budget of these layers reads scores."""
+    budgets = (budget_of(layer.eviction) for layer in layers)
+    return any(budget is not None and budget.reads_scores for budget in budgets)
+
+
+def budget_view(
+    state: CacheState, layers: Sequence[LayerStore], scores: Mapping[int, Tensor] | None = None
+) -> BudgetView:
     """What a budget is told of the layers that it binds, which share a window."""
 
     def counts() -> list[list[list[int]]]:
@@ -39,7 +52,14 @@ def budget_view(state: CacheState, layers: Sequence[LayerStore]) -> BudgetView:
         of=state.spec.layers,
         kv_heads=tuple(x.counts.shape[1] for x in layers),
         counts=counts,
+        scores=None if scores is None else tuple(_scores_of(x, scores) for x in layers),
     )
+
+
+def _scores_of(layer: LayerStore, scores: Mapping[int, Tensor]) -> Tensor:
+    """Those of a layer; one that holds no global token has none."""
+    none = torch.zeros(*layer.counts.shape, 0, device=layer.device)
+    return scores.get(layer.index, none)
 
 
 def _check_targets(budget: Budget, targets: Counts, view: BudgetView) -> None:

@@ -19,7 +19,7 @@ from ..store.layer import LayerStore
 from ..store.numbers import most_stored, narrow, remember
 from ..store.ring import last
 from ..store.state import CacheState
-from .budgets import keep_within, targets_of
+from .budgets import keep_within, read_scores, targets_of
 from .settle import seen, settle
 
 
@@ -36,15 +36,18 @@ def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
         if not (x.slides or x.eviction.neutral or (decoding and x.eviction.when != "decode"))
     ]
     _check_replayed(state, layers, rows)
-    asked = targets_of(state, layers)
+    remembered: dict[int, Tensor] = {}
+    rated, scores = _rated(state, layers, remembered), None
+    if read_scores(layers):
+        rated = iter(found := list(rated))
+        scores = {x.index: s.masked_fill(~valid, float("-inf")) for x, s, valid in found}
+    asked = targets_of(state, layers, scores)
     targets = _by_layer([x for x in layers if x.index in asked], asked)
     others = torch.tensor([not on for on in rows], device=state.spec.device)[:, None, None]
 
-    remembered: dict[int, Tensor] = {}
-
     def keeps() -> Iterator[tuple[LayerStore, Tensor]]:
         """Left to the device, layer by layer, while it is busy with scores."""
-        for layer, scores, valid in _rated(state, layers, remembered):
+        for layer, scores, valid in rated:
             keep = valid & (scores > float("-inf"))
             budget = budget_of(layer.eviction)
             if budget is not None:

@@ -86,6 +86,10 @@ def evaluate(
             help="Parts of the context that Quest reads and SnapKV leaves. [0.125 0.25 0.0625]"
         ),
     ] = None,
+    methods: Annotated[
+        bool,
+        typer.Option("--methods", help="Every method of docs/policies.md at each --keep instead."),
+    ] = False,
     window: Annotated[int, typer.Option(min=1, max=MOST, help="Local window without a gate.")] = 64,
     page_size: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of a page.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the contexts.")] = 0,
@@ -123,7 +127,12 @@ def evaluate(
     began = time.monotonic()
     with errors():
         from ..evaluation.grid.results import Store
-        from ..evaluation.grid.runner import Runner, absent_gates, variants_for
+        from ..evaluation.grid.runner import (
+            Runner,
+            absent_gates,
+            method_variants_for,
+            variants_for,
+        )
         from ..evaluation.grid.variants import own
         from ..evaluation.tasks.task import QUESTIONS
         from ..evaluation.texts import python_topics
@@ -179,12 +188,15 @@ def evaluate(
         keeps, budgets = keep or [0.25, 0.1], budget or [0.125, 0.25, 0.0625]
         check_fractions("keep", keeps)
         check_fractions("budget", budgets)
-        if model == "smollm2" and not gates and (absent := absent_gates()):
+        if model == "smollm2" and not gates and not methods and (absent := absent_gates()):
             typer.echo(
                 f"left out, since they are not installed: {', '.join(absent)}; "
                 "--gate NAME looks on the hub"
             )
-        found = variants_for(model, gates, threshold or [], duo, keeps, budgets, window)
+        if methods:
+            found = method_variants_for(model, gates, duo, keeps, window)
+        else:
+            found = variants_for(model, gates, threshold or [], duo, keeps, budgets, window)
         mine = {name: own_pipeline(name, trust_code) for name in pipeline or []}
         found = chosen([*found, *(own(*item) for item in mine.items())], variant)
         text = python_topics() if texts is None else "\n\n".join(read(texts))
@@ -203,6 +215,8 @@ def evaluate(
             "threshold": threshold,
             "page_size": page_size,
         }
+        if methods:
+            settings["methods"] = True
         if mine:
             settings["pipeline"] = {n: pipeline_fingerprint(x) for n, x in mine.items()}
         store = Store(out)

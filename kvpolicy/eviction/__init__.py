@@ -13,6 +13,7 @@ from .fast_kvzip import FastKVzip as FastKVzip
 from .fastgen import FastGen as FastGen
 from .g_kv import GKV as GKV
 from .h2o import H2O as H2O
+from .judge_q import JudgeQ as JudgeQ
 from .keydiff import KeyDiff as KeyDiff
 from .knorm import Knorm as Knorm
 from .kv_press import KVPress as KVPress

@@ -16,7 +16,7 @@ from .._knob import Knob
 from .._names import named
 from .._option import option
 from ..admission import Admission, Write
-from ..budget import Budget, budget_knob, budget_of, check_budget, is_budget, tokens_from_int
+from ..budget import Budget, budget_knob, budget_of, check_budget
 from ..choices import Accumulates, NumberGroup, When
 from ..ops import Heads, Ops, Pages, Ring
 from ..rope import Rope
@@ -361,11 +361,6 @@ class KeepAll(Eviction):
 def when_field(default: When = "prompt_end") -> Any:
     """When an eviction acts."""
     return attrs.field(default=default, validator=one_of(*WHEN))
-
-
-def budget_field() -> Any:
-    """What an eviction leaves; an int is tokens per KV head."""
-    return attrs.field(converter=tokens_from_int, validator=is_budget)
 
 
 def wide(x: Tensor) -> torch.dtype:

@@ -22,7 +22,7 @@ class DBudgetKV(Eviction):
     Ni et al., 2025 (arXiv 2502.16886; no code was published). Ranks are positions: the first
     `sinks` tokens, then the newest before the older ones. Of a head's map A, the rows of the last
     `observation` queries of its group, as many columns stay as it takes for their Frobenius norm to
-    be at least (1 - `threshold`) |A|. There is no budget: each head finds its own. The paper looks
+    be at least `(1 - threshold) |A|`. There is no budget: each head finds its own. The paper looks
     at whole maps, which are never formed here.
 
     Example:

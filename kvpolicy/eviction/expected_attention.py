@@ -8,11 +8,11 @@ from torch import Tensor
 
 from .._fields import flag, not_negative, number, positive
 from .._names import named
-from ..budget import Budget
+from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
 from ..ops import Ops
 from ._attention import used_slots
-from ._base import Eviction, EvictionView, StoredTokens, budget_field, when_field, wide
+from ._base import Eviction, EvictionView, StoredTokens, when_field, wide
 
 FIRST = torch.finfo(torch.float32).max  # the score of a token that stays in any case
 
@@ -37,7 +37,7 @@ class ExpectedAttention(Eviction):
         `CachePipeline(eviction=ExpectedAttention(budget=Ratio(0.5)))`
     """
 
-    budget: Budget = budget_field()
+    budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
     when: When = when_field()
     future: int = attrs.field(default=512, validator=positive)
     sinks: int = attrs.field(default=4, validator=not_negative)

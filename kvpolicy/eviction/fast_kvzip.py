@@ -16,9 +16,9 @@ from .._names import named
 from ..admission import Write
 from ..admission._files import Source, find_file, source_field, source_of
 from ..admission._products import by_tile
-from ..budget import Budget, tokens_from_int
+from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
-from ._base import Eviction, EvictionView, budget_field, when_field
+from ._base import Eviction, EvictionView, when_field
 
 _EPS = 1e-6
 # Name in the file, name of the field.
@@ -55,7 +55,7 @@ class FastKVzip(Eviction):
         `CachePipeline(eviction=FastKVzip.from_pretrained("q4_dim16_sink16.pt", budget=Ratio(0.3)))`
     """
 
-    budget: Budget = budget_field()
+    budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
     q: Tensor = _weight()
     q_bias: Tensor = _weight()
     k: Tensor = _weight()

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from .._fields import fraction, positive
 from .._names import named
-from ..budget import Budget
+from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
 from ._attention import attention, used_slots
-from ._base import Eviction, EvictionView, budget_field, when_field, wide
+from ._base import Eviction, EvictionView, when_field, wide
 
 
 @named
@@ -30,7 +30,7 @@ class GKV(Eviction):
         `CachePipeline(eviction=GKV(budget=1024))`
     """
 
-    budget: Budget = budget_field()
+    budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
     when: When = when_field(default="decode")
     observation: int = attrs.field(default=16, validator=positive)
     alpha: float = attrs.field(default=0.8, validator=fraction())

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .._fields import flag, one_of
 from .._names import named
-from ..budget import Budget
+from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import Accumulates, NumberGroup, When
-from ._base import Eviction, EvictionView, budget_field, when_field
+from ._base import Eviction, EvictionView, when_field
 
 
 @named
@@ -32,7 +32,7 @@ class H2O(Eviction):
         `CachePipeline(eviction=H2O(budget=1024), window=512)`
     """
 
-    budget: Budget = budget_field()
+    budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
     when: When = when_field(default="decode")
     group: NumberGroup = attrs.field(default="mean", validator=one_of(*get_args(NumberGroup)))
     average: bool = attrs.field(default=False, validator=flag)

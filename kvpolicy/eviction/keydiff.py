@@ -8,15 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._names import named
-from ..budget import Budget
+from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
-from ._base import Eviction, EvictionView, budget_field, when_field, wide
+from ._base import Eviction, EvictionView, when_field, wide
 
 
 @named
 @attrs.frozen(kw_only=True)
 class KeyDiff(Eviction):
-    """Scores tokens by -cos(k, a), a being the mean of k / |k| over all keys of the head.
+    """Scores tokens by `-cos(k, a)`, a being the mean of `k / |k|` over all keys of the head.
 
     Park et al., 2025 (NVIDIA/kvpress, keydiff_press.py). Keys in the window count in the mean. The
     paper drops block by block while it reads: prompts in chunks, `end_prompt` after each.
@@ -25,7 +25,7 @@ class KeyDiff(Eviction):
         `CachePipeline(eviction=KeyDiff(budget=1024))`
     """
 
-    budget: Budget = budget_field()
+    budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
     when: When = when_field()
 
     @property

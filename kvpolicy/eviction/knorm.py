@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from .._names import named
-from ..budget import Budget
+from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
-from ._base import Eviction, EvictionView, budget_field, when_field, wide
+from ._base import Eviction, EvictionView, when_field, wide
 
 
 @named
 @attrs.frozen(kw_only=True)
 class Knorm(Eviction):
-    """Scores tokens by -|k|, the norm of the key as it is stored.
+    """Scores tokens by `-|k|`, the norm of the key as it is stored.
 
     Devoto et al., 2024, A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression
     (NVIDIA/kvpress, knorm_press.py). The authors leave the first two layers as they are:
@@ -25,7 +25,7 @@ class Knorm(Eviction):
         `CachePipeline(eviction=Knorm(budget=1024))`
     """
 
-    budget: Budget = budget_field()
+    budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
     when: When = when_field()
 
     @property

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from .._fields import flag, not_negative, one_of, shown
 from .._names import named
-from ..budget import Budget
+from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import PressReads, When
 from ..rope import Rope
 from ._attention import used_slots
-from ._base import Eviction, EvictionView, budget_field, when_field, wide
+from ._base import Eviction, EvictionView, when_field, wide
 from .expected_attention import FIRST
 
 
@@ -58,7 +58,7 @@ class KVPress(Eviction):
     """
 
     press: Any = attrs.field(validator=_press)
-    budget: Budget = budget_field()
+    budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
     when: When = when_field()
     reads: PressReads = attrs.field(default="queries", validator=one_of(*get_args(PressReads)))
     inputs: int = attrs.field(default=64, validator=not_negative)

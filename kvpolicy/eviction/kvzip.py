@@ -8,9 +8,9 @@ from torch import Tensor
 
 from .._fields import not_negative
 from .._names import named
-from ..budget import Budget
+from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import Accumulates, NumberGroup
-from ._base import Eviction, EvictionView, budget_field
+from ._base import Eviction, EvictionView
 
 
 @named
@@ -30,7 +30,7 @@ class KVzip(Eviction):
         `CachePipeline(eviction=KVzip(budget=Ratio(0.3)))`
     """
 
-    budget: Budget = budget_field()
+    budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
     sinks: int = attrs.field(default=4, validator=not_negative)
 
     @property

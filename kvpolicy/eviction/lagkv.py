@@ -8,9 +8,9 @@ from torch import Tensor
 
 from .._fields import flag, integer, not_negative
 from .._names import named
-from ..budget import Budget
+from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
-from ._base import Eviction, EvictionView, budget_field, when_field, wide
+from ._base import Eviction, EvictionView, when_field, wide
 
 
 @named
@@ -30,7 +30,7 @@ class LagKV(Eviction):
         `CachePipeline(eviction=LagKV(budget=1024))`
     """
 
-    budget: Budget = budget_field()
+    budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
     sinks: int = attrs.field(default=4, validator=not_negative)
     lag: int = attrs.field(default=128, validator=integer(2))
     cross_scoring: bool = attrs.field(default=False, validator=flag)

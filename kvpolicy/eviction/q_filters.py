@@ -13,9 +13,9 @@ from .._fields import is_a
 from .._files import read_safetensors, write_safetensors
 from .._names import named
 from ..admission._files import Source, find_file, source_field, source_of
-from ..budget import Budget, tokens_from_int
+from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
-from ._base import Eviction, EvictionView, budget_field, when_field, wide
+from ._base import Eviction, EvictionView, when_field, wide
 
 NAME = "q_filters"  # of the tensor in a file
 
@@ -33,7 +33,7 @@ class QFilters(Eviction):
         `CachePipeline(eviction=QFilters.from_pretrained("filters.safetensors", budget=1024))`
     """
 
-    budget: Budget = budget_field()
+    budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
     filters: Tensor = attrs.field(repr=False, validator=is_a(Tensor, "a tensor"))
     when: When = when_field()
     source: Source | None = source_field()

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .._fields import number, odd, one_of, positive
 from .._names import named
-from ..budget import Budget
+from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import HeadGroup, When
 from ..ops import Ops
 from ._attention import used_slots
-from ._base import Eviction, EvictionView, StoredTokens, budget_field, when_field, wide
+from ._base import Eviction, EvictionView, StoredTokens, when_field, wide
 
 _FIXED = 1 << 40  # sums of cosines are taken in units of this part: integers add in any order
 
@@ -39,7 +39,7 @@ class RKV(Eviction):
         `CachePipeline(eviction=RKV(budget=1024))`
     """
 
-    budget: Budget = budget_field()
+    budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
     when: When = when_field("decode")
     observation: int = attrs.field(default=8, validator=positive)
     kernel: int = attrs.field(default=7, validator=odd)

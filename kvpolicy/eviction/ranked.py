@@ -11,9 +11,9 @@ from torch import Tensor
 from .._fields import is_a, not_negative
 from .._names import named
 from ..admission import Admission, Write
-from ..budget import Budget
+from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
-from ._base import Eviction, EvictionView, budget_field, when_field
+from ._base import Eviction, EvictionView, when_field
 
 
 def _scores(instance: Ranked, attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -40,7 +40,7 @@ class Ranked(Eviction):
     """
 
     gate: Any = attrs.field(validator=_scores)
-    budget: Budget = budget_field()
+    budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
     when: When = when_field()
     sinks: int = attrs.field(default=0, validator=not_negative)
     numbered = True

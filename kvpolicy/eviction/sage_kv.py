@@ -11,10 +11,10 @@ from torch import Tensor
 from .._fields import not_negative, one_of
 from .._names import named
 from ..admission import Write
-from ..budget import Budget
+from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import HeadGroup
 from ..ops import Ops
-from ._base import Eviction, EvictionView, StoredTokens, budget_field
+from ._base import Eviction, EvictionView, StoredTokens
 from .snapkv import SnapKV
 
 
@@ -32,7 +32,7 @@ class SageKV(Eviction):
         `CachePipeline(eviction=SageKV(budget=2048), window=1024)`
     """
 
-    budget: Budget = budget_field()
+    budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
     sinks: int = attrs.field(default=4, validator=not_negative)
     group: HeadGroup = attrs.field(default="max", validator=one_of(*get_args(HeadGroup)))
     forgets_window = True

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from .._fields import not_negative
 from .._names import named
-from ..budget import Budget
+from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
-from ._base import Eviction, EvictionView, budget_field, when_field
+from ._base import Eviction, EvictionView, when_field
 
 
 @named
@@ -28,7 +28,7 @@ class StreamingLLM(Eviction):
         `CachePipeline(eviction=StreamingLLM(budget=1024))`
     """
 
-    budget: Budget = budget_field()
+    budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
     sinks: int = attrs.field(default=4, validator=not_negative)
     when: When = when_field("decode")
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .._fields import flag, one_of
 from .._names import named
-from ..budget import Budget
+from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import HeadGroup, When
 from ..ops import Ops
-from ._base import Eviction, EvictionView, StoredTokens, budget_field, when_field
+from ._base import Eviction, EvictionView, StoredTokens, when_field
 from .snapkv import SnapKV
 
 
@@ -31,7 +31,7 @@ class TOVA(Eviction):
         `CachePipeline(eviction=TOVA(budget=1024))`
     """
 
-    budget: Budget = budget_field()
+    budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
     group: HeadGroup = attrs.field(default="mean", validator=one_of(*get_args(HeadGroup)))
     across_heads: bool = attrs.field(default=False, validator=flag)
     when: When = when_field("decode")

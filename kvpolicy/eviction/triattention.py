@@ -16,10 +16,10 @@ from .._files import read_pt, read_safetensors, write_safetensors
 from .._names import named
 from ..admission import Write
 from ..admission._files import Source, find_file, source_field, source_of
-from ..budget import Budget, tokens_from_int
+from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import HeadGroup, When
 from ._attention import used_slots
-from ._base import Eviction, EvictionView, budget_field, when_field, wide
+from ._base import Eviction, EvictionView, when_field, wide
 from .expected_attention import FIRST
 
 PARTS = ("q_mean_real", "q_mean_imag", "q_abs_mean")  # of a head, in the authors' files
@@ -50,7 +50,7 @@ class TriAttention(Eviction):
         `CachePipeline(eviction=TriAttention.from_pretrained("stats.pt", budget=2048))`
     """
 
-    budget: Budget = budget_field()
+    budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
     real: Tensor = _statistics()
     imaginary: Tensor = _statistics()
     size: Tensor = _statistics()

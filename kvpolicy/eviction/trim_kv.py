@@ -18,9 +18,9 @@ from .._names import named
 from ..admission import Write
 from ..admission._files import Source, find_file, source_field, source_of
 from ..admission._products import by_tile
-from ..budget import Budget, tokens_from_int
+from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
-from ._base import Eviction, EvictionView, budget_field, when_field
+from ._base import Eviction, EvictionView, when_field
 
 _KEY = re.compile(r"model\.layers\.(\d+)\.self_attn\.retention_gate\.(.+)")
 # Name in the file, name of the field.
@@ -46,7 +46,7 @@ class TrimKV(Eviction):
         `CachePipeline(eviction=TrimKV.from_pretrained("gates.safetensors", budget=512))`
     """
 
-    budget: Budget = budget_field()
+    budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
     w1: Tensor = _weight()
     b1: Tensor = _weight()
     w2: Tensor = _weight()

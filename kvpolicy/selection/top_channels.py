@@ -21,7 +21,7 @@ from .quest import quest_tokens
 class TopChannels(Selection):
     """Page selection of RocketKV's second stage (Behnam et al., 2025; NVlabs/RocketKV).
 
-    A KV head looks at the `channels` channels whose |q| is largest, the mean over its group. There
+    A KV head looks at the `channels` channels whose `|q|` is largest, a mean over its group. There
     a page counts by its largest key where the sum of the group's queries is positive, by its
     smallest elsewhere; a query head's score is the sum of q times that. RocketKV takes the mean
     over the group of softmaxes over all tokens; here a page's score depends on itself only, and

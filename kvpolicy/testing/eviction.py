@@ -255,6 +255,7 @@ def _room(policy: Eviction, spec: CacheSpec, window: int) -> int:
             seen = BudgetView(
                 seen=(window + stored,), window=window, layers=tuple(layers), of=spec.layers,
                 kv_heads=(spec.kv_heads,) * len(layers), counts=lambda counts=counts: counts,  # type: ignore[misc]
+                scores=(torch.ones(1, spec.kv_heads, stored),) * len(layers),
             )  # fmt: skip
             if all(sum(heads) < stored * spec.kv_heads for heads in budget.targets(seen)[0]):
                 room = max(room, stored)
@@ -278,9 +279,19 @@ def _asked(pipeline: CachePipeline, state: CacheState) -> list[tuple[Budget, lis
     """What the budgets would leave now: the layers that each binds, and its targets."""
     bound = bound_layers({x.index: pipeline.eviction.at(x.index) for x in state.layers})
     return [
-        (budget, layers, budget.targets(budget_view(state, [state.layers[n] for n in layers])))
+        (budget, layers, budget.targets(_view_of(state, budget, layers)))
         for budget, layers in bound
     ]
+
+
+def _view_of(state: CacheState, budget: Budget, layers: list[int]) -> BudgetView:
+    """What a budget is told of these layers, the scores too if it reads them."""
+    stores, scores = [state.layers[n] for n in layers], None
+    if budget.reads_scores:
+        rated = zip(stores, longest(stores), strict=True)
+        found = {x.index: score(state, x, most) for x, most in rated if most}
+        scores = {n: s.masked_fill(~valid, float("-inf")) for n, (s, valid) in found.items()}
+    return budget_view(state, stores, scores)
 
 
 def _budget(

@@ -142,3 +142,70 @@ def test_new_ids_with_a_mask_of_everything(llama, name, whole):
         for n in range(token.shape[1]):
             llama(token[:, n : n + 1], past_key_values=caches[1])
         assert digest(caches[0])[2:] == digest(caches[1])[2:]
+
+
+IDS = prompt([9])["input_ids"]
+LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize("masks", [{"full_attention": None}, {"full_attention": LEFT}, {}])
+def test_masks_by_kind_of_layer(llama, masks):
+    """Whatever an earlier call's mask said: it is that call's."""
+    ids = prompt([9])["input_ids"]
+    with attach(llama, PIPELINE):
+        for before in (None, LEFT):
+            llama(ids, attention_mask=before)
+            with pytest.raises(UnsupportedError, match="^attention_mask: wanted a 2D mask"):
+                llama(ids, attention_mask=masks)
+
+
+@pytest.mark.parametrize("how", ["wrapped", "hook", "whole"])
+def test_a_mask_that_the_attachment_does_not_read(llama, how):
+    """Set between its hook and the decoder, as accelerate's hooks do."""
+    ids, decoder = prompt([9])["input_ids"], llama.model
+    plain, masked = llama(ids).logits, llama(ids, attention_mask=LEFT).logits
+    forward, mask = decoder.forward, torch.zeros(1, 1, 9, 9) if how == "whole" else LEFT
+
+    def changed(*args, **kwargs):
+        return forward(*args, **{**kwargs, "attention_mask": mask})
+
+    def hook(module, args, kwargs):
+        return args, {**kwargs, "attention_mask": LEFT}
+
+    with attach(llama, PIPELINE):
+        handle = decoder.register_forward_pre_hook(hook, with_kwargs=True)
+        if how != "hook":
+            handle.remove()
+            decoder.forward = changed
+        try:
+            with pytest.raises(UnsupportedError, match="^attention_mask: "):
+                llama(ids)
+            if how != "whole":
+                assert torch.allclose(llama(ids, attention_mask=LEFT).logits[:, 3:], masked[:, 3:],
+                                      atol=1e-4)  # fmt: skip
+        finally:
+            handle.remove()
+            decoder.__dict__.pop("forward", None)
+        assert torch.allclose(llama(ids).logits, plain, atol=1e-4)
+
+
+def test_numbers_other_than_0_and_1(llama):
+    """transformers counts positions by them."""
+    ids = prompt([9])["input_ids"]
+    with attach(llama, PIPELINE) as attached:
+        cache = attached.new_cache()
+        for run in (llama, lambda *args, **kwargs: llama.generate(*args, **kwargs)):
+            for mask in (LEFT * 2, LEFT.float() - 1):
+                with pytest.raises(ValueError, match="^attention_mask: wanted 0 and 1"):
+                    run(ids, attention_mask=mask, past_key_values=cache)
+        assert cache.state is None
+        llama(ids, attention_mask=LEFT.float())
+
+
+def test_generate_after_padding_on_the_right(llama):
+    """transformers goes on from a column of padding there."""
+    inputs = prompt([12, 9], side="right")
+    with attach(llama, PIPELINE) as attached:
+        for run in (llama.generate, lambda **more: attached.ask(attached.read(IDS), **more)):
+            with pytest.raises(UnsupportedError, match="^attention_mask: it hides a row's last"):
+                run(**inputs, max_new_tokens=2)

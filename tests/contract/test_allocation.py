@@ -193,7 +193,7 @@ def test_an_eviction_of_shared_pages_may_fail(monkeypatch):
         run.decode()
     fork = select_rows(run.state, [0])
     spare = select_rows(run.state, [0])  # its pages keep the commit below from finding any
-    before = digest(fork)
+    kept = digest(fork)
     pipeline, state = run.pipeline, run.state
     pipeline.begin(state, [1], "decode")
     for layer in range(SPEC.layers):
@@ -213,7 +213,7 @@ def test_an_eviction_of_shared_pages_may_fail(monkeypatch):
     assert state.call is None
     run.decode()
     run.check()
-    assert digest(fork) == digest(spare) == before
+    assert digest(fork) == digest(spare) == kept
 
 
 def test_an_eviction_at_the_cap_needs_no_page():

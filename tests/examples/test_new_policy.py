@@ -6,11 +6,13 @@ import importlib.util
 import re
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kvpolicy import CachePipeline, Tokens
+from kvpolicy import BudgetView, CachePipeline, EvictionView, QueryStats, Tokens, Write
+from kvpolicy.selection import PromptView
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,9 +57,19 @@ def test_doc_shows_the_example(example):
     text = (ROOT / "docs/writing-a-policy.md").read_text(encoding="utf-8")
     source = (ROOT / "examples/new_policy.py").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(@attrs.*?)```", text, re.DOTALL)
-    assert len(blocks) == 4
-    for block in blocks:
+    names = ("Strided", "MeanKey", "KeyDiff", "SquareRoot")
+    shown = [x for x in blocks if re.search(r"^class (\w+)", x, re.MULTILINE)[1] in names]
+    assert len(shown) == 4
+    for block in shown:
         assert block in source
+
+
+def test_doc_names_every_field_that_a_policy_is_given():
+    text = (ROOT / "docs/writing-a-policy.md").read_text(encoding="utf-8")
+    given = [*Write._fields, *QueryStats._fields, *PromptView._fields]
+    for kind in (EvictionView, BudgetView):
+        given += [field.alias for field in attrs.fields(kind)]
+    assert [name for name in given if f"`{name}`" not in text] == []
 
 
 def _view(keys, count):

@@ -17,6 +17,7 @@ from kvpolicy import (
     H2O,
     RKV,
     TOVA,
+    AcrossLayers,
     AdaEA,
     Adaptive,
     AdmitAll,
@@ -31,6 +32,8 @@ from kvpolicy import (
     FastGen,
     FastKVzip,
     FlexPrefill,
+    HeadKV,
+    JudgeQ,
     KeepAll,
     KeyDiff,
     Knob,
@@ -39,6 +42,7 @@ from kvpolicy import (
     KVzap,
     KVzip,
     LagKV,
+    LazyLayers,
     LocalAttention,
     PerPhase,
     Pyramid,
@@ -111,7 +115,7 @@ def words(*options):
 
 FRACTION = numbers(lambda value: 0 <= value <= 1)
 POSITIVE_FRACTION = numbers(lambda value: 0 < value <= 1)
-BUDGET = Kind((Tokens, Ratio, Adaptive, Pyramid, TotalCap))
+BUDGET = Kind((Tokens, Ratio, Adaptive, Pyramid, TotalCap, AcrossLayers, HeadKV, LazyLayers))
 INT_OR_OTHER = lambda value: type(value) is not int or 1 <= value <= MOST  # noqa: E731
 BUDGET_OR_INT = Kind((*BUDGET.types, int), INT_OR_OTHER)
 BASE = Kind((Tokens, Ratio, Adaptive, Pyramid, int), INT_OR_OTHER)
@@ -419,6 +423,10 @@ CLASSES = {
         {"budget": 64},
         {"budget": BUDGET_OR_INT, "sinks": ints(0), "group": words("mean", "max")},
     ),
+    JudgeQ: (
+        {"budget": 64, "embeds": torch.ones(3, 8)},
+        {"budget": BUDGET_OR_INT, "embeds": TENSOR, "source": Kind((), none=True)},
+    ),
     DBudgetKV: (
         {},
         {"threshold": FRACTION, "sinks": ints(0), "observation": ints(1), "when": WHEN},
@@ -465,6 +473,20 @@ CLASSES = {
     Pyramid: (
         {"base": Tokens(64)},
         {"base": BASE, "beta": numbers(lambda value: value >= 1), "observation": ints(0)},
+    ),
+    AcrossLayers: ({"base": Tokens(64)}, {"base": BASE, "floor": FRACTION}),
+    LazyLayers: (
+        {"base": Tokens(64)},
+        {"base": BASE, "threshold": FRACTION, "held": ints(0)},
+    ),
+    HeadKV: (
+        {"base": Tokens(64), "importance": ((1.0, 2.0),)},
+        {
+            "base": BASE,
+            "importance": Kind((tuple, list), lambda value: value == ((0.5,),)),
+            "beta": numbers(lambda value: value >= 1),
+            "temperature": numbers(lambda value: value >= 0),
+        },
     ),
     TotalCap: ({"tokens": 64}, {"tokens": ints(1, (1 << 63) - 1), "drop": POSITIVE_FRACTION}),
     Knob: (

@@ -16,6 +16,7 @@ from kvpolicy import (
     CachePipeline,
     CacheSpec,
     DuoAttention,
+    KVPress,
     LocalAttention,
     Pyramid,
     Quest,
@@ -85,6 +86,19 @@ def test_the_way_to_a_file_and_back(tmp_path, case, suffix):
     assert again.init(SIZES.spec).batch == 1
 
 
+def test_a_press_of_another_library_has_no_place_in_a_file(tmp_path):
+    class Press:
+        compression_ratio = 0.5
+
+        def score(self, *given):
+            raise NotImplementedError
+
+    pipeline = CachePipeline(eviction=KVPress(press=Press(), budget=Ratio(0.5)), window=1)
+    with pytest.raises(ValueError, match=r"eviction\.press: wanted numbers, texts"):
+        save_pipeline(pipeline, tmp_path / "pipeline.json")
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_class_of_the_library_stands_in_a_case():
     """So that the test above walks over all of them."""
     seen = set()
@@ -100,7 +114,7 @@ def test_every_class_of_the_library_stands_in_a_case():
 
     for case in CASES:
         look(build(SIZES, **case))
-    assert set(KNOWN.values()) - seen == {Scaled}
+    assert set(KNOWN.values()) - seen == {Scaled, KVPress}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,11 @@ from tests.support.contract.streams import hidden_of
 from tests.support.rules import chosen, read
 
 
+def combined(weights, group):
+    """Weights `[Hkv, G, ...]` of the query heads of each KV head together."""
+    return {"mean": weights.mean(1), "sum": weights.sum(1), "max": weights.amax(1)}[group]
+
+
 class Oracle:
     """Every token ever seen, and for each KV head which of them are admitted and not evicted."""
 
@@ -60,8 +65,7 @@ class Oracle:
         if not policy.accumulates or policy.replayed or policy.neutral or self.slides:
             return
         given = self.softmax(at, visible, torch.float64).nan_to_num(0.0)
-        given = given.unflatten(0, (self.heads, -1))
-        given = {"mean": given.mean(1), "sum": given.sum(1), "max": given.amax(1)}[policy.group]
+        given = combined(given.unflatten(0, (self.heads, -1)), policy.group)
         self.weights += zip(at, given.unbind(1), strict=True)
 
     def replay(self, q, k, v, pre, span, sinks):
@@ -75,9 +79,11 @@ class Oracle:
         given = twin.softmax(i[:, 0], visible, torch.float64).nan_to_num(0.0)
         looked = (j >= span.start) & (j < span.stop)
         looked = looked & (twin.alive | (j >= twin.n - self.W))  # others leave for good
-        given = given.unflatten(0, (self.heads, -1)).amax((1, 2)) * looked
-        given = given[:, :own]
-        self.base = torch.maximum(self.base, given)
+        given = given.unflatten(0, (self.heads, -1)) * looked[:, None, None]
+        given = combined(given, self.eviction.group)[..., :own]
+        largest = self.eviction.accumulates == "max"
+        given = given.amax(1) if largest else given.sum(1)
+        self.base = torch.maximum(self.base, given) if largest else self.base + given
 
     def numbers(self):
         """The number of every token for each head."""

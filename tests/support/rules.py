@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from kvpolicy import Adaptive, EvictionView, PromptView, TotalCap
+from kvpolicy import AcrossLayers, Adaptive, EvictionView, HeadKV, LazyLayers, PromptView, TotalCap
 from tests.support.contract.told import asked
 
 
@@ -85,6 +85,38 @@ def nudged(scores, kept):
     return {j: s * (1 + 1e-5 if j in kept else 1 - 1e-5) for j, s in scores.items()}
 
 
+def dealt(budget, layers):
+    """Global tokens of each head that a budget over layers leaves, `[layer][head]`."""
+    o, heads = layers[0][0], sum(o.heads for o, _ in layers)
+    n = budget.allowed(o.n, o.W, 0, o.spec.layers)
+    if isinstance(budget, HeadKV):
+        worth = [[x**budget.temperature for x in row] for row in budget.importance]
+        pool, total = n // budget.beta, sum(map(sum, worth))
+        return [
+            [round(x / total * pool * heads + n - pool) for x in worth[o.layer]] for o, _ in layers
+        ]
+    if isinstance(budget, LazyLayers):
+        share = [sum(sum(s.values()) for s in mine) / o.heads for o, mine in layers]
+        lazy = [x < 1 - budget.threshold for x in share]
+        busy = sum(o.heads for (o, _), idle in zip(layers, lazy, strict=True) if not idle)
+        spare = sum(o.heads for (o, _), idle in zip(layers, lazy, strict=True) if idle)
+        few = min(n, budget.held) if busy else n
+        more = n + spare * (n - few) // max(busy, 1)
+        return [
+            [few if idle else more] * o.heads for (o, _), idle in zip(layers, lazy, strict=True)
+        ]
+    items, counts = [], [[0] * o.heads for o, _ in layers]
+    for at, (_, mine) in enumerate(layers):
+        for h, s in enumerate(mine):
+            best = sorted((x for x in s.values() if x > float("-inf")), reverse=True)
+            sure = min(int(budget.floor * n), len(best))
+            counts[at][h] = sure
+            items += [(-x, at, h) for x in best[sure:]]
+    for _, at, h in sorted(items)[: max(n * heads - sum(map(sum, counts)), 0)]:
+        counts[at][h] += 1
+    return counts
+
+
 def evict(layers, decoding=False, kept=None):
     """One eviction of a sequence, given by its layers; returns whether anything changed.
 
@@ -97,6 +129,9 @@ def evict(layers, decoding=False, kept=None):
     caps, cap = None, layers[0].eviction.budget
     if isinstance(cap, TotalCap):
         caps = cap.lengths([[len(o.pages(h)) for h in range(o.heads)] for o in layers])
+    if isinstance(cap, AcrossLayers | LazyLayers | HeadKV):
+        acting = [(o, mine) for o, mine in zip(layers, found, strict=True) if mine is not None]
+        caps = {o.layer: n for (o, _), n in zip(acting, dealt(cap, acting), strict=True)}
     changed, gone_of = False, {}
     for o, mine in zip(layers, found, strict=True):
         if mine is None:

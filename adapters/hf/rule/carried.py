@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .cut import cut_model
+from .cut import cut_model, why_not_in_place
 from .untouched import untouched
 
 HIDDEN = 3  # columns before the prompt
@@ -67,11 +69,61 @@ class Carried:
         return bool(far <= max(_TRACE, 16 * torch.finfo(whole.dtype).eps) * whole.std())
 
 
-def _wide(model: Any) -> Any:
-    """`model`, or in its place a model of 32 bits, if one can be made."""
-    if next(model.parameters()).dtype.itemsize >= 4:
+def _wide(model: Any, alone: bool = False) -> Any:
+    """`model`, or in its place one of 32 bits, with `alone` on one rank, if that can be made."""
+    shared = alone and why_not_in_place(model) == "its weights are sharded"
+    if next(model.parameters()).dtype.itemsize >= 4 and not shared:
         return model
     try:
         return cut_model(model)
     except (TypeError, ValueError, RuntimeError):
         return model
+
+
+FARTHEST = 1 << 17  # columns
+
+
+class _Longer(DynamicCache):
+    """A cache that tells attention modules of `more` columns than it holds."""
+
+    def __init__(self, config: Any, modules: set[int], more: int) -> None:
+        super().__init__(config=config)
+        self.modules, self.more = modules, more
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        asker = sys._getframe(1).f_locals.get("self")
+        length = int(super().get_seq_length(*args, **kwargs))
+        return length + (self.more if id(asker) in self.modules else 0)
+
+
+def counts_from(model: Any, names: Iterable[str], tokens: Tensor) -> int | None:
+    """From how many columns on it shows that the attention modules `names` count them.
+
+    None where it shows up to FARTHEST columns in nothing. In 16 bits, or where ranks share the
+    model, which would have to agree on what they look for, a narrow random model of the same config
+    stands in where one can be made.
+    """
+    wide = _wide(model, alone=True)
+    held = dict(wide.named_modules())
+    modules = {id(held[name]) for name in names if name in held}
+    tokens = tokens.to(wide.get_input_embeddings().weight.device)
+    tokens = tokens % wide.get_input_embeddings().weight.shape[0]
+
+    def logits(more: int) -> Tensor:
+        cache = _Longer(wide.config, modules, more)
+        out: Tensor = wide(input_ids=tokens, past_key_values=cache, use_cache=True).logits
+        return out
+
+    with untouched(wide):
+        plain = logits(0)
+
+        def shows(more: int) -> bool:
+            return bool((logits(more) - plain).abs().max() > 1e-4 * plain.std())
+
+        if not shows(FARTHEST):
+            return None
+        low, high = 0, FARTHEST
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if shows(middle) else (middle, high)
+    return high + tokens.shape[1]

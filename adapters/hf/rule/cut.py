@@ -45,7 +45,11 @@ def whole(model: Any, found: Probe, reason: str) -> Probe:
         for layer in found.layers:
             if layer.layer == alike.index(alike[index]):
                 layers.append(_moved(model, layer, index, alike))
-    return attrs.evolve(found, layers=tuple(layers), kinds=kinds, way="cut", reason=reason)
+    counting = [n for n in range(len(kinds)) if alike.index(alike[n]) in found.counting]
+    return attrs.evolve(
+        found, layers=tuple(layers), kinds=kinds, way="cut", reason=reason,
+        counting=tuple(counting),
+    )  # fmt: skip
 
 
 def cut_model(model: Any) -> nn.Module:

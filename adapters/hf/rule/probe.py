@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from ....errors import UnsupportedError
 from ..wrappers import base_of, takes_positions
-from .carried import Carried
+from .carried import Carried, counts_from
 from .cut import cut_model, whole, why_not_in_place
 from .handle import Touched, place_of
 from .kinds import LayerKind, layer_kinds
 from .own_run import OwnRun
+from .placed import Placed
 from .probe_attention import rounding
 from .probe_run import ProbeRun
 from .records import ModelRefused as ModelRefused
@@ -112,10 +113,26 @@ def probe_in_place(model: Any, verify: bool = True) -> Probe:
     if found is not None and verify:
         raise found
     passed = Probe(layers=tuple(run.layers), kinds=kinds, difference=worst, decoded=True)
-    if not passed.own and takes_positions(model):
-        return passed
+    passed = _counted(model, passed, run, tokens)
+    if takes_positions(model):
+        placed = Placed(model, tokens)
+        passed = attrs.evolve(passed, first=placed.first, apart=placed.apart)
+        if not passed.own:
+            return passed
     carried = Carried(model, tokens)
     return attrs.evolve(passed, hides=carried.hides, goes_on=carried.goes_on)
+
+
+def _counted(model: Any, passed: Probe, run: ProbeRun, tokens: Tensor) -> Probe:
+    """With what the attention modules count by themselves, if it shows."""
+    modules = {name: model.get_submodule(name) for name in {x.module for x in passed.layers}}
+    places = {n: run.cache.counted[id(x)] for n, x in modules.items() if id(x) in run.cache.counted}
+    found = counts_from(model, places, tokens) if places else None
+    if found is None:
+        return passed
+    counting = tuple(x.layer for x in passed.layers if x.module in places)
+    place = min(places.values())
+    return attrs.evolve(passed, counts=place, counts_from=found, counting=counting)
 
 
 def _compared(
@@ -123,8 +140,10 @@ def _compared(
 ) -> tuple[float, ModelRefused | None]:
     """The largest difference as a part of what is allowed, and the refusal if it is larger."""
     worst = run.worst
+    every = torch.cat([theirs.double().flatten() for theirs in expected])
     for phase, theirs, ours in zip(("the prompt", "a decode step"), expected, logits, strict=True):
-        spread = float(theirs.double().std().clamp(min=1e-9))
+        wide = theirs.double() if theirs.numel() > 1 else every  # one number has no spread
+        spread = float(wide.std().clamp(min=1e-9))
         far = float((theirs.double() - ours.double()).abs().max()) / spread
         bound = tolerance(theirs.dtype, len(run.layers))
         if not far <= bound:

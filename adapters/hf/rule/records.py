@@ -174,6 +174,13 @@ class Probe:
         cached: whether an earlier probe of the same configuration vouches for this one.
         hides: whether hidden columns leave no trace in positions or in states of transformers' own.
         goes_on: whether a forward of several columns goes on from such states.
+        first: position that a forward without position ids gives to a first token; None where it
+            counts by no rule that is known.
+        apart: axes of position ids whose restart is a new text: 2 of `[B, S]`, 3 of `[4, B, S]`.
+        counts: where an attention module counts the columns of its cache by itself, as
+            "file.py:line"; "" where none does, or it shows in nothing.
+        counts_from: from how many columns on that shows.
+        counting: the cache layers of these modules.
     """
 
     layers: tuple[ProbedLayer, ...]
@@ -185,6 +192,11 @@ class Probe:
     cached: bool = False
     hides: bool = True
     goes_on: bool = True
+    first: int | None = 0
+    apart: frozenset[int] = frozenset()
+    counts: str = ""
+    counts_from: int = 0
+    counting: tuple[int, ...] = ()
 
     @property
     def own(self) -> tuple[int, ...]:

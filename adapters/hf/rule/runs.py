@@ -42,7 +42,7 @@ def forwards(run: Run, name: str, tokens: Tensor, cache: Any) -> list[Tensor]:
     """Logits of a prompt and of single tokens after it."""
     found = []
     cuts = [(0, PROMPT), *((PROMPT + n, PROMPT + n + 1) for n in range(STEPS))]
-    with _named(run, name):
+    with named(run, name):
         for start, stop in cuts:
             run.begin(start)
             out = run.model(input_ids=tokens[:, start:stop], past_key_values=cache, use_cache=True)
@@ -52,7 +52,7 @@ def forwards(run: Run, name: str, tokens: Tensor, cache: Any) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def _named(run: Run, name: str) -> Iterator[None]:
+def named(run: Run, name: str) -> Iterator[None]:
     """Lets `run` be what the attention and mask functions of `name` call."""
     with _LOCK:
         for config in configs_of(run.model):

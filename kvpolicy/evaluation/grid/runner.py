@@ -15,14 +15,18 @@ from ...admission import WriteGate
 from ...errors import KVPolicyError
 from ...pipeline import CachePipeline
 from ...pretrained import names, path
+from ..search.calibrate import calibrate
 from ..sessions.estimates import shown
 from ..tasks import Task
+from ..tasks.prompts import Example
 from .cell import OutOfTime, answer, read_text
+from .methods import method_variants
 from .records import TOO_SMALL, Measured, Result
 from .results import Store
 from .variants import Cell, Room, Variant, cells, variants
 
 SHIPPED_GATES = {x: f"smollm2-135m-instruct-w64-keep{x}" for x in ("25", "17", "10")}
+_NEAR, _TRIALS = 0.03, 9  # of sizes that are searched for
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -83,7 +87,10 @@ class Runner:
         )
         try:
             prompts = self._prompts_of(cell.task, cell.length)
-            pipeline = variant.build(self._room(cell))
+            room = self._room(cell)
+            pipeline = variant.build(room)
+            if pipeline is not None and variant.tuned:
+                pipeline = self._tuned(pipeline, room, prompts)
             if pipeline is None:
                 return attrs.evolve(result, skipped=TOO_SMALL)
             measured = self._run(cell, pipeline, prompts)
@@ -115,7 +122,9 @@ class Runner:
         """What the variant may hold: the bytes of its match on the same prompts."""
         match = cell.variant.matches
         if match is None:
-            return Room(cell.variant.keep * cell.length, cell.length, page=self.page_size)
+            asked = _asked(self._prompts_of(cell.task, cell.length))
+            slots = cell.variant.keep * cell.length
+            return Room(slots, cell.length + asked, asked, page=self.page_size)
         wanted = (cell.task.name, cell.length, match)
         for result in self.results:
             if result.key == wanted and result.measured is not None:
@@ -123,6 +132,21 @@ class Runner:
                 asked = size.seen_tokens - cell.length
                 return Room(size.slots, size.seen_tokens, asked, page=self.page_size)
         raise ValueError(f"it takes the bytes of {match}, which was not measured")
+
+    def _tuned(
+        self, pipeline: CachePipeline, room: Room, prompts: Sequence[Any]
+    ) -> CachePipeline | None:
+        """The pipeline whose cache of the first context has the room's size; None: none is."""
+        first = prompts[0].context_ids if isinstance(prompts[0], Example) else prompts[0]
+        # A head's last page is half full on average.
+        tokens = room.slots - room.page / 2
+        try:
+            found = calibrate(
+                self.model, pipeline, [first], tokens=tokens, tolerance=_NEAR, trials=_TRIALS
+            )
+        except ValueError:
+            return None
+        return found.pipeline
 
     def _prompts_of(self, task: Task, length: int) -> list[Any]:
         """The same for every variant."""
@@ -137,6 +161,24 @@ class Runner:
 def absent_gates() -> list[str]:
     """Names of SHIPPED_GATES that are not here: a wheel holds one."""
     return [name for name in SHIPPED_GATES.values() if name not in names()]
+
+
+def _asked(prompts: Sequence[Any]) -> float:
+    """Tokens that follow a context until its size is measured: a question and one of its answer."""
+    questions = [x.questions[0] for x in prompts if isinstance(x, Example)]
+    lengths = [len(x.question_ids) + len(x.answer_ids[:1]) for x in questions]
+    return sum(lengths) / len(lengths) if lengths else 0.0
+
+
+def method_variants_for(
+    model: str, gates: Sequence[Path], duo: Path | None, keeps: Sequence[float], window: int
+) -> list[Variant]:
+    """All methods; "smollm2" has a gate and a pattern that are shipped."""
+    if model == "smollm2":
+        duo = duo or path("duo-smollm2-135m-instruct")
+        gates = gates or [path(SHIPPED_GATES["25"])]
+    gate = WriteGate.from_pretrained(gates[0]) if gates else None
+    return method_variants(keeps, window, gate=gate, duo=duo)
 
 
 def variants_for(

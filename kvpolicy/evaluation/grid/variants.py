@@ -53,6 +53,7 @@ class Variant:
     context. Without `question_in_prompt` the prompt ends before the question, so that an eviction
     does not know it. `tier`: 0 admissions, 1 the first budget of selections and evictions, 2 the
     rest. `prompt_only`: all it does happens in prompts, so that loss can be measured there.
+    `tuned`: the number that its policy turns is searched until the cache has the room's size.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Variant:
     question_in_prompt: bool = True
     tier: int = 0
     prompt_only: bool = True
+    tuned: bool = False
 
 
 @attrs.frozen(kw_only=True)
@@ -104,7 +106,7 @@ def variants(
         (f"(gate {name})", f"gate {name}", 1.0) for name, _ in gates
     ]
     for name, matches, keep in sizes or [(f"{keep:.0%}", None, keep) for keep in keeps]:
-        for family, build in _matched(duo, window).items():
+        for family, build in matched(duo, window).items():
             evicts = family.startswith("SnapKV")
             found.append(
                 Variant(
@@ -170,7 +172,7 @@ def _of(gate: WriteGate | None, window: int | None = None, **policies: object) -
     return CachePipeline(admission=gate, **policies)  # type: ignore[arg-type]
 
 
-def _matched(duo: str | os.PathLike[str] | None, window: int) -> dict[str, Build]:
+def matched(duo: str | os.PathLike[str] | None, window: int) -> dict[str, Build]:
     """The families that can be made to take the bytes that another one takes."""
 
     def local(room: Room) -> CachePipeline | None:

@@ -183,3 +183,43 @@ def test_positions_that_begin_after_those_of_padding(name, tmp_path):
     with attach(model, CachePipeline(window=5)):
         found = model.generate(input_ids=ids, **GREEDY)
     assert torch.equal(found, model.generate(input_ids=ids, **GREEDY))
+
+
+@pytest.fixture(scope="module")
+def tempered():
+    """Its attention makes queries larger from every 16th column on, which it counts by itself."""
+    return tiny_model("llama4_text", floor_scale=16).eval()
+
+
+@torch.no_grad()
+def test_columns_that_attention_counts_by_itself(tempered):
+    ids = torch.randint(20, 60, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    plain = tempered(input_ids=ids, use_cache=False).logits
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    with attach(tempered, CachePipeline(window=5)) as attached:
+        probe = attached.served.probe
+        assert probe.counts.startswith("modeling_llama4.py:") and probe.counts_from == 16
+        assert probe.counting == (3, 7)  # those without RoPE
+        parts, cache = [], attached.new_cache()
+        for start, end in itertools.pairwise([0, 11, PROMPT, LENGTH]):
+            parts.append(tempered(input_ids=ids[:, start:end], past_key_values=cache).logits)
+        assert far(torch.cat(parts, 1), plain, torch.ones_like(ids)) < 1e-4
+        cache = attached.new_cache()
+        tempered(input_ids=ids[:, :12], attention_mask=mask[:, :12], past_key_values=cache)
+        with pytest.raises(UnsupportedError, match="counts columns, hidden ones too .* from 16"):
+            tempered(input_ids=ids[:, 12:20], attention_mask=mask[:, :20], past_key_values=cache)
+        with pytest.raises(UnsupportedError, match="counts columns, hidden ones too .* from 16"):
+            tempered(input_ids=ids, attention_mask=mask)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rows", [1, 2])
+def test_captured_steps_count_columns(tempered, rows):
+    model = tempered.cuda()
+    ids = torch.randint(20, 60, (rows, PROMPT), generator=torch.Generator().manual_seed(1)).cuda()
+    plain = model.generate(input_ids=ids, **GREEDY)  # past column 32
+    with attach(model, CachePipeline(window=5), page_size=4) as attached:
+        assert torch.equal(model.generate(input_ids=ids, **GREEDY), plain)
+        assert attached.decoding == "captured"

@@ -11,6 +11,7 @@ from kvpolicy import (
     H2O,
     RKV,
     TOVA,
+    AcrossLayers,
     AdaEA,
     Adaptive,
     AdmitAll,
@@ -24,12 +25,15 @@ from kvpolicy import (
     FastGen,
     FastKVzip,
     FlexPrefill,
+    HeadKV,
+    JudgeQ,
     KeepAll,
     KeyDiff,
     Knorm,
     KVzap,
     KVzip,
     LagKV,
+    LazyLayers,
     LocalAttention,
     PerPhase,
     Pyramid,
@@ -230,6 +234,11 @@ def snap(budget, **options):
     return SnapKV(budget=budget, observation=3, kernel=3, **options)
 
 
+def worth(s):
+    """How much each head is worth, from 1 to 4."""
+    return [[1 + (5 * n + 3 * h) % 4 for h in range(s.spec.kv_heads)] for n in range(s.spec.layers)]
+
+
 def pyramid(s):
     return Pyramid(Tokens(s.kept + 1), beta=4.0, observation=s.window + 1)
 
@@ -261,6 +270,9 @@ EVICTIONS = {
     "adaptive": lambda s: snap(Adaptive(Tokens(s.kept)), when="decode"),
     "pyramid": lambda s: snap(pyramid(s)),
     "adaptive_pyramid": lambda s: snap(Adaptive(pyramid(s), floor=0.5)),
+    "across_layers": lambda s: snap(AcrossLayers(Tokens(s.kept)), when="decode"),
+    "lazy_layers": lambda s: snap(LazyLayers(Tokens(s.kept), threshold=0.3, held=2)),
+    "headkv": lambda s: snap(HeadKV(Tokens(s.kept), importance=worth(s), beta=1.2)),
     "cap": lambda s: snap(cap(s), normalize="global"),
     "cap_decode": lambda s: snap(cap(s), when="decode"),
     "sage": lambda s: SageKV(budget=s.kept, sinks=3),
@@ -280,11 +292,6 @@ EVICTIONS = {
     "knorm": lambda s: Knorm(budget=s.kept),
     "lagkv": lambda s: LagKV(budget=s.kept, lag=s.spec.page_size + 1, sinks=2),
     "q_filters": lambda s: QFilters(budget=s.kept, filters=filters(s), when="decode"),
-    "g_kv": lambda s: GKV(budget=s.kept, observation=3),
-    "trim": trim,
-    "fast": lambda s: fast(s, sinks=1),
-    "ranked": lambda s: Ranked(gate=zap(s), budget=s.kept, when="decode"),
-    "kvzip": lambda s: KVzip(budget=s.kept, sinks=2),
     "expected": lambda s: ExpectedAttention(budget=s.kept, sinks=2, future=9),
     "expected_decode": lambda s: ExpectedAttention(budget=s.kept, when="decode", value_norm=False),
     "critical": lambda s: CriticalKV(snap(s.kept)),
@@ -295,6 +302,12 @@ EVICTIONS = {
     "r_kv": lambda s: RKV(budget=s.kept, observation=3, kernel=3),
     "tri": lambda s: tri(s, keep_prompt=True),
     "tri_end": lambda s: tri(s, when="prompt_end", normalize=False, group="mean"),
+    "g_kv": lambda s: GKV(budget=s.kept, observation=3),
+    "trim": trim,
+    "fast": lambda s: fast(s, sinks=1),
+    "ranked": lambda s: Ranked(gate=zap(s), budget=s.kept, when="decode"),
+    "judge": lambda s: JudgeQ(budget=s.kept, embeds=torch.ones(2, 3)),
+    "kvzip": lambda s: KVzip(budget=s.kept, sinks=2),
     "per_layer": lambda s: per_layer(snap(s.kept), {0: AtPromptEnd(RandomGate(sparsity=0.2))}),
     "per_layer_decode": lambda s: per_layer(snap(s.kept, when="decode"), {0: snap(s.kept)}),
     "per_layer_mixed": lambda s: per_layer(

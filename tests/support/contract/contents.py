@@ -6,6 +6,7 @@ import torch
 
 from kvpolicy.calls.settle import seen
 from kvpolicy.ops import ADMITTED, MARKED, POSITION_MASK
+from kvpolicy.store.moments import query_stats
 from tests.support.contract.snapshot import snapshot
 
 
@@ -32,6 +33,13 @@ def contents(state, layer, row):
         }
         if store.pool.summary is not None and not store.selection.neutral and not store.slides:
             head["summary"] = state.ops.read_summary(store.pool.pages, ids)
+        if store.query_ring is not None:
+            # Per KV head, so that a shard's can be compared with the whole's.
+            _, *moments = query_stats(state, store)
+            head |= {
+                name: x[row].unflatten(0, (len(store.counts[row]), -1))[h]
+                for name, x in zip(("query_mean", "query_covariance"), moments, strict=True)
+            }
         if store.queries is not None:
             last = torch.arange(max(length - store.eviction.queries, 0), length)
             head["queries"] = store.queries[row][:, last % store.queries.shape[2]]

@@ -172,7 +172,7 @@ class Run:
 
     def replay(self):
         """What a later part of each stream gives the first half of its tokens and the last ones."""
-        if not any(self.pending) or not any(o.eviction.replayed for o in self.oracles[0]):
+        if not any(self.pending) or not any(x.eviction.replayed for x in self.state.managed):
             return
         shortest = min(self.at)
         for span in (range(shortest // 2), range(shortest // 2, shortest)):

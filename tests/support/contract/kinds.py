@@ -24,7 +24,7 @@ KINDS = {
     },
     "eviction": {
         "neutral": ("none",),
-        "accumulated": ("h2o", "h2o_decode", "kvzip"),
+        "accumulated": ("h2o", "h2o_decode", "kvzip", "judge"),
         "position": ("at_end_local", "streaming"),
         "number": (
             "at_end",
@@ -36,11 +36,11 @@ KINDS = {
             "keydiff",
             "lagkv",
             "q_filters",
+            "tri",
+            "tri_end",
             "trim",
             "fast",
             "ranked",
-            "tri",
-            "tri_end",
         ),
         "query": (
             "tokens",
@@ -57,7 +57,17 @@ KINDS = {
             "r_kv",
         ),
         "statistics": ("expected", "expected_decode", "critical_expected"),
-        "heads": ("adaptive", "adaptive_pyramid", "cap", "cap_decode", "tova_layer", "simlayer"),
+        "heads": (
+            "adaptive",
+            "adaptive_pyramid",
+            "cap",
+            "cap_decode",
+            "tova_layer",
+            "across_layers",
+            "lazy_layers",
+            "headkv",
+            "simlayer",
+        ),
     },
 }
 for slot, table in (("admission", ADMISSIONS), ("selection", SELECTIONS), ("eviction", EVICTIONS)):

@@ -83,6 +83,9 @@ def snapshot(states):
             memo |= {id(x): x for x in (layer.admission, layer.selection, layer.eviction)}
         memo |= {id(state.spec): state.spec, id(state.ops): load("reference")}
     hosts = copy.deepcopy(states, memo)
+    for state in hosts:
+        (device,) = state.devices._each.values()
+        state.devices._each = {torch.device("cpu"): device}
     for pool in {pool for state in hosts for pool in state.devices.pools}:
         parts = zip(*pool.extents, strict=True)
         joined = [None if x[0] is None else torch.cat(x) for x in parts]

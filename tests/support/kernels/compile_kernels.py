@@ -172,17 +172,17 @@ def call_all(dim: int, page: int, dtype: torch.dtype, dim_v: int | None = None) 
             pages, stored, ring, observed, lengths, window, 0.1, observation=count,
             kernel=5, pooling="avg", group=how, normalize=norm,
         )  # fmt: skip
+    mean = torch.zeros(1, heads * group, dim)
+    for square in (None, torch.zeros(1, heads * group, dim, dim)):
+        expected_attention.expected_logits(pages, stored, mean, square)
+    expected_attention.value_norms(pages, stored)
+    redundancy.last_similar(key, rows, 0.5)
     numbers = Numbers(torch.zeros(1, heads, 512), torch.zeros(1, heads, slots))
     for new_number in (None, torch.zeros(1, heads)):
         write_number.write_number(numbers, counts, flags, new_number, lengths, active, window)
     accumulated = numbers, pages, stored, ring, observed, lengths, lengths, lengths, window, 0.1
     for how, over, most in (("sum", "mean", 1), ("sum", "max", 32), ("max", "sum", 257)):
         attention_mass.attention_mass(*accumulated, most=most, accumulates=how, group=over)
-    mean = torch.zeros(1, heads * group, dim)
-    for square in (None, torch.zeros(1, heads * group, dim, dim)):
-        expected_attention.expected_logits(pages, stored, mean, square)
-    expected_attention.value_norms(pages, stored)
-    redundancy.last_similar(key, rows, 0.5)
     for silu in (False, True):
         write_gate.write_gate(
             key, key, key[0, 0], key[0, 0], torch.zeros(heads, hidden, 2 * dim, dtype=dtype),

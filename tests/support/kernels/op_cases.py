@@ -207,6 +207,40 @@ def _window_scores(size: Size) -> None:
         agree(found, size.atol)
 
 
+@case("expected_logits", "value_norms")
+def _expected_attention(size: Size) -> None:
+    mirror = make_mirror(size, [[size.prompt + 40, 0, 2 * size.page], [size.page - 1, 64, 5]])
+    mirror.fork()
+    batch, kv_heads = mirror.counts.shape
+    linear = size.randn(batch, kv_heads * size.group, size.dim, seed=2).float()
+    queries = size.randn(batch, kv_heads * size.group, size.dim + 5, size.dim, seed=3).float()
+    square = queries.mT @ queries / size.dim**1.5
+    for c in (square, None):
+        found = both("expected_logits", mirror.pages, mirror.heads, linear, c)
+        agree(found, size.atol * float(found.host.abs().max()))
+    agree(both("value_norms", mirror.pages, mirror.heads), size.atol)
+
+
+@case("last_similar")
+def _last_similar(size: Size) -> None:
+    width = size.prompt + 30
+    # A few directions, so that many keys have one that resembles them and some have none.
+    axes = torch.nn.functional.normalize(size.randn(9, size.dim, seed=5).float(), dim=-1)
+    rng = torch.Generator().manual_seed(6)
+    keys = axes[torch.randint(9, (4, width), generator=rng)]
+    keys[:, ::7] = torch.nn.functional.normalize(
+        size.randn(4, len(range(0, width, 7)), size.dim, seed=7).float(), dim=-1
+    )
+    lengths = torch.tensor([width, 0, 1, width // 2])
+    found = both("last_similar", keys.to(size.dtype), lengths, 0.9)
+    for side in found:
+        side.masked_fill_(
+            torch.arange(width, device=side.device) >= lengths.to(side.device)[:, None], -1
+        )
+    agree(found)
+    assert (found.host[0] >= 0).any() and (found.host[0] < 0).any()
+
+
 @case("attention_mass")
 def _attention_mass(size: Size) -> None:
     page = size.page
@@ -262,40 +296,6 @@ def _write_number(size: Size) -> None:
         given = torch.rand(kv_heads, 3).T if step else None
         both("write_number", numbers, counts, flags, given, lengths, active, window)
     agree(numbers)
-
-
-@case("expected_logits", "value_norms")
-def _expected_attention(size: Size) -> None:
-    mirror = make_mirror(size, [[size.prompt + 40, 0, 2 * size.page], [size.page - 1, 64, 5]])
-    mirror.fork()
-    batch, kv_heads = mirror.counts.shape
-    linear = size.randn(batch, kv_heads * size.group, size.dim, seed=2).float()
-    queries = size.randn(batch, kv_heads * size.group, size.dim + 5, size.dim, seed=3).float()
-    square = queries.mT @ queries / size.dim**1.5
-    for c in (square, None):
-        found = both("expected_logits", mirror.pages, mirror.heads, linear, c)
-        agree(found, size.atol * float(found.host.abs().max()))
-    agree(both("value_norms", mirror.pages, mirror.heads), size.atol)
-
-
-@case("last_similar")
-def _last_similar(size: Size) -> None:
-    width = size.prompt + 30
-    # A few directions, so that many keys have one that resembles them and some have none.
-    axes = torch.nn.functional.normalize(size.randn(9, size.dim, seed=5).float(), dim=-1)
-    rng = torch.Generator().manual_seed(6)
-    keys = axes[torch.randint(9, (4, width), generator=rng)]
-    keys[:, ::7] = torch.nn.functional.normalize(
-        size.randn(4, len(range(0, width, 7)), size.dim, seed=7).float(), dim=-1
-    )
-    lengths = torch.tensor([width, 0, 1, width // 2])
-    found = both("last_similar", keys.to(size.dtype), lengths, 0.9)
-    for side in found:
-        side.masked_fill_(
-            torch.arange(width, device=side.device) >= lengths.to(side.device)[:, None], -1
-        )
-    agree(found)
-    assert (found.host[0] >= 0).any() and (found.host[0] < 0).any()
 
 
 @case("write_gate")

@@ -1,0 +1,86 @@
+"""Small arguments of forwards and generate: what comes out is what transformers gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from kvpolicy import CachePipeline, UnsupportedError
+from kvpolicy.adapters.hf import attach
+from kvpolicy.adapters.hf.rule.tiny import tiny_config, tiny_model
+from tests.support.adapters.models import prompt, tiny
+
+PIPELINE = CachePipeline(window=5)
+IDS = prompt([9])["input_ids"]
+GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_a_base_model_without_a_cache(llama, as_tuple):
+    """Neither as an attribute nor as an item."""
+    options = {"use_cache": False, "output_hidden_states": True, "return_dict": not as_tuple}
+    plain = llama.model(IDS, **options)
+    with attach(llama.model, PIPELINE):
+        ours = llama.model(IDS, **options)
+    if as_tuple:
+        assert [type(part) for part in ours] == [type(part) for part in plain]
+    else:
+        assert list(ours) == list(plain) and ours.past_key_values is None
+
+
+@torch.no_grad()
+def test_question_answering_heads():
+    """Their logits of one token are one number, which has no spread."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForQuestionAnswering(tiny().config).eval()
+    plain = model(IDS)
+    with attach(model, PIPELINE):
+        ours = model(IDS)
+    assert torch.allclose(ours.start_logits, plain.start_logits, atol=1e-5)
+    assert torch.allclose(ours.end_logits, plain.end_logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bart", "bert"])
+@torch.no_grad()
+def test_cross_attention(name):
+    config = tiny_config(name)
+    config.add_cross_attention = True
+    model = tiny_model(name) if name == "bart" else transformers.AutoModelForCausalLM.from_config(
+        config
+    ).eval()  # fmt: skip
+    other = torch.randn(1, 5, config.hidden_size)
+    with attach(model, PIPELINE) as attached:
+        cache = attached.new_cache()
+        for call in (model, model.generate):
+            with pytest.raises(UnsupportedError, match=r"^encoder_hidden_states: "):
+                call(IDS % 60, encoder_hidden_states=other, past_key_values=cache)
+        assert cache.state is None and cache.phase == "prompt"
+
+
+@torch.no_grad()
+def test_keys_and_values_of_shared_layers():
+    model = tiny_model("gemma4_text")
+    with attach(model, PIPELINE):
+        with pytest.raises(UnsupportedError, match=r"^return_shared_kv_states: "):
+            model(IDS % 60, return_shared_kv_states=True)
+        model(IDS % 60, return_shared_kv_states=False)
+
+
+def test_narrow_ids(llama):
+    plain = llama.generate(IDS.int(), **GREEDY)
+    with attach(llama, PIPELINE):
+        ours = llama.generate(IDS.int(), **GREEDY)
+    assert ours.dtype == plain.dtype and torch.equal(ours, plain)
+
+
+def test_layers_that_stop_being_causal(llama):
+    layer = llama.model.layers[1].self_attn
+    with attach(llama, PIPELINE):
+        layer.is_causal = False
+        try:
+            with pytest.raises(UnsupportedError, match=r"^is_causal=False: "):
+                llama(IDS)
+        finally:
+            layer.is_causal = True
+        llama(IDS)

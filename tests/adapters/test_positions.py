@@ -1,0 +1,113 @@
+"""Position ids: counted as the model counts them, told apart where it does, given ones honoured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvpolicy import CachePipeline, UnsupportedError
+from kvpolicy.adapters.hf import attach, load_cache
+from kvpolicy.adapters.hf.rule.tiny import tiny_model
+from tests.support.adapters.models import SIZES, prompt
+
+PIPELINE = CachePipeline(window=5)
+PADDED = ("camembert", "roberta-prelayernorm", "data2vec-text", "xmod")  # embeddings, positions
+IDS = torch.randint(20, 60, (1, 12), generator=torch.Generator().manual_seed(2))
+RESTART = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
+GAPS = torch.arange(12)[None] * 2
+GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def far(a, b):
+    return float((a - b).abs().max())
+
+
+@pytest.fixture(params=PADDED)
+@torch.no_grad()
+def padded(request):
+    model = tiny_model(request.param)
+    from_zero = model(IDS, position_ids=torch.arange(12)[None]).logits
+    assert far(model(IDS).logits, from_zero) > 0.1
+    return model
+
+
+@torch.no_grad()
+def test_models_that_count_from_their_padding_index(padded):
+    """In every forward without position ids; generate counts from 0, as transformers' does."""
+    plain, cached = padded(IDS).logits, padded(IDS[:, :8])
+    after = padded(IDS[:, 8:], past_key_values=cached.past_key_values).logits
+    tokens = padded.generate(IDS, **GREEDY)
+    with attach(padded, PIPELINE, **SIZES) as attached:
+        assert attached.served.probe.first == 1
+        assert far(padded(IDS).logits, plain) < 1e-4
+        cache = attached.read(IDS[:, :8])
+        assert far(padded(IDS[:, 8:], past_key_values=cache.fork()).logits, after) < 1e-4
+        scores = attached.loglikelihood(IDS[:, :8], IDS[:, 8:])
+        wanted = plain.log_softmax(-1)[:, 7:-1].gather(-1, IDS[:, 8:, None])[..., 0]
+        assert far(scores, wanted) < 1e-4
+        assert torch.equal(padded.generate(IDS, **GREEDY), tokens)
+        for question in ("decode", "prompt"):  # goes on with the context's count
+            said = attached.ask(
+                cache, IDS[:, 8:], question=question, output_logits=True,
+                return_dict_in_generate=True, **GREEDY,
+            ).logits  # fmt: skip
+            assert far(said[0], plain[:, -1]) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "opt", "bart", "afmoe", "bert", "biogpt", "roberta"])
+@torch.no_grad()
+def test_models_that_do_not_tell_texts_apart(name):
+    """Position ids that restart or have gaps are positions and nothing else, with a cache too."""
+    model = tiny_model(name)
+    for places in (RESTART + 1, GAPS + 1):
+        for more in ({"use_cache": False}, {}):
+            plain = model(IDS, position_ids=places, **more).logits
+            with attach(model, PIPELINE):
+                assert far(model(IDS, position_ids=places, **more).logits, plain) < 1e-4
+    with attach(model, PIPELINE), pytest.raises(UnsupportedError, match=r"^cu_seq_lens_q: bounds"):
+        model(
+            IDS, position_ids=RESTART, use_cache=False, cu_seq_lens_q=torch.tensor([0, 5, 12])
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "glm4v"])
+@torch.no_grad()
+def test_texts_of_a_model_whose_tokens_have_several_positions(name):
+    """Told apart by the first of four, not by the same numbers without it."""
+    model = tiny_model(name)
+    four = RESTART.expand(4, 1, -1)
+    plain, one = (model(IDS, position_ids=x, use_cache=False).logits for x in (four, RESTART))
+    assert far(plain, one) > 0.1
+    with attach(model, PIPELINE) as attached:
+        assert attached.served.probe.apart == {3}
+        assert far(model(IDS, position_ids=four, use_cache=False).logits, plain) < 1e-4
+        assert far(model(IDS, position_ids=RESTART, use_cache=False).logits, one) < 1e-4
+        with pytest.raises(UnsupportedError, match=r"^position_ids: 2 texts"):
+            model(IDS, position_ids=four)
+
+
+@torch.no_grad()
+def test_positions_of_a_forward_after_generate(llama, tmp_path):
+    """Also on the cache read back from a file."""
+    ids = prompt([9])["input_ids"]
+
+    def after(cache, at):
+        return llama(ids[:, -1:], past_key_values=cache, position_ids=torch.tensor([[at]])).logits
+
+    options = {**GREEDY, "return_dict_in_generate": True}
+    plain = after(llama.generate(ids, **options).past_key_values, 60)
+    with attach(llama, PIPELINE, **SIZES):
+        cache = llama.generate(ids, **options).past_key_values
+        cache.save(tmp_path / "cache")
+        assert far(after(cache.fork(), 60), plain) < 1e-4
+        assert far(after(cache.fork(), 13), plain) > 0.1
+        read = load_cache(llama, PIPELINE, tmp_path / "cache", **SIZES)
+        assert far(after(read, 60), plain) < 1e-4
+
+
+@torch.no_grad()
+def test_one_position_for_all_columns(llama):
+    ids, one = prompt([9])["input_ids"], torch.tensor([[3]])
+    plain = llama(ids, position_ids=one, use_cache=False).logits
+    with attach(llama, PIPELINE):
+        assert far(llama(ids, position_ids=one, use_cache=False).logits, plain) < 1e-4
