@@ -24,10 +24,10 @@ from .common import (
     check_fractions,
     errors,
     load,
-    own_pipeline,
     read,
     shipped,
 )
+from .own import own_pipeline
 from .progress import Asked, Progress
 
 if TYPE_CHECKING:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -176,6 +174,8 @@ def composed(
     if own is not None:
         if any((window, gate, duo, quest, snapkv)):
             raise ValueError("pipeline: wanted no window and no policies beside it")
+        from .own import own_pipeline
+
         return own_pipeline(own, trust_code)
     if gate and duo:
         raise ValueError("gate, duo: wanted at most one admission, got both")
@@ -221,24 +221,6 @@ def of_kind(option: str, name: str) -> bool:
 
     pattern = PATTERN in KNOWN[name].files if name in KNOWN else path(name).is_dir()
     return pattern == (option == "duo")
-
-
-def own_pipeline(name: str, trust_code: bool = False) -> CachePipeline:
-    """A file's pipeline, or `module:name`; modules of the current folder are found as well."""
-    from ..pipeline import CachePipeline
-    from ..pipeline_files import is_file_name, load_pipeline
-
-    if os.getcwd() not in sys.path and (trust_code or not is_file_name(name)):
-        sys.path.insert(0, os.getcwd())
-    if is_file_name(name):
-        return load_pipeline(name, trust_code=trust_code)
-    module, _, attribute = name.partition(":")
-    if not module or not attribute:
-        raise ValueError(f"pipeline: wanted a .json or .yaml file or module:name, got {name!r}")
-    found = getattr(importlib.import_module(module), attribute, None)
-    if not isinstance(found, CachePipeline):
-        raise TypeError(f"pipeline: wanted a CachePipeline in {name}, got {found!r}")
-    return found
 
 
 @contextmanager

@@ -82,6 +82,7 @@ def _value(kind: Any, info: typer.models.ParameterInfo) -> Value:
 def _named() -> dict[str, Value]:
     """By the name: what no type tells."""
     from ..bench import GROUPS
+    from ..evaluation.benchmarks.registry import BENCHMARKS
     from ..evaluation.tasks import TASKS
     from ..pretrained import KNOWN, names
 
@@ -92,6 +93,7 @@ def _named() -> dict[str, Value]:
         "model": Value(words=(SMOLLM2,), folders=True, models=True),
         "gate": Value(words=gates, files=True),
         "duo": Value(words=patterns, folders=True),
+        "benchmark": Value(words=tuple(BENCHMARKS), files=True),
         "task": Value(words=tuple(TASKS)),
         "names": Value(words=GROUPS),
         "device": Value(words=("cpu", "cuda")),

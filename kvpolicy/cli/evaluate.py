@@ -6,11 +6,12 @@ import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .._fields import MOST, check_number
+from .benchmarks import BENCHMARK_CONTEXTS, RATIOS, Prompted, refuse, run_benchmark
 from .common import (
     SMOLLM2,
     Device,
@@ -21,15 +22,16 @@ from .common import (
     check_fractions,
     errors,
     load,
-    own_pipeline,
     read,
     shipped,
 )
+from .own import own_pipeline
 from .progress import Asked, Progress
+from .record import chosen, digest, made_with
 
 if TYPE_CHECKING:
     from ..evaluation.grid.runner import Runner
-    from ..evaluation.grid.variants import Cell, Variant
+    from ..evaluation.grid.variants import Cell
     from ..evaluation.tasks import Task
 
 
@@ -50,8 +52,9 @@ def evaluate(
         list[str] | None, typer.Option(help="Only compositions whose name starts like this.")
     ] = None,
     contexts: Annotated[
-        int, typer.Option(min=1, max=MOST, help="Contexts of a cell, 8 questions each.")
-    ] = 8,
+        int | None,
+        typer.Option(min=1, max=MOST, help="Contexts of a cell; default 8, of benchmarks 25."),
+    ] = None,
     questions: Annotated[
         int | None,
         typer.Option(min=1, max=MOST, help="Questions of a cell at least; sets the contexts."),
@@ -94,6 +97,28 @@ def evaluate(
     dtype: OfWeights = None,
     eager: Annotated[bool, typer.Option("--eager", help="No captured decoding.")] = False,
     progress: Asked = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(help="ruler, niah, longbench, helmet, ... or a .jsonl file of questions."),
+    ] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="A benchmark's files, or folders.", exists=True)
+    ] = None,
+    ratio: Annotated[
+        list[float] | None,
+        typer.Option(help="Parts of a benchmark's context to evict. [0.25 0.5 0.75 0.875]"),
+    ] = None,
+    question: Annotated[
+        Prompted | None, typer.Option(help="Whether a benchmark's evictions see it. [both]")
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="A policy or pipeline of yours on a benchmark: module:object."),
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(help="Part i/n of a benchmark's contexts; default a launcher's."),
+    ] = None,
 ) -> None:
     """Evaluate policies: accuracy and loss at equal cache sizes, as tables and plots.
 
@@ -113,13 +138,54 @@ def evaluate(
         from ..evaluation.texts import python_topics
         from ..store.fingerprint import pipeline_fingerprint
 
+        keeps, budgets = keep or [0.25, 0.1], budget or [0.125, 0.25, 0.0625]
+        check_number("minutes", minutes, "a number of at least 0", lambda x: x >= 0)
+        check_fractions("keep", keeps)
+        check_fractions("budget", budgets)
+        duo = None if duo is None else shipped("duo", duo)
+        of_benchmarks = {
+            "data": data, "ratio": ratio, "question": question, "policy": policy, "part": part,
+        }  # fmt: skip
+        if benchmark is not None:
+            refuse(benchmark, eager=eager, questions=questions)
+            failed = run_benchmark(
+                benchmark,
+                model=model,
+                out=out,
+                deadline=began + 60 * minutes,
+                tasks=task,
+                lengths=length,
+                starts=variant,
+                contexts=contexts or BENCHMARK_CONTEXTS,
+                texts=texts,
+                gates=gate or [],
+                thresholds=threshold or [],
+                duo=duo,
+                pipelines=pipeline or [],
+                trust_code=trust_code,
+                keeps=keeps,
+                budgets=budgets if budget else [],
+                window=window,
+                page_size=page_size,
+                seed=seed,
+                device=device,
+                dtype=dtype,
+                progress=progress,
+                data=data or [],
+                ratios=ratio or RATIOS,
+                question=question or Prompted.both,
+                policies=policy or [],
+                part=part,
+            )
+            raise typer.Exit(int(failed))
+        refuse(None, **of_benchmarks)
         tasks = _tasks(task)
+        contexts = contexts or 8
         if questions is not None:
             contexts = -(-questions // QUESTIONS)
         gates = [shipped("gate", file) for file in gate or []]
         duo = None if duo is None else shipped("duo", duo)
         keeps, budgets = keep or [0.25, 0.1], budget or [0.125, 0.25, 0.0625]
-        check_number("minutes", minutes, "a number of at least 0", lambda x: x >= 0)
         check_fractions("keep", keeps)
         check_fractions("budget", budgets)
         if model == "smollm2" and not gates and not methods and (absent := absent_gates()):
@@ -132,7 +198,7 @@ def evaluate(
         else:
             found = variants_for(model, gates, threshold or [], duo, keeps, budgets, window)
         mine = {name: own_pipeline(name, trust_code) for name in pipeline or []}
-        found = _chosen([*found, *(own(*item) for item in mine.items())], variant)
+        found = chosen([*found, *(own(*item) for item in mine.items())], variant)
         text = python_topics() if texts is None else "\n\n".join(read(texts))
         language_model, tokenizer = load(model, device, dtype)
         of = str(language_model.dtype).removeprefix("torch.")
@@ -143,8 +209,8 @@ def evaluate(
             "seed": seed,
             "window": window,
             "dtype": of,
-            "gate": [_digest(file) for file in gates],
-            "duo": None if duo is None else _digest(duo / "full_attention_heads.tsv"),
+            "gate": [digest(file) for file in gates],
+            "duo": None if duo is None else digest(duo / "full_attention_heads.tsv"),
             "keep": keeps,
             "threshold": threshold,
             "page_size": page_size,
@@ -162,7 +228,7 @@ def evaluate(
             seed=seed,
             deadline=began + 60 * minutes,
             store=store,
-            results=store.open(settings, _made_with(language_model)),
+            results=store.open(settings, made_with(language_model)),
             captured=not eager,
             page_size=page_size,
             say=typer.echo,
@@ -191,19 +257,6 @@ def _tasks(names: Sequence[str] | None) -> list[Task]:
     return [TASKS[name] for name in names or TASKS if names or TASKS[name].default]
 
 
-def _chosen(variants: list[Variant], starts: Sequence[str] | None) -> list[Variant]:
-    """Variants whose names start so, and those whose sizes they match."""
-    if not starts:
-        return variants
-    chosen = [x for x in variants if x.name.startswith(tuple(starts))]
-    unknown = [start for start in starts if not any(x.name.startswith(start) for x in chosen)]
-    if unknown:
-        names = ", ".join(x.name for x in variants)
-        raise ValueError(f"variant: wanted the start of one of {names}; got {', '.join(unknown)}")
-    sizes = {x.matches for x in chosen}
-    return [x for x in variants if x in chosen or x.name in sizes]
-
-
 def _summarize(runner: Runner, title: str) -> None:
     """Writes tables and plots, and says how many cells there are."""
     from ..evaluation.grid.plots import plots
@@ -217,26 +270,3 @@ def _summarize(runner: Runner, title: str) -> None:
         typer.echo(f"no plots: {error}")
     done, failed = len(results) - len(runner.failed), len(runner.failed)
     typer.echo(f"{store.folder / 'results.md'}: {done} cells, {failed} failed, {runner.left} left")
-
-
-def _digest(file: Path) -> str:
-    """A file's name and the start of its hash."""
-    return f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
-
-
-def _made_with(model: Any) -> dict[str, str]:
-    """Versions and the device, for the record."""
-    import importlib.metadata
-    import platform
-
-    import torch
-
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("kvpolicy", "transformers", "triton"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    on = model.device
-    found["device"] = torch.cuda.get_device_name(on) if on.type == "cuda" else str(on)
-    return found

@@ -69,6 +69,11 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             'kvpolicy evaluate smollm2 --out results --task "one needle" --length 512 '
             "--contexts 1 --variant full --variant gate --minutes 1",
         ),
+        (
+            "RULER's needles in 1024 tokens",
+            "kvpolicy evaluate smollm2 --benchmark ruler --task niah_single_1 --length 1024 "
+            "--contexts 1 --variant full --out ruler --minutes 1",
+        ),
     ),
     "train-gate": (
         (

@@ -169,6 +169,14 @@ def _groups(
     model: PreTrainedModel, pipeline: CachePipeline, items: Sequence[Any]
 ) -> Iterator[list[Any]]:
     """As many contexts, or documents `[N]`, at a time as the device holds with their questions."""
+    longest = max(len(x.context_ids) if isinstance(x, Example) else len(x) for x in items)
+    count = at_a_time(model, pipeline, longest)
+    for begin in range(0, len(items), count):
+        yield list(items[begin : begin + count])
+
+
+def at_a_time(model: PreTrainedModel, pipeline: CachePipeline, longest: int) -> int:
+    """How many contexts of up to `longest` tokens the device holds with their questions."""
     spec = new_cache(model, pipeline).spec
     if spec.device.type == "cuda":
         each = 2 * spec.layers * spec.kv_heads * spec.head_dim * spec.dtype.itemsize
@@ -176,10 +184,7 @@ def _groups(
         tokens = (torch.cuda.mem_get_info(spec.device)[0] + idle) // (_ROOM * each)
     else:
         tokens = _CPU_TOKENS
-    longest = max(len(x.context_ids) if isinstance(x, Example) else len(x) for x in items)
-    count = max(int(tokens) // longest, 1)
-    for begin in range(0, len(items), count):
-        yield list(items[begin : begin + count])
+    return max(int(tokens) // longest, 1)
 
 
 def _block(rows: Sequence[Ids]) -> tuple[Tensor, Tensor]:

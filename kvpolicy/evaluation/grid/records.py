@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 #: Scores, each a number a context, in the order of tables.
-SCORES = ("accuracy", "exact", "log_likelihood", "loss", "hit_loss")
+SCORES = ("score", "accuracy", "exact", "log_likelihood", "loss", "hit_loss")
 TOO_SMALL = "cannot be this small"
 
 
@@ -43,12 +43,21 @@ class Footprint:
 
 @attrs.frozen(kw_only=True)
 class Measured:
-    """What a composition did on a task: `scores` by name, each a number a context."""
+    """What a composition did on a task: `scores` by name, each a number a context.
+
+    Benchmarks add the numbers of the contexts, the KV footprint (entries stored times the steps
+    that they stay, as a part of full attention's), the seconds to the first token for one context
+    alone, and how many tokens of a context were cut out.
+    """
 
     scores: Mapping[str, tuple[float, ...]]
     footprint: Footprint
     seconds: float
     questions: int = 0
+    contexts: tuple[int, ...] = ()
+    kv_footprint: float | None = None
+    first_token: float | None = None
+    dropped: float | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -88,6 +97,8 @@ def to_json(result: Result) -> dict[str, Any]:
         return found | ({"failed": result.failed} if result.failed else {"skipped": result.skipped})
     found |= {name: list(values) for name, values in done.scores.items()}
     found |= {"questions": done.questions} if done.questions else {}
+    found |= {"contexts": list(done.contexts)} if done.contexts else {}
+    found |= {n: x for n in _OPTIONAL if (x := getattr(done, n)) is not None}
     return found | attrs.asdict(done.footprint) | {"seconds": done.seconds}
 
 
@@ -114,10 +125,13 @@ def from_json(found: Any) -> Result:
         footprint=Footprint(**sizes),
         seconds=_read(found, "seconds", float),
         questions=_read(found, "questions", int) if "questions" in found else 0,
+        contexts=_places(found),
+        **{name: _read(found, name, float) for name in _OPTIONAL if name in found},
     )
     return Result(**cell, measured=measured)
 
 
+_OPTIONAL = ("kv_footprint", "first_token", "dropped")
 _CELL: dict[str, type] = {
     "task": str,
     "length": int,
@@ -134,6 +148,13 @@ def _read(found: dict[str, Any], name: str, kind: type) -> Any:
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise ValueError(f"{name}: wanted {kind.__name__}, got {value!r}")
     return value
+
+
+def _places(found: dict[str, Any]) -> tuple[int, ...]:
+    values = found.get("contexts", [])
+    if not isinstance(values, list):
+        raise ValueError(f"contexts: wanted a list of numbers, got {values!r}")
+    return tuple(_read({"contexts": value}, "contexts", int) for value in values)
 
 
 def _values(found: dict[str, Any], name: str) -> tuple[float, ...]:

@@ -54,6 +54,11 @@ class Store:
             write_text(self._cells, whole)
         return results
 
+    def read(self) -> list[Result]:
+        """The results that the folder holds, the last of each cell; nothing is written."""
+        text = self._cells.read_text(encoding="utf-8") if self._cells.exists() else ""
+        return self._results(text[: text.rfind("\n") + 1])
+
     def add(self, result: Result) -> None:
         """Appends the result of a finished cell."""
         with self._cells.open("a", encoding="utf-8") as file:
@@ -61,11 +66,7 @@ class Store:
 
     def write(self, results: Iterable[Result], text: str) -> None:
         """Writes the results as results.json and `text` as results.md."""
-        cells = [to_json(result) for result in results]
-        write_text(
-            self.folder / "results.json", json.dumps({**self.record(), "cells": cells}, indent=1)
-        )
-        write_text(self.folder / "results.md", text)
+        write_results(self.folder, self.record(), results, text)
 
     def record(self) -> Record:
         """The settings, and what the runs used.
@@ -109,6 +110,13 @@ class Store:
     @property
     def _cells(self) -> Path:
         return self.folder / "cells.jsonl"
+
+
+def write_results(folder: Path, record: Record, results: Iterable[Result], text: str) -> None:
+    """Writes results with their record as results.json, and `text` as results.md."""
+    cells = [to_json(result) for result in results]
+    write_text(folder / "results.json", json.dumps({**record, "cells": cells}, indent=1))
+    write_text(folder / "results.md", text)
 
 
 def _json(text: str, place: str) -> Any:

@@ -194,9 +194,21 @@ def variants_for(
 
     Each gate counts once with its own threshold, or once with each of `thresholds`.
     """
-    named = [(file.stem, WriteGate.from_pretrained(file)) for file in gates]
     if model == "smollm2":
         duo = duo or path("duo-smollm2-135m-instruct")
+    named = gates_for(model, gates, thresholds)
+    return variants(named, duo, keeps, budgets, window)
+
+
+def gates_for(
+    model: str, gates: Sequence[Path], thresholds: Sequence[float]
+) -> list[tuple[str, WriteGate]]:
+    """Names and gates; without any, "smollm2" has those that are shipped.
+
+    Each counts once with its own threshold, or once with each of `thresholds`.
+    """
+    named = [(file.stem, WriteGate.from_pretrained(file)) for file in gates]
+    if model == "smollm2":
         named = named or [
             (f"{keep}%", WriteGate.from_pretrained(path(name)))
             for keep, name in SHIPPED_GATES.items()
@@ -208,7 +220,7 @@ def variants_for(
             for name, gate in named
             for least in sorted(thresholds)
         ]
-    return variants(named, duo, keeps, budgets, window)
+    return named
 
 
 def _said(result: Result) -> str:

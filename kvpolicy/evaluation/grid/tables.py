@@ -17,7 +17,7 @@ COMPARED = ("accuracy", "loss", "hit_loss")
 
 def summary(record: Record, results: Sequence[Result], title: str) -> str:
     """The text of results.md."""
-    lines = [f"# {title}", "", *_record(record), *claims(results), *tables(results), _NOTE, ""]
+    lines = [f"# {title}", "", *record_lines(record), *claims(results), *tables(results), _NOTE, ""]
     return "\n".join(lines)
 
 
@@ -52,7 +52,7 @@ def _cells(found: Measured, scores: Sequence[str], full: Measured | None) -> lis
     ]
 
 
-def _record(record: Record) -> list[str]:
+def record_lines(record: Record) -> list[str]:
     """What the results were made from and with."""
     pairs = [("", record["settings"]), *(("made with ", made) for made in record["made_with"])]
     lines = (what + ", ".join(f"{name} {x[name]}" for name in x) for what, x in pairs)

@@ -1,0 +1,179 @@
+"""Free greedy answers of a composition about contexts, and what its cache took for them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...adapters.hf import Attachment, KVPolicyCache, repeats
+from ...eviction import KVzip
+from ...store import Report
+from ..grid.records import Footprint
+from ..sessions.pipeline import settled
+from ..tasks.prompts import Ids
+from .chat import Reading
+
+
+@attrs.frozen(kw_only=True)
+class Answered:
+    """What came of contexts read together.
+
+    `texts` are the answers, a tuple a context. `sizes` are those of one context's cache once it is
+    read, before its questions; `kv_footprint` is entries stored times the steps that they stay, as
+    a part of full attention's (arXiv 2506.17121), questions and answers included.
+    """
+
+    texts: tuple[tuple[str, ...], ...]
+    sizes: Footprint
+    kv_footprint: float
+
+
+@attrs.frozen(kw_only=True)
+class Asker:
+    """Asks a model that a pipeline is attached to; answers are greedy.
+
+    `after` is what the chat template puts behind a user's message, for evictions that let the
+    model repeat its context.
+    """
+
+    here: Attachment
+    tokenizer: PreTrainedTokenizerBase
+    after: str = "\n"
+
+    @property
+    def alone(self) -> bool:
+        """Whether contexts must be read one at a time."""
+        return isinstance(self.here.pipeline.eviction, KVzip)
+
+    @torch.no_grad()
+    def answers(self, group: Sequence[Reading]) -> Answered:
+        """Answers to all questions of some contexts, each context in a sequence of its own."""
+        cache = self._read(group)
+        report = settled(cache)
+        rows = [row for row, reading in enumerate(group) for _ in reading.questions]
+        asked = [question for reading in group for question in reading.questions]
+        most = [new for reading in group for new in reading.new_tokens]
+        ids, mask = self._block(asked)
+        replies = self.here.ask(cache.fork(rows), ids, mask, **self._greedy(max(most)))
+        kept = [
+            self._until_end(row.tolist()[ids.shape[1] :][:new])
+            for row, new in zip(replies, most, strict=True)
+        ]
+        texts = iter([str(self.tokenizer.decode(x, skip_special_tokens=True)) for x in kept])
+        spent = statistics.fmean(len(q) + len(a) for q, a in zip(asked, kept, strict=True))
+        return Answered(
+            texts=tuple(tuple(next(texts) for _ in reading.questions) for reading in group),
+            sizes=self._sizes(cache, report, ids),
+            kv_footprint=kv_footprint(report, self.here.pipeline.window, spent),
+        )
+
+    @torch.no_grad()
+    def first_token(self, reading: Reading) -> float:
+        """Seconds from the start of a context alone to the first token of an answer about it."""
+        ids, mask = self._block(reading.questions[:1])
+        self._wait()
+        began = time.monotonic()
+        cache = self._read([reading])
+        self.here.ask(cache, ids, mask, **self._greedy(1))
+        self._wait()
+        return time.monotonic() - began
+
+    def _read(self, group: Sequence[Reading]) -> KVPolicyCache:
+        ids, mask = self._block([reading.context for reading in group])
+        if not self.alone:
+            return self.here.read(ids, mask)
+        cache = self.here.new_cache()
+        cache.begin_prompt()
+        self.here.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+        for again, span in repeats(self.tokenizer, ids, suffix=self.after):
+            self.here.replay(cache, again, span=span)
+        cache.end_prompt()
+        return cache
+
+    def _sizes(self, cache: KVPolicyCache, found: Report, asked: Tensor) -> Footprint:
+        """Of one of the cache's sequences; what a token reads is seen by a token after it."""
+        assert cache.state is not None
+        spec, batch = cache.spec, cache.state.batch
+        twin = cache.fork()
+        self.here.model(input_ids=asked[:1, -1:].expand(batch, 1), past_key_values=twin)
+        heads = sum(map(len, found.stored))
+        token = 2 * spec.head_dim * spec.dtype.itemsize
+        return Footprint(
+            held_tokens=_mean(found.stored),
+            seen_tokens=found.tokens / batch,
+            read_tokens=twin.report().mean_read,
+            bytes=found.total / batch,
+            kv_bytes=found.kv / batch,
+            slots=found.kv / batch / heads / token - spec.rollback,
+            admitted=found.mean_admitted,
+            evicted=sum(map(sum, found.evicted)) / batch,
+        )
+
+    def _block(self, rows: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+        """Ids `[B, S]` padded on the left, and which are real, as an attention mask."""
+        width = max(map(len, rows))
+        ids = torch.tensor([[*[0] * (width - len(row)), *row] for row in rows])
+        mask = torch.tensor([[int(i >= width - len(row)) for i in range(width)] for row in rows])
+        return ids.to(self.here.model.device), mask.to(self.here.model.device)
+
+    def _greedy(self, new_tokens: int) -> dict[str, Any]:
+        """Options of `generate`; what a model's own generation config draws or punishes is off."""
+        found: dict[str, Any] = {
+            "do_sample": False,
+            "num_beams": 1,
+            "repetition_penalty": 1.0,
+            "no_repeat_ngram_size": 0,
+            "min_new_tokens": None,
+            "max_new_tokens": new_tokens,
+        }
+        ends = sorted(ends_of(self.here.model, self.tokenizer))
+        if ends:
+            pad = self.tokenizer.pad_token_id
+            found |= {"eos_token_id": ends, "pad_token_id": ends[0] if pad is None else pad}
+        return found
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        ends = ends_of(self.here.model, self.tokenizer)
+        return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
+
+    def _wait(self) -> None:
+        if self.here.model.device.type == "cuda":
+            torch.cuda.synchronize(self.here.model.device)
+
+
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that end a reply: all of the model's generation config, and the tokenizer's."""
+    config = getattr(model, "generation_config", None)
+    found = getattr(config, "eos_token_id", None)
+    several = found if isinstance(found, list | tuple) else [found]
+    return frozenset(x for x in (*several, tokenizer.eos_token_id) if x is not None)
+
+
+def kv_footprint(report: Report, window: int, asked: float) -> float:
+    """The KV footprint of a context's cache with so many tokens asked and answered after it.
+
+    A head holds all of the first `window` tokens and grows evenly from there to what it holds when
+    the context ends, evicted tokens included; an eviction then acts at once. In units of tokens
+    times steps, over those of full attention.
+    """
+    seen, held = report.tokens / report.sequences, _mean(report.stored)
+    peak = held + _mean(report.evicted) / report.sequences
+    near = min(window, seen)
+    read = _steps(near) + (seen - near) * (near + peak) / 2 + (peak - near) / 2
+    return (read + asked * held + _steps(asked)) / _steps(seen + asked)
+
+
+def _steps(count: float) -> float:
+    """1 + 2 + ... + count."""
+    return count * (count + 1) / 2
+
+
+def _mean(values: Sequence[Sequence[float]]) -> float:
+    return statistics.fmean(x for layer in values for x in layer)
