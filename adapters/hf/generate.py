@@ -100,9 +100,8 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
             output = attachment.original(**kwargs, past_key_values=cache)
     finally:
         attachment.forwards.expected = None
-        cache.counts_positions = cache.counts_columns = (
-            False  # a forward's own position ids count afterwards
-        )
+        # Position ids that forwards give themselves count afterwards.
+        cache.counts_positions = cache.counts_columns = False
     attachment.decoding = cache.decoding if own else f"transformers' loop: {mode.value}"
     if given is None:
         attachment.used(cache)
