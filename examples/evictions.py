@@ -18,13 +18,17 @@ from rich.console import Console
 from rich.table import Table
 
 from kvpolicy import (
+    GKV,
     H2O,
+    RKV,
     TOVA,
     AcrossLayers,
     Adaptive,
     CachePipeline,
+    CriticalKV,
     DBudgetKV,
     Eviction,
+    ExpectedAttention,
     FastGen,
     KeyDiff,
     Knorm,
@@ -59,6 +63,10 @@ def evictions(held: int) -> dict[str, Eviction]:
         "KeyDiff": KeyDiff(budget=half),
         "KeyDiff, AdaKV": KeyDiff(budget=Adaptive(half)),
         "Knorm": Knorm(budget=half),
+        "Expected Attention": ExpectedAttention(budget=half),
+        "CriticalKV": CriticalKV(ExpectedAttention(budget=half)),
+        "R-KV": RKV(budget=half),
+        "G-KV": GKV(budget=half),
         "LagKV": LagKV(budget=half, lag=32),
         "DBudgetKV, 10 %": DBudgetKV(threshold=0.1),
         "FastGen, .5": FastGen(recovery=0.5),

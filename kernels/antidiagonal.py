@@ -8,12 +8,13 @@ the call is.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..ops import Segments, tile_spans
 from ._launch import (
@@ -21,7 +22,6 @@ from ._launch import (
     check_dims,
     check_dtype,
     dense_last,
-    dot_size,
     on,
     power_of_two,
     shared_memory,
@@ -39,22 +39,26 @@ _STEPS = tl.constexpr(_BITS + 1)
 
 
 class Tile(NamedTuple):
-    """Groups of queries and of keys in a product, channels of a step, warps, stages, registers."""
+    """Groups of queries and of keys in a product, channels of a step, warps, stages.
+
+    With `descriptors` the device's copy engine loads both.
+    """
 
     rows: int
     columns: int
     channels: int
     warps: int
     stages: int
-    registers: int | None = None
+    descriptors: bool = False
 
 
-def choose_tile(dim: int, itemsize: int, shared: int) -> Tile:
-    """The tile for a padded head_dim; two programs run beside each other."""
+def choose_tile(itemsize: int, shared: int) -> Tile:
+    """The tile for an element size and the shared memory of a program."""
     if itemsize == 4:
         return Tile(64, 64, 32, 4, 2)
-    wide = min(dim, 64)
-    return Tile(128, 128, wide, 4, 3 if shared >= 160 << 10 else 2)
+    if shared >= 200 << 10:
+        return Tile(128, 256, 64, 8, 3, True)
+    return Tile(128, 128, 64, 8, 3 if shared >= 128 << 10 else 2)
 
 
 def antidiagonal_blocks(
@@ -87,7 +91,8 @@ def antidiagonal_blocks(
     given = query, keys, held, scale, tile, stride, limit, threshold >= 1, softcap
     base = first = 0
     for row, (low, high) in enumerate(spans):
-        size = max(_SCRATCH // (4 * heads * max(high, 1) * (tile // stride)), 1)
+        each = 4 * (tile // stride) * high + tile * query.shape[2] * query.element_size()
+        size = max(_SCRATCH // (heads * max(each, 1)), 1)
         for begin in range(low, high, size):
             end = min(begin + size, high)
             own = blocks[:, first + begin - low : first + end - low]
@@ -111,24 +116,32 @@ def _span(
     """
     heads, _, dim = query.shape
     kv_heads, total, _ = keys.shape
-    groups = tile // stride
-    shape = choose_tile(dot_size(dim), query.element_size(), shared_memory(query.device))
-    rows, columns = shape.rows, max(shape.columns, groups)
-    low, high = begin * groups // rows, cdiv(end * groups, rows)
-    wide = cdiv(end * groups, columns)
-    many = (end - begin) * groups
+    groups, wide = tile // stride, stride * dim
+    shape = choose_tile(query.element_size(), shared_memory(query.device))
+    columns, many = max(shape.columns, groups), (end - begin) * groups
+    folded = torch.empty(heads * many, wide, dtype=query.dtype, device=query.device)
     levels = torch.empty(heads, many, end, dtype=torch.float32, device=query.device)
     amounts = torch.empty(heads, end - begin, end, dtype=torch.int32, device=query.device)
     scale, cap = factors(scale, softcap)
-    pad = dot_size(dim)
+    sides: tuple[Any, Any] = folded, keys.view(-1, wide)
+    descriptors = shape.descriptors and wide * query.element_size() % 16 == 0
+    if descriptors:
+        sides = (
+            TensorDescriptor.from_tensor(folded, [shape.rows, shape.channels]),
+            TensorDescriptor.from_tensor(sides[1], [columns, shape.channels]),
+        )
     with on(query):
-        _levels[wide * _TOGETHER, cdiv(high - low, _TOGETHER), heads](
-            query, keys, held, levels, scale, cap, base, at, *edges, low, begin * groups,
-            end * groups, end, total, query.stride(),
-            GROUP=heads // kv_heads, STRIDE=stride, GROUPS=groups, DIM=dim,
-            CHANNELS=min(shape.channels, pad), PARTS=cdiv(pad, min(shape.channels, pad)),
-            ROWS=rows, COLUMNS=columns, TOGETHER=_TOGETHER, STAGES=shape.stages,
-            num_warps=shape.warps, **({"maxnreg": shape.registers} if shape.registers else {}),
+        _fold_groups[cdiv(many * stride, 32), heads](
+            query, folded, at, *edges, begin * tile, many, query.stride(),
+            STRIDE=stride, DIM=dim, DIM_PAD=power_of_two(dim), BLOCK=32, num_warps=4,
+        )  # fmt: skip
+        over = cdiv(many, shape.rows * _TOGETHER)
+        _levels[cdiv(end * groups, columns) * _TOGETHER, over, heads](
+            *sides, held, levels, scale, cap, base // stride, begin * groups, end * groups, end,
+            total // stride, heads * many,
+            GROUP=heads // kv_heads, STRIDE=stride, GROUPS=groups, WIDE=wide,
+            CHANNELS=shape.channels, ROWS=shape.rows, COLUMNS=columns, TOGETHER=_TOGETHER,
+            DESCRIPTORS=descriptors, STAGES=shape.stages, num_warps=shape.warps,
         )  # fmt: skip
         _amounts[end - begin, heads](
             levels, amounts, begin, *edges, end, many,
@@ -141,63 +154,78 @@ def _span(
 
 
 @triton.jit
+def _fold_groups(
+    query, folded, at, start, stop, first, many, query_strides,
+    STRIDE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Copies queries to rows of their groups, a group's last one first; zeros where none is."""
+    head = tl.program_id(1).to(tl.int64)
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, DIM_PAD)
+    i = first + r // STRIDE * STRIDE + STRIDE - 1 - r % STRIDE  # positions
+    there = (i >= start) & (i < stop)
+    row = tl.where(there, at + i, 0).to(tl.int64)
+    of = query + head * query_strides[0] + row[:, None] * query_strides[1] + d[None, :]
+    q = tl.load(of, mask=there[:, None] & (d < DIM)[None, :], other=0.0)  # [R, D]
+    to = folded + (head * many * STRIDE + r)[:, None] * DIM + d[None, :]
+    tl.store(to, q, mask=(r < many * STRIDE)[:, None] & (d < DIM)[None, :])
+
+
+@triton.jit
 def _levels(
-    query, keys, held, levels, scale, cap, base, at, start, stop, low, first, last, blocks, total,
-    query_strides,
-    GROUP: tl.constexpr, STRIDE: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr,
-    CHANNELS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    TOGETHER: tl.constexpr, STAGES: tl.constexpr,
+    folded, keys, held, levels, scale, cap, base, first, last, blocks, total, rows,
+    GROUP: tl.constexpr, STRIDE: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr,
+    CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOGETHER: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exps over each block of the logits of a tile of groups of queries and of keys."""
     head = tl.program_id(2).to(tl.int64)
     pid = tl.program_id(0)
-    above = low + tl.program_id(1) * TOGETHER + pid % TOGETHER
+    above = first + (tl.program_id(1) * TOGETHER + pid % TOGETHER) * ROWS
     left = pid // TOGETHER * COLUMNS
-    m = above * ROWS + tl.arange(0, ROWS)  # groups of queries, from the sequence's first
-    n = left + tl.arange(0, COLUMNS)
-    if (left > above * ROWS + ROWS - 1) | (above * ROWS >= last):
+    if (left > above + ROWS - 1) | (above >= last):
         return
-    kv_head = head // GROUP
+    m = above + tl.arange(0, ROWS)  # groups of queries, from the sequence's first
+    n = left + tl.arange(0, COLUMNS)
+    mine = head * (last - first) + above - first  # row of the first group of queries
+    theirs = head // GROUP * total + base + left
     c = tl.arange(0, CHANNELS)
-    inside = n < last
-    query += head * query_strides[0]
-    keys += (kv_head * total + base) * DIM
-    own = tl.where(inside, n, 0).to(tl.int64) * STRIDE
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for step in tl.range(0, STRIDE * PARTS, num_stages=STAGES):
-        nth = step // PARTS
-        d = step % PARTS * CHANNELS + c
-        i = m * STRIDE + STRIDE - 1 - nth  # positions
-        there = (i >= start) & (i < stop)
-        row = tl.where(there, at + i, 0).to(tl.int64)
-        of = query + row[:, None] * query_strides[1] + d[None, :]
-        of_k = keys + (own + nth)[:, None] * DIM + d[None, :]
-        if PARTS * CHANNELS == DIM:
-            q = tl.load(of, mask=there[:, None], other=0.0)  # [M, C]
-            k = tl.load(of_k)  # [N, C]
+    for step in tl.range(0, (WIDE + CHANNELS - 1) // CHANNELS, num_stages=STAGES):
+        low = step * CHANNELS
+        if DESCRIPTORS:
+            q = folded.load([mine.to(tl.int32), low])  # [M, C]
+            k = keys.load([theirs.to(tl.int32), low])  # [N, C]
         else:
-            q = tl.load(of, mask=there[:, None] & (d < DIM)[None, :], other=0.0)
-            k = tl.load(of_k, mask=(d < DIM)[None, :], other=0.0)
+            # Rows after the last are those of others, and left out below.
+            of = tl.minimum(mine + tl.arange(0, ROWS), rows - 1)
+            of_k = theirs + tl.minimum(tl.arange(0, COLUMNS), last - 1 - left)
+            inside = (low + c < WIDE)[None, :]
+            q = tl.load(folded + of[:, None] * WIDE + low + c[None, :], mask=inside, other=0.0)
+            k = tl.load(keys + of_k[:, None] * WIDE + low + c[None, :], mask=inside, other=0.0)
         acc = dot(q, tl.trans(k), acc)
-    count = tl.load(held + kv_head * (total // STRIDE) + base // STRIDE + n, mask=inside, other=0)
-    size = tl.maximum(count, 1).to(tl.float32)
-    logits = acc / size[None, :]
-    if cap is not None:
-        logits = capped(logits, scale, cap, True)
+    count = tl.load(held + head // GROUP * total + base + n, mask=n < last, other=0)
+    plain = (tl.min(count, 0) == STRIDE) & (left + COLUMNS <= above)
+    if cap is None and plain:
+        acc *= scale / STRIDE
     else:
-        logits *= scale
-    logits += tl.log2(size / STRIDE)[None, :]
-    seen = (n[None, :] <= m[:, None]) & (count > 0)[None, :]
-    logits = tl.where(seen, logits, float("-inf"))
-    each = tl.reshape(logits, [ROWS, COLUMNS // GROUPS, GROUPS])
+        size = tl.maximum(count, 1).to(tl.float32)
+        acc = acc / size[None, :]
+        if cap is not None:
+            acc = capped(acc, scale, cap, True)
+        else:
+            acc *= scale
+        acc += tl.log2(size / STRIDE)[None, :]
+        seen = (n[None, :] <= m[:, None]) & (count > 0)[None, :]
+        acc = tl.where(seen, acc, float("-inf"))
+    each = tl.reshape(acc, [ROWS, COLUMNS // GROUPS, GROUPS])
     top = tl.max(each, 2)  # [M, B]
     some = tl.where(top == float("-inf"), 0.0, top)
     weight = tl.sum(tl.exp2(each - tl.expand_dims(some, 2)), 2)
     level = tl.where(weight > 0, some + tl.log2(tl.where(weight > 0, weight, 1.0)), float("-inf"))
     block = left // GROUPS + tl.arange(0, COLUMNS // GROUPS)
-    to = levels + (head * (last - first) + m - first)[:, None] * blocks + block[None, :]
-    mine = ((m >= first) & (m < last))[:, None] & (block < blocks)[None, :]
-    tl.store(to, level, mask=mine)
+    to = levels + (mine + tl.arange(0, ROWS))[:, None] * blocks + block[None, :]
+    tl.store(to, level, mask=(m < last)[:, None] & (block < blocks)[None, :])
 
 
 @triton.jit

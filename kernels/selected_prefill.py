@@ -244,10 +244,11 @@ def _masked(
         there = row < some
         place = tl.load(at + row, mask=there, other=0)  # [N]
         there &= tl.load(blocks + place // TILE, mask=there, other=0) != 0
-        seen = there[None, :] & (place[None, :] <= i[:, None] - window)
-        k = _load_rows(rows_k, row, d, there, DIM)
-        v = _load_rows(rows_v, row, e, there, DIM_V)
-        top, total, acc = attend_step(q, k, v, seen, scale, cap, top, total, acc, True)
+        if tl.max(there.to(tl.int32), 0) > 0:
+            seen = there[None, :] & (place[None, :] <= i[:, None] - window)
+            k = _load_rows(rows_k, row, d, there, DIM)
+            v = _load_rows(rows_v, row, e, there, DIM_V)
+            top, total, acc = attend_step(q, k, v, seen, scale, cap, top, total, acc, True)
     if where is not None:
         for low in tl.range(0, columns, REST, num_stages=1):
             place = tl.load(where + low + n, mask=low + n < columns, other=1 << 30)

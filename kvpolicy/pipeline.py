@@ -324,7 +324,7 @@ class CachePipeline:
 
         Raises:
             UnsupportedError: no layer's eviction is `replayed`.
-            ValueError: the span is no range of positions that all sequences hold.
+            ValueError: the span is no range of positions that a sequence holds.
         """
         check_state(state)
         check_int("sinks", sinks, 0)
@@ -335,12 +335,12 @@ class CachePipeline:
                 f"replay: {type(self.eviction).__name__} does not look at replays; only evictions "
                 "that say replayed=True do, such as KVzip"
             )
-        shortest = min(state.lengths)
-        span = range(shortest) if span is None else span
+        longest = max(state.lengths)
+        span = range(longest) if span is None else span
         if not isinstance(span, range) or span.step != 1 or not 0 <= span.start < span.stop:
             raise ValueError(f"span: wanted a range of positions, got {shown(span)}")
-        if span.stop > shortest:
-            raise ValueError(f"span: wanted positions below {shortest}, got {span}")
+        if span.stop > longest:
+            raise ValueError(f"span: wanted positions below {longest}, got {span}")
         fork = fork_to_replay(state, sinks, span)
         yield fork
         if fork.call is not None:

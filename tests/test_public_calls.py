@@ -227,7 +227,7 @@ CALLS = {
     ),
     "attached.replay": Call(
         lambda folder: (looking_back, {"input_ids": IDS[:, :4]}),
-        cache=NOTHING, input_ids=NOTHING, attention_mask=MASK, span=NONE,
+        cache=NOTHING, input_ids=NOTHING, inputs_embeds=NONE, attention_mask=MASK, span=NONE,
         sinks=Takes(int, fits=lambda x: x >= 0),
     ),
     "repeats": Call(

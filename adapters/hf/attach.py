@@ -25,6 +25,7 @@ from .faces import NAME
 from .forwards import Forwards
 from .generate import generate
 from .models import AttentionLayer, check_one_device, check_pre_query, check_pre_rope, served
+from .own_steps import put_aside_at
 from .replay import replay
 from .wrappers import base_of, check_soft_prompt, decoder_of, unwrapped
 
@@ -76,6 +77,7 @@ class Attachment:
         if compile:
             check_compiles(self.decoder, self.served)
         self.forwards = Forwards(self.decoder, self.ranks)
+        self.put_aside = put_aside_at(self.base)
         self.idle: dict[int, KVPolicyCache] = {}  # private caches with a captured graph, by batch
         self.decoding = "not yet"  # how the last generate decoded, and why not captured
         self.configs: dict[int, tuple[Any, str | None]] = {}  # and the attention that they named

@@ -15,6 +15,8 @@ from .ranks import Ranks
 class Holder(Protocol):
     """Who lets one thread at a time run the model."""
 
+    expected: KVPolicyCache | None
+
     def holding(self) -> AbstractContextManager[None]: ...
 
 
@@ -23,7 +25,8 @@ class Attached(Protocol):
 
     `model` is what was attached to, `base` transformers' model inside its wrappers, `decoder` its
     decoder stack with attention modules `layers`, `served` what is known of it. `original` is the
-    `generate` that ours replaces, `ranks` those that share the model's heads.
+    `generate` that ours replaces, `ranks` those that share the model's heads;
+    `put_aside` are the columns after which the model gives caches up.
     """
 
     model: Any
@@ -36,6 +39,7 @@ class Attached(Protocol):
     decoding: str
     ranks: Ranks
     idle: dict[int, KVPolicyCache]
+    put_aside: int | None
 
     @property
     def compiled(self) -> object | None: ...

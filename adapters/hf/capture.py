@@ -15,6 +15,7 @@ from ...errors import KVPolicyError
 from .cache import KVPolicyCache
 from .columns import take_back
 from .compile import PLACE
+from .own_steps import OwnSteps
 from .wrappers import takes_positions
 
 WARM_UP = 2  # eager steps before capture: kernels compile, workspaces are allocated
@@ -146,7 +147,7 @@ class Stepper:
     """Feeds one token after another, by a graph where that is possible.
 
     `cache.decoding` says which: "captured", or "eager" with the reason. `records` names what
-    `output`, the last step's, holds beside logits.
+    `output`, the last step's, holds beside logits; `own` prepares steps that the model itself must.
     """
 
     def __init__(
@@ -156,14 +157,15 @@ class Stepper:
         position: Tensor,
         room: int,
         records: Sequence[str] = (),
+        own: OwnSteps | None = None,
     ) -> None:
         state = cache.state
         assert state is not None
         self.model, self.cache, self.position = model, cache, position
-        self.records = records
+        self.records, self.own = records, own
         self.output: Any = None
         self.began = list(state.lengths), cache.columns
-        self.reason = why_not(model, cache, records, room)
+        self.reason = own.reason if own else why_not(model, cache, records, room)
         self.captured = self.reason is None
         if cache.graph is not None and cache.graph.held != held_fast(model):
             cache.graph = None
@@ -171,8 +173,12 @@ class Stepper:
         state.widen(max(state.lengths) + room)
         self.eager_steps, self.room = 0, room
 
-    def step(self, token: Tensor, active: Tensor) -> Tensor:
-        """Logits `[B, 1, V]` after feeding `token` `[B]`; rows not `active` `[B]` store nothing."""
+    def step(self, token: Tensor, active: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Logits `[B, 1, V]` after feeding `token` `[B]`; rows not `active` `[B]` store nothing.
+
+        `ids` `[B, columns]` are all so far, with `token` the last of them, which only steps
+        that the model prepares read.
+        """
         if not self.captured:
             state = self.cache.state
             assert state is not None
@@ -180,7 +186,11 @@ class Stepper:
             if rows != state.active:
                 state.finish([row for row, on in enumerate(rows) if not on])
             at = token[:, None], self.position
-            self.output = forward(self.model, self.cache, *at, self.records)
+            if self.own:
+                assert ids is not None
+                self.output = self.own.forward(ids, self.records)
+            else:
+                self.output = forward(self.model, self.cache, *at, self.records)
             logits: Tensor = self.output.logits
         else:
             logits = self._captured(token[:, None], active)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .attached import Attached
 from .cache import KVPolicyCache
+from .own_steps import check_put_aside
 from .phases import one_by_one, read
 from .tiles import refuse_whole
 
@@ -66,6 +67,8 @@ def _read(
     """A cache with a sequence for each row, which has read all but its context's last token."""
     contexts = list(dict.fromkeys(context for context, _ in rows))
     ids, mask = _padded([context[:-1] for context in contexts], attachment.base.device, left=True)
+    longest = max(len(context) + len(more) for context, more in rows) - 1
+    check_put_aside(attachment.base, attachment.put_aside, 0, ids.shape[1], longest)
     cache = read(attachment, ids, mask, None, None, None)
     read_to(cache)
     of = [contexts.index(context) for context, _ in rows]

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from ...errors import UnsupportedError
 from .cache import KVPolicyCache
 from .capture import Stepper
+from .own_steps import OwnSteps, check_kept, why_own
 
 RECORDS = ("hidden_states",)  # of every step's output, if generate is asked for them
 
@@ -37,19 +39,26 @@ def decode_loop(
     if kvp_streamer is not None:
         kvp_streamer.put(input_ids.cpu())  # a streamer expects the prompt first
     names = [n for n in RECORDS if wanted and getattr(config, f"output_{n}")]
+    reason = why_own(model, model_kwargs)
     if config.prefill_chunk_size == 1 and cache.phase == "decode":
+        if reason:
+            raise UnsupportedError(
+                f"{reason}, so a question is no decoded tokens; ask it as a prompt"
+            )
         output = _one_by_one(model, input_ids, config, model_kwargs)
     else:
         output = model._prefill(
             input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant
         )
+    check_kept(model, cache, output)
     if cache.phase == "prompt":
         cache.end_prompt()
     logits, recorded = output.logits, {name: [getattr(output, name)] for name in names}
     batch, prompt = input_ids.shape
     room = max(config.max_length - prompt, 1)
     position = _next_position(model_kwargs, cache, input_ids.device)
-    stepper = Stepper(model, cache, position, room, names)
+    own = OwnSteps(model, cache, model_kwargs, output, reason) if reason else None
+    stepper = Stepper(model, cache, position, room, names, own)
     ids = torch.zeros(batch, prompt + room + 1, dtype=torch.long, device=input_ids.device)
     ids[:, :prompt] = input_ids
     unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
@@ -79,7 +88,9 @@ def decode_loop(
             if stopped or length == ids.shape[1] - 1:
                 break
             # A row is active for the token that it sampled before it ended; none when all ended.
-            logits = stepper.step(token, (unfinished if ends else going) & alive.any())
+            logits = stepper.step(
+                token, (unfinished if ends else going) & alive.any(), ids[:, :length]
+            )
             for name in names:
                 recorded[name].append(getattr(stepper.output, name))
             unfinished = alive
@@ -135,9 +146,12 @@ def _next_position(
 ) -> Tensor:
     """Position ids `[B, 1]` of the first generated token; `[n, B, 1]` where a token has several."""
     places: Tensor | None = model_kwargs.get("position_ids")
-    if places is not None and (places.ndim > 2 or not cache.counts_positions):
+    given = not cache.counts_positions and not cache.counts_columns
+    if places is not None and (places.ndim > 2 or given):
         return places[..., -1:] + 1
     assert cache.state is not None
+    if cache.counts_columns:
+        return torch.full((cache.state.batch, 1), cache.columns, device=device)
     return torch.tensor(cache.state.lengths, device=device)[:, None]
 
 

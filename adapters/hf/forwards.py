@@ -22,10 +22,11 @@ from .cache import KVPolicyCache
 from .compile import check_forward as check_compiled
 from .forward import Crossing, close_forward, inputs_of, open_forward, true_positions
 from .masks import closed, opened, padding_of
+from .own_steps import aside
 from .packed import split
 from .ranks import Ranks
 from .tiles import refuse_whole
-from .wrappers import check_soft_prompt
+from .wrappers import check_soft_prompt, soft_prompt
 
 
 class Forwards:
@@ -45,6 +46,7 @@ class Forwards:
         self.crossing: Crossing | None = None
         self.own = self.kept = False  # whether we made that cache, and whether to hand it out
         self.as_tuple = False
+        self.expected: KVPolicyCache | None = None  # by generate, of its first forward
         self.warned = False
 
     @contextlib.contextmanager
@@ -84,8 +86,9 @@ class Forwards:
 
     def take_back(self) -> None:
         """Undoes the forward in flight, if there is one."""
-        closed()
         cache, self.cache = self.cache, None
+        if cache is not None:
+            closed()
         crossing, self.crossing = self.crossing, None
         if cache is not None and cache.layout is not None:
             close_forward(cache, failed=True)
@@ -101,6 +104,7 @@ class Forwards:
                 return (), self._open(attachment, kwargs)
         except BaseException:
             self.take_back()
+            closed()
             self.release()
             raise
 
@@ -115,6 +119,11 @@ class Forwards:
         if attachment.compiled is not None:
             check_compiled(config, kwargs)
         given = kwargs.get("past_key_values")
+        expected, self.expected = self.expected, None
+        if given is None and expected is not None:
+            if expected.columns:
+                raise UnsupportedError(aside(attachment.base))
+            given = expected  # a model may put an empty cache aside
         if given is not None and not isinstance(given, KVPolicyCache):
             check_soft_prompt(attachment.model)  # which hands such caches on
         keeps = config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
@@ -142,7 +151,8 @@ class Forwards:
         open_forward(cache, batch, columns, kwargs.get("attention_mask"), texts)
         self.cache, self.as_tuple = cache, as_tuple
         self.own, self.kept = given is None, kept
-        if kwargs.get("position_ids") is None and not texts and "position_ids" in self.names:
+        told = kwargs.get("position_ids") is not None or "position_ids" not in self.names
+        if not told and not texts and not soft_prompt(attachment.model):  # PEFT's count columns
             kwargs["position_ids"] = true_positions(cache, ids.device, _first(cache, probe.first))
         opened(kwargs["attention_mask"])
         return kwargs
@@ -169,7 +179,7 @@ class Forwards:
                 close_forward(cache, failed=False)
             if crossing is not None:
                 output = crossing.finish(output)
-            if not self.kept:
+            if not self.kept and getattr(output, "past_key_values", None) is not None:
                 output = dataclasses.replace(output, past_key_values=None)
             if self.own and not self.held:
                 attachment.used(cache)

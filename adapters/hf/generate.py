@@ -19,6 +19,7 @@ from .columns import check_stored
 from .decode_loop import decode_loop
 from .masks import check_values
 from .modes import ordinary
+from .own_steps import check_put_aside, check_sample, own_method
 from .tiles import refuse_more, whole_chunks
 from .tokens import use_mask, use_tokenizer
 from .wrappers import soft_prompt
@@ -51,6 +52,8 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
     given = kwargs.pop("past_key_values", None)
     mode = config.get_generation_mode(kwargs.get("assistant_model"))
     own = mode in OWN_LOOP
+    if own:
+        check_sample(attachment.base)
     if config.cache_implementation is not None:
         kwargs["cache_implementation"] = None
     if own:
@@ -75,6 +78,9 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
             f"has seen, got {columns}; write torch.cat([ids, next_turn], 1), or take a new cache"
         )
     _check_mask(cache, kwargs.get("attention_mask"), width, columns)
+    assisted = mode == GenerationMode.ASSISTED_GENERATION  # whose candidates may go further
+    last = columns + _new_tokens(config, width) - (not assisted)
+    check_put_aside(attachment.base, attachment.put_aside, cache.columns, columns, last)
     # Our loop says itself when the prompt has ended.
     boundary = None if own else columns
     if question != "decode":
@@ -83,14 +89,20 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
         cache.begin_prompt(boundary)
     else:
         cache.begin_question(None if question == "decode" else columns)
-    cache.counts_positions = "position_ids" not in kwargs
+    cache.counts_columns = bool(soft_prompt(attachment.model))
+    given_places = "position_ids" in kwargs or cache.counts_columns
+    cache.counts_positions = not given_places and not own_method(attachment.base)
     draws = config.do_sample and not own  # our loop hands on the tokens that rank 0 chose
     device = cache.spec.device
+    attachment.forwards.expected = cache
     try:
         with attachment.ranks.one_seed(device) if draws else contextlib.nullcontext():
             output = attachment.original(**kwargs, past_key_values=cache)
     finally:
-        cache.counts_positions = False  # a forward's own position ids count afterwards
+        attachment.forwards.expected = None
+        cache.counts_positions = cache.counts_columns = (
+            False  # a forward's own position ids count afterwards
+        )
     attachment.decoding = cache.decoding if own else f"transformers' loop: {mode.value}"
     if given is None:
         attachment.used(cache)
@@ -98,6 +110,13 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
         cache.reset()
         attachment.idle[cache.state.batch] = cache
     return output
+
+
+def _new_tokens(config: GenerationConfig, width: int) -> int:
+    """The most that a call may generate; transformers' default is 20."""
+    if config.max_new_tokens is not None:
+        return int(config.max_new_tokens)
+    return max(int(config.max_length or 0) - width, 0) or 20
 
 
 def _check_ids(kwargs: dict[str, Any]) -> None:
@@ -132,6 +151,9 @@ def merged_config(attachment: Attached, kwargs: dict[str, Any]) -> GenerationCon
     """The options as transformers will merge them: the call's, else the model's."""
     own = getattr(attachment.model, "generation_config", attachment.base.generation_config)
     config: GenerationConfig = copy.deepcopy(kwargs.get("generation_config") or own)
+    if isinstance(config.watermarking_config, dict):  # as files have it
+        marks = GenerationConfig(watermarking_config=config.watermarking_config)
+        config.watermarking_config = marks.watermarking_config
     config.update(**own.to_dict(), defaults_only=True)
     config.update(**kwargs)
     return config

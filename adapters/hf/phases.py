@@ -14,6 +14,7 @@ from ...errors import PhaseError, UnsupportedError
 from .attached import Attached
 from .cache import KVPolicyCache
 from .generate import merged_config, run
+from .own_steps import check_put_aside
 from .tiles import cuts, refuse_more, refuse_whole
 from .wrappers import soft_prompt
 
@@ -54,6 +55,8 @@ def read(
     refuse_more(attachment, cache)
     held = [0] if cache.state is None else cache.state.lengths
     ends = cuts(attachment, held, attention_mask, whole, chunk_size)
+    before, last = cache.columns, cache.columns + whole
+    check_put_aside(attachment.base, attachment.put_aside, before, before + ends[0], last)
     with torch.no_grad(), attachment.forwards.holding():
         cache.begin_prompt()
         for start, stop in pairwise([0, *ends]):
@@ -124,6 +127,8 @@ def loglikelihood(
             "their last column, got a mask that hides it"
         )
     mask = None if attention_mask is None else attention_mask[:, :-1]
+    prompt, last = input_ids.shape[1] - 1, input_ids.shape[1] + continuation_ids.shape[1] - 1
+    check_put_aside(attachment.base, attachment.put_aside, 0, prompt, last)
     cache = read(attachment, input_ids[:, :-1], mask, None, None, None)
     asked = torch.cat([input_ids[:, -1:], continuation_ids[:, :-1]], 1)
     decoded = question == "decode"

@@ -52,7 +52,7 @@ def check_call(state: CacheState, lengths: Sequence[int], phase: str, valid: Ten
             "decode: the prompt has not ended; call end_prompt(state) first so that its eviction "
             "can act"
         )
-    if phase == "prompt":
+    if phase == "prompt" and state.looks_back is None:  # a replay is a prompt of its own
         _check_whole(state, lengths)
     if valid is not None:
         _check_valid(state, lengths, phase, valid)
@@ -146,7 +146,7 @@ def check_asked(
 
     `tokens` are the sizes of its token axes.
     """
-    policy, name = layer.eviction, type(layer.eviction).__name__
+    name = type(layer.eviction).__name__
     if layer.query_ring is not None:
         if query_pre is None:
             raise ValueError(f"query_pre: wanted queries before RoPE, which {name} reads, got None")
@@ -158,16 +158,21 @@ def check_asked(
         wanted = (*tokens, layer.hidden.shape[3])
         if tuple(hidden.shape) != wanted:
             raise ValueError(f"hidden: wanted {list(wanted)}, got {list(hidden.shape)}")
-    if layer.slides:
-        return
+    if not layer.slides:
+        check_told(layer)
+
+
+def check_told(layer: LayerStore) -> None:
+    """Raises PhaseError unless the cache was told what the layer's eviction asks of the model."""
+    policy, name = layer.eviction, type(layer.eviction).__name__
     if policy.output_weight and layer.output_weight is None:
         raise PhaseError(
-            f"attend: {name} reads the output projection of layer {layer.index}; say it by "
+            f"output_weight: {name} reads the output projection of layer {layer.index}; say it by "
             "pipeline.tell(state, layer, output_weight=...) first"
         )
     if policy.rope and not layer.told_rope:
         raise PhaseError(
-            f"attend: {name} reads how layer {layer.index} turns queries and keys; say it by "
+            f"rope: {name} reads how layer {layer.index} turns queries and keys; say it by "
             "pipeline.tell(state, layer, rope=...) first, None where it does not"
         )
 

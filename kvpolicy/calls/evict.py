@@ -19,6 +19,7 @@ from ..store.layer import LayerStore
 from ..store.numbers import most_stored, narrow, remember
 from ..store.ring import last
 from ..store.state import CacheState
+from ._checks import check_told
 from .budgets import keep_within, read_scores, targets_of
 from .settle import seen, settle
 
@@ -151,6 +152,7 @@ def score(state: CacheState, layer: LayerStore, most: int) -> tuple[Tensor, Tens
     `most` is the largest number of global tokens of a head.
     """
     policy = layer.eviction
+    check_told(layer)
     table, valid = held(layer, most)
     stored = StoredTokens(
         layer.pool.pages, layer.heads._replace(table=table), layer.ring, layer.queries,

@@ -69,10 +69,16 @@ def _add(
 def settle_step(state: CacheState, layer: LayerStore, lengths: Tensor, active: Tensor) -> None:
     """After a token at position `lengths` `[B]` was written where `active`: the query that from
     now on cannot be taken back. On the device alone, so that a graph can hold it."""
+    _add(state, layer, layer.numbers, *_due(state, layer, lengths, active), 1)
+
+
+def _due(
+    state: CacheState, layer: LayerStore, lengths: Tensor, active: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lengths with the new token, and the first and last query that it puts out of reach."""
     at = lengths - state.spec.rollback
     first = torch.maximum(at, state.on(layer).final)
-    last = torch.where(active, at + 1, 0)
-    _add(state, layer, layer.numbers, lengths + 1, first, last, 1)
+    return lengths + 1, first, torch.where(active, at + 1, 0)
 
 
 def settle_before(state: CacheState, call: Call) -> None:
@@ -98,13 +104,17 @@ def settle_after(state: CacheState, call: Call) -> None:
     """After a decode call of one column, before its token is counted."""
     if call.columns > 1:
         return
+    due: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
     for layer in state.layers:
-        if counts_queries(layer):
+        if not counts_queries(layer):
+            continue
+        if layer.device not in due:
             own = state.on(layer)
             active = own.active
             if call.valid is not None:
                 active = active & call.valid[:, 0].to(layer.device)
-            settle_step(state, layer, own.lengths, active)
+            due[layer.device] = _due(state, layer, own.lengths, active)
+        _add(state, layer, layer.numbers, *due[layer.device], 1)
 
 
 def settle_ring(state: CacheState, call: Call, layer: LayerStore) -> None:

@@ -123,7 +123,8 @@ class TriAttention(Eviction):
         return torch.zeros(write.key.shape[:2], dtype=torch.bool, device=write.key.device)
 
     def score(self, view: EvictionView) -> Tensor:
-        assert view.rope is not None
+        if view.rope is None:
+            raise ValueError(f"rope: TriAttention wants RoPE, layer {view.layer} has none")
         kv_heads, dtype = view.keys.shape[1], wide(view.keys)
         rows = slice(view.heads.start * view.group, view.heads.stop * view.group)
         parts = (x[view.layer, rows].double() for x in (self.real, self.imaginary, self.size))

@@ -102,7 +102,8 @@ def load(
     """The cache in a file, with the `extra` tensors and the `notes` saved beside it.
 
     What it stores is equal bit for bit. Pages may lie elsewhere, by which the reference may round
-    an output otherwise. Nothing is allocated on the file's word: every shape follows from `spec`,
+    an output otherwise. What evictions ask of the model is told anew (`CachePipeline.tell`).
+    Nothing is allocated on the file's word: every shape follows from `spec`,
     `pipeline` and the file's size. A checksum tells damage, not malice, from the truth; no file
     runs code.
 

@@ -14,12 +14,14 @@ from transformers.utils import TransformersKwargs
 
 from kvpolicy import CachePipeline, UnsupportedError
 from kvpolicy.adapters.hf import attach
+from kvpolicy.adapters.hf.rule.tiny import causal_types, class_of
 from tests.support.adapters.arguments import (
     ATTENTION,
     CONFIG,
     FORWARD,
     GENERATE,
     IDS,
+    OTHER_FORWARDS,
     Elsewhere,
     Honoured,
     Inert,
@@ -52,6 +54,17 @@ def names_of(table):
     functions = [f for f in functions if f.__module__.startswith("transformers.")]
     found = {name for f in functions for name in inspect.signature(f).parameters}
     return found - {"module", "query", "key", "value", "kwargs"}
+
+
+def test_every_name_of_another_served_forward_has_an_entry():
+    """Of all causal types that docs/models.md says are served."""
+    pages = Path(__file__).parents[2] / "docs" / "models.md"
+    served = pages.read_text().partition("### Served")[2].partition("### Refused")[0]
+    names = {line.split("`")[1] for line in served.splitlines() if line.startswith("| `")}
+    kinds = [class_of(name) for name in sorted(names & set(causal_types()))]
+    assert len(kinds) > 50
+    found = {name for kind in kinds for name in inspect.signature(kind.forward).parameters}
+    assert found - {"self", "args", "kwargs"} <= set(FORWARD) | set(OTHER_FORWARDS)
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -182,7 +195,7 @@ def test_refused_as_a_keyword_of_the_forward(name):
 
 def test_tests_that_entries_name_exist():
     here = Path(__file__).parent
-    for table in TABLES.values():
+    for table in (*TABLES.values(), OTHER_FORWARDS):
         for name, entry in table.items():
             if isinstance(entry, Elsewhere):
                 file, function = entry.test.split("::")

@@ -10,7 +10,12 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvpolicy import (
+    GKV,
+    H2O,
+    RKV,
     CachePipeline,
+    CriticalKV,
+    ExpectedAttention,
     LocalAttention,
     Quest,
     RandomGate,
@@ -18,6 +23,8 @@ from kvpolicy import (
     WriteGate,
 )
 from kvpolicy.adapters.hf import attach, capture, decode_loop
+from kvpolicy.store.moments import query_stats
+from kvpolicy.store.numbers import held
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,6 +51,15 @@ PIPELINES = {
     ),
     "each": CachePipeline(selection=Quest(budget=48, group="each"), window=16),
     "snapkv": CachePipeline(eviction=SnapKV(budget=40, observation=8, when="decode"), window=16),
+    "h2o": CachePipeline(
+        admission=RandomGate(sparsity=0.3), eviction=H2O(budget=40, group="max"), window=16
+    ),
+    "g_kv": CachePipeline(eviction=GKV(budget=40, observation=8), window=16),
+    "expected": CachePipeline(eviction=ExpectedAttention(budget=40, when="decode"), window=16),
+    "r_kv": CachePipeline(eviction=RKV(budget=40), window=16),
+    "critical": CachePipeline(
+        eviction=CriticalKV(SnapKV(budget=40, observation=8, when="decode")), window=16
+    ),
     "all": CachePipeline(
         admission=RandomGate(sparsity=0.3),
         selection=Quest(budget=32),
@@ -90,8 +106,31 @@ def test_captured_equals_eager_bit_for_bit(model, name, dtype, monkeypatch) -> N
     assert torch.equal(captured.sequences, eager.sequences)
     for a, b in zip(captured.logits, eager.logits, strict=True):
         assert torch.equal(a, b)
-    assert captured.past_key_values.state.lengths == eager.past_key_values.state.lengths
+    states = [x.past_key_values.state for x in (captured, eager)]
+    assert states[0].lengths == states[1].lengths
+    for layers in zip(*(state.layers for state in states), strict=True):
+        if layers[0].numbers is not None:
+            assert layers[0].eviction.remembers or held(layers[0]).any()
+            assert torch.equal(*map(held, layers))
     model.float()
+
+
+def test_statistics_are_summed_between_captured_steps(model, monkeypatch) -> None:
+    """More tokens than the ring of queries has slots; one row ends early."""
+    ids, mask = prompt()
+    options = {"max_new_tokens": 420, "do_sample": False, "return_dict_in_generate": True}
+    with attach(model, PIPELINES["expected"]) as attachment:
+        caches = [attachment.new_cache() for _ in range(2)]
+        captured = model.generate(ids, attention_mask=mask, past_key_values=caches[0], **options)
+        assert caches[0].decoding == "captured"
+        monkeypatch.setattr(capture, "why_not", lambda *a: "for comparison")
+        eager = model.generate(ids, attention_mask=mask, past_key_values=caches[1], **options)
+    assert torch.equal(captured.sequences, eager.sequences)
+    states = [cache.state for cache in caches]
+    assert max(row.summed for row in states[0].sequences) >= 256
+    for one, other in zip(*(state.layers for state in states), strict=True):
+        found = [query_stats(s, x) for s, x in zip(states, (one, other), strict=True)]
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("name", ["write_gate", "all"])

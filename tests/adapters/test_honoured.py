@@ -84,3 +84,55 @@ def test_layers_that_stop_being_causal(llama):
         finally:
             layer.is_causal = True
         llama(IDS)
+
+
+@pytest.mark.parametrize("kind", ["WatermarkingConfig", "dict"])
+def test_a_watermark_of_the_models_own_config(llama, kind):
+    """As an object, or as a file has it."""
+    own, marks = llama.generation_config, transformers.WatermarkingConfig(bias=30.0)
+    bare = llama.generate(IDS, **GREEDY)
+    llama.generation_config = transformers.GenerationConfig(pad_token_id=0)
+    llama.generation_config.watermarking_config = marks.to_dict() if kind == "dict" else marks
+    try:
+        plain = llama.generate(IDS, **GREEDY)
+        assert not torch.equal(plain, bare)
+        with attach(llama, PIPELINE):
+            assert torch.equal(llama.generate(IDS, **GREEDY), plain)
+    finally:
+        llama.generation_config = own
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("ernie", "task_type_ids"),
+        ("roc_bert", "input_shape_ids"),
+        ("roc_bert", "input_pronunciation_ids"),
+        ("bart", "encoder_attention_mask"),  # without what it masks it says nothing
+    ],
+)
+@torch.no_grad()
+def test_inputs_of_other_forwards(name, argument):
+    config = tiny_config(name)
+    config.use_task_id = True
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    ids, given = IDS % 60, {argument: torch.ones_like(IDS)}
+    plain = model(ids, **given).logits
+    assert argument == "encoder_attention_mask" or not torch.allclose(plain, model(ids).logits)
+    with attach(model, PIPELINE):
+        assert torch.allclose(model(ids, **given).logits, plain, atol=1e-4)
+
+
+@torch.no_grad()
+def test_inputs_of_layers():
+    model = tiny_model("gemma4_text")
+    ids = IDS % 60
+    width = model.config.hidden_size_per_layer_input
+    if not width:
+        pytest.skip("this transformers' tiny Gemma 4 has none")
+    given = torch.randn(1, 9, model.config.num_hidden_layers, width)
+    options = {"inputs_embeds": model.get_input_embeddings()(ids), "per_layer_inputs": given}
+    plain = model(**options).logits
+    with attach(model, PIPELINE):
+        assert torch.allclose(model(**options).logits, plain, atol=1e-3)

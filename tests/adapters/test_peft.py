@@ -114,6 +114,19 @@ def test_a_soft_prompt_is_part_of_the_prompt(kind, name, beams):
         assert error(ours, model.generate(input_ids=ids, **options)) < 1e-4
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("kind", SOFT)
+def test_padding_after_a_soft_prompt(kind, beams):
+    """PEFT counts its columns, where transformers counts tokens."""
+    model, inputs = soft(kind, **SOFT[kind]), prompt([33, 21])
+    options = {**inputs, "max_new_tokens": 6, "num_beams": beams, **GREEDY}
+    plain, forward = model.generate(**options), model(**inputs).logits
+    with attach(model, CachePipeline(window=5), **SIZES):
+        assert error(model.generate(**options), plain) < 1e-3
+        far = (model(**inputs).logits - forward).abs()[:, 12:][inputs["attention_mask"].bool()]
+        assert far.max() < 1e-3
+
+
 def test_a_soft_prompt_is_read():
     model, context = soft("PromptTuning"), prompt([33])
     with attach(model, pipelines()["snapkv"], **SIZES) as attached:

@@ -128,7 +128,9 @@ def test_whole_prompts_come_in_one_call(llama, name):
         with pytest.raises(UnsupportedError, match=more):
             attached.ask(cache, context["input_ids"][:, :4], question="prompt", max_new_tokens=2)
         with pytest.raises(UnsupportedError, match=more):
-            llama.generate(context["input_ids"], past_key_values=cache, max_new_tokens=2)
+            ids = torch.cat([context["input_ids"], context["input_ids"][:, :5]], 1)
+            mask = torch.cat([context["attention_mask"], torch.ones(2, 5, dtype=torch.long)], 1)
+            llama.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=2)
         assert digest(cache) == before
         answer = attached.ask(cache, context["input_ids"][:, :4], max_new_tokens=3)
         assert answer.shape == (2, 7)

@@ -35,6 +35,7 @@ TRIPLES = [
     ("gate", "user", "tokens_decode"),
     ("random", "all", "at_end"),
     ("any_of", "quest_first", "adaptive"),
+    ("ada_ea", "all", "expected_decode"),
 ]
 
 

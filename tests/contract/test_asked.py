@@ -204,6 +204,30 @@ def test_statistics_of_one_call_are_those_of_any_other_to_the_last_bit():
         assert all(torch.equal(x[1:], y) for x, y in zip(a[2], b[2], strict=True))
 
 
+@pytest.mark.parametrize("length", [BLOCK + 4, BLOCK + SPEC.rollback, BLOCK + 2])
+def test_tokens_that_are_taken_back_leave_no_trace(length):
+    """Others come in their place, over the border of a block and beside columns of padding."""
+    data = Data(2, LONG)
+    pipeline, state = start(data)
+    prompt(pipeline, state, data, [length, length - 8])
+    for row in state.sequences:
+        row.prompt_open = False
+    crop(state, [7, 0])
+    data.at[0] -= 7
+    decode(pipeline, state, data, 9, skipped=(8,))
+    crop(state, [2, SPEC.rollback])
+    data.at = [data.at[0] - 2, data.at[1] - SPEC.rollback]
+    check(pipeline, state, data)
+    other = Data(2, LONG, seed=3)
+    for layer, new in zip(data.layers, other.layers, strict=True):
+        for name, tokens in layer.items():
+            for row, at in enumerate(data.at):
+                tokens[row][..., at:, :] = new[name][row][..., at:, :]
+    while min(data.at) < length + SPEC.rollback + 3:
+        decode(pipeline, state, data)
+        check(pipeline, state, data)
+
+
 def test_forks_rows_and_files_have_them(tmp_path):
     data = Data(2, LONG)
     pipeline, state = start(data)
@@ -222,7 +246,7 @@ def test_forks_rows_and_files_have_them(tmp_path):
         assert a[7] is data.weight and a[8] == ROPE
     state.reset()
     data.at = [0, 0]
-    prompt(pipeline, state, data, [40, BLOCK + 30])
+    prompt(pipeline, state, data, [2 * BLOCK, BLOCK + 30])  # over sums of other tokens
     check(pipeline, state, data)
 
 

@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from kvpolicy import KVPress, KVzip, Ranked
 from kvpolicy.evaluation.models import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,8 +92,8 @@ def test_the_script_of_evictions_has_all_that_need_no_file() -> None:
     assert every - files - bases <= found | ELSEWHERE
 
 
-# Those that wrap another eviction, or whose passes a script of its own shows.
-ELSEWHERE: set[type] = set()
+# Ranked wants a gate, KVPress a press of kvpress, KVzip passes that replay the prompt.
+ELSEWHERE = {Ranked, KVPress, KVzip}
 SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 
 

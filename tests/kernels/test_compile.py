@@ -24,6 +24,7 @@ def run(configuration: str, cache: Path, *options: str) -> None:
         "_edges",
         "_find_columns",
         "_fold",
+        "_fold_groups",
         "_heaviest",
         "_levels",
         "_query_levels",

@@ -41,6 +41,6 @@ def test_every_kernel(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_forgotten_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = {"append": op_cases.CASES["append"]}
     monkeypatch.setattr(every_kernel, "CASES", kept)
-    with pytest.raises(AssertionError, match=r"no case launches cache_write\._decode_write, "):
+    with pytest.raises(AssertionError, match=r"no case launches .*cache_write\._decode_write, "):
         every_kernel.main([], every_kernel.TINY)
     every_kernel.main(["--only", "append"], every_kernel.TINY)

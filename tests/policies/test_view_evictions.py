@@ -27,6 +27,7 @@ from kvpolicy import (
 )
 from kvpolicy._files import write_pt
 from kvpolicy.eviction.triattention import PARTS
+from kvpolicy.ops import load
 from kvpolicy.testing import check_eviction
 from tests.support.sines import DIM, HEADS, KEY, QUERY, ROPE, T, kept
 
@@ -203,6 +204,30 @@ def test_criticalkv_is_its_inner_eviction_but_for_values():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_they_conform(policy, dtype):
     check_eviction(policy, dtype=dtype)
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0], ids=["alike", "apart"])
+def test_redundancy_is_the_mean_of_what_is_left_of_all_cosines(spread):
+    """Keys that nothing resembles take their cosine with the first from it, as the original's."""
+    rng = torch.Generator().manual_seed(3)
+    keys = torch.randn(1, 1, 30, 24, generator=rng) * spread + torch.ones(24) * (spread < 1)
+    near = torch.randn(1, 1, 4, 24, generator=rng)
+    every = torch.ones(1, 1, 30).bool()
+    view = EvictionView(
+        0, keys, keys, torch.arange(30)[None, None], every, every, near, torch.ones(1, 4).bool(),
+        torch.tensor([34]), 1.0,
+    )  # fmt: skip
+    policy = RKV(budget=9)
+    n, unit = 34, torch.nn.functional.normalize(torch.cat([keys, near], 2)[0, 0].double(), dim=-1)
+    left = torch.zeros(n)
+    for i in range(n):
+        cosines = [float(unit[i] @ unit[j]) * (i != j) for j in range(n)]
+        last = max((j for j in range(n) if cosines[j] > 0.5), default=0)
+        left += torch.tensor([c * (j != last) for j, c in enumerate(cosines)])
+    wanted = (left / n).softmax(0)[:30]
+    for ops in (None, load("reference")):
+        found = policy._redundancy(view, 0, 30, ops)[0]
+        assert torch.allclose(found, wanted.to(found), atol=1e-6)
 
 
 def test_r_kv_holds_no_product_of_all_keys():

@@ -208,6 +208,7 @@ def _attention(found: Probe) -> str:
         ("layers of several sizes", len({(x.kv_heads, x.head_dim) for x in layers}) > 1),
         ("no padded rows", not found.hides),
         ("no chunks after the first", not found.goes_on),
+        (f"counts from {found.first}", bool(found.first)),
     ]
     return ", ".join(word for word, holds in said if holds)
 

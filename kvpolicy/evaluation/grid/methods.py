@@ -12,10 +12,14 @@ import attrs
 from ...admission import WriteGate
 from ...budget import AcrossLayers, Adaptive, Budget, LazyLayers, Pyramid, Tokens
 from ...eviction import (
+    GKV,
     H2O,
+    RKV,
     TOVA,
+    CriticalKV,
     DBudgetKV,
     Eviction,
+    ExpectedAttention,
     FastGen,
     KeyDiff,
     Knorm,
@@ -103,6 +107,10 @@ EVICTIONS: Mapping[str, Method] = {
     "SAGE-KV": Method(make=lambda n: SageKV(budget=n), window=_half),
     "KeyDiff": Method(make=lambda n: KeyDiff(budget=n)),
     "Knorm": Method(make=lambda n: Knorm(budget=n)),
+    "Expected Attention": Method(make=lambda n: ExpectedAttention(budget=n)),
+    "CriticalKV": Method(make=lambda n: CriticalKV(ExpectedAttention(budget=n))),
+    "R-KV": Method(make=lambda n: RKV(budget=n)),
+    "G-KV": Method(make=lambda n: GKV(budget=n)),
     "LagKV": Method(make=lambda n: LagKV(budget=n)),
     "DBudgetKV": Method(make=lambda n: DBudgetKV(), tuned=True),
     "FastGen": Method(make=lambda n: FastGen(), tuned=True),

@@ -32,14 +32,14 @@ HIDDEN = 6  # columns of the second row
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-def text(model, hides):
+def text(model, probe):
     """Ids `[2, LENGTH]`, which columns are real, and plain logits."""
     ids = torch.randint(20, 60, (2, LENGTH), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
-    if hides:
+    if probe.hides:
         mask[1, :HIDDEN] = 0
     given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    places = (mask.cumsum(1) - 1).clamp(min=0)
+    places = (mask.cumsum(1) - 1).clamp(min=0) + probe.first
     try:
         logits = model(**given, position_ids=places).logits
     except TypeError:  # it takes none and counts by the mask
@@ -57,7 +57,7 @@ def check(name):
     model = tiny_model(name).eval()
     with attach(model, CachePipeline(window=5)) as attached:
         probe = attached.served.probe
-    ids, mask, wanted = text(model, probe.hides)
+    ids, mask, wanted = text(model, probe)
     prompt = {"input_ids": ids[:, :PROMPT], "attention_mask": mask[:, :PROMPT]}
     alone = [
         model.generate(input_ids=row[None, hidden:PROMPT], **GREEDY)[0, PROMPT - hidden :]

@@ -193,6 +193,37 @@ FORWARD = {
     "is_causal": Refused(False, says="is_causal=False"),
 }
 
+# Of forwards of the other served causal types.
+# What goes into towers reaches the decoder as embeddings and positions.
+IMAGES = Elsewhere("models/test_images.py::test_positions_after_an_image_are_the_models")
+OTHER_FORWARDS = {
+    "encoder_hidden_states": Elsewhere("test_honoured.py::test_cross_attention"),
+    "encoder_outputs": Elsewhere("test_honoured.py::test_cross_attention"),
+    "encoder_attention_mask": Elsewhere("test_honoured.py::test_inputs_of_other_forwards"),
+    "return_shared_kv_states": Elsewhere(
+        "test_honoured.py::test_keys_and_values_of_shared_layers"
+    ),
+    "token_type_ids": Elsewhere("test_own_steps.py::test_kinds_of_tokens"),
+    "lang_ids": Elsewhere("test_own_steps.py::test_the_language_of_every_step"),
+    "task_type_ids": Elsewhere("test_honoured.py::test_inputs_of_other_forwards"),
+    "input_shape_ids": Elsewhere("test_honoured.py::test_inputs_of_other_forwards"),
+    "input_pronunciation_ids": Elsewhere("test_honoured.py::test_inputs_of_other_forwards"),
+    "per_layer_inputs": Elsewhere("test_honoured.py::test_inputs_of_layers"),
+    "mm_token_type_ids": Elsewhere(
+        "models/test_images.py::test_tokens_of_an_image_that_see_each_other_are_refused"
+    ),
+    **{
+        name: IMAGES
+        for name in (
+            "pixel_values", "pixel_values_videos", "image_patches", "image_pixel_values",
+            "image_attention_mask", "image_position_ids", "image_sizes", "mm_encoder_outputs",
+            "num_frames_per_video", "video_position_ids", "audio_attention_mask",
+            "audio_embed_sizes", "audio_input_features", "input_features", "input_features_mask",
+            "padding_mask",  # of audio
+        )
+    },
+}  # fmt: skip
+
 # Of attention functions, beside query, key and value.
 ATTENTION = {
     "attention_mask": Elsewhere("test_attach.py::test_refused_by_forward"),

@@ -14,15 +14,27 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from kvpolicy import Admission, CachePipeline
+from kvpolicy import Admission, CachePipeline, CriticalKV, ExpectedAttention, SnapKV
 from kvpolicy.adapters.hf import attach
 from tests.support.adapters.models import SIZES, pipelines, prompt
+
+# What asks for queries before RoPE, frequencies and projections of this rank's heads.
+ASKING = {
+    "expected": ExpectedAttention(budget=14, when="decode"),
+    "critical": CriticalKV(SnapKV(budget=14, observation=4)),
+}
+
+
+def pipeline(name):
+    if name in ASKING:
+        return CachePipeline(eviction=ASKING[name], window=5)
+    return pipelines()[name]
 
 
 def generate(model, name):
     """Tokens, and the positions that each of this rank's heads kept."""
     options = {**prompt([33, 21]), "max_new_tokens": 10, "do_sample": False}
-    with attach(model, pipelines()[name], **SIZES) as attachment:
+    with attach(model, pipeline(name), **SIZES) as attachment:
         cache = attachment.new_cache()
         tokens = model.generate(**options, past_key_values=cache)
     heads = range(cache.spec.kv_heads)
@@ -148,7 +160,9 @@ def main(folder, rank):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float32).eval()
-    found = {name: generate(model, name) for name in ("striped", "gate", "gate-quest-snapkv")}
+    found = {
+        name: generate(model, name) for name in ("striped", "gate", "gate-quest-snapkv", *ASKING)
+    }
     found["sampled"] = sampled(model, rank)
     found["failures"] = failures(model, rank, folder)
     found["broken layer"] = broken_layer(model, rank)

@@ -174,8 +174,8 @@ class Run:
         """What a later part of each stream gives the first half of its tokens and the last ones."""
         if not any(self.pending) or not any(x.eviction.replayed for x in self.state.managed):
             return
-        shortest = min(self.at)
-        for span in (range(shortest // 2), range(shortest // 2, shortest)):
+        longest = max(self.at)
+        for span in (range(longest // 2), range(longest // 2, longest)):
             if not span:
                 continue
             ends = [s[0][0].shape[1] for s in self.streams]

@@ -14,6 +14,7 @@ from kvpolicy.store.fork import adopt, select_rows
 from kvpolicy.store.rollback import crop
 from tests.support.contract.caches import LENGTH, Caches
 from tests.support.contract.contents import digest
+from tests.support.contract.told import tell
 
 caches = st.integers(0, 2)
 few = st.lists(st.integers(0, 14), min_size=4, max_size=4)
@@ -175,5 +176,6 @@ class Life(Caches):
         with tempfile.TemporaryDirectory() as folder:
             save(run.state, f"{folder}/cache", self.pipeline, fingerprint="model")
             state, _, _ = load(f"{folder}/cache", self.pipeline, self.spec, fingerprint="model")
+        tell(self.pipeline, state)
         assert digest(state) == digest(run.state)
         run.state = state

@@ -153,6 +153,7 @@ def _selected_prefill(size: Size) -> None:
 
 @case("keys_at", "antidiagonal_blocks")
 def _antidiagonal_blocks(size: Size) -> None:
+    choose = antidiagonal.choose_tile
     for tile, stride, rates, scratch in ((16, 4, (0.9, 0.3), 1), (32, 8, (1.0, 0.5), 1 << 20)):
         mirror, segments, (query, key, _, flags) = prompt(size, 9, rates)
         placed = both("keys_at", key, flags, segments, mirror.pages, mirror.heads, tile)
@@ -160,7 +161,17 @@ def _antidiagonal_blocks(size: Size) -> None:
         agree(Pair(*(x[1].float() for x in placed)))
         for threshold, softcap in ((0.6, None), (1.0, 20.0)):
             given = [Pair(*x) for x in zip(*placed, strict=True)]
-            with mock.patch.object(antidiagonal, "_SCRATCH", scratch):
+
+            def shape(itemsize, shared, descriptors=threshold < 1):
+                found = choose(itemsize, shared)
+                if not CUDA:
+                    found = found._replace(rows=32, columns=32, channels=16)
+                return found._replace(descriptors=descriptors and (found.descriptors or not CUDA))
+
+            with (
+                mock.patch.object(antidiagonal, "_SCRATCH", scratch),
+                mock.patch.object(antidiagonal, "choose_tile", shape),
+            ):
                 found = both(
                     "antidiagonal_blocks", query, *given, segments, size.dim**-0.5, tile, stride,
                     threshold, softcap=softcap,
