@@ -79,7 +79,7 @@ def check_type(name: str) -> Support:
         )
     try:
         with attach(model, CachePipeline()) as attached:
-            found = attached.served.probe
+            found, aside = attached.served.probe, attached.put_aside is not None
     except ModelRefused as error:
         return Support(name=name, served=False, check=error.check, reason=_reason(error))
     except UnsupportedError as error:
@@ -90,7 +90,7 @@ def check_type(name: str) -> Support:
         served=True,
         layers=_layers(kinds),
         policies=_policies(kinds),
-        attention=_attention(found),
+        attention=_attention(found, aside),
         pre_rope=_pre_rope(found),
         compiled=_tried(compiled, model),
         captured=_tried(captured, model),
@@ -197,7 +197,7 @@ def _policies(kinds: tuple[LayerKind, ...]) -> str:
     return "all layers" if acting == len(kinds) else f"{acting} of {len(kinds)} layers"
 
 
-def _attention(found: Probe) -> str:
+def _attention(found: Probe, aside: bool) -> str:
     layers = found.layers
     said = [
         ("sinks", any(layer.sinks_keyword for layer in layers)),
@@ -208,7 +208,8 @@ def _attention(found: Probe) -> str:
         ("layers of several sizes", len({(x.kv_heads, x.head_dim) for x in layers}) > 1),
         ("no padded rows", not found.hides),
         ("no chunks after the first", not found.goes_on),
-        (f"counts from {found.first}", bool(found.first)),
+        ("positions after that of padding", bool(found.first)),
+        ("caches not past a change of RoPE", aside),
     ]
     return ", ".join(word for word, holds in said if holds)
 
