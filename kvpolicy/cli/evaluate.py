@@ -147,7 +147,7 @@ def evaluate(
             "data": data, "ratio": ratio, "question": question, "policy": policy, "part": part,
         }  # fmt: skip
         if benchmark is not None:
-            refuse(benchmark, eager=eager, questions=questions)
+            refuse(benchmark, eager=eager, methods=methods, questions=questions)
             failed = run_benchmark(
                 benchmark,
                 model=model,
@@ -184,10 +184,6 @@ def evaluate(
         if questions is not None:
             contexts = -(-questions // QUESTIONS)
         gates = [shipped("gate", file) for file in gate or []]
-        duo = None if duo is None else shipped("duo", duo)
-        keeps, budgets = keep or [0.25, 0.1], budget or [0.125, 0.25, 0.0625]
-        check_fractions("keep", keeps)
-        check_fractions("budget", budgets)
         if model == "smollm2" and not gates and not methods and (absent := absent_gates()):
             typer.echo(
                 f"left out, since they are not installed: {', '.join(absent)}; "

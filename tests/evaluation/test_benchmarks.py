@@ -261,6 +261,7 @@ def test_a_policy_of_one_s_own(folder, tmp_path, monkeypatch):
     ("options", "said"),
     [
         (("--eager",), "eager: wanted without --benchmark"),
+        (("--methods",), "methods: wanted without --benchmark"),
         (("--questions", 8), "questions: wanted without --benchmark"),
         (("--ratio", 1), "ratio: wanted less than 1"),
         (("--part", "2/2"), "part: wanted i/n with i from 0 to n - 1"),

@@ -53,6 +53,7 @@ NOT_MEASURED = {
     "KVPress": "wraps a press",
     "Ranked": "ranks by a gate: a row for each gate",
     "FastKVzip": "needs a file of the model",
+    "JudgeQ": "needs a file of the model",
     "QFilters": "needs a file of the model",
     "TrimKV": "needs a file of the model",
     "TriAttention": "needs statistics of the model",
@@ -103,9 +104,12 @@ def _build(make: Make, keep: float | None, room: Room) -> CachePipeline | None:
     window = window_of(make(Tokens(1 << 20)))
     if keep is not None:
         return CachePipeline(eviction=make(Ratio(round(keep, 9))), window=window)
-    budget = room.whole(window)
-    made = make(Tokens(max(budget, 1)))
-    return CachePipeline(eviction=made, window=window) if budget > window else None
+    # Heads that hold different numbers of tokens leave half a page each.
+    ragged = isinstance(getattr(make(Tokens(1 << 20)), "budget", None), Adaptive | Pyramid)
+    budget = int(room.slots - room.page / 2) if ragged else room.whole(window)
+    if budget <= window:
+        return None
+    return CachePipeline(eviction=make(Tokens(budget)), window=window)
 
 
 def window_of(eviction: Eviction) -> int:
