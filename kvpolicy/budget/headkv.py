@@ -38,9 +38,9 @@ class HeadKV(Wrapper):
     """HeadKV: a part of all heads' tokens is dealt by their `importance` `[L][Hkv]`.
 
     Fu et al., 2024 (FYYFU/HeadKV, snapkv_utils.py). Of n global tokens a head, n // `beta` go to a
-    pool of all L Hkv heads; a head keeps the others and its part of the pool, p = s^t / sum s^t
-    with its importance s and `temperature` t. HeadKV measures query heads by what they retrieve:
-    combine those of a KV head, such as by their mean.
+    pool of all heads that it binds (those of layers that slide hold none); a head keeps the others
+    and its part of the pool, p = s^t / sum s^t with its importance s and `temperature` t. HeadKV
+    measures query heads by what they retrieve: combine those of a KV head, such as by their mean.
     """
 
     importance: tuple[tuple[float, ...], ...] = attrs.field(
@@ -71,16 +71,17 @@ class HeadKV(Wrapper):
 
     def targets(self, view: BudgetView) -> Counts:
         powers = [[x**self.temperature for x in row] for row in self.importance]
-        total, heads = sum(map(sum, powers)), sum(map(len, powers))
-        found = []
-        for row in self.base.targets(view):
-            found.append(
-                [
-                    [
-                        round(part / total * (pool := int(n // self.beta)) * heads + n - pool)
-                        for n, part in zip(means, powers[layer], strict=True)
-                    ]
-                    for layer, means in zip(view.layers, row, strict=True)
-                ]
-            )
-        return found
+        bound = [powers[layer] for layer in view.layers]
+        worth = sum(map(len, bound)) / (sum(map(sum, bound)) or 1)
+
+        def dealt(mean: int, power: float) -> int:
+            pool = int(mean // self.beta)
+            return round(power * worth * pool + mean - pool)
+
+        return [
+            [
+                [dealt(mean, power) for mean, power in zip(means, own, strict=True)]
+                for means, own in zip(row, bound, strict=True)
+            ]
+            for row in self.base.targets(view)
+        ]

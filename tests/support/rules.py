@@ -91,7 +91,7 @@ def dealt(budget, layers):
     n = budget.allowed(o.n, o.W, 0, o.spec.layers)
     if isinstance(budget, HeadKV):
         worth = [[x**budget.temperature for x in row] for row in budget.importance]
-        pool, total = n // budget.beta, sum(map(sum, worth))
+        pool, total = n // budget.beta, sum(sum(worth[o.layer]) for o, _ in layers)
         return [
             [round(x / total * pool * heads + n - pool) for x in worth[o.layer]] for o, _ in layers
         ]

@@ -210,7 +210,7 @@ SELECTIONS = {
     "quest_mean": lambda s: quest(s, 2, group="mean", last="partial"),
     "quest_each": lambda s: quest(s, 2, group="each", last=0),
     "quest_first": lambda s: quest(s, 2, group="max", first=1, last=1),
-    "top_channels": lambda s: TopChannels(budget=s.window + 1 + s.spec.page_size, channels=3),
+    "top_channels": lambda s: TopChannels(budget=s.window + 1, channels=3),
     "user": lambda s: LargestKey(budget=Tokens(s.window + 1), group="each"),
     "per_layer": lambda s: per_layer(quest(s, 1, last=0), {0: SelectAll()}),
     "xattention": lambda s: xattention(),
@@ -270,15 +270,19 @@ EVICTIONS = {
     "adaptive": lambda s: snap(Adaptive(Tokens(s.kept)), when="decode"),
     "pyramid": lambda s: snap(pyramid(s)),
     "adaptive_pyramid": lambda s: snap(Adaptive(pyramid(s), floor=0.5)),
-    "across_layers": lambda s: snap(AcrossLayers(Tokens(s.kept)), when="decode"),
+    "across_layers": lambda s: snap(
+        AcrossLayers(Tokens(s.window + s.spec.page_size)), when="decode"
+    ),
     "lazy_layers": lambda s: snap(LazyLayers(Tokens(s.kept), threshold=0.3, held=2)),
     "headkv": lambda s: snap(HeadKV(Tokens(s.kept), importance=worth(s), beta=1.2)),
     "cap": lambda s: snap(cap(s), normalize="global"),
     "cap_decode": lambda s: snap(cap(s), when="decode"),
     "sage": lambda s: SageKV(budget=s.kept, sinks=3),
     "dbudget": lambda s: DBudgetKV(threshold=0.2, sinks=2, observation=3),
-    "fastgen": lambda s: FastGen(recovery=0.5, sinks=2, observation=3, when="decode"),
-    "simlayer": lambda s: SimLayerKV(threshold=0.05, sinks=2, recent=s.kept, observation=2),
+    "fastgen": lambda s: FastGen(recovery=0.5, sinks=s.room - 3, observation=3, when="decode"),
+    "simlayer": lambda s: SimLayerKV(
+        threshold=0.05, sinks=s.room - 3, recent=s.window, observation=2
+    ),
     "at_end_zap": lambda s: AtPromptEnd(zap(s, threshold=0.4), generated="keep"),
     "at_end": lambda s: AtPromptEnd(RandomGate(sparsity=0.3, seed=5)),
     "at_end_gate": lambda s: AtPromptEnd(gate(s, seed=2), generated="keep"),
