@@ -168,12 +168,12 @@ def local(s):
 
 
 def ada_ea(s):
-    """Admits about half of the tokens."""
+    """Admits more than half of the tokens."""
     heads = s.spec.layers, s.spec.kv_heads, s.spec.group
     rng, dim = torch.Generator().manual_seed(5), s.spec.head_dim
     q = torch.randn(*heads, dim, dim, generator=rng)
     mean, covariance = torch.randn(*heads, dim, generator=rng), q @ q.mT / dim
-    near = 0.72 + 0.9 / s.spec.group**0.5
+    near = 0.55 + 0.9 / s.spec.group**0.5
     return AdaEA(
         mean=mean, covariance=covariance, thresholds=torch.full(heads, near), sinks=1,
         window=s.window,
@@ -270,9 +270,7 @@ EVICTIONS = {
     "adaptive": lambda s: snap(Adaptive(Tokens(s.kept)), when="decode"),
     "pyramid": lambda s: snap(pyramid(s)),
     "adaptive_pyramid": lambda s: snap(Adaptive(pyramid(s), floor=0.5)),
-    "across_layers": lambda s: snap(
-        AcrossLayers(Tokens(s.window + s.spec.page_size)), when="decode"
-    ),
+    "across_layers": lambda s: snap(AcrossLayers(Tokens(s.kept)), when="decode"),
     "lazy_layers": lambda s: snap(LazyLayers(Tokens(s.kept), threshold=0.3, held=2)),
     "headkv": lambda s: snap(HeadKV(Tokens(s.kept), importance=worth(s), beta=1.2)),
     "cap": lambda s: snap(cap(s), normalize="global"),
