@@ -183,10 +183,12 @@ def test_a_rank_has_no_file_of_the_whole_cache(model, ranks, tmp_path):
 
 def test_ranks_decode_eagerly(ranks):
     device = SimpleNamespace(device=torch.device("cuda"))
-    state = SimpleNamespace(spec=device, ops=SimpleNamespace(backend="triton"))
+    state = SimpleNamespace(spec=device, ops=SimpleNamespace(backend="triton"), lengths=[3])
     shared = SimpleNamespace(state=state, ranks=ranks)
     assert "ranks" in why_not(tiny(), shared)
-    assert why_not(tiny(), SimpleNamespace(state=state, ranks=Ranks())) is None
+    served = SimpleNamespace(probe=SimpleNamespace(counts=""), modules=[])
+    alone = SimpleNamespace(state=state, ranks=Ranks(), served=served, columns=3)
+    assert why_not(tiny(), alone) is None
 
 
 def test_a_model_on_several_devices_is_refused_unchanged(model):

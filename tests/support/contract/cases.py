@@ -125,7 +125,7 @@ def zap(s, **options):
     rng = torch.Generator().manual_seed(11)
     draw = lambda *shape: torch.randn(*shape, generator=rng) / shape[-1] ** 0.5  # noqa: E731
     return KVzap(
-        w1=2 * draw(n, 5, hidden), b1=draw(n, 5), w2=draw(n, heads, 5), b2=draw(n, heads),
+        w1=2 * draw(n, 5, hidden), b1=draw(n, 5), w2=draw(n, heads, 5), b2=draw(n, heads) / 4,
         **{"threshold": 0.0, "window": None} | options,
     )  # fmt: skip
 
@@ -186,7 +186,7 @@ ADMISSIONS = {
     "local": local,
     "duo": duo,
     "gate": gate,
-    "zap": zap,
+    "zap": lambda s: zap(s, threshold=-0.4),
     "any_of": lambda s: any_of(RandomGate(sparsity=0.5), local(s)),
     "all_of": lambda s: all_of(
         RandomGate(sparsity=0.1), gate(s, seed=1), RandomGate(sparsity=0.2, seed=9)
