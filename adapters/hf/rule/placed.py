@@ -41,6 +41,8 @@ class Placed:
     def _first(self) -> int | None:
         try:
             own, zero = self._run(None), self._run(0)
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # it takes no position ids; whatever its own code says
             return 0
         if _same(own, zero):
@@ -54,6 +56,8 @@ class Placed:
         self.told.clear()
         try:
             self._forward(places)
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # it takes none of that shape
             return False
         return bool(self.told) and all(self.told)
