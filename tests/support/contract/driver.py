@@ -187,7 +187,7 @@ class Run:
                 run.attend([[torch.cat(x, 1) for x in zip(*p, strict=True)] for p in parts], None)
                 self.pipeline.commit(run.state)
             for row, layers in enumerate(self.oracles):
-                for oracle, token in zip(layers, rows[row], strict=True):
+                for oracle, token in zip(layers or [], rows[row], strict=bool(layers)):
                     if oracle.eviction.replayed and not oracle.slides:
                         oracle.replay(*token, span, 2)
 
