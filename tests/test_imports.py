@@ -11,7 +11,7 @@ LAYERS = (
     ("errors", "choices", "_fields", "_extras", "_option"),
     ("_arguments", "_elsewhere", "_names", "_markdown", "_table", "_files"),
     ("_knob", "_pictures"),
-    ("backend", "pretrained"),
+    ("backend", "exchange", "pretrained"),
     ("ops", "rope"),
     ("reference", "kernels"),
     ("spec", "budget", "admission", "selection", "eviction", "per_layer"),

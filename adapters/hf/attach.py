@@ -73,7 +73,7 @@ class Attachment:
             check_pre_query(self.served)
         empty = self.new_cache()
         self.spec, self.ranks = empty.spec, empty.ranks
-        pipeline.check(self.spec)
+        pipeline.check(self.spec, self.ranks.exchange)
         if compile:
             check_compiles(self.decoder, self.served)
         self.forwards = Forwards(self.decoder, self.ranks)

@@ -162,7 +162,7 @@ class KVPolicyCache(Cache):
     def ensure_state(self, batch: int) -> CacheState:
         """The state, made for `batch` sequences by the first forward."""
         if self.state is None or (not self.chunks and self.state.batch != batch):
-            self.take_state(self.pipeline.init(self.spec, batch))
+            self.take_state(self.pipeline.init(self.spec, batch, self.ranks.exchange))
         assert self.state is not None
         if self.state.batch != batch:
             raise ValueError(

@@ -23,7 +23,7 @@ class Scripted(Ranks):
     """Rank 0 of two; `other` holds rank 1's code at each vote, and its key where that differs."""
 
     def __init__(self, other=()):
-        super().__init__(mesh=SimpleNamespace(get_local_rank=lambda axis: 0))
+        super().__init__(mesh=SimpleNamespace(get_local_rank=lambda axis: 0, device_type="cpu"))
         self.other, self.codes = list(other), []
 
     def _highest(self, code, key):
@@ -31,6 +31,11 @@ class Scripted(Ranks):
         other, its = self.other.pop(0) if self.other else (0, None)
         its = int(key) if its is None else its
         return max(code, other), max(int(key), its), max(-int(key), -its)
+
+    parts = 2
+
+    def _gathered(self, x):
+        return [x, x]
 
     def same(self, x):
         self.vote()

@@ -14,7 +14,18 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from kvpolicy import Admission, CachePipeline, CriticalKV, ExpectedAttention, SnapKV
+from kvpolicy import (
+    TOVA,
+    AcrossLayers,
+    Adaptive,
+    Admission,
+    CachePipeline,
+    CriticalKV,
+    ExpectedAttention,
+    SnapKV,
+    Tokens,
+    TotalCap,
+)
 from kvpolicy.adapters.hf import attach
 from tests.support.adapters.models import SIZES, pipelines, prompt
 
@@ -23,11 +34,18 @@ ASKING = {
     "expected": ExpectedAttention(budget=14, when="decode"),
     "critical": CriticalKV(SnapKV(budget=14, observation=4)),
 }
+# What shares tokens between heads of different ranks, or looks across them.
+SHARING = {
+    "adaptive": SnapKV(budget=Adaptive(Tokens(14)), observation=4, when="decode"),
+    "across layers": SnapKV(budget=AcrossLayers(Tokens(14)), observation=4, when="decode"),
+    "total cap": SnapKV(budget=TotalCap(tokens=40), observation=4, when="decode"),
+    "layer": TOVA(budget=14, across_heads=True),
+}
 
 
 def pipeline(name):
-    if name in ASKING:
-        return CachePipeline(eviction=ASKING[name], window=5)
+    if name in ASKING | SHARING:
+        return CachePipeline(eviction=(ASKING | SHARING)[name], window=5)
     return pipelines()[name]
 
 
@@ -161,7 +179,8 @@ def main(folder, rank):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float32).eval()
     found = {
-        name: generate(model, name) for name in ("striped", "gate", "gate-quest-snapkv", *ASKING)
+        name: generate(model, name)
+        for name in ("striped", "gate", "gate-quest-snapkv", *ASKING, *SHARING)
     }
     found["sampled"] = sampled(model, rank)
     found["failures"] = failures(model, rank, folder)
