@@ -36,7 +36,7 @@ ROOMS = {
         ("sizes", "summaries"),
         ("allocate",),
         ("compaction", "rollback", "report", "plan", "persist"),
-        ("fork",),
+        ("fork", "report_ranks"),
         ("looked_back",),
     ),
     "calls": (

@@ -105,6 +105,15 @@ class Ranks:
         self.vote(key=_key(x.shape))
         return torch.cat(self._gathered(x), 1)
 
+    def objects(self, own: Any) -> list[Any]:
+        """What each rank gives, of plain values; raises as `numbers` does."""
+        if not self.many:
+            return [own]
+        self.vote()
+        found: list[Any] = [None] * self.parts
+        dist.all_gather_object(found, own, group=self.group)
+        return found
+
     def same(self, x: Tensor) -> Tensor:
         """Rank 0's `x`, for all."""
         if self.many:
@@ -132,11 +141,6 @@ class Ranks:
         if self.many and not getattr(error, _AGREED, False):
             _agreed(error)
             self.left = True
-
-    def refuse(self, what: str) -> None:
-        """Raises UnsupportedError where there are several ranks."""
-        if self.many:
-            raise UnsupportedError(what)
 
     @property
     def parts(self) -> int:

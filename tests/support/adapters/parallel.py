@@ -26,7 +26,7 @@ from kvpolicy import (
     Tokens,
     TotalCap,
 )
-from kvpolicy.adapters.hf import attach
+from kvpolicy.adapters.hf import attach, load_cache
 from tests.support.adapters.models import SIZES, pipelines, prompt
 
 # What asks for queries before RoPE, frequencies and projections of this rank's heads.
@@ -154,8 +154,25 @@ def failures(model, rank, folder):
     trial("processor of beams", beams)
     trial("other tokens", differ)
     trial("stops early", early)
-    trial("save", lambda attached, cache: cache.save(f"{folder}/cache.safetensors"))
+
+    def save(attached, cache):
+        cache.save(f"{folder}/{'none/' * rank}cache")
+
+    trial("save", save)
     return found
+
+
+def saved(model, rank, folder):
+    """A cache that goes on from its files: tokens, equal reports, and what another file says."""
+    with attach(model, pipeline("adaptive"), **SIZES) as attached:
+        cache = attached.read(prompt([33, 21])["input_ids"])
+        cache.save(f"{folder}/parts")
+        other = load_cache(model, attached.pipeline, f"{folder}/parts", **SIZES)
+        tail = prompt([9, 9], seed=2)["input_ids"]
+        asked = [attached.ask(x, tail, max_new_tokens=5) for x in (cache, other)]
+        reports = [x.report(all_ranks=True) for x in (cache, other)]
+        error = told(lambda: load_cache(model, attached.pipeline, f"{folder}/whole", **SIZES))
+        return torch.equal(*asked), asked[0], reports, cache.report(), error
 
 
 def broken_layer(model, rank):
@@ -184,6 +201,7 @@ def main(folder, rank):
     }
     found["sampled"] = sampled(model, rank)
     found["failures"] = failures(model, rank, folder)
+    found["saved"] = saved(model, rank, folder)
     found["broken layer"] = broken_layer(model, rank)
     torch.save(found, Path(folder) / f"{rank}.pt")
 
