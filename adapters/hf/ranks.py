@@ -1,14 +1,14 @@
 """The ranks of a tensor-parallel model: they feed the same tokens and fail together.
 
 Every rank runs the same calls on its own heads. Inside a forward the model's layers exchange
-activations; between forwards every exchange of ours is a vote, so that a rank that failed anywhere
-meets the others in their next one. One process votes on nothing.
+activations; between forwards every exchange of ours is a vote, or begins with one, so that a rank
+that failed anywhere meets the others in their next one. One process votes on nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,6 +89,31 @@ class Ranks:
             error = raised
         self.vote(error, key)
 
+    def numbers(self, own: Sequence[int]) -> list[list[int]]:
+        """What each rank says `[parts][n]`; raises where one failed before it came here."""
+        if not self.many:
+            return [list(own)]
+        self.vote(key=1 + len(own))
+        told = torch.tensor(own, dtype=torch.int64, device=self.mesh.device_type)
+        found: list[list[int]] = torch.stack(self._gathered(told)).tolist()
+        return found
+
+    def heads(self, x: Tensor) -> Tensor:
+        """`x` `[B, H, ...]` of this rank's heads, of all heads; raises as `numbers` does."""
+        if not self.many:
+            return x
+        self.vote(key=_key(x.shape))
+        return torch.cat(self._gathered(x), 1)
+
+    def objects(self, own: Any) -> list[Any]:
+        """What each rank gives, of plain values; raises as `numbers` does."""
+        if not self.many:
+            return [own]
+        self.vote()
+        found: list[Any] = [None] * self.parts
+        dist.all_gather_object(found, own, group=self.group)
+        return found
+
     def same(self, x: Tensor) -> Tensor:
         """Rank 0's `x`, for all."""
         if self.many:
@@ -117,10 +142,20 @@ class Ranks:
             _agreed(error)
             self.left = True
 
-    def refuse(self, what: str) -> None:
-        """Raises UnsupportedError where there are several ranks."""
-        if self.many:
-            raise UnsupportedError(what)
+    @property
+    def parts(self) -> int:
+        """How many ranks share the heads."""
+        return int(self.mesh.size(self.axis)) if self.many else 1
+
+    @property
+    def part(self) -> int:
+        """This rank's place among them."""
+        return self.rank if self.many else 0
+
+    @property
+    def exchange(self) -> Ranks | None:
+        """These ranks as a cache's way to the other heads, None for a process alone."""
+        return self if self.many else None
 
     @property
     def rank(self) -> int:
@@ -131,6 +166,13 @@ class Ranks:
     def group(self) -> Any:
         return self.mesh.get_group(self.axis)
 
+    def _gathered(self, x: Tensor) -> list[Tensor]:
+        found = [
+            torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.parts)
+        ]
+        dist.all_gather(found, x.contiguous(), group=self.group)
+        return found
+
     def _highest(self, code: int, key: Tensor | int) -> tuple[int, int, int]:
         """The highest code of any rank, the highest key and the highest -key."""
         if self.ballot is None:
@@ -139,6 +181,14 @@ class Ranks:
         dist.all_reduce(self.ballot, dist.ReduceOp.MAX, group=self.group)
         highest, most, least = self.ballot.tolist()
         return highest, most, least
+
+
+def _key(shape: Sequence[int]) -> int:
+    """A number for a shape, another for most others."""
+    found = len(shape)
+    for n in shape:
+        found = (found * 1_000_003 + n) & _BITS
+    return found
 
 
 def _agreed(error: BaseException) -> BaseException:

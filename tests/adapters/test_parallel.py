@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvpolicy import Adaptive, CachePipeline, Pyramid, SnapKV, Tokens, TotalCap, UnsupportedError
-from kvpolicy.adapters.hf import attach, spec_of
-from tests.support.adapters.models import tiny
-from tests.support.adapters.parallel import WAYS, generate
+from kvpolicy import Adaptive, CachePipeline, Pyramid, SnapKV, Tokens, UnsupportedError
+from kvpolicy.adapters.hf import attach, load_cache, spec_of
+from tests.support.adapters.models import SIZES, prompt, tiny
+from tests.support.adapters.parallel import WAYS, generate, pipeline
 
 ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -21,6 +21,8 @@ ROOT = str(Path(__file__).resolve().parents[2])
 @pytest.mark.slow
 def test_two_ranks(tmp_path, qwen3):
     qwen3.save_pretrained(tmp_path)
+    with attach(qwen3, pipeline("adaptive"), **SIZES) as attached:
+        attached.read(prompt([9])["input_ids"]).save(tmp_path / "whole")
     ranks = []
     for rank in ("0", "1"):
         env = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
@@ -35,9 +37,10 @@ def test_two_ranks(tmp_path, qwen3):
         for rank in ranks:
             rank.kill()
             rank.communicate()
-    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
     _sampling_agrees([part.pop("sampled") for part in parts])
     _all_end(*(part.pop("failures") for part in parts))
+    _goes_on(qwen3, tmp_path, [part.pop("saved") for part in parts])
     _ends_soon(*(part.pop("broken layer") for part in parts))
     for name in parts[0]:
         tokens, kept = generate(qwen3, name)
@@ -59,7 +62,7 @@ def _all_end(first, second):
         "processor of beams": ("KVPolicyError", "ValueError"),
         "other tokens": ("UnsupportedError", "UnsupportedError"),
         "stops early": ("UnsupportedError", "UnsupportedError"),
-        "save": ("UnsupportedError", "UnsupportedError"),
+        "save": ("KVPolicyError", "SafetensorError"),
     }
     found = {name: (first[name][0], second[name][0]) for name in first}
     assert found == kinds, (first, second)
@@ -67,6 +70,21 @@ def _all_end(first, second):
         assert first[name][2] and second[name][2], f"{name} changed the cache"
     assert "rank 1" in first["layer"][1] and "layer 1" in second["layer"][1]
     assert "rank 1" in first["prompt cap"][1] and "cap is 38" in second["prompt cap"][1]
+
+
+def _goes_on(model, folder, parts):
+    with attach(model, pipeline("adaptive"), **SIZES) as attached:
+        cache = attached.read(prompt([33, 21])["input_ids"])
+        asked = attached.ask(cache, prompt([9, 9], seed=2)["input_ids"], max_new_tokens=5)
+        whole = cache.report()
+        with pytest.raises(UnsupportedError, match="by 2 ranks"):
+            load_cache(model, attached.pipeline, folder / "parts", **SIZES)
+    for equal, tokens, reports, own, error in parts:
+        assert equal and torch.equal(tokens, asked)
+        assert reports[0].stored == whole.stored and reports[0].evicted == whole.evicted
+        assert reports[0].ring == whole.ring and reports[1].stored == whole.stored
+        assert own in reports[0].ranks and reports[0].kv == sum(x.kv for x in reports[0].ranks)
+        assert error[0] == "UnsupportedError" and "one process" in error[1]
 
 
 def _ends_soon(first, second):
@@ -101,10 +119,8 @@ def test_head_counts_come_from_the_weights(rank):
     spec = spec_of(model)
     assert (spec.heads, spec.kv_heads, spec.head_offset) == (2, 1, rank)
     assert spec.model_kv_heads == 2
-    for budget in (
-        Adaptive(base=Tokens(tokens=14)),
-        TotalCap(tokens=40),
-        Pyramid(base=Adaptive(base=Tokens(tokens=14))),
-    ):
-        with pytest.raises(UnsupportedError, match="between KV heads"):
-            attach(model, CachePipeline(eviction=SnapKV(budget=budget, observation=4), window=5))
+    budget = Pyramid(base=Adaptive(base=Tokens(tokens=14)))
+    pipeline = CachePipeline(eviction=SnapKV(budget=budget, observation=4), window=5)
+    with pytest.raises(UnsupportedError, match="between KV heads"):
+        pipeline.check(spec)  # without a way to the other ranks
+    attach(model, pipeline).detach()

@@ -14,8 +14,19 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from kvpolicy import Admission, CachePipeline, CriticalKV, ExpectedAttention, SnapKV
-from kvpolicy.adapters.hf import attach
+from kvpolicy import (
+    TOVA,
+    AcrossLayers,
+    Adaptive,
+    Admission,
+    CachePipeline,
+    CriticalKV,
+    ExpectedAttention,
+    SnapKV,
+    Tokens,
+    TotalCap,
+)
+from kvpolicy.adapters.hf import attach, load_cache
 from tests.support.adapters.models import SIZES, pipelines, prompt
 
 # What asks for queries before RoPE, frequencies and projections of this rank's heads.
@@ -23,11 +34,18 @@ ASKING = {
     "expected": ExpectedAttention(budget=14, when="decode"),
     "critical": CriticalKV(SnapKV(budget=14, observation=4)),
 }
+# What shares tokens between heads of different ranks, or looks across them.
+SHARING = {
+    "adaptive": SnapKV(budget=Adaptive(Tokens(14)), observation=4, when="decode"),
+    "across layers": SnapKV(budget=AcrossLayers(Tokens(14)), observation=4, when="decode"),
+    "total cap": SnapKV(budget=TotalCap(tokens=40), observation=4, when="decode"),
+    "layer": TOVA(budget=14, across_heads=True),
+}
 
 
 def pipeline(name):
-    if name in ASKING:
-        return CachePipeline(eviction=ASKING[name], window=5)
+    if name in ASKING | SHARING:
+        return CachePipeline(eviction=(ASKING | SHARING)[name], window=5)
     return pipelines()[name]
 
 
@@ -136,8 +154,25 @@ def failures(model, rank, folder):
     trial("processor of beams", beams)
     trial("other tokens", differ)
     trial("stops early", early)
-    trial("save", lambda attached, cache: cache.save(f"{folder}/cache.safetensors"))
+
+    def save(attached, cache):
+        cache.save(f"{folder}/{'none/' * rank}cache")
+
+    trial("save", save)
     return found
+
+
+def saved(model, rank, folder):
+    """A cache that goes on from its files: tokens, equal reports, and what another file says."""
+    with attach(model, pipeline("adaptive"), **SIZES) as attached:
+        cache = attached.read(prompt([33, 21])["input_ids"])
+        cache.save(f"{folder}/parts")
+        other = load_cache(model, attached.pipeline, f"{folder}/parts", **SIZES)
+        tail = prompt([9, 9], seed=2)["input_ids"]
+        asked = [attached.ask(x, tail, max_new_tokens=5) for x in (cache, other)]
+        reports = [x.report(all_ranks=True) for x in (cache, other)]
+        error = told(lambda: load_cache(model, attached.pipeline, f"{folder}/whole", **SIZES))
+        return torch.equal(*asked), asked[0], reports, cache.report(), error
 
 
 def broken_layer(model, rank):
@@ -161,10 +196,12 @@ def main(folder, rank):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float32).eval()
     found = {
-        name: generate(model, name) for name in ("striped", "gate", "gate-quest-snapkv", *ASKING)
+        name: generate(model, name)
+        for name in ("striped", "gate", "gate-quest-snapkv", *ASKING, *SHARING)
     }
     found["sampled"] = sampled(model, rank)
     found["failures"] = failures(model, rank, folder)
+    found["saved"] = saved(model, rank, folder)
     found["broken layer"] = broken_layer(model, rank)
     torch.save(found, Path(folder) / f"{rank}.pt")
 
