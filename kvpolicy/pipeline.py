@@ -382,27 +382,34 @@ class CachePipeline:
         """
         state.devices.activate(active)
 
-    def prepare_replay(self, state: CacheState, most: int) -> None:
-        """Makes a captured decode step of one token ready to run; up to `most` will follow."""
-        if moments.is_full(state, (1,) * state.batch):
+    def prepare_replay(self, state: CacheState, most: int) -> bool:
+        """Makes a captured decode step of one token ready to run; up to `most` will follow.
+
+        Returns whether the host looked at the device.
+        """
+        full, spent = moments.is_full(state, (1,) * state.batch), state.steps_reserved < 1
+        if full:
             state.sync_host()
             moments.settle(state)
-        if state.steps_reserved < 1:
+        if spent:
             state.sync_host()  # caps ask how long each row is
             capacity.reserve_long(state, most)
+        return full or spent
 
-    def replayed(self, state: CacheState) -> None:
+    def replayed(self, state: CacheState) -> bool:
         """A captured decode step ran: what commit does on the host, and evictions that are due.
 
         The device's part is in the graph. Rows that ended meanwhile are counted as if they went on
-        until the host asks the device.
+        until the host asks the device. Returns whether it did.
         """
         for row in state.sequences:
             row.length += row.active
         state.steps_reserved -= 1
-        if self.due(state):
+        due = bool(self.due(state))
+        if due:
             state.sync_host()  # rows that ended meanwhile are not due
             self.maintain(state)
+        return due
 
     def due(self, state: CacheState) -> list[bool]:
         """The sequences for which `maintain` would evict now; empty if there is none."""

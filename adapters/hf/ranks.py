@@ -28,6 +28,8 @@ class Ranks:
     def __init__(self, mesh: Any = None, axis: int = 0) -> None:
         self.mesh, self.axis = mesh, axis
         self.left = False  # a forward, by an error of the model's own code
+        self.quiet = False  # a step is being captured, in which nothing can be asked of the host
+        self.stepping = False  # between captured steps, where nobody votes
         self.ballot: Tensor | None = None  # made once: there may be no memory when it is wanted
 
     @property
@@ -37,7 +39,7 @@ class Ranks:
     def key(self, inputs: Mapping[str, Any]) -> Tensor | int:
         """A number for what a forward is fed, the same on ranks that feed the same tokens."""
         ids = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else None
-        if not self.many or ids is None:
+        if not self.many or self.quiet or ids is None:
             return 1
         weights = torch.arange(1, ids.numel() + 1, device=ids.device) * _ODD
         found: Tensor = ((ids.flatten() + 1) * weights).sum() & _BITS | 1
@@ -49,10 +51,12 @@ class Ranks:
 
         Raises UnsupportedError if ranks do different things: `key` is what this one does next.
         """
-        if not self.many:
+        if not self.many or self.quiet:
             if error is not None:
                 raise error
             return
+        if self.stepping and error is not None:
+            self.leave(error)
         if getattr(error, _AGREED, False):
             assert error is not None
             raise error
@@ -63,8 +67,7 @@ class Ranks:
                     "model wait; end this process, and start all again"
                 )
             ) from error
-        code = 0 if error is None else 2 * self.rank + 1 + isinstance(error, CapacityError)
-        highest, most, least = self._highest(code, key)
+        highest, most, least = self._highest(self._code(error), key)
         if not highest and most == -least:
             return
         if error is None and highest:
@@ -76,6 +79,41 @@ class Ranks:
                 "that rank 0 samples in a loop of your own"
             )
         raise _agreed(error)
+
+    def step(self, own: Tensor, error: BaseException | None) -> Tensor:
+        """Rank 0's `own` `[n]`, numbers from 0, and the code of a rank's `error`, `[n + 1]` int64.
+
+        The host does not wait: it reads the code when it looks, and `raise_told` says what it
+        means.
+        """
+        told = torch.full((len(own) + 1,), -1, dtype=torch.int64, device=self.mesh.device_type)
+        if self.rank == 0:
+            told[:-1] = own
+        told[-1] = self._code(error)
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=self.group)
+        return told
+
+    def raise_told(self, code: int, error: BaseException | None) -> None:
+        """Raises, on every rank alike, where the code of a step is no 0."""
+        if code:
+            self.stepping = False
+            raise _agreed(_of_another(code) if error is None else error)
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Asks nothing inside."""
+        self.quiet = True
+        try:
+            yield
+        finally:
+            self.quiet = False
+
+    @contextlib.contextmanager
+    def voting(self) -> Iterator[None]:
+        """Votes inside although captured steps run."""
+        before, self.stepping = self.stepping, False
+        yield
+        self.stepping = before
 
     @contextlib.contextmanager
     def together(self, key: Tensor | int = 0) -> Iterator[None]:
@@ -172,6 +210,9 @@ class Ranks:
         ]
         dist.all_gather(found, x.contiguous(), group=self.group)
         return found
+
+    def _code(self, error: BaseException | None) -> int:
+        return 0 if error is None else 2 * self.rank + 1 + isinstance(error, CapacityError)
 
     def _highest(self, code: int, key: Tensor | int) -> tuple[int, int, int]:
         """The highest code of any rank, the highest key and the highest -key."""

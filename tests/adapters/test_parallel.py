@@ -14,6 +14,7 @@ from kvpolicy import Adaptive, CachePipeline, Pyramid, SnapKV, Tokens, Unsupport
 from kvpolicy.adapters.hf import attach, load_cache, spec_of
 from tests.support.adapters.models import SIZES, prompt, tiny
 from tests.support.adapters.parallel import WAYS, generate, pipeline
+from tests.support.adapters.parallel_captured import NAMES
 
 ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -41,11 +42,25 @@ def test_two_ranks(tmp_path, qwen3):
     _sampling_agrees([part.pop("sampled") for part in parts])
     _all_end(*(part.pop("failures") for part in parts))
     _goes_on(qwen3, tmp_path, [part.pop("saved") for part in parts])
+    _captures_agree(qwen3, [part.pop("captured") for part in parts])
     _ends_soon(*(part.pop("broken layer") for part in parts))
     for name in parts[0]:
         tokens, kept = generate(qwen3, name)
         assert all(torch.equal(part[name][0], tokens) for part in parts)
         assert parts[0][name][1] + parts[1][name][1] == kept
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*command, "--nproc-per-node", "2", "-m", "tests.support.adapters.parallel_nccl"],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True,
+        timeout=540,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("all agreed") == 2
 
 
 def _sampling_agrees(parts):
@@ -85,6 +100,32 @@ def _goes_on(model, folder, parts):
         assert reports[0].ring == whole.ring and reports[1].stored == whole.stored
         assert own in reports[0].ranks and reports[0].kv == sum(x.kv for x in reports[0].ranks)
         assert error[0] == "UnsupportedError" and "one process" in error[1]
+
+
+def _captures_agree(model, parts):
+    for name in NAMES:
+        (same, eager, *_), alone = parts[0]["agreed"][name], generate(model, name, 24)[0]
+        assert same and eager == "eager: asked", name
+        for part in parts:
+            assert part["agreed"][name][:3] == (True, "eager: asked", "captured")
+            assert torch.equal(part["agreed"][name][4], alone), name
+    captures = [[part["agreed"][name][3] for name in NAMES] for part in parts]
+    assert captures[0] == captures[1] and all(captures[0])
+    assert torch.equal(*(part["agreed"]["sampled"] for part in parts))
+    assert [part["recaptured"] for part in parts] == [("captured", 2)] * 2
+    for name, (kind, said, again) in parts[0]["failures"].items():
+        other = parts[1]["failures"][name]
+        if name == "cap":
+            assert (kind, other[0]) == ("CapacityError",) * 2
+            continue
+        who = int(name[-1])
+        told = [(kind, said), other[:2]]
+        assert told[who] == ("ValueError", "breaks"), name
+        assert told[1 - who][0] == "KVPolicyError" and f"rank {who}" in told[1 - who][1], name
+        assert again == other[2]
+    reasons = [part["one fails"][2] for part in parts]
+    assert "on another rank" in reasons[0] and reasons[1].endswith("no capture"), reasons
+    assert torch.equal(*(part["one fails"][0] for part in parts))
 
 
 def _ends_soon(first, second):

@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from kvpolicy import Admission, CachePipeline, CapacityError, KVPolicyError, UnsupportedError
 from kvpolicy.adapters.hf import attach, load_cache
-from kvpolicy.adapters.hf.capture import why_not
 from kvpolicy.adapters.hf.rank_files import own_file, read_index
 from kvpolicy.adapters.hf.ranks import Ranks
 from tests.support.adapters.models import SIZES, prompt, tiny
@@ -233,16 +232,6 @@ def test_a_report_of_all_ranks_has_each_one_s(model, ranks):
         ranks.other = [FAILED]
         with pytest.raises(KVPolicyError, match="rank 1"):
             cache.report(all_ranks=True)
-
-
-def test_ranks_decode_eagerly(ranks):
-    device = SimpleNamespace(device=torch.device("cuda"))
-    state = SimpleNamespace(spec=device, ops=SimpleNamespace(backend="triton"), lengths=[3])
-    shared = SimpleNamespace(state=state, ranks=ranks)
-    assert "ranks" in why_not(tiny(), shared)
-    served = SimpleNamespace(probe=SimpleNamespace(counts=""), modules=[])
-    alone = SimpleNamespace(state=state, ranks=Ranks(), served=served, columns=3)
-    assert why_not(tiny(), alone) is None
 
 
 def test_a_model_on_several_devices_is_refused_unchanged(model):
