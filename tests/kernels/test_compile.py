@@ -12,6 +12,7 @@ from tests.support.kernels.compiled import compiled
 def run(configuration: str, cache: Path, *options: str) -> None:
     wanted = {
         "_add_levels",
+        "_advance",
         "_amounts",
         "_append",
         "_attend",
