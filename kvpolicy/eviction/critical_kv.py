@@ -13,7 +13,8 @@ from ..budget import Budget, budget_of
 from ..choices import Accumulates, NumberGroup, When
 from ..ops import Ops
 from ._attention import used_slots
-from ._base import Eviction, EvictionView, StoredTokens, wide
+from ._base import Eviction, wide
+from ._view import EvictionView, StoredTokens
 from .expected_attention import FIRST
 
 _TOKENS = 4096  # values of a head that are projected at once

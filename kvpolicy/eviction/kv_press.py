@@ -16,7 +16,8 @@ from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import PressReads, When
 from ..rope import Rope
 from ._attention import used_slots
-from ._base import Eviction, EvictionView, when_field, wide
+from ._base import Eviction, when_field, wide
+from ._view import EvictionView
 from .expected_attention import FIRST
 
 

@@ -169,6 +169,13 @@ class Devices:
             pool.known.settle()
             pool.known.forget()
 
+    def free(self) -> dict[PagePool, int | None]:
+        """Pages that can be taken beside those reserved for other caches; None: as many as fit."""
+        return {
+            pool: None if pool.room is None else pool.room + lease.reserved
+            for pool, lease in self._leases.items()
+        }
+
     def drain(self) -> None:
         """Takes back pages of caches that are gone."""
         for pool in self._leases:

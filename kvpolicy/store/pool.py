@@ -267,6 +267,7 @@ class PagePool:
 
         Where growth moves pages anyway there is nothing to do.
         """
+        pages = pages if self.limit is None else min(pages, self.limit)
         if not self.moving and pages + SLAB_PAGES > self.free.numel():
             size = pages + SLAB_PAGES
             slabs = widened(self.slabs, max(-(-size // SLAB_PAGES), self.slabs.shape[0]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from .._arguments import check_rows
+from .._arguments import rows_below
 from .._fields import check_int
 from ..ops import POSITION_MASK, Bounds, Ops, Segments, pages_of
 from ..spec import CacheSpec
@@ -151,24 +151,26 @@ class CacheState:
             self.devices.recount()
             raise
 
-    def finish(self, rows: Tensor | list[int]) -> None:
+    def finish(self, rows: Tensor | Sequence[int]) -> None:
         """Marks sequences as ended: later decode calls store nothing for them.
 
         Raises ValueError, with nothing changed, for a row that the cache does not have.
         """
-        ended = rows.tolist() if isinstance(rows, Tensor) else rows
-        check_rows("rows", ended)
-        for row in ended:
-            if not 0 <= row < self.batch:
-                raise ValueError(f"rows: wanted sequences from 0 below {self.batch}, got {row!r}")
+        ended = rows_below("rows", rows, self.batch)
+        self.sync_host()
         for row in ended:
             self.sequences[row].active = False
         self.sync_devices()
 
-    def resume(self) -> None:
-        """Makes every sequence active again, for a next turn."""
-        for row in self.sequences:
-            row.active = True
+    def resume(self, rows: Tensor | Sequence[int] | None = None) -> None:
+        """Makes sequences, by default all, active again, for a next turn.
+
+        Raises ValueError, with nothing changed, for a row that the cache does not have.
+        """
+        going = range(self.batch) if rows is None else rows_below("rows", rows, self.batch)
+        self.sync_host()
+        for row in going:
+            self.sequences[row].active = True
         self.steps_reserved = 0
         self.sync_devices()
 
@@ -226,8 +228,8 @@ class CacheState:
             layer.ring.flags.zero_()
             layer.selected = layer.chosen = None
         self.sequences = [SequenceState() for _ in self.sequences]
-        self.call = None
-        self.resume()
+        self.call, self.steps_reserved = None, 0
+        self.sync_devices()
         self.devices.release()
         self.trim()
 

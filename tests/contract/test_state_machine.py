@@ -25,10 +25,10 @@ KERNELS = {
 PAIRS = [(a, e) for a in ADMISSIONS for e in EVICTIONS]
 MET = meet("admission", "eviction")
 RULES = {name for name in dir(Life) if hasattr(getattr(Life, name), "hypothesis_stateful_rule")}
-# Lives of the slow tests. With each selection beside each pair they would take hours: every fourth
+# Lives of the slow tests. With each selection beside each pair they would take hours: every eighth
 # pair lives, all of them by hand: KVPOLICY_LIVES=10000 python -m pytest -m slow tests/contract
-LIVES = int(os.environ.get("KVPOLICY_LIVES", "2000"))
-LIVING = PAIRS if LIVES >= 10000 else PAIRS[::4]
+LIVES = int(os.environ.get("KVPOLICY_LIVES", "1000"))
+LIVING = PAIRS if LIVES >= 10000 else PAIRS[::8]
 STEPS = 14
 
 
