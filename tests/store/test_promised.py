@@ -13,7 +13,14 @@ from kvpolicy.selection import Quest
 from kvpolicy.store.fork import select_rows
 from kvpolicy.store.pool import PagePool
 from tests.support.store.room import (
-    CHUNK, DEVICE, HEADS, LAYERS, SIZE, check_pages, filled, layers,
+    CHUNK,
+    DEVICE,
+    HEADS,
+    LAYERS,
+    SIZE,
+    check_pages,
+    filled,
+    layers,
 )  # fmt: skip
 
 

@@ -8,9 +8,8 @@ import attrs
 import torch
 from torch.nn.attention import SDPBackend
 
-from kvpolicy.kernels import antidiagonal
+from kvpolicy.kernels import antidiagonal, prompt_write
 from kvpolicy.kernels import dense_prefill as dense
-from kvpolicy.kernels import prompt_write
 from kvpolicy.kernels import selected_prefill as selected
 from kvpolicy.kernels import sparse_prefill as sparse
 from kvpolicy.kernels.prefill_gather import Rectangles, Tile
