@@ -44,8 +44,8 @@ ROOMS = {
         ("_checks", "budgets", "decide", "select", "settle", "tell", "tiles"),
         ("evict",),
         ("capacity",),
-        ("prompt_pages", "call"),
-        ("prompt", "decode"),
+        ("prompt_pages",),
+        ("call", "prompt", "decode"),
     ),
 }
 POLICIES = ("admission", "selection", "eviction")

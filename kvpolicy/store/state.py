@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import attrs
 import torch
@@ -48,6 +48,8 @@ class Call:
     undo: dict[int, tuple[Tensor, ...]] = attrs.field(factory=dict)  # rings before it, by layer
     before: dict[int, Tensor] = attrs.field(factory=dict)  # page counts before it, by layer
     held: dict[int, list[list[int]]] = attrs.field(factory=dict)  # the same on the host
+    promised: dict[PagePool, int] = attrs.field(factory=dict)  # pages for all layers, or 0
+    shared: dict[Any, Any] = attrs.field(factory=dict)  # what layers need alike, made once
     done: set[int] = attrs.field(factory=set)  # layers that ran
     told: dict[int, Told] = attrs.field(factory=dict)  # by layer, where others read its keys
     chosen: dict[int, Tensor] = attrs.field(factory=dict)  # of LayerStore's, what it adds
