@@ -68,7 +68,7 @@ def decode_loop(
     going = torch.ones_like(unfinished)
     late = _LateFlags(stepper.captured, kvp_streamer)
     length = prompt
-    with _experts(model):
+    with experts(model):
         while True:
             last = logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
             processed = logits_processor(ids[:, :length], last)
@@ -109,7 +109,7 @@ def decode_loop(
     )
 
 
-def _experts(model: Any) -> Any:
+def experts(model: Any) -> Any:
     """Decodes with the experts' implementation that transformers' own loop decodes with."""
     switch = getattr(model, "_optimize_model_for_decode", None)
     return contextlib.nullcontext() if switch is None else switch()
