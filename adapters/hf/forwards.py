@@ -139,9 +139,11 @@ class Forwards:
         if "use_cache" in kwargs or "use_cache" in self.names:
             kwargs["use_cache"] = True  # some decoders hand a cache on only then
         probe = attachment.served.probe
-        texts = split(kwargs, batch, columns, cached=kept, apart=probe.apart)
-        if texts:
-            refuse_whole(attachment, "packed texts")
+        texts = cache.packed
+        if texts is None:
+            texts = split(kwargs, batch, columns, cached=kept, apart=probe.apart)
+            if texts:
+                refuse_whole(attachment, "packed texts")
         self._remind(attachment.pipeline, given, columns)
         if Crossing.needed(cache, columns):
             crossing = Crossing(decoder, cache, kwargs)
