@@ -11,7 +11,7 @@ LAYERS = (
     ("errors", "choices", "_fields", "_extras", "_option"),
     ("_arguments", "_elsewhere", "_names", "_markdown", "_table", "_files"),
     ("_knob", "_pictures"),
-    ("backend", "pretrained"),
+    ("backend", "exchange", "pretrained"),
     ("ops", "rope"),
     ("reference", "kernels"),
     ("spec", "budget", "admission", "selection", "eviction", "per_layer"),
@@ -36,7 +36,7 @@ ROOMS = {
         ("sizes", "summaries", "page_counts"),
         ("allocate",),
         ("compaction", "rollback", "report", "plan", "persist"),
-        ("fork",),
+        ("fork", "report_ranks"),
         ("looked_back", "slots"),
         ("parking",),
     ),
@@ -44,8 +44,8 @@ ROOMS = {
         ("_checks", "budgets", "decide", "select", "settle", "tell", "tiles"),
         ("evict",),
         ("capacity",),
-        ("prompt_pages", "call"),
-        ("prompt", "decode"),
+        ("prompt_pages",),
+        ("call", "prompt", "decode"),
     ),
 }
 POLICIES = ("admission", "selection", "eviction")
