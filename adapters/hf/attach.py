@@ -75,7 +75,7 @@ class Attachment:
             check_pre_query(self.served)
         empty = self.new_cache()
         self.spec, self.ranks = empty.spec, empty.ranks
-        pipeline.check(self.spec)
+        pipeline.check(self.spec, self.ranks.exchange)
         if compile:
             check_compiles(self.decoder, self.served)
         self.forwards = Forwards(self.decoder, self.ranks)
@@ -316,10 +316,13 @@ class Attachment:
     def used(self, cache: KVPolicyCache) -> None:
         """Remembers what a cache did that no caller gave."""
         if cache.state is not None:
-            self._last = cache.report()
+            self._last = cache.report(all_ranks=True)
 
     def last_report(self) -> Report:
-        """What took effect in the last cache that no caller gave: of a generate or a forward."""
+        """What took effect in the last cache that no caller gave: of a generate or a forward.
+
+        Of all heads, also where ranks share the model.
+        """
         if self._last is None:
             raise PhaseError("last_report: no generate or forward made a cache of its own yet")
         return self._last

@@ -1,14 +1,14 @@
 """The ranks of a tensor-parallel model: they feed the same tokens and fail together.
 
 Every rank runs the same calls on its own heads. Inside a forward the model's layers exchange
-activations; between forwards every exchange of ours is a vote, so that a rank that failed anywhere
-meets the others in their next one. One process votes on nothing.
+activations; between forwards every exchange of ours is a vote, or begins with one, so that a rank
+that failed anywhere meets the others in their next one. One process votes on nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ class Ranks:
     def __init__(self, mesh: Any = None, axis: int = 0) -> None:
         self.mesh, self.axis = mesh, axis
         self.left = False  # a forward, by an error of the model's own code
+        self.quiet = False  # a step is being captured, in which nothing can be asked of the host
+        self.stepping = False  # between captured steps, where nobody votes
         self.ballot: Tensor | None = None  # made once: there may be no memory when it is wanted
 
     @property
@@ -37,7 +39,7 @@ class Ranks:
     def key(self, inputs: Mapping[str, Any]) -> Tensor | int:
         """A number for what a forward is fed, the same on ranks that feed the same tokens."""
         ids = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else None
-        if not self.many or ids is None:
+        if not self.many or self.quiet or ids is None:
             return 1
         weights = torch.arange(1, ids.numel() + 1, device=ids.device) * _ODD
         found: Tensor = ((ids.flatten() + 1) * weights).sum() & _BITS | 1
@@ -49,10 +51,12 @@ class Ranks:
 
         Raises UnsupportedError if ranks do different things: `key` is what this one does next.
         """
-        if not self.many:
+        if not self.many or self.quiet:
             if error is not None:
                 raise error
             return
+        if self.stepping and error is not None:
+            self.leave(error)
         if getattr(error, _AGREED, False):
             assert error is not None
             raise error
@@ -63,8 +67,7 @@ class Ranks:
                     "model wait; end this process, and start all again"
                 )
             ) from error
-        code = 0 if error is None else 2 * self.rank + 1 + isinstance(error, CapacityError)
-        highest, most, least = self._highest(code, key)
+        highest, most, least = self._highest(self._code(error), key)
         if not highest and most == -least:
             return
         if error is None and highest:
@@ -77,6 +80,41 @@ class Ranks:
             )
         raise _agreed(error)
 
+    def step(self, own: Tensor, error: BaseException | None) -> Tensor:
+        """Rank 0's `own` `[n]`, numbers from 0, and the code of a rank's `error`, `[n + 1]` int64.
+
+        The host does not wait: it reads the code when it looks, and `raise_told` says what it
+        means.
+        """
+        told = torch.full((len(own) + 1,), -1, dtype=torch.int64, device=self.mesh.device_type)
+        if self.rank == 0:
+            told[:-1] = own
+        told[-1] = self._code(error)
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=self.group)
+        return told
+
+    def raise_told(self, code: int, error: BaseException | None) -> None:
+        """Raises, on every rank alike, where the code of a step is no 0."""
+        if code:
+            self.stepping = False
+            raise _agreed(_of_another(code) if error is None else error)
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Asks nothing inside."""
+        self.quiet = True
+        try:
+            yield
+        finally:
+            self.quiet = False
+
+    @contextlib.contextmanager
+    def voting(self) -> Iterator[None]:
+        """Votes inside although captured steps run."""
+        before, self.stepping = self.stepping, False
+        yield
+        self.stepping = before
+
     @contextlib.contextmanager
     def together(self, key: Tensor | int = 0) -> Iterator[None]:
         """Votes after what it holds, which exchanges nothing itself but by votes."""
@@ -88,6 +126,31 @@ class Ranks:
                 raise
             error = raised
         self.vote(error, key)
+
+    def numbers(self, own: Sequence[int]) -> list[list[int]]:
+        """What each rank says `[parts][n]`; raises where one failed before it came here."""
+        if not self.many:
+            return [list(own)]
+        self.vote(key=1 + len(own))
+        told = torch.tensor(own, dtype=torch.int64, device=self.mesh.device_type)
+        found: list[list[int]] = torch.stack(self._gathered(told)).tolist()
+        return found
+
+    def heads(self, x: Tensor) -> Tensor:
+        """`x` `[B, H, ...]` of this rank's heads, of all heads; raises as `numbers` does."""
+        if not self.many:
+            return x
+        self.vote(key=_key(x.shape))
+        return torch.cat(self._gathered(x), 1)
+
+    def objects(self, own: Any) -> list[Any]:
+        """What each rank gives, of plain values; raises as `numbers` does."""
+        if not self.many:
+            return [own]
+        self.vote()
+        found: list[Any] = [None] * self.parts
+        dist.all_gather_object(found, own, group=self.group)
+        return found
 
     def same(self, x: Tensor) -> Tensor:
         """Rank 0's `x`, for all."""
@@ -117,10 +180,20 @@ class Ranks:
             _agreed(error)
             self.left = True
 
-    def refuse(self, what: str) -> None:
-        """Raises UnsupportedError where there are several ranks."""
-        if self.many:
-            raise UnsupportedError(what)
+    @property
+    def parts(self) -> int:
+        """How many ranks share the heads."""
+        return int(self.mesh.size(self.axis)) if self.many else 1
+
+    @property
+    def part(self) -> int:
+        """This rank's place among them."""
+        return self.rank if self.many else 0
+
+    @property
+    def exchange(self) -> Ranks | None:
+        """These ranks as a cache's way to the other heads, None for a process alone."""
+        return self if self.many else None
 
     @property
     def rank(self) -> int:
@@ -131,6 +204,16 @@ class Ranks:
     def group(self) -> Any:
         return self.mesh.get_group(self.axis)
 
+    def _gathered(self, x: Tensor) -> list[Tensor]:
+        found = [
+            torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.parts)
+        ]
+        dist.all_gather(found, x.contiguous(), group=self.group)
+        return found
+
+    def _code(self, error: BaseException | None) -> int:
+        return 0 if error is None else 2 * self.rank + 1 + isinstance(error, CapacityError)
+
     def _highest(self, code: int, key: Tensor | int) -> tuple[int, int, int]:
         """The highest code of any rank, the highest key and the highest -key."""
         if self.ballot is None:
@@ -139,6 +222,14 @@ class Ranks:
         dist.all_reduce(self.ballot, dist.ReduceOp.MAX, group=self.group)
         highest, most, least = self.ballot.tolist()
         return highest, most, least
+
+
+def _key(shape: Sequence[int]) -> int:
+    """A number for a shape, another for most others."""
+    found = len(shape)
+    for n in shape:
+        found = (found * 1_000_003 + n) & _BITS
+    return found
 
 
 def _agreed(error: BaseException) -> BaseException:

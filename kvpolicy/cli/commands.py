@@ -16,6 +16,7 @@ from .generate import chat, generate
 from .inspect import inspect
 from .models import models
 from .plan import plan
+from .reproduce import reproduce
 from .train import train_duo, train_gate
 
 app = typer.Typer(
@@ -39,7 +40,7 @@ def completion(
 
 COMMANDS = (
     generate, chat, plan, inspect, calibrate, pareto, evaluate, train_gate, train_duo, bench,
-    models, completion,
+    reproduce, models, completion,
 )  # fmt: skip
 for command in COMMANDS:
     app.command(epilog=epilog(command.__name__.replace("_", "-")))(command)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import attrs
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._arguments import rows_below
 from .._fields import check_int
+from ..exchange import ALONE, Exchange
 from ..ops import POSITION_MASK, Bounds, Ops, Segments, pages_of
 from ..spec import CacheSpec
 from .devices import Device, Devices
@@ -47,6 +48,8 @@ class Call:
     undo: dict[int, tuple[Tensor, ...]] = attrs.field(factory=dict)  # rings before it, by layer
     before: dict[int, Tensor] = attrs.field(factory=dict)  # page counts before it, by layer
     held: dict[int, list[list[int]]] = attrs.field(factory=dict)  # the same on the host
+    promised: dict[PagePool, int] = attrs.field(factory=dict)  # pages for all layers, or 0
+    shared: dict[Any, Any] = attrs.field(factory=dict)  # what layers need alike, made once
     done: set[int] = attrs.field(factory=set)  # layers that ran
     told: dict[int, Told] = attrs.field(factory=dict)  # by layer, where others read its keys
     chosen: dict[int, Tensor] = attrs.field(factory=dict)  # of LayerStore's, what it adds
@@ -65,11 +68,18 @@ class CacheState:
     """The cache of one batch; made by `CachePipeline.init`.
 
     `sequences` are the host's numbers, `devices` hold what kernels read of them. Policies never
-    keep state: everything that changes is here.
+    keep state: everything that changes is here. `exchange` reaches the caches of other heads.
     """
 
-    def __init__(self, spec: CacheSpec, ops: Ops, devices: Devices, batch: int) -> None:
-        self.spec, self.ops, self.devices = spec, ops, devices
+    def __init__(
+        self,
+        spec: CacheSpec,
+        ops: Ops,
+        devices: Devices,
+        batch: int,
+        exchange: Exchange = ALONE,
+    ) -> None:
+        self.spec, self.ops, self.devices, self.exchange = spec, ops, devices, exchange
         self.layers: list[LayerStore] = []
         self.sequences = [SequenceState() for _ in range(batch)]
         self.call: Call | None = None
@@ -239,7 +249,7 @@ class CacheState:
 
     def shell(self, batch: int) -> CacheState:
         """A state with the same sizes and pools and no layers yet."""
-        return CacheState(self.spec, self.ops, self.devices.resized(batch), batch)
+        return CacheState(self.spec, self.ops, self.devices.resized(batch), batch, self.exchange)
 
 
 def _bucket(width: int) -> int:
