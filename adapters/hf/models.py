@@ -272,12 +272,16 @@ def ranks_of(known: Served) -> Ranks:
     return _ranks_of(known.layers[0].module)
 
 
+_KNOWN: dict[tuple[int, int], Ranks] = {}  # by mesh, which they keep alive
+
+
 def _ranks_of(module: nn.Module) -> Ranks:
     weights: list[Any] = [getattr(part, "weight", None) for part in module.modules()]
     for weight in weights:
         for axis, placement in enumerate(getattr(weight, "placements", ())):
             if placement.is_shard(0) and weight.device_mesh.size(axis) > 1:
-                return Ranks(weight.device_mesh, axis)
+                mesh = weight.device_mesh
+                return _KNOWN.setdefault((id(mesh), axis), Ranks(mesh, axis))
     return Ranks()
 
 

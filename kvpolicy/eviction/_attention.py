@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._base import EvictionView
+from ._view import EvictionView
 
 
 def attention(view: EvictionView, row: int, used: int, near: bool = True) -> Tensor:

@@ -13,7 +13,8 @@ from ..budget import Budget, budget_of
 from ..choices import Accumulates, NumberGroup, When
 from ..ops import Ops
 from ._attention import used_slots
-from ._base import Eviction, EvictionView, StoredTokens, wide
+from ._base import Eviction, wide
+from ._view import EvictionView, StoredTokens
 from .expected_attention import FIRST
 
 _TOKENS = 4096  # values of a head that are projected at once
@@ -143,6 +144,10 @@ class CriticalKV(Eviction):
     @property
     def across_heads(self) -> bool:
         return self.eviction.across_heads
+
+    @property
+    def gathers_heads(self) -> bool:
+        return self.eviction.gathers_heads
 
     def mark(self, write: Write) -> Tensor | None:
         return self.eviction.mark(write)

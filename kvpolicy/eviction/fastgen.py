@@ -11,7 +11,8 @@ from .._knob import Knob
 from .._names import named
 from ..choices import When
 from ._attention import attention, used_slots
-from ._base import Eviction, EvictionView, when_field
+from ._base import Eviction, when_field
+from ._view import EvictionView
 
 
 @named

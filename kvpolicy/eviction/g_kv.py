@@ -11,7 +11,8 @@ from .._names import named
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
 from ._attention import attention, used_slots
-from ._base import Eviction, EvictionView, when_field, wide
+from ._base import Eviction, when_field, wide
+from ._view import EvictionView
 
 
 @named

@@ -15,7 +15,8 @@ from .._names import named
 from ..admission._files import Source, find_file, source_field, source_of
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import Accumulates
-from ._base import Eviction, EvictionView
+from ._base import Eviction
+from ._view import EvictionView
 
 NAME = "embeds"  # of the tensor in a file
 

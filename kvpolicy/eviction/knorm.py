@@ -9,7 +9,8 @@ from torch import Tensor
 from .._names import named
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
-from ._base import Eviction, EvictionView, when_field, wide
+from ._base import Eviction, when_field, wide
+from ._view import EvictionView
 
 
 @named

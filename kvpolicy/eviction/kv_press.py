@@ -16,7 +16,8 @@ from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import PressReads, When
 from ..rope import Rope
 from ._attention import used_slots
-from ._base import Eviction, EvictionView, when_field, wide
+from ._base import Eviction, when_field, wide
+from ._view import EvictionView
 from .expected_attention import FIRST
 
 
@@ -65,6 +66,7 @@ class KVPress(Eviction):
     skip: int = attrs.field(default=4, validator=not_negative)
     output_weight: bool = attrs.field(default=False, validator=flag)
     across_heads: bool = attrs.field(default=False, validator=flag)
+    gathers_heads = True
 
     @property
     def queries(self) -> int:
@@ -87,6 +89,13 @@ class KVPress(Eviction):
         return True
 
     def score(self, view: EvictionView) -> Tensor:
+        if not self.across_heads:
+            return self._scores(view)
+        own = slice(view.heads.start, view.heads.stop)
+        whole = view.whole()
+        return self._scores(whole)[:, own] if whole is not view else self._scores(view)
+
+    def _scores(self, view: EvictionView) -> Tensor:
         found = torch.zeros(view.valid.shape, dtype=wide(view.keys), device=view.keys.device)
         kv_heads = view.valid.shape[1]
         for row, used in enumerate(used_slots(view)):

@@ -15,7 +15,8 @@ from .._names import named
 from ..admission._files import Source, find_file, source_field, source_of
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
-from ._base import Eviction, EvictionView, when_field, wide
+from ._base import Eviction, when_field, wide
+from ._view import EvictionView
 
 NAME = "q_filters"  # of the tensor in a file
 

@@ -15,7 +15,8 @@ from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import HeadGroup, When
 from ..ops import Ops
 from ._attention import used_slots
-from ._base import Eviction, EvictionView, StoredTokens, when_field, wide
+from ._base import Eviction, when_field, wide
+from ._view import EvictionView, StoredTokens
 
 _FIXED = 1 << 40  # sums of cosines are taken in units of this part: integers add in any order
 

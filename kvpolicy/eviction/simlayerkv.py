@@ -11,7 +11,8 @@ from .._knob import Knob
 from .._names import named
 from ..choices import When
 from ._attention import attention, used_slots
-from ._base import Eviction, EvictionView, when_field
+from ._base import Eviction, when_field
+from ._view import EvictionView
 
 
 @named
@@ -22,7 +23,7 @@ class SimLayerKV(Eviction):
     Zhang et al., 2024 (sail-sg/SimLayerKV; NVIDIA/kvpress, simlayerkv_press.py). A layer is lazy if
     those tokens get more than `threshold` of the softmax weight of the last `observation` queries,
     the mean over all of its heads. kvpress recommends 0.9 for Llama 3, 0.65 for Llama 2, 0.8 for
-    Mistral, 0.85 for Qwen. A tensor-parallel rank has few heads and refuses it.
+    Mistral, 0.85 for Qwen.
 
     Example:
         `CachePipeline(eviction=SimLayerKV(threshold=0.9))`
@@ -33,7 +34,7 @@ class SimLayerKV(Eviction):
     recent: int = attrs.field(default=1024, validator=positive)
     observation: int = attrs.field(default=1, validator=positive)
     when: When = when_field()
-    across_heads = True
+    across_heads = gathers_heads = True
 
     @property
     def queries(self) -> int:
@@ -51,14 +52,15 @@ class SimLayerKV(Eviction):
         near = view.positions >= view.lengths[:, None, None] - self.recent
         held = ((view.positions < self.sinks) | near) & view.valid
         found = torch.zeros(view.valid.shape, device=view.valid.device)
+        sums = []
         for row, used in enumerate(used_slots(view)):
             weights = attention(view, row, used).double()
-            total = weights.sum()
-            seen = weights[..., used:].sum()
-            seen = seen + weights[..., :used].masked_fill(~held[row, :, None, None, :used], 0).sum()
-            lazy = seen > self.threshold * total
-            found[row] = found[row].masked_fill(lazy & ~held[row], float("-inf"))
-        return found
+            seen = weights[..., used:].sum((1, 2, 3))
+            far = weights[..., :used].masked_fill(~held[row, :, None, None, :used], 0)
+            sums.append(torch.stack([seen + far.sum((1, 2, 3)), weights.sum((1, 2, 3))], -1))
+        seen, total = view.across(torch.stack(sums)).sum(1).unbind(-1)  # [B]
+        lazy = (seen > self.threshold * total)[:, None, None]
+        return found.masked_fill(lazy & ~held, float("-inf"))
 
     def knob(self, *, window: int, seen: int, layers: int, kv_heads: int) -> Knob[Eviction] | None:
         return Knob(

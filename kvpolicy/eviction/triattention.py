@@ -19,7 +19,8 @@ from ..admission._files import Source, find_file, source_field, source_of
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import HeadGroup, When
 from ._attention import used_slots
-from ._base import Eviction, EvictionView, when_field, wide
+from ._base import Eviction, when_field, wide
+from ._view import EvictionView
 from .expected_attention import FIRST
 
 PARTS = ("q_mean_real", "q_mean_imag", "q_abs_mean")  # of a head, in the authors' files

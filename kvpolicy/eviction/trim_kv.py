@@ -20,7 +20,8 @@ from ..admission._files import Source, find_file, source_field, source_of
 from ..admission._products import by_tile
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
-from ._base import Eviction, EvictionView, when_field
+from ._base import Eviction, when_field
+from ._view import EvictionView
 
 _KEY = re.compile(r"model\.layers\.(\d+)\.self_attn\.retention_gate\.(.+)")
 # Name in the file, name of the field.
