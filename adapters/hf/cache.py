@@ -74,6 +74,7 @@ class KVPolicyCache(Cache):
         self.graph: Any = None  # CapturedStep of this cache's buffers
         self.captures = 0
         self.capturing = False
+        self.packed: list[int] | None = None  # tokens of each sequence in a row that packs them
         self.decoding = "not yet"  # how the last generate decoded: "captured" or "eager: reason"
         self._make_faces()
 

@@ -85,7 +85,7 @@ def decode_loop(
             raw.append(last)
         return token, unfinished & ~stopping_criteria(ids[:, : length + 1], scores)
 
-    with _experts(model):
+    with experts(model):
         while True:
             token, alive = steps.decide(choose, batch)
             if cache.ranks.many:
@@ -116,7 +116,7 @@ def decode_loop(
     )
 
 
-def _experts(model: Any) -> Any:
+def experts(model: Any) -> Any:
     """Decodes with the experts' implementation that transformers' own loop decodes with."""
     switch = getattr(model, "_optimize_model_for_decode", None)
     return contextlib.nullcontext() if switch is None else switch()

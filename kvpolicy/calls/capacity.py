@@ -146,7 +146,8 @@ def check_tokens(state: CacheState, layer: LayerStore, counts: list[list[int]]) 
 def _too_many(row: int, layer: int, tokens: int, most: int) -> CapacityError:
     return CapacityError(
         f"max_tokens: a head of sequence {row} would hold {tokens} tokens in layer {layer}, the "
-        f"cap is {most}; raise it, admit less, or choose at_cap='evict' with an eviction"
+        f"cap is {most}; raise it, admit less, or choose at_cap='evict' with an eviction",
+        row=row,
     )
 
 
