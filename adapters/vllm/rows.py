@@ -94,7 +94,8 @@ class Rows:
         self.arena = zeros(plan.blocks(longest), dtype=torch.int64)
         self.room = zeros(dtype=torch.int32)  # pages of a row's arena now
         self.taken = zeros(dtype=torch.int32)
-        self.refused = zeros(dtype=torch.int64)  # admitted tokens of the row that found no page
+        self.refused = zeros(dtype=torch.int64)  # admitted tokens that found no page
+        self.memory: Tensor | None = None
         self.pages: Pages | None = None
 
     @property
@@ -105,8 +106,13 @@ class Rows:
             own += [*layer.ring, layer.table, layer.counts]
         return sum(tensor.untyped_storage().nbytes() for tensor in own)
 
+    def count_refused(self) -> int:
+        """Admitted tokens of heads, until now, that were left out since an arena was full."""
+        return int(self.refused.sum())
+
     def bind(self, memory: Tensor) -> None:
         """Makes pages of vLLM's memory: int8, as many bytes as whole blocks hold."""
+        self.memory = memory
         dim, dtype = self.spec.head_dim, self.spec.dtype
         part = PAGE * dim * dtype.itemsize
         memory = memory.view(-1)
