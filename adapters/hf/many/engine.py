@@ -353,6 +353,8 @@ class Engine:
 
     def close(self) -> None:
         """Frees the memory."""
+        if self.steps.stepper is not None:
+            self.attachment.decoding = self.room.decoding.decoding
         with contextlib.suppress(ReferenceError):
             self.room.close()
 
