@@ -124,11 +124,11 @@ class Engine:
         entry = self.scheduler.add(len(options.ids), options.most, load)
         if not fits(self.expected.least(entry), self.room.limits):
             self.scheduler.remove(entry)
-            error = CapacityError(
+            short = CapacityError(
                 f"max_bytes: a prompt of {entry.prompt} tokens takes {self.expected.least(entry)} "
                 f"pages, the memory has {tuple(self.room.limits)}"
             )
-            self._refuse(request, error, entry.prompt)
+            self._refuse(request, short, entry.prompt)
             return False
         self.changed = True
         return True

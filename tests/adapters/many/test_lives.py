@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvpolicy.adapters.hf import Request, attach
+from kvpolicy.adapters.hf.many.engine import Engine
 from kvpolicy.adapters.hf.many.expected import Expected
 from kvpolicy.adapters.hf.rule.tiny import tiny_model
 from tests.support.adapters.many import alone
@@ -50,11 +51,13 @@ def disturb(rng, requests):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gate", "all", "gate-quest-snapkv"])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_random_lives(llama, name, seed, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "seed", "blind"),
+    [("all", 0, False), ("gate", 1, True), ("gate-quest-snapkv", 2, True)],
+)
+def test_random_lives(llama, name, seed, blind, monkeypatch):
     rng = random.Random(seed)
-    if seed:  # everybody enters, whatever there is: memory runs short again and again
+    if blind:  # everybody enters, whatever there is: memory runs short again and again
         monkeypatch.setattr(Expected, "need", lambda self, entry: tuple(0 for _ in self.pools))
     with attach(llama, pipelines()[name], **SIZES) as attached:
         requests = [drawn(rng, n) for n in range(25)]
@@ -76,7 +79,7 @@ def test_random_lives(llama, name, seed, monkeypatch):
 
         found = list(
             attached.generate_many(
-                source(), slots=5, tokens_per_call=rng.choice([7, 60]), max_bytes=600 * 128
+                source(), slots=5, tokens_per_call=60 if blind else 7, max_bytes=656 * 80
             )
         )
     assert sorted(x.id for x in found) == [*range(25)]
@@ -88,18 +91,18 @@ def test_random_lives(llama, name, seed, monkeypatch):
             assert one.reason == {"raise": "error", "cancel": "cancelled"}[kind]
         else:
             assert one.tokens == whole and one.reason in ("eos", "length")
-    assert seed == 0 or name != "gate" or any(x.parked for x in found)
+    assert any(x.parked for x in found) or name != "gate"
 
 
-@pytest.mark.parametrize("kind", ["qwen3_5_text", "falcon_h1"])
+@pytest.mark.parametrize(
+    "kind", ["qwen3_5_text", pytest.param("falcon_h1", marks=pytest.mark.slow)]
+)
 def test_models_with_states_of_their_own(kind, monkeypatch):
     """Prompts are read one at a time; states go with their sequences, outside too."""
     model = tiny_model(kind).eval()
     rng = torch.Generator().manual_seed(3)
     given = [torch.randint(20, 60, (n,), generator=rng).tolist() for n in (24, 31, 9)]
     options = {"eos_token_id": None, "pad_token_id": 0}
-    from kvpolicy.adapters.hf.many.engine import Engine
-
     park = {3: 0}  # at the third step the second request waits outside for once
     step = Engine._step
 
@@ -116,9 +119,7 @@ def test_models_with_states_of_their_own(kind, monkeypatch):
             Request(ids, id=n, max_new_tokens=8, do_sample=False, **options)
             for n, ids in enumerate(given)
         ]
-        found = {
-            x.id: x for x in attached.generate_many(requests, slots=2, tokens_per_call=64)
-        }
+        found = {x.id: x for x in attached.generate_many(requests, slots=2, tokens_per_call=64)}
         assert sum(x.parked for x in found.values()) == 1
         for n, ids in enumerate(given):
             assert found[n].tokens == alone(model, ids, 8, **options)

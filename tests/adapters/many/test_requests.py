@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import GenerationConfig
 
 from kvpolicy import CachePipeline, KVzip
 from kvpolicy.adapters.hf import Request, attach, generate_many
+from kvpolicy.adapters.hf.many.room import Room
 from kvpolicy.errors import PhaseError, UnsupportedError
 from tests.support.adapters.many import alone, prompts
 from tests.support.adapters.models import SIZES, pipelines, tiny
@@ -146,22 +148,24 @@ def test_what_requests_raise_comes_out_and_frees_everything(attached):
         list(attached.generate_many(source()))
 
 
-def test_closing_frees_everything(attached, llama):
-    from kvpolicy.store.pool import PagePool
+def test_closing_frees_everything(attached, llama, monkeypatch):
+    made, init = [], Room.__init__
 
-    def pools():
-        gc.collect()
-        return sum(type(x) is PagePool for x in gc.get_objects())
+    def noted(self, *args):
+        init(self, *args)
+        made.extend(map(weakref.ref, self.state.devices.pools))
 
-    ids, before, config = prompts([(20, 0)])[0], pools(), dict(vars(llama.config))
+    monkeypatch.setattr(Room, "__init__", noted)
+    ids, config = prompts([(20, 0)])[0], dict(vars(llama.config))
     found = attached.generate_many([Request(ids, id=n, max_new_tokens=n + 1) for n in range(5)])
     next(found)
-    assert pools() > before
+    assert made[0]() is not None
     whole = alone(llama, ids, 4)  # the model is free between two of them
     assert next(found).tokens == whole[:2]
     found.close()
     del found
-    assert pools() == before and vars(llama.config) == config
+    gc.collect()
+    assert [pool() for pool in made] == [None] and vars(llama.config) == config
 
 
 def test_detached_meanwhile(llama):
