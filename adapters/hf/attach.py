@@ -79,6 +79,7 @@ class Attachment:
         if compile:
             check_compiles(self.decoder, self.served)
         self.forwards = Forwards(self.decoder, self.ranks)
+        self.ranks.listen()
         self.put_aside = put_aside_at(self.base)
         self.idle: dict[int, KVPolicyCache] = {}  # private caches with a captured graph, by batch
         self.decoding = "not yet"  # how the last generate decoded, and why not captured
@@ -103,6 +104,8 @@ class Attachment:
             config._attn_implementation = NAME
         changes.hook(decoder, self._open, pre=True, with_kwargs=True)
         changes.hook(decoder, self._close, with_kwargs=True, always_call=True)
+        if self.ranks.many and self.base is not decoder:
+            changes.hook(self.base, self._after, with_kwargs=True, always_call=True)
         for layer in self.served.layers:
             if layer.window is None:
                 self._hook(layer)
@@ -178,6 +181,10 @@ class Attachment:
     @torch.compiler.disable
     def _close(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         return self.forwards.close(self, output)
+
+    @torch.compiler.disable
+    def _after(self, base: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        self.forwards.after(output)
 
     @property
     def attached(self) -> bool:

@@ -223,7 +223,7 @@ class Stepper:
         if not self.captured:
             cache.ranks.stepping = False
             return run(self.model, cache, tokens, self.position)
-        cache.ranks.stepping = cache.ranks.many
+        cache.ranks.stay()
         logits: Tensor = cache.graph.replay(tokens, self.position)
         cache.saw(1, None)  # before an eviction, which may fail when the token is in
         with cache.ranks.voting():

@@ -46,6 +46,7 @@ class Forwards:
         self.crossing: Crossing | None = None
         self.own = self.kept = False  # whether we made that cache, and whether to hand it out
         self.as_tuple = False
+        self.closed = False  # the decoder's forward inside one of the whole model
         self.expected: KVPolicyCache | None = None  # by generate, of its first forward
         self.warned = False
 
@@ -98,6 +99,7 @@ class Forwards:
     def open(self, attachment: Attached, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The arguments with which the decoder's forward goes on."""
         self.claim()
+        self.closed = False
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         try:
             with self.ranks.together(self.ranks.key(kwargs)):
@@ -185,9 +187,16 @@ class Forwards:
                 output = dataclasses.replace(output, past_key_values=None)
             if self.own and not self.held:
                 attachment.used(cache)
+            self.closed = True
             return output.to_tuple() if self.as_tuple else output
         finally:
             self.release()
+
+    def after(self, output: Any) -> None:
+        """Ends a forward of the whole model: what follows the decoder may fail on one rank."""
+        closed, self.closed = self.closed, False
+        if output is None and closed and (error := sys.exception()) is not None:
+            self.ranks.leave(error)
 
     def _remind(self, pipeline: CachePipeline, given: KVPolicyCache | None, columns: int) -> None:
         """Warns, once, of a loop whose prompt does not end although the pipeline would act then."""

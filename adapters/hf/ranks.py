@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...errors import CapacityError, KVPolicyError, UnsupportedError
+from .alarm import Alarm
 from .modes import ordinary
 
 _AGREED = "_kvpolicy_agreed"  # on an error that all ranks know of
@@ -27,9 +28,11 @@ class Ranks:
 
     def __init__(self, mesh: Any = None, axis: int = 0) -> None:
         self.mesh, self.axis = mesh, axis
-        self.left = False  # a forward, by an error of the model's own code
+        self.left = False  # the others, by an error in a forward of the model's own code
+        self.first: int | None = None  # rank that did
         self.quiet = False  # a step is being captured, in which nothing can be asked of the host
         self.stepping = False  # between captured steps, where nobody votes
+        self.alarm: Alarm | None = None
         self.ballot: Tensor | None = None  # made once: there may be no memory when it is wanted
 
     @property
@@ -61,12 +64,7 @@ class Ranks:
             assert error is not None
             raise error
         if self.left:
-            raise _agreed(
-                KVPolicyError(
-                    "this rank left a forward in which the other ranks of the tensor-parallel "
-                    "model wait; end this process, and start all again"
-                )
-            ) from error
+            raise self._gone() from error
         highest, most, least = self._highest(self._code(error), key)
         if not highest and most == -least:
             return
@@ -90,7 +88,8 @@ class Ranks:
         if self.rank == 0:
             told[:-1] = own
         told[-1] = self._code(error)
-        dist.all_reduce(told, dist.ReduceOp.MAX, group=self.group)
+        with self._meeting():
+            dist.all_reduce(told, dist.ReduceOp.MAX, group=self.group)
         return told
 
     def raise_told(self, code: int, error: BaseException | None) -> None:
@@ -98,6 +97,12 @@ class Ranks:
         if code:
             self.stepping = False
             raise _agreed(_of_another(code) if error is None else error)
+
+    def stay(self) -> None:
+        """Before a captured step, which must not run when the ranks' way to each other is gone."""
+        self.stepping = self.many
+        if self.left:
+            raise self._gone()
 
     @contextlib.contextmanager
     def capturing(self) -> Iterator[None]:
@@ -149,14 +154,16 @@ class Ranks:
             return [own]
         self.vote()
         found: list[Any] = [None] * self.parts
-        dist.all_gather_object(found, own, group=self.group)
+        with self._meeting():
+            dist.all_gather_object(found, own, group=self.group)
         return found
 
     def same(self, x: Tensor) -> Tensor:
         """Rank 0's `x`, for all."""
         if self.many:
             self.vote()
-            dist.broadcast(x, group=self.group, group_src=0)
+            with self._meeting():
+                dist.broadcast(x, group=self.group, group_src=0)
         return x
 
     @contextlib.contextmanager
@@ -171,14 +178,34 @@ class Ranks:
             yield
 
     def leave(self, error: BaseException) -> None:
-        """Says that `error` broke a layer off, in whose exchanges the others wait.
+        """Says that `error` broke a forward off, in whose exchanges the others wait.
 
-        Nothing of ours can reach them there; they end when this process does. Until then it votes
-        no more, which would answer another exchange of theirs.
+        They stop waiting, and neither this rank nor they exchange anything from then on. `error` is
+        raised here as it is, unless it says no more than that another rank was first.
         """
-        if self.many and not getattr(error, _AGREED, False):
+        if not self.many or getattr(error, _AGREED, False) or self.left:
+            return
+        self.left, own = True, self.rank
+        self.first = None if _lost(error) else own
+        if self.alarm is not None:
+            if self.first == own:
+                self.alarm.ring(own)
+            self.first = self.alarm.rung()
+            self.alarm.release(self.group)
+        if self.first == own:
             _agreed(error)
-            self.left = True
+
+    def listen(self) -> None:
+        """From now on another rank that breaks off ends this one's waits."""
+        if self.many and self.alarm is None:
+            self.alarm = Alarm(self.group)
+            self.alarm.listen(self.rank, self._broken)
+
+    def _broken(self) -> None:
+        """Another rank broke off while this one may be waiting in a kernel."""
+        assert self.alarm is not None
+        self.left, self.first = True, self.alarm.rung()
+        self.alarm.release(self.group)
 
     @property
     def parts(self) -> int:
@@ -208,7 +235,8 @@ class Ranks:
         found = [
             torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.parts)
         ]
-        dist.all_gather(found, x.contiguous(), group=self.group)
+        with self._meeting():
+            dist.all_gather(found, x.contiguous(), group=self.group)
         return found
 
     def _code(self, error: BaseException | None) -> int:
@@ -219,9 +247,32 @@ class Ranks:
         if self.ballot is None:
             self.ballot = torch.zeros(3, dtype=torch.int64, device=self.mesh.device_type)
         self.ballot[0], self.ballot[1], self.ballot[2] = code, key, -key
-        dist.all_reduce(self.ballot, dist.ReduceOp.MAX, group=self.group)
-        highest, most, least = self.ballot.tolist()
+        with self._meeting():
+            dist.all_reduce(self.ballot, dist.ReduceOp.MAX, group=self.group)
+            highest, most, least = self.ballot.tolist()
         return highest, most, least
+
+    @contextlib.contextmanager
+    def _meeting(self) -> Iterator[None]:
+        """Raises, of an exchange that cannot be completed, that this rank is alone."""
+        try:
+            yield
+        except Exception as error:
+            self.leave(error)
+            raise self._gone() from error
+        if self.left:  # while it waited: what it got is nothing
+            raise self._gone()
+
+    def _gone(self) -> BaseException:
+        """What a rank says that no exchange reaches any more."""
+        who = "a rank" if self.first is None else f"rank {self.first}"
+        how = "is gone" if self.first is None else "broke off inside a forward"
+        return _agreed(
+            KVPolicyError(
+                f"{who} of the tensor-parallel model {how}, so that its ranks are no longer in "
+                "step; its own error says why: end all processes, and start anew"
+            )
+        )
 
 
 def _key(shape: Sequence[int]) -> int:
@@ -230,6 +281,11 @@ def _key(shape: Sequence[int]) -> int:
     for n in shape:
         found = (found * 1_000_003 + n) & _BITS
     return found
+
+
+def _lost(error: BaseException) -> bool:
+    """Whether an error says that an exchange could not be completed."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def _agreed(error: BaseException) -> BaseException:

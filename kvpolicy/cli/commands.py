@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .ablate import ablate
 from .bench import bench
 from .calibrate import calibrate, pareto
 from .completion import Shell, script
@@ -40,7 +41,7 @@ def completion(
 
 COMMANDS = (
     generate, chat, plan, inspect, calibrate, pareto, evaluate, train_gate, train_duo, bench,
-    reproduce, models, completion,
+    ablate, reproduce, models, completion,
 )  # fmt: skip
 for command in COMMANDS:
     app.command(epilog=epilog(command.__name__.replace("_", "-")))(command)

@@ -88,6 +88,12 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "kvpolicy train-duo smollm2 --texts manual.txt --out pattern --steps 2 --length 1024",
         ),
     ),
+    "ablate": (
+        (
+            "which keys a gate should read, on a tiny model to see what it writes",
+            "kvpolicy ablate inputs --quick --out ablations",
+        ),
+    ),
     "reproduce": (
         (
             "figure 7 of WG-KV on a tiny model, to see what it writes",

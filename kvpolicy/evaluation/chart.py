@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import attrs
 
@@ -47,7 +48,7 @@ class Chart:
     def write(self, folder: Path, name: str) -> list[Path]:
         """Saves NAME.json, NAME.md and, where matplotlib is there, NAME.png; the files' paths."""
         folder.mkdir(parents=True, exist_ok=True)
-        record = attrs.asdict(self) | {"points": [_json(point) for point in self.points]}
+        record = attrs.asdict(self) | {"points": [_json(attrs.asdict(x)) for x in self.points]}
         files = [folder / f"{name}.json", folder / f"{name}.md"]
         write_text(files[0], json.dumps(record, indent=1, allow_nan=False))
         write_text(files[1], self.markdown())
@@ -97,6 +98,8 @@ def _said(value: float, error: float = math.nan) -> str:
     return f"{value:.4g}" + ("" if math.isnan(error) else f" ± {error:.2g}")
 
 
-def _json(point: Point) -> dict[str, object]:
-    found = attrs.asdict(point)
-    return {k: None if isinstance(x, float) and math.isnan(x) else x for k, x in found.items()}
+def _json(value: Any) -> Any:
+    """What JSON holds of a value: NaN is null."""
+    if isinstance(value, Mapping):
+        return {key: _json(x) for key, x in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -12,6 +12,7 @@ import torch
 
 from kvpolicy import Adaptive, CachePipeline, Pyramid, SnapKV, Tokens, UnsupportedError
 from kvpolicy.adapters.hf import attach, load_cache, spec_of
+from kvpolicy.exchange import ALONE
 from tests.support.adapters.models import SIZES, prompt, tiny
 from tests.support.adapters.parallel import WAYS, generate, pipeline
 from tests.support.adapters.parallel_captured import NAMES
@@ -19,31 +20,36 @@ from tests.support.adapters.parallel_captured import NAMES
 ROOT = str(Path(__file__).resolve().parents[2])
 
 
+def run_two(program, folder, waits_for=(0, 1)):
+    """Runs a program of two ranks until those named have ended."""
+    ranks = []
+    for rank in ("0", "1"):
+        env = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "PYTHONPATH": ROOT}
+        command = [sys.executable, "-m", f"tests.support.adapters.{program}", folder, rank]
+        ranks.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    try:
+        for rank in waits_for:
+            _, said = ranks[rank].communicate(timeout=200)
+            assert ranks[rank].returncode == 0, said
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
+
 @pytest.mark.slow
 def test_two_ranks(tmp_path, qwen3):
     qwen3.save_pretrained(tmp_path)
     with attach(qwen3, pipeline("adaptive"), **SIZES) as attached:
         attached.read(prompt([9])["input_ids"]).save(tmp_path / "whole")
-    ranks = []
-    for rank in ("0", "1"):
-        env = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "PYTHONPATH": ROOT}
-        command = [sys.executable, "-m", "tests.support.adapters.parallel", tmp_path, rank]
-        ranks.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-    try:
-        for rank in ranks:
-            _, said = rank.communicate(timeout=200)
-            assert rank.returncode == 0, said
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
+    run_two("parallel", tmp_path)
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
     _sampling_agrees([part.pop("sampled") for part in parts])
     _all_end(*(part.pop("failures") for part in parts))
     _goes_on(qwen3, tmp_path, [part.pop("saved") for part in parts])
+    assert all(part.pop("compiled") for part in parts)
     _captures_agree(qwen3, [part.pop("captured") for part in parts])
-    _ends_soon(*(part.pop("broken layer") for part in parts))
     for name in parts[0]:
         tokens, kept = generate(qwen3, name)
         assert all(torch.equal(part[name][0], tokens) for part in parts)
@@ -128,11 +134,23 @@ def _captures_agree(model, parts):
     assert torch.equal(*(part["one fails"][0] for part in parts))
 
 
-def _ends_soon(first, second):
-    assert second[:2] == ("MemoryError", "mlp")
-    assert first[0] != "none"
-    assert first[2] == second[2] == 0
-    assert "end this process" in second[3][1]
+@pytest.mark.slow
+def test_a_rank_that_breaks_off_ends_the_other(tmp_path, qwen3):
+    qwen3.save_pretrained(tmp_path)
+    run_two("parallel_broken", tmp_path, waits_for=(0,))
+    first, second = (torch.load(tmp_path / f"broken {rank}.pt") for rank in (0, 1))
+    kind, said = first.pop("stopped")
+    assert kind == "KVPolicyError" and "a rank of the tensor-parallel model is gone" in said
+    assert first.keys() == second.keys()
+    for name, (kind, said, *_) in second.items():
+        assert (kind, said) == ("MemoryError", "broke"), name
+    (kind, said), _ = first.pop("own loop"), second.pop("own loop")
+    assert kind != "none"
+    for name, (kind, said, again, kept) in first.items():
+        assert kind == "KVPolicyError" and said.startswith("rank 1 of"), name
+        for refused in (again, second[name][2]):
+            assert refused[0] == "KVPolicyError" and "start anew" in refused[1], name
+        assert kept and second[name][3], name
 
 
 class Sharded(torch.nn.Module):
@@ -164,4 +182,4 @@ def test_head_counts_come_from_the_weights(rank):
     pipeline = CachePipeline(eviction=SnapKV(budget=budget, observation=4), window=5)
     with pytest.raises(UnsupportedError, match="between KV heads"):
         pipeline.check(spec)  # without a way to the other ranks
-    attach(model, pipeline).detach()
+    pipeline.check(spec, ALONE)

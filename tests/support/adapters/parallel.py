@@ -27,6 +27,7 @@ from kvpolicy import (
     TotalCap,
 )
 from kvpolicy.adapters.hf import attach, load_cache
+from kvpolicy.adapters.hf.compile import traced
 from tests.support.adapters.models import SIZES, pipelines, prompt
 from tests.support.adapters.rehearsed import Rehearsed, rehearsed
 
@@ -189,19 +190,19 @@ def captured(model, rank):
     return found
 
 
-def broken_layer(model, rank):
-    """What a failure of the model's own code on rank 1 raises here; rank 0 waits till it ends."""
-
-    def fail(*args):
-        raise MemoryError("mlp")
-
-    if rank == 1:
-        model.model.layers[1].mlp.register_forward_pre_hook(fail)
-    with attach(model, pipelines()["gate"], **SIZES) as attached:
-        cache = attached.new_cache()
-        raised = told(lambda: model.generate(**prompt([33]), past_key_values=cache))
-        again = told(lambda: model.generate(**prompt([33]))) if rank == 1 else None
-        return *raised, cache.columns, again
+def compiled(model):
+    """Whether compiled layers give the tokens and logits that eager ones do."""
+    options = {**prompt([33, 21]), "max_new_tokens": 6, "do_sample": False}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    outs = []
+    with traced():
+        for compile in (False, True):
+            with attach(model, pipeline("gate"), compile=compile, **SIZES):
+                outs.append(model.generate(**options))
+    same = torch.equal(outs[0].sequences, outs[1].sequences)
+    return same and all(
+        torch.equal(a, b) for a, b in zip(outs[0].logits, outs[1].logits, strict=True)
+    )
 
 
 def main(folder, rank):
@@ -217,7 +218,7 @@ def main(folder, rank):
     found["failures"] = failures(model, rank, folder)
     found["saved"] = saved(model, rank, folder)
     found["captured"] = captured(model, rank)
-    found["broken layer"] = broken_layer(model, rank)
+    found["compiled"] = compiled(model)
     torch.save(found, Path(folder) / f"{rank}.pt")
 
 
