@@ -10,9 +10,10 @@ from .._fields import fraction, not_negative, positive
 from .._knob import Knob
 from .._names import named
 from ..choices import When
-from ._attention import attention, used_slots
+from ..ops import Ops
+from ._attention import attention, masses, used_slots
 from ._base import Eviction, when_field
-from ._view import EvictionView
+from ._view import EvictionView, StoredTokens
 
 
 @named
@@ -48,16 +49,28 @@ class SimLayerKV(Eviction):
         if window > self.recent:
             raise ValueError(f"recent: wanted at least the window of {window}, got {self.recent}")
 
+    def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
+        far, near = masses(ops, stored, self.observation)
+        return self._scores(stored.view(), far.double(), near.double().sum((1, 2)))
+
     def score(self, view: EvictionView) -> Tensor:
+        far = torch.zeros(view.valid.shape, dtype=torch.float64, device=view.valid.device)
+        near = far.new_zeros(len(far))
+        for row, used in enumerate(used_slots(view)):
+            weights = attention(view, row, used).double()
+            far[row, :, :used] = weights[..., :used].sum((1, 2))
+            near[row] = weights[..., used:].sum()
+        return self._scores(view, far, near)
+
+    def _scores(self, view: EvictionView, far: Tensor, inside: Tensor) -> Tensor:
+        """From weights of the stored tokens `[B, Hkv, N]` and the sum of the window's `[B]`."""
         near = view.positions >= view.lengths[:, None, None] - self.recent
         held = ((view.positions < self.sinks) | near) & view.valid
         found = torch.zeros(view.valid.shape, device=view.valid.device)
         for row, used in enumerate(used_slots(view)):
-            weights = attention(view, row, used).double()
-            total = weights.sum()
-            seen = weights[..., used:].sum()
-            seen = seen + weights[..., :used].masked_fill(~held[row, :, None, None, :used], 0).sum()
-            lazy = seen > self.threshold * total
+            own = far[row, :, :used]
+            seen = inside[row] + own.masked_fill(~held[row, :, :used], 0).sum()
+            lazy = seen > self.threshold * (inside[row] + own.sum())
             found[row] = found[row].masked_fill(lazy & ~held[row], float("-inf"))
         return found
 
