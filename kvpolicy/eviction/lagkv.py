@@ -87,6 +87,8 @@ class LagKV(Eviction):
         self, far: Tensor, near: Tensor, view: EvictionView, counts: Tensor, parts: int
     ) -> Tensor:
         """How far keys or values `[B, Hkv, N, D]` lie outside the next partition's range."""
+        if not parts:
+            return far.new_zeros(*far.shape[:2], 0, self.lag, dtype=wide(far))
         x = _joined(far, near, view, counts, self.sinks + (parts + 1) * self.lag)
         x = x[:, :, self.sinks :].unflatten(2, (parts + 1, self.lag))
         low, high = x.amin(3, keepdim=True)[:, :, 1:], x.amax(3, keepdim=True)[:, :, 1:]

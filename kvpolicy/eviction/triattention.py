@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .._fields import flag, is_a, one_of, positive
-from .._files import read_pt, read_safetensors, write_safetensors
+from .._files import read_named, read_pt, write_safetensors
 from .._names import named
 from ..admission import Write
-from ..admission._files import Source, find_file, source_field, source_of
+from ..admission._files import Source, located, source_field
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import HeadGroup, When
 from ..ops import Ops
@@ -92,14 +92,11 @@ class TriAttention(Eviction):
         Raises:
             ValueError: the file is damaged, or lacks a head.
         """
-        path = find_file(path_or_repo, file, revision)
+        path, source = located(path_or_repo, file, revision)
         if path.suffix == ".pt":
             parts = _stacked(read_pt(path), str(path))
         else:
-            parts, _ = read_safetensors(path)
-            if set(parts) != set(PARTS):
-                raise ValueError(f"{path}: wanted the keys {', '.join(PARTS)}, got {list(parts)}")
-        source = source_of(path, path_or_repo, file, revision)
+            parts = read_named(path, *PARTS)
         real, imaginary, size = (parts[name] for name in PARTS)
         return cls(
             budget=tokens_from_int(budget), real=real, imaginary=imaginary, size=size,
