@@ -65,7 +65,7 @@ def decode_loop(
     # As in transformers, rows that another criterion than an EOS token stopped go on with the rest.
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     pad = config._pad_token_tensor if ends else None
-    going = torch.ones_like(unfinished)
+    going, never = torch.ones_like(unfinished), unfinished.new_zeros(())
     late = _LateFlags(stepper.captured, kvp_streamer)
     length = prompt
     with _experts(model):
@@ -82,9 +82,11 @@ def decode_loop(
                 scores.append(processed)
             if raw is not None:
                 raw.append(last)
-            alive = unfinished & ~stopping_criteria(ids[:, :length], scores)
+            seen = None if scores is None else tuple(scores)
+            alive = unfinished & ~stopping_criteria(ids[:, :length], cast(Any, seen))
             alive = cache.ranks.same(alive)
-            stopped = late.stopped(alive, token)
+            wrong = ~processed.amax(-1).isfinite().all() if config.do_sample else never
+            stopped = late.stopped(alive, token, wrong)
             if stopped or length == ids.shape[1] - 1:
                 break
             # A row is active for the token that it sampled before it ended; none when all ended.
@@ -156,7 +158,7 @@ def _next_position(
 
 
 class _LateFlags:
-    """Tells the host that every sequence has ended, and gives a streamer its tokens.
+    """Tells the host that every sequence has ended, or could not be sampled, and streams tokens.
 
     With `late` both come through pinned memory one step after the device has them; without it the
     host waits.
@@ -167,12 +169,15 @@ class _LateFlags:
         self.pending: tuple[Tensor, Tensor, Any] | None = None
         self.extra = 0
 
-    def stopped(self, alive: Tensor, token: Tensor) -> bool:
-        """Whether all sequences had ended: now, or with `late` at the step before."""
+    def stopped(self, alive: Tensor, token: Tensor, wrong: Tensor) -> bool:
+        """Whether all sequences had ended: now, or with `late` at the step before.
+
+        Raises ValueError where scores were `wrong`.
+        """
+        flags = torch.stack([alive.any(), wrong])
         if not self.late:
-            self._put(token)
-            return not bool(alive.any())
-        before, self.pending = self.pending, self._send(alive, token)
+            return not self._read(flags, token)
+        before, self.pending = self.pending, self._send(flags, token)
         if before is None:
             return False
         if not self._receive(before):
@@ -189,9 +194,9 @@ class _LateFlags:
             self.streamer.end()
         return self.extra
 
-    def _send(self, alive: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Any]:
-        flag = torch.empty(1, dtype=torch.bool, pin_memory=True)
-        flag.copy_(alive.any(), non_blocking=True)
+    def _send(self, flags: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Any]:
+        flag = torch.empty(2, dtype=torch.bool, pin_memory=True)
+        flag.copy_(flags, non_blocking=True)
         held = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
         held.copy_(token, non_blocking=True)
         event = torch.cuda.Event()
@@ -201,9 +206,15 @@ class _LateFlags:
     def _receive(self, sent: tuple[Tensor, Tensor, Any]) -> bool:
         flag, held, event = sent
         event.synchronize()
-        self._put(held)
-        return bool(flag.item())
+        return self._read(flag, held)
 
-    def _put(self, token: Tensor) -> None:
+    def _read(self, flags: Tensor, token: Tensor) -> bool:
+        going, wrong = map(bool, flags.tolist())
+        if wrong:
+            raise ValueError(
+                "do_sample: a row's scores are infinite, no numbers or all ruled out, so that no "
+                "token can be drawn; see what logits_processor and the bans among the options leave"
+            )
         if self.streamer is not None:
             self.streamer.put(token.cpu())
+        return going
