@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 
 import attrs
 from torch import Tensor
@@ -52,14 +53,15 @@ def by_request(lab: Lab) -> list[Chart]:
     points: list[Point] = []
     for part in lab.recipe.parts:
         fixed = _threshold(lab, gate, lab.documents()[0], part)
+
+        def asked(ids: Tensor, part: float = part) -> CachePipeline:
+            tau = _threshold(lab, gate, ids[: len(ids) // 2], part)
+            return CachePipeline(admission=attrs.evolve(gate, threshold=tau))
+
         for kind in lab.asked:
-            how = {
+            how: dict[str, CachePipeline | Callable[[Tensor], CachePipeline]] = {
                 "one tau": CachePipeline(admission=attrs.evolve(gate, threshold=fixed)),
-                "tau of the request": lambda ids, part=part: CachePipeline(
-                    admission=attrs.evolve(
-                        gate, threshold=_threshold(lab, gate, ids[: len(ids) // 2], part)
-                    )
-                ),
+                "tau of the request": asked,
             }
             for curve, pipeline in how.items():
                 of = lab.measured(f"{curve} {part:.3g}", pipeline, kind)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import attrs
 import torch
@@ -94,9 +94,9 @@ def _variant(name: str, policy: XAttention, density: float | None, window: int) 
     return Variant(name=name, family=name, build=build)
 
 
-def with_density(scores: dict[str, tuple[float, ...]], pipeline: CachePipeline) -> (
-    dict[str, tuple[float, ...]]
-):  # fmt: skip
+def with_density(
+    scores: Mapping[str, tuple[float, ...]], pipeline: CachePipeline
+) -> Mapping[str, tuple[float, ...]]:
     """The scores of a cell, with the density where its selection was watched."""
     if not isinstance(pipeline.selection, Watched):
         return scores
