@@ -16,7 +16,7 @@ from ..modes import ordinary
 from . import prompts
 from .expected import Expected
 from .load import Load, load_of
-from .options import options_of
+from .options import Reader
 from .requests import Finished, Reason, Request, Timings
 from .room import Room
 from .sampling import choose
@@ -41,9 +41,9 @@ class Engine:
         room: Room,
         tokens_per_call: int,
         prefix: Sequence[int],
-        tokenizer: Any,
+        reader: Reader,
     ) -> None:
-        self.attachment, self.model, self.tokenizer = attachment, attachment.base, tokenizer
+        self.attachment, self.model, self.reader = attachment, attachment.base, reader
         self.source: Iterator[Request | None] | None = iter(requests)
         self.room, self.steps = room, Steps(attachment.base, room)
         selection = attachment.pipeline.selection
@@ -90,9 +90,9 @@ class Engine:
     # -- requests come and go
 
     def _pull(self) -> None:
-        """Takes requests while one could enter at once."""
+        """Takes a request for each free slot."""
         waiting = len(self.scheduler.at(Place.WAITING, Place.PARKED))
-        while self.source is not None and not waiting and self.scheduler.slots:
+        while self.source is not None and waiting < len(self.scheduler.slots):
             try:
                 request = next(self.source)
             except StopIteration:
@@ -107,7 +107,7 @@ class Engine:
     def _add(self, request: Request) -> bool:
         """Puts a request into the queue; one that cannot be served has finished."""
         try:
-            options = options_of(self.attachment, request, self.tokenizer)
+            options = self.reader.options(request)
             check_length(self.attachment, len(options.ids) + options.most)
         except Exception as error:
             self._refuse(request, error, 0)
@@ -124,11 +124,11 @@ class Engine:
         entry = self.scheduler.add(len(options.ids), options.most, load)
         if not fits(self.expected.least(entry), self.room.limits):
             self.scheduler.remove(entry)
-            error = CapacityError(
+            short = CapacityError(
                 f"max_bytes: a prompt of {entry.prompt} tokens takes {self.expected.least(entry)} "
                 f"pages, the memory has {tuple(self.room.limits)}"
             )
-            self._refuse(request, error, entry.prompt)
+            self._refuse(request, short, entry.prompt)
             return False
         self.changed = True
         return True
@@ -173,9 +173,9 @@ class Engine:
         )
 
     def _text(self, tokens: list[int]) -> str | None:
-        if self.tokenizer is None:
+        if self.reader.tokenizer is None:
             return None
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text: str = self.reader.tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
     def _leave(self, entry: Entry) -> None:
@@ -353,6 +353,8 @@ class Engine:
 
     def close(self) -> None:
         """Frees the memory."""
+        if self.steps.stepper is not None:
+            self.attachment.decoding = self.room.decoding.decoding
         with contextlib.suppress(ReferenceError):
             self.room.close()
 

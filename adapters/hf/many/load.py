@@ -87,7 +87,7 @@ class Load:
             return False
         count = int(stops.maximum_token_len)
         last = [*self.options.ids[-count:], *self.tokens[-count:]][-count:]
-        return bool(stops(torch.tensor([last]), None).any())  # type: ignore[arg-type]
+        return bool(stops(torch.tensor([last]), None).any())
 
 
 def load_of(entry: Entry) -> Load:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -49,8 +50,39 @@ class Options:
     stops: StopStringCriteria | None
 
 
-def options_of(attachment: Attached, request: Any, tokenizer: Any) -> Options:
-    """Reads a request; raises ValueError, TypeError or UnsupportedError by an option's name."""
+class Reader:
+    """Reads requests for one attachment, with its user's tokenizer."""
+
+    def __init__(self, attachment: Attached, tokenizer: Any) -> None:
+        self.attachment, self.tokenizer = attachment, tokenizer
+        self.stops: dict[tuple[str, ...], StopStringCriteria] = {}  # which read a vocabulary
+
+    def options(self, request: Any) -> Options:
+        """What a request asks for.
+
+        Raises ValueError, TypeError or UnsupportedError by an option's name.
+        """
+        return _options_of(self.attachment, request, self.tokenizer, self._stop)
+
+    def ids(self, given: Any) -> list[int]:
+        """Token ids of a text, a list or a tensor."""
+        return ids_of(self.attachment, given, self.tokenizer)
+
+    def _stop(self, strings: str | list[str]) -> StopStringCriteria:
+        if self.tokenizer is None:
+            raise ValueError("tokenizer: stop_strings needs the model's tokenizer, got None")
+        key = (strings,) if isinstance(strings, str) else tuple(strings)
+        if key not in self.stops:
+            self.stops[key] = StopStringCriteria(self.tokenizer, list(key))
+        return self.stops[key]
+
+
+def _options_of(
+    attachment: Attached,
+    request: Any,
+    tokenizer: Any,
+    stop: Callable[[Any], StopStringCriteria],
+) -> Options:
     if not isinstance(request, Request):
         raise TypeError(f"requests: wanted Request objects, got {type(request).__name__}")
     options = dict(request.options)
@@ -75,11 +107,7 @@ def options_of(attachment: Attached, request: Any, tokenizer: Any) -> Options:
     most = _most(config, len(ids))
     config.max_length = len(ids) + most
     base._prepare_special_tokens(config, True, device=device)
-    stops = None
-    if config.stop_strings:
-        if tokenizer is None:
-            raise ValueError("tokenizer: stop_strings needs the model's tokenizer, got None")
-        stops = StopStringCriteria(tokenizer=tokenizer, stop_strings=config.stop_strings)
+    stops = stop(config.stop_strings) if config.stop_strings else None
     return Options(
         ids=ids,
         most=most,
@@ -143,7 +171,7 @@ def _most(config: GenerationConfig, prompt: int) -> int:
     """New tokens at most."""
     if config.max_new_tokens is not None:
         most = int(config.max_new_tokens)
-    elif config.max_length in (None, DEFAULT):
+    elif config.max_length is None:
         return DEFAULT
     else:
         most = int(config.max_length) - prompt

@@ -21,7 +21,9 @@ def read(model: Any, room: Room, parts: Sequence[Part]) -> Tensor:
     """
     cache, device = room.reading, room.state.spec.device
     order = sorted(range(len(parts)), key=lambda n: parts[n][0])
-    ids, places, lengths = [], [], [0] * room.lanes
+    ids: list[int] = []
+    places: list[int] = []
+    lengths = [0] * room.lanes
     last: dict[int, int] = {}
     for n in order:
         lane, tokens, first, ends = parts[n]

@@ -31,9 +31,14 @@ class Chooses(Protocol):
     it generated.
     """
 
-    processors: LogitsProcessorList
-    sample: bool
-    seed: int
+    @property
+    def processors(self) -> LogitsProcessorList: ...
+
+    @property
+    def sample(self) -> bool: ...
+
+    @property
+    def seed(self) -> int: ...
 
     @property
     def made(self) -> int: ...

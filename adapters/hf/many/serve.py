@@ -13,7 +13,7 @@ from ...._fields import check_int
 from ....errors import UnsupportedError
 from ..attached import Attached
 from .engine import Engine
-from .options import ids_of, options_of
+from .options import Reader
 from .requests import Finished, Request
 from .room import Room
 from .served import check_served
@@ -37,7 +37,8 @@ def serve(
     if isinstance(requests, str | Request) or not isinstance(requests, Iterable):
         raise TypeError(wrong("requests", "an iterable of Request objects", requests))
     check_served(attachment)
-    prefix = [] if shared_prefix is None else ids_of(attachment, shared_prefix, tokenizer)
+    reader = Reader(attachment, tokenizer)
+    prefix = [] if shared_prefix is None else reader.ids(shared_prefix)
     if prefix and attachment.pipeline.selection.whole_prompt:
         raise UnsupportedError(
             "shared_prefix: the selection decides by a prompt's last queries what all of it reads"
@@ -48,13 +49,13 @@ def serve(
     prefix = prefix[: len(prefix) // tile * tile]
     if isinstance(requests, list | tuple):
         for request in requests:
-            options_of(attachment, request, tokenizer)
+            reader.options(request)
     sizes = dict(attachment.sizes)
     if max_bytes is not None:
         sizes["max_bytes"] = max_bytes
     elif sizes.get("max_bytes") is None:
         sizes["max_bytes"] = _spare(attachment.spec.device)
-    return _run(attachment, requests, slots, tokens_per_call, prefix, sizes, tokenizer)
+    return _run(attachment, requests, slots, tokens_per_call, prefix, sizes, reader)
 
 
 def _run(
@@ -64,9 +65,9 @@ def _run(
     tokens: int,
     prefix: Sequence[int],
     sizes: dict[str, Any],
-    tokenizer: Any,
+    reader: Reader,
 ) -> Iterator[Finished]:
-    engine = Engine(attachment, requests, Room(attachment, slots, sizes), tokens, prefix, tokenizer)
+    engine = Engine(attachment, requests, Room(attachment, slots, sizes), tokens, prefix, reader)
     try:
         yield from engine.run()
     finally:

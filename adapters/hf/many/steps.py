@@ -84,11 +84,6 @@ class Steps:
         self.pending = self.pending[len(ready) :]
         return [pair for receive in ready for pair in receive()]
 
-    @property
-    def decoding(self) -> str:
-        """How: "captured", or "eager" with the reason."""
-        return "not yet" if self.stepper is None else self.room.decoding.decoding
-
     def _stepper(self) -> Stepper:
         if self.stepper is None:
             self.stepper = Stepper(self.model, self.room.decoding, self.places, 1)

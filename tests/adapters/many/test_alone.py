@@ -41,11 +41,11 @@ def test_what_a_sequence_held(llama):
 def test_parked_sequences_go_on(llama, name, monkeypatch):
     """Too little memory for what entered: the youngest waits outside and loses nothing."""
     monkeypatch.setattr(Expected, "need", lambda self, entry: tuple(0 for _ in self.pools))
-    lengths = [(60, 25), (70, 20), (50, 25), (90, 6)]
+    lengths = [(90, 25), (80, 20), (50, 25), (95, 6)]
     given = list(zip(prompts(lengths), [most for _, most in lengths], strict=True))
     with attach(llama, pipelines()[name], **SIZES) as attached:
         limit = 528 * 128  # bytes of a page, and pages
-        found = many(attached, given, slots=4, tokens_per_call=50, max_bytes=limit)
+        found = many(attached, given, slots=4, tokens_per_call=200, max_bytes=limit)
         for n, (ids, most) in enumerate(given):
             assert found[n].tokens == alone(llama, ids, most)
     assert sum(x.parked for x in found.values()) >= 1 and found[0].parked == 0

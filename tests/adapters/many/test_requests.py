@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from transformers import GenerationConfig
 
 from kvpolicy import CachePipeline, KVzip
 from kvpolicy.adapters.hf import Request, attach, generate_many
+from kvpolicy.adapters.hf.many.room import Room
 from kvpolicy.errors import PhaseError, UnsupportedError
 from tests.support.adapters.many import alone, prompts
 from tests.support.adapters.models import SIZES, pipelines, tiny
+from tests.support.adapters.tokenizers import letters
 
 
 @pytest.fixture
@@ -25,50 +28,33 @@ def finish(attached, requests, **options):
     return {x.id: x for x in attached.generate_many(requests, **options)}
 
 
-class Letters:
-    """A tokenizer with one letter for a token."""
-
-    all_special_ids, all_special_tokens = [], []
-
-    def __len__(self):
-        return 200
-
-    def get_vocab(self):
-        return {chr(200 + n): n for n in range(200)}
-
-    def convert_tokens_to_string(self, tokens):
-        return "".join(tokens)
-
-    def decode(self, ids, **options):
-        return "".join(chr(200 + n) for n in ids)
-
-    def __call__(self, text):
-        return {"input_ids": [ord(x) - 200 for x in text]}
-
-
 def test_what_ends_a_request(attached, llama):
-    ids = prompts([(20, 0)])[0]
+    tokenizer = letters()
+    text = "thequickbrownfoxjumps"
+    ids = tokenizer(text)["input_ids"]
     whole = alone(llama, ids, 12)
-    letters = Letters()
-    stop = letters.decode(whole[4:6])
+    stops = [tokenizer.decode(whole[4:6]), "never"]
     found = finish(
         attached,
         [
             Request(ids, id="eos", max_new_tokens=12, eos_token_id=[whole[3], 1]),
-            Request(letters.decode(ids), id="stop", max_new_tokens=12, stop_strings=[stop]),
+            Request(text, id="stop", max_new_tokens=12, stop_strings=stops),
             Request(ids, id="length", generation_config=GenerationConfig(max_new_tokens=2)),
             Request(ids, id="max_length", max_length=len(ids) + 3),
         ],
         slots=4,
-        tokenizer=letters,
+        tokenizer=tokenizer,
     )
     assert {n: (x.reason, x.tokens) for n, x in found.items()} == {
         "eos": ("eos", whole[: whole.index(whole[3]) + 1]),
-        "stop": ("stop_string", whole[: letters.decode(whole).index(stop) + 2]),
+        "stop": (
+            "stop_string",
+            alone(llama, ids, 12, stop_strings=stops, tokenizer=tokenizer),
+        ),
         "length": ("length", whole[:2]),
         "max_length": ("length", whole[:3]),
     }
-    assert all(x.text == letters.decode(x.tokens) for x in found.values())
+    assert all(x.text == tokenizer.decode(x.tokens) for x in found.values())
     times = found["eos"].timings
     assert 0 <= times.started <= times.first_token <= times.finished
 
@@ -162,28 +148,30 @@ def test_what_requests_raise_comes_out_and_frees_everything(attached):
         list(attached.generate_many(source()))
 
 
-def test_closing_frees_everything(attached, llama):
-    from kvpolicy.store.pool import PagePool
+def test_closing_frees_everything(attached, llama, monkeypatch):
+    made, init = [], Room.__init__
 
-    def pools():
-        gc.collect()
-        return sum(type(x) is PagePool for x in gc.get_objects())
+    def noted(self, *args):
+        init(self, *args)
+        made.extend(map(weakref.ref, self.state.devices.pools))
 
-    ids, before, config = prompts([(20, 0)])[0], pools(), dict(vars(llama.config))
+    monkeypatch.setattr(Room, "__init__", noted)
+    ids, config = prompts([(20, 0)])[0], dict(vars(llama.config))
     found = attached.generate_many([Request(ids, id=n, max_new_tokens=n + 1) for n in range(5)])
     next(found)
-    assert pools() > before
+    assert made[0]() is not None
     whole = alone(llama, ids, 4)  # the model is free between two of them
     assert next(found).tokens == whole[:2]
     found.close()
     del found
-    assert pools() == before and vars(llama.config) == config
+    gc.collect()
+    assert [pool() for pool in made] == [None] and vars(llama.config) == config
 
 
 def test_detached_meanwhile(llama):
     attached = attach(llama, pipelines()["gate"], **SIZES)
     ids = prompts([(20, 0)])[0]
-    found = attached.generate_many([Request(ids, max_new_tokens=n + 1) for n in range(5)])
+    found = attached.generate_many([Request(ids, max_new_tokens=9 * n + 1) for n in range(2)])
     next(found)
     attached.detach()
     with pytest.raises(PhaseError, match="generate_many: the pipeline was detached"):
