@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvpolicy import CachePipeline, CapacityError
 from kvpolicy.adapters.hf import Request, attach, generate_many
 from kvpolicy.adapters.hf.many.expected import Expected
 from tests.support.adapters.many import alone, many, prompts
@@ -71,6 +72,27 @@ def test_a_request_that_memory_cannot_hold(llama):
             assert found[0].tokens == found[2].tokens == alone(llama, short, 6)
         assert found[1].reason == "error" and "max_bytes" in str(found[1].error) or name == "gate"
         assert found[1].tokens == []
+
+
+def test_a_cap_on_tokens_ends_the_request_that_exceeds_it(llama):
+    """While reading and while decoding; the others go on."""
+    long, grows, short = prompts([(60, 0), (25, 0), (9, 0)])
+    given = [(long, 4), (grows, 20), (short, 6)]
+    with attach(llama, CachePipeline(window=5), max_tokens=30, **SIZES) as attached:
+        found = many(attached, given, slots=3, tokens_per_call=200)
+        assert found[2].tokens == alone(llama, short, 6)
+    for one, said in ((found[0], 0), (found[1], 6)):
+        assert isinstance(one.error, CapacityError) and "max_tokens" in str(one.error)
+        assert len(one.tokens) == said
+
+
+def test_a_cap_that_evicts(llama):
+    given = [(ids, 12) for ids in prompts([(60, 0), (25, 0)])]
+    sizes = {"max_tokens": 30, "at_cap": "evict", **SIZES}
+    with attach(llama, pipelines()["snapkv"], **sizes) as attached:
+        found = many(attached, given, slots=2)
+    assert all(x.reason == "length" for x in found.values())
+    assert all(n <= 30 for x in found.values() for heads in x.held.stored for n in heads)
 
 
 @pytest.mark.parametrize("kind", ["qwen2-sliding", "qwen3"])
