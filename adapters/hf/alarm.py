@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh
 
 PERIOD = 0.2  # seconds between two looks of a rank that waits in a kernel
 
@@ -36,16 +38,19 @@ class Alarm:
                 return int(self.store.get(self.key))
         return None
 
-    def release(self, group: Any) -> None:
+    def release(self, mesh: Any, axis: int) -> None:
         """Lets go of the group, so that nobody waits for this rank any more.
 
-        NCCL's kernels of this rank end; gloo's peers see the connection close.
+        NCCL's kernels of this rank end; gloo's connections close with the last reference.
         """
         with contextlib.suppress(Exception):
             if self.backend == "nccl":
-                distributed_c10d._abort_process_group(group)
+                distributed_c10d._abort_process_group(mesh.get_group(axis))
             else:
-                dist.destroy_process_group(group)
+                dist.destroy_process_group(mesh.get_group(axis))
+        for each in gc.get_objects():  # other meshes of the model's know the group as well
+            if type(each) is DeviceMesh:  # other objects may answer isinstance by a warning
+                vars(each).get("_pg_registry", {}).clear()
 
     def listen(self, rank: int, broken: Callable[[], None]) -> None:
         """Calls `broken` once when another rank broke off.

@@ -209,7 +209,8 @@ class Attachment:
         if not isinstance(given, KVPolicyCache):
             raise TypeError(
                 f"{name}: wanted a KVPolicyCache from new_cache(model, pipeline), got "
-                f"{type(given).__name__}; call generate of the model that was attached"
+                f"{type(given).__name__}; pass attached.new_cache(), also to a model that else "
+                "makes a cache of its own, or call generate of the model that was attached"
             )
         if given.pipeline is not self.pipeline and given.pipeline != self.pipeline:
             raise ValueError(f"{name}: the cache belongs to another pipeline")

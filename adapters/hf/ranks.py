@@ -191,7 +191,7 @@ class Ranks:
             if self.first == own:
                 self.alarm.ring(own)
             self.first = self.alarm.rung()
-            self.alarm.release(self.group)
+            self.alarm.release(self.mesh, self.axis)
         if self.first == own:
             _agreed(error)
 
@@ -205,7 +205,7 @@ class Ranks:
         """Another rank broke off while this one may be waiting in a kernel."""
         assert self.alarm is not None
         self.left, self.first = True, self.alarm.rung()
-        self.alarm.release(self.group)
+        self.alarm.release(self.mesh, self.axis)
 
     @property
     def parts(self) -> int:

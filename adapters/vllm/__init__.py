@@ -7,6 +7,8 @@ The entry point of this package makes the backend known to vLLM. What is served 
 says docs/vllm.md.
 """
 
+from typing import Any
+
 from ..._extras import extra
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -24,3 +26,13 @@ def register() -> None:
     register_spec()
     for architecture in ARCHITECTURES:
         ModelRegistry.register_model(architecture, f"{__name__}.models:{architecture}")
+
+
+def counters(worker: Any) -> dict[str, int]:
+    """What a worker counted, for `LLM.collective_rpc(kvpolicy.adapters.vllm.counters)`.
+
+    `refused`: tokens of heads that were admitted and left out, since the blocks of their request
+    were full. `row_bytes`: memory outside the blocks.
+    """
+    rows = worker.model_runner.model.kvpolicy
+    return {"refused": rows.count_refused(), "row_bytes": rows.nbytes}

@@ -12,6 +12,7 @@ from .plan import PAGE
 from .rows import Rows, Step
 
 with extra("vllm"):
+    from vllm.logger import init_logger
     from vllm.v1.attention.backend import (
         AttentionBackend,
         AttentionCGSupport,
@@ -23,7 +24,10 @@ with extra("vllm"):
     )
 
 
+logger = init_logger("vllm.plugins.kvpolicy")  # a name that vLLM shows
+
 POSITION_BYTES = 4  # of a token, beside its key and value
+STEPS = 256  # between two looks at the counter of refused tokens
 
 
 class ArenaBackend(AttentionBackend):
@@ -75,6 +79,7 @@ class ArenaBuilder(AttentionMetadataBuilder[Step]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers = vllm_config.compilation_config.static_forward_context
         self.rows: Rows = layers[layer_names[0]].impl.rows
+        self.steps = self.told = 0
 
     def build(
         self,
@@ -89,7 +94,21 @@ class ArenaBuilder(AttentionMetadataBuilder[Step]):
         ends = batch.seq_lens_cpu_upper_bound
         ends = batch.seq_lens if ends is None else ends
         lengths = [end - new for end, new in zip(ends.tolist(), added, strict=True)]
+        self._tell()
         return self.rows.begin(batch.block_table_tensor, lengths, added)
+
+    def _tell(self) -> None:
+        """Logs, once in a while, that arenas were full: looking waits for the device."""
+        self.steps += 1
+        if self.rows.plan.exact or self.steps % STEPS:
+            return
+        if (found := self.rows.count_refused()) > self.told:
+            logger.warning(
+                "kvpolicy: %d admitted tokens were left out until now: they found no page in the "
+                "blocks of their request; raise 'admitted' or the gate's threshold",
+                found,
+            )
+            self.told = found
 
 
 class ArenaImpl(AttentionImpl[Step]):
@@ -147,7 +166,7 @@ class ArenaImpl(AttentionImpl[Step]):
     ) -> Tensor:
         if attn_metadata is None:  # vLLM measures memory
             return output.zero_()
-        if self.rows.pages is None:
+        if self.rows.memory is not kv_cache:  # vLLM may make one for a trial first
             self.rows.bind(kv_cache)
         tokens = output.view(len(output), self.num_heads, self.head_size)
         count = attn_metadata.tokens

@@ -134,7 +134,7 @@ def _serve(model: nn.Module, config: Any, options: Options) -> None:
     rows = Rows(spec, pipeline, plan, count, longest)
     logger.info(
         "kvpolicy: %s; %d rows of %.2f MiB each outside the blocks; a request of %d tokens has %d "
-        "blocks, with everything kept %d",
+        "blocks, with everything kept %d; admit while there is room",
         admission, count, rows.nbytes / (count + 1) / 2**20, longest, plan.blocks(longest),
         -(-longest // plan.block),
     )  # fmt: skip
@@ -147,6 +147,8 @@ def _serve(model: nn.Module, config: Any, options: Options) -> None:
         dtype=torch.int8,
         plan=plan,
         rows=count,
+        row_bytes=rows.nbytes // (count + 1),
+        row_memory=options.row_memory,
     )
     for index, layer in enumerate(layers):
         layer.__class__ = ArenaAttention
@@ -156,7 +158,8 @@ def _serve(model: nn.Module, config: Any, options: Options) -> None:
             layer.kv_sharing_target_layer_name = first.layer_name
     if "key_pre" in admission.needs:
         _watch_keys(model, config, {id(x): x for x in layers})
-    model.kvpolicy = rows
+    # A plain attribute: the rows are no part of the module's state.
+    object.__setattr__(model, "kvpolicy", rows)
 
 
 def _watch_keys(model: nn.Module, config: Any, layers: dict[int, Attention]) -> None:
@@ -173,9 +176,3 @@ def _watch_keys(model: nn.Module, config: Any, layers: dict[int, Attention]) -> 
         module.rotary_emb = BeforeRope(rotary, layer.layer_name)
     if layers:
         raise UnsupportedError("kvpolicy: a layer without `rotary_emb` beside `attn`")
-
-
-def rows_of(worker: Any) -> Rows:
-    """The rows of a worker, for `LLM.collective_rpc`."""
-    found: Rows = worker.model_runner.model.kvpolicy
-    return found

@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from ..._fields import shown
+from ..._fields import number, shown
 from ...eviction import KeepAll
 from ...pipeline import CachePipeline
 from ...pipeline_files import load_pipeline, pipeline_from
@@ -17,18 +17,30 @@ from ...selection import SelectAll
 NAME = "kvpolicy"
 
 
+def _positive(value: float) -> bool:
+    return value > 0
+
+
+MOST = 0.1  # of the blocks' memory, what rows may take besides
+
+
 @attrs.frozen
 class Options:
-    """A pipeline, and the part of the tokens that its gate is expected to admit, with a margin."""
+    """A pipeline, and what it cannot say itself.
+
+    `admitted` is the part of the tokens that a gate is expected to admit, with a margin. Rows may
+    take `row_memory` times the memory of the blocks.
+    """
 
     pipeline: CachePipeline
     admitted: float | None = None
+    row_memory: float = attrs.field(default=MOST, validator=number("a number above 0", _positive))
 
 
 def options_of(additional_config: Any) -> Options | None:
     """The options under "kvpolicy": a file's path, or a mapping; None where there are none.
 
-    A mapping has "pipeline", a path or the pipeline's plain values, and may have "admitted".
+    A mapping has "pipeline", a path or the pipeline's plain values, and may have the others.
 
     Raises:
         ValueError, TypeError: something else stands there, or the pipeline cannot be read.
@@ -43,14 +55,12 @@ def options_of(additional_config: Any) -> Options | None:
             f"additional_config: {NAME}: wanted a pipeline's file or a mapping with 'pipeline', "
             f"got {shown(given)}"
         )
-    rest = {name for name in given if name not in ("pipeline", "admitted")}
-    if rest:
-        raise ValueError(
-            f"additional_config: {NAME}: wanted 'pipeline' and 'admitted', got {sorted(rest)}"
-        )
+    fields = [field.name for field in attrs.fields(Options)]
+    if rest := sorted(name for name in given if name not in fields):
+        raise ValueError(f"additional_config: {NAME}: wanted {', '.join(fields)}, got {rest}")
     named = given["pipeline"]
     read = pipeline_from if isinstance(named, Mapping) else load_pipeline
-    return Options(read(named), given.get("admitted"))
+    return Options(**{**given, "pipeline": read(named)})
 
 
 def check_pipeline(pipeline: CachePipeline) -> None:

@@ -8,6 +8,7 @@ vLLM's null block, is a place for padding, where nothing is read.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import attrs
 import torch
@@ -94,7 +95,8 @@ class Rows:
         self.arena = zeros(plan.blocks(longest), dtype=torch.int64)
         self.room = zeros(dtype=torch.int32)  # pages of a row's arena now
         self.taken = zeros(dtype=torch.int32)
-        self.refused = zeros(dtype=torch.int64)  # admitted tokens of the row that found no page
+        self.refused = zeros(dtype=torch.int64)  # admitted tokens that found no page
+        self.memory: Tensor | None = None
         self.pages: Pages | None = None
 
     @property
@@ -105,8 +107,13 @@ class Rows:
             own += [*layer.ring, layer.table, layer.counts]
         return sum(tensor.untyped_storage().nbytes() for tensor in own)
 
+    def count_refused(self) -> int:
+        """Admitted tokens of heads, until now, that were left out since an arena was full."""
+        return int(self.refused.sum())
+
     def bind(self, memory: Tensor) -> None:
         """Makes pages of vLLM's memory: int8, as many bytes as whole blocks hold."""
+        self.memory = memory
         dim, dtype = self.spec.head_dim, self.spec.dtype
         part = PAGE * dim * dtype.itemsize
         memory = memory.view(-1)
@@ -284,7 +291,9 @@ class Rows:
         out = self.ops.prefill_attention(
             query, k, v, f, seg, self.pages, held, self.window, self.spec.softmax_scale
         )
-        keep_last(rings, new, seg)
+        places: dict[Any, Any] = {}
+        for ring, x in zip(rings, new, strict=True):
+            keep_last(ring, x, seg, places)
         return out.transpose(0, 1)
 
     def _store(

@@ -26,11 +26,13 @@ class ArenaSpec(FullAttentionSpec):
 
     `dtype` is int8, `num_kv_heads` the KV heads of all layers on one rank, and `head_size` the
     bytes of a token's key and value and of its position. `rows` are the requests that may run at
-    once.
+    once; each takes `row_bytes` outside the blocks, and all at most `row_memory` times the blocks.
     """
 
     plan: Plan
     rows: int
+    row_bytes: int
+    row_memory: float
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         longest = vllm_config.model_config.max_model_len
@@ -63,6 +65,7 @@ class ArenaManager(FullAttentionManager):
                 f"there are {block_pool.get_num_free_blocks()}; lower max_num_seqs or give the "
                 "cache more memory"
             )
+        _check_rows(kv_cache_spec, block_pool.num_gpu_blocks)
         named = block_pool.free_block_queue.popleft_n(count)
         if [block.block_id for block in named] != list(range(1, count + 1)):
             raise RuntimeError("kvpolicy: vLLM gave other blocks first than 1, 2, 3, ...")
@@ -98,6 +101,19 @@ class ArenaManager(FullAttentionManager):
         blocks = super().pop_blocks_for_free(request_id)
         self.free_rows += blocks[:1]
         return blocks[1:]
+
+
+def _check_rows(spec: ArenaSpec, blocks: int) -> None:
+    """Raises ValueError where rows take too much memory, with a number of them that does not."""
+    most = spec.row_memory * blocks * spec.page_size_bytes
+    if (spec.rows + 1) * spec.row_bytes > most:  # one more is a place for padding
+        fits = int(most // spec.row_bytes) - 1
+        raise ValueError(
+            f"kvpolicy: max_num_seqs: {spec.rows} rows of {spec.row_bytes / 2**20:.2f} MiB take "
+            f"more than {spec.row_memory} of the {blocks * spec.page_size_bytes / 2**20:.0f} MiB "
+            f"of blocks; wanted at most {max(fits, 0)} (--max-num-seqs), a shorter max_model_len "
+            "or a larger 'row_memory'"
+        )
 
 
 def register_spec() -> None:

@@ -7,9 +7,10 @@ from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import attrs
+import torch
 from torch import Tensor
 
-from ..ops import Heads, Pages, Ring
+from ..ops import Heads, Ops, Pages, Ring, pages_of
 from ..rope import Rope
 
 Given = TypeVar("Given")
@@ -188,3 +189,18 @@ class StoredTokens(NamedTuple):
     softcap: float | None
     sinks: Tensor | None
     view: Callable[[], EvictionView]
+
+    def read(self, ops: Ops, row: int, heads: slice, tokens: slice) -> tuple[Tensor, Tensor]:
+        """Keys `[H, n, D]` and values `[H, n, Dv]` of global tokens of a sequence's `heads`.
+
+        A copy, for what no op computes from pages: of a part at a time. `tokens` starts at a page
+        of the cache; zeros where a head holds no token.
+        """
+        size = self.pages.k.shape[1]
+        columns = slice(tokens.start // size, pages_of(tokens.stop, size))
+        k, v, _ = ops.read_pages(self.pages, self.heads.table[row, heads, columns].contiguous())
+        token = tokens.start + torch.arange(k.shape[1] * size, device=k.device)
+        hide = (token >= self.heads.counts[row, heads, None])[..., None]
+        wanted = slice(0, tokens.stop - tokens.start)
+        k, v = (x.flatten(1, 2).masked_fill_(hide, 0)[:, wanted] for x in (k, v))
+        return k, v

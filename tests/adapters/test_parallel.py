@@ -174,7 +174,8 @@ def test_head_counts_come_from_the_weights(rank):
 
     model = tiny()
     for layer in model.model.layers:
-        layer.self_attn.k_proj = Sharded((Replicate(), Shard(0)), Mesh())
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(layer.self_attn, name, Sharded((Replicate(), Shard(0)), Mesh()))
     spec = spec_of(model)
     assert (spec.heads, spec.kv_heads, spec.head_offset) == (2, 1, rank)
     assert spec.model_kv_heads == 2
@@ -183,3 +184,30 @@ def test_head_counts_come_from_the_weights(rank):
     with pytest.raises(UnsupportedError, match="between KV heads"):
         pipeline.check(spec)  # without a way to the other ranks
     pipeline.check(spec, ALONE)
+
+
+def test_heads_that_ranks_cannot_share_are_refused_before_anything_runs():
+    from torch.distributed.tensor import Replicate, Shard
+
+    class Three:
+        def size(self, axis=0):
+            return 3
+
+    def spread(model, **placements):
+        for layer in model.model.layers:
+            for name, own in placements.items():
+                setattr(layer.self_attn, name, Sharded((own,), Three()))
+        model.model.forward = None  # would fail
+        return model
+
+    every = dict.fromkeys(("q_proj", "k_proj", "v_proj"), Shard(0))
+    with pytest.raises(UnsupportedError, match="3 ranks cannot share its 2 KV heads evenly"):
+        attach(spread(tiny(), **every), CachePipeline())
+    with pytest.raises(UnsupportedError, match="3 ranks cannot share its 4 query heads"):
+        attach(spread(tiny(num_key_value_heads=3), **every), CachePipeline())
+    whole = every | {"k_proj": Replicate(), "v_proj": Replicate()}
+    with pytest.raises(
+        UnsupportedError, match="3 ranks share the query heads while each holds all"
+    ):
+        model = tiny(hidden_size=96, num_attention_heads=6, num_key_value_heads=3)
+        attach(spread(model, **whole), CachePipeline())

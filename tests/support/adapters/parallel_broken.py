@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from kvpolicy.adapters.hf import attach
+from kvpolicy.adapters.hf import attach, models
 from tests.support.adapters.models import SIZES, pipelines, prompt
 from tests.support.adapters.parallel import told
 from tests.support.adapters.rehearsed import rehearsed
@@ -33,6 +34,7 @@ PATIENCE = 100  # seconds until a rank gives up on the other, which fails the te
 
 def load(folder, rank, name, seconds=600):
     """The rank's part of the model, in a new group."""
+    models._KNOWN.clear()  # as in new processes
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet {name}", rank=rank, world_size=2,
         timeout=datetime.timedelta(seconds=seconds),
@@ -68,6 +70,7 @@ def break_off(model, rank, place):
         if captured:
             stack.enter_context(rehearsed())
         raised = told(lambda: attached.ask(cache, tail, max_new_tokens=30))
+        gc.collect()  # the fork that was asked, which the error's frames hold
         after = cache.columns, cache.state.lengths, cache.report().kv
         again = told(lambda: attached.ask(cache, tail, max_new_tokens=3))
     return *raised, again, before == after
