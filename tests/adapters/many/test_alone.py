@@ -52,6 +52,25 @@ def test_parked_sequences_go_on(llama, name, monkeypatch):
     assert sum(x.parked for x in found.values()) >= 1 and found[0].parked == 0
 
 
+def test_an_eviction_without_memory_waits(llama, monkeypatch):
+    """It comes after a step whose tokens are in: none is fed twice."""
+    maintain, failed = CachePipeline.maintain, []
+
+    def short(self, state):
+        if self.due(state) and len(failed) < 2:
+            failed.append(state)
+            raise CapacityError("none left")
+        maintain(self, state)
+
+    given = [(ids, 20) for ids in prompts([(60, 0), (25, 0)])]
+    with attach(llama, pipelines()["all"], **SIZES) as attached:
+        wanted = [alone(llama, *one) for one in given]
+        monkeypatch.setattr(CachePipeline, "maintain", short)
+        found = many(attached, given, slots=2)
+    assert [found[0].tokens, found[1].tokens] == wanted
+    assert len(failed) == 2 and found[1].parked
+
+
 def test_requests_enter_when_their_pages_are_free(llama):
     """What is known of earlier prompts keeps memory from running short."""
     lengths = [(60, 5)] * 6
