@@ -49,6 +49,8 @@ class KVPolicyLM(HFLM):  # type: ignore[misc]
         options: sizes of caches (`page_size`, `interval`, `max_bytes`, ...), and HFLM's arguments.
     """
 
+    batch_size_per_gpu: int  # HFLM's
+
     def __init__(
         self,
         pretrained: Any,

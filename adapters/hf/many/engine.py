@@ -290,7 +290,7 @@ class Engine:
     # -- steps
 
     def _step(self, entries: Sequence[Entry]) -> None:
-        rows = {entry.slot: entry for entry in entries}
+        rows = {entry.slot: entry for entry in self.scheduler.at(Place.RUNNING)}
         try:
             self.room.maintain()  # where one that was due found no memory
             self.steps.step(entries)
