@@ -47,8 +47,9 @@ SHARING = {
 }
 
 
-# Policies that read attention inputs of other sizes than the model's, or want a replay.
-LEFT_OUT = {"zap", "at_end_zap", "trim", "fast", "ranked", "judge", "kvzip"}
+# Policies that read attention inputs of other sizes than the model's, or want a replay; keys that
+# are normalised have norms that rounding alone ranks.
+LEFT_OUT = {"zap", "at_end_zap", "trim", "fast", "ranked", "judge", "kvzip", "knorm"}
 
 
 def pairs():
