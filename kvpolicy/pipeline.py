@@ -16,7 +16,7 @@ from .admission import Admission, AdmitAll
 from .backend import BACKENDS, resolve
 from .budget import budget_of
 from .calls import capacity
-from .calls._checks import check_call, check_complete, check_layer, check_shared, check_state
+from .calls._checks import check_call, check_complete, check_layer, check_shared
 from .calls.call import abort, close_call, open_call
 from .calls.decode import decode, read_decoded
 from .calls.evict import evict
@@ -31,6 +31,7 @@ from .selection import SelectAll, Selection
 from .spec import CacheSpec
 from .store import CacheState, Report, moments
 from .store.allocate import allocate
+from .store.checks import check_state
 from .store.layer import check_sinks
 from .store.looked_back import adopt_numbers, fork_to_replay, looks_back
 from .store.report import report
@@ -376,7 +377,8 @@ class CachePipeline:
     def activate(self, state: CacheState, active: Tensor) -> None:
         """Says which sequences, bool `[B]` on the device, store what decode calls bring.
 
-        The host does not look: it learns of it when it next asks the device.
+        The host does not look: it learns of it when it next asks the device. So this can only take
+        away; `CacheState.resume` makes sequences active.
         """
         state.devices.activate(active)
 
@@ -401,7 +403,7 @@ class CachePipeline:
         until the host asks the device. Returns whether it did.
         """
         for row in state.sequences:
-            row.length += 1
+            row.length += row.active
         state.steps_reserved -= 1
         due = bool(self.due(state))
         if due:

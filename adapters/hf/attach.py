@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn, Unpack
 
 import torch
@@ -24,6 +24,8 @@ from .compile import CompiledLayers, check_compiles, make_eager
 from .faces import NAME
 from .forwards import Forwards
 from .generate import generate
+from .many.requests import Finished, Request
+from .many.serve import serve
 from .models import AttentionLayer, check_one_device, check_pre_query, check_pre_rope, served
 from .own_steps import put_aside_at
 from .replay import replay
@@ -134,7 +136,7 @@ class Attachment:
 
     def detach(self) -> None:
         """Restores the model to the letter; calling it twice does nothing."""
-        if _attached(self.decoder) is self:
+        if self.attached:
             self.changes.undo()
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -185,6 +187,11 @@ class Attachment:
         self.forwards.after(output)
 
     @property
+    def attached(self) -> bool:
+        """Whether it is still on the model."""
+        return _attached(self.decoder) is self
+
+    @property
     def cache(self) -> KVPolicyCache | None:
         """The cache of the forward in flight."""
         return self.forwards.cache
@@ -202,7 +209,8 @@ class Attachment:
         if not isinstance(given, KVPolicyCache):
             raise TypeError(
                 f"{name}: wanted a KVPolicyCache from new_cache(model, pipeline), got "
-                f"{type(given).__name__}; call generate of the model that was attached"
+                f"{type(given).__name__}; pass attached.new_cache(), also to a model that else "
+                "makes a cache of its own, or call generate of the model that was attached"
             )
         if given.pipeline is not self.pipeline and given.pipeline != self.pipeline:
             raise ValueError(f"{name}: the cache belongs to another pipeline")
@@ -281,6 +289,38 @@ class Attachment:
             self, input_ids, continuation_ids, attention_mask, continuation_mask, question
         )
 
+    def generate_many(
+        self,
+        requests: Iterable[Request | None],
+        *,
+        slots: int = 16,
+        tokens_per_call: int = 8192,
+        shared_prefix: str | Tensor | Sequence[int] | None = None,
+        max_bytes: int | None = None,
+        tokenizer: Any = None,
+    ) -> Iterator[Finished]:
+        """Serves many requests, up to `slots` at once; gives each as it finishes.
+
+        Each gets what `generate` gives it alone. Prompts are read in calls of up to
+        `tokens_per_call` tokens of any of them, with a decode step after each call. Requests are
+        taken one after another when there is room; None among them says that there is none for now.
+        Those of a list are checked beforehand, one of another iterable that cannot be served
+        finishes with its error.
+
+        Args:
+            requests: what to serve; their order is that in which they enter.
+            slots: sequences that decode together.
+            tokens_per_call: of prompts between two steps, which bounds the time between tokens.
+            shared_prefix: ids, or a text, with which prompts begin; read once. Those that begin
+                with something else are read whole.
+            max_bytes: of all pages, by default the attachment's, else 0.8 of what a GPU has free.
+            tokenizer: for texts and stop strings.
+
+        Raises:
+            UnsupportedError: for models and options that cannot share calls, by name.
+        """
+        return serve(self, requests, slots, tokens_per_call, shared_prefix, max_bytes, tokenizer)
+
     def used(self, cache: KVPolicyCache) -> None:
         """Remembers what a cache did that no caller gave."""
         if cache.state is not None:
@@ -326,7 +366,35 @@ def attach(
 
 def detach(model: nn.Module) -> None:
     """Takes the pipeline off `model`."""
+    _of(model, "detach").detach()
+
+
+def generate_many(
+    model: nn.Module,
+    requests: Iterable[Request | None],
+    *,
+    slots: int = 16,
+    tokens_per_call: int = 8192,
+    shared_prefix: str | Tensor | Sequence[int] | None = None,
+    max_bytes: int | None = None,
+    tokenizer: Any = None,
+) -> Iterator[Finished]:
+    """Serves many requests on a model that a pipeline is attached to.
+
+    See `Attachment.generate_many`. Raises PhaseError where none is.
+    """
+    return _of(model, "generate_many").generate_many(
+        requests,
+        slots=slots,
+        tokens_per_call=tokens_per_call,
+        shared_prefix=shared_prefix,
+        max_bytes=max_bytes,
+        tokenizer=tokenizer,
+    )
+
+
+def _of(model: nn.Module, what: str) -> Attachment:
     attachment = _attached(decoder_of(base_of(model)))
     if attachment is None:
-        raise PhaseError("detach: no pipeline is attached to this model")
-    attachment.detach()
+        raise PhaseError(f"{what}: no pipeline is attached to this model")
+    return attachment

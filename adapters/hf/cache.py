@@ -69,11 +69,13 @@ class KVPolicyCache(Cache):
         self.evicts = True  # whether the end of the prompt does
         self.singles = 0  # forwards of one column in a row, in a prompt that goes on
         self.counts_positions = False  # whether the real tokens seen give position ids
+        self.counted_from: int | None = None  # where forwards of a bare loop began to count places
         self.counts_columns = False  # whether all columns seen do, as with soft prompts
         self.recording = False  # columns may be taken back before the next forward
         self.graph: Any = None  # CapturedStep of this cache's buffers
         self.captures = 0
         self.capturing = False
+        self.packed: list[int] | None = None  # tokens of each sequence in a row that packs them
         self.decoding = "not yet"  # how the last generate decoded: "captured" or "eager: reason"
         self._make_faces()
 
@@ -332,6 +334,7 @@ class KVPolicyCache(Cache):
     def reset(self) -> None:
         """Empties the cache and gives its pages back."""
         self.chunks, self.phase, self.boundary, self.recording = [], "prompt", None, False
+        self.counted_from = None
         self.states.reset()
         if self.state is not None:
             self.state.reset()

@@ -66,16 +66,19 @@ def decode_loop(
     # As in transformers, rows that another criterion than an EOS token stopped go on with the rest.
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     pad = config._pad_token_tensor if ends else None
-    going = torch.ones_like(unfinished)
+    going, wrong = torch.ones_like(unfinished), unfinished.new_zeros(())
     steps = Lockstep(cache.ranks, waits=not stepper.captured)
     late = _LateFlags(stepper.captured, kvp_streamer, steps)
     length = prompt
 
     def choose() -> tuple[Tensor, Tensor]:
         """The tokens after `logits`, and which sequences go on after them."""
+        nonlocal wrong
         last = logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
         processed = logits_processor(ids[:, :length], last)
         token = _choose(processed, config.do_sample)
+        if config.do_sample:
+            wrong = ~processed.amax(-1).isfinite().all()
         if pad is not None:
             token = torch.where(unfinished, token, pad.to(token.device))
         ids[:, length] = token
@@ -83,15 +86,16 @@ def decode_loop(
             scores.append(processed)
         if raw is not None:
             raw.append(last)
-        return token, unfinished & ~stopping_criteria(ids[:, : length + 1], scores)
+        seen = None if scores is None else tuple(scores)
+        return token, unfinished & ~stopping_criteria(ids[:, : length + 1], cast(Any, seen))
 
-    with _experts(model):
+    with experts(model):
         while True:
             token, alive = steps.decide(choose, batch)
             if cache.ranks.many:
                 ids[:, length] = token
             length += 1
-            stopped = late.stopped(alive, token)
+            stopped = late.stopped(alive, token, wrong)
             if stopped or length == ids.shape[1] - 1:
                 break
             # A row is active for the token that it sampled before it ended; none when all ended.
@@ -116,7 +120,7 @@ def decode_loop(
     )
 
 
-def _experts(model: Any) -> Any:
+def experts(model: Any) -> Any:
     """Decodes with the experts' implementation that transformers' own loop decodes with."""
     switch = getattr(model, "_optimize_model_for_decode", None)
     return contextlib.nullcontext() if switch is None else switch()
@@ -163,7 +167,7 @@ def _next_position(
 
 
 class _LateFlags:
-    """Tells the host that every sequence has ended, and gives a streamer its tokens.
+    """Tells the host that every sequence has ended, or could not be sampled, and streams tokens.
 
     With `late` both come through pinned memory one step after the device has them; without it the
     host waits.
@@ -174,12 +178,16 @@ class _LateFlags:
         self.pending: tuple[Tensor, Tensor, Any] | None = None
         self.extra = 0
 
-    def stopped(self, alive: Tensor, token: Tensor) -> bool:
-        """Whether all sequences had ended: now, or with `late` at the step before."""
+    def stopped(self, alive: Tensor, token: Tensor, wrong: Tensor) -> bool:
+        """Whether all sequences had ended: now, or with `late` at the step before.
+
+        Raises ValueError where scores were `wrong`.
+        """
         if not self.late:
-            self._put(token)
-            return not bool(alive.any())
-        before, self.pending = self.pending, self._send(alive, token)
+            going, bad = torch.stack([alive.any(), wrong]).tolist()
+            self._put(token, bad)
+            return not going
+        before, self.pending = self.pending, self._send(alive, token, wrong)
         if before is None:
             return False
         if not self._receive(before):
@@ -197,8 +205,8 @@ class _LateFlags:
             self.streamer.end()
         return self.extra
 
-    def _send(self, alive: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Any]:
-        on = self.steps.flags(alive)
+    def _send(self, alive: Tensor, token: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, Any]:
+        on = torch.cat([self.steps.flags(alive).long(), wrong[None].long()])
         flags = torch.empty(on.shape, dtype=on.dtype, pin_memory=True)
         flags.copy_(on, non_blocking=True)
         held = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
@@ -210,10 +218,16 @@ class _LateFlags:
     def _receive(self, sent: tuple[Tensor, Tensor, Any]) -> bool:
         flags, held, event = sent
         event.synchronize()
-        alive = self.steps.look(flags.tolist())
-        self._put(held)
+        *told, wrong = flags.tolist()
+        alive = self.steps.look(told)
+        self._put(held, bool(wrong))
         return alive
 
-    def _put(self, token: Tensor) -> None:
+    def _put(self, token: Tensor, wrong: bool) -> None:
+        if wrong:
+            raise ValueError(
+                "do_sample: a row's scores are infinite, no numbers or all ruled out, so that no "
+                "token can be drawn; see what logits_processor and the bans among the options leave"
+            )
         if self.streamer is not None:
             self.steps.kept(lambda: self.streamer.put(token.cpu()))

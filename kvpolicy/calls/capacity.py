@@ -19,14 +19,13 @@ import contextlib
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
 
 from ..errors import CapacityError
 from ..eviction import Eviction
-from ..ops import pages_of
 from ..spec import CacheSpec
 from ..store.layer import LayerStore
 from ..store.numbers import most_stored, widen
+from ..store.page_counts import prompt_pages, step_pages
 from ..store.pool import PagePool
 from ..store.state import CacheState
 from .evict import shrink_to
@@ -74,7 +73,7 @@ def reserve(state: CacheState, least: int, wanted: int) -> None:
             _reserve_steps(state, least)
         state.steps_reserved = _least(state, state.steps_reserved)
     elif _any(state, not fits):
-        _evict_pages(state, lambda: _pages_for(state, wanted))
+        _evict_pages(state, lambda: step_pages(state, wanted))
         _reserve_steps(state, wanted)
 
 
@@ -113,7 +112,7 @@ def take(state: CacheState, added: tuple[int, ...]) -> None:
     if state.spec.at_cap == "evict" and state.spec.max_bytes is not None:
         # What is admitted may fit all the same; if it does not, the layer that writes it raises.
         with contextlib.suppress(CapacityError):
-            _evict_pages(state, lambda: _pages_beyond(state, added))
+            _evict_pages(state, lambda: prompt_pages(state, added))
     widen(state, most_stored(state.layers) + max(added, default=0))
     state.devices.release()
     state.steps_reserved = 0
@@ -147,40 +146,16 @@ def check_tokens(state: CacheState, layer: LayerStore, counts: list[list[int]]) 
 def _too_many(row: int, layer: int, tokens: int, most: int) -> CapacityError:
     return CapacityError(
         f"max_tokens: a head of sequence {row} would hold {tokens} tokens in layer {layer}, the "
-        f"cap is {most}; raise it, admit less, or choose at_cap='evict' with an eviction"
+        f"cap is {most}; raise it, admit less, or choose at_cap='evict' with an eviction",
+        row=row,
     )
 
 
 def _reserve_steps(state: CacheState, steps: int) -> None:
     """Keeps pages for `steps` decoded tokens a sequence."""
-    state.devices.reserve(_pages_for(state, steps))
+    state.devices.reserve(step_pages(state, steps))
     widen(state, most_stored(state.layers) + steps)
     state.steps_reserved = steps
-
-
-def _pages_for(state: CacheState, steps: int) -> dict[PagePool, int]:
-    """Pages that `steps` decoded tokens a sequence may need (reads the device)."""
-
-    def need(layer: LayerStore) -> Tensor:
-        size = layer.pool.page_size
-        return pages_of(layer.counts + steps, size) - pages_of(layer.counts, size)
-
-    return state.devices.count(state.managed, need)
-
-
-def _pages_beyond(state: CacheState, added: tuple[int, ...]) -> dict[PagePool, int]:
-    """Pages that a prompt call needs if every token of it is admitted (reads the device)."""
-
-    def need(layer: LayerStore) -> Tensor:
-        leaving = [
-            max(length + new - layer.window, 0) - max(length - layer.window, 0)
-            for length, new in zip(state.lengths, added, strict=True)
-        ]
-        size = layer.pool.page_size
-        after = layer.counts + torch.tensor(leaving, device=layer.device)[:, None]
-        return pages_of(after, size) - pages_of(layer.counts, size)
-
-    return state.devices.count(state.managed, need)
 
 
 def _stored(state: CacheState) -> list[list[list[int]]]:

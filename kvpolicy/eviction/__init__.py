@@ -1,10 +1,10 @@
 """Eviction policies: what to drop."""
 
 from ._base import Eviction as Eviction
-from ._base import EvictionView as EvictionView
 from ._base import KeepAll as KeepAll
-from ._base import QueryStats as QueryStats
-from ._base import StoredTokens as StoredTokens
+from ._view import EvictionView as EvictionView
+from ._view import QueryStats as QueryStats
+from ._view import StoredTokens as StoredTokens
 from .at_prompt_end import AtPromptEnd as AtPromptEnd
 from .critical_kv import CriticalKV as CriticalKV
 from .dbudgetkv import DBudgetKV as DBudgetKV

@@ -12,7 +12,8 @@ from .._fields import is_a, one_of
 from .._names import named
 from ..admission import Admission, Write
 from ..choices import Generated
-from ._base import Eviction, EvictionView
+from ._base import Eviction
+from ._view import EvictionView
 
 
 @named

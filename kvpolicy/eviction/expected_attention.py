@@ -12,7 +12,8 @@ from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
 from ..ops import Ops
 from ._attention import used_slots
-from ._base import Eviction, EvictionView, StoredTokens, when_field, wide
+from ._base import Eviction, when_field, wide
+from ._view import EvictionView, StoredTokens
 
 FIRST = torch.finfo(torch.float32).max  # the score of a token that stays in any case
 

@@ -11,7 +11,8 @@ from .._fields import flag, one_of
 from .._names import named
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import Accumulates, NumberGroup, When
-from ._base import Eviction, EvictionView, when_field
+from ._base import Eviction, when_field
+from ._view import EvictionView
 
 
 @named

@@ -10,7 +10,8 @@ from .._fields import not_negative
 from .._names import named
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import Accumulates, NumberGroup
-from ._base import Eviction, EvictionView
+from ._base import Eviction
+from ._view import EvictionView
 
 
 @named

@@ -13,7 +13,8 @@ from .._names import named
 from ..admission import Admission, Write
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
-from ._base import Eviction, EvictionView, when_field
+from ._base import Eviction, when_field
+from ._view import EvictionView
 
 
 def _scores(instance: Ranked, attribute: attrs.Attribute[Any], value: Any) -> None:

@@ -14,7 +14,8 @@ from ..admission import Write
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import HeadGroup
 from ..ops import Ops
-from ._base import Eviction, EvictionView, StoredTokens
+from ._base import Eviction
+from ._view import EvictionView, StoredTokens
 from .snapkv import SnapKV
 
 

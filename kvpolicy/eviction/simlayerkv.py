@@ -10,8 +10,10 @@ from .._fields import fraction, not_negative, positive
 from .._knob import Knob
 from .._names import named
 from ..choices import When
-from ._attention import attention, used_slots
-from ._base import Eviction, EvictionView, when_field
+from ..ops import Ops
+from ._attention import attention, masses, used_slots
+from ._base import Eviction, when_field
+from ._view import EvictionView, StoredTokens
 
 
 @named
@@ -47,18 +49,31 @@ class SimLayerKV(Eviction):
         if window > self.recent:
             raise ValueError(f"recent: wanted at least the window of {window}, got {self.recent}")
 
+    def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
+        far, near = masses(ops, stored, self.observation)
+        return self._scores(stored.view(), far.double(), near.double().sum(2))
+
     def score(self, view: EvictionView) -> Tensor:
-        near = view.positions >= view.lengths[:, None, None] - self.recent
-        held = ((view.positions < self.sinks) | near) & view.valid
-        found = torch.zeros(view.valid.shape, device=view.valid.device)
-        sums = []
+        far = torch.zeros(view.valid.shape, dtype=torch.float64, device=view.valid.device)
+        near = far.new_zeros(far.shape[:2])
         for row, used in enumerate(used_slots(view)):
             weights = attention(view, row, used).double()
-            seen = weights[..., used:].sum((1, 2, 3))
-            far = weights[..., :used].masked_fill(~held[row, :, None, None, :used], 0)
-            sums.append(torch.stack([seen + far.sum((1, 2, 3)), weights.sum((1, 2, 3))], -1))
+            far[row, :, :used] = weights[..., :used].sum((1, 2))
+            near[row] = weights[..., used:].sum((1, 2, 3))
+        return self._scores(view, far, near)
+
+    def _scores(self, view: EvictionView, far: Tensor, inside: Tensor) -> Tensor:
+        """From weights of the stored tokens `[B, Hkv, N]` and sums of the window's `[B, Hkv]`."""
+        near = view.positions >= view.lengths[:, None, None] - self.recent
+        held = ((view.positions < self.sinks) | near) & view.valid
+        sums = []
+        for row, used in enumerate(used_slots(view)):
+            own = far[row, :, :used]
+            seen = inside[row] + own.masked_fill(~held[row, :, :used], 0).sum(1)
+            sums.append(torch.stack([seen, inside[row] + own.sum(1)], -1))
         seen, total = view.across(torch.stack(sums)).sum(1).unbind(-1)  # [B]
         lazy = (seen > self.threshold * total)[:, None, None]
+        found = torch.zeros(view.valid.shape, device=view.valid.device)
         return found.masked_fill(lazy & ~held, float("-inf"))
 
     def knob(self, *, window: int, seen: int, layers: int, kv_heads: int) -> Knob[Eviction] | None:

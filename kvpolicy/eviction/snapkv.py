@@ -15,7 +15,8 @@ from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import HeadGroup, Normalize, Pooling, When
 from ..ops import Ops
 from ._attention import attention, used_slots
-from ._base import Eviction, EvictionView, StoredTokens, when_field
+from ._base import Eviction, when_field
+from ._view import EvictionView, StoredTokens
 
 
 @named

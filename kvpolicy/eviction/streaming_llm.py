@@ -10,7 +10,8 @@ from .._fields import not_negative
 from .._names import named
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
-from ._base import Eviction, EvictionView, when_field
+from ._base import Eviction, when_field
+from ._view import EvictionView
 
 
 @named

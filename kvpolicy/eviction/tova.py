@@ -12,7 +12,8 @@ from .._names import named
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import HeadGroup, When
 from ..ops import Ops
-from ._base import Eviction, EvictionView, StoredTokens, when_field
+from ._base import Eviction, when_field
+from ._view import EvictionView, StoredTokens
 from .snapkv import SnapKV
 
 

@@ -21,6 +21,7 @@ from . import moments
 from .fingerprint import pipeline_fingerprint, tensors_hash
 from .layer import LayerStore, check_sinks
 from .numbers import held, hold
+from .page_contents import write_pages
 from .sequence import SequenceState
 from .state import CacheState
 from .summaries import summarize
@@ -278,10 +279,6 @@ def _fill(state: CacheState, layer: LayerStore, tensors: Mapping[str, Tensor]) -
     holders = torch.bincount(table.flatten(), minlength=pages + 1)[1:]
     layer.pool.refs[ids.long()] = holders.to(device).int()
     k, v, meta = (tensors[here + name].to(device) for name in ("k", "v", "meta"))
-    slots = torch.arange(pages * size, dtype=torch.int32, device=device)[None]
-    state.ops.append(
-        layer.pool.pages, ids[None, None], k.flatten(0, 1)[None], v.flatten(0, 1)[None],
-        meta.flatten()[None], slots, torch.zeros_like(slots[0]),
-    )  # fmt: skip
+    write_pages(state, layer, ids, k, v, meta)
     span = pages_of(int(layer.counts.max()), size)
     summarize(state, layer, torch.zeros_like(layer.counts), layer.counts, span)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import attrs
 
@@ -18,15 +19,13 @@ _HEADS = ("admitted", "stored", "evicted", "read")  # [layer][head]
 def joined(reports: Sequence[Report]) -> Report:
     """One report of the heads of all `reports`, in their order, which it holds as `ranks`."""
     first = reports[0]
-    found = {name: sum(getattr(x, name) for x in reports) for name in _SUMS}
-    lists = {}
+    found: dict[str, Any] = {name: sum(getattr(x, name) for x in reports) for name in _SUMS}
     for name in _HEADS:
         layers = zip(*(getattr(x, name) for x in reports), strict=True)
-        lists[name] = [_side_by_side(parts) for parts in layers]
+        found[name] = [_side_by_side(parts) for parts in layers]
     return attrs.evolve(
         first,
         **found,
-        **lists,
         overshoot=max(x.overshoot for x in reports),
         prompt_read=[_mean(x) for x in zip(*(x.prompt_read for x in reports), strict=True)],
         ranks=list(reports),

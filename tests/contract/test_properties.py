@@ -147,6 +147,7 @@ def test_batch_gives_what_each_gets_alone(sizes, names, seed):
     batch.check_effect()
     for row, n in enumerate(rows):
         alone = Run(pipeline, sizes.spec, streams[row : row + 1], oracle=False)
+        alone.middle = max(rows) // 2
         alone.prompt([n])
         alone.end_prompt()
         for _ in range(6 if row == ended else 12):

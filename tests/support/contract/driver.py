@@ -41,6 +41,7 @@ class Run:
         self.at = [0] * len(streams)
         self.pending, self.floor, self.checked = ([0] * len(streams) for _ in range(3))
         self.oracles = [self.new_row() if oracle else None for _ in streams]
+        self.middle = None  # where replays are cut, if not at half of the longest sequence
 
     def new_row(self):
         layers = enumerate(self.sinks)
@@ -175,7 +176,8 @@ class Run:
         if not any(self.pending) or not any(x.eviction.replayed for x in self.state.managed):
             return
         longest = max(self.at)
-        for span in (range(longest // 2), range(longest // 2, longest)):
+        middle = longest // 2 if self.middle is None else self.middle
+        for span in (range(min(middle, longest)), range(middle, longest)):
             if not span:
                 continue
             ends = [s[0][0].shape[1] for s in self.streams]
