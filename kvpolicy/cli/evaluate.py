@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .._fields import MOST, check_number
-from .benchmarks import BENCHMARK_CONTEXTS, RATIOS, Prompted, refuse, run_benchmark
+from .benchmarks import RATIOS, Prompted, refuse, run_benchmark
 from .common import (
     SMOLLM2,
     Device,
@@ -53,11 +53,11 @@ def evaluate(
     ] = None,
     contexts: Annotated[
         int | None,
-        typer.Option(min=1, max=MOST, help="Contexts of a cell; default 8, of benchmarks 25."),
+        typer.Option(min=1, max=MOST, help="Contexts of a cell; default 8, benchmarks 25 or more."),
     ] = None,
     questions: Annotated[
         int | None,
-        typer.Option(min=1, max=MOST, help="Questions of a cell at least; sets the contexts."),
+        typer.Option(min=1, max=MOST, help="Questions of a cell at least; benchmarks: 200."),
     ] = None,
     texts: Annotated[
         Path | None,
@@ -90,6 +90,10 @@ def evaluate(
         bool,
         typer.Option("--methods", help="Every method of docs/policies.md at each --keep instead."),
     ] = False,
+    q_filters: Annotated[
+        Path | None,
+        typer.Option(help="A file of fit-q-filters, for --methods.", exists=True),
+    ] = None,
     window: Annotated[int, typer.Option(min=1, max=MOST, help="Local window without a gate.")] = 64,
     page_size: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of a page.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the contexts.")] = 0,
@@ -147,7 +151,7 @@ def evaluate(
             "data": data, "ratio": ratio, "question": question, "policy": policy, "part": part,
         }  # fmt: skip
         if benchmark is not None:
-            refuse(benchmark, eager=eager, methods=methods, questions=questions)
+            refuse(benchmark, eager=eager, methods=methods, q_filters=q_filters)
             failed = run_benchmark(
                 benchmark,
                 model=model,
@@ -156,7 +160,8 @@ def evaluate(
                 tasks=task,
                 lengths=length,
                 starts=variant,
-                contexts=contexts or BENCHMARK_CONTEXTS,
+                contexts=contexts,
+                questions=questions,
                 texts=texts,
                 gates=gate or [],
                 thresholds=threshold or [],
@@ -179,6 +184,8 @@ def evaluate(
             )
             raise typer.Exit(int(failed))
         refuse(None, **of_benchmarks)
+        if q_filters is not None and not methods:
+            raise ValueError("q_filters: wanted --methods, which measures them, got none")
         tasks = _tasks(task)
         contexts = contexts or 8
         if questions is not None:
@@ -190,7 +197,7 @@ def evaluate(
                 "--gate NAME looks on the hub"
             )
         if methods:
-            found = method_variants_for(model, gates, duo, keeps, window)
+            found = method_variants_for(model, gates, duo, keeps, window, q_filters)
         else:
             found = variants_for(model, gates, threshold or [], duo, keeps, budgets, window)
         mine = {name: own_pipeline(name, trust_code) for name in pipeline or []}
@@ -213,6 +220,8 @@ def evaluate(
         }
         if methods:
             settings["methods"] = True
+        if q_filters is not None:
+            settings["q_filters"] = digest(q_filters)
         if mine:
             settings["pipeline"] = {n: pipeline_fingerprint(x) for n, x in mine.items()}
         store = Store(out)
