@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -95,7 +96,7 @@ def prompt_launches(bench: Bench, case: str, gated: bool) -> Iterator[Row]:
     kv_heads, dim, window = bench.pick(8, 2), bench.pick(128, 32), bench.pick(256, 16)
     layers, tokens = bench.pick(LAYERS, 3), bench.pick(PROMPT, 60)
     gate = random_gate(layers, kv_heads, bench.pick(512, 32), dim, window, bench.device)
-    parts = {"admission": gate} if gated else {}
+    parts: dict[str, Any] = {"admission": gate} if gated else {}
     pipeline = CachePipeline(backend="triton", window=None if gated else window, **parts)
     spec = CacheSpec(
         layers=layers, heads=4 * kv_heads, kv_heads=kv_heads, head_dim=dim, dtype=bench.dtype,

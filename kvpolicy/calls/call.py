@@ -45,6 +45,8 @@ def close_call(state: CacheState, call: Call) -> None:
         settle_after(state, call)
     state.call = None
     for row, added in zip(state.sequences, call.added, strict=True):
+        if call.phase == "prompt" and added and not row.length:
+            row.active = True  # a new sequence, maybe in a slot that had been emptied
         row.length += added
     if call.phase == "prompt" or call.columns > max(state.spec.rollback, 1):
         moments.committed(state, call.added)

@@ -8,6 +8,9 @@ head, until the pages suffice.
 Prompts: what a call admits is known only while it runs. With "raise" the layer that would exceed a
 cap raises. With "evict", `max_bytes` is met by making room beforehand for the whole call as if all
 of it were admitted, and `max_tokens` by evicting at its end: chunks keep what lies between short.
+
+Ranks that share the heads have pools and counts of their own. They reserve for the same steps, the
+least of any, and evict together where one must.
 """
 
 from __future__ import annotations
@@ -63,14 +66,33 @@ def reserve(state: CacheState, least: int, wanted: int) -> None:
         if evicts:
             _evict_tokens(state, state.spec.max_tokens - wanted, state.active)
         wanted = min(wanted, _room(state, least))
-    try:
-        _reserve_steps(state, wanted)
-    except CapacityError:
-        if not evicts:
+    wanted = _least(state, wanted)
+    fits = _try_steps(state, wanted)
+    if not evicts:
+        if not fits:
             _reserve_steps(state, least)
-            return
+        state.steps_reserved = _least(state, state.steps_reserved)
+    elif _any(state, not fits):
         _evict_pages(state, lambda: step_pages(state, wanted))
         _reserve_steps(state, wanted)
+
+
+def _least(state: CacheState, own: int) -> int:
+    """The least that a rank says."""
+    return min(part[0] for part in state.exchange.numbers([own]))
+
+
+def _any(state: CacheState, own: bool) -> bool:
+    """Whether a rank says so."""
+    return any(part[0] for part in state.exchange.numbers([own]))
+
+
+def _try_steps(state: CacheState, steps: int) -> bool:
+    try:
+        _reserve_steps(state, steps)
+    except CapacityError:
+        return False
+    return True
 
 
 def reserve_long(state: CacheState, most: int) -> None:
@@ -124,7 +146,8 @@ def check_tokens(state: CacheState, layer: LayerStore, counts: list[list[int]]) 
 def _too_many(row: int, layer: int, tokens: int, most: int) -> CapacityError:
     return CapacityError(
         f"max_tokens: a head of sequence {row} would hold {tokens} tokens in layer {layer}, the "
-        f"cap is {most}; raise it, admit less, or choose at_cap='evict' with an eviction"
+        f"cap is {most}; raise it, admit less, or choose at_cap='evict' with an eviction",
+        row=row,
     )
 
 
@@ -169,7 +192,7 @@ def _evict_tokens(state: CacheState, most: int, rows: list[bool]) -> None:
     stored = _stored(state)
     limits = [most if on else 1 << 30 for on in rows]
     over = (n > limit for row, limit in zip(stored, limits, strict=True) for x in row for n in x)
-    if not any(over):
+    if not _any(state, any(over)):
         return
     windows = [layer.window for layer in state.managed]
     targets = [
@@ -196,18 +219,25 @@ def _attainable(state: CacheState, pages: Mapping[PagePool, int]) -> bool:
 
 
 def _evict_pages(state: CacheState, need: Callable[[], Mapping[PagePool, int]]) -> None:
-    """Drops tokens until the pages that are needed then can be taken, or raises CapacityError."""
+    """Drops tokens until the pages that are needed then can be taken, or raises CapacityError.
+
+    Where ranks share the heads, those that have the pages keep their tokens.
+    """
     fraction = _SHRINK
     while True:
         pages = need()
+        full, hopeless = None, False
         try:
             state.provide(pages)
+        except CapacityError as error:
+            full, hopeless = error, not _attainable(state, pages)
+        if _any(state, hopeless):
+            raise full or CapacityError("max_bytes: another rank has no room, whatever is dropped")
+        if not _any(state, full is not None):
             return
-        except CapacityError:
-            if not _attainable(state, pages):
-                raise
+        own = fraction if full else 1.0
         by_row = zip(*(layer.counts.tolist() for layer in state.managed), strict=True)
-        targets = [[[int(fraction * n) for n in heads] for heads in row] for row in by_row]
+        targets = [[[int(own * n) for n in heads] for heads in row] for row in by_row]
         try:
             _shrink(state, targets)
         except CapacityError:

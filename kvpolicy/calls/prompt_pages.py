@@ -51,8 +51,8 @@ def make_room(
     pool.drain()
     # Once a call it asks for all layers.
     others = [] if held is not None else [x for x in state.layers if x.pool is pool]
-    before = [call.before.get(x.index, x.counts).flatten() for x in others]
-    numbers = torch.cat([after.flatten(), fresh.flatten(), pool.top, *before]).tolist()
+    earlier = [call.before.get(x.index, x.counts).flatten() for x in others]
+    numbers = torch.cat([after.flatten(), fresh.flatten(), pool.top, *earlier]).tolist()
     size, heads = after.numel(), after.shape[1]
     _hear(call, others, numbers[2 * size + 1 :])
     exact = _rows(numbers[:size], heads)

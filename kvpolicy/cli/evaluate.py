@@ -90,6 +90,13 @@ def evaluate(
         bool,
         typer.Option("--methods", help="Every method of docs/policies.md at each --keep instead."),
     ] = False,
+    density: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Parts of the blocks that XAttention reads while prefilling, instead: beside its "
+            "own thresholds, with the part that these find."
+        ),
+    ] = None,
     window: Annotated[int, typer.Option(min=1, max=MOST, help="Local window without a gate.")] = 64,
     page_size: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of a page.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the contexts.")] = 0,
@@ -126,6 +133,7 @@ def evaluate(
     """
     began = time.monotonic()
     with errors():
+        from ..evaluation.grid.densities import density_variants
         from ..evaluation.grid.results import Store
         from ..evaluation.grid.runner import (
             Runner,
@@ -136,6 +144,7 @@ def evaluate(
         from ..evaluation.grid.variants import own
         from ..evaluation.tasks.task import QUESTIONS
         from ..evaluation.texts import python_topics
+        from ..selection import XAttention
         from ..store.fingerprint import pipeline_fingerprint
 
         keeps, budgets = keep or [0.25, 0.1], budget or [0.125, 0.25, 0.0625]
@@ -147,7 +156,9 @@ def evaluate(
             "data": data, "ratio": ratio, "question": question, "policy": policy, "part": part,
         }  # fmt: skip
         if benchmark is not None:
-            refuse(benchmark, eager=eager, methods=methods, questions=questions)
+            refuse(
+                benchmark, eager=eager, methods=methods, questions=questions, density=density
+            )  # fmt: skip
             failed = run_benchmark(
                 benchmark,
                 model=model,
@@ -184,12 +195,17 @@ def evaluate(
         if questions is not None:
             contexts = -(-questions // QUESTIONS)
         gates = [shipped("gate", file) for file in gate or []]
-        if model == "smollm2" and not gates and not methods and (absent := absent_gates()):
+        if model == "smollm2" and not (gates or methods or density) and (absent := absent_gates()):
             typer.echo(
                 f"left out, since they are not installed: {', '.join(absent)}; "
                 "--gate NAME looks on the hub"
             )
-        if methods:
+        if density:
+            check_fractions("density", density)
+            if methods:
+                raise ValueError("density: wanted without --methods, got both")
+            found = density_variants(density, threshold or [XAttention().threshold], window)
+        elif methods:
             found = method_variants_for(model, gates, duo, keeps, window)
         else:
             found = variants_for(model, gates, threshold or [], duo, keeps, budgets, window)
@@ -213,6 +229,8 @@ def evaluate(
         }
         if methods:
             settings["methods"] = True
+        if density:
+            settings["density"] = density
         if mine:
             settings["pipeline"] = {n: pipeline_fingerprint(x) for n, x in mine.items()}
         store = Store(out)

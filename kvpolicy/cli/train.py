@@ -22,6 +22,21 @@ class Objective(StrEnum):
     wgkv = "wgkv"
 
 
+class KeyInputs(StrEnum):
+    """Keys that a gate reads."""
+
+    both = "both"
+    pre = "pre"
+    post = "post"
+
+
+class Mix(StrEnum):
+    """Kinds of training sequences."""
+
+    default = "default"
+    recall = "recall"
+
+
 class Kernel(StrEnum):
     """Attention kernels of the student."""
 
@@ -66,6 +81,9 @@ def train_gate(
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences a step, of the longest.")] = 2,
     threshold: Annotated[float, typer.Option(help="Admits above it.")] = 0.1,
     expand: Annotated[float, typer.Option(help="Hidden units per channel.")] = 4.0,
+    inputs: Annotated[
+        KeyInputs, typer.Option(help="Keys that it reads: before RoPE (pre), after (post), both.")
+    ] = KeyInputs.both,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     start: Annotated[
         Path | None, typer.Option(help="A gate's file to continue from.", exists=True)
@@ -75,6 +93,9 @@ def train_gate(
     answer_share: Annotated[
         float, typer.Option(help="Part of the loss where answers are predicted.")
     ] = 0.0,
+    mix: Annotated[
+        Mix, typer.Option(help="Sequences; recall: more people in places, whole tables.")
+    ] = Mix.default,
     kernel: Annotated[Kernel, typer.Option(help="Of the student's attention.")] = Kernel.auto,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations.")] = True,
     eval_every: Annotated[int, typer.Option(min=0, help="Steps between hard evaluations.")] = 0,
@@ -103,6 +124,8 @@ def train_gate(
             batch_size=batch_size,
             threshold=threshold,
             expand=expand,
+            inputs=inputs.value,
+            mix=mix.value,
             lr=lr,
             seed=seed,
             start_lam=start_lam,

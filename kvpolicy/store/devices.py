@@ -171,9 +171,10 @@ class Devices:
 
     def free(self) -> dict[PagePool, int | None]:
         """Pages that can be taken beside those reserved for other caches; None: as many as fit."""
+        rooms = {pool: pool.room for pool in self._leases}
         return {
-            pool: None if pool.room is None else pool.room + lease.reserved
-            for pool, lease in self._leases.items()
+            pool: None if room is None else room + self._leases[pool].reserved
+            for pool, room in rooms.items()
         }
 
     def drain(self) -> None:

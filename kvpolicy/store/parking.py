@@ -69,8 +69,13 @@ def park(state: CacheState, row: int) -> Parked:
         tuple(pages.values()),
         tuple(map(weakref.ref, pages)),
     )
-    clear(state, [row])
-    return parked
+    try:
+        clear(state, [row])
+        return parked
+    except BaseException:
+        if not state.sequences[row].length:  # nobody else has it
+            unpark(state, row, parked)
+        raise
 
 
 def unpark(state: CacheState, slot: int, parked: Parked) -> None:
@@ -90,9 +95,9 @@ def unpark(state: CacheState, slot: int, parked: Parked) -> None:
         raise ValueError("parked: wanted a sequence of a cache on the same pages, got another's")
     check_empty(state, slot)
     numbered = [held["numbers"] for held in parked.layers if "numbers" in held]
-    make_wide(state, parked.tokens, max((x.shape[1] for x in numbered), default=0))
-    state.provide(dict(zip(pools, parked.pages, strict=True)))
     with state.unbroken():
+        make_wide(state, parked.tokens, max((x.shape[1] for x in numbered), default=0))
+        state.provide(dict(zip(pools, parked.pages, strict=True)))
         try:
             for layer, held, sinks in zip(state.layers, parked.layers, parked.sinks, strict=True):
                 layer.sinks = layer.sinks if sinks is None else sinks

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._files import open_safetensors, replacing
 from ..errors import PhaseError
+from ..exchange import Exchange
 from ..ops import POSITION_MASK, pages_of
 from ..spec import CacheSpec
 from . import moments
@@ -51,7 +52,9 @@ class Pipeline(Protocol):
     @property
     def window(self) -> int: ...
 
-    def init(self, spec: CacheSpec, batch: int = 1) -> CacheState: ...
+    def init(
+        self, spec: CacheSpec, batch: int = 1, exchange: Exchange | None = None
+    ) -> CacheState: ...
 
 
 def save(
@@ -98,7 +101,12 @@ def save(
 
 
 def load(
-    path: str | os.PathLike[str], pipeline: Pipeline, spec: CacheSpec, *, fingerprint: str = ""
+    path: str | os.PathLike[str],
+    pipeline: Pipeline,
+    spec: CacheSpec,
+    *,
+    fingerprint: str = "",
+    exchange: Exchange | None = None,
 ) -> tuple[CacheState, dict[str, Tensor], dict[str, str]]:
     """The cache in a file, with the `extra` tensors and the `notes` saved beside it.
 
@@ -131,7 +139,7 @@ def load(
         for name, dim in (("ring_k", sizes.head_dim), ("ring_v", sizes.value_dim)):
             wanted = (batch, sizes.kv_heads, slots, dim)
             _check(tensors, f"{index}.{name}", wanted, spec.dtype)
-    state = pipeline.init(spec, batch)
+    state = pipeline.init(spec, batch, exchange)
     for name, filed, kind in _numbers():
         if name in _LATER and filed not in tensors:
             continue

@@ -60,8 +60,8 @@ def move(target: CacheState, slot: int, source: CacheState, row: int) -> None:
     source.sync_host()
     check_empty(target, slot)
     moving = source.sequences[row]
-    make_wide(target, moving.length, _stored(source, row))
     with target.unbroken():
+        make_wide(target, moving.length, _stored(source, row))
         try:
             for mine, theirs in zip(target.layers, source.layers, strict=True):
                 _copy(mine, slot, theirs, row)

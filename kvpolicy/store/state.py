@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._arguments import rows_below
 from .._fields import check_int
+from ..exchange import ALONE, Exchange
 from ..ops import POSITION_MASK, Bounds, Ops, Segments, pages_of
 from ..spec import CacheSpec
 from .devices import Device, Devices
@@ -67,11 +68,18 @@ class CacheState:
     """The cache of one batch; made by `CachePipeline.init`.
 
     `sequences` are the host's numbers, `devices` hold what kernels read of them. Policies never
-    keep state: everything that changes is here.
+    keep state: everything that changes is here. `exchange` reaches the caches of other heads.
     """
 
-    def __init__(self, spec: CacheSpec, ops: Ops, devices: Devices, batch: int) -> None:
-        self.spec, self.ops, self.devices = spec, ops, devices
+    def __init__(
+        self,
+        spec: CacheSpec,
+        ops: Ops,
+        devices: Devices,
+        batch: int,
+        exchange: Exchange = ALONE,
+    ) -> None:
+        self.spec, self.ops, self.devices, self.exchange = spec, ops, devices, exchange
         self.layers: list[LayerStore] = []
         self.sequences = [SequenceState() for _ in range(batch)]
         self.call: Call | None = None
@@ -241,7 +249,7 @@ class CacheState:
 
     def shell(self, batch: int) -> CacheState:
         """A state with the same sizes and pools and no layers yet."""
-        return CacheState(self.spec, self.ops, self.devices.resized(batch), batch)
+        return CacheState(self.spec, self.ops, self.devices.resized(batch), batch, self.exchange)
 
 
 def _bucket(width: int) -> int:
