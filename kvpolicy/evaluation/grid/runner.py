@@ -20,7 +20,6 @@ from ..sessions.estimates import shown
 from ..tasks import Task
 from ..tasks.prompts import Example
 from .cell import OutOfTime, answer, read_text
-from .densities import with_density
 from .methods import method_variants
 from .records import TOO_SMALL, Measured, Result
 from .results import Store
@@ -95,7 +94,6 @@ class Runner:
             if pipeline is None:
                 return attrs.evolve(result, skipped=TOO_SMALL)
             measured = self._run(cell, pipeline, prompts)
-            measured = attrs.evolve(measured, scores=with_density(measured.scores, pipeline))
         # A text or a length that does not do for the task, or more than the device holds.
         except (KVPolicyError, ValueError, torch.OutOfMemoryError) as error:
             return attrs.evolve(result, failed=str(error) or type(error).__name__)
