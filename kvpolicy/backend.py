@@ -15,6 +15,7 @@ from .errors import BackendError
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _MODULES = {  # of reference/ and kernels/ alike, by op
+    "advance_ring": "ring",
     "antidiagonal_blocks": "antidiagonal",
     "append": "cache_write",
     "attention_mass": "attention_mass",

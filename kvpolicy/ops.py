@@ -254,6 +254,19 @@ class Ops(Protocol):
         `[B, Hq, S', D]`.
         """
 
+    def advance_ring(
+        self, ring: Ring, key: Tensor, value: Tensor, flags: Tensor, segments: Segments, *,
+        undo: bool,
+    ) -> tuple[Ring, Ring | None]:  # fmt: skip
+        """Recent tokens of a prompt call, which then go to the ring.
+
+        `key` `[Hkv, T, D]`, `value` `[Hkv, T, Dv]`, `flags` `[Hkv, T]` uint8 are the new tokens of
+        `segments`, at least one. Returns the recent ones, k `[Hkv, Tk, D]`, v and flags, packed as
+        `segments` says: the new ones themselves where no sequence has earlier ones. The last new
+        tokens of each sequence go to their slots in `ring`; with `undo` what it held before is
+        returned as well.
+        """
+
     def count_leaving(
         self, flags: Tensor, before: Tensor, segments: Segments, window: int, page_size: int
     ) -> tuple[Tensor, Tensor, Tensor]:

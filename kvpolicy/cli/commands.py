@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .ablate import ablate
 from .bench import bench
 from .calibrate import calibrate, pareto
 from .completion import Shell, script
@@ -16,6 +17,7 @@ from .generate import chat, generate
 from .inspect import inspect
 from .models import models
 from .plan import plan
+from .reproduce import reproduce
 from .train import train_duo, train_gate
 
 app = typer.Typer(
@@ -39,7 +41,7 @@ def completion(
 
 COMMANDS = (
     generate, chat, plan, inspect, calibrate, pareto, evaluate, train_gate, train_duo, bench,
-    models, completion,
+    ablate, reproduce, models, completion,
 )  # fmt: skip
 for command in COMMANDS:
     app.command(epilog=epilog(command.__name__.replace("_", "-")))(command)

@@ -88,6 +88,18 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "kvpolicy train-duo smollm2 --texts manual.txt --out pattern --steps 2 --length 1024",
         ),
     ),
+    "ablate": (
+        (
+            "which keys a gate should read, on a tiny model to see what it writes",
+            "kvpolicy ablate inputs --quick --out ablations",
+        ),
+    ),
+    "reproduce": (
+        (
+            "figure 7 of WG-KV on a tiny model, to see what it writes",
+            "kvpolicy reproduce wg-kv fig7 --quick --out again",
+        ),
+    ),
     "models": (("whether two types are served", "kvpolicy models llama falcon --check"),),
     "bench": (("tiny shapes, also without a GPU", "kvpolicy bench --quick decode --out numbers"),),
     "completion": (("in this shell; in ~/.bashrc for all", 'eval "$(kvpolicy completion bash)"'),),

@@ -22,6 +22,14 @@ class Objective(StrEnum):
     wgkv = "wgkv"
 
 
+class KeyInputs(StrEnum):
+    """Keys that a gate reads."""
+
+    both = "both"
+    pre = "pre"
+    post = "post"
+
+
 class Kernel(StrEnum):
     """Attention kernels of the student."""
 
@@ -66,6 +74,9 @@ def train_gate(
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences a step, of the longest.")] = 2,
     threshold: Annotated[float, typer.Option(help="Admits above it.")] = 0.1,
     expand: Annotated[float, typer.Option(help="Hidden units per channel.")] = 4.0,
+    inputs: Annotated[
+        KeyInputs, typer.Option(help="Keys that it reads: before RoPE (pre), after (post), both.")
+    ] = KeyInputs.both,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     start: Annotated[
         Path | None, typer.Option(help="A gate's file to continue from.", exists=True)
@@ -103,6 +114,7 @@ def train_gate(
             batch_size=batch_size,
             threshold=threshold,
             expand=expand,
+            inputs=inputs.value,
             lr=lr,
             seed=seed,
             start_lam=start_lam,

@@ -81,6 +81,7 @@ class EvictionView:
     rope: Rope | None = None
     layers: int = 1
     group: int = 1
+    _across: Callable[[Tensor], Tensor] | None = None
 
     @cached_property
     def keys(self) -> Tensor:
@@ -118,6 +119,34 @@ class EvictionView:
     @cached_property
     def output_weight(self) -> Tensor:
         return _given("output_weight", self._output_weight)
+
+    def across(self, x: Tensor) -> Tensor:
+        """`x` `[B, H, ...]` of the KV or query heads here, of all heads of the model, in order.
+
+        Where ranks share the heads, every one must ask, with one shape.
+        """
+        return x if self._across is None else self._across(x)
+
+    def whole(self) -> EvictionView:
+        """This view with all heads of the model; what was here are its `heads`."""
+        if self._across is None:
+            return self
+        named = ("keys", "values", "positions", "valid", "marked", "recent_keys", "queries",
+                 "numbers", "recent_numbers", "recent_values")  # fmt: skip
+        given = {field.alias or field.name: field.name for field in attrs.fields(EvictionView)}
+        found: dict[str, Any] = {
+            name: self.across(getattr(self, name))
+            for name in named
+            if getattr(self, given[name]) is not None
+        }
+        if self.sinks is not None:
+            found["sinks"] = self.across(self.sinks[None])[0]
+        if self._query_stats is not None:
+            tokens, *moments = self.query_stats
+            found["query_stats"] = QueryStats(tokens, *map(self.across, moments))
+        if self._output_weight is not None:
+            found["output_weight"] = self.across(self.output_weight[None])[0]
+        return attrs.evolve(self, **found, heads=range(found["valid"].shape[1]), across=None)
 
     def _replace(self, **changes: Any) -> EvictionView:
         """A view with other values in the named places, as of a named tuple."""

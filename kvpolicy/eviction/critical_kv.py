@@ -154,6 +154,10 @@ class CriticalKV(Eviction):
     def across_heads(self) -> bool:
         return self.eviction.across_heads
 
+    @property
+    def gathers_heads(self) -> bool:
+        return self.eviction.gathers_heads
+
     def mark(self, write: Write) -> Tensor | None:
         return self.eviction.mark(write)
 

@@ -71,6 +71,7 @@ class KVPress(Eviction):
     skip: int = attrs.field(default=4, validator=not_negative)
     output_weight: bool = attrs.field(default=False, validator=flag)
     across_heads: bool = attrs.field(default=False, validator=flag)
+    gathers_heads = True
 
     @property
     def queries(self) -> int:
@@ -93,16 +94,22 @@ class KVPress(Eviction):
         return True
 
     def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
+        if self.across_heads:
+            return self.score(stored.view())
+
         def tokens(row: int, part: slice, count: int) -> tuple[Tensor, Tensor]:
             return stored.read(ops, row, part, slice(0, count))
 
         return self._scores(stored.view(), tokens)
 
     def score(self, view: EvictionView) -> Tensor:
-        def tokens(row: int, part: slice, count: int) -> tuple[Tensor, Tensor]:
-            return view.keys[row, part, :count], view.values[row, part, :count]
+        whole = view.whole() if self.across_heads else view
 
-        return self._scores(view, tokens)
+        def tokens(row: int, part: slice, count: int) -> tuple[Tensor, Tensor]:
+            return whole.keys[row, part, :count], whole.values[row, part, :count]
+
+        found = self._scores(whole, tokens)
+        return found if whole is view else found[:, view.heads.start : view.heads.stop]
 
     def _scores(self, view: EvictionView, tokens: Tokens) -> Tensor:
         dtype, device = wide(view.recent_keys), view.valid.device

@@ -24,7 +24,7 @@ class SimLayerKV(Eviction):
     Zhang et al., 2024 (sail-sg/SimLayerKV; NVIDIA/kvpress, simlayerkv_press.py). A layer is lazy if
     those tokens get more than `threshold` of the softmax weight of the last `observation` queries,
     the mean over all of its heads. kvpress recommends 0.9 for Llama 3, 0.65 for Llama 2, 0.8 for
-    Mistral, 0.85 for Qwen. A tensor-parallel rank has few heads and refuses it.
+    Mistral, 0.85 for Qwen.
 
     Example:
         `CachePipeline(eviction=SimLayerKV(threshold=0.9))`
@@ -35,7 +35,7 @@ class SimLayerKV(Eviction):
     recent: int = attrs.field(default=1024, validator=positive)
     observation: int = attrs.field(default=1, validator=positive)
     when: When = when_field()
-    across_heads = True
+    across_heads = gathers_heads = True
 
     @property
     def queries(self) -> int:
@@ -51,28 +51,30 @@ class SimLayerKV(Eviction):
 
     def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
         far, near = masses(ops, stored, self.observation)
-        return self._scores(stored.view(), far.double(), near.double().sum((1, 2)))
+        return self._scores(stored.view(), far.double(), near.double().sum(2))
 
     def score(self, view: EvictionView) -> Tensor:
         far = torch.zeros(view.valid.shape, dtype=torch.float64, device=view.valid.device)
-        near = far.new_zeros(len(far))
+        near = far.new_zeros(far.shape[:2])
         for row, used in enumerate(used_slots(view)):
             weights = attention(view, row, used).double()
             far[row, :, :used] = weights[..., :used].sum((1, 2))
-            near[row] = weights[..., used:].sum()
+            near[row] = weights[..., used:].sum((1, 2, 3))
         return self._scores(view, far, near)
 
     def _scores(self, view: EvictionView, far: Tensor, inside: Tensor) -> Tensor:
-        """From weights of the stored tokens `[B, Hkv, N]` and the sum of the window's `[B]`."""
+        """From weights of the stored tokens `[B, Hkv, N]` and sums of the window's `[B, Hkv]`."""
         near = view.positions >= view.lengths[:, None, None] - self.recent
         held = ((view.positions < self.sinks) | near) & view.valid
-        found = torch.zeros(view.valid.shape, device=view.valid.device)
+        sums = []
         for row, used in enumerate(used_slots(view)):
             own = far[row, :, :used]
-            seen = inside[row] + own.masked_fill(~held[row, :, :used], 0).sum()
-            lazy = seen > self.threshold * (inside[row] + own.sum())
-            found[row] = found[row].masked_fill(lazy & ~held[row], float("-inf"))
-        return found
+            seen = inside[row] + own.masked_fill(~held[row, :, :used], 0).sum(1)
+            sums.append(torch.stack([seen, inside[row] + own.sum(1)], -1))
+        seen, total = view.across(torch.stack(sums)).sum(1).unbind(-1)  # [B]
+        lazy = (seen > self.threshold * total)[:, None, None]
+        found = torch.zeros(view.valid.shape, device=view.valid.device)
+        return found.masked_fill(lazy & ~held, float("-inf"))
 
     def knob(self, *, window: int, seen: int, layers: int, kv_heads: int) -> Knob[Eviction] | None:
         return Knob(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import attrs
 import torch
@@ -18,6 +18,7 @@ from ..admission import _gate_file
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Inputs = Literal["both", "pre", "post"]
 FLOOR = 1e-3  # bounds ln g; below every useful threshold
 EPS = 1e-6  # of the gate's own norms, not of the model's
 
@@ -64,6 +65,18 @@ class GatePredictor(nn.Module):
             "b2": bias2,
         }
         return {name: view.detach() for name, view in views.items()}
+
+    @torch.no_grad()
+    def only(self, inputs: Inputs) -> None:
+        """Zeroes the weights of the key that is left out, and keeps them 0 in training."""
+        if inputs == "both":
+            return
+        weight = self.conv1.weight
+        read = torch.zeros_like(weight)
+        read[:, : self.head_dim] = inputs == "pre"
+        read[:, self.head_dim :] = inputs == "post"
+        weight.mul_(read)
+        weight.register_hook(lambda grad: grad * read)
 
     def forward(self, key_pre: Tensor, key_post: Tensor) -> Tensor:
         """Gate values `[B, H, N]` in [FLOOR, 1], fp32 at least, of two keys `[B, H, N, D]`."""

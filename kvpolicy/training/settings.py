@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 
 from .._fields import fraction, not_negative, number, one_of, positive
+from .gate import Inputs
 from .objective import Kernel
 
 _POSITIVE = number("a number above 0", lambda x: x > 0)
@@ -39,6 +40,8 @@ class GateTraining:
             of others.
         threshold: of the hard decision, for the kept fraction and evaluation.
         expand: hidden units of the gate per channel of a head.
+        inputs: "both" keys, that before RoPE ("pre") or that after it ("post"); weights of the one
+            that is left out are 0.
         lr: peak learning rate.
         seed: of initialisation and data.
         start_lam: first lambda when steered.
@@ -68,6 +71,7 @@ class GateTraining:
     batch_size: int = attrs.field(default=2, validator=positive)
     threshold: float = attrs.field(default=0.1, validator=fraction())
     expand: float = attrs.field(default=4.0, validator=_POSITIVE)
+    inputs: Inputs = attrs.field(default="both", validator=one_of("both", "pre", "post"))
     lr: float = attrs.field(default=1e-3, validator=_POSITIVE)
     seed: int = attrs.field(default=0, validator=attrs.validators.instance_of(int))
     start_lam: float = attrs.field(default=0.16, validator=_POSITIVE)

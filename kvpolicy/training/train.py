@@ -89,6 +89,8 @@ def train_write_gate(
     gates = _fresh_gates(model, told.expand, told.seed)
     if start is not None:
         gates.load_state_dict(start.state_dict())
+    for layer in gates.layers:
+        layer.only(told.inputs)  # type: ignore[operator]  # a GatePredictor
     steer = None if told.target_keep is None else KeepController(target=told.target_keep)
     if steer is not None:
         steer.log_lam = math.log(told.start_lam)

@@ -51,6 +51,8 @@ NOT_RUN = {
     ("kvpolicy", "inspect"): "tests/test_cli.py",
     ("kvpolicy", "calibrate"): "tests/test_cli.py",
     ("kvpolicy", "pareto"): "tests/test_cli.py",
+    ("kvpolicy", "ablate"): "minutes of a GPU; tests/evaluation/test_ablations.py",
+    ("kvpolicy", "reproduce"): "tests/evaluation/test_reproduce.py",
     ("kvpolicy", "bench"): "needs a GPU; tests/bench runs it on tiny shapes",
     ("python", "-m", "kvpolicy.adapters.lm_eval"): "needs lm-eval; tests/adapters/test_lm_eval.py",
     ("python", "-c"): "reads the texts of a Debian package; that it compiles is tested",
@@ -204,7 +206,7 @@ def test_commands_run_or_parse(
 def parse(words: list[str], folder: Path) -> None:
     """Fails where a command or an option does not exist; what it wants to read is made."""
     for option, value in zip(words, words[1:], strict=False):
-        if option == "--texts":
+        if option in ("--texts", "--data"):
             (folder / value).mkdir(exist_ok=True)
         elif option == "--file":
             (folder / value).touch()

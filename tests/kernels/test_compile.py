@@ -16,6 +16,7 @@ DIMS = ["64", "80", "128", "256", "512", "192x128"]
 def run(configuration: str, cache: Path, *options: str) -> None:
     wanted = {
         "_add_levels",
+        "_advance",
         "_amounts",
         "_append",
         "_attend",

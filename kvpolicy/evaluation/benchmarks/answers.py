@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -26,13 +26,15 @@ class Answered:
     """What came of contexts read together.
 
     `texts` are the answers, a tuple a context. `sizes` are those of one context's cache once it is
-    read, before its questions; `kv_footprint` is entries stored times the steps that they stay, as
+    read, before its questions, and `held_after` the tokens that a head holds after the answers, the
+    window included; `kv_footprint` is entries stored times the steps that they stay, as
     a part of full attention's (arXiv 2506.17121), questions and answers included.
     """
 
     texts: tuple[tuple[str, ...], ...]
     sizes: Footprint
     kv_footprint: float
+    held_after: float
 
 
 @attrs.frozen(kw_only=True)
@@ -40,12 +42,13 @@ class Asker:
     """Asks a model that a pipeline is attached to; answers are greedy.
 
     `after` is what the chat template puts behind a user's message, for evictions that let the
-    model repeat its context.
+    model repeat its context. `drawn` are options of `generate` by which tokens are drawn instead.
     """
 
     here: Attachment
     tokenizer: PreTrainedTokenizerBase
     after: str = "\n"
+    drawn: Mapping[str, Any] = attrs.field(factory=dict)
 
     @property
     def alone(self) -> bool:
@@ -61,10 +64,11 @@ class Asker:
         asked = [question for reading in group for question in reading.questions]
         most = [new for reading in group for new in reading.new_tokens]
         ids, mask = self._block(asked)
-        replies = self.here.ask(cache.fork(rows), ids, mask, **self._greedy(max(most)))
+        told = self._options(max(most)) | {"return_dict_in_generate": True}
+        replies = self.here.ask(cache.fork(rows), ids, mask, **told)
         kept = [
             self._until_end(row.tolist()[ids.shape[1] :][:new])
-            for row, new in zip(replies, most, strict=True)
+            for row, new in zip(replies.sequences, most, strict=True)
         ]
         texts = iter([str(self.tokenizer.decode(x, skip_special_tokens=True)) for x in kept])
         spent = statistics.fmean(len(q) + len(a) for q, a in zip(asked, kept, strict=True))
@@ -72,6 +76,7 @@ class Asker:
             texts=tuple(tuple(next(texts) for _ in reading.questions) for reading in group),
             sizes=self._sizes(cache, report, ids),
             kv_footprint=kv_footprint(report, self.here.pipeline.window, spent),
+            held_after=_mean(replies.past_key_values.report().stored),
         )
 
     @torch.no_grad()
@@ -81,7 +86,7 @@ class Asker:
         self._wait()
         began = time.monotonic()
         cache = self._read([reading])
-        self.here.ask(cache, ids, mask, **self._greedy(1))
+        self.here.ask(cache, ids, mask, **self._options(1))
         self._wait()
         return time.monotonic() - began
 
@@ -123,7 +128,7 @@ class Asker:
         mask = torch.tensor([[int(i >= width - len(row)) for i in range(width)] for row in rows])
         return ids.to(self.here.model.device), mask.to(self.here.model.device)
 
-    def _greedy(self, new_tokens: int) -> dict[str, Any]:
+    def _options(self, new_tokens: int) -> dict[str, Any]:
         """Options of `generate`; what a model's own generation config draws or punishes is off."""
         found: dict[str, Any] = {
             "do_sample": False,
@@ -137,7 +142,7 @@ class Asker:
         if ends:
             pad = self.tokenizer.pad_token_id
             found |= {"eos_token_id": ends, "pad_token_id": ends[0] if pad is None else pad}
-        return found
+        return found | dict(self.drawn)
 
     def _until_end(self, ids: list[int]) -> list[int]:
         ends = ends_of(self.here.model, self.tokenizer)

@@ -85,8 +85,9 @@ def _together(parts: Sequence[Result]) -> Result:
         for place, score in zip(x.contexts, x.scores["score"], strict=True)
     )
 
-    def mean(name: str) -> float:
-        return statistics.fmean([getattr(x, name) for x in done], weights)
+    def mean(name: str) -> float | None:
+        values = [getattr(x, name) for x in done]
+        return None if None in values else statistics.fmean(values, weights)
 
     return attrs.evolve(
         parts[0],
@@ -99,5 +100,6 @@ def _together(parts: Sequence[Result]) -> Result:
             kv_footprint=mean("kv_footprint"),
             first_token=mean("first_token"),
             dropped=mean("dropped"),
+            held_after=mean("held_after"),
         ),
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import attrs
 import torch
@@ -43,10 +44,10 @@ class Cell:
 class BenchmarkRunner:
     """Measures cells until all are done or the time is over.
 
-    `part` is which of how many parts of each task's contexts this run asks about. `results` are
-    what earlier runs measured; cells that failed are tried again. `say` is called with a line for
-    each cell, `starts` with each cell before it is measured, its number from 0 and how many there
-    are.
+    `part` is which of how many parts of each task's contexts this run asks about. Answers are
+    greedy without `drawn`, options of `generate` that draw them. `results` are what earlier runs
+    measured; cells that failed are tried again. `say` is called with a line for each cell, `starts`
+    with each cell before it is measured, its number from 0 and how many there are.
     """
 
     model: PreTrainedModel
@@ -61,6 +62,7 @@ class BenchmarkRunner:
     data: tuple[Path, ...] = ()
     part: tuple[int, int] = (0, 1)
     page_size: int = 16
+    drawn: Mapping[str, Any] = attrs.field(factory=dict)
     say: Callable[[str], object] = print
     starts: Callable[[Cell, int, int], object] = lambda cell, number, of: None
     left: int = 0
@@ -128,7 +130,8 @@ class BenchmarkRunner:
         texts: list[list[str]] = [[] for _ in asked]
         found: list[tuple[int, Answered]] = []
         with attach(self.model, pipeline, page_size=self.page_size) as here:
-            asker = Asker(here=here, tokenizer=self.tokenizer, after=chat.after)
+            asker = Asker(here=here, tokenizer=self.tokenizer, after=chat.after, drawn=self.drawn)
+            torch.manual_seed(self.seed)
             longest = max(len(x.context) + max(x.new_tokens) for x in readings)
             count = 1 if asker.alone else at_a_time(self.model, pipeline, longest)
             for begin in range(0, len(readings), count):
@@ -155,6 +158,7 @@ class BenchmarkRunner:
             kv_footprint=statistics.fmean([x.kv_footprint for _, x in found], weights),
             first_token=first,
             dropped=statistics.fmean(x.dropped for x in readings),
+            held_after=statistics.fmean([x.held_after for _, x in found], weights),
         )
 
     def _check(self) -> None:

@@ -47,7 +47,7 @@ class Measured:
 
     Benchmarks add the numbers of the contexts, the KV footprint (entries stored times the steps
     that they stay, as a part of full attention's), the seconds to the first token for one context
-    alone, and how many tokens of a context were cut out.
+    alone, how many tokens of a context were cut out, and how many a head holds after the answers.
     """
 
     scores: Mapping[str, tuple[float, ...]]
@@ -58,6 +58,7 @@ class Measured:
     kv_footprint: float | None = None
     first_token: float | None = None
     dropped: float | None = None
+    held_after: float | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -131,7 +132,7 @@ def from_json(found: Any) -> Result:
     return Result(**cell, measured=measured)
 
 
-_OPTIONAL = ("kv_footprint", "first_token", "dropped")
+_OPTIONAL = ("kv_footprint", "first_token", "dropped", "held_after")
 _CELL: dict[str, type] = {
     "task": str,
     "length": int,

@@ -3,3 +3,4 @@
 from .smollm2 import load_smollm2 as load_smollm2
 from .smollm2 import smollm2_config as smollm2_config
 from .tiny import tiny_llama as tiny_llama
+from .tiny import tiny_tokenizer as tiny_tokenizer

@@ -1,9 +1,9 @@
-"""A tiny random model, for examples and tests that need no particular weights."""
+"""A tiny random model and a tokenizer, for examples and tests that need no particular weights."""
 
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def tiny_llama(*, layers: int = 2, seed: int = 0) -> LlamaForCausalLM:
@@ -28,3 +28,21 @@ def tiny_llama(*, layers: int = 2, seed: int = 0) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config).eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a character of Latin 1, with a chat template, for models of `tiny_llama`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = Tokenizer(models.WordLevel({chr(n): n for n in range(256)}, unk_token="?"))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    letters.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=letters,
+        unk_token="?",
+        pad_token=chr(0),
+        bos_token=chr(2),
+        chat_template="{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}",
+        clean_up_tokenization_spaces=False,
+    )

@@ -39,6 +39,7 @@ from kvpolicy.kernels import (
     write_gate,
     write_number,
 )
+from kvpolicy.kernels import ring as ring_ops
 from kvpolicy.kernels.prefill_gather import Rectangles
 from kvpolicy.ops import Heads, Numbers, Pairs, Ring, Segments, TileReads
 from tests.support.kernels.pool import make_pool
@@ -143,7 +144,13 @@ def call_all(dim: int, page: int, dtype: torch.dtype, dim_v: int | None = None) 
     segments = Segments((0, tokens), (0, tokens), (0,), bounds, bounds, bounds[:1])
     tile = sparse_prefill.AFTER if dim <= 128 and dtype != torch.float32 else None
     rectangles = Rectangles(lambda q, *_: (q, q[..., 0].T.float()), average=0, work=0, tile=tile)
+    later = segments._replace(start=(100,), cu_k=(0, tokens + 100))
+    for call in (segments, later):
+        ring_ops.advance_ring(ring, key, value, dest.byte(), call, undo=call is later)
     after, fresh, ranks = prompt_write.count_leaving(dest.byte(), counts, segments, window, page)
+    long = torch.zeros(heads, 20_000, dtype=torch.uint8)
+    apart = segments._replace(cu_q=(0, 20_000), cu_k=(0, 20_000))
+    prompt_write.count_leaving(long, counts, apart, window, page)
     prompt_write.write_leaving(
         pages, stored, key, value, dest.byte(), segments, window, after, fresh, ranks
     )
