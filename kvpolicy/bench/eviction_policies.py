@@ -65,13 +65,13 @@ def policies(bench: Bench) -> dict[str, Callable[[Tokens], Eviction]]:
     """Those that score, by name; SnapKV is what they are set beside."""
     layers, heads, kv_heads, dim = sizes(bench)
     part = torch.ones(layers, heads, dim // 2)
-    series = {"real": part, "imaginary": part, "size": 2 * part}
+    series: dict[str, Any] = {"real": part, "imaginary": part, "size": 2 * part}
     ones = torch.ones
-    trim = {
+    trim: dict[str, Any] = {
         "w1": ones(layers, 1, _HIDDEN), "b1": ones(layers, 1), "w2": ones(layers, kv_heads, 1),
         "b2": ones(layers, kv_heads),
     }  # fmt: skip
-    fast = {
+    fast: dict[str, Any] = {
         "q": ones(layers, heads * _GATE, _HIDDEN), "q_bias": ones(layers, heads * _GATE),
         "k": ones(layers, kv_heads * _GATE, _HIDDEN), "q_norm": ones(layers, _GATE),
         "k_norm": ones(layers, _GATE), "base": ones(layers, kv_heads, 1, 2, _GATE),

@@ -45,8 +45,9 @@ class LagKV(Eviction):
 
     def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
         given = stored.pages, stored.heads, stored.ring, stored.lengths, stored.window
-        sizes = {"sinks": self.sinks, "lag": self.lag}
-        key, value = (ops.lag_spreads(*given, **sizes, values=x) for x in (False, True))
+        key, value = (
+            ops.lag_spreads(*given, sinks=self.sinks, lag=self.lag, values=x) for x in (False, True)
+        )
         return self._scores(stored.view(), key, value)
 
     def score(self, view: EvictionView) -> Tensor:
@@ -93,7 +94,8 @@ class LagKV(Eviction):
         x = x[:, :, self.sinks :].unflatten(2, (parts + 1, self.lag))
         low, high = x.amin(3, keepdim=True)[:, :, 1:], x.amax(3, keepdim=True)[:, :, 1:]
         apart = (high - low).masked_fill(high == low, 1.0)  # a channel that is one number
-        return ((x[:, :, :-1] - low) / apart).std(-1)
+        found: Tensor = ((x[:, :, :-1] - low) / apart).std(-1)
+        return found
 
 
 def _joined(far: Tensor, near: Tensor, view: EvictionView, counts: Tensor, length: int) -> Tensor:
