@@ -205,7 +205,7 @@ MISSING = {
     "matplotlib": ("plots", "from kvpolicy.bench.plots import draw; draw(None, [])"),
     "lm_eval": ("lm-eval", "import kvpolicy.adapters.lm_eval"),
     "vllm": ("vllm", "from kvpolicy.adapters.vllm import register; register()"),
-    "gguf": ("eval", "from kvpolicy.evaluation.models.gguf_llama import open_gguf; open_gguf('x')"),
+    "gguf": ("eval", "from kvpolicy.evaluation.models.gguf_file import open_gguf; open_gguf('x')"),
 }
 
 

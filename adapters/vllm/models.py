@@ -158,7 +158,8 @@ def _serve(model: nn.Module, config: Any, options: Options) -> None:
             layer.kv_sharing_target_layer_name = first.layer_name
     if "key_pre" in admission.needs:
         _watch_keys(model, config, {id(x): x for x in layers})
-    model.kvpolicy = rows
+    # A plain attribute: the rows are no part of the module's state.
+    object.__setattr__(model, "kvpolicy", rows)
 
 
 def _watch_keys(model: nn.Module, config: Any, layers: dict[int, Attention]) -> None:

@@ -99,6 +99,7 @@ def plan_of(
             f"admitted: {name} decides on the device; wanted the part of the tokens that it admits "
             "and a margin, such as 0.3"
         )
+    parts: tuple[tuple[Alike, ...], ...]
     if isinstance(admission, AdmitAll):
         parts = ((Alike(layers * own),),) * ranks
     elif isinstance(admission, LocalAttention):

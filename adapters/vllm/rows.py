@@ -8,6 +8,7 @@ vLLM's null block, is a place for padding, where nothing is read.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import attrs
 import torch
@@ -290,7 +291,9 @@ class Rows:
         out = self.ops.prefill_attention(
             query, k, v, f, seg, self.pages, held, self.window, self.spec.softmax_scale
         )
-        keep_last(rings, new, seg)
+        places: dict[Any, Any] = {}
+        for ring, x in zip(rings, new, strict=True):
+            keep_last(ring, x, seg, places)
         return out.transpose(0, 1)
 
     def _store(

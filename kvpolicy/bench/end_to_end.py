@@ -181,7 +181,11 @@ def seconds(setting: Setting) -> float:
 
 
 def cases(bench: Bench) -> list[Case]:
-    few = (DENSE(tokens=100_000), QUESTED(tokens=400_000), GATE(tokens=32_000, batch=4))
+    few: tuple[Setting, ...] = (
+        DENSE(tokens=100_000),
+        QUESTED(tokens=400_000),
+        GATE(tokens=32_000, batch=4),
+    )
     tried = (*few, GATE(tokens=100_000, shape=QWEN), PLAN[13])
     found = []
     if bench.ranks > 1:

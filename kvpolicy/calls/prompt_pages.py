@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -49,8 +51,8 @@ def make_room(
     pool.drain()
     # Once a call it asks for all layers.
     others = [] if held is not None else [x for x in state.layers if x.pool is pool]
-    before = [call.before.get(x.index, x.counts).flatten() for x in others]
-    numbers = torch.cat([after.flatten(), fresh.flatten(), pool.top, *before]).tolist()
+    earlier = [call.before.get(x.index, x.counts).flatten() for x in others]
+    numbers = torch.cat([after.flatten(), fresh.flatten(), pool.top, *earlier]).tolist()
     size, heads = after.numel(), after.shape[1]
     _hear(call, others, numbers[2 * size + 1 :])
     exact = _rows(numbers[:size], heads)
@@ -81,6 +83,8 @@ def _promise(state: CacheState, call: Call, pool: PagePool) -> int:
     few = pages <= max(WHOLE // pool.page_bytes, pool.capacity // SPARE)
     capped = pool.limit is not None or state.spec.max_tokens is not None
     begun, long = any(state.lengths), max(call.added) > LONG
+    if pool.moving and not capped and all(x.admission.neutral or x.slides for x in layers):
+        _grow_once(pool, pages)
     if not few or capped or pool.moving or (long and not begun):
         return 0
     pool.drain()
@@ -92,6 +96,14 @@ def _promise(state: CacheState, call: Call, pool: PagePool) -> int:
         return 0
     _hear(call, layers, numbers or [0] * sum(x.counts.numel() for x in layers))
     return pages
+
+
+def _grow_once(pool: PagePool, pages: int) -> None:
+    """Makes so many pages free, where growth moves all others: layer by layer it would copy most
+    of the cache again and again, and hold it twice while it does."""
+    with contextlib.suppress(torch.OutOfMemoryError):  # layers ask for their own part
+        pool.drain()
+        pool.provide(pages)
 
 
 def _hear(call: Call, layers: list[LayerStore], numbers: list[int]) -> None:

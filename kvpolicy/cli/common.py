@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ..pipeline import CachePipeline
 
-SMOLLM2 = "smollm2"
+SMOLLM2, QWEN_CODER = "smollm2", "qwen2.5-coder-0.5b"
 
 
 class Dtype(StrEnum):
@@ -68,6 +68,10 @@ def load(name: str, device: str | None, dtype: str | None = None) -> tuple[Any, 
         from ..evaluation.models import load_smollm2
 
         return load_smollm2(of, on)
+    if name == QWEN_CODER:
+        from ..evaluation.models import load_qwen_coder
+
+        return load_qwen_coder(of, on)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _found(name):
@@ -86,6 +90,10 @@ def config_of(name: str) -> Any:
         from ..evaluation.models import smollm2_config
 
         return smollm2_config()
+    if name == QWEN_CODER:
+        from ..evaluation.models import qwen_coder_config
+
+        return qwen_coder_config()
     from transformers import AutoConfig
 
     with _found(name):
@@ -253,5 +261,5 @@ def _found(name: str) -> Iterator[None]:
     except (OSError, RecursionError, ValueError) as error:
         nested = isinstance(error, RecursionError)
         reason = "its JSON is nested too deeply" if nested else str(error).split("\n")[0]
-        wanted = f'a folder, "{SMOLLM2}" or the id of a model of the hub in reach'
+        wanted = f'a folder, "{SMOLLM2}", "{QWEN_CODER}" or the id of a model of the hub in reach'
         raise ValueError(f"model: wanted {wanted}, got {name!r}: {reason}") from error

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 
 import typer
 
-from .common import SMOLLM2, of_kind
+from .common import QWEN_CODER, SMOLLM2, of_kind
 from .completion_scripts import Command, Option, Value, bash, fish, zsh
 
 
@@ -90,7 +90,7 @@ def _named() -> dict[str, Value]:
     gates = tuple(x for x in known if of_kind("gate", x))
     patterns = tuple(x for x in known if of_kind("duo", x))
     return {
-        "model": Value(words=(SMOLLM2,), folders=True, models=True),
+        "model": Value(words=(SMOLLM2, QWEN_CODER), folders=True, models=True),
         "gate": Value(words=gates, files=True),
         "duo": Value(words=patterns, folders=True),
         "benchmark": Value(words=tuple(BENCHMARKS), files=True),

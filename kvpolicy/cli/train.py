@@ -30,6 +30,13 @@ class KeyInputs(StrEnum):
     post = "post"
 
 
+class Mix(StrEnum):
+    """Kinds of training sequences."""
+
+    default = "default"
+    recall = "recall"
+
+
 class Kernel(StrEnum):
     """Attention kernels of the student."""
 
@@ -86,6 +93,9 @@ def train_gate(
     answer_share: Annotated[
         float, typer.Option(help="Part of the loss where answers are predicted.")
     ] = 0.0,
+    mix: Annotated[
+        Mix, typer.Option(help="Sequences; recall: more people in places, whole tables.")
+    ] = Mix.default,
     kernel: Annotated[Kernel, typer.Option(help="Of the student's attention.")] = Kernel.auto,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations.")] = True,
     eval_every: Annotated[int, typer.Option(min=0, help="Steps between hard evaluations.")] = 0,
@@ -115,6 +125,7 @@ def train_gate(
             threshold=threshold,
             expand=expand,
             inputs=inputs.value,
+            mix=mix.value,
             lr=lr,
             seed=seed,
             start_lam=start_lam,

@@ -7,6 +7,7 @@ teach it to keep what a later question may need.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +25,16 @@ Kind = str
 #: Documents: strings, token ids, or rows with a column "text" (a Hugging Face data set).
 Texts = Iterable[str | list[int] | Mapping[str, Any]]
 MIX: dict[Kind, float] = {"plain": 0.25, "codes": 0.15, "facts": 0.3, "pairs": 0.1, "copy": 0.2}
+#: For gates that shall keep who is where, and tables that fill a text.
+RECALL_MIX: dict[Kind, float] = {
+    "plain": 0.15, "codes": 0.1, "facts": 0.15, "pairs": 0.05, "copy": 0.15, "places": 0.2,
+    "tables": 0.2,
+}  # fmt: skip
+MIXES = {"default": MIX, "recall": RECALL_MIX}
+
+
+_ASKED = 12  # rows of a table
+_WORD = re.compile(r"\b[a-z]{3,10}\b")
 
 
 class Batch(NamedTuple):
@@ -49,7 +60,7 @@ class TrainingMix:
         texts: documents, as strings or as token ids.
         tokenizer: a tokenizer with or without a chat template.
         length: tokens of a sequence.
-        kinds: share of each kind of sequence; names of MIX.
+        kinds: share of each kind of sequence; names of RECALL_MIX.
         seed: of every random choice.
 
     Raises:
@@ -70,9 +81,10 @@ class TrainingMix:
     _chat: _Chat = attrs.field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        unknown = set(self.kinds) - set(MIX)
+        unknown = set(self.kinds) - set(RECALL_MIX)
         if unknown or not any(self.kinds.values()):
-            raise ValueError(f"kinds: wanted shares of {', '.join(sorted(MIX))}, got {self.kinds}")
+            known = ", ".join(sorted(RECALL_MIX))
+            raise ValueError(f"kinds: wanted shares of {known}, got {self.kinds}")
         tokens = [self._encode(t) if isinstance(t, str) else t for t in self.texts]
         tokens = [ids for ids in tokens if len(ids) > self.length]
         if not tokens:
@@ -95,6 +107,8 @@ class TrainingMix:
             return self._text(self.length, rng), [False] * self.length
         if kind == "copy":
             return self._copy(rng)
+        if kind == "tables":
+            return self._table(rng)
         task = tasks.make(kind, rng)
         return self._assemble(task.intro, [self._encode(s) for s in task.inserts], task, rng)
 
@@ -110,12 +124,41 @@ class TrainingMix:
             asked = tasks.copy_question(decode(text[begin:cut]), rng)
             questions.append((asked, decode(text[cut : begin + size])))
         intro = tasks.copy_intro(rng)
-        # Passages must not be in the part that gives way.
+        return self._asked_of(text, room, intro, questions, rng)
+
+    def _table(self, rng: random.Random) -> tuple[list[int], list[bool]]:
+        """A table that is the whole text, with words of a document as keys."""
+        words = set(_WORD.findall(self._decode(self._text(self.length, rng))))
+        keys = sorted({*words, *(f"{w}{n}" for w in words for n in range(2, 6))})
+        intro, rows = tasks.table(rng.sample(keys, len(keys)), rng)
+        room = max(self.length - _ASKED * 48 - 64, self.length // 3)
+        text: list[int] = []
+        near = []  # rows before what gives way to the questions
+        for row, *question in rows:
+            text += self._encode(row)
+            if len(text) <= room:
+                near.append((question[0], question[1]))
+            if len(text) >= self.length:
+                break
+        else:  # few words, short rows
+            text += self._text(self.length - len(text), rng)
+        asked = rng.sample(near, min(_ASKED, len(near)))
+        return self._asked_of(text, room, intro, asked, rng)
+
+    def _asked_of(
+        self,
+        text: list[int],
+        room: int,
+        intro: str,
+        questions: list[tuple[str, str]],
+        rng: random.Random,
+    ) -> tuple[list[int], list[bool]]:
+        """Questions about the first `room` tokens of `text`, as many as leave these in."""
         taken = len(self._chat.head) + len(self._encode(intro))
         for n, question in enumerate(questions):
             taken += sum(map(len, self._turn(n, *question)))
             if taken > self.length - room:
-                del questions[n:]
+                questions = questions[:n]
                 break
         return self._assemble(intro, [], tasks.Task(intro, (), tuple(questions)), rng, text)
 

@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 
 from .._fields import fraction, not_negative, number, one_of, positive
+from .data import MIXES
 from .gate import Inputs
 from .objective import Kernel
 
@@ -43,6 +44,8 @@ class GateTraining:
         inputs: "both" keys, that before RoPE ("pre") or that after it ("post"); weights of the one
             that is left out are 0.
         lr: peak learning rate.
+        mix: "default" sequences, or those for "recall": more people in places, and tables that
+            fill a text.
         seed: of initialisation and data.
         start_lam: first lambda when steered.
         ungated: random positions of each head that are open in a step (published, default 0).
@@ -73,6 +76,7 @@ class GateTraining:
     expand: float = attrs.field(default=4.0, validator=_POSITIVE)
     inputs: Inputs = attrs.field(default="both", validator=one_of("both", "pre", "post"))
     lr: float = attrs.field(default=1e-3, validator=_POSITIVE)
+    mix: str = attrs.field(default="default", validator=one_of(*MIXES))
     seed: int = attrs.field(default=0, validator=attrs.validators.instance_of(int))
     start_lam: float = attrs.field(default=0.16, validator=_POSITIVE)
     ungated: int = attrs.field(default=0, validator=not_negative)

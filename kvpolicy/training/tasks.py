@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -53,12 +54,53 @@ _SAID = (
     (" {who} was a friend of {other}.", "Who was {who} a friend of?", "{other}"),
 )
 
+# Where somebody is, and what is asked of it; names and places as real texts have them.
+_GIVEN = "Agnes Basil Cora Dmitri Edith Fergus Gilda Harold Iris Jasper Kitty Leopold Mabel Nigel "
+_GIVEN += "Olga Percy Ramona Silas Trudy Vernon Winifred Yusuf Amara Bastien Chiyo Declan Esme"
+_FAMILY = "Aldous Bancroft Cheng Delacroix Engstrom Fitzroy Galloway Horvath Ibarra Jansson Koenig "
+_FAMILY += "Lombardi Mbeki Nakagawa Oduya Pereira Rasmussen Sato Tremblay Ulrich Vasquez Whitlock"
+_CITIES = "Lisbon Oslo Prague Warsaw Helsinki Geneva Naples Kyoto Hanoi Lagos Nairobi Lima Quito "
+_CITIES += "Bogota Dakar Perth Leeds Tampa Zagreb Milan Bergen Bristol Calgary Cordoba Delhi "
+_CITIES += "Florence Hamburg Havana Jakarta Lyon Manila Marseille Munich Osaka Porto Riga Seoul "
+_CITIES += "Seville Tehran Turin Utrecht Venice York Zurich"
+_PLACED = (
+    (" {who} had settled in {town}.", "Where had {who} settled?", "In {town}."),
+    (" {who} kept a house in {town}.", "Where is the house of {who}?", "{town}"),
+    (" {who} went to school in {town}.", "Which town did {who} go to school in?", "{town}"),
+    (" The letter to {who} was sent to {town}.", "Where was the letter to {who} sent?", "{town}"),
+    (" In {town} one could meet {who}.", "Where could one meet {who}?", "In {town}."),
+    (" {who}, now of {town}, wrote this down.", "Of which town is {who}?", "{who} is of {town}."),
+)  # fmt: skip
+# Rows of tables that fill a whole text.
+_ROWS = (
+    "{k}={v};", "{k}: {v}\n", "{k}\t{v}\n", "<{k}>{v}</{k}>\n", "({k}, {v}) ", "{k} -> {v}, ",
+    "| {k} | {v} |\n", "set {k} to {v}. ",
+)  # fmt: skip
+
 _CODE_NAMES = ("access code", "serial number", "registration", "inventory mark", "catalogue key")
 
 
 def make(kind: str, rng: random.Random) -> Task:
-    """A task of one kind: "plain", "codes", "facts" or "pairs"."""
-    return {"plain": _plain, "codes": _codes, "facts": _facts, "pairs": _pairs}[kind](rng)
+    """A task of one kind: "plain", "codes", "facts", "pairs" or "places"."""
+    kinds = {"plain": _plain, "codes": _codes, "facts": _facts, "pairs": _pairs, "places": _places}
+    return kinds[kind](rng)
+
+
+def table(words: Sequence[str], rng: random.Random) -> tuple[str, list[tuple[str, str, str]]]:
+    """Words before a table, and its rows: the row, what asks for its value, and the value."""
+    form = rng.choice(_ROWS)
+    asked = rng.choice(
+        ("Look up {k}.", "Which value belongs to {k}?", "{k}?", "Give the entry of {k}.")
+    )
+    said = rng.choice(("{v}", "It is {v}.", "{k}: {v}"))
+    number = rng.random() < 0.7
+    rows = []
+    for key in words:
+        value = str(rng.randrange(100, 10**6)) if number else _value(rng)
+        told = {"k": key, "v": value}
+        rows.append((form.format(**told), asked.format(**told), said.format(**told)))
+    intro = rng.choice(("What follows is a table.\n\n", "Entries to remember:\n\n", ""))
+    return intro, rows
 
 
 def copy_intro(rng: random.Random) -> str:
@@ -149,6 +191,18 @@ def _facts(rng: random.Random) -> Task:
         questions.append((asked[0].format(**words), asked[1].format(**words)))
     rng.shuffle(questions)
     return Task("", tuple(inserts), tuple(questions))
+
+
+def _places(rng: random.Random) -> Task:
+    """Where people are, each said once in passing and in the same words."""
+    count = rng.choice((4, 8, 8, 16))
+    people = rng.sample([f"{a} {b}" for a in _GIVEN.split() for b in _FAMILY.split()], count)
+    towns = rng.sample(_CITIES.split(), count)
+    said, asked, answer = rng.choice(_PLACED)
+    known = [{"who": who, "town": town} for who, town in zip(people, towns, strict=True)]
+    questions = [(asked.format(**x), answer.format(**x)) for x in known]
+    rng.shuffle(questions)
+    return Task("", tuple(said.format(**x) for x in known), tuple(questions))
 
 
 def _pairs(rng: random.Random) -> Task:

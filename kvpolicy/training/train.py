@@ -16,7 +16,7 @@ from ..adapters.hf.fingerprints import keys_fingerprint
 from ..adapters.hf.models import attention_layers
 from ..adapters.hf.training import AttachedModel, attach_for_training
 from .controller import KeepController
-from .data import Texts, TrainingMix, as_mix
+from .data import MIXES, Texts, TrainingMix, as_mix
 from .gate import TrainedGate, WriteGates
 from .objective import answer_loss, distillation_loss, kept_fraction, memory_cost
 from .run import Progress, Run, Stateful, average_gradients
@@ -177,7 +177,9 @@ def _streams(
             raise ValueError(f"length: a ready stream has its own, got {list(lengths)}")
         return [(texts, size)]
     longest = max(lengths)
-    mix = as_mix(texts, tokenizer, longest, told.seed, sequences=told.steps * size * processes)
+    sequences = told.steps * size * processes
+    kinds = MIXES[told.mix]
+    mix = as_mix(texts, tokenizer, longest, told.seed, sequences=sequences, kinds=kinds)
     return [(attrs.evolve(mix, length=n), size * longest // n) for n in lengths]
 
 

@@ -7,9 +7,11 @@ from collections import Counter
 import pytest
 import torch
 
+from kvpolicy import CachePipeline, CacheSpec
 from kvpolicy.calls import prompt_pages
 from kvpolicy.ops import load
 from kvpolicy.selection import Quest
+from kvpolicy.store.extents import SLAB_PAGES
 from kvpolicy.store.fork import select_rows
 from kvpolicy.store.pool import PagePool
 from tests.support.store.room import (
@@ -144,3 +146,27 @@ def test_a_capped_cache_is_promised_nothing(quick, cap):
     next(steps)
     assert pool.reserved == 0
     list(steps)
+
+
+def test_pages_that_move_grow_once_a_call(monkeypatch):
+    """The reference's, which would otherwise be held twice while each layer's are added."""
+    pipeline = CachePipeline(window=3, backend="reference")
+    spec = CacheSpec(layers=LAYERS, heads=HEADS, kv_heads=HEADS, head_dim=16, page_size=SIZE)
+    state = pipeline.init(spec)
+    made, extent = [], PagePool._extent
+
+    def counting(pool, count):
+        made.append(count)
+        return extent(pool, count)
+
+    monkeypatch.setattr(PagePool, "_extent", counting)
+    for count in (200, 90):
+        made.clear()
+        pipeline.begin(state, [count], "prompt")
+        for layer in range(LAYERS):
+            pipeline.attend(state, layer, *(torch.randn(HEADS, count, 16) for _ in range(3)))
+        pipeline.commit(state)
+        assert len(made) == 1
+    pool = state.devices.pools[0]
+    assert pool.capacity <= pool.used + 2 * SLAB_PAGES
+    assert int(state.layers[0].counts.min()) == 290 - 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
 
 import attrs
 from torch import Tensor
@@ -12,7 +13,7 @@ from ...pipeline import CachePipeline
 from ..chart import Chart, Point
 from ..search.calibrate import calibrate, measure
 from .fronts import HELD, TAU_NOTE, full, number, over_taus
-from .lab import Lab
+from .lab import Lab, Pipelines
 
 PROSE = "prose"
 
@@ -53,13 +54,9 @@ def by_request(lab: Lab) -> list[Chart]:
     for part in lab.recipe.parts:
         fixed = _threshold(lab, gate, lab.documents()[0], part)
         for kind in lab.asked:
-            how = {
+            how: dict[str, Pipelines] = {
                 "one tau": CachePipeline(admission=attrs.evolve(gate, threshold=fixed)),
-                "tau of the request": lambda ids, part=part: CachePipeline(
-                    admission=attrs.evolve(
-                        gate, threshold=_threshold(lab, gate, ids[: len(ids) // 2], part)
-                    )
-                ),
+                "tau of the request": partial(_adapted, lab, gate, part),
             }
             for curve, pipeline in how.items():
                 of = lab.measured(f"{curve} {part:.3g}", pipeline, kind)
@@ -79,6 +76,11 @@ def by_request(lab: Lab) -> list[Chart]:
     y = "next-token loss, nats"
     title = "a threshold for all, or for each request"
     return [Chart(title=title, x=HELD, y=y, points=points, notes=(note, *spread))]
+
+
+def _adapted(lab: Lab, gate: WriteGate, part: float, ids: Tensor) -> CachePipeline:
+    tau = _threshold(lab, gate, ids[: len(ids) // 2], part)
+    return CachePipeline(admission=attrs.evolve(gate, threshold=tau))
 
 
 def _threshold(lab: Lab, gate: WriteGate, ids: Tensor, part: float) -> float:
