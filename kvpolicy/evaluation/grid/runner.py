@@ -15,7 +15,6 @@ from ..search.calibrate import calibrate
 from ..tasks import Task
 from ..tasks.prompts import Example
 from .cell import answer, read_text
-from .densities import with_density
 from .loop import Loop
 from .methods import method_variants
 from .records import Measured
@@ -46,10 +45,7 @@ class Runner(Loop[Cell]):
         pipeline = cell.variant.build(room)
         if pipeline is not None and cell.variant.tuned:
             pipeline = self._tuned(pipeline, room, prompts)
-        if pipeline is None:
-            return None
-        found = self._run(cell, pipeline, prompts)
-        return attrs.evolve(found, scores=with_density(found.scores, pipeline))
+        return None if pipeline is None else self._run(cell, pipeline, prompts)
 
     def _run(self, cell: Cell, pipeline: CachePipeline, prompts: list[Any]) -> Measured:
         if not cell.task.questions:
