@@ -55,6 +55,7 @@ NOT_RUN = {
     ("kvpolicy", "inspect"): "tests/test_cli.py",
     ("kvpolicy", "calibrate"): "tests/test_cli.py",
     ("kvpolicy", "pareto"): "tests/test_cli.py",
+    ("kvpolicy", "fit-q-filters"): "tests/training/test_q_filters.py",
     ("kvpolicy", "ablate"): "minutes of a GPU; tests/evaluation/test_ablations.py",
     ("kvpolicy", "reproduce"): "tests/evaluation/test_reproduce.py",
     ("kvpolicy", "bench"): "needs a GPU; tests/bench runs it on tiny shapes",
