@@ -128,7 +128,7 @@ def _lying(store: Tensor, shape: tuple[int, int, int], place: tuple[int, int]) -
     (_, kv_heads, _), (first, stride), (size, dim) = shape, place, store.shape[1:]
     page = size * dim
     strides = (kv_heads * stride * page, stride * page, dim, 1)
-    return store.as_strided((*shape, dim), strides, first * page)
+    return store.as_strided((*shape, dim), strides, store.storage_offset() + first * page)
 
 
 def _hide_in_ring(scores: Tensor, length: int, window: int) -> None:

@@ -64,6 +64,16 @@ def test_requests_that_share_blocks_are_served_as_if_alone(name):
         assert preempted
 
 
+def test_rows_whose_pages_lie_in_even_steps():
+    """Keys and values share vLLM's memory, where such pages are read without a copy."""
+    spec, pipeline = attrs.evolve(SPEC, kv_heads=1, heads=2), CachePipeline(window=8)
+    engine = Engine(pipeline, rows=3, blocks=20, spec=spec)
+    engine.running = [Request(pipeline, 40, seed, spec) for seed in range(3)]
+    for n in (20, *[1] * 8):
+        assert all(engine.room_for(request, n) for request in engine.running)
+        engine.step([(request, n) for request in engine.running])
+
+
 def test_an_arena_that_grows_admits_again():
     """Tokens that found no page stay away; later ones are admitted in blocks that came since."""
     pipeline, admitted = ADMISSIONS["tight"]
