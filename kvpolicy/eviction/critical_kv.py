@@ -29,8 +29,8 @@ class CriticalKV(Eviction):
     """The scores of another eviction, weighed by the values' way through the output projection.
 
     The window and the best others, `first` of the budget in all, stay by the scores s of `eviction`
-    alone. The others are scored (s + `epsilon`) x the mean over a group's query heads of |W v|_1, W
-    being the head's part of the output projection and v the token's value.
+    alone. The others are scored (s + `epsilon`) x the mean over a group's query heads of
+    `|W v|_1`, W being the head's part of the output projection and v the token's value.
 
     Feng et al., 2025 (NVIDIA/kvpress, criticalkv_press.py; FFY0/AdaKV). The authors leave `v` out
     of the inner score: `ExpectedAttention(value_norm=False)`. With `Adaptive` the first stage takes

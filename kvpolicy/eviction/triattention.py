@@ -39,14 +39,14 @@ class TriAttention(Eviction):
 
     Pairs of channels that RoPE turns together are complex numbers. With the mean q and the mean
     size a of a query head's queries before RoPE, a key k (as it is stored) at the end t of the
-    sequence scores sum_f Re(q_f e^{i w_f (t + d)} conj(k_f)) + (a_f - |q_f|) |k_f|, times RoPE's
+    sequence scores `sum_f Re(q_f e^{i w_f (t + d)} conj(k_f)) + (a_f - |q_f|) |k_f|`, times RoPE's
     factor, the mean over the offsets d = 1, 2, 4 ... `farthest`. A head's scores are normalized
     over its stored tokens (`normalize`), and a group's query heads share the largest or the mean
     (`group`). With `keep_prompt` the prompt's tokens stay. `real`, `imaginary`, `size`
     `[L, Hq, D / 2]` are q and a.
 
     Mao et al., 2026 (WeianMao/triattention, methods/triattention.py with per-layer-per-head
-    pruning, and methods/pruning_utils.py; statistics in calibration/*.pt). The authors compress
+    pruning, and methods/pruning_utils.py; statistics in `calibration/*.pt`). The authors compress
     every 128 generated tokens: `attach(..., interval=128)`.
 
     Example:
