@@ -25,14 +25,13 @@ from ._launch import (
     on,
     shared_memory,
 )
-from ._softmax import LOG2E, factors, level_of, weigh
+from ._levels import add_levels
+from ._softmax import factors, level_of, weigh
 from .window_scores import _keys, _logits, choose_tile
 
 _ADMITTED = tl.constexpr(ADMITTED)
-_LOG2E = tl.constexpr(LOG2E)
 _SPLIT = 2048  # keys that one program of the first pass looks at where queries are few
 _FEW = 64  # queries that are few
-_PARTS = 16  # partial sums that are added at once
 
 
 def attention_mass(
@@ -70,7 +69,6 @@ def attention_mass(
     split = _SPLIT if most <= _FEW else max(width, 1)
     parts = 1 + cdiv(width, split)
     part = torch.empty(units, parts, rows, dtype=torch.float32, device=query.device)
-    lse = torch.empty(units, rows, dtype=torch.float32, device=query.device)
     tile = choose_tile(dot_size(dim), query.element_size(), shared_memory(query.device))
     scale, cap = factors(scale, softcap)
     places = (
@@ -83,7 +81,6 @@ def attention_mass(
         SLAB_PAGES=pages.slab_pages, PAGE=size, KV_HEADS=kv_heads, GROUP=groups, SLOTS=slots,
         DIM=dim, DIM_PAD=dot_size(dim), num_warps=tile.warps,
     )  # fmt: skip
-    sinks = None if sinks is None else sinks.contiguous()
     row_tile, query_tile = min(tile.held, dot_size(rows)), min(tile.streamed, dot_size(most))
     how = dict(
         QUERIES=query_tile, KEYS_=tile.held, STAGES=tile.stages,
@@ -94,10 +91,7 @@ def attention_mass(
             part, parts, split, *places, **sizes, QUERIES=row_tile, KEYS_=tile.streamed,
             STAGES=3 * (tile.stages - 1) + 1,
         )  # fmt: skip
-        _add_levels[cdiv(rows, 128), units](
-            part, lse, parts, rows, most, sinks, HEADS=kv_heads, PARTS=_PARTS, BLOCK=128,
-            num_warps=4,
-        )  # fmt: skip
+        lse = add_levels(part, sinks, kv_heads, most)
         for near, target, tokens in (
             (False, numbers.stored, width), (True, numbers.recent, slots),
         ):  # fmt: skip
@@ -210,32 +204,6 @@ def _query_levels(
             scores = tl.where(seen, scores, float("-inf"))
             _, _, top, total = weigh(scores, factor, top, total, 1, True)
     tl.store(to, level_of(top, total), mask=r < rows)
-
-
-@triton.jit
-def _add_levels(
-    part, lse, parts, rows, most, sinks, HEADS: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Log-sum-exps over all keys and the sink; +inf, so that weights are 0, where none was seen."""
-    unit = tl.program_id(1).to(tl.int64)
-    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    p = tl.arange(0, PARTS)
-    part += unit * parts * rows
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, parts, PARTS):
-        mask = (start + p < parts)[:, None] & (r < rows)[None, :]
-        at = part + (start + p)[:, None] * rows + r[None, :]
-        level = tl.load(at, mask=mask, other=float("-inf"))  # [PARTS, M]
-        _, _, top, total = weigh(level, 1.0, top, total, 0, True)
-    level = level_of(top, total)
-    if sinks is not None:
-        head = unit % HEADS * (rows // most) + r // most
-        sink = tl.load(sinks + head, mask=r < rows, other=0.0).to(tl.float32) * _LOG2E  # [M]
-        _, _, top, total = weigh(sink[None, :], 1.0, top, total, 0, True)
-        level = tl.where(level > float("-inf"), level_of(top, total), level)
-    tl.store(lse + unit * rows + r, tl.where(level > float("-inf"), level, float("inf")), r < rows)
 
 
 @triton.jit

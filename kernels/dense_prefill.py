@@ -44,7 +44,11 @@ def dense_prefill(
     check_asked("dense_prefill", query.shape[0], softcap, sinks)
     dim_v, size = value.shape[2], pages.k.shape[1]
     check_dims("dense_prefill", key.shape[2], dim_v)
-    out = torch.empty(query.shape[1], query.shape[0], dim_v, dtype=query.dtype, device=query.device)
+    alone = len(segments.start) == 1 and query.shape[1] > 0
+    out = torch.empty(
+        0 if alone else query.shape[1], query.shape[0], dim_v, dtype=query.dtype,
+        device=query.device,
+    )  # fmt: skip
     for row, start in enumerate(segments.start):
         q0, q1 = segments.cu_q[row : row + 2]
         k0, k1 = segments.cu_k[row : row + 2]
@@ -57,6 +61,8 @@ def dense_prefill(
             k = torch.cat([far_k.flatten(1, 2)[:, :first], k], 1)
             v = torch.cat([far_v.flatten(1, 2)[:, :first], v], 1)
         attended = _causal(query[:, q0:q1], k, v, start, scale, softcap, sinks)
+        if alone:
+            return attended
         out[q0:q1] = attended.transpose(0, 1)
     return out.transpose(0, 1)
 

@@ -1,4 +1,4 @@
-"""Expected logits of keys, and norms of values, straight from pages.
+"""Expected logits of keys, straight from pages.
 
 A program holds a tile of a head's keys and takes one query head of the group after the other. The
 square, k'Ck, is a product of the tile with a part of C's columns, multiplied by the same channels
@@ -14,11 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import Heads, Pages
-from ._launch import cdiv, check_dims, check_dtype, dense_last, dot_size, on, power_of_two
+from ._launch import cdiv, check_dims, check_dtype, dense_last, dot_size, on
 from ._math import dot
-from ._pages import KEYS, VALUES, find, token_rows
-
-_VALUES = 64  # values that one program of `value_norms` looks at
+from ._pages import KEYS, find, token_rows
 
 
 def expected_logits(pages: Pages, heads: Heads, linear: Tensor, square: Tensor | None) -> Tensor:
@@ -97,38 +95,3 @@ def _expected_logits(
                 total += tl.sum(product * same.to(tl.float32), 1)
             logits += total * tl.load(factor + row)
         tl.store(out + g * width, tl.where(there, logits, 0.0), mask=n < width)
-
-
-def value_norms(pages: Pages, heads: Heads) -> Tensor:
-    """Norms `[B, Hkv, M * P]`; see `Ops.value_norms`."""
-    check_dtype("value_norms", "values", pages.v)
-    size, dim = pages.v.shape[1:]
-    batch, kv_heads, columns = heads.table.shape
-    width = columns * size
-    out = torch.empty(batch, kv_heads, width, dtype=torch.float32, device=pages.v.device)
-    if out.numel():
-        table, counts = dense_last(heads.table), dense_last(heads.counts)
-        with on(pages.v):
-            _value_norms[cdiv(width, _VALUES), batch * kv_heads](
-                pages.v, pages.slabs, table, counts, out, width, table.stride(), counts.stride(),
-                SLAB_PAGES=pages.slab_pages, PAGE=size, KV_HEADS=kv_heads, DIM=dim,
-                DIM_PAD=power_of_two(dim), VALUES_=_VALUES, num_warps=4,
-            )  # fmt: skip
-    return out
-
-
-@triton.jit
-def _value_norms(
-    pages_v, slabs, table, counts, out, width, table_strides, counts_strides,
-    SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr, VALUES_: tl.constexpr,
-):  # fmt: skip
-    """Norms of a tile of a head's values."""
-    unit = tl.program_id(1).to(tl.int64)
-    b, head = unit // KV_HEADS, unit % KV_HEADS
-    n, d = tl.program_id(0) * VALUES_ + tl.arange(0, VALUES_), tl.arange(0, DIM_PAD)
-    there = n < tl.load(counts + b * counts_strides[0] + head)
-    page, slot = find(table + b * table_strides[0] + head * table_strides[1], n, there, PAGE)
-    from_v = token_rows(pages_v, slabs, page, slot, d, VALUES, SLAB_PAGES, PAGE, DIM)
-    v = tl.load(from_v, mask=there[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32)
-    tl.store(out + unit * width + n, tl.sqrt(tl.sum(v * v, 1)), mask=n < width)

@@ -23,6 +23,8 @@ _POSITION_BITS = tl.constexpr(POSITION_BITS)
 _TOKENS = 64  # of a tile, which one program stores
 _TILES = 16  # that one program counts
 _SCAN = 1024  # tiles that are summed up at once
+_FEW = 128  # tiles that are counted by the program that sums them up, some at once
+_AT_ONCE = 32
 
 
 def count_leaving(
@@ -36,48 +38,66 @@ def count_leaving(
     flags = dense_last(flags)
     after, fresh = (torch.empty_like(before) for _ in range(2))
     ranks = before.new_empty(batch, heads, tiles)
+    few = tiles <= _FEW
     with on(flags):
-        _count[cdiv(tiles, _TILES), heads, batch](
-            flags, segments.cu_k_dev, ranks, tiles, window, flags.stride(),
-            TOKENS=_TOKENS, TILES=_TILES, num_warps=4,
-        )  # fmt: skip
+        if not few:
+            _count[cdiv(tiles, _TILES), heads, batch](
+                flags, segments.cu_k_dev, ranks, tiles, window, flags.stride(0),
+                TOKENS=_TOKENS, TILES=_TILES, num_warps=4,
+            )  # fmt: skip
         _scan[heads, batch](
-            ranks, before, after, fresh, tiles, before.stride(), after.stride(),
-            PAGE=page_size, TILES=_SCAN, num_warps=4,
+            flags, segments.cu_k_dev, ranks, before, after, fresh, tiles, window, flags.stride(0),
+            before.stride(), after.stride(), PAGE=page_size, TOKENS=_TOKENS,
+            TILES=_AT_ONCE if few else _SCAN, COUNTS=few, num_warps=4,
         )  # fmt: skip
     return after, fresh, ranks
 
 
 @triton.jit
+def _stored(flags, tile, leaving, TOKENS: tl.constexpr):
+    """Admitted tokens of these tiles, among the first `leaving` of a sequence."""
+    i = tile[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
+    bits = tl.load(flags + i, mask=i < leaving, other=0)  # [TILES, T]
+    return tl.sum((bits & _ADMITTED).to(tl.int32), 1)
+
+
+@triton.jit(do_not_specialize=["tiles", "window", "flags_step"])
 def _count(
-    flags, cu_k, ranks, tiles, window, flags_strides, TOKENS: tl.constexpr, TILES: tl.constexpr
+    flags, cu_k, ranks, tiles, window, flags_step, TOKENS: tl.constexpr, TILES: tl.constexpr
 ):  # fmt: skip
     """Counts the admitted tokens of some tiles of a head."""
     h, b = tl.program_id(1).to(tl.int64), tl.program_id(2)
     first = tl.load(cu_k + b)
     leaving = tl.load(cu_k + b + 1) - first - window
     tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
-    i = tile[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-    flags += h * flags_strides[0] + first
-    bits = tl.load(flags + i, mask=i < leaving, other=0)  # [TILES, T]
-    stored = tl.sum((bits & _ADMITTED).to(tl.int32), 1)
     ranks += (b * tl.num_programs(1) + h) * tiles
+    stored = _stored(flags + h * flags_step + first, tile, leaving, TOKENS)
     tl.store(ranks + tile, stored, mask=tile < tiles)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["tiles", "window", "flags_step"],
+    do_not_specialize_on_alignment=["before"],
+)
 def _scan(
-    ranks, before, after, fresh, tiles, before_strides, after_strides,
-    PAGE: tl.constexpr, TILES: tl.constexpr,
+    flags, cu_k, ranks, before, after, fresh, tiles, window, flags_step,
+    before_strides, after_strides,
+    PAGE: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
-    """Turns a head's counts by tile into the index of each tile's first token."""
+    """Turns a head's counts by tile, which it may count itself, into each tile's first index."""
     h, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     ranks += (b * tl.num_programs(0) + h) * tiles
+    first = tl.load(cu_k + b)
+    leaving = tl.load(cu_k + b + 1) - first - window
+    flags += h * flags_step + first
     held = tl.load(before + b * before_strides[0] + h)
     total = held
     for start in range(0, tiles, TILES):
         tile = start + tl.arange(0, TILES)
-        stored = tl.load(ranks + tile, mask=tile < tiles, other=0)  # [TILES]
+        if COUNTS:
+            stored = _stored(flags, tile, leaving, TOKENS)
+        else:
+            stored = tl.load(ranks + tile, mask=tile < tiles, other=0)  # [TILES]
         tl.store(ranks + tile, total + tl.cumsum(stored, 0) - stored, mask=tile < tiles)
         total += tl.sum(stored, 0)
     tl.store(after + b * after_strides[0] + h, total)
@@ -113,36 +133,35 @@ def write_leaving(
             pages.k, pages.v, pages.meta, pages.slabs, pages.free, pages.top, pages.refs,
             table, counts, key, value, flags,
             segments.cu_q_dev, segments.cu_k_dev, segments.start_dev, fresh, ranks, window,
-            table.stride(), counts.stride(), key.stride(), value.stride(), flags.stride(),
+            flags.stride(0), table.stride(), counts.stride(), key.stride(), value.stride(),
             SLAB_PAGES=pages.slab_pages, PAGE=pages.k.shape[1], DIM=dim, DIM_V=dim_v,
             DIM_PAD=width, DIM_V_PAD=width_v, TOKENS=_TOKENS, ROWS=power_of_two(batch * kv_heads),
             num_warps=4 if max(width, width_v) * key.element_size() <= 256 else 8,
         )  # fmt: skip
         _settle[1,](
-            counts, after, fresh, pages.top, kv_heads, counts.stride(),
-            UNITS=batch * kv_heads, UNITS_PAD=power_of_two(batch * kv_heads), num_warps=1,
+            counts, after, fresh, pages.top, kv_heads, batch * kv_heads, counts.stride(),
+            UNITS_PAD=power_of_two(batch * kv_heads), num_warps=1,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "units"])
 def _settle(
-    counts, after, fresh, top, heads, counts_strides,
-    UNITS: tl.constexpr, UNITS_PAD: tl.constexpr,
+    counts, after, fresh, top, heads, units, counts_strides, UNITS_PAD: tl.constexpr
 ):  # fmt: skip
     """Makes the new counts current and the stack shorter, when every tile has read both."""
     unit = tl.arange(0, UNITS_PAD)
-    real = unit < UNITS
+    real = unit < units
     held = tl.load(after + unit, mask=real)  # [UNITS]
     tl.store(counts + unit // heads * counts_strides[0] + unit % heads, held, mask=real)
     taken = tl.sum(tl.load(fresh + unit, mask=real, other=0), 0)
     tl.store(top, tl.maximum(tl.load(top) - taken, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "flags_step"])
 def _store(
     pages_k, pages_v, pages_meta, slabs, free, top, refs, table, counts, key, value, flags,
-    cu_q, cu_k, starts, fresh, ranks, window,
-    table_strides, counts_strides, key_strides, value_strides, flags_strides,
+    cu_q, cu_k, starts, fresh, ranks, window, flags_step,
+    table_strides, counts_strides, key_strides, value_strides,
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     DIM_PAD: tl.constexpr, DIM_V_PAD: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -158,7 +177,7 @@ def _store(
     t = (first + i).to(tl.int64)
     d = tl.arange(0, DIM_PAD)
     e = tl.arange(0, DIM_V_PAD)
-    flags += h * flags_strides[0]
+    flags += h * flags_step
     bits = tl.load(flags + t, mask=i < span - window, other=0).to(tl.int32)  # [T]
     stored = (bits & _ADMITTED) != 0
     mask = stored[:, None] & (d < DIM)[None, :]

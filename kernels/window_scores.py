@@ -18,14 +18,13 @@ from torch import Tensor
 
 from ..ops import POSITION_MASK, Heads, Pages, Ring, check_asked
 from ._launch import cdiv, check_dims, check_dtype, dense_last, dot_size, on, shared_memory
+from ._levels import add_levels
 from ._math import dot
 from ._pages import KEYS, META, find, page_offset, token_rows
 from ._softmax import LOG2E, capped, factors, level_of, weigh
 
 _POSITION_MASK = tl.constexpr(POSITION_MASK)
-_LOG2E = tl.constexpr(LOG2E)
 _SPLIT = 2048  # keys that one program of the first pass looks at
-_PARTS = 16  # partial sums that are added at once
 _MEAN, _MAX, _EACH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -67,59 +66,97 @@ def window_scores(
     pooling: str,
     group: str,
     normalize: str,
+    squared: bool = False,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Scores `[B, Hkv, M * P]` by the weights of the last queries; see `Ops.window_scores`."""
-    check_dtype("window_scores", "queries", queries)
-    check_asked("window_scores", queries.shape[1], softcap, sinks)
-    check_dims("window_scores", queries.shape[3])
-    batch, kv_heads, slots, dim = ring.k.shape
-    query_heads, query_slots = queries.shape[1:3]
-    units, groups, size = batch * kv_heads, query_heads // kv_heads, pages.k.shape[1]
-    width, rows = heads.table.shape[2] * size, groups * observation
+    _check("window_scores", queries, softcap, sinks)
+    batch, kv_heads = heads.counts.shape
+    width = heads.table.shape[2] * pages.k.shape[1]
     mass = torch.empty(batch, kv_heads, width, dtype=torch.float32, device=queries.device)
     if not mass.numel():
         return mass
-    table, counts = dense_last(heads.table), dense_last(heads.counts)
-    ring_k, ring_q = dense_last(ring.k), dense_last(queries)
-    tile = choose_tile(dot_size(dim), ring_q.element_size(), shared_memory(ring_q.device))
-    mode = 0 if group == "mean" else 2 if normalize == "global" else 1
-    near = int(normalize == "visible")
-    parts = cdiv(width, _SPLIT) + near
-    part = torch.empty(units, parts, rows, dtype=torch.float32, device=ring_q.device)
-    lse = torch.empty(units, rows, dtype=torch.float32, device=ring_q.device)
-    sizes = dict(
-        SLAB_PAGES=pages.slab_pages, PAGE=size, KV_HEADS=kv_heads, GROUP=groups,
-        OBSERVED=observation, QUERY_SLOTS=query_slots, DIM=dim, DIM_PAD=dot_size(dim),
-        # Stored tokens have left the window: only older queries can lie before some of them.
-        CAUSAL=observation > window,
-    )  # fmt: skip
-    row_tile = min(tile.held, dot_size(rows))
-    query_tile = min(tile.streamed, dot_size(rows if mode == 0 else observation))
-    strides = (table.stride(), counts.stride(), ring_q.stride())
-    scale, cap = factors(scale, softcap)
-    sinks = None if sinks is None else sinks.contiguous()
-    with on(ring_q):
-        _row_sums[cdiv(rows, row_tile), parts, units](
-            pages.k, pages.meta, pages.slabs, table, counts, ring_k, ring_q, lengths, part,
-            window, scale, cap, parts, *strides, ring_k.stride(),
-            **sizes, SLOTS=slots, NEAR=near, SPLIT=_SPLIT, QUERIES=row_tile, KEYS_=tile.streamed,
-            # Page id, slab and key are loads in a row, each as many steps ahead of the next.
-            STAGES=3 * (tile.stages - 1) + 1, num_warps=tile.warps,
-        )  # fmt: skip
-        _add_parts[cdiv(rows, 128), units](
-            part, lse, parts, rows, sinks, HEADS=kv_heads, OBSERVED=observation, PARTS=_PARTS,
-            BLOCK=128, num_warps=4,
-        )  # fmt: skip
-        _column_sums[cdiv(width, tile.held), units](
-            pages.k, pages.meta, pages.slabs, table, counts, ring_q, lengths, lse, mass, width,
-            scale, cap, *strides,
-            **sizes, MODE=mode, QUERIES=query_tile, KEYS_=tile.held, STAGES=tile.stages,
+    each = group == "each" or (group == "max" and normalize == "global")
+    mode = 0 if group == "mean" else 2 if each else 1
+    asked = _Asked(pages, heads, ring, queries, lengths, window, scale, observation, softcap)
+    lse = _levels(asked, sinks, normalize == "visible")
+    tile = asked.tile
+    streamed = asked.rows if mode == 0 else observation
+    with on(queries):
+        _column_sums[cdiv(width, tile.held), batch * kv_heads](
+            *asked.stored, asked.queries, lengths, lse, mass, width, *asked.factors,
+            *asked.strides, **asked.sizes, MODE=mode, SQUARED=squared,
+            QUERIES=min(tile.streamed, dot_size(streamed)), KEYS_=tile.held, STAGES=tile.stages,
             num_warps=tile.warps,
         )  # fmt: skip
     pool = F.avg_pool1d if pooling == "avg" else F.max_pool1d
     return pool(mass, kernel, 1, kernel // 2)
+
+
+def window_levels(
+    pages: Pages, heads: Heads, ring: Ring, queries: Tensor, lengths: Tensor, window: int,
+    scale: float, *, observation: int, softcap: float | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Log-sum-exps `[B, Hq, observation]`; see `Ops.window_levels`."""
+    _check("window_levels", queries, softcap, sinks)
+    batch, query_heads = queries.shape[:2]
+    if not batch:
+        return queries.new_empty(0, query_heads, observation, dtype=torch.float32)
+    asked = _Asked(pages, heads, ring, queries, lengths, window, scale, observation, softcap)
+    return _levels(asked, sinks, True).view(batch, query_heads, observation) / LOG2E
+
+
+def _check(op: str, queries: Tensor, softcap: float | None, sinks: Tensor | None) -> None:
+    check_dtype(op, "queries", queries)
+    check_asked(op, queries.shape[1], softcap, sinks)
+    check_dims(op, queries.shape[3])
+
+
+class _Asked:
+    """What both passes are launched with."""
+
+    def __init__(
+        self, pages: Pages, heads: Heads, ring: Ring, queries: Tensor, lengths: Tensor,
+        window: int, scale: float, observation: int, softcap: float | None,
+    ) -> None:  # fmt: skip
+        batch, self.kv_heads, self.slots, dim = ring.k.shape
+        groups, size = queries.shape[1] // self.kv_heads, pages.k.shape[1]
+        self.units, self.rows = batch * self.kv_heads, groups * observation
+        self.width, self.window, self.lengths = heads.table.shape[2] * size, window, lengths
+        table, counts = dense_last(heads.table), dense_last(heads.counts)
+        self.stored = pages.k, pages.meta, pages.slabs, table, counts
+        self.recent, self.queries = dense_last(ring.k), dense_last(queries)
+        self.tile = choose_tile(
+            dot_size(dim), queries.element_size(), shared_memory(queries.device)
+        )
+        self.strides = table.stride(), counts.stride(), self.queries.stride()
+        self.factors = factors(scale, softcap)
+        self.observation = observation
+        self.sizes = dict(
+            SLAB_PAGES=pages.slab_pages, PAGE=size, KV_HEADS=self.kv_heads, GROUP=groups,
+            OBSERVED=observation, QUERY_SLOTS=queries.shape[2], DIM=dim, DIM_PAD=dot_size(dim),
+            # Stored tokens have left the window: only older queries can lie before some of them.
+            CAUSAL=observation > window,
+        )  # fmt: skip
+
+
+def _levels(asked: _Asked, sinks: Tensor | None, near: bool) -> Tensor:
+    """Log-sum-exps `[U, rows]` to base 2 over the stored keys, the window's too if `near`."""
+    tile, rows = asked.tile, asked.rows
+    parts = cdiv(asked.width, _SPLIT) + near
+    part = torch.empty(asked.units, parts, rows, dtype=torch.float32, device=asked.queries.device)
+    row_tile = min(tile.held, dot_size(rows))
+    with on(asked.queries):
+        _row_sums[cdiv(rows, row_tile), parts, asked.units](
+            *asked.stored, asked.recent, asked.queries, asked.lengths, part, asked.window,
+            *asked.factors, parts, *asked.strides, asked.recent.stride(),
+            **asked.sizes, SLOTS=asked.slots, NEAR=int(near), SPLIT=_SPLIT, QUERIES=row_tile,
+            KEYS_=tile.streamed,
+            # Page id, slab and key are loads in a row, each as many steps ahead of the next.
+            STAGES=3 * (tile.stages - 1) + 1, num_warps=tile.warps,
+        )  # fmt: skip
+        return add_levels(part, sinks, asked.kv_heads, asked.observation)
 
 
 @triton.jit
@@ -244,41 +281,18 @@ def _row_sums(
 
 
 @triton.jit
-def _add_parts(
-    part, lse, parts, rows, sinks, HEADS: tl.constexpr, OBSERVED: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Log-sum-exps over all keys and the sink; +inf, so that weights are 0, where none was seen."""
-    unit = tl.program_id(1).to(tl.int64)
-    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    p = tl.arange(0, PARTS)
-    part += unit * parts * rows
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, parts, PARTS):
-        mask = (start + p < parts)[:, None] & (r < rows)[None, :]
-        at = part + (start + p)[:, None] * rows + r[None, :]
-        level = tl.load(at, mask=mask, other=float("-inf"))  # [PARTS, M]
-        _, _, top, total = weigh(level, 1.0, top, total, 0, True)
-    level = level_of(top, total)
-    if sinks is not None:
-        head = unit % HEADS * (rows // OBSERVED) + r // OBSERVED
-        sink = tl.load(sinks + head, mask=r < rows, other=0.0).to(tl.float32) * _LOG2E  # [M]
-        _, _, top, total = weigh(sink[None, :], 1.0, top, total, 0, True)
-        level = tl.where(level > float("-inf"), level_of(top, total), level)
-    tl.store(lse + unit * rows + r, tl.where(level > float("-inf"), level, float("inf")), r < rows)
-
-
-@triton.jit
 def _column_sums(
     pages_k, pages_meta, slabs, table, counts, ring_q, lengths, lse, mass, width, scale, cap,
     table_strides, counts_strides, query_strides,
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     OBSERVED: tl.constexpr, QUERY_SLOTS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     CAUSAL: tl.constexpr, KEYS_: tl.constexpr, STAGES: tl.constexpr, MODE: tl.constexpr,
-    QUERIES: tl.constexpr,
+    SQUARED: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """Weights of a block of keys summed over queries, combined over the group's heads by MODE."""
+    """Weights of a block of keys, or their squares, summed over queries.
+
+    Combined over the group's heads by MODE.
+    """
     unit = tl.program_id(1).to(tl.int64)
     b, head = unit // KV_HEADS, unit % KV_HEADS
     n = tl.program_id(0) * KEYS_ + tl.arange(0, KEYS_)
@@ -325,6 +339,8 @@ def _column_sums(
         weights = tl.maximum(tl.exp2(scores * factor - level[None, :]), 0.0)
         if CAUSAL:
             weights = tl.where(where[:, None] <= (length - OBSERVED + i)[None, :], weights, 0.0)
+        if SQUARED:
+            weights = weights * weights
         if MODE == _EACH:
             largest = tl.maximum(largest, weights)
             if turn == GROUP - 1:

@@ -108,6 +108,16 @@ def check_rows(name: str, value: Any, wanted: str = "a list of numbers of sequen
         raise TypeError(wrong(name, wanted, value))
 
 
+def rows_below(name: str, rows: Tensor | Sequence[int], batch: int) -> list[int]:
+    """Numbers of sequences as a list; raises unless each is from 0 below `batch`."""
+    found = rows.tolist() if isinstance(rows, Tensor) else rows
+    check_rows(name, found)
+    for row in found:
+        if not 0 <= row < batch:
+            raise ValueError(f"{name}: wanted sequences from 0 below {batch}, got {row!r}")
+    return list(found)
+
+
 def check_sizes_of(**sizes: Any) -> None:
     """Raises unless all are ints of at least 1."""
     for name, value in sizes.items():

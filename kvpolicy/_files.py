@@ -106,6 +106,20 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
 
 
+def read_named(path: Path, *names: str) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file that holds those of these names and no other.
+
+    Raises:
+        ValueError: it is damaged, or holds others.
+    """
+    found, _ = read_safetensors(path)
+    if set(found) != set(names):
+        keys = "key" if len(names) == 1 else "keys"
+        got = ", ".join(sorted(found))
+        raise ValueError(f"{path}: wanted the {keys} {', '.join(names)}, got {got}")
+    return found
+
+
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Replaces a `.safetensors` file."""
     from safetensors.torch import save_file

@@ -15,6 +15,7 @@ from .errors import BackendError
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _MODULES = {  # of reference/ and kernels/ alike, by op
+    "advance_ring": "ring",
     "antidiagonal_blocks": "antidiagonal",
     "append": "cache_write",
     "attention_mass": "attention_mass",
@@ -23,9 +24,13 @@ _MODULES = {  # of reference/ and kernels/ alike, by op
     "read_tokens": "compact",
     "dense_prefill": "dense_prefill",
     "expected_logits": "expected_attention",
-    "value_norms": "expected_attention",
     "keep_best": "keep_best",
     "keys_at": "keys_at",
+    "key_directions": "key_dots",
+    "key_dots": "key_dots",
+    "key_norms": "norms",
+    "value_norms": "norms",
+    "lag_spreads": "lag_spreads",
     "copy_pages": "page_io",
     "read_meta": "page_io",
     "read_pages": "page_io",
@@ -39,6 +44,7 @@ _MODULES = {  # of reference/ and kernels/ alike, by op
     "prefill_attention": "sparse_prefill",
     "last_similar": "redundancy",
     "selected_prefill": "selected_prefill",
+    "window_levels": "window_scores",
     "window_scores": "window_scores",
     "write_number": "write_number",
     "write_gate": "write_gate",

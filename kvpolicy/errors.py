@@ -6,7 +6,16 @@ class KVPolicyError(RuntimeError):
 
 
 class CapacityError(KVPolicyError):
-    """The cache would exceed a cap that was set on it; nothing was written."""
+    """The cache would exceed a cap that was set on it; nothing was written.
+
+    Attributes:
+        row: the sequence that would exceed a cap of its own, `max_tokens`; None where it is one of
+            all sequences, `max_bytes`.
+    """
+
+    def __init__(self, *args: object, row: int | None = None) -> None:
+        super().__init__(*args)
+        self.row = row
 
 
 class RollbackError(KVPolicyError):

@@ -102,6 +102,19 @@ class Ring(NamedTuple):
         return ring_slot(position, self.slots)
 
 
+class Pairs(NamedTuple):
+    """Where a head's channels that RoPE turns together are: `first + f * step`, and `gap` later."""
+
+    first: int
+    step: int
+    gap: int
+
+
+def whole_lags(tokens: int, lag: int) -> int:
+    """Partitions of `lag` that another whole one follows, in so many tokens."""
+    return max(tokens // lag - 1, 0)
+
+
 class Numbers(NamedTuple):
     """A number of each token of a layer, float32 (float64 where keys are).
 
@@ -239,6 +252,19 @@ class Ops(Protocol):
         reserved before. `minmax` extends the page's summary `[2 D]` (minimum and maximum key).
         `query` `[B, Hq, D]`, if given, goes to the slot of position `lengths` in `queries`
         `[B, Hq, S', D]`.
+        """
+
+    def advance_ring(
+        self, ring: Ring, key: Tensor, value: Tensor, flags: Tensor, segments: Segments, *,
+        undo: bool,
+    ) -> tuple[Ring, Ring | None]:  # fmt: skip
+        """Recent tokens of a prompt call, which then go to the ring.
+
+        `key` `[Hkv, T, D]`, `value` `[Hkv, T, Dv]`, `flags` `[Hkv, T]` uint8 are the new tokens of
+        `segments`, at least one. Returns the recent ones, k `[Hkv, Tk, D]`, v and flags, packed as
+        `segments` says: the new ones themselves where no sequence has earlier ones. The last new
+        tokens of each sequence go to their slots in `ring`; with `undo` what it held before is
+        returned as well.
         """
 
     def count_leaving(
@@ -409,7 +435,8 @@ class Ops(Protocol):
     def window_scores(
         self, pages: Pages, heads: Heads, ring: Ring, queries: Tensor, lengths: Tensor,
         window: int, scale: float, *, observation: int, kernel: int, pooling: str, group: str,
-        normalize: str, softcap: float | None = None, sinks: Tensor | None = None,
+        normalize: str, squared: bool = False, softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """SnapKV's scores `[B, Hkv, M * P]` of global tokens: the weights that the last
         `observation` queries gave them (FasterDecoding/SnapKV).
@@ -417,9 +444,59 @@ class Ops(Protocol):
         The tokens' positions lie before the window. `queries` `[B, Hq, S', D]` holds the query of
         position p in slot `p % S'`, as the ring its keys; `lengths` `[B]` positions were seen.
         `scale` > 0 multiplies q.k. The other arguments are those of `kvpolicy.eviction.SnapKV`,
-        whose `score` says the same on dense keys. A sink joins whichever keys are normalized over.
+        whose `score` says the same on dense keys; a `group` of "each" takes the largest weight of a
+        group query by query, and `squared` sums the squares of weights. A sink joins whichever keys
+        are normalized over.
         Slots without a token score as one of weight 0. A head's scores depend on nothing but its
         own sequence, to the last bit.
+        """
+
+    def window_levels(
+        self, pages: Pages, heads: Heads, ring: Ring, queries: Tensor, lengths: Tensor,
+        window: int, scale: float, *, observation: int, softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Log-sum-exps `[B, Hq, observation]` of the last queries' logits of all keys they see.
+
+        Arguments as in `window_scores`, whose weights with `normalize="visible"` are
+        exp(logit - level). +inf for a query that sees no key.
+        """
+
+    def key_dots(
+        self, pages: Pages, heads: Heads, vectors: Tensor, sizes: Tensor | None = None,
+        pairs: Pairs | None = None, *, unit: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Dots m.k `[B, Hq, M * P]` of the keys k that a group's KV head stores.
+
+        `vectors` m `[B, Hq, D]` are floats of 32 bits (of 64 on the reference, as are the dots
+        then). With `sizes` s `[B, Hq, F]`, sum_f s_f |k_f| is added, k_f being pair f of the
+        channels as `pairs` says. With `unit` keys are divided by their norm, 1e-8 at least. Slots
+        without a token are 0. A head's dots depend on nothing but its own sequence, to the last
+        bit.
+        """
+
+    def key_directions(self, pages: Pages, heads: Heads) -> Tensor:
+        """The sum of k / |k| over the keys that heads store, `[B, Hkv, D]` float64.
+
+        A head's sum depends on nothing but its own sequence, to the last bit.
+        """
+
+    def key_norms(self, pages: Pages, heads: Heads) -> Tensor:
+        """Norms |k| `[B, Hkv, M * P]` of the keys that heads store; else as `value_norms`."""
+
+    def lag_spreads(
+        self, pages: Pages, heads: Heads, ring: Ring, lengths: Tensor, window: int, *, sinks: int,
+        lag: int, values: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """LagKV's spreads `[B, Hkv, parts, lag]` of keys, or of `values`
+        (AI-Lab-China-Merchants-Bank/LagKV).
+
+        A head's stored tokens and the recent ones of the window form partitions of `lag` after the
+        first `sinks`. A token's spread is the standard deviation over channels of
+        (x - min) / (max - min), with the next partition's smallest and largest value of each
+        channel (their difference counts as 1 where it is 0). There are `whole_lags(M * P + window -
+        sinks, lag)` parts, zeros where a head has no whole partition after one. A head's spreads
+        depend on nothing but its own sequence, to the last bit.
         """
 
     def expected_logits(

@@ -235,6 +235,10 @@ class PerLayerEviction(_PerLayer, Eviction):
     def across_heads(self) -> bool:
         return any(p.across_heads for p in self.members)
 
+    @property
+    def gathers_heads(self) -> bool:
+        return all(p.gathers_heads for p in self.members if p.across_heads)
+
     def number(self, write: Write) -> Tensor | None:
         policy: Eviction = self.at(write.layer)
         return policy.number(write)

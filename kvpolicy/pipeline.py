@@ -16,7 +16,7 @@ from .admission import Admission, AdmitAll
 from .backend import BACKENDS, resolve
 from .budget import budget_of
 from .calls import capacity
-from .calls._checks import check_call, check_complete, check_layer, check_shared, check_state
+from .calls._checks import check_call, check_complete, check_layer, check_shared
 from .calls.call import abort, close_call, open_call
 from .calls.decode import decode, read_decoded
 from .calls.evict import evict
@@ -25,11 +25,13 @@ from .calls.tell import Known, tell
 from .choices import Backend, Phase
 from .errors import PhaseError, UnsupportedError
 from .eviction import Eviction, KeepAll
+from .exchange import ALONE, Exchange
 from .ops import load
 from .selection import SelectAll, Selection
 from .spec import CacheSpec
 from .store import CacheState, Report, moments
 from .store.allocate import allocate
+from .store.checks import check_state
 from .store.layer import check_sinks
 from .store.looked_back import adopt_numbers, fork_to_replay, looks_back
 from .store.report import report
@@ -126,14 +128,18 @@ class CachePipeline:
             raise ValueError(f"window: the parts of the pipeline disagree: {found}")
         return next(iter(given.values()), self.eviction.prefers_window or DEFAULT_WINDOW)
 
-    def init(self, spec: CacheSpec, batch: int = 1) -> CacheState:
-        """An empty cache for `batch` sequences; ValueError if a policy does not fit `spec`."""
+    def init(self, spec: CacheSpec, batch: int = 1, exchange: Exchange | None = None) -> CacheState:
+        """An empty cache for `batch` sequences; ValueError if a policy does not fit `spec`.
+
+        `exchange` reaches the caches of the model's other heads, where `spec` has some of them.
+        """
         check_int("batch", batch, 1)
-        self.check(spec)
+        self.check(spec, exchange)
         backend = load(resolve(self.backend, spec.device))
         return allocate(
-            spec, batch, backend, self.window, self.admission, self.selection, self.eviction
-        )
+            spec, batch, backend, self.window, self.admission, self.selection, self.eviction,
+            ALONE if exchange is None else exchange,
+        )  # fmt: skip
 
     def dry(self, spec: CacheSpec, batch: int = 1) -> CacheState:
         """A cache with the sizes of `init`'s that takes no memory, for plans; checks as `init`."""
@@ -162,8 +168,11 @@ class CachePipeline:
         named = frozenset(name for name, wanted in asked.items() if wanted)
         return self.admission.needs | eviction.needs | named
 
-    def check(self, spec: CacheSpec) -> None:
-        """Raises ValueError or UnsupportedError if a policy does not fit `spec`."""
+    def check(self, spec: CacheSpec, exchange: Exchange | None = None) -> None:
+        """Raises ValueError or UnsupportedError if a policy does not fit `spec`.
+
+        Policies that look across heads need an `exchange` where `spec` has some heads only.
+        """
         check_kind("spec", spec, CacheSpec, "a CacheSpec", _of_model(spec))
         elsewhere = spec.model_kv_heads - spec.kv_heads
         managed = [spec.at(layer) for layer in spec.managed]
@@ -183,7 +192,7 @@ class CachePipeline:
                     "wanted their channels, write CacheSpec(hidden=...)"
                 )
             if spec.kv_heads < spec.model_kv_heads:
-                _check_shard(self.eviction.at(layer))
+                _check_shard(self.eviction.at(layer), exchange)
 
     def begin(
         self,
@@ -368,31 +377,40 @@ class CachePipeline:
     def activate(self, state: CacheState, active: Tensor) -> None:
         """Says which sequences, bool `[B]` on the device, store what decode calls bring.
 
-        The host does not look: it learns of it when it next asks the device.
+        The host does not look: it learns of it when it next asks the device. So this can only take
+        away; `CacheState.resume` makes sequences active.
         """
         state.devices.activate(active)
 
-    def prepare_replay(self, state: CacheState, most: int) -> None:
-        """Makes a captured decode step of one token ready to run; up to `most` will follow."""
-        if moments.is_full(state, (1,) * state.batch):
+    def prepare_replay(self, state: CacheState, most: int) -> bool:
+        """Makes a captured decode step of one token ready to run; up to `most` will follow.
+
+        Returns whether the host looked at the device.
+        """
+        full, spent = moments.is_full(state, (1,) * state.batch), state.steps_reserved < 1
+        if full:
             state.sync_host()
             moments.settle(state)
-        if state.steps_reserved < 1:
+        if spent:
             state.sync_host()  # caps ask how long each row is
             capacity.reserve_long(state, most)
+        return full or spent
 
-    def replayed(self, state: CacheState) -> None:
+    def replayed(self, state: CacheState, *, evict: bool = True) -> bool:
         """A captured decode step ran: what commit does on the host, and evictions that are due.
 
         The device's part is in the graph. Rows that ended meanwhile are counted as if they went on
-        until the host asks the device.
+        until the host asks the device. Returns whether it did. Without `evict`, evictions are left
+        to `maintain`.
         """
         for row in state.sequences:
-            row.length += 1
+            row.length += row.active
         state.steps_reserved -= 1
-        if self.due(state):
+        due = evict and bool(self.due(state))
+        if due:
             state.sync_host()  # rows that ended meanwhile are not due
             self.maintain(state)
+        return due
 
     def due(self, state: CacheState) -> list[bool]:
         """The sequences for which `maintain` would evict now; empty if there is none."""
@@ -414,15 +432,18 @@ class CachePipeline:
         return report(state)
 
 
-def _check_shard(eviction: Eviction) -> None:
+def _check_shard(eviction: Eviction, exchange: Exchange | None) -> None:
     budget = budget_of(eviction)
-    if budget is not None and budget.shares_heads:
+    if exchange is None and budget is not None and budget.shares_heads:
         raise UnsupportedError(
             f"{type(eviction).__name__}.budget: {budget} shares tokens between KV heads, but a "
-            "tensor-parallel rank sees only its own"
+            "tensor-parallel rank sees only its own; give init an `exchange` with the others"
         )
-    if eviction.across_heads:
+    if eviction.across_heads and (exchange is None or not eviction.gathers_heads):
+        how = "give init an `exchange` with the others"
+        if not eviction.gathers_heads:
+            how = "ask for the others by view.across or view.whole, and say `gathers_heads = True`"
         raise UnsupportedError(
             f"{type(eviction).__name__}: scores look across KV heads, but a tensor-parallel rank "
-            "sees only its own"
+            f"sees only its own; {how}"
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ._fields import check_int, flag, number, shown
 from ._names import named
+from .ops import Pairs
 
 
 def _each(instance: Rope, attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -71,6 +72,12 @@ class Rope:
         else:
             first, second = part.split(half, -1)
         return first, second, rest
+
+    def layout(self, dim: int) -> Pairs:
+        """Where the pairs are among `dim` channels."""
+        half = len(self.frequencies)
+        start = dim - 2 * half if self.tail else 0
+        return Pairs(start, 2, 1) if self.interleaved else Pairs(start, 1, half)
 
     def joined(self, first: Tensor, second: Tensor, rest: Tensor) -> Tensor:
         """What `pairs` took apart."""

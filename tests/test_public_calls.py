@@ -28,6 +28,7 @@ from kvpolicy import (
     WriteGate,
     _elsewhere,
     pretrained,
+    store,
     testing,
 )
 from kvpolicy._fields import shown
@@ -303,6 +304,43 @@ CALLS = {
         layer=NOTHING, row=NOTHING, head=NOTHING,
     ),
     "finish": Call(lambda folder: (state().finish, {"rows": [0]}), rows=Takes(list, tuple)),
+    "resume": Call(
+        lambda folder: (state().resume, {"rows": [0]}), rows=Takes(list, tuple, none=True)
+    ),
+    "store.side_state": Call(
+        lambda folder: (store.side_state, {"state": state()}), state=NOTHING, batch=COUNT
+    ),
+    "store.move": Call(
+        lambda folder: (
+            store.move,
+            {"target": (found := PIPELINE.init(SPEC, 2)), "slot": 0, "source": found, "row": 1},
+        ),
+        target=NOTHING, slot=NOTHING, source=NOTHING, row=NOTHING,
+    ),
+    "store.clear": Call(
+        lambda folder: (store.clear, {"state": state(), "rows": [0]}),
+        state=NOTHING, rows=Takes(list, tuple),
+    ),
+    "store.park": Call(
+        lambda folder: (store.park, {"state": state(), "row": 0}), state=NOTHING, row=NOTHING
+    ),
+    "store.unpark": Call(
+        lambda folder: (
+            store.unpark,
+            {"state": (found := state()), "slot": 0, "parked": store.park(found, 0)},
+        ),
+        state=NOTHING, slot=NOTHING, parked=NOTHING,
+    ),
+    "store.free_pages": Call(lambda folder: (store.free_pages, {}), state=NOTHING),
+    "store.held_pages": Call(lambda folder: (store.held_pages, {}), state=NOTHING),
+    "store.step_pages": Call(
+        lambda folder: (store.step_pages, {"state": state(), "steps": 1}),
+        state=NOTHING, steps=COUNT,
+    ),
+    "store.prompt_pages": Call(
+        lambda folder: (store.prompt_pages, {"state": state(), "added": [1]}),
+        state=NOTHING, added=NOTHING,
+    ),
     "check_admission": Call(
         lambda folder: (testing.check_admission, {"policy": LocalAttention(window=4)}),
         **KIT, hidden=NOTHING, tokens=NOTHING,
@@ -334,7 +372,11 @@ def functions() -> dict[str, Callable]:
         and value.__module__.startswith("kvpolicy")
         and not value.__module__.startswith("kvpolicy._")
     }  # fmt: skip
-    found |= {"kept": CacheState.kept, "finish": CacheState.finish}
+    found |= {n: getattr(CacheState, n) for n in ("kept", "finish", "resume")}
+    found |= {
+        f"store.{name}": value for name, value in vars(store).items()
+        if inspect.isfunction(value) and name not in ("save", "load")
+    }  # fmt: skip
     found |= {n: getattr(hf.Attachment, n) for n in ("read", "ask", "loglikelihood")}
     found["attached.replay"] = hf.Attachment.replay
     found |= {

@@ -8,8 +8,13 @@ from . import versions as _versions  # noqa: F401
 from .attach import Attachment as Attachment
 from .attach import attach as attach
 from .attach import detach as detach
+from .attach import generate_many as generate_many
 from .cache import KVPolicyCache as KVPolicyCache
 from .cache import new_cache as new_cache
+from .many import Finished as Finished
+from .many import Held as Held
+from .many import Request as Request
+from .many import Timings as Timings
 from .memory import FitReport as FitReport
 from .memory import fit_report as fit_report
 from .persist import load_cache as load_cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn, Unpack
 
 import torch
@@ -24,6 +24,8 @@ from .compile import CompiledLayers, check_compiles, make_eager
 from .faces import NAME
 from .forwards import Forwards
 from .generate import generate
+from .many.requests import Finished, Request
+from .many.serve import serve
 from .models import AttentionLayer, check_one_device, check_pre_query, check_pre_rope, served
 from .own_steps import put_aside_at
 from .replay import replay
@@ -73,10 +75,11 @@ class Attachment:
             check_pre_query(self.served)
         empty = self.new_cache()
         self.spec, self.ranks = empty.spec, empty.ranks
-        pipeline.check(self.spec)
+        pipeline.check(self.spec, self.ranks.exchange)
         if compile:
             check_compiles(self.decoder, self.served)
         self.forwards = Forwards(self.decoder, self.ranks)
+        self.ranks.listen()
         self.put_aside = put_aside_at(self.base)
         self.idle: dict[int, KVPolicyCache] = {}  # private caches with a captured graph, by batch
         self.decoding = "not yet"  # how the last generate decoded, and why not captured
@@ -101,6 +104,8 @@ class Attachment:
             config._attn_implementation = NAME
         changes.hook(decoder, self._open, pre=True, with_kwargs=True)
         changes.hook(decoder, self._close, with_kwargs=True, always_call=True)
+        if self.ranks.many and self.base is not decoder:
+            changes.hook(self.base, self._after, with_kwargs=True, always_call=True)
         for layer in self.served.layers:
             if layer.window is None:
                 self._hook(layer)
@@ -131,7 +136,7 @@ class Attachment:
 
     def detach(self) -> None:
         """Restores the model to the letter; calling it twice does nothing."""
-        if _attached(self.decoder) is self:
+        if self.attached:
             self.changes.undo()
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -177,6 +182,15 @@ class Attachment:
     def _close(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         return self.forwards.close(self, output)
 
+    @torch.compiler.disable
+    def _after(self, base: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        self.forwards.after(output)
+
+    @property
+    def attached(self) -> bool:
+        """Whether it is still on the model."""
+        return _attached(self.decoder) is self
+
     @property
     def cache(self) -> KVPolicyCache | None:
         """The cache of the forward in flight."""
@@ -195,7 +209,8 @@ class Attachment:
         if not isinstance(given, KVPolicyCache):
             raise TypeError(
                 f"{name}: wanted a KVPolicyCache from new_cache(model, pipeline), got "
-                f"{type(given).__name__}; call generate of the model that was attached"
+                f"{type(given).__name__}; pass attached.new_cache(), also to a model that else "
+                "makes a cache of its own, or call generate of the model that was attached"
             )
         if given.pipeline is not self.pipeline and given.pipeline != self.pipeline:
             raise ValueError(f"{name}: the cache belongs to another pipeline")
@@ -274,13 +289,48 @@ class Attachment:
             self, input_ids, continuation_ids, attention_mask, continuation_mask, question
         )
 
+    def generate_many(
+        self,
+        requests: Iterable[Request | None],
+        *,
+        slots: int = 16,
+        tokens_per_call: int = 8192,
+        shared_prefix: str | Tensor | Sequence[int] | None = None,
+        max_bytes: int | None = None,
+        tokenizer: Any = None,
+    ) -> Iterator[Finished]:
+        """Serves many requests, up to `slots` at once; gives each as it finishes.
+
+        Each gets what `generate` gives it alone. Prompts are read in calls of up to
+        `tokens_per_call` tokens of any of them, with a decode step after each call. Requests are
+        taken one after another when there is room; None among them says that there is none for now.
+        Those of a list are checked beforehand, one of another iterable that cannot be served
+        finishes with its error.
+
+        Args:
+            requests: what to serve; their order is that in which they enter.
+            slots: sequences that decode together.
+            tokens_per_call: of prompts between two steps, which bounds the time between tokens.
+            shared_prefix: ids, or a text, with which prompts begin; read once. Those that begin
+                with something else are read whole.
+            max_bytes: of all pages, by default the attachment's, else 0.8 of what a GPU has free.
+            tokenizer: for texts and stop strings.
+
+        Raises:
+            UnsupportedError: for models and options that cannot share calls, by name.
+        """
+        return serve(self, requests, slots, tokens_per_call, shared_prefix, max_bytes, tokenizer)
+
     def used(self, cache: KVPolicyCache) -> None:
         """Remembers what a cache did that no caller gave."""
         if cache.state is not None:
-            self._last = cache.report()
+            self._last = cache.report(all_ranks=True)
 
     def last_report(self) -> Report:
-        """What took effect in the last cache that no caller gave: of a generate or a forward."""
+        """What took effect in the last cache that no caller gave: of a generate or a forward.
+
+        Of all heads, also where ranks share the model.
+        """
         if self._last is None:
             raise PhaseError("last_report: no generate or forward made a cache of its own yet")
         return self._last
@@ -316,7 +366,35 @@ def attach(
 
 def detach(model: nn.Module) -> None:
     """Takes the pipeline off `model`."""
+    _of(model, "detach").detach()
+
+
+def generate_many(
+    model: nn.Module,
+    requests: Iterable[Request | None],
+    *,
+    slots: int = 16,
+    tokens_per_call: int = 8192,
+    shared_prefix: str | Tensor | Sequence[int] | None = None,
+    max_bytes: int | None = None,
+    tokenizer: Any = None,
+) -> Iterator[Finished]:
+    """Serves many requests on a model that a pipeline is attached to.
+
+    See `Attachment.generate_many`. Raises PhaseError where none is.
+    """
+    return _of(model, "generate_many").generate_many(
+        requests,
+        slots=slots,
+        tokens_per_call=tokens_per_call,
+        shared_prefix=shared_prefix,
+        max_bytes=max_bytes,
+        tokenizer=tokenizer,
+    )
+
+
+def _of(model: nn.Module, what: str) -> Attachment:
     attachment = _attached(decoder_of(base_of(model)))
     if attachment is None:
-        raise PhaseError("detach: no pipeline is attached to this model")
-    attachment.detach()
+        raise PhaseError(f"{what}: no pipeline is attached to this model")
+    return attachment

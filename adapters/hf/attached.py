@@ -6,7 +6,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import torch
+
 from ...pipeline import CachePipeline
+from ...spec import CacheSpec, Sizes
 from .cache import KVPolicyCache
 from .models import Served
 from .ranks import Ranks
@@ -26,7 +29,8 @@ class Attached(Protocol):
     `model` is what was attached to, `base` transformers' model inside its wrappers, `decoder` its
     decoder stack with attention modules `layers`, `served` what is known of it. `original` is the
     `generate` that ours replaces, `ranks` those that share the model's heads;
-    `put_aside` are the columns after which the model gives caches up.
+    `put_aside` are the columns after which the model gives caches up. Caches are made with `dtype`
+    and `sizes`, which give `spec`; `attached` until it is detached.
     """
 
     model: Any
@@ -40,6 +44,14 @@ class Attached(Protocol):
     ranks: Ranks
     idle: dict[int, KVPolicyCache]
     put_aside: int | None
+    dtype: torch.dtype | None
+    sizes: Sizes
+
+    @property
+    def attached(self) -> bool: ...
+
+    @property
+    def spec(self) -> CacheSpec: ...
 
     @property
     def compiled(self) -> object | None: ...

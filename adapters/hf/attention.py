@@ -130,8 +130,9 @@ def attention(
     if not isinstance(key, KVRef):
         raise UnsupportedError(
             "attention without a pipeline cache: this model's config says attention 'kvpolicy' but "
-            "nothing is attached to it; if it shares its config object with an attached model, "
-            "build it from a copy of that config"
+            "nothing is attached to it, or its hooks did not run: call the attached model or its "
+            "decoder itself, not .forward of it nor its layers. If it shares its config object "
+            "with an attached model, build it from a copy of that config"
         )
     sinks = kwargs.get("s_aux") if kwargs.get("sinks") is None else kwargs["sinks"]
     if torch.compiler.is_compiling() and hasattr(module, PLACE):

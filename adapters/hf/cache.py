@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import uuid
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn, Unpack
 
 import attrs
@@ -12,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ..._arguments import check_path, check_rows, optional
+from ..._arguments import check_flag, check_path, check_rows, optional
 from ..._fields import MOST, check_int
 from ...errors import PhaseError, RollbackError, UnsupportedError
 from ...pipeline import CachePipeline, is_pipeline
 from ...spec import Sizes, check_sizes
 from ...store import CacheState, Report, save
 from ...store.fork import adopt, select_rows
+from ...store.report_ranks import joined
 from ...store.rollback import crop
 from .asked import known_of
 from .columns import Chunks, append, gaps, pick, real, take_back, to_tensors
@@ -27,6 +30,7 @@ from .fingerprints import model_fingerprint
 from .layout import Columns
 from .models import Served, ranks_of, served
 from .modes import exactly, in_dtype, ordinary
+from .rank_files import part_of, write_index
 from .recurrent import States
 from .sizes import spec_from
 
@@ -65,11 +69,13 @@ class KVPolicyCache(Cache):
         self.evicts = True  # whether the end of the prompt does
         self.singles = 0  # forwards of one column in a row, in a prompt that goes on
         self.counts_positions = False  # whether the real tokens seen give position ids
+        self.counted_from: int | None = None  # where forwards of a bare loop began to count places
         self.counts_columns = False  # whether all columns seen do, as with soft prompts
         self.recording = False  # columns may be taken back before the next forward
         self.graph: Any = None  # CapturedStep of this cache's buffers
         self.captures = 0
         self.capturing = False
+        self.packed: list[int] | None = None  # tokens of each sequence in a row that packs them
         self.decoding = "not yet"  # how the last generate decoded: "captured" or "eager: reason"
         self._make_faces()
 
@@ -162,7 +168,7 @@ class KVPolicyCache(Cache):
     def ensure_state(self, batch: int) -> CacheState:
         """The state, made for `batch` sequences by the first forward."""
         if self.state is None or (not self.chunks and self.state.batch != batch):
-            self.take_state(self.pipeline.init(self.spec, batch))
+            self.take_state(self.pipeline.init(self.spec, batch, self.ranks.exchange))
         assert self.state is not None
         if self.state.batch != batch:
             raise ValueError(
@@ -243,8 +249,20 @@ class KVPolicyCache(Cache):
         """Which of the columns so far are real tokens, bool `[B, columns]` on the host."""
         return real(self.chunks, 0 if self.state is None else self.state.batch)
 
-    def report(self) -> Report:
-        """What took effect and what it costs in bytes."""
+    def report(self, *, all_ranks: bool = False) -> Report:
+        """What took effect and what it costs in bytes.
+
+        Of this rank's heads where ranks share the model; with `all_ranks` of all heads, for which
+        every rank has to call.
+        """
+        check_flag("all_ranks", all_ranks)
+        if not all_ranks or not self.ranks.many:
+            return self._report()
+        with self.ranks.together():
+            own = self._report()
+        return joined(self.ranks.objects(own))
+
+    def _report(self) -> Report:
         if self.state is None:
             raise PhaseError("report: nothing went through this cache yet")
         return attrs.evolve(self.pipeline.report(self.state), states=self.states.nbytes)
@@ -254,9 +272,9 @@ class KVPolicyCache(Cache):
         """A cache that goes its own way; full pages are shared until either gives them up."""
         optional(check_rows, "rows", rows)
         rows = range(self.state.batch if self.state else 0) if rows is None else rows
-        return self.around(
-            None if self.state is None else select_rows(self.state, list(rows)), rows
-        )
+        with self.ranks.together():
+            state = None if self.state is None else select_rows(self.state, list(rows))
+        return self.around(state, rows)
 
     def around(self, state: CacheState | None, rows: Sequence[int]) -> KVPolicyCache:
         """A cache of `state`, a fork of this one's with its sequences `rows`."""
@@ -297,7 +315,8 @@ class KVPolicyCache(Cache):
                 f"crop: the cache has seen {self.columns} columns, cannot drop {drop}"
             )
         chunks, counts = take_back(self.chunks, drop, self.state.batch)
-        crop(self.state, counts)
+        with self.ranks.together():
+            crop(self.state, counts)
         self.chunks = chunks
 
     @ordinary
@@ -315,6 +334,7 @@ class KVPolicyCache(Cache):
     def reset(self) -> None:
         """Empties the cache and gives its pages back."""
         self.chunks, self.phase, self.boundary, self.recording = [], "prompt", None, False
+        self.counted_from = None
         self.states.reset()
         if self.state is not None:
             self.state.reset()
@@ -322,14 +342,28 @@ class KVPolicyCache(Cache):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the cache to a safetensors file, for `load_cache`; only pages in use are written.
 
-        Raises PhaseError before the first forward, during one, and when the model is gone,
-        UnsupportedError under tensor parallelism.
+        Where ranks share the model, every one calls: it writes a file of its heads beside `path`,
+        which names them. Raises PhaseError before the first forward, during one, and when the model
+        is gone.
         """
         check_path("path", path)
-        self.ranks.refuse(
-            "save: each rank of a tensor-parallel model holds the heads of its own, and a file "
-            "holds all; save the context's ids instead and read them again"
-        )
+        target = Path(path)
+        if not self.ranks.many:
+            self._save(target)
+            return
+        key = self.ranks.objects(uuid.uuid4().hex[:16])[0]
+        own = part_of(target, key, self.ranks.part, self.ranks.parts)
+        try:
+            with self.ranks.together():
+                self._save(own)
+        except BaseException:
+            own.unlink(missing_ok=True)
+            raise
+        with self.ranks.together():
+            if self.ranks.part == 0:
+                write_index(target, key, self.ranks.parts)
+
+    def _save(self, path: Path) -> None:
         model = self.model()
         if self.state is None or model is None:
             what = "its model is gone" if model is None else "nothing went through this cache yet"
@@ -347,7 +381,9 @@ class KVPolicyCache(Cache):
     def _select(self, rows: Tensor) -> None:
         picked = [int(r) for r in rows.tolist()]
         if self.state is not None:
-            adopt(self.state, select_rows(self.state, picked))
+            with self.ranks.together():
+                chosen = select_rows(self.state, picked)
+            adopt(self.state, chosen)
             self.states.restore(self.states.select(picked))
         self.chunks = pick(self.chunks, picked)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ...errors import KVPolicyError
 from .cache import KVPolicyCache
@@ -36,8 +37,6 @@ def why_not(
         return f"the model is on {state.spec.device}; only CUDA devices capture"
     if state.ops.backend != "triton":
         return f"the {state.ops.backend} backend synchronises with the host"
-    if cache.ranks.many:
-        return "the model is shared by ranks, which agree before every step"
     if not takes_positions(model):
         return "its decoder counts positions on the host, which a graph would hold fast"
     probe = cache.served.probe
@@ -70,7 +69,7 @@ def held_fast(model: Any) -> list[Any]:
 
 def _place(x: Tensor) -> int:
     try:
-        return x.data_ptr()
+        return x.to_local().data_ptr() if isinstance(x, DTensor) else x.data_ptr()
     except RuntimeError:  # of a subclass without a storage of its own
         return id(x)
 
@@ -96,6 +95,7 @@ class CapturedStep:
             # computed.
             with (
                 _ONE,
+                cache.ranks.capturing(),
                 state.rehearsal(),
                 torch.cuda.graph(self.graph, capture_error_mode="thread_local"),
             ):
@@ -166,12 +166,23 @@ class Stepper:
         self.output: Any = None
         self.began = list(state.lengths), cache.columns
         self.reason = own.reason if own else why_not(model, cache, records, room)
-        self.captured = self.reason is None
         if cache.graph is not None and cache.graph.held != held_fast(model):
             cache.graph = None
+        self._agree()
+        self.captured = self.reason is None
         cache.decoding = "captured" if self.captured else f"eager: {self.reason}"
         state.widen(max(state.lengths) + room)
         self.eager_steps, self.room = 0, room
+        self.looked = True  # at the device, as all ranks do at the same steps
+
+    def _agree(self) -> None:
+        """Ranks that share the model capture all or none, and none replays what another lost."""
+        told = self.cache.ranks.numbers([self.reason is not None, self.cache.graph is None])
+        eager, lost = (any(column) for column in zip(*told, strict=True))
+        if lost:
+            self.cache.graph = None
+        if eager and self.reason is None:
+            self.reason = "another rank cannot capture"
 
     def step(self, token: Tensor, active: Tensor, ids: Tensor | None = None) -> Tensor:
         """Logits `[B, 1, V]` after feeding `token` `[B]`; rows not `active` `[B]` store nothing.
@@ -205,21 +216,54 @@ class Stepper:
         if self.eager_steps < WARM_UP and cache.graph is None:
             self.eager_steps += 1
             return run(self.model, cache, tokens, self.position)
-        cache.pipeline.prepare_replay(state, self.room)
-        if cache.graph is None or cache.graph.generation != state.generation:
-            cache.graph = None
-            try:
-                cache.graph = CapturedStep(self.model, cache, tokens, self.position)
-            except RuntimeError as error:
-                if isinstance(error, KVPolicyError | torch.OutOfMemoryError):
-                    raise
-                self._stay_eager(f"the capture failed {_cause(error)}")
-                return run(self.model, cache, tokens, self.position)
-            cache.captures += 1
+        with cache.ranks.voting():
+            self.looked |= cache.pipeline.prepare_replay(state, self.room)
+            if self._stale():
+                self._capture(tokens)
+        if not self.captured:
+            cache.ranks.stepping = False
+            return run(self.model, cache, tokens, self.position)
+        cache.ranks.stay()
         logits: Tensor = cache.graph.replay(tokens, self.position)
         cache.saw(1, None)  # before an eviction, which may fail when the token is in
-        cache.pipeline.replayed(state)
+        with cache.ranks.voting():
+            self.looked = cache.pipeline.replayed(state, evict=not cache.recording)
         return logits
+
+    def _stale(self) -> bool:
+        """Whether a step must be captured, on all ranks if on one.
+
+        They can ask each other only where all look at the device, which is where buffers move.
+        """
+        graph, ranks = self.cache.graph, self.cache.ranks
+        assert self.cache.state is not None
+        stale = graph is None or graph.generation != self.cache.state.generation
+        if self.looked:
+            return any(part[0] for part in ranks.numbers([stale]))
+        if stale and ranks.many:
+            ranks.stepping = True
+            raise KVPolicyError(
+                "the cache's buffers moved between two steps of a captured decoding that ranks "
+                "share; use no cache that shares pages with this one while it decodes"
+            )
+        return stale
+
+    def _capture(self, tokens: Tensor) -> None:
+        """Captures the step; all ranks stay eager where one cannot."""
+        cache, failed = self.cache, None
+        cache.graph = None
+        try:
+            cache.graph = CapturedStep(self.model, cache, tokens, self.position)
+        except RuntimeError as error:
+            if isinstance(error, KVPolicyError | torch.OutOfMemoryError):
+                raise
+            failed = _cause(error)
+        told = cache.ranks.numbers([failed is not None])
+        if any(part[0] for part in told):
+            cache.graph = None
+            self._stay_eager(f"the capture failed {failed or 'on another rank'}")
+        else:
+            cache.captures += 1
 
     def _stay_eager(self, reason: str) -> None:
         """From now on steps run eagerly; the host learns how far they came."""
@@ -243,6 +287,7 @@ class Stepper:
         The host learns which rows ended when.
         """
         cache, state = self.cache, self.cache.state
+        cache.ranks.stepping = False
         if state is None:
             return
         if self.captured:

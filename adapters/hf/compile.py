@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...errors import PhaseError, UnsupportedError
 from .attached import Attached
-from .models import Served, shards
+from .models import Served
 
 # On an attention module: [attachment's number, layer] on the CPU, and the layer's rules.
 PLACE = "_kvpolicy_place"
@@ -80,8 +80,6 @@ def check_compiles(decoder: Any, known: Served) -> None:
     layers = getattr(decoder, "layers", None)
     if layers is None:
         reason = "it has no list of layers"
-    elif shards(known.layers[0].module)[1] > 1:
-        reason = "its weights are sharded over ranks"
     elif any(hasattr(module, "_hf_hook") for module in decoder.modules()):
         reason = "accelerate moves its weights or activations between devices"
     elif any(COMPILED in layer.__dict__ for layer in layers):

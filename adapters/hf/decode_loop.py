@@ -12,6 +12,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from ...errors import UnsupportedError
 from .cache import KVPolicyCache
 from .capture import Stepper
+from .lockstep import Lockstep
 from .own_steps import OwnSteps, check_kept, why_own
 
 RECORDS = ("hidden_states",)  # of every step's output, if generate is asked for them
@@ -65,26 +66,36 @@ def decode_loop(
     # As in transformers, rows that another criterion than an EOS token stopped go on with the rest.
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     pad = config._pad_token_tensor if ends else None
-    going = torch.ones_like(unfinished)
-    late = _LateFlags(stepper.captured, kvp_streamer)
+    going, wrong = torch.ones_like(unfinished), unfinished.new_zeros(())
+    steps = Lockstep(cache.ranks, waits=not stepper.captured)
+    late = _LateFlags(stepper.captured, kvp_streamer, steps)
     length = prompt
-    with _experts(model):
+
+    def choose() -> tuple[Tensor, Tensor]:
+        """The tokens after `logits`, and which sequences go on after them."""
+        nonlocal wrong
+        last = logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+        processed = logits_processor(ids[:, :length], last)
+        token = _choose(processed, config.do_sample)
+        if config.do_sample:
+            wrong = ~processed.amax(-1).isfinite().all()
+        if pad is not None:
+            token = torch.where(unfinished, token, pad.to(token.device))
+        ids[:, length] = token
+        if scores is not None:
+            scores.append(processed)
+        if raw is not None:
+            raw.append(last)
+        seen = None if scores is None else tuple(scores)
+        return token, unfinished & ~stopping_criteria(ids[:, : length + 1], cast(Any, seen))
+
+    with experts(model):
         while True:
-            last = logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-            processed = logits_processor(ids[:, :length], last)
-            token = _choose(processed, config.do_sample)
-            if pad is not None:
-                token = torch.where(unfinished, token, pad.to(token.device))
-            token = cache.ranks.same(token)
-            ids[:, length] = token
+            token, alive = steps.decide(choose, batch)
+            if cache.ranks.many:
+                ids[:, length] = token
             length += 1
-            if scores is not None:
-                scores.append(processed)
-            if raw is not None:
-                raw.append(last)
-            alive = unfinished & ~stopping_criteria(ids[:, :length], scores)
-            alive = cache.ranks.same(alive)
-            stopped = late.stopped(alive, token)
+            stopped = late.stopped(alive, token, wrong)
             if stopped or length == ids.shape[1] - 1:
                 break
             # A row is active for the token that it sampled before it ended; none when all ended.
@@ -109,7 +120,7 @@ def decode_loop(
     )
 
 
-def _experts(model: Any) -> Any:
+def experts(model: Any) -> Any:
     """Decodes with the experts' implementation that transformers' own loop decodes with."""
     switch = getattr(model, "_optimize_model_for_decode", None)
     return contextlib.nullcontext() if switch is None else switch()
@@ -156,23 +167,27 @@ def _next_position(
 
 
 class _LateFlags:
-    """Tells the host that every sequence has ended, and gives a streamer its tokens.
+    """Tells the host that every sequence has ended, or could not be sampled, and streams tokens.
 
     With `late` both come through pinned memory one step after the device has them; without it the
     host waits.
     """
 
-    def __init__(self, late: bool, streamer: Any) -> None:
-        self.late, self.streamer = late, streamer
+    def __init__(self, late: bool, streamer: Any, steps: Lockstep) -> None:
+        self.late, self.streamer, self.steps = late, streamer, steps
         self.pending: tuple[Tensor, Tensor, Any] | None = None
         self.extra = 0
 
-    def stopped(self, alive: Tensor, token: Tensor) -> bool:
-        """Whether all sequences had ended: now, or with `late` at the step before."""
+    def stopped(self, alive: Tensor, token: Tensor, wrong: Tensor) -> bool:
+        """Whether all sequences had ended: now, or with `late` at the step before.
+
+        Raises ValueError where scores were `wrong`.
+        """
         if not self.late:
-            self._put(token)
-            return not bool(alive.any())
-        before, self.pending = self.pending, self._send(alive, token)
+            going, bad = torch.stack([alive.any(), wrong]).tolist()
+            self._put(token, bad)
+            return not going
+        before, self.pending = self.pending, self._send(alive, token, wrong)
         if before is None:
             return False
         if not self._receive(before):
@@ -185,25 +200,34 @@ class _LateFlags:
         """Ends the stream; the number of tokens that were sampled after everything had ended."""
         if self.pending is not None:
             self._receive(self.pending)
+        self.steps.end()
         if self.streamer is not None:
             self.streamer.end()
         return self.extra
 
-    def _send(self, alive: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Any]:
-        flag = torch.empty(1, dtype=torch.bool, pin_memory=True)
-        flag.copy_(alive.any(), non_blocking=True)
+    def _send(self, alive: Tensor, token: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, Any]:
+        on = torch.cat([self.steps.flags(alive).long(), wrong[None].long()])
+        flags = torch.empty(on.shape, dtype=on.dtype, pin_memory=True)
+        flags.copy_(on, non_blocking=True)
         held = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
         held.copy_(token, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        return flag, held, event
+        return flags, held, event
 
     def _receive(self, sent: tuple[Tensor, Tensor, Any]) -> bool:
-        flag, held, event = sent
+        flags, held, event = sent
         event.synchronize()
-        self._put(held)
-        return bool(flag.item())
+        *told, wrong = flags.tolist()
+        alive = self.steps.look(told)
+        self._put(held, bool(wrong))
+        return alive
 
-    def _put(self, token: Tensor) -> None:
+    def _put(self, token: Tensor, wrong: bool) -> None:
+        if wrong:
+            raise ValueError(
+                "do_sample: a row's scores are infinite, no numbers or all ruled out, so that no "
+                "token can be drawn; see what logits_processor and the bans among the options leave"
+            )
         if self.streamer is not None:
-            self.streamer.put(token.cpu())
+            self.steps.kept(lambda: self.streamer.put(token.cpu()))

@@ -80,19 +80,6 @@ def _check_counted(cache: KVPolicyCache, columns: int, hidden: bool) -> None:
 
 
 @ordinary
-def true_positions(cache: KVPolicyCache, device: torch.device, first: int = 0) -> Tensor:
-    """Position ids `[B, S]` of the open forward: each sequence's real tokens from `first`."""
-    state, layout = cache.state, cache.layout
-    assert state is not None and layout is not None
-    start = state.on(state.layers[0]).lengths.to(device)[:, None]
-    start = start + first if first else start
-    columns = layout.prompt + layout.decode
-    if layout.valid is None:
-        return start + torch.arange(columns, device=device)
-    return (start - 1 + layout.valid.to(device).long().cumsum(1)).clamp(min=first)
-
-
-@ordinary
 def close_forward(cache: KVPolicyCache, failed: bool) -> None:
     """Commits the call, or takes it back."""
     layout, cache.layout, cache.failure = cache.layout, None, None

@@ -20,10 +20,11 @@ from .arguments import check_forward
 from .attached import Attached
 from .cache import KVPolicyCache
 from .compile import check_forward as check_compiled
-from .forward import Crossing, close_forward, inputs_of, open_forward, true_positions
+from .forward import Crossing, close_forward, inputs_of, open_forward
 from .masks import closed, opened, padding_of
 from .own_steps import aside
 from .packed import split
+from .positions import check_counted, true_positions
 from .ranks import Ranks
 from .tiles import refuse_whole
 from .wrappers import check_soft_prompt, soft_prompt
@@ -46,6 +47,7 @@ class Forwards:
         self.crossing: Crossing | None = None
         self.own = self.kept = False  # whether we made that cache, and whether to hand it out
         self.as_tuple = False
+        self.closed = False  # the decoder's forward inside one of the whole model
         self.expected: KVPolicyCache | None = None  # by generate, of its first forward
         self.warned = False
 
@@ -97,7 +99,13 @@ class Forwards:
 
     def open(self, attachment: Attached, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The arguments with which the decoder's forward goes on."""
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            raise UnsupportedError(
+                "trace: an attached model cannot be traced or exported, since its cache is no part "
+                "of a graph; detach it first, or compile its layers by attach(compile=True)"
+            )
         self.claim()
+        self.closed = False
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         try:
             with self.ranks.together(self.ranks.key(kwargs)):
@@ -133,15 +141,18 @@ class Forwards:
         cache = kwargs["past_key_values"] = attachment.cache_for(given)
         cache.served = attachment.served  # the modules that run; the cache may be a gone model's
         ids, crossing = inputs_of(kwargs), None
+        _check_inputs(kwargs)
         batch, columns = ids.shape[:2]
         if given is not None and cache.counts_positions and not _several(kwargs):
             kwargs["position_ids"] = None  # as transformers counted them, by columns
         if "use_cache" in kwargs or "use_cache" in self.names:
             kwargs["use_cache"] = True  # some decoders hand a cache on only then
         probe = attachment.served.probe
-        texts = split(kwargs, batch, columns, cached=kept, apart=probe.apart)
-        if texts:
-            refuse_whole(attachment, "packed texts")
+        texts = cache.packed
+        if texts is None:
+            texts = split(kwargs, batch, columns, cached=kept, apart=probe.apart)
+            if texts:
+                refuse_whole(attachment, "packed texts")
         self._remind(attachment.pipeline, given, columns)
         if Crossing.needed(cache, columns):
             crossing = Crossing(decoder, cache, kwargs)
@@ -153,7 +164,12 @@ class Forwards:
         self.own, self.kept = given is None, kept
         told = kwargs.get("position_ids") is not None or "position_ids" not in self.names
         if not told and not texts and not soft_prompt(attachment.model):  # PEFT's count columns
-            kwargs["position_ids"] = true_positions(cache, ids.device, _first(cache, probe.first))
+            first = _first(cache, probe.first)
+            kwargs["position_ids"] = true_positions(cache, ids.device, first)
+            cache.counted_from = None if self.held else first
+        elif cache.counted_from is not None and "position_ids" in self.names:
+            check_counted(cache, kwargs["position_ids"], cache.counted_from)
+            cache.counted_from = None
         opened(kwargs["attention_mask"])
         return kwargs
 
@@ -183,9 +199,16 @@ class Forwards:
                 output = dataclasses.replace(output, past_key_values=None)
             if self.own and not self.held:
                 attachment.used(cache)
+            self.closed = True
             return output.to_tuple() if self.as_tuple else output
         finally:
             self.release()
+
+    def after(self, output: Any) -> None:
+        """Ends a forward of the whole model: what follows the decoder may fail on one rank."""
+        closed, self.closed = self.closed, False
+        if output is None and closed and (error := sys.exception()) is not None:
+            self.ranks.leave(error)
 
     def _remind(self, pipeline: CachePipeline, given: KVPolicyCache | None, columns: int) -> None:
         """Warns, once, of a loop whose prompt does not end although the pipeline would act then."""
@@ -221,6 +244,15 @@ def _first(cache: KVPolicyCache, own: int | None) -> int:
             "position_ids: this model counts positions by a rule of its own; pass them"
         )
     return own
+
+
+def _check_inputs(kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for inputs of another shape, such as choices `[B, N, S]` of a question."""
+    for name, shape in (("input_ids", ("B", "S")), ("inputs_embeds", ("B", "S", "hidden"))):
+        found = kwargs.get(name)
+        if found is not None and found.ndim != len(shape):
+            wanted, got = ", ".join(shape), list(found.shape)
+            raise ValueError(f"{name}: wanted [{wanted}], got {got}; give every text a row")
 
 
 def _several(kwargs: dict[str, Any]) -> bool:

@@ -21,7 +21,7 @@ from .masks import check_values
 from .modes import ordinary
 from .own_steps import check_put_aside, check_sample, own_method
 from .tiles import refuse_more, whole_chunks
-from .tokens import use_mask, use_tokenizer
+from .tokens import inferred_mask, use_mask, use_tokenizer
 from .wrappers import soft_prompt
 
 OWN_LOOP = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -78,7 +78,13 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
             f"has seen, got {columns}; write torch.cat([ids, next_turn], 1), or take a new cache"
         )
     _check_mask(cache, kwargs.get("attention_mask"), width, columns)
+    _check_last(inferred_mask(kwargs, config), " (pad_token_id says so, where no mask is given)")
     assisted = mode == GenerationMode.ASSISTED_GENERATION  # whose candidates may go further
+    if assisted and width == columns > cache.columns > 0:
+        raise UnsupportedError(
+            "past_key_values: assisted decoding reads all its ids, in transformers too, those that "
+            "the cache has seen once more; pass the new ids only, beside a mask of all columns"
+        )
     last = columns + _new_tokens(config, width) - (not assisted)
     check_put_aside(attachment.base, attachment.put_aside, cache.columns, columns, last)
     # Our loop says itself when the prompt has ended.
@@ -137,13 +143,17 @@ def _check_mask(cache: KVPolicyCache, mask: Any, width: int, columns: int) -> No
             f"attention_mask: wanted {columns} columns or more, got {list(mask.shape)} beside "
             f"{width} columns of input"
         )
-    if not bool(mask[:, min(columns, mask.shape[1]) - 1].all()):
-        raise UnsupportedError(
-            "attention_mask: it hides a row's last column, whose logits the first token would come "
-            "from; pad prompts on the left"
-        )
+    _check_last(mask[:, :columns])
     if cache.state is not None and mask.shape[1] >= columns > cache.columns:
         check_stored(mask, cache.chunks, cache.state.batch)
+
+
+def _check_last(mask: Tensor | None, why: str = "") -> None:
+    if mask is not None and not bool(mask[:, -1].all()):
+        raise UnsupportedError(
+            f"attention_mask: it hides a row's last column{why}, whose logits the first token "
+            "would come from; pad prompts on the left"
+        )
 
 
 def merged_config(attachment: Attached, kwargs: dict[str, Any]) -> GenerationConfig:

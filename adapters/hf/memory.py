@@ -129,7 +129,7 @@ def fit_report(
     spec = spec_of(model, dtype=dtype, device=device, **sizes)
     pipeline.check(spec)
     _check_admitted(pipeline, spec, admitted)
-    written, left = _global_tokens(pipeline, spec, tokens, admitted or 0.0)
+    written, left = global_tokens(pipeline, spec, tokens, admitted or 0.0)
     plan = planned(pipeline, spec, tokens, batch, written, left)
     windows = [spec.at(n).window or pipeline.window for n in range(spec.layers)]
     heads = [spec.at(n).kv_heads for n in range(spec.layers)]
@@ -186,7 +186,7 @@ def _check_admitted(pipeline: CachePipeline, spec: CacheSpec, admitted: float | 
         )
 
 
-def _global_tokens(
+def global_tokens(
     pipeline: CachePipeline, spec: CacheSpec, tokens: int, admitted: float
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Global tokens `[L][Hkv]` of a sequence: written, and left when the prompt has ended."""

@@ -144,6 +144,7 @@ def served(model: nn.Module, *, verify: bool = True) -> Served:
     Raises UnsupportedError for a model that is not served.
     """
     decoder = decoder_of(model)
+    check_even(decoder)
     return _served(model, decoder, probe(model, verify=verify))
 
 
@@ -168,6 +169,34 @@ def _served(model: nn.Module, decoder: nn.Module, found: Probe) -> Served:
         probe=found,
         rules=tuple(layer.rules for layer in layers),
     )
+
+
+def check_even(decoder: nn.Module) -> None:
+    """Raises UnsupportedError where ranks share a model's query heads, but not its KV heads evenly.
+
+    Before it runs: layers of such a model fail by their shapes, on some ranks or on all.
+    """
+    config = text_config(decoder.config)
+    heads = getattr(config, "num_attention_heads", None)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    for module in decoder.modules():
+        own = {name: getattr(module, f"{name}_proj", None) for name in "qkv"}
+        parts = [_ranks_of(x).parts for x in own.values() if isinstance(x, nn.Module)]
+        most = max(parts, default=1)
+        if most == 1:
+            continue
+        if min(parts) == 1:
+            raise UnsupportedError(
+                f"model: its {most} ranks share the query heads while each holds all KV heads; use "
+                "a tensor-parallel plan that splits q_proj, k_proj and v_proj alike"
+            )
+        for count, what in ((kv_heads, "KV heads"), (heads, "query heads")):
+            if isinstance(count, int) and count % most:
+                raise UnsupportedError(
+                    f"model: {most} ranks cannot share its {count} {what} evenly; run it on a "
+                    "number of ranks that divides them"
+                )
+        return
 
 
 def _layer(
@@ -272,12 +301,16 @@ def ranks_of(known: Served) -> Ranks:
     return _ranks_of(known.layers[0].module)
 
 
+_KNOWN: dict[tuple[int, int], Ranks] = {}  # by mesh, which they keep alive
+
+
 def _ranks_of(module: nn.Module) -> Ranks:
     weights: list[Any] = [getattr(part, "weight", None) for part in module.modules()]
     for weight in weights:
         for axis, placement in enumerate(getattr(weight, "placements", ())):
             if placement.is_shard(0) and weight.device_mesh.size(axis) > 1:
-                return Ranks(weight.device_mesh, axis)
+                mesh = weight.device_mesh
+                return _KNOWN.setdefault((id(mesh), axis), Ranks(mesh, axis))
     return Ranks()
 
 

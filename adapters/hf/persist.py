@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Unpack
 
 import torch
@@ -15,6 +16,7 @@ from ...store import persist
 from .cache import KVPolicyCache, new_cache
 from .columns import from_tensors
 from .fingerprints import model_fingerprint
+from .rank_files import own_file
 
 
 def load_cache(
@@ -30,14 +32,18 @@ def load_cache(
     `dtype` and `sizes` are those the saved cache was made with. What follows is what would have
     followed the saved cache, token for token. Raises ValueError, with the reason, for a file that
     is truncated or altered, or that another model, pipeline or size wrote; loading never runs code.
+    Where ranks share the model, every one calls and reads its own heads; UnsupportedError where
+    another number of ranks wrote them.
     """
     check_path("path", path)
     cache = new_cache(model, pipeline, dtype=dtype, **sizes)
-    state, extra, notes = persist.load(
-        path, pipeline, cache.spec, fingerprint=model_fingerprint(model)
-    )
-    cache.take_state(state)
-    cache.chunks = from_tensors(extra)
-    cache.states.from_tensors(extra, state.batch, cache.spec.device)
-    cache.phase = notes["phase"]
+    with cache.ranks.together():
+        state, extra, notes = persist.load(
+            own_file(Path(path), cache.ranks), pipeline, cache.spec,
+            fingerprint=model_fingerprint(model), exchange=cache.ranks.exchange,
+        )  # fmt: skip
+        cache.take_state(state)
+        cache.chunks = from_tensors(extra)
+        cache.states.from_tensors(extra, state.batch, cache.spec.device)
+        cache.phase = notes["phase"]
     return cache

@@ -75,6 +75,59 @@ class States:
         """Copies of the states of sequences `rows`; -1 stands for one that has seen nothing."""
         return [_copied(layer, rows) for layer in self.layers.values()]
 
+    def move(self, slot: int, source: States, row: int, slots: int) -> None:
+        """Makes the states of sequence `row` of `source` those of `slot`, of `slots` in all.
+
+        Tensors keep their addresses, those that are not there yet are made. `row` has seen nothing
+        afterwards.
+        """
+        self.put(slot, source.select([row]), slots)
+        source.clear([row])
+
+    def put(self, slot: int, saved: Sequence[dict[str, Any]], slots: int) -> None:
+        """Writes what `select` picked of one sequence, from any device, to `slot` of `slots`."""
+        for layer, values in zip(self.layers.values(), saved, strict=True):
+            for name in _STATES:
+                mine = getattr(layer, name)
+                for state, tensor in values[name].items():
+                    if tensor is None:
+                        continue
+                    if mine[state] is None:
+                        shape, device = (slots, *tensor.shape[1:]), values["device"]
+                        mine[state] = tensor.new_zeros(shape, device=device or tensor.device)
+                    mine[state][slot].copy_(tensor[0])
+            for name in _MARKS:
+                known = {key: mark for key, mark in values[name].items() if mark}
+                getattr(layer, name).update(known)
+            layer.device, layer.dtype = values["device"], values["dtype"]
+
+    def park(self, row: int) -> list[dict[str, Any]]:
+        """The states of a sequence in the host's memory, for `put`; it has seen nothing then.
+
+        Every decoded column changes the states of all sequences, of those that are not active too.
+        So park one before it waits, or it cannot go on.
+        """
+        saved = self.select([row])
+        for values in saved:
+            for name in _STATES:
+                for state, tensor in values[name].items():
+                    if tensor is not None:
+                        values["device"] = values["device"] or tensor.device
+                        values[name][state] = tensor.cpu()
+        self.clear([row])
+        return saved
+
+    def clear(self, rows: Sequence[int]) -> None:
+        """Sequences `rows` have seen nothing from now on; tensors keep their addresses."""
+        for layer in self.layers.values():
+            for name in _STATES:
+                for state, tensor in getattr(layer, name).items():
+                    if tensor is None:
+                        continue
+                    tensor.index_fill_(0, torch.tensor(list(rows), device=tensor.device), 0)
+                    if {*rows} >= {*range(len(tensor))}:  # of nobody anything
+                        layer.has_previous_state[state] = False
+
     def reset(self) -> None:
         """Forgets everything."""
         for layer in self.layers.values():

@@ -59,6 +59,15 @@ def use_mask(cache: KVPolicyCache, kwargs: dict[str, Any], config: Any) -> None:
         kwargs["attention_mask"] = mask
 
 
+def inferred_mask(kwargs: dict[str, Any], config: Any) -> Tensor | None:
+    """The mask `[B, S]` that transformers infers where a call gives ids and no mask."""
+    given = [kwargs.get(name) for name in ("inputs_embeds", "input_ids", "inputs")]
+    whole = next((x for x in given if x is not None), None)
+    if whole is None or whole.ndim != 2 or kwargs.get("attention_mask") is not None:
+        return None
+    return _mask_of(whole, config) if whole.numel() else None
+
+
 class _Healed:
     """What heal_tokens sees: transformers' model, and the generate of the one that was attached."""
 

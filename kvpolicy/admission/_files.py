@@ -94,6 +94,14 @@ def find_file(source: str | os.PathLike[str], file: str | None, revision: str | 
     return path
 
 
+def located(
+    source: str | os.PathLike[str], file: str | None, revision: str | None
+) -> tuple[Path, Source]:
+    """The path that `find_file` finds, and what a policy remembers of it."""
+    path = find_file(source, file, revision)
+    return path, source_of(path, source, file, revision)
+
+
 def find_folder(
     source: str | os.PathLike[str], files: tuple[str, ...], revision: str | None
 ) -> Path:

@@ -46,12 +46,14 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return stack(read_pt(path), str(path), path.stat().st_size), {}
     try:
         with open_safetensors(path) as file:
-            _check_names(file.keys(), str(path))
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
-        if packing := metadata.pop(_packed.KEY, None):
-            if packing != _packed.PLANES:
-                raise ValueError(f"{path}: packing: wanted {_packed.PLANES!r}, got {packing!r}")
+            packing = metadata.pop(_packed.KEY, None)
+            if packing not in (None, _packed.PACKING):
+                raise ValueError(f"{path}: packing: wanted {_packed.PACKING!r}, got {packing!r}")
+            beside = {_packed.EXPONENTS} if packing else set()
+            _check_names(set(file.keys()) - beside, str(path))
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if packing:
             state = _packed.unpack(state, str(path))
     except OSError:
         raise
@@ -59,7 +61,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if type(error) is ValueError:
             raise
         raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
-    return stack(state, str(path), path.stat().st_size), metadata
+    return stack(state, str(path), None if packing else path.stat().st_size), metadata
 
 
 def stack(state: object, source: str, size: int | None = None) -> dict[str, Tensor]:

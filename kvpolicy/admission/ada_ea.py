@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._fields import is_a, not_negative, optional, positive
-from .._files import read_pt, read_safetensors, write_safetensors
+from .._files import read_named, read_pt, write_safetensors
 from .._names import named
 from ._base import Admission, Write
-from ._files import Source, find_file, source_field, source_of
+from ._files import Source, find_file, located, source_field
 
 TILE = 256  # tokens of a product
 PARTS = ("mean", "covariance", "thresholds")
@@ -93,11 +93,8 @@ class AdaEA(Admission):
         """
         options: dict[str, Any] = {"sinks": sinks, "window": window}
         if sparsity is None:
-            path = find_file(path_or_repo, file, revision)
-            parts, _ = read_safetensors(path)
-            if set(parts) != set(PARTS):
-                raise ValueError(f"{path}: wanted the keys {', '.join(PARTS)}, got {list(parts)}")
-            source = source_of(path, path_or_repo, file, revision)
+            path, source = located(path_or_repo, file, revision)
+            parts = read_named(path, *PARTS)
             return cls(**{**options, **parts}, source=source)
         path = find_file(path_or_repo, file or "query_stats.pt", revision)
         thresholds, kept = (

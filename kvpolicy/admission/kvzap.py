@@ -17,7 +17,7 @@ from .._files import read_safetensors, write_safetensors
 from .._knob import Knob
 from .._names import named
 from ._base import Admission, Write
-from ._files import Source, find_file, source_field, source_of
+from ._files import Source, located, source_field
 from ._threshold import rounded
 
 TILE = 64  # tokens of a product
@@ -101,9 +101,8 @@ class KVzap(Admission):
         Raises:
             ValueError: the file is damaged or holds something else; the message names the key.
         """
-        path = find_file(path_or_repo, file, revision)
+        path, source = located(path_or_repo, file, revision)
         found, _ = read_safetensors(path)
-        source = source_of(path, path_or_repo, file, revision)
         stacked = _stacked(found, str(path))
         return cls(**stacked, threshold=threshold, window=window, source=source)
 

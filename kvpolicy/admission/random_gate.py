@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from functools import lru_cache
 
 import attrs
 import torch
@@ -35,17 +37,29 @@ class RandomGate(Admission):
         return True
 
     def admit(self, write: Write) -> Tensor:
-        heads = torch.arange(write.heads.start, write.heads.stop, device=write.positions.device)
         salt = (write.layer + 1) * 0x10001 + self.seed * 0x100000001
-        x = _mix(heads + ((salt + (1 << 63)) % (1 << 64) - (1 << 63)))  # as a signed 64-bit number
+        x = _of_heads(write.heads, salt, write.positions.device)
         x = _mix(x[:, None] ^ (write.positions.long() * _GOLDEN))
-        # 53 bits: every value is an exact double.
-        return ((x >> 11) & ((1 << 53) - 1)).double() * 2.0**-53 >= self.sparsity
+        # The highest 53 bits are a fraction, an exact double, of at least the sparsity. So whole
+        # numbers are compared; without their sign bit signed ones have the order of unsigned.
+        least = math.ceil(self.sparsity * 2**53) << 11
+        if least == 1 << 64:
+            return torch.zeros_like(x, dtype=torch.bool)
+        return (x ^ -(1 << 63)) >= least - (1 << 63)
 
     def knob(self, pattern: str | os.PathLike[str] | None = None) -> Knob[Admission]:
         return Knob(
             name="sparsity", at=lambda x: 1 - x, set=lambda x: attrs.evolve(self, sparsity=x)
         )
+
+
+@lru_cache(maxsize=4096)
+def _of_heads(heads: range, salt: int, device: torch.device) -> Tensor:
+    """The hashes `[H]` of heads, which all positions share."""
+    with torch.inference_mode(False):
+        numbers = torch.arange(heads.start, heads.stop)
+        signed = (salt + (1 << 63)) % (1 << 64) - (1 << 63)
+        return _mix(numbers + signed).to(device)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from ..backend import resolve
 from ..ops import load
 from . import _gate_file
 from ._base import Admission, Write
-from ._files import Source, find_file, source_field, source_of
+from ._files import Source, located, source_field
 from ._threshold import rounded
 
 _STEEPEST = 12.0  # a knob's thresholds run over the sigmoid of -12 to 12
@@ -136,7 +136,7 @@ class WriteGate(Admission):
             FileNotFoundError: no such file.
             ValueError: a key is missing, unexpected, misshapen or not finite; the message names it.
         """
-        path = find_file(path_or_repo, file, revision)
+        path, source = located(path_or_repo, file, revision)
         stacks, metadata = _gate_file.read(path)
         given: dict[str, Any] = {"threshold": threshold, "window": window, "activation": activation}
         noted: dict[str, Any] = {
@@ -148,7 +148,6 @@ class WriteGate(Admission):
             noted["activation"] = metadata.get("activation", "gelu")
         weights: dict[str, Any] = dict(stacks)
         try:
-            source = source_of(path, path_or_repo, file, revision)
             gate = cls(**weights, **noted, source=source)
         except ValueError as error:
             raise ValueError(f"{path}: metadata {error}") from error

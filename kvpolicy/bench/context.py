@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import attrs
 import torch
 
+from .ranks import least
 from .rows import CheckFailed, Row
 from .timing import ceilings
 
@@ -19,8 +20,9 @@ LIMIT = 1e-2  # relative error (Frobenius) of bfloat16 results against float64
 class Bench:
     """One run of the benchmark."""
 
-    def __init__(self, quick: bool, seconds: float) -> None:
+    def __init__(self, quick: bool, seconds: float, rank: int = 0, ranks: int = 1) -> None:
         self.quick = quick
+        self.rank, self.ranks = rank, ranks  # of processes that share the model's heads
         self.started = time.monotonic()
         self.deadline = self.started + seconds
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -45,11 +47,14 @@ class Bench:
         return tiny if self.quick else full
 
     def left(self) -> float:
-        """Seconds until the limit."""
-        return self.deadline - time.monotonic()
+        """Seconds until the limit, the same on all ranks."""
+        left = self.deadline - time.monotonic()
+        return left if self.ranks == 1 else least(left, self.device)
 
     def say(self, text: str) -> None:
         """Prints progress."""
+        if self.rank:
+            return
         print(f"[{time.monotonic() - self.started:6.1f} s] {text}", flush=True)
 
     def floor_ms(self, flops: float = 0.0, moved: float = 0.0) -> float:

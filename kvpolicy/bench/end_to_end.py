@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 from .context import Bench, Case
-from .model import FRACTION, PROFILED, QUEST, SHAPES, Found, Setting, build, measure
+from .model import FRACTION, LARGE, PROFILED, QUEST, SHAPES, Found, Setting, build, measure
 from .rows import Goal, Row
 
 LLAMA, QWEN = SHAPES
@@ -57,6 +57,17 @@ PLAN = (
     DENSE(tokens=100_000, shape=QWEN),
     *(GATE(tokens=n, fraction=0.2) for n in (200_000, 300_000, 400_000, 500_000)),
     DENSE(tokens=400_000),
+    GATE(tokens=1_000_000),
+)
+# Of several GPUs that share the heads.
+SHARED = (
+    GATE(tokens=100_000),
+    DENSE(tokens=100_000),
+    GATE(tokens=400_000),
+    QUESTED(tokens=400_000),
+    GATE(tokens=1_000_000),
+    GATE(tokens=100_000, shape=LARGE),
+    DENSE(tokens=100_000, shape=LARGE),
 )
 
 
@@ -80,13 +91,14 @@ def rows(bench: Bench, setting: Setting) -> Iterator[Row]:
     about = attrs.asdict(setting) | {"stored": held}
 
     def goals(table: dict[str, dict[int, float]], what: str, got: float) -> list[Goal]:
-        wanted = table[setting.shape].get(setting.tokens)
+        wanted = table.get(setting.shape, {}).get(setting.tokens)
         plain = setting == GATE(tokens=setting.tokens, shape=setting.shape)
         return [Goal(what=what, wanted=wanted, got=got)] if plain and wanted else []
 
     yield Row(
         group="model", name=f"{setting}: TTFT", value=found.ttft, unit="s",
-        rate=flops / found.ttft / 1e12, rate_unit="TFLOP/s", floor=bench.floor_ms(flops) / 1e3,
+        rate=flops / found.ttft / 1e12, rate_unit="TFLOP/s",
+        floor=bench.floor_ms(flops / bench.ranks) / 1e3,
         goals=tuple(goals(TTFT, "s", found.ttft)),
         shape=f"{batch} x {tokens}, {100 * kept:.1f} % stored",
         baseline=_ratio(other, against.ttft if against else None, found.ttft, "s"),
@@ -106,7 +118,7 @@ def rows(bench: Bench, setting: Setting) -> Iterator[Row]:
         seen = min(held, heads * bench.pick(QUEST, 24))
     yield Row(
         group="model", name=f"{setting}: TPOT", value=found.tpot, goals=tuple(wanted),
-        floor=bench.floor_ms(moved=read + 4.0 * config.head_dim * seen),
+        floor=bench.floor_ms(moved=(read + 4.0 * config.head_dim * seen) / bench.ranks),
         shape=f"{found.steps} steps, {found.decoding}",
         baseline=_ratio(other, against.tpot if against else None, found.tpot, "ms"),
         note=f"{found.captures} captures"
@@ -160,17 +172,32 @@ def _ratio(other: str, theirs: float | None, own: float, unit: str) -> str:
 
 def seconds(setting: Setting) -> float:
     """About what a setting takes, from what prompts took on an H200, with some to spare."""
-    hundreds, llama = setting.tokens / 1e5, setting.shape == LLAMA
+    hundreds, llama = setting.tokens / 1e5, setting.shape != QWEN
     attention = 5.0 if setting.policy == "dense" else 0.3 + 5.0 * setting.fraction
     linear = 2.7 if llama else 1.5
-    prompt = setting.batch * hundreds * (linear + attention * hundreds * (1.0 if llama else 1.125))
+    each = setting.batch / setting.ranks
+    prompt = each * hundreds * (linear + attention * hundreds * (1.0 if llama else 1.125))
     return 15 + 1.15 * prompt
 
 
 def cases(bench: Bench) -> list[Case]:
-    few = (DENSE(tokens=100_000), QUESTED(tokens=400_000), GATE(tokens=32_000, batch=4))
+    few: tuple[Setting, ...] = (
+        DENSE(tokens=100_000),
+        QUESTED(tokens=400_000),
+        GATE(tokens=32_000, batch=4),
+    )
     tried = (*few, GATE(tokens=100_000, shape=QWEN), PLAN[13])
     found = []
+    if bench.ranks > 1:
+        few = bench.pick(SHARED, (SHARED[0], SHARED[3], SHARED[5]))
+        plan = [attrs.evolve(x, ranks=bench.ranks) for x in few]
+        return [
+            Case(
+                group="model", name=str(x), run=functools.partial(_case, x), rank=place,
+                seconds=seconds(x) + 60,
+            )
+            for place, x in enumerate(plan)
+        ]  # fmt: skip
     for place, setting in enumerate((FIRST, *bench.pick(PLAN, tried))):
         rank = FIRST_RANK if setting == FIRST else 33 if place == 1 else RANK + place
         new = setting == FIRST or setting == GATE(tokens=100_000, shape=QWEN)

@@ -1,8 +1,7 @@
-"""Kernel launches and host syncs of the cache's part of a decode step."""
+"""Kernel launches and host syncs of the cache's part of a decode step and of a prompt."""
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -16,61 +15,11 @@ from ..spec import CacheSpec
 from ..store import CacheState
 from .context import Bench, Case
 from .gates import random_gate
+from .launch_counts import interpreted_launches, profiled
 from .rows import Goal, Row
 
 LAYERS, STEPS = 4, 8
-REGION = "kvpolicy steps"
-SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-
-
-@contextlib.contextmanager
-def interpreted_launches() -> Iterator[list[str]]:
-    """Names of the Triton kernels launched inside, where the interpreter runs them."""
-    from triton.runtime.interpreter import GridExecutor
-
-    launched: list[str] = []
-    original = GridExecutor.__call__
-
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        launched.append(self.fn.__name__)
-        return original(self, *args, **kwargs)
-
-    GridExecutor.__call__ = counted
-    try:
-        yield launched
-    finally:
-        GridExecutor.__call__ = original
-
-
-@contextlib.contextmanager
-def profiled() -> Iterator[Counter[str]]:
-    """Counts, filled on exit.
-
-    On the device kernels, copies and reads (copies to the host); on the host syncs and graphs.
-    """
-    counts: Counter[str] = Counter()
-    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    torch.cuda.synchronize()
-    with (
-        torch.profiler.profile(activities=kinds, acc_events=True) as profile,
-        torch.profiler.record_function(REGION),
-    ):
-        yield counts
-    events = profile.events()
-    cuda = torch.autograd.DeviceType.CUDA
-    region = next(e.time_range for e in events if e.name == REGION and e.device_type != cuda)
-    for event in events:
-        name = event.name
-        if event.device_type == cuda:
-            if name.startswith("Memcpy DtoH"):
-                counts["reads"] += 1
-            elif name.startswith(("Memcpy", "Memset")):
-                counts["copies"] += 1
-            elif name != REGION:
-                counts["kernels"] += 1
-        elif region.start <= event.time_range.start <= region.end:
-            counts["syncs"] += name in SYNCS
-            counts["graphs"] += name == "cudaGraphLaunch"
+PROMPT = 500  # tokens
 
 
 def decode_state(
@@ -139,9 +88,55 @@ def launches(bench: Bench, case: str, quest: bool) -> Iterator[Row]:
     )  # fmt: skip
 
 
+def prompt_launches(bench: Bench, case: str, gated: bool) -> Iterator[Row]:
+    """Launches a layer of a short prompt and of a second one after it, with their attention.
+
+    The first layer also plans for the others, and is left out.
+    """
+    kv_heads, dim, window = bench.pick(8, 2), bench.pick(128, 32), bench.pick(256, 16)
+    layers, tokens = bench.pick(LAYERS, 3), bench.pick(PROMPT, 60)
+    gate = random_gate(layers, kv_heads, bench.pick(512, 32), dim, window, bench.device)
+    parts: dict[str, Any] = {"admission": gate} if gated else {}
+    pipeline = CachePipeline(backend="triton", window=None if gated else window, **parts)
+    spec = CacheSpec(
+        layers=layers, heads=4 * kv_heads, kv_heads=kv_heads, head_dim=dim, dtype=bench.dtype,
+        device=bench.device,
+    )  # fmt: skip
+    packed = {n: bench.randn(kv_heads, tokens, dim) for n in ("key", "value", "key_pre")}
+    packed["query"] = bench.randn(4 * kv_heads, tokens, dim)
+    cuda = bench.device.type == "cuda"
+    counted: dict[str, tuple[float, Counter[str]]] = {}
+    for _ in range(bench.pick(2, 1)):  # kernels compile in the first round
+        state = pipeline.init(spec)
+        for part in ("first", "next"):
+            pipeline.begin(state, [tokens], "prompt")
+            pipeline.attend(state, 0, **packed)
+            with profiled() if cuda else interpreted_launches(operations=True) as found:
+                for layer in range(1, layers):
+                    pipeline.attend(state, layer, **packed)
+            counts = found if isinstance(found, Counter) else Counter(kernels=len(found))
+            total = counts["kernels"] + counts["copies"] + counts["reads"]
+            counted[part] = total / (layers - 1), counts
+            pipeline.commit(state)
+    for part, (each, counts) in counted.items():
+        wanted = 10 if gated else 6 if part == "first" else 12
+        yield Row(
+            group="launches", name=f"{case}, {part} {tokens} tokens", value=each,
+            unit="launches a layer", shape=f"{layers} layers",
+            goals=(
+                Goal(what="launches", wanted=wanted, got=each),
+                Goal(what="reads", wanted=0, got=counts["reads"]),
+            ),
+            note="" if cuda else "as on a device, interpreted", extra=dict(counts),
+        )  # fmt: skip
+
+
 def cases(bench: Bench) -> list[Case]:
     plain, chosen = "decode, cache's part", "decode, cache's part + Quest"
+    gate, dense = "prompt, cache's part", "prompt, cache's part, everything admitted"
     return [
+        Case(group="launches", name=gate, run=lambda b: prompt_launches(b, gate, True), rank=20),
+        Case(group="launches", name=dense, run=lambda b: prompt_launches(b, dense, False), rank=20),
         Case(group="launches", name=plain, run=lambda b: launches(b, plain, False), rank=20),
         Case(group="launches", name=chosen, run=lambda b: launches(b, chosen, True), rank=20),
     ]

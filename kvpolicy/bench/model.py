@@ -17,6 +17,7 @@ from ..selection import Quest, SelectAll
 from .context import Bench
 from .gates import FixedFraction, random_gate
 from .launches import profiled
+from .ranks import split
 
 FRACTION = 0.25
 CHUNK, STEPS, EAGER, PROFILED = 50_000, 300, 8, 18
@@ -28,12 +29,17 @@ _SIZES: dict[str, dict[str, Any]] = {
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=8, head_dim=128,
     ),
+    "Llama-3.1-70B, 20 layers": dict(
+        vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=20,
+        num_attention_heads=64, num_key_value_heads=8, head_dim=128,
+    ),
     "Qwen3-4B": dict(
         vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
         num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
     ),
 }  # fmt: skip
-SHAPES = tuple(_SIZES)
+SHAPES = ("Llama-3.1-8B", "Qwen3-4B")
+LARGE = "Llama-3.1-70B, 20 layers"  # a quarter of its depth
 
 
 @attrs.frozen(kw_only=True)
@@ -45,6 +51,7 @@ class Setting:
     batch: int = 1
     shape: str = SHAPES[0]
     fraction: float = FRACTION  # admitted by the gate
+    ranks: int = 1  # that share the heads
 
     def __str__(self) -> str:
         name = f"{self.policy}, {self.tokens // 1000}K"
@@ -52,6 +59,8 @@ class Setting:
             name += f", {100 * self.fraction:.0f} % admitted"
         if self.batch > 1:
             name += f", batch {self.batch}"
+        if self.ranks > 1:
+            name += f", TP {self.ranks}"
         return name if self.shape == SHAPES[0] else f"{self.shape} {name}"
 
 
@@ -69,15 +78,20 @@ def build(bench: Bench, shape: str) -> Any:
             **_SIZES[shape] | bench.pick({}, tiny), max_position_embeddings=1 << 20,
             bos_token_id=None, eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(bench.dtype)
-        try:
-            with bench.device:
-                model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-        finally:
-            torch.set_default_dtype(before)
-        bench.shared["model", shape] = model
+        make = getattr(transformers, f"{family}ForCausalLM")
+        model = _made(bench, make, config) if bench.rank == 0 else None
+        bench.shared["model", shape] = model if bench.ranks == 1 else split(model, bench.dtype)
     return bench.shared["model", shape]
+
+
+def _made(bench: Bench, make: Any, config: Any) -> Any:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(bench.dtype)
+    try:
+        with bench.device:
+            return make(config).eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def pipeline_of(bench: Bench, setting: Setting) -> CachePipeline:
@@ -166,9 +180,9 @@ def measure(bench: Bench, setting: Setting) -> Found:
             if attempt or once or bench.left() < 2 * found.ttft + 20:
                 break
         if bench.device.type == "cuda":
-            found.peak = torch.cuda.max_memory_allocated() - before + found.weights
+            found.peak = torch.cuda.max_memory_allocated() - before + found.weights // bench.ranks
             found.resident = torch.cuda.memory_allocated() - before
-        found.report = cache.report()
+        found.report = cache.report(all_ranks=True)
         _decode(bench, model, cache, token, found)
         del cache
     _clean(bench)

@@ -19,11 +19,11 @@ from .rows import CheckFailed, Row
 
 GROUPS = (
     *("prefill", "tiles", "decode", "quest", "write", "snapkv", "evictions"),
-    *("decoders", "model", "launches", "families"),
+    *("decoders", "model", "launches", "families", "many", "training"),
 )
 _MODULES = (
     *("prefill", "tiles", "decode", "write", "snapkv", "evictions", "decoders"),
-    *("end_to_end", "launches", "family_rows"),
+    *("end_to_end", "launches", "family_rows", "many", "training"),
 )
 
 
@@ -34,6 +34,8 @@ def run(
     quick: bool = False,
     seconds: float = 540.0,
     starts: Callable[[str, int, int], object] = lambda title, number, of: None,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> list[Row]:
     """Checks and times, writes `results.json`, `results.md` and plots to `out`, prints a table.
 
@@ -43,6 +45,8 @@ def run(
         quick: tiny shapes, which also run without a GPU (kernels interpreted).
         seconds: benchmarks that would end later are not started; the important ones come first.
         starts: called with each benchmark's title, its number from 0 and how many there are.
+        rank: of this process, of `ranks` that share the heads of the models of the group "model";
+            rank 0 writes and prints.
 
     Raises:
         BackendError: there is no CUDA device and `quick` is not set.
@@ -52,7 +56,7 @@ def run(
         if not quick:
             raise BackendError("bench: wanted a CUDA device, found none; --quick needs none")
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    bench = Bench(quick, seconds)
+    bench = Bench(quick, seconds, rank, ranks)
     chosen = choose(bench, names)
     rows = bench.measure_ceilings()
     for number, case in enumerate(chosen, 1):
@@ -65,7 +69,10 @@ def run(
             rows.append(Row(group=case.group, name=case.name, error=text))
             continue
         rows += attempt(bench, case)
-        write_results(Path(out), bench, rows)
+        if rank == 0:
+            write_results(Path(out), bench, rows)
+    if rank:
+        return rows
     write_results(Path(out), bench, rows)
     try:
         draw(Path(out), rows, str(machine(bench)["device"]))
@@ -77,7 +84,8 @@ def run(
 
 def choose(bench: Bench, names: Sequence[str]) -> list[Case]:
     """The cases that `names` ask for, important ones first."""
-    modules = [importlib.import_module(f".{name}", __package__) for name in _MODULES]
+    own = _MODULES if bench.ranks == 1 else ("end_to_end",)
+    modules = [importlib.import_module(f".{name}", __package__) for name in own]
     found: list[Case] = sorted(
         (case for module in modules for case in module.cases(bench)), key=lambda case: case.rank
     )

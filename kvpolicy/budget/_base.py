@@ -23,7 +23,8 @@ class BudgetView:
     """What a budget is told when an eviction comes, of the layers that it binds.
 
     `seen[row]` real tokens of each sequence, the local `window` in tokens, `layers` the indices of
-    the layers, `of` all layers of the model, `kv_heads[i]` the KV heads of the i-th one here.
+    the layers, `of` all layers of the model, `kv_heads[i]` the KV heads of the i-th one here (of
+    all ranks for a budget with `shares_heads`).
     `counts[row][i][head]` are the global tokens stored now; the device is asked for them when a
     budget first asks. `scores[i]` `[B, Hkv, N]` are the eviction's of the i-th layer, -inf where no
     token is, for a budget with `reads_scores`.
@@ -60,6 +61,11 @@ class Budget(ABC):
     def shares_heads(self) -> bool:
         """Whether what a KV head keeps depends on other heads; a tensor-parallel rank has few."""
         return False
+
+    @option
+    def pools_heads(self) -> bool:
+        """Whether `keep` compares tokens of different heads; by default where heads share."""
+        return self.shares_heads
 
     @option
     def spans_layers(self) -> bool:

@@ -37,6 +37,10 @@ class Wrapper(Budget):
         return self.base.shares_heads
 
     @property
+    def pools_heads(self) -> bool:
+        return self.base.pools_heads
+
+    @property
     def spans_layers(self) -> bool:
         return self.base.spans_layers
 

@@ -39,6 +39,10 @@ class Adaptive(Wrapper):
     def shares_heads(self) -> bool:
         return True
 
+    @property
+    def pools_heads(self) -> bool:
+        return True
+
     def keep(
         self, scores: Tensor, valid: Tensor, target: Tensor, window: int, best: KeepBest
     ) -> Tensor:

@@ -28,6 +28,10 @@ class TotalCap(Budget):
         return True
 
     @property
+    def pools_heads(self) -> bool:
+        return False
+
+    @property
     def spans_layers(self) -> bool:
         return True
 

@@ -19,14 +19,6 @@ from ..store.state import CacheState, Call
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
-def check_state(state: CacheState) -> None:
-    """Raises TypeError for anything but a cache's state."""
-    if not isinstance(state, CacheState):
-        holds = isinstance(getattr(state, "state", None), CacheState)
-        hint = "write cache.state" if holds else ""
-        check_kind("state", state, CacheState, "a CacheState, as pipeline.init makes it", hint)
-
-
 def check_call(state: CacheState, lengths: Sequence[int], phase: str, valid: Tensor | None) -> None:
     """Raises for a call that cannot be opened."""
     wanted = f"one of {', '.join(PHASES)}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..budget import Budget, BudgetView, Counts, bound_layers, budget_of
+from ..exchange import ALONE, Exchange, own_heads
 from ..store.layer import LayerStore
 from ..store.state import CacheState
 
@@ -18,11 +19,13 @@ def targets_of(
 ) -> dict[int, list[list[int]]]:
     """Global tokens `[B][Hkv]` that budgets leave, by layer; a budget is asked once.
 
+    Of all ranks' heads where a budget shares tokens between them, else of the heads here.
     `scores` `[B, Hkv, N]` of the layers, -inf where no token is, if a budget reads them.
     """
     found: dict[int, list[list[int]]] = {}
     for budget, own in bound_layers({x.index: x.eviction for x in layers}):
-        view = budget_view(state, [state.layers[n] for n in own], scores)
+        exchange = state.exchange if budget.shares_heads else ALONE
+        view = budget_view(state, [state.layers[n] for n in own], scores, exchange)
         targets = budget.targets(view)
         _check_targets(budget, targets, view)
         found |= {n: [row[i] for row in targets] for i, n in enumerate(own)}
@@ -36,24 +39,43 @@ def read_scores(layers: Sequence[LayerStore]) -> bool:
 
 
 def budget_view(
-    state: CacheState, layers: Sequence[LayerStore], scores: Mapping[int, Tensor] | None = None
+    state: CacheState,
+    layers: Sequence[LayerStore],
+    scores: Mapping[int, Tensor] | None = None,
+    exchange: Exchange = ALONE,
 ) -> BudgetView:
     """What a budget is told of the layers that it binds, which share a window."""
+    here = [x.counts.shape[1] for x in layers]
 
-    def counts() -> list[list[list[int]]]:
-        flat = torch.cat([x.counts.to(layers[0].device) for x in layers], 1).tolist()
-        ends = list(accumulate(x.counts.shape[1] for x in layers))
+    def own() -> Tensor:
+        return torch.cat([x.counts.to(layers[0].device) for x in layers], 1)
+
+    def counts() -> Counts:
+        ends = list(accumulate(here))
+        flat = own().tolist()
         return [[row[a:b] for a, b in pairwise([0, *ends])] for row in flat]
 
+    found = None if scores is None else tuple(_scores_of(x, scores) for x in layers)
+    if exchange.parts > 1:  # whether a budget looks or not
+        gathered = _gathered(exchange, own(), here)
+        counts = lambda: gathered  # noqa: E731
+        found = None if found is None else tuple(map(exchange.heads, found))
     return BudgetView(
         seen=tuple(state.lengths),
         window=layers[0].window,
         layers=tuple(x.index for x in layers),
         of=state.spec.layers,
-        kv_heads=tuple(x.counts.shape[1] for x in layers),
+        kv_heads=tuple(n * exchange.parts for n in here),
         counts=counts,
-        scores=None if scores is None else tuple(_scores_of(x, scores) for x in layers),
+        scores=found,
     )
+
+
+def _gathered(exchange: Exchange, own: Tensor, here: Sequence[int]) -> Counts:
+    """Counts `[B, sum(here)]` of layers one after the other, of all parts: `[row][layer][head]`."""
+    parts = exchange.heads(own).unflatten(1, (exchange.parts, -1)).split(list(here), 2)
+    rows = zip(*(x.flatten(1).tolist() for x in parts), strict=True)
+    return [list(row) for row in rows]
 
 
 def _scores_of(layer: LayerStore, scores: Mapping[int, Tensor]) -> Tensor:
@@ -81,7 +103,20 @@ def keep_within(
     budget: Budget, state: CacheState, layer: LayerStore, scores: Tensor, valid: Tensor,
     target: Tensor,
 ) -> Tensor:  # fmt: skip
-    """The tokens `[B, Hkv, N]` that a budget keeps of a layer."""
+    """The tokens `[B, Hkv, N]` that a budget keeps of a layer; `target` as `targets_of` says."""
+    exchange = state.exchange
+    if budget.shares_heads and exchange.parts > 1:
+        if budget.pools_heads:
+            of_all = exchange.heads(scores), exchange.heads(valid)
+            return own_heads(exchange, _kept(budget, state, layer, *of_all, target))
+        target = own_heads(exchange, target)
+    return _kept(budget, state, layer, scores, valid, target)
+
+
+def _kept(
+    budget: Budget, state: CacheState, layer: LayerStore, scores: Tensor, valid: Tensor,
+    target: Tensor,
+) -> Tensor:  # fmt: skip
     keep = budget.keep(scores, valid, target, layer.window, state.ops.keep_best)
     if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != valid.shape:
         got = f"{keep.dtype} {list(keep.shape)}" if isinstance(keep, Tensor) else repr(keep)

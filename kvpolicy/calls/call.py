@@ -9,6 +9,7 @@ from ..store.numbers import unpromote
 from ..store.rollback import counts_at, shrink
 from ..store.state import CacheState, Call
 from . import capacity
+from .prompt_pages import give_back
 from .settle import settle_after, settle_before
 
 
@@ -36,6 +37,7 @@ def close_call(state: CacheState, call: Call) -> None:
     """Makes lengths current on host and devices."""
     if call.phase == "prompt":
         state.devices.settle()
+        give_back(state, call)
         for layer, found in call.chosen.items():
             store = state.layers[layer]
             store.chosen = found if store.chosen is None else store.chosen + found
@@ -43,6 +45,8 @@ def close_call(state: CacheState, call: Call) -> None:
         settle_after(state, call)
     state.call = None
     for row, added in zip(state.sequences, call.added, strict=True):
+        if call.phase == "prompt" and added and not row.length:
+            row.active = True  # a new sequence, maybe in a slot that had been emptied
         row.length += added
     if call.phase == "prompt" or call.columns > max(state.spec.rollback, 1):
         moments.committed(state, call.added)
@@ -71,6 +75,8 @@ def abort(state: CacheState) -> None:
             elif layer.index in call.before:
                 shrink(state, layer, call.before[layer.index])
     finally:
+        if call.phase == "prompt":
+            state.devices.release()
         state.devices.recount()  # pages that were taken and not yet put into a table
     if call.phase == "decode" and call.columns <= state.spec.rollback:
         # Rings of layers that ran hold the new tokens in the oldest slots of the rollback.

@@ -8,6 +8,9 @@ head, until the pages suffice.
 Prompts: what a call admits is known only while it runs. With "raise" the layer that would exceed a
 cap raises. With "evict", `max_bytes` is met by making room beforehand for the whole call as if all
 of it were admitted, and `max_tokens` by evicting at its end: chunks keep what lies between short.
+
+Ranks that share the heads have pools and counts of their own. They reserve for the same steps, the
+least of any, and evict together where one must.
 """
 
 from __future__ import annotations
@@ -16,14 +19,13 @@ import contextlib
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
 
 from ..errors import CapacityError
 from ..eviction import Eviction
-from ..ops import pages_of
 from ..spec import CacheSpec
 from ..store.layer import LayerStore
 from ..store.numbers import most_stored, widen
+from ..store.page_counts import prompt_pages, step_pages
 from ..store.pool import PagePool
 from ..store.state import CacheState
 from .evict import shrink_to
@@ -64,14 +66,33 @@ def reserve(state: CacheState, least: int, wanted: int) -> None:
         if evicts:
             _evict_tokens(state, state.spec.max_tokens - wanted, state.active)
         wanted = min(wanted, _room(state, least))
-    try:
-        _reserve_steps(state, wanted)
-    except CapacityError:
-        if not evicts:
+    wanted = _least(state, wanted)
+    fits = _try_steps(state, wanted)
+    if not evicts:
+        if not fits:
             _reserve_steps(state, least)
-            return
-        _evict_pages(state, lambda: _pages_for(state, wanted))
+        state.steps_reserved = _least(state, state.steps_reserved)
+    elif _any(state, not fits):
+        _evict_pages(state, lambda: step_pages(state, wanted))
         _reserve_steps(state, wanted)
+
+
+def _least(state: CacheState, own: int) -> int:
+    """The least that a rank says."""
+    return min(part[0] for part in state.exchange.numbers([own]))
+
+
+def _any(state: CacheState, own: bool) -> bool:
+    """Whether a rank says so."""
+    return any(part[0] for part in state.exchange.numbers([own]))
+
+
+def _try_steps(state: CacheState, steps: int) -> bool:
+    try:
+        _reserve_steps(state, steps)
+    except CapacityError:
+        return False
+    return True
 
 
 def reserve_long(state: CacheState, most: int) -> None:
@@ -91,7 +112,7 @@ def take(state: CacheState, added: tuple[int, ...]) -> None:
     if state.spec.at_cap == "evict" and state.spec.max_bytes is not None:
         # What is admitted may fit all the same; if it does not, the layer that writes it raises.
         with contextlib.suppress(CapacityError):
-            _evict_pages(state, lambda: _pages_beyond(state, added))
+            _evict_pages(state, lambda: prompt_pages(state, added))
     widen(state, most_stored(state.layers) + max(added, default=0))
     state.devices.release()
     state.steps_reserved = 0
@@ -125,40 +146,16 @@ def check_tokens(state: CacheState, layer: LayerStore, counts: list[list[int]]) 
 def _too_many(row: int, layer: int, tokens: int, most: int) -> CapacityError:
     return CapacityError(
         f"max_tokens: a head of sequence {row} would hold {tokens} tokens in layer {layer}, the "
-        f"cap is {most}; raise it, admit less, or choose at_cap='evict' with an eviction"
+        f"cap is {most}; raise it, admit less, or choose at_cap='evict' with an eviction",
+        row=row,
     )
 
 
 def _reserve_steps(state: CacheState, steps: int) -> None:
     """Keeps pages for `steps` decoded tokens a sequence."""
-    state.devices.reserve(_pages_for(state, steps))
+    state.devices.reserve(step_pages(state, steps))
     widen(state, most_stored(state.layers) + steps)
     state.steps_reserved = steps
-
-
-def _pages_for(state: CacheState, steps: int) -> dict[PagePool, int]:
-    """Pages that `steps` decoded tokens a sequence may need (reads the device)."""
-
-    def need(layer: LayerStore) -> Tensor:
-        size = layer.pool.page_size
-        return pages_of(layer.counts + steps, size) - pages_of(layer.counts, size)
-
-    return state.devices.count(state.managed, need)
-
-
-def _pages_beyond(state: CacheState, added: tuple[int, ...]) -> dict[PagePool, int]:
-    """Pages that a prompt call needs if every token of it is admitted (reads the device)."""
-
-    def need(layer: LayerStore) -> Tensor:
-        leaving = [
-            max(length + new - layer.window, 0) - max(length - layer.window, 0)
-            for length, new in zip(state.lengths, added, strict=True)
-        ]
-        size = layer.pool.page_size
-        after = layer.counts + torch.tensor(leaving, device=layer.device)[:, None]
-        return pages_of(after, size) - pages_of(layer.counts, size)
-
-    return state.devices.count(state.managed, need)
 
 
 def _stored(state: CacheState) -> list[list[list[int]]]:
@@ -195,7 +192,7 @@ def _evict_tokens(state: CacheState, most: int, rows: list[bool]) -> None:
     stored = _stored(state)
     limits = [most if on else 1 << 30 for on in rows]
     over = (n > limit for row, limit in zip(stored, limits, strict=True) for x in row for n in x)
-    if not any(over):
+    if not _any(state, any(over)):
         return
     windows = [layer.window for layer in state.managed]
     targets = [
@@ -222,18 +219,25 @@ def _attainable(state: CacheState, pages: Mapping[PagePool, int]) -> bool:
 
 
 def _evict_pages(state: CacheState, need: Callable[[], Mapping[PagePool, int]]) -> None:
-    """Drops tokens until the pages that are needed then can be taken, or raises CapacityError."""
+    """Drops tokens until the pages that are needed then can be taken, or raises CapacityError.
+
+    Where ranks share the heads, those that have the pages keep their tokens.
+    """
     fraction = _SHRINK
     while True:
         pages = need()
+        full, hopeless = None, False
         try:
             state.provide(pages)
+        except CapacityError as error:
+            full, hopeless = error, not _attainable(state, pages)
+        if _any(state, hopeless):
+            raise full or CapacityError("max_bytes: another rank has no room, whatever is dropped")
+        if not _any(state, full is not None):
             return
-        except CapacityError:
-            if not _attainable(state, pages):
-                raise
+        own = fraction if full else 1.0
         by_row = zip(*(layer.counts.tolist() for layer in state.managed), strict=True)
-        targets = [[[int(fraction * n) for n in heads] for heads in row] for row in by_row]
+        targets = [[[int(own * n) for n in heads] for heads in row] for row in by_row]
         try:
             _shrink(state, targets)
         except CapacityError:

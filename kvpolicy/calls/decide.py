@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,15 +25,21 @@ def decide(layer: LayerStore, write: Write) -> tuple[Tensor | None, int]:
     return flags, bits
 
 
-def decide_prompt(layer: LayerStore, write: Write) -> Tensor:
-    """Flags uint8 `[Hkv, T]` of a prompt's tokens, which an eviction may leave without its mark."""
+def decide_prompt(layer: LayerStore, write: Write, shared: dict[Any, Any]) -> Tensor:
+    """Flags uint8 `[Hkv, T]` of a prompt's tokens, which an eviction may leave without its mark.
+
+    Where nothing is decided, layers of a call have one tensor, in `shared`.
+    """
     flags, bits = _admitted(layer, write)
     if bits & MARKED and (mark := layer.eviction.mark(write)) is not None:
         marks = _decision(layer.eviction, mark, write) * MARKED
         flags, bits = marks if flags is None else flags | marks, bits & ~MARKED
     if flags is None:
-        shape = write.key.shape[:2]
-        return torch.full(shape, bits, dtype=torch.uint8, device=write.key.device)
+        alike = "flags", write.key.shape[:2], bits, write.key.device
+        if alike not in shared:
+            shared[alike] = torch.full(alike[1], bits, dtype=torch.uint8, device=alike[3])
+        found: Tensor = shared[alike]
+        return found
     return flags | bits if bits else flags
 
 

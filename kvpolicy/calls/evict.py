@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..budget import budget_of
-from ..errors import PhaseError
+from ..errors import CapacityError, PhaseError
 from ..eviction import EvictionView, StoredTokens
+from ..exchange import ALONE, Exchange
 from ..ops import POSITION_BITS, POSITION_MASK, pages_of
 from ..store import compaction, moments
 from ..store.compaction import Drop
@@ -29,8 +30,13 @@ def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
 
     While `decoding`, only layers whose policy evicts then take part. All scores and new page
     summaries come before the first drop, and so does every page that a drop takes: a policy that
-    raises, or a cap, leaves the cache as it was.
+    raises, or a cap, leaves the cache as it was, on all ranks.
     """
+    with state.unbroken():
+        _evict(state, rows, decoding)
+
+
+def _evict(state: CacheState, rows: list[bool], decoding: bool) -> None:
     layers = [
         x
         for x in state.layers
@@ -83,13 +89,17 @@ def _check_replayed(state: CacheState, layers: Sequence[LayerStore], rows: list[
 def _drop(state: CacheState, drops: list[Drop], remembered: Mapping[int, Tensor]) -> list[int]:
     """Does what was planned; CapacityError comes first. Returns the tokens dropped, by sequence.
 
-    `remembered` are scores by layer that become the numbers of tokens which stay.
+    `remembered` are scores by layer that become the numbers of tokens which stay. A sequence loses
+    tokens where one of its heads does, on any rank; those dropped here are counted.
     """
     gone = [sum(tokens) for tokens in zip(*(drop.gone for drop in drops), strict=True)]
     gone = gone or [0] * state.batch
     with state.unbroken():
-        state.provide({drop.pool: drop.takes for drop in drops})
-        loses = [n > 0 for n in gone]
+        full = _provide(state, drops)
+        told = state.exchange.numbers([full is not None, *gone])
+        if any(part[0] for part in told):
+            raise full or CapacityError("another rank has no room to move what an eviction keeps")
+        loses = [any(row) for row in zip(*(part[1:] for part in told), strict=True)]
         _raise_floor(state, loses)
         for index, scores in remembered.items():
             layer = state.layers[index]
@@ -99,6 +109,15 @@ def _drop(state: CacheState, drops: list[Drop], remembered: Mapping[int, Tensor]
             narrow(state, most_stored(state.layers) + state.spec.interval)
         state.trim()
     return gone
+
+
+def _provide(state: CacheState, drops: Sequence[Drop]) -> CapacityError | None:
+    """Pages for what moves; the error where there are too few."""
+    try:
+        state.provide({drop.pool: drop.takes for drop in drops})
+    except CapacityError as error:
+        return error
+    return None
 
 
 def _raise_floor(state: CacheState, rows: list[bool]) -> None:
@@ -118,8 +137,10 @@ def _by_layer(
     if not layers:
         return {}
     flat = [n for x in layers for row in numbers[x.index] for n in row]
-    parts = torch.tensor(flat, device=layers[0].device).split([x.counts.numel() for x in layers])
-    return {x.index: n.view_as(x.counts).to(x.device) for x, n in zip(layers, parts, strict=True)}
+    sizes = [sum(map(len, numbers[x.index])) for x in layers]
+    parts = torch.tensor(flat, device=layers[0].device).split(sizes)
+    shaped = zip(layers, parts, strict=True)
+    return {x.index: n.view(len(x.counts), -1).to(x.device) for x, n in shaped}
 
 
 def _rated(
@@ -131,7 +152,10 @@ def _rated(
     NaN among any scores raises when all layers are through, so that the host waits once.
     """
     names, nan = [], []
-    for layer, most in zip(layers, longest(layers), strict=True):
+    shared = any(map(_looks_across, layers))
+    for layer, most in zip(
+        layers, longest(layers, state.exchange if shared else ALONE), strict=True
+    ):
         if most:
             scores, valid = score(state, layer, most)
             names.append(type(layer.eviction).__name__)
@@ -169,12 +193,18 @@ def score(state: CacheState, layer: LayerStore, most: int) -> tuple[Tensor, Tens
     return scores, valid
 
 
-def longest(layers: Sequence[LayerStore]) -> list[int]:
-    """Most global tokens of a head in each layer; waits for the device once."""
+def longest(layers: Sequence[LayerStore], exchange: Exchange = ALONE) -> list[int]:
+    """Most global tokens of a head in each layer, on any rank; waits for the device once."""
     if not layers:
         return []
     most: list[int] = torch.stack([x.counts.amax().to(layers[0].device) for x in layers]).tolist()
-    return most
+    return [max(told) for told in zip(*exchange.numbers(most), strict=True)]
+
+
+def _looks_across(layer: LayerStore) -> bool:
+    """Whether what stays of a layer depends on heads of other ranks."""
+    budget = budget_of(layer.eviction)
+    return layer.eviction.across_heads or (budget is not None and budget.shares_heads)
 
 
 def held(layer: LayerStore, most: int) -> tuple[Tensor, Tensor]:
@@ -250,6 +280,7 @@ def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:
         rope=layer.rope,
         layers=state.spec.layers,
         group=layer.sizes.heads // layer.sizes.kv_heads,
+        across=state.exchange.heads if state.exchange.parts > 1 else None,
     )
 
 
@@ -258,6 +289,11 @@ def shrink_to(state: CacheState, targets: list[list[list[int]]]) -> list[int]:
 
     All or nothing, as `evict`. Returns the tokens dropped, by sequence.
     """
+    with state.unbroken():
+        return _shrink_to(state, targets)
+
+
+def _shrink_to(state: CacheState, targets: list[list[list[int]]]) -> list[int]:
     layers = [x for x in state.layers if not x.slides]
     best = _by_layer(
         layers, {x.index: [row[place] for row in targets] for place, x in enumerate(layers)}

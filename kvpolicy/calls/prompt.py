@@ -13,7 +13,7 @@ from ..ops import Bounds, Ring, Segments
 from ..store.layer import LayerStore
 from ..store.moments import keep_prompt
 from ..store.numbers import promote
-from ..store.ring import keep_last, recent
+from ..store.ring import keep_last
 from ..store.state import CacheState, Call, Told
 from ..store.summaries import summarize
 from ._checks import check_asked, check_input
@@ -47,23 +47,19 @@ def prompt(
     seg = segments_of(state, call, layer)
     if tokens == 0:
         return query.new_empty(sizes.heads, 0, sizes.value_dim)
-    positions = torch.cat(
-        [
-            torch.arange(start, start + n, device=key.device)
-            for start, n in zip(seg.start, call.added, strict=True)
-        ]
-    )
     write = Write(
-        key, value, positions, seg.cu_q_dev, layer.index, state.spec.head_ids,
+        key, value, _positions(call, seg), seg.cu_q_dev, layer.index, state.spec.head_ids,
         key_pre=key_pre, hidden=hidden,
     )  # fmt: skip
-    flags = decide_prompt(layer, write)
+    flags = decide_prompt(layer, write, call.shared)
     given = number(layer, write)
     begun = any(state.lengths)
-    if begun:
-        call.undo[layer.index] = layer.snapshot()
+    if begun:  # the ring's own tokens follow
+        others = tuple(x.clone() for x in layer.beside_ring)
     settle_ring(state, call, layer)
-    k, v, f = (recent(r, x, seg) for r, x in zip(layer.ring, (key, value, flags), strict=True))
+    (k, v, f), held = state.ops.advance_ring(layer.ring, key, value, flags, seg, undo=begun)
+    if held is not None:
+        call.undo[layer.index] = *held, *others
     bounds = write_prompt(state, call, layer, seg, k, v, f)
     # Dense kernels take one sequence after the other, which pays for whole prompts only.
     alone = state.batch == 1 or not begun
@@ -76,13 +72,12 @@ def prompt(
     if layer.numbers is not None:
         moved = promote(layer, given, f, call.before[layer.index], seg)
         settle_prompt(state, layer, seg, Ring(k, v, f), query, moved)
-    keep_last(layer.ring, (key, value, flags), seg)
     if layer.queries is not None:
-        keep_last((layer.queries,), (query,), seg)
+        keep_last(layer.queries, query, seg, call.shared)
     if layer.query_ring is not None and query_pre is not None:
         keep_prompt(state, layer, query_pre, seg.cu_q[1:])
     if layer.hidden is not None and hidden is not None:
-        keep_last((layer.hidden,), (hidden[None].to(layer.hidden.dtype),), seg)
+        keep_last(layer.hidden, hidden[None].to(layer.hidden.dtype), seg, call.shared)
     return out
 
 
@@ -167,6 +162,29 @@ def segments_of(state: CacheState, call: Call, layer: LayerStore) -> Segments:
     return call.segments[window, device]
 
 
+def _positions(call: Call, seg: Segments) -> Tensor:
+    """Positions `[T]` int64 of the call's new tokens, once for all layers on a device."""
+    key = "positions", seg.cu_q_dev.device
+    if key not in call.shared:
+        spans = zip(seg.start, call.added, strict=True)
+        each = [torch.arange(at, at + n, device=key[1]) for at, n in spans]
+        call.shared[key] = each[0] if len(each) == 1 else torch.cat(each)
+    found: Tensor = call.shared[key]
+    return found
+
+
+def _counts_before(state: CacheState, call: Call, layer: LayerStore) -> Tensor:
+    """The layer's counts `[B, Hkv]` before the call; those of all its pool's layers are copied."""
+    key = "counts", layer.pool
+    if key not in call.shared:
+        layers = [x for x in state.layers if x.pool is layer.pool]
+        call.shared[key] = dict(
+            zip((x.index for x in layers), torch.stack([x.counts for x in layers]), strict=True)
+        )
+    found: Tensor = call.shared[key][layer.index]
+    return found
+
+
 def write_prompt(
     state: CacheState,
     call: Call,
@@ -181,8 +199,7 @@ def write_prompt(
     `key`, `value` `[Hkv, Tk, D]` and `flags` `[Hkv, Tk]` are the recent tokens of `seg`. Returns
     what the host knows of the heads' counts afterwards, None if it did not ask.
     """
-    before = layer.counts.clone()
-    call.before.setdefault(layer.index, before)
+    before = call.before[layer.index] = _counts_before(state, call, layer)
     if layer.slides:
         none = [[0] * before.shape[1]] * before.shape[0]
         return Bounds(none, none)

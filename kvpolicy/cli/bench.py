@@ -20,11 +20,26 @@ def bench(
         bool, typer.Option("--quick", help="Tiny shapes, also without a GPU.")
     ] = False,
     seconds: Annotated[float, typer.Option(help="Time limit.")] = 540.0,
+    tp: Annotated[
+        int, typer.Option(min=1, help="GPUs that share the heads of the group model's models.")
+    ] = 1,
     progress: Asked = None,
 ) -> None:
     """Measure the kernels and whole models on this machine."""
     from ..bench import run
+    from ..bench.ranks import check_devices, launch, started, together
 
+    if tp > 1 and not started():
+        with errors():
+            check_devices(tp, quick)
+        options = ["--out", str(out), "--seconds", str(seconds), "--tp", str(tp)]
+        raise typer.Exit(launch(tp, [*(names or []), *options, *["--quick"] * quick]))
+    if tp > 1:
+        with errors(), together() as rank:
+            rows = run(names or [], out=str(out), quick=quick, seconds=seconds, rank=rank, ranks=tp)
+        if rank == 0 and any(row.error for row in rows):
+            raise typer.Exit(1)
+        return
     with errors(), Progress("benchmark", asked=progress) as shown:
 
         def starts(title: str, number: int, of: int) -> None:

@@ -90,6 +90,13 @@ def evaluate(
         bool,
         typer.Option("--methods", help="Every method of docs/policies.md at each --keep instead."),
     ] = False,
+    density: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Parts of the blocks that XAttention reads while prefilling, instead: beside its "
+            "own thresholds, with the part that these find."
+        ),
+    ] = None,
     q_filters: Annotated[
         Path | None,
         typer.Option(help="A file of fit-q-filters, for --methods.", exists=True),
@@ -130,6 +137,7 @@ def evaluate(
     """
     began = time.monotonic()
     with errors():
+        from ..evaluation.grid.densities import density_variants
         from ..evaluation.grid.results import Store
         from ..evaluation.grid.runner import (
             Runner,
@@ -140,6 +148,7 @@ def evaluate(
         from ..evaluation.grid.variants import own
         from ..evaluation.tasks.task import QUESTIONS
         from ..evaluation.texts import python_topics
+        from ..selection import XAttention
         from ..store.fingerprint import pipeline_fingerprint
 
         keeps, budgets = keep or [0.25, 0.1], budget or [0.125, 0.25, 0.0625]
@@ -151,7 +160,9 @@ def evaluate(
             "data": data, "ratio": ratio, "question": question, "policy": policy, "part": part,
         }  # fmt: skip
         if benchmark is not None:
-            refuse(benchmark, eager=eager, methods=methods, q_filters=q_filters)
+            refuse(
+                benchmark, eager=eager, methods=methods, density=density, q_filters=q_filters
+            )  # fmt: skip
             failed = run_benchmark(
                 benchmark,
                 model=model,
@@ -191,12 +202,17 @@ def evaluate(
         if questions is not None:
             contexts = -(-questions // QUESTIONS)
         gates = [shipped("gate", file) for file in gate or []]
-        if model == "smollm2" and not gates and not methods and (absent := absent_gates()):
+        if model == "smollm2" and not (gates or methods or density) and (absent := absent_gates()):
             typer.echo(
                 f"left out, since they are not installed: {', '.join(absent)}; "
                 "--gate NAME looks on the hub"
             )
-        if methods:
+        if density:
+            check_fractions("density", density)
+            if methods:
+                raise ValueError("density: wanted without --methods, got both")
+            found = density_variants(density, threshold or [XAttention().threshold], window)
+        elif methods:
             found = method_variants_for(model, gates, duo, keeps, window, q_filters)
         else:
             found = variants_for(model, gates, threshold or [], duo, keeps, budgets, window)
@@ -220,6 +236,8 @@ def evaluate(
         }
         if methods:
             settings["methods"] = True
+        if density:
+            settings["density"] = density
         if q_filters is not None:
             settings["q_filters"] = digest(q_filters)
         if mine:

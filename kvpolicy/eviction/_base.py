@@ -109,6 +109,12 @@ class Eviction(ABC):
         return False
 
     @option
+    def gathers_heads(self) -> bool:
+        """Whether a score that depends on other heads asks for all of them, by `view.across` or
+        `view.whole`, so that ranks may share them."""
+        return False
+
+    @option
     def numbered(self) -> bool:
         """Whether `number` gives each token a number to store beside it.
 

@@ -7,9 +7,10 @@ from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import attrs
+import torch
 from torch import Tensor
 
-from ..ops import Heads, Pages, Ring
+from ..ops import Heads, Ops, Pages, Ring, pages_of
 from ..rope import Rope
 
 Given = TypeVar("Given")
@@ -80,6 +81,7 @@ class EvictionView:
     rope: Rope | None = None
     layers: int = 1
     group: int = 1
+    _across: Callable[[Tensor], Tensor] | None = None
 
     @cached_property
     def keys(self) -> Tensor:
@@ -117,6 +119,34 @@ class EvictionView:
     @cached_property
     def output_weight(self) -> Tensor:
         return _given("output_weight", self._output_weight)
+
+    def across(self, x: Tensor) -> Tensor:
+        """`x` `[B, H, ...]` of the KV or query heads here, of all heads of the model, in order.
+
+        Where ranks share the heads, every one must ask, with one shape.
+        """
+        return x if self._across is None else self._across(x)
+
+    def whole(self) -> EvictionView:
+        """This view with all heads of the model; what was here are its `heads`."""
+        if self._across is None:
+            return self
+        named = ("keys", "values", "positions", "valid", "marked", "recent_keys", "queries",
+                 "numbers", "recent_numbers", "recent_values")  # fmt: skip
+        given = {field.alias or field.name: field.name for field in attrs.fields(EvictionView)}
+        found: dict[str, Any] = {
+            name: self.across(getattr(self, name))
+            for name in named
+            if getattr(self, given[name]) is not None
+        }
+        if self.sinks is not None:
+            found["sinks"] = self.across(self.sinks[None])[0]
+        if self._query_stats is not None:
+            tokens, *moments = self.query_stats
+            found["query_stats"] = QueryStats(tokens, *map(self.across, moments))
+        if self._output_weight is not None:
+            found["output_weight"] = self.across(self.output_weight[None])[0]
+        return attrs.evolve(self, **found, heads=range(found["valid"].shape[1]), across=None)
 
     def _replace(self, **changes: Any) -> EvictionView:
         """A view with other values in the named places, as of a named tuple."""
@@ -159,3 +189,18 @@ class StoredTokens(NamedTuple):
     softcap: float | None
     sinks: Tensor | None
     view: Callable[[], EvictionView]
+
+    def read(self, ops: Ops, row: int, heads: slice, tokens: slice) -> tuple[Tensor, Tensor]:
+        """Keys `[H, n, D]` and values `[H, n, Dv]` of global tokens of a sequence's `heads`.
+
+        A copy, for what no op computes from pages: of a part at a time. `tokens` starts at a page
+        of the cache; zeros where a head holds no token.
+        """
+        size = self.pages.k.shape[1]
+        columns = slice(tokens.start // size, pages_of(tokens.stop, size))
+        k, v, _ = ops.read_pages(self.pages, self.heads.table[row, heads, columns].contiguous())
+        token = tokens.start + torch.arange(k.shape[1] * size, device=k.device)
+        hide = (token >= self.heads.counts[row, heads, None])[..., None]
+        wanted = slice(0, tokens.stop - tokens.start)
+        k, v = (x.flatten(1, 2).masked_fill_(hide, 0)[:, wanted] for x in (k, v))
+        return k, v

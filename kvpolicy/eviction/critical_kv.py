@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import attrs
 import torch
 from torch import Tensor
@@ -17,7 +19,8 @@ from ._base import Eviction, wide
 from ._view import EvictionView, StoredTokens
 from .expected_attention import FIRST
 
-_TOKENS = 4096  # values of a head that are projected at once
+_TOKENS = 4096  # values of a head that are projected at once, in whole pages
+Values = Callable[[int, int, slice], Tensor]  # of tokens of a sequence and KV head: `[n, Dv]`
 
 
 @named
@@ -26,8 +29,8 @@ class CriticalKV(Eviction):
     """The scores of another eviction, weighed by the values' way through the output projection.
 
     The window and the best others, `first` of the budget in all, stay by the scores s of `eviction`
-    alone. The others are scored (s + `epsilon`) x the mean over a group's query heads of |W v|_1, W
-    being the head's part of the output projection and v the token's value.
+    alone. The others are scored (s + `epsilon`) x the mean over a group's query heads of
+    `|W v|_1`, W being the head's part of the output projection and v the token's value.
 
     Feng et al., 2025 (NVIDIA/kvpress, criticalkv_press.py; FFY0/AdaKV). The authors leave `v` out
     of the inner score: `ExpectedAttention(value_norm=False)`. With `Adaptive` the first stage takes
@@ -49,12 +52,18 @@ class CriticalKV(Eviction):
             )
 
     def score(self, view: EvictionView) -> Tensor:
-        return self._weighed(view, self.eviction.score(view))
+        def values(row: int, head: int, part: slice) -> Tensor:
+            return view.values[row, head, part]
+
+        return self._weighed(view, self.eviction.score(view), values)
 
     def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
-        return self._weighed(stored.view(), self.eviction.scores(ops, stored))
+        def values(row: int, head: int, part: slice) -> Tensor:
+            return stored.read(ops, row, slice(head, head + 1), part)[1][0]
 
-    def _weighed(self, view: EvictionView, scores: Tensor) -> Tensor:
+        return self._weighed(stored.view(), self.eviction.scores(ops, stored), values)
+
+    def _weighed(self, view: EvictionView, scores: Tensor, values: Values) -> Tensor:
         budget = budget_of(self.eviction)
         assert budget is not None
         scores = scores.to(wide(scores)).masked_fill(~view.valid, float("-inf"))
@@ -66,7 +75,7 @@ class CriticalKV(Eviction):
             whole = budget.tokens_per_head(lengths[row], view.layer, view.layers)
             amount = max(int(whole * self.first) - min(window, lengths[row]), 0)
             best = _best(own, min(amount, used))
-            weighed = (own + self.epsilon) * _projected(view, row, used)
+            weighed = (own + self.epsilon) * _projected(view, row, used, values)
             weighed = torch.where(own > float("-inf"), weighed, own).nan_to_num(0.0, FIRST, -FIRST)
             # What never stays, never does.
             weighed = weighed.masked_fill(own == float("-inf"), float("-inf"))
@@ -145,6 +154,10 @@ class CriticalKV(Eviction):
     def across_heads(self) -> bool:
         return self.eviction.across_heads
 
+    @property
+    def gathers_heads(self) -> bool:
+        return self.eviction.gathers_heads
+
     def mark(self, write: Write) -> Tensor | None:
         return self.eviction.mark(write)
 
@@ -174,15 +187,15 @@ def _best(scores: Tensor, amount: int) -> Tensor:
     return found.scatter_(-1, order[:, :amount], True).flip(-1)
 
 
-def _projected(view: EvictionView, row: int, used: int) -> Tensor:
+def _projected(view: EvictionView, row: int, used: int, values: Values) -> Tensor:
     """Mean over a group's query heads of |W v|_1, `[Hkv, used]`."""
-    kv_heads = view.values.shape[1]
+    kv_heads = view.valid.shape[1]
     weight = view.output_weight.unflatten(0, (kv_heads, -1))  # [Hkv, G, Dv, hidden]
-    dtype = wide(view.values)
-    found = torch.empty(kv_heads, used, dtype=dtype, device=view.values.device)
+    dtype = wide(view.recent_values)
+    found = torch.empty(kv_heads, used, dtype=dtype, device=view.valid.device)
     for head in range(kv_heads):
         for low in range(0, used, _TOKENS):
-            values = view.values[row, head, low : low + _TOKENS][: used - low].to(weight.dtype)
-            sizes = [(values @ w).abs().sum(-1, dtype=dtype) for w in weight[head]]
-            found[head, low : low + len(values)] = torch.stack(sizes).mean(0)
+            own = values(row, head, slice(low, min(low + _TOKENS, used))).to(weight.dtype)
+            sizes = [(own @ w).abs().sum(-1, dtype=dtype) for w in weight[head]]
+            found[head, low : low + len(own)] = torch.stack(sizes).mean(0)
     return found

@@ -10,9 +10,10 @@ from .._fields import fraction, not_negative, positive
 from .._knob import Knob
 from .._names import named
 from ..choices import When
-from ._attention import attention, used_slots
+from ..ops import Ops
+from ._attention import attention, masses, used_slots
 from ._base import Eviction, when_field
-from ._view import EvictionView
+from ._view import EvictionView, StoredTokens
 
 
 @named
@@ -43,21 +44,35 @@ class DBudgetKV(Eviction):
     def prefers_window(self) -> int:
         return self.observation
 
+    def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
+        view = stored.view()
+        far, near = masses(ops, stored, self.observation, squared=True)
+        found = torch.full(view.valid.shape, float("-inf"), device=view.valid.device)
+        for row, used in enumerate(used_slots(view)):
+            stays = self._stays(view, row, far[row, :, :used].double(), near[row].double())
+            found[row, :, :used].masked_fill_(stays, 0.0)
+        return found
+
     def score(self, view: EvictionView) -> Tensor:
         found = torch.full(view.valid.shape, float("-inf"), device=view.valid.device)
         for row, used in enumerate(used_slots(view)):
-            found[row, :, :used].masked_fill_(self._stays(view, row, used), 0.0)
+            squares = attention(view, row, used).double().square().sum((1, 2))  # [Hkv, used + W]
+            stays = self._stays(view, row, squares[:, :used], squares[:, used:])
+            found[row, :, :used].masked_fill_(stays, 0.0)
         return found
 
-    def _stays(self, view: EvictionView, row: int, used: int) -> Tensor:
-        """Which of a sequence's first `used` slots stay, bool `[Hkv, used]`."""
-        squares = attention(view, row, used).double().square().sum((1, 2))  # [Hkv, used + W]
+    def _stays(self, view: EvictionView, row: int, far: Tensor, near: Tensor) -> Tensor:
+        """Which of a sequence's first slots stay, bool `[Hkv, used]`.
+
+        From squares of their columns `far` `[Hkv, used]`, and of those of the window `near`.
+        """
+        used = far.shape[1]
         sink = (view.positions[row, :, :used] < self.sinks) & view.valid[row, :, :used]
-        far, sure = squares[:, :used], squares[:, used:].sum(-1)
+        sure = near.sum(-1)
+        wanted = (1 - self.threshold) ** 2 * (far.sum(-1) + sure)
         sure = sure + far.masked_fill(~sink, 0).sum(-1)
         others = far.masked_fill(sink, 0)
         newer = others.flip(-1).cumsum(-1).flip(-1) - others  # what all newer columns hold
-        wanted = (1 - self.threshold) ** 2 * squares.sum(-1)
         return sink | ((sure[:, None] + newer < wanted[:, None]) & view.valid[row, :, :used])
 
     def knob(self, *, window: int, seen: int, layers: int, kv_heads: int) -> Knob[Eviction] | None:

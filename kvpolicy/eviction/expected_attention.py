@@ -26,7 +26,7 @@ class ExpectedAttention(Eviction):
     With the mean m and covariance C of a sequence's queries before RoPE, turned by the mean
     rotation of the next `future` positions, a key has the logit s m.k + s^2 k'Ck / 2 (s the model's
     scale). The score is the softmax of these over all keys but the sinks', the mean over a group's
-    query heads, plus `epsilon`, times |v| with `value_norm`. The first `sinks` tokens stay, and
+    query heads, plus `epsilon`, times `|v|` with `value_norm`. The first `sinks` tokens stay, and
     their queries do not count. Without `covariance` the second term is left out; a model's softcap
     always is.
 

@@ -14,7 +14,7 @@ from .._fields import is_a, not_negative
 from .._files import read_pt, write_pt
 from .._names import named
 from ..admission import Write
-from ..admission._files import Source, find_file, source_field, source_of
+from ..admission._files import Source, located, source_field
 from ..admission._products import by_tile
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
@@ -114,7 +114,7 @@ class FastKVzip(Eviction):
         Raises:
             ValueError: the file is damaged or holds something else.
         """
-        path = find_file(path_or_repo, file, revision)
+        path, source = located(path_or_repo, file, revision)
         found = read_pt(path)
         layers = found.get("module") if isinstance(found, dict) else None
         if not isinstance(layers, list) or not layers:
@@ -127,7 +127,6 @@ class FastKVzip(Eviction):
             stacked = {f: torch.stack([x[name] for x in layers]) for name, f in _NAMES.items()}
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"{path}: layers of different shapes: {error}") from error
-        source = source_of(path, path_or_repo, file, revision)
         kept = tokens_from_int(budget)
         return cls(budget=kept, when=when, sinks=sinks, source=source, **stacked)
 

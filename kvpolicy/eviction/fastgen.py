@@ -10,9 +10,10 @@ from .._fields import fraction, not_negative, positive
 from .._knob import Knob
 from .._names import named
 from ..choices import When
-from ._attention import attention, used_slots
+from ..ops import Ops
+from ._attention import attention, masses, used_slots
 from ._base import Eviction, when_field
-from ._view import EvictionView
+from ._view import EvictionView, StoredTokens
 
 
 @named
@@ -46,16 +47,30 @@ class FastGen(Eviction):
     def prefers_window(self) -> int:
         return self.observation
 
+    def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
+        view = stored.view()
+        far, near = masses(ops, stored, self.observation)
+        found = torch.full(view.valid.shape, float("-inf"), device=view.valid.device)
+        for row, used in enumerate(used_slots(view)):
+            mass = far[row, :, :used].double() / view.group
+            stays = self._stays(view, row, mass, near[row].double().sum(-1) / view.group)
+            found[row, :, :used].masked_fill_(stays, 0.0)
+        return found
+
     def score(self, view: EvictionView) -> Tensor:
         found = torch.full(view.valid.shape, float("-inf"), device=view.valid.device)
         for row, used in enumerate(used_slots(view)):
-            found[row, :, :used].masked_fill_(self._stays(view, row, used), 0.0)
+            weights = attention(view, row, used).double().mean(1).sum(1)  # [Hkv, used + W]
+            stays = self._stays(view, row, weights[:, :used], weights[:, used:].sum(-1))
+            found[row, :, :used].masked_fill_(stays, 0.0)
         return found
 
-    def _stays(self, view: EvictionView, row: int, used: int) -> Tensor:
-        """Which of a sequence's first `used` slots stay, bool `[Hkv, used]`."""
-        weights = attention(view, row, used).double().mean(1).sum(1)  # [Hkv, used + W]
-        mass, near, valid = weights[:, :used], weights[:, used:].sum(-1), view.valid[row, :, :used]
+    def _stays(self, view: EvictionView, row: int, mass: Tensor, near: Tensor) -> Tensor:
+        """Which of a sequence's first slots stay, bool `[Hkv, used]`.
+
+        From their weights `mass` `[Hkv, used]` and the sum of the window's `near` `[Hkv]`.
+        """
+        used, valid = mass.shape[1], view.valid[row, :, : mass.shape[1]]
         place = view.positions[row, :, :used]
         count = valid.sum(-1, keepdim=True)
         # Ranks by attention, ties to the later token.
@@ -66,7 +81,7 @@ class FastGen(Eviction):
         sets = [place < self.sinks]
         sets.append(sets[-1] | (rank < (self.frequent * count).long()))
         sets.append(sets[-1] | (place >= view.lengths[row] - int(self.local * view.lengths[row])))
-        stays, wanted = valid, self.recovery * weights.sum(-1)
+        stays, wanted = valid, self.recovery * (mass.sum(-1) + near)
         for held in reversed(sets):
             enough = near + mass.masked_fill(~held, 0).sum(-1) >= wanted
             stays = torch.where(enough[:, None], held & valid, stays)

@@ -10,9 +10,10 @@ from .._fields import fraction, positive
 from .._names import named
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
+from ..ops import Ops
 from ._attention import attention, used_slots
 from ._base import Eviction, when_field, wide
-from ._view import EvictionView
+from ._view import EvictionView, StoredTokens
 
 
 @named
@@ -45,14 +46,27 @@ class GKV(Eviction):
     def prefers_window(self) -> int:
         return self.observation
 
+    def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
+        assert stored.queries is not None
+        local = ops.window_scores(
+            stored.pages, stored.heads, stored.ring, stored.queries, stored.lengths, stored.window,
+            stored.scale, observation=self.observation, kernel=1, pooling="avg", group="each",
+            normalize="visible", softcap=stored.softcap, sinks=stored.sinks,
+        )  # fmt: skip
+        return self._with_history(local, stored.view())
+
     def score(self, view: EvictionView) -> Tensor:
-        assert view.query_valid is not None and view.numbers is not None
+        assert view.query_valid is not None
         found = torch.zeros(view.valid.shape, dtype=wide(view.keys), device=view.valid.device)
         for row, used in enumerate(used_slots(view)):
             seen = view.query_valid[row].sum().clamp(min=1)
             local = attention(view, row, used)[..., :used].amax(1).sum(1) / seen
             found[row, :, :used] = local.masked_fill(~view.valid[row, :, :used], 0)
-        if found.shape[-1]:
-            most = found.amax(-1, keepdim=True)
-            found = found / torch.where(most > 0, most, 1)
-        return torch.maximum(found, self.alpha * view.numbers.to(found))
+        return self._with_history(found, view)
+
+    def _with_history(self, local: Tensor, view: EvictionView) -> Tensor:
+        assert view.numbers is not None
+        if local.shape[-1]:
+            most = local.amax(-1, keepdim=True)
+            local = local / torch.where(most > 0, most, 1)
+        return torch.maximum(local, self.alpha * view.numbers.to(local))

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .._fields import is_a
-from .._files import read_safetensors, write_safetensors
+from .._files import read_named, write_safetensors
 from .._names import named
-from ..admission._files import Source, find_file, source_field, source_of
+from ..admission._files import Source, located, source_field
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import Accumulates
 from ._base import Eviction
@@ -72,11 +72,8 @@ class JudgeQ(Eviction):
         Raises:
             ValueError: the file is damaged or holds no tokens.
         """
-        path = find_file(path_or_repo, file, revision)
-        found, _ = read_safetensors(path)
-        if set(found) != {NAME}:
-            raise ValueError(f"{path}: wanted the key {NAME}, got {', '.join(sorted(found))}")
-        source = source_of(path, path_or_repo, file, revision)
+        path, source = located(path_or_repo, file, revision)
+        found = read_named(path, NAME)
         return cls(budget=tokens_from_int(budget), embeds=found[NAME], source=source)
 
     def save(self, path: str | os.PathLike[str]) -> None:

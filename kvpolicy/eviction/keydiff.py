@@ -10,8 +10,9 @@ from torch import Tensor
 from .._names import named
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
+from ..ops import Ops
 from ._base import Eviction, when_field, wide
-from ._view import EvictionView
+from ._view import EvictionView, StoredTokens
 
 
 @named
@@ -33,11 +34,19 @@ class KeyDiff(Eviction):
     def prefers_window(self) -> int:
         return 1
 
+    def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
+        total = _with_window(ops.key_directions(stored.pages, stored.heads), stored.view())
+        mean = F.normalize(total, dim=-1).to(wide(stored.pages.k))
+        return -ops.key_dots(stored.pages, stored.heads, mean, unit=True)
+
     def score(self, view: EvictionView) -> Tensor:
-        total = _directions(view.keys, view.valid)
-        total = total + _directions(view.recent_keys, view.recent_valid[:, None])
+        total = _with_window(_directions(view.keys, view.valid), view)
         keys = view.keys.to(wide(view.keys))
         return -F.cosine_similarity(keys, total.to(keys.dtype)[:, :, None], dim=-1)
+
+
+def _with_window(total: Tensor, view: EvictionView) -> Tensor:
+    return total + _directions(view.recent_keys, view.recent_valid[:, None])
 
 
 def _directions(keys: Tensor, valid: Tensor) -> Tensor:

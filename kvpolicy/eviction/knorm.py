@@ -9,8 +9,9 @@ from torch import Tensor
 from .._names import named
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
+from ..ops import Ops
 from ._base import Eviction, when_field, wide
-from ._view import EvictionView
+from ._view import EvictionView, StoredTokens
 
 
 @named
@@ -32,6 +33,9 @@ class Knorm(Eviction):
     @property
     def prefers_window(self) -> int:
         return 1
+
+    def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
+        return -ops.key_norms(stored.pages, stored.heads)
 
     def score(self, view: EvictionView) -> Tensor:
         norms: Tensor = torch.linalg.vector_norm(view.keys, dim=-1, dtype=wide(view.keys))

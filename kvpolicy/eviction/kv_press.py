@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -14,11 +15,15 @@ from .._fields import flag, not_negative, one_of, shown
 from .._names import named
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import PressReads, When
+from ..ops import Ops
 from ..rope import Rope
 from ._attention import used_slots
 from ._base import Eviction, when_field, wide
-from ._view import EvictionView
+from ._view import EvictionView, StoredTokens
 from .expected_attention import FIRST
+
+# Stored keys and values `[H, n, D]` of a sequence, of its KV heads in a slice, so many of each.
+Tokens = Callable[[int, slice, int], tuple[Tensor, Tensor]]
 
 
 def _press(instance: KVPress, attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -66,6 +71,7 @@ class KVPress(Eviction):
     skip: int = attrs.field(default=4, validator=not_negative)
     output_weight: bool = attrs.field(default=False, validator=flag)
     across_heads: bool = attrs.field(default=False, validator=flag)
+    gathers_heads = True
 
     @property
     def queries(self) -> int:
@@ -87,8 +93,27 @@ class KVPress(Eviction):
     def rope(self) -> bool:
         return True
 
+    def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
+        if self.across_heads:
+            return self.score(stored.view())
+
+        def tokens(row: int, part: slice, count: int) -> tuple[Tensor, Tensor]:
+            return stored.read(ops, row, part, slice(0, count))
+
+        return self._scores(stored.view(), tokens)
+
     def score(self, view: EvictionView) -> Tensor:
-        found = torch.zeros(view.valid.shape, dtype=wide(view.keys), device=view.keys.device)
+        whole = view.whole() if self.across_heads else view
+
+        def tokens(row: int, part: slice, count: int) -> tuple[Tensor, Tensor]:
+            return whole.keys[row, part, :count], whole.values[row, part, :count]
+
+        found = self._scores(whole, tokens)
+        return found if whole is view else found[:, view.heads.start : view.heads.stop]
+
+    def _scores(self, view: EvictionView, tokens: Tokens) -> Tensor:
+        dtype, device = wide(view.recent_keys), view.valid.device
+        found = torch.zeros(view.valid.shape, dtype=dtype, device=device)
         kv_heads = view.valid.shape[1]
         for row, used in enumerate(used_slots(view)):
             counts = view.valid[row, :, :used].sum(-1).tolist()
@@ -103,16 +128,19 @@ class KVPress(Eviction):
             for part in parts:
                 count = counts[part.start]
                 if count:
-                    found[row, part, :count] = self._scored(view, row, part, count)
+                    found[row, part, :count] = self._scored(
+                        view, row, part, tokens(row, part, count)
+                    )
         return found
 
-    def _scored(self, view: EvictionView, row: int, part: slice, count: int) -> Tensor:
-        """Scores `[H, count]` of the heads `part` of a sequence."""
-        near = view.recent_valid[row]
-        stored = ((view.keys, view.recent_keys), (view.values, view.recent_values))
+    def _scored(
+        self, view: EvictionView, row: int, part: slice, far: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Scores `[H, n]` of the n stored keys and values of the heads `part` of a sequence."""
+        near, count = view.recent_valid[row], far[0].shape[1]
         keys, values = (
-            torch.cat([far[row, part, :count], recent[row, part][:, near]], 1)[None]
-            for far, recent in stored
+            torch.cat([x, recent[row, part][:, near]], 1)[None]
+            for x, recent in zip(far, (view.recent_keys, view.recent_values), strict=True)
         )
         length = int(view.lengths[row])
         hidden = self._inputs(view, row, part)
@@ -128,7 +156,7 @@ class KVPress(Eviction):
         if not isinstance(scores, Tensor) or list(scores.shape) != wanted:
             got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(f"{type(self.press).__name__}.score: wanted {wanted}, got {got}")
-        return scores[0, :, :count].to(wide(view.keys)).clamp(max=FIRST)
+        return scores[0, :, :count].to(wide(view.recent_keys)).clamp(max=FIRST)
 
     def _inputs(self, view: EvictionView, row: int, part: slice) -> Tensor:
         """What stands for hidden states, `[1, n, channels]`."""
@@ -166,7 +194,7 @@ def _of_statistics(mean: Tensor, covariance: Tensor) -> Tensor:
 def _stand_in(view: EvictionView, part: slice, before: int, projects: bool) -> SimpleNamespace:
     """What a press may ask of an attention module; its positions begin `before` the inputs."""
     kv_heads = part.stop - part.start
-    dim = view.keys.shape[3]
+    dim = view.recent_keys.shape[3]
     config = SimpleNamespace(
         num_attention_heads=kv_heads * view.group, num_key_value_heads=kv_heads, head_dim=dim,
         hidden_size=kv_heads * view.group * dim,

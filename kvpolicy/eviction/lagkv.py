@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import attrs
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._fields import flag, integer, not_negative
 from .._names import named
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
+from ..ops import Ops, whole_lags
 from ._base import Eviction, when_field, wide
-from ._view import EvictionView
+from ._view import EvictionView, StoredTokens
 
 
 @named
@@ -41,51 +43,68 @@ class LagKV(Eviction):
     def prefers_window(self) -> int:
         return 1
 
+    def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
+        given = stored.pages, stored.heads, stored.ring, stored.lengths, stored.window
+        key, value = (
+            ops.lag_spreads(*given, sinks=self.sinks, lag=self.lag, values=x) for x in (False, True)
+        )
+        return self._scores(stored.view(), key, value)
+
     def score(self, view: EvictionView) -> Tensor:
+        counts = view.valid.sum(-1, keepdim=True)
+        length = view.valid.shape[-1] + view.recent_valid.shape[-1] - self.sinks
+        parts = whole_lags(length, self.lag)
+        key = self._spread(view.keys, view.recent_keys, view, counts, parts)
+        value = self._spread(view.values, view.recent_values, view, counts, parts)
+        return self._scores(view, key, value)
+
+    def _scores(self, view: EvictionView, key: Tensor, value: Tensor) -> Tensor:
+        """From spreads `[B, Hkv, parts, lag]`."""
         counts = view.valid.sum(-1, keepdim=True)
         total = counts + view.recent_valid.sum(-1)[:, None, None]  # [B, Hkv, 1]
         place = torch.arange(view.valid.shape[-1], device=counts.device)
         after = (total - self.sinks).clamp(min=0)  # tokens that form partitions
-        scored = self._ranks(view, counts)
+        scored = self._ranks(key, value, len(place))
         last = self.sinks + (after // self.lag - 1) * self.lag
         scored = scored.masked_fill((place < self.sinks) | (place >= last), 1.0)
         newest = ((place - self.sinks) / after.clamp(min=1)).to(scored)
         newest = newest.masked_fill(place < self.sinks, 1.0)
         return torch.where(after < 2 * self.lag, newest, scored)
 
-    def _ranks(self, view: EvictionView, counts: Tensor) -> Tensor:
-        """Scores `[B, Hkv, N]` within each partition that another one follows; others are any."""
-        length = view.valid.shape[-1]
-        parts = -(-(length + view.recent_valid.shape[-1]) // self.lag)
-        key = self._spread(view.keys, view.recent_keys, view, counts, parts)
-        value = self._spread(view.values, view.recent_values, view, counts, parts)
-        scores = (key + value) / 2  # [B, Hkv, parts, lag]
+    def _ranks(self, key: Tensor, value: Tensor, length: int) -> Tensor:
+        """Scores `[B, Hkv, length]` within each partition that another one follows.
+
+        Those of other tokens are any.
+        """
+        scores = (key.softmax(-1) + value.softmax(-1)) / 2  # [B, Hkv, parts, lag]
         if not self.cross_scoring:
             order = scores.argsort(dim=-1, stable=True)
             place = torch.arange(self.lag, device=order.device).expand_as(order)
             scores = torch.empty_like(scores).scatter_(-1, order, (place / self.lag).to(scores))
-        found = scores.new_zeros(*view.valid.shape[:2], self.sinks + parts * self.lag)
-        found[..., self.sinks :] = scores.flatten(2)
-        return found[..., :length]
+        scores = scores.flatten(2)
+        return F.pad(scores, (self.sinks, max(length - scores.shape[2], 0)))[..., :length]
 
     def _spread(
         self, far: Tensor, near: Tensor, view: EvictionView, counts: Tensor, parts: int
     ) -> Tensor:
-        """What keys or values `[B, Hkv, N, D]` score against the next partition's."""
+        """How far keys or values `[B, Hkv, N, D]` lie outside the next partition's range."""
+        if not parts:
+            return far.new_zeros(*far.shape[:2], 0, self.lag, dtype=wide(far))
         x = _joined(far, near, view, counts, self.sinks + (parts + 1) * self.lag)
         x = x[:, :, self.sinks :].unflatten(2, (parts + 1, self.lag))
         low, high = x.amin(3, keepdim=True)[:, :, 1:], x.amax(3, keepdim=True)[:, :, 1:]
         apart = (high - low).masked_fill(high == low, 1.0)  # a channel that is one number
-        spread: Tensor = ((x[:, :, :-1] - low) / apart).std(-1)
-        return spread.softmax(-1)
+        found: Tensor = ((x[:, :, :-1] - low) / apart).std(-1)
+        return found
 
 
 def _joined(far: Tensor, near: Tensor, view: EvictionView, counts: Tensor, length: int) -> Tensor:
     """The global tokens of each head and the window's behind them, `[B, Hkv, length, D]`."""
     batch, heads, used, dim = far.shape
-    x = far.new_zeros(batch, heads, length + 1, dim, dtype=wide(far))  # a place for what is none
+    # With a place for what is none.
+    x = far.new_zeros(batch, heads, max(length, used) + 1, dim, dtype=wide(far))
     x[:, :, :used] = far.to(x)
     seen = view.recent_valid[:, None]
     at = counts + seen.long().cumsum(-1) - 1
-    at = at.masked_fill(~seen, length)[..., None].expand(-1, -1, -1, dim)
+    at = at.masked_fill(~seen | (at > length), length)[..., None].expand(-1, -1, -1, dim)
     return x.scatter(2, at, near.to(x))[:, :, :length]

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from .._fields import is_a
-from .._files import read_safetensors, write_safetensors
+from .._files import read_named, write_safetensors
 from .._names import named
-from ..admission._files import Source, find_file, source_field, source_of
+from ..admission._files import Source, located, source_field
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
+from ..ops import Ops
 from ._base import Eviction, when_field, wide
-from ._view import EvictionView
+from ._view import EvictionView, StoredTokens
 
 NAME = "q_filters"  # of the tensor in a file
 
@@ -72,21 +73,27 @@ class QFilters(Eviction):
         Raises:
             ValueError: the file is damaged or holds no filters.
         """
-        path = find_file(path_or_repo, file, revision)
-        found, _ = read_safetensors(path)
-        if set(found) != {NAME}:
-            raise ValueError(f"{path}: wanted the key {NAME}, got {', '.join(sorted(found))}")
-        source = source_of(path, path_or_repo, file, revision)
+        path, source = located(path_or_repo, file, revision)
+        found = read_named(path, NAME)
         return cls(budget=tokens_from_int(budget), filters=found[NAME], when=when, source=source)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a `.safetensors` file in the authors' layout."""
         write_safetensors(Path(path), {NAME: self.filters}, {})
 
+    def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
+        view, keys = stored.view(), stored.pages.k
+        own = self._of(view).to(keys.device, wide(keys))
+        batch = len(view.lengths)
+        return -ops.key_dots(stored.pages, stored.heads, own.expand(batch, -1, -1))
+
     def score(self, view: EvictionView) -> Tensor:
         keys = view.keys.to(wide(view.keys))
-        own = self.filters[view.layer, view.heads.start : view.heads.stop].to(keys)
-        return -(keys * own[:, None]).sum(-1)
+        return -(keys * self._of(view).to(keys)[:, None]).sum(-1)
+
+    def _of(self, view: EvictionView) -> Tensor:
+        """The filters `[Hkv, D]` of the heads present."""
+        return self.filters[view.layer, view.heads.start : view.heads.stop]
 
     def check(self, layers: int, kv_heads: int, head_dim: int) -> None:
         wanted, found = [layers, kv_heads, head_dim], list(self.filters.shape)

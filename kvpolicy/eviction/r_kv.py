@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import get_args
 
 import attrs
@@ -18,6 +19,9 @@ from ._attention import used_slots
 from ._base import Eviction, when_field, wide
 from ._view import EvictionView, StoredTokens
 
+Last = Callable[[Tensor, Tensor, float], Tensor]
+_AT_ONCE = 1 << 17  # tokens of a few heads that are copied at once
+_WIDE = 1 << 14  # of a head, in float32
 _FIXED = 1 << 40  # sums of cosines are taken in units of this part: integers add in any order
 
 
@@ -59,29 +63,37 @@ class RKV(Eviction):
         return self.observation
 
     def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
-        return self._scores(stored.view(), ops)
+        view = stored.view()
+        found = torch.zeros(
+            view.valid.shape, dtype=wide(view.recent_keys), device=view.valid.device
+        )
+        for row, used in enumerate(used_slots(view)):
+            for heads in _parts(found.shape[1], used):
+                keys, _ = stored.read(ops, row, heads, slice(0, used))
+                found[row, heads, :used] = self._scores(view, row, heads, keys, ops.last_similar)
+        return found
 
     def score(self, view: EvictionView) -> Tensor:
-        return self._scores(view, None)
-
-    def _scores(self, view: EvictionView, ops: Ops | None) -> Tensor:
-        """Sequence by sequence, as long as each is; without `ops` cosines are formed at once."""
         found = torch.zeros(view.valid.shape, dtype=wide(view.keys), device=view.keys.device)
         for row, used in enumerate(used_slots(view)):
             if used:
-                seen = self._importance(view, row, used) * self.mix
-                found[row, :, :used] = seen - self._redundancy(view, row, used, ops) * (
-                    1 - self.mix
-                )
+                keys, heads = view.keys[row, :, :used], slice(0, found.shape[1])
+                found[row, :, :used] = self._scores(view, row, heads, keys, _last)
         return found
 
-    def _importance(self, view: EvictionView, row: int, used: int) -> Tensor:
-        """`[Hkv, used]`."""
+    def _scores(
+        self, view: EvictionView, row: int, heads: slice, keys: Tensor, last: Last
+    ) -> Tensor:
+        """Scores `[H, n]` of the first n slots of a sequence's `heads`, with their keys."""
+        seen = self._importance(view, row, heads, keys) * self.mix
+        return seen - self._redundancy(view, row, heads, keys, last) * (1 - self.mix)
+
+    def _importance(self, view: EvictionView, row: int, heads: slice, keys: Tensor) -> Tensor:
+        """`[H, n]`."""
         assert view.queries is not None and view.query_valid is not None
-        kv_heads = view.keys.shape[1]
-        q = view.queries[row].unflatten(0, (kv_heads, -1)).to(wide(view.keys))
-        keys, valid = view.keys[row, :, None, :used].to(q), view.valid[row, :, :used]
-        logits = q @ keys.mT * view.scale  # [Hkv, G, w, used]
+        q = view.queries[row].unflatten(0, (view.valid.shape[1], -1))[heads].to(wide(keys))
+        valid = view.valid[row, heads, : keys.shape[1]]
+        logits = q @ keys[:, None].to(q).mT * view.scale  # [H, G, w, n]
         if view.softcap is not None:
             logits = view.softcap * torch.tanh(logits / view.softcap)
         logits = logits.amax(1) if self.group == "max" else logits.mean(1)
@@ -90,35 +102,66 @@ class RKV(Eviction):
         mass = (weights * view.query_valid[row, :, None]).sum(1) / count
         return F.max_pool1d(mass, self.kernel, 1, self.kernel // 2)
 
-    def _redundancy(self, view: EvictionView, row: int, used: int, ops: Ops | None) -> Tensor:
-        """`[Hkv, used]`: stored keys and then the window's, without gaps between them."""
-        valid, near = view.valid[row, :, :used], view.recent_valid[row]
-        keys = torch.cat([view.keys[row, :, :used], view.recent_keys[row]], 1)
-        there = torch.cat([valid, near.expand(len(valid), -1)], 1)  # [Hkv, n]
+    def _redundancy(
+        self, view: EvictionView, row: int, heads: slice, keys: Tensor, last: Last
+    ) -> Tensor:
+        """`[H, n]`: stored keys and then the window's, without gaps between them."""
+        used = keys.shape[1]
+        valid, near = view.valid[row, heads, :used], view.recent_valid[row]
+        units = torch.cat([keys, view.recent_keys[row, heads]], 1)
+        there = torch.cat([valid, near.expand(len(valid), -1)], 1)
         order = (~there).int().sort(dim=1, stable=True).indices
         counts = there.sum(1)
-        keys = keys.gather(1, order[..., None].expand(-1, -1, keys.shape[2]))
-        units = keys.to(wide(keys))
-        norms = torch.linalg.vector_norm(units, dim=-1, keepdim=True)
-        units = (units / (norms + 1e-8)).to(keys.dtype)
-        last = (
-            _last(units, counts, self.threshold)
-            if ops is None
-            else ops.last_similar(units, counts, self.threshold)
-        )
-        units, place = units.to(wide(keys)), torch.arange(keys.shape[1], device=keys.device)
+        units = _units(units.gather(1, order[..., None].expand_as(units)))
+        place = torch.arange(units.shape[1], device=keys.device)
         held = place < counts[:, None]
-        units = units.masked_fill(~held[..., None], 0)
-        retained = last.long().clamp(min=0)  # the original's: 0 where none resembles
-        cosine = (units * units.gather(1, retained[..., None].expand_as(units))).sum(-1)
-        cosine = cosine.masked_fill((retained == place) | ~held, 0)
-        fixed = (cosine.double() * _FIXED).round().long()
+        units.masked_fill_(~held[..., None], 0)
+        retained = last(units, counts, self.threshold).long()
+        retained = retained.clamp_(min=0)  # the original's: 0 where none resembles
+        total = _added(units)
+        kept, every = total.new_empty(2, *held.shape)
+        for part in _slices(units.shape[1]):
+            own = units[:, part].to(kept)
+            one = units.gather(1, retained[:, part, None].expand_as(own)).to(kept)
+            kept[:, part] = (own * one).sum(-1)
+            every[:, part] = (own * total[:, None]).sum(-1) - (own * own).sum(-1)
+        kept = kept.masked_fill((retained == place) | ~held, 0)
+        fixed = (kept.double() * _FIXED).round().long()
         left = torch.zeros_like(fixed).scatter_add_(1, retained, fixed).double() / _FIXED
-        every = (units * units.sum(1, keepdim=True)).sum(-1) - (units * units).sum(-1)
         mean = (every - left.to(every)) / counts[:, None].clamp(min=1)
         found = mean.masked_fill(~held, float("-inf")).softmax(-1).nan_to_num(0.0)
         back = torch.zeros_like(found).scatter_(1, order, found)
         return back[:, :used]
+
+
+def _parts(heads: int, tokens: int) -> Iterator[slice]:
+    """As many heads at a time as may hold _AT_ONCE tokens together, one at least."""
+    step = max(_AT_ONCE // max(tokens, 1), 1)
+    for low in range(0, heads if tokens else 0, step):
+        yield slice(low, min(low + step, heads))
+
+
+def _slices(tokens: int) -> Iterator[slice]:
+    """Tokens of which wide copies are made at a time."""
+    for low in range(0, tokens, _WIDE):
+        yield slice(low, min(low + _WIDE, tokens))
+
+
+def _units(keys: Tensor) -> Tensor:
+    """Keys `[H, n, D]` over their norms, in their dtype and in place."""
+    for part in _slices(keys.shape[1]):
+        own = keys[:, part].to(wide(keys))
+        norms = torch.linalg.vector_norm(own, dim=-1, keepdim=True)
+        keys[:, part] = (own / (norms + 1e-8)).to(keys)
+    return keys
+
+
+def _added(units: Tensor) -> Tensor:
+    """Their sum `[H, D]`."""
+    total = units.new_zeros(len(units), units.shape[2], dtype=wide(units))
+    for part in _slices(units.shape[1]):
+        total += units[:, part].to(total).sum(1)
+    return total
 
 
 def _last(units: Tensor, counts: Tensor, threshold: float) -> Tensor:

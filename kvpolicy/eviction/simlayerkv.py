@@ -10,9 +10,10 @@ from .._fields import fraction, not_negative, positive
 from .._knob import Knob
 from .._names import named
 from ..choices import When
-from ._attention import attention, used_slots
+from ..ops import Ops
+from ._attention import attention, masses, used_slots
 from ._base import Eviction, when_field
-from ._view import EvictionView
+from ._view import EvictionView, StoredTokens
 
 
 @named
@@ -23,7 +24,7 @@ class SimLayerKV(Eviction):
     Zhang et al., 2024 (sail-sg/SimLayerKV; NVIDIA/kvpress, simlayerkv_press.py). A layer is lazy if
     those tokens get more than `threshold` of the softmax weight of the last `observation` queries,
     the mean over all of its heads. kvpress recommends 0.9 for Llama 3, 0.65 for Llama 2, 0.8 for
-    Mistral, 0.85 for Qwen. A tensor-parallel rank has few heads and refuses it.
+    Mistral, 0.85 for Qwen.
 
     Example:
         `CachePipeline(eviction=SimLayerKV(threshold=0.9))`
@@ -34,7 +35,7 @@ class SimLayerKV(Eviction):
     recent: int = attrs.field(default=1024, validator=positive)
     observation: int = attrs.field(default=1, validator=positive)
     when: When = when_field()
-    across_heads = True
+    across_heads = gathers_heads = True
 
     @property
     def queries(self) -> int:
@@ -48,18 +49,32 @@ class SimLayerKV(Eviction):
         if window > self.recent:
             raise ValueError(f"recent: wanted at least the window of {window}, got {self.recent}")
 
+    def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
+        far, near = masses(ops, stored, self.observation)
+        return self._scores(stored.view(), far.double(), near.double().sum(2))
+
     def score(self, view: EvictionView) -> Tensor:
-        near = view.positions >= view.lengths[:, None, None] - self.recent
-        held = ((view.positions < self.sinks) | near) & view.valid
-        found = torch.zeros(view.valid.shape, device=view.valid.device)
+        far = torch.zeros(view.valid.shape, dtype=torch.float64, device=view.valid.device)
+        near = far.new_zeros(far.shape[:2])
         for row, used in enumerate(used_slots(view)):
             weights = attention(view, row, used).double()
-            total = weights.sum()
-            seen = weights[..., used:].sum()
-            seen = seen + weights[..., :used].masked_fill(~held[row, :, None, None, :used], 0).sum()
-            lazy = seen > self.threshold * total
-            found[row] = found[row].masked_fill(lazy & ~held[row], float("-inf"))
-        return found
+            far[row, :, :used] = weights[..., :used].sum((1, 2))
+            near[row] = weights[..., used:].sum((1, 2, 3))
+        return self._scores(view, far, near)
+
+    def _scores(self, view: EvictionView, far: Tensor, inside: Tensor) -> Tensor:
+        """From weights of the stored tokens `[B, Hkv, N]` and sums of the window's `[B, Hkv]`."""
+        near = view.positions >= view.lengths[:, None, None] - self.recent
+        held = ((view.positions < self.sinks) | near) & view.valid
+        sums = []
+        for row, used in enumerate(used_slots(view)):
+            own = far[row, :, :used]
+            seen = inside[row] + own.masked_fill(~held[row, :, :used], 0).sum(1)
+            sums.append(torch.stack([seen, inside[row] + own.sum(1)], -1))
+        seen, total = view.across(torch.stack(sums)).sum(1).unbind(-1)  # [B]
+        lazy = (seen > self.threshold * total)[:, None, None]
+        found = torch.zeros(view.valid.shape, device=view.valid.device)
+        return found.masked_fill(lazy & ~held, float("-inf"))
 
     def knob(self, *, window: int, seen: int, layers: int, kv_heads: int) -> Knob[Eviction] | None:
         return Knob(

@@ -35,6 +35,7 @@ class TOVA(Eviction):
     budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
     group: HeadGroup = attrs.field(default="mean", validator=one_of(*get_args(HeadGroup)))
     across_heads: bool = attrs.field(default=False, validator=flag)
+    gathers_heads = True
     when: When = when_field("decode")
 
     @property
@@ -65,5 +66,6 @@ class TOVA(Eviction):
         at = view.positions.masked_fill(~view.valid, end)
         spread = scores.new_zeros(batch, heads, end + 1).scatter(2, at, scores)
         # One head after the other: the order of a sum over them must not depend on the device.
-        total = sum(spread.unbind(1), scores.new_zeros(())) / heads
+        every = view.across(spread)
+        total = sum(every.unbind(1), scores.new_zeros(())) / every.shape[1]
         return total[:, None].expand_as(spread).gather(2, at)

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from .._fields import flag, is_a, one_of, positive
-from .._files import read_pt, read_safetensors, write_safetensors
+from .._files import read_named, read_pt, write_safetensors
 from .._names import named
 from ..admission import Write
-from ..admission._files import Source, find_file, source_field, source_of
+from ..admission._files import Source, located, source_field
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import HeadGroup, When
+from ..ops import Ops
+from ..rope import Rope
 from ._attention import used_slots
 from ._base import Eviction, when_field, wide
-from ._view import EvictionView
+from ._view import EvictionView, StoredTokens
 from .expected_attention import FIRST
 
 PARTS = ("q_mean_real", "q_mean_imag", "q_abs_mean")  # of a head, in the authors' files
@@ -37,14 +39,14 @@ class TriAttention(Eviction):
 
     Pairs of channels that RoPE turns together are complex numbers. With the mean q and the mean
     size a of a query head's queries before RoPE, a key k (as it is stored) at the end t of the
-    sequence scores sum_f Re(q_f e^{i w_f (t + d)} conj(k_f)) + (a_f - |q_f|) |k_f|, times RoPE's
+    sequence scores `sum_f Re(q_f e^{i w_f (t + d)} conj(k_f)) + (a_f - |q_f|) |k_f|`, times RoPE's
     factor, the mean over the offsets d = 1, 2, 4 ... `farthest`. A head's scores are normalized
     over its stored tokens (`normalize`), and a group's query heads share the largest or the mean
     (`group`). With `keep_prompt` the prompt's tokens stay. `real`, `imaginary`, `size`
     `[L, Hq, D / 2]` are q and a.
 
     Mao et al., 2026 (WeianMao/triattention, methods/triattention.py with per-layer-per-head
-    pruning, and methods/pruning_utils.py; statistics in calibration/*.pt). The authors compress
+    pruning, and methods/pruning_utils.py; statistics in `calibration/*.pt`). The authors compress
     every 128 generated tokens: `attach(..., interval=128)`.
 
     Example:
@@ -90,14 +92,11 @@ class TriAttention(Eviction):
         Raises:
             ValueError: the file is damaged, or lacks a head.
         """
-        path = find_file(path_or_repo, file, revision)
+        path, source = located(path_or_repo, file, revision)
         if path.suffix == ".pt":
             parts = _stacked(read_pt(path), str(path))
         else:
-            parts, _ = read_safetensors(path)
-            if set(parts) != set(PARTS):
-                raise ValueError(f"{path}: wanted the keys {', '.join(PARTS)}, got {list(parts)}")
-        source = source_of(path, path_or_repo, file, revision)
+            parts = read_named(path, *PARTS)
         real, imaginary, size = (parts[name] for name in PARTS)
         return cls(
             budget=tokens_from_int(budget), real=real, imaginary=imaginary, size=size,
@@ -123,28 +122,52 @@ class TriAttention(Eviction):
             return None
         return torch.zeros(write.key.shape[:2], dtype=torch.bool, device=write.key.device)
 
+    def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
+        view = stored.view()
+        linear, more, rope = self._series(view, stored.pages.k)
+        found = ops.key_dots(
+            stored.pages, stored.heads, linear, more.expand(len(linear), -1, -1),
+            rope.layout(linear.shape[2]),
+        )  # fmt: skip
+        return self._scores(view, found)
+
     def score(self, view: EvictionView) -> Tensor:
-        if view.rope is None:
+        linear, more, rope = self._series(view, view.keys)
+        batch, kv_heads, width = view.valid.shape
+        found = linear.new_zeros(batch, kv_heads, linear.shape[1] // kv_heads, width)
+        m, s = linear.unflatten(1, (kv_heads, -1)), more.unflatten(0, (kv_heads, -1))
+        for row, used in enumerate(used_slots(view)):
+            keys = view.keys[row, :, :used].to(linear)
+            first, second, _ = rope.pairs(keys)
+            found[row, ..., :used] = m[row] @ keys.mT + s @ torch.hypot(first, second).mT
+        return self._scores(view, found.flatten(1, 2))
+
+    def _series(self, view: EvictionView, keys: Tensor) -> tuple[Tensor, Tensor, Rope]:
+        """What keys `[B, Hq, D]` and the sizes of their pairs `[Hq, D / 2]` are multiplied with."""
+        rope, dim = view.rope, keys.shape[-1]
+        if rope is None:
             raise ValueError(f"rope: TriAttention wants RoPE, layer {view.layer} has none")
-        kv_heads, dtype = view.keys.shape[1], wide(view.keys)
         rows = slice(view.heads.start * view.group, view.heads.stop * view.group)
         parts = (x[view.layer, rows].double() for x in (self.real, self.imaginary, self.size))
         real, imaginary, size = parts
-        offsets = 1 << torch.arange(self.farthest.bit_length(), device=view.keys.device)
-        angle = view.rope.angles(view.lengths[:, None] + offsets)  # [B, n, F]
+        offsets = 1 << torch.arange(self.farthest.bit_length(), device=view.lengths.device)
+        angle = rope.angles(view.lengths[:, None] + offsets)  # [B, n, F]
         turn = torch.polar(torch.ones_like(angle), angle).mean(1)[:, None]
         ahead = torch.complex(real, imaginary) * turn  # [B, Hq, F]
-        rest = ahead.real.new_zeros(*ahead.shape[:2], view.keys.shape[3] - 2 * ahead.shape[2])
-        linear = view.rope.joined(ahead.real, ahead.imag, rest).to(dtype)  # [B, Hq, D]
-        more = (size - torch.hypot(real, imaginary)).to(dtype).unflatten(0, (kv_heads, -1))
-        found = torch.zeros(view.valid.shape, dtype=dtype, device=view.keys.device)
+        rest = ahead.real.new_zeros(*ahead.shape[:2], dim - 2 * ahead.shape[2])
+        linear = rope.joined(ahead.real, ahead.imag, rest) * rope.factor
+        more = (size - torch.hypot(real, imaginary)) * rope.factor
+        dtype = wide(keys)
+        return linear.to(dtype), more.to(dtype), rope
+
+    def _scores(self, view: EvictionView, series: Tensor) -> Tensor:
+        """From the series `[B, Hq, N]` of the stored tokens, each sequence as long as it is."""
+        kv_heads = view.valid.shape[1]
+        found = series.new_zeros(view.valid.shape)
         for row, used in enumerate(used_slots(view)):
-            keys, valid = view.keys[row, :, :used].to(dtype), view.valid[row, :, None, :used]
-            first, second, _ = view.rope.pairs(keys)
-            scores = linear[row].unflatten(0, (kv_heads, -1)) @ keys.mT
-            scores = (scores + more @ torch.hypot(first, second).mT) * view.rope.factor
+            scores = series[row, :, :used].unflatten(0, (kv_heads, -1))  # [Hkv, G, used]
             if self.normalize:
-                scores = _normalized(scores, valid)  # [Hkv, G, used]
+                scores = _normalized(scores, view.valid[row, :, None, :used])
             found[row, :, :used] = scores.amax(1) if self.group == "max" else scores.mean(1)
         return found.masked_fill(~view.marked, FIRST) if self.keep_prompt else found
 

@@ -16,7 +16,7 @@ from .._fields import is_a
 from .._files import read_safetensors, write_safetensors
 from .._names import named
 from ..admission import Write
-from ..admission._files import Source, find_file, source_field, source_of
+from ..admission._files import Source, located, source_field
 from ..admission._products import by_tile
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
@@ -95,7 +95,7 @@ class TrimKV(Eviction):
         Raises:
             ValueError: the file is damaged, or holds no gates of this kind for every layer.
         """
-        path = find_file(path_or_repo, file, revision)
+        path, source = located(path_or_repo, file, revision)
         found: dict[str, dict[int, Tensor]] = {name: {} for name in _NAMES}
         for key, tensor in read_safetensors(path)[0].items():
             if match := _KEY.fullmatch(key):
@@ -116,7 +116,6 @@ class TrimKV(Eviction):
             field: torch.stack([found[name][n] for n in range(layers)])
             for name, field in _NAMES.items()
         }
-        source = source_of(path, path_or_repo, file, revision)
         return cls(budget=tokens_from_int(budget), when=when, source=source, **stacked)
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -91,26 +91,38 @@ def _promote(
         take_pages(pages, table, fresh[0], fresh[1])
     columns, offsets = [held[head] // size for head in h], [held[head] % size for head in h]
     meta = [position | ((bits[head] & MARKED) > 0) << POSITION_BITS for head in h]
+    if len(h) == len(bits) and held == held[:1] * len(h):  # even heads: a slot of a page each
+        page, at = (
+            table[:, columns[0]].long(),
+            torch.tensor(meta, dtype=torch.int32, device=key.device),
+        )
+        for store, new in ((pages.k, key), (pages.v, value), (pages.meta, at)):
+            store.select(1, offsets[0]).index_copy_(0, page, new)
+        counts += 1
+        if minmax:
+            _extend(pages, page, torch.tensor(offsets, device=key.device), key)
+        return
     where = torch.tensor([h, columns, offsets, meta], device=key.device)
     heads, column, offset, at = where.unbind()
     page = table[heads, column].long()
     slot = page * size + offset
-    if len(h) < len(bits):
-        key, value = key[heads], value[heads]
+    key, value = key[heads], value[heads]
     pages.k.view(-1, dim).index_copy_(0, slot, key)
     pages.v.view(-1, value.shape[1]).index_copy_(0, slot, value)
     pages.meta.view(-1).index_copy_(0, slot, at.int())
-    if len(h) < len(bits):
-        counts[heads] += 1
-    else:
-        counts += 1
+    counts[heads] += 1
     if minmax:
-        assert pages.summary is not None
-        extent = pages.summary[page].view(-1, 2, dim)
-        first = (offset == 0)[:, None]
-        low = torch.where(first, key, torch.minimum(extent[:, 0], key))
-        high = torch.where(first, key, torch.maximum(extent[:, 1], key))
-        pages.summary[page] = torch.cat([low, high], -1)
+        _extend(pages, page, offset, key)
+
+
+def _extend(pages: Pages, page: Tensor, offset: Tensor, key: Tensor) -> None:
+    """Extends the minima and maxima of pages `[n]` by keys `[n, D]` that went to slots `offset`."""
+    assert pages.summary is not None
+    extent = pages.summary[page].view(-1, 2, key.shape[1])
+    first = (offset == 0)[:, None]
+    low = torch.where(first, key, torch.minimum(extent[:, 0], key))
+    high = torch.where(first, key, torch.maximum(extent[:, 1], key))
+    pages.summary[page] = torch.cat([low, high], -1)
 
 
 def take_pages(pages: Pages, table: Tensor, *place: Tensor) -> None:

@@ -28,6 +28,7 @@ def window_scores(
     pooling: str,
     group: str,
     normalize: str,
+    squared: bool = False,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
@@ -46,52 +47,92 @@ def window_scores(
         used, own = -(-most // size), slice(row, row + 1)
         mass[own, :, : used * size] = _mass(
             pages, Heads(heads.table[own, :, :used], heads.counts[own]), ring.k[own],
-            queries[own], lengths[own], window, scale, observation, group, normalize, softcap,
-            sinks,
+            queries[own], lengths[own], window, scale, observation, group, normalize, squared,
+            softcap, sinks,
         )  # fmt: skip
     pool = F.avg_pool1d if pooling == "avg" else F.max_pool1d
     return pool(mass, kernel, 1, kernel // 2)
 
 
+def window_levels(
+    pages: Pages, heads: Heads, ring: Ring, queries: Tensor, lengths: Tensor, window: int,
+    scale: float, *, observation: int, softcap: float | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Log-sum-exps `[B, Hq, observation]` of the last queries: `Ops.window_levels`."""
+    check_asked("window_levels", queries.shape[1], softcap, sinks)
+    size, wide = pages.k.shape[1], torch.promote_types(queries.dtype, torch.float32)
+    found = queries.new_empty(*queries.shape[:2], observation, dtype=wide)
+    for row, most in enumerate(heads.counts.amax(1).tolist()):
+        used, own = -(-most // size), slice(row, row + 1)
+        seen = _Observed(
+            pages, Heads(heads.table[own, :, :used], heads.counts[own]), ring.k[own], queries[own],
+            lengths[own], window, scale, observation, softcap,
+        )  # fmt: skip
+        found[own] = seen.levels(True, sinks).flatten(1, 2)
+    return found
+
+
+class _Observed:
+    """The last queries of one sequence and what they see, a chunk of keys at a time."""
+
+    def __init__(
+        self, pages: Pages, heads: Heads, ring_k: Tensor, queries: Tensor, lengths: Tensor,
+        window: int, scale: float, observation: int, softcap: float | None,
+    ) -> None:  # fmt: skip
+        at = lengths[:, None] - observation + torch.arange(observation, device=lengths.device)
+        kv_heads, dim = ring_k.shape[1], ring_k.shape[3]
+        self.q = _in_ring(queries, at).unflatten(1, (kv_heads, -1))  # [1, Hkv, G, w, D]
+        self.at = at[:, None, None, :, None]
+        self.chunk = max(_LOGITS // (self.q.numel() // dim), 1)
+        self.pages, self.heads, self.ring_k = pages, heads, ring_k
+        self.lengths, self.window = lengths, window
+        self.scale, self.softcap = scale, softcap
+
+    def chunks(self) -> Iterator[Tensor]:
+        """Logits `[1, Hkv, G, w, n]` of stored keys, -inf of those that are not seen."""
+        for keys, where, ok in _chunks(self.pages, self.heads, self.chunk):
+            yield self._logits(keys, ok & (where <= self.at))
+
+    def levels(self, near: bool, sinks: Tensor | None) -> Tensor:
+        """Log-sum-exps `[1, Hkv, G, w]`; +inf, so that weights are 0, of one that saw no key."""
+        q, wide = self.q, torch.promote_types(self.q.dtype, torch.float32)
+        parts = [x.logsumexp(-1) for x in self.chunks()]
+        if near:
+            where = torch.arange(self.window, device=q.device) + self.lengths[:, None] - self.window
+            keys, where = _in_ring(self.ring_k, where), where[:, None, None, None]
+            parts.append(self._logits(keys, (where >= 0) & (where <= self.at)).logsumexp(-1))
+        if not parts:
+            return q.new_full(q.shape[:4], float("inf"), dtype=wide)
+        total = torch.stack(parts).logsumexp(0)
+        seen = total > float("-inf")
+        if sinks is not None:
+            own = sinks.to(wide).view(1, q.shape[1], -1, 1).expand(q.shape[:4])
+            total = torch.stack([*parts, own]).logsumexp(0)
+        return total.masked_fill(~seen, float("inf"))
+
+    def _logits(self, keys: Tensor, seen: Tensor) -> Tensor:
+        found = logits(self.q, keys[:, :, None], self.scale, self.softcap)
+        return found.masked_fill_(~seen, float("-inf"))
+
+
 def _mass(
     pages: Pages, heads: Heads, ring_k: Tensor, queries: Tensor, lengths: Tensor, window: int,
-    scale: float, observation: int, group: str, normalize: str, softcap: float | None,
-    sinks: Tensor | None,
+    scale: float, observation: int, group: str, normalize: str, squared: bool,
+    softcap: float | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Weights `[1, Hkv, M * P]` of one sequence's tokens, before pooling.
 
     Keys are read twice, a chunk at a time: for each query's log-sum-exp, then for its weights.
     """
-    kv_heads, dim = ring_k.shape[1], ring_k.shape[3]
-    at = lengths[:, None] - observation + torch.arange(observation, device=lengths.device)
-    q = _in_ring(queries, at).unflatten(1, (kv_heads, -1))  # [1, Hkv, G, w, D]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    at = at[:, None, None, :, None]
-
-    def seen_logits(keys: Tensor, seen: Tensor) -> Tensor:
-        found = logits(q, keys[:, :, None], scale, softcap)
-        return found.masked_fill_(~seen, float("-inf"))
-
-    chunk = max(_LOGITS // (q.numel() // dim), 1)
-    parts = [
-        seen_logits(k, ok & (where <= at)).logsumexp(-1)
-        for k, where, ok in _chunks(pages, heads, chunk)
-    ]
-    if normalize == "visible":
-        where = lengths[:, None] - window + torch.arange(window, device=at.device)
-        near = where[:, None, None, None]
-        seen = (near >= 0) & (near <= at)
-        parts.append(seen_logits(_in_ring(ring_k, where), seen).logsumexp(-1))
-    if sinks is not None:
-        parts.append(sinks.to(wide).view(1, kv_heads, -1, 1).expand(q.shape[:4]))
-    total = torch.stack(parts).logsumexp(0) if parts else q.new_zeros(q.shape[:4], dtype=wide)
-    # A query that saw no key, such as one before the first, weighs nothing.
-    total = total.masked_fill(~(total > float("-inf")), float("inf"))[..., None]
+    seen = _Observed(pages, heads, ring_k, queries, lengths, window, scale, observation, softcap)
+    total = seen.levels(normalize == "visible", sinks)[..., None]
     count = lengths.clamp(min=1, max=observation)[:, None, None]
-    masses = [q.new_zeros(1, kv_heads, 0, dtype=wide)]
-    for k, where, ok in _chunks(pages, heads, chunk):
-        weights = (seen_logits(k, ok & (where <= at)) - total).exp().nan_to_num(0.0)
-        if group == "max" and normalize == "global":
+    masses = [total.new_zeros(1, ring_k.shape[1], 0)]
+    for found in seen.chunks():
+        weights = (found - total).exp().nan_to_num(0.0)
+        if squared:
+            weights = weights.square()
+        if group == "each" or (group == "max" and normalize == "global"):
             part = weights.amax(2).sum(2)
         else:
             part = weights.sum(3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
@@ -68,6 +69,12 @@ class XAttention(PromptSelection):
         return TileReads(self.tile, blocks)
 
     def prompt(self, view: PromptView) -> Reads:
+        end = view.tiles(self.tile).stop
+        kept = (_heaviest(mass, self.threshold) for mass in self.masses(view))
+        return Reads(torch.stack([F.pad(x, (0, end - x.shape[1])) for x in kept], 1))
+
+    def masses(self, view: PromptView) -> Iterator[Tensor]:
+        """The mass `[Hq, n + 1]` of each block that tile n sees, for the tiles one by one."""
         tiles, tile, stride = view.tiles(self.tile), self.tile, self.stride
         kv_heads, end, dim = view.keys.shape
         dtype = torch.promote_types(view.keys.dtype, torch.float32)
@@ -79,7 +86,6 @@ class XAttention(PromptSelection):
         keys = F.pad(view.keys.to(dtype), (0, 0, 0, after)).view(kv_heads, -1, stride * dim)
         held = F.pad(view.present, (0, after)).view(kv_heads, -1, stride).sum(-1).to(dtype)
         group = torch.arange(keys.shape[1], device=keys.device)
-        found = []
         for place, number in enumerate(tiles):
             q = query[:, :, place].flatten(3).flatten(1, 2)  # [Hkv, G * R, S * D]
             upto = (number + 1) * tile // stride
@@ -92,10 +98,7 @@ class XAttention(PromptSelection):
             logits = (logits + (n / stride).log()).masked_fill(~seen, float("-inf"))
             weights = logits.softmax(-1).masked_fill(~seen, 0)
             rows = weights.view(view.query.shape[0], tile // stride, number + 1, -1).sum(-1)
-            mass = rows[:, asks[place]].mean(1)
-            kept = _heaviest(mass, self.threshold)
-            found.append(F.pad(kept, (0, tiles.stop - number - 1)))
-        return Reads(torch.stack(found, 1))
+            yield rows[:, asks[place]].mean(1)
 
 
 def _heaviest(mass: Tensor, threshold: float) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 
 from ..admission import Admission
 from ..eviction import Eviction
+from ..exchange import ALONE, Exchange
 from ..ops import Numbers, Ops, Ring
 from ..selection import Selection
 from ..spec import CacheSpec
@@ -26,6 +27,7 @@ def allocate(
     admission: Admission,
     selection: Selection,
     eviction: Eviction,
+    exchange: Exchange = ALONE,
 ) -> CacheState:
     """A CacheState with placed policies, rings and page pools; no pages are in use.
 
@@ -35,7 +37,7 @@ def allocate(
     spec = attrs.evolve(spec, device=device)
     summaries = summary_sizes(selection, spec)
     pools = {pages: _pool(spec, pages, ops, summaries.get(pages)) for pages in _kinds(spec)}
-    state = CacheState(spec, ops, Devices([device], pools.values(), batch), batch)
+    state = CacheState(spec, ops, Devices([device], pools.values(), batch), batch, exchange)
     if device.type != "meta":
         admission = admission.place(device, spec.dtype, ops.backend)
         eviction = eviction.place(device, spec.dtype, ops.backend)

@@ -141,6 +141,14 @@ class Devices:
                 lease.reserved = reserved
             raise
 
+    def promise(self, pool: PagePool, pages: int, free: int) -> None:
+        """Keeps pages of one pool, `free` of which are free, for layers to take as they write."""
+        pool.reserve(self._leases[pool], pages, free)
+
+    def took(self, pool: PagePool, pages: int) -> None:
+        """A layer takes at most so many of the pages that it was promised; the rest are free."""
+        self._leases[pool].reserved -= pages
+
     def release(self) -> None:
         """Gives back what was reserved for this cache."""
         for pool, lease in self._leases.items():
@@ -160,6 +168,14 @@ class Devices:
         for pool in self._leases:
             pool.known.settle()
             pool.known.forget()
+
+    def free(self) -> dict[PagePool, int | None]:
+        """Pages that can be taken beside those reserved for other caches; None: as many as fit."""
+        rooms = {pool: pool.room for pool in self._leases}
+        return {
+            pool: None if room is None else room + self._leases[pool].reserved
+            for pool, room in rooms.items()
+        }
 
     def drain(self) -> None:
         """Takes back pages of caches that are gone."""

@@ -72,7 +72,12 @@ class LayerStore:
     @property
     def rings(self) -> list[Tensor]:
         """What holds recent tokens, and all numbers; a call may have to put it back."""
-        return [*self.ring, *self._asked.values(), *(self.numbers or ())]
+        return [*self.ring, *self.beside_ring]
+
+    @property
+    def beside_ring(self) -> list[Tensor]:
+        """`rings` but for the ring of keys, values and flags, which come first."""
+        return [*self._asked.values(), *(self.numbers or ())]
 
     @property
     def _asked(self) -> dict[str, Tensor]:

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from .._files import open_safetensors, replacing
 from ..errors import PhaseError
+from ..exchange import Exchange
 from ..ops import POSITION_MASK, pages_of
 from ..spec import CacheSpec
 from . import moments
 from .fingerprint import pipeline_fingerprint, tensors_hash
 from .layer import LayerStore, check_sinks
 from .numbers import held, hold
+from .page_contents import write_pages
 from .sequence import SequenceState
 from .state import CacheState
 from .summaries import summarize
@@ -50,7 +52,9 @@ class Pipeline(Protocol):
     @property
     def window(self) -> int: ...
 
-    def init(self, spec: CacheSpec, batch: int = 1) -> CacheState: ...
+    def init(
+        self, spec: CacheSpec, batch: int = 1, exchange: Exchange | None = None
+    ) -> CacheState: ...
 
 
 def save(
@@ -97,7 +101,12 @@ def save(
 
 
 def load(
-    path: str | os.PathLike[str], pipeline: Pipeline, spec: CacheSpec, *, fingerprint: str = ""
+    path: str | os.PathLike[str],
+    pipeline: Pipeline,
+    spec: CacheSpec,
+    *,
+    fingerprint: str = "",
+    exchange: Exchange | None = None,
 ) -> tuple[CacheState, dict[str, Tensor], dict[str, str]]:
     """The cache in a file, with the `extra` tensors and the `notes` saved beside it.
 
@@ -130,7 +139,7 @@ def load(
         for name, dim in (("ring_k", sizes.head_dim), ("ring_v", sizes.value_dim)):
             wanted = (batch, sizes.kv_heads, slots, dim)
             _check(tensors, f"{index}.{name}", wanted, spec.dtype)
-    state = pipeline.init(spec, batch)
+    state = pipeline.init(spec, batch, exchange)
     for name, filed, kind in _numbers():
         if name in _LATER and filed not in tensors:
             continue
@@ -270,10 +279,6 @@ def _fill(state: CacheState, layer: LayerStore, tensors: Mapping[str, Tensor]) -
     holders = torch.bincount(table.flatten(), minlength=pages + 1)[1:]
     layer.pool.refs[ids.long()] = holders.to(device).int()
     k, v, meta = (tensors[here + name].to(device) for name in ("k", "v", "meta"))
-    slots = torch.arange(pages * size, dtype=torch.int32, device=device)[None]
-    state.ops.append(
-        layer.pool.pages, ids[None, None], k.flatten(0, 1)[None], v.flatten(0, 1)[None],
-        meta.flatten()[None], slots, torch.zeros_like(slots[0]),
-    )  # fmt: skip
+    write_pages(state, layer, ids, k, v, meta)
     span = pages_of(int(layer.counts.max()), size)
     summarize(state, layer, torch.zeros_like(layer.counts), layer.counts, span)

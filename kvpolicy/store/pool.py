@@ -164,15 +164,16 @@ class PagePool:
         leased = [layer.table for lease in list(self.leases) for layer in lease.layers]
         return list({id(table): table for table in [*leased, *self.orphans]}.values())
 
-    def reserve(self, lease: Lease, count: int) -> None:
+    def reserve(self, lease: Lease, count: int, free: int | None = None) -> None:
         """Keeps `count` free pages for a cache, beside those reserved for others.
 
-        Raises CapacityError, with its earlier reservation as it was, at the limit.
+        `free` as in `provide`. Raises CapacityError, with its earlier reservation as it was, at the
+        limit.
         """
         before, lease.reserved = lease.reserved, 0
         self.known.forget()  # what was taken of an earlier reservation is no longer covered by it
         try:
-            self.provide(count)
+            self.provide(count, free)
             before = count
         finally:
             lease.reserved = before
@@ -202,10 +203,8 @@ class PagePool:
         try:
             if self.moving:
                 self._grow_moving(missing)
-            while missing > 0 and not self.moving:
-                largest = max(EXTENT_PAGES, self.capacity // 32 // SLAB_PAGES * SLAB_PAGES)
-                self._grow_appending(-(-min(missing, largest) // SLAB_PAGES) * SLAB_PAGES)
-                missing -= largest
+            else:
+                self._grow_appending(-(-missing // SLAB_PAGES) * SLAB_PAGES)
         finally:
             self.refresh()  # of what was allocated before the device's memory ran out
         return free + self.capacity - before
@@ -225,17 +224,29 @@ class PagePool:
         self._add_ids(count, [new])
 
     def _grow_appending(self, count: int) -> None:
-        extent = self._extent(count)
+        """Allocates so many pages, piece by piece; the device is told once."""
+        made: list[Extent] = []
+        pages, starts = self.capacity, []
+        try:
+            while pages < self.capacity + count:
+                largest = max(EXTENT_PAGES, pages // 32 // SLAB_PAGES * SLAB_PAGES)
+                size = min(self.capacity + count - pages, largest)
+                made.append(self._extent(size))
+                starts.append(slab_starts(self.extents[0], made[-1], size // SLAB_PAGES))
+                pages += size
+        finally:  # what was allocated before the device's memory ran out stays
+            if made:
+                self._join(pages - self.capacity, made, torch.cat(starts))
+
+    def _join(self, count: int, extents: list[Extent], starts: Tensor) -> None:
+        """Makes new extents, with `count` pages in slabs at `starts`, the pool's."""
         self._lengthen(count)
-        first = self.capacity // SLAB_PAGES
-        rows = count // SLAB_PAGES
+        first, rows = self.capacity // SLAB_PAGES, count // SLAB_PAGES
         if first + rows > self.slabs.shape[0]:
             self.slabs = widened(self.slabs, 2 * (first + rows))
             self.generation += 1
-        self.slabs[first : first + rows] = slab_starts(self.extents[0], extent, rows).to(
-            self.device, non_blocking=True
-        )
-        self._add_ids(count, [*self.extents, extent])
+        self.slabs[first : first + rows] = starts.to(self.device, non_blocking=True)
+        self._add_ids(count, [*self.extents, *extents])
 
     def _lengthen(self, count: int) -> None:
         """Makes room for `count` more pages in free stack and reference counts."""
@@ -256,6 +267,7 @@ class PagePool:
 
         Where growth moves pages anyway there is nothing to do.
         """
+        pages = pages if self.limit is None else min(pages, self.limit)
         if not self.moving and pages + SLAB_PAGES > self.free.numel():
             size = pages + SLAB_PAGES
             slabs = widened(self.slabs, max(-(-size // SLAB_PAGES), self.slabs.shape[0]))

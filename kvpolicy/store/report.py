@@ -45,7 +45,8 @@ class Report:
     `overshoot` is the most tokens by which a head came to exceed `max_tokens` during a prompt call,
     `cap_evicted` the tokens dropped because a cap was reached. `floored` counts, for each layer,
     the sequences whose budget was less than the window at their last eviction, so that the window
-    was kept instead.
+    was kept instead. `ranks` are the reports of each rank where this one is of all ranks of a
+    tensor-parallel model; blocks that prompts read are then a mean over ranks.
     """
 
     pages: int
@@ -72,6 +73,7 @@ class Report:
     prompt_read: list[float | None] = attrs.field(factory=list)
     numbers: int = 0
     statistics: int = 0
+    ranks: list[Report] = attrs.field(factory=list)
 
     @property
     def total(self) -> int:
@@ -104,6 +106,12 @@ class Report:
     def mean_read(self) -> float:
         """Tokens per head that the last decoded token read."""
         values = [x for layer in self.read for x in layer]
+        return sum(values) / len(values)
+
+    @property
+    def mean_stored(self) -> float:
+        """Tokens that a head holds, the mean over all of them."""
+        values = [x for layer in self.stored for x in layer]
         return sum(values) / len(values)
 
     def __str__(self) -> str:

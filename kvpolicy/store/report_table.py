@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 from .._table import Section, Table, part, size, spans
 
@@ -57,6 +57,12 @@ class Reported(Protocol):
     def cap_evicted(self) -> int: ...
     @property
     def floored(self) -> list[int]: ...
+    @property
+    def kv(self) -> int: ...
+    @property
+    def mean_stored(self) -> float: ...
+    @property
+    def ranks(self) -> Sequence[Any]: ...
 
 
 def report_table(report: Reported) -> Table:
@@ -68,6 +74,8 @@ def report_table(report: Reported) -> Table:
         f"{_count(layers, 'layer')}, {_count(heads, 'KV head')}"
     )
     sections = [_bytes(report), _tokens(report), _policies(report)]
+    if report.ranks:
+        sections.append(_ranks(report))
     notes = [*_notes(report)]
     if notes:
         sections.append(Section(heads=("noted", ""), rows=notes, wide=True))
@@ -98,6 +106,15 @@ def _tokens(report: Reported) -> Section:
     ):
         rows.append((name, *map(_plain, _spread(values))))
     return Section(heads=("tokens of a head", "mean", "least", "most"), rows=rows)
+
+
+def _ranks(report: Reported) -> Section:
+    """Keys and values of each rank: the fullest one says how long all take."""
+    rows = [
+        (f"rank {n}", f"{x.kv:,}", part(x.kv, report.kv), _plain(x.mean_stored))
+        for n, x in enumerate(report.ranks)
+    ]
+    return Section(heads=("ranks", "bytes held", "of all", "tokens of a head"), rows=rows)
 
 
 def _policies(report: Reported) -> Section:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,27 +33,30 @@ def recent(ring: Tensor, new: Tensor, seg: Segments) -> Tensor:
     return source.index_select(1, torch.where(at < start, held, fresh))
 
 
-def keep_last(rings: tuple[Tensor, ...], news: tuple[Tensor, ...], seg: Segments) -> None:
-    """Writes the last new tokens `[H, T, ...]` of each sequence to rings `[B, H, slots, ...]`."""
-    slots, device = rings[0].shape[2], rings[0].device
+def keep_last(ring: Tensor, new: Tensor, seg: Segments, shared: dict[Any, Any]) -> None:
+    """Writes the last new tokens `[H, T, ...]` of each sequence to a ring `[B, H, slots, ...]`.
+
+    Places, once for rings of a call with as many slots, are in `shared`.
+    """
+    slots = ring.shape[2]
+    key = "slots", slots, ring.device
     if len(seg.start) == 1:
-        after, new = seg.start[0] + seg.cu_q[1], min(seg.cu_q[1], slots)
-        slot = ring_slot(torch.arange(after - new, after, device=device), slots)
-        for ring, tokens in zip(rings, news, strict=True):
-            ring[0].index_copy_(1, slot, tokens[:, seg.cu_q[1] - new :])
-        return
-    if seg.cu_q[-1] == 0:
+        count = min(seg.cu_q[1], slots)
+        if key not in shared:
+            after = seg.start[0] + seg.cu_q[1]
+            shared[key] = ring_slot(torch.arange(after - count, after, device=ring.device), slots)
+        ring[0].index_copy_(1, shared[key], new[:, seg.cu_q[1] - count :])
         return
     # A fixed number of launches for any number of sequences.
-    cu, start = seg.cu_q_dev.long(), seg.start_dev.long()[:, None]
-    first = cu[:-1, None]
-    at = ring_positions(start + cu[1:, None] - first, slots)
-    fresh = at >= start
-    index = torch.where(fresh, first + at - start, 0)
-    for ring, tokens in zip(rings, news, strict=True):
-        written = tokens[:, index].transpose(0, 1)
-        mask = fresh.view(len(fresh), 1, slots, *[1] * (ring.ndim - 3))
-        ring.copy_(torch.where(mask, written, ring))
+    if key not in shared:
+        cu, start = seg.cu_q_dev.long(), seg.start_dev.long()[:, None]
+        first = cu[:-1, None]
+        at = ring_positions(start + cu[1:, None] - first, slots)
+        fresh = at >= start
+        shared[key] = fresh, torch.where(fresh, first + at - start, 0)
+    fresh, index = shared[key]
+    mask = fresh.view(len(fresh), 1, slots, *[1] * (ring.ndim - 3))
+    ring.copy_(torch.where(mask, new[:, index].transpose(0, 1), ring))
 
 
 def last(ring: Tensor, lengths: Tensor, count: int) -> tuple[Tensor, Tensor]:

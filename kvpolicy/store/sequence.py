@@ -9,7 +9,8 @@ import attrs
 class SequenceState:
     """Host numbers of one sequence of a cache.
 
-    `length` counts its real tokens; one that is not `active` stores nothing in decode calls.
+    `length` counts its real tokens; one that is not `active` stores nothing in decode calls, until
+    it is resumed or, being empty, gets a prompt.
     `evicted_at` is the length at its last eviction, `longest` the longest length of late: rings
     lost what lies `rollback` before it. `considered_at` is the length when a decode-time eviction
     was last considered. `prompt_open`: its prompt has not ended and a prompt-end eviction waits for

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import attrs
 import torch
 from torch import Tensor
 
-from .._arguments import check_rows
+from .._arguments import rows_below
 from .._fields import check_int
+from ..exchange import ALONE, Exchange
 from ..ops import POSITION_MASK, Bounds, Ops, Segments, pages_of
 from ..spec import CacheSpec
 from .devices import Device, Devices
@@ -47,6 +48,8 @@ class Call:
     undo: dict[int, tuple[Tensor, ...]] = attrs.field(factory=dict)  # rings before it, by layer
     before: dict[int, Tensor] = attrs.field(factory=dict)  # page counts before it, by layer
     held: dict[int, list[list[int]]] = attrs.field(factory=dict)  # the same on the host
+    promised: dict[PagePool, int] = attrs.field(factory=dict)  # pages for all layers, or 0
+    shared: dict[Any, Any] = attrs.field(factory=dict)  # what layers need alike, made once
     done: set[int] = attrs.field(factory=set)  # layers that ran
     told: dict[int, Told] = attrs.field(factory=dict)  # by layer, where others read its keys
     chosen: dict[int, Tensor] = attrs.field(factory=dict)  # of LayerStore's, what it adds
@@ -65,11 +68,18 @@ class CacheState:
     """The cache of one batch; made by `CachePipeline.init`.
 
     `sequences` are the host's numbers, `devices` hold what kernels read of them. Policies never
-    keep state: everything that changes is here.
+    keep state: everything that changes is here. `exchange` reaches the caches of other heads.
     """
 
-    def __init__(self, spec: CacheSpec, ops: Ops, devices: Devices, batch: int) -> None:
-        self.spec, self.ops, self.devices = spec, ops, devices
+    def __init__(
+        self,
+        spec: CacheSpec,
+        ops: Ops,
+        devices: Devices,
+        batch: int,
+        exchange: Exchange = ALONE,
+    ) -> None:
+        self.spec, self.ops, self.devices, self.exchange = spec, ops, devices, exchange
         self.layers: list[LayerStore] = []
         self.sequences = [SequenceState() for _ in range(batch)]
         self.call: Call | None = None
@@ -149,24 +159,26 @@ class CacheState:
             self.devices.recount()
             raise
 
-    def finish(self, rows: Tensor | list[int]) -> None:
+    def finish(self, rows: Tensor | Sequence[int]) -> None:
         """Marks sequences as ended: later decode calls store nothing for them.
 
         Raises ValueError, with nothing changed, for a row that the cache does not have.
         """
-        ended = rows.tolist() if isinstance(rows, Tensor) else rows
-        check_rows("rows", ended)
-        for row in ended:
-            if not 0 <= row < self.batch:
-                raise ValueError(f"rows: wanted sequences from 0 below {self.batch}, got {row!r}")
+        ended = rows_below("rows", rows, self.batch)
+        self.sync_host()
         for row in ended:
             self.sequences[row].active = False
         self.sync_devices()
 
-    def resume(self) -> None:
-        """Makes every sequence active again, for a next turn."""
-        for row in self.sequences:
-            row.active = True
+    def resume(self, rows: Tensor | Sequence[int] | None = None) -> None:
+        """Makes sequences, by default all, active again, for a next turn.
+
+        Raises ValueError, with nothing changed, for a row that the cache does not have.
+        """
+        going = range(self.batch) if rows is None else rows_below("rows", rows, self.batch)
+        self.sync_host()
+        for row in going:
+            self.sequences[row].active = True
         self.steps_reserved = 0
         self.sync_devices()
 
@@ -224,8 +236,8 @@ class CacheState:
             layer.ring.flags.zero_()
             layer.selected = layer.chosen = None
         self.sequences = [SequenceState() for _ in self.sequences]
-        self.call = None
-        self.resume()
+        self.call, self.steps_reserved = None, 0
+        self.sync_devices()
         self.devices.release()
         self.trim()
 
@@ -237,7 +249,7 @@ class CacheState:
 
     def shell(self, batch: int) -> CacheState:
         """A state with the same sizes and pools and no layers yet."""
-        return CacheState(self.spec, self.ops, self.devices.resized(batch), batch)
+        return CacheState(self.spec, self.ops, self.devices.resized(batch), batch, self.exchange)
 
 
 def _bucket(width: int) -> int:

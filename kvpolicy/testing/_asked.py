@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -54,6 +55,28 @@ def asked(
         weight = random_weight(*sizes, view.layer, seed, dtype)
         view = view._replace(output_weight=weight)
     return view._replace(rope=random_rope(dim)) if policy.rope else view
+
+
+def everything(
+    policy: Eviction, view: EvictionView, query_heads: int, hidden: int, seed: int
+) -> EvictionView:
+    """The view with what `policy` asks for and with all that it does not ask for."""
+    asks_for_all: Any = SimpleNamespace(
+        query_stats=not policy.query_stats, query_skip=0, hidden=0 if policy.hidden else 5,
+        output_weight=not policy.output_weight, rope=not policy.rope,
+    )  # fmt: skip
+    view = asked(asks_for_all, view, query_heads, hidden, seed + 1)
+    rng = torch.Generator().manual_seed(seed)
+    if view.queries is None:
+        shape = len(view.lengths), query_heads, 5, view.keys.shape[3]
+        at = view.lengths[:, None] - 5 + torch.arange(5)
+        queries = torch.randn(shape, generator=rng).to(view.keys.dtype)
+        view = view._replace(queries=queries, query_valid=at >= 0)
+    if view.numbers is None:
+        near = view.recent_keys[..., 0]
+        numbers, recent = (torch.rand(x.shape, generator=rng) for x in (view.valid, near))
+        view = view._replace(numbers=numbers, recent_numbers=recent)
+    return view
 
 
 def poisoned_asked(view: EvictionView, garbage: float) -> EvictionView:

@@ -17,7 +17,8 @@ from ..eviction._base import WHEN
 from ..pipeline import CachePipeline
 from ..spec import CacheSpec
 from ..store import CacheState
-from ._asked import asked
+from ..store.layer import LayerStore
+from ._asked import asked, everything
 from ._cache import decode, end_prompt, kept, prompt, random_data
 from ._common import (
     ConformanceError,
@@ -28,8 +29,10 @@ from ._common import (
     require,
     run,
 )
-from ._views import one_head, one_row, poisoned, random_view, widened
+from ._views import GARBAGE, one_head, one_row, poisoned, random_view, widened
 from .admission import check_decisions, check_needs, make_batch
+
+_ASKS = "options that ask for all that score reads"
 
 
 def check_eviction(
@@ -50,7 +53,7 @@ def check_eviction(
     """Checks that an eviction scores what is stored and nothing else, and that memory is freed.
 
     Properties: frozen, comparable, options, needs, runs, shape, dtype, device, inputs unchanged,
-    stateless, no NaN, invalid slots, batch, heads, and those of an admission for `mark`; in a
+    asks, no NaN, stateless, invalid slots, batch, heads, and those of an admission for `mark`; in a
     pipeline: fused, counted once, cut, batch, window, frees pages, budget, neutral, takes effect.
     Runs on the CPU.
 
@@ -99,7 +102,10 @@ def check_eviction(
             layer, at.queries, kv_heads, group, head_dim, window, dtype, seed,
             numbers=bool(at.numbered or at.accumulates or at.remembers),
         )  # fmt: skip
-        _scores(at, asked(at, view, kv_heads * group, hidden, seed))
+        view = asked(at, view, kv_heads * group, hidden, seed)
+        full = everything(at, view, kv_heads * group, hidden, seed)
+        _runs(at, view, full)
+        _scores(at, view, full)
         batch = make_batch(layer, 40, sizes, at.needs, dtype, seed)
         if run(policy, at.mark, batch[0]) is not None:
             check_decisions(at, at.mark, batch)  # type: ignore[arg-type]
@@ -133,7 +139,21 @@ def _options(policy: Eviction) -> None:
         raise ConformanceError("options", policy, wanted, got) from None
 
 
-def _scores(policy: Eviction, view: EvictionView) -> None:
+def _runs(policy: Eviction, view: EvictionView, full: EvictionView) -> None:
+    """What does not run on what it asks for, but where all is held, did not ask."""
+    try:
+        found, got = policy.score(view), "None"
+    except Exception as error:
+        found, got = None, str(error)
+    if found is None:
+        try:
+            more = policy.score(full)
+        except Exception:
+            return  # it does not run at all; the next check says so
+        require(more is None, "asks", policy, _ASKS, got)
+
+
+def _scores(policy: Eviction, view: EvictionView, full: EvictionView) -> None:
     def call(view: EvictionView) -> torch.Tensor:
         result: torch.Tensor = run(policy, policy.score, view)
         check_tensor(policy, result, "score", tuple(view.valid.shape), view.keys)
@@ -145,6 +165,8 @@ def _scores(policy: Eviction, view: EvictionView) -> None:
     holds = not bool((wanted[valid] == float("inf")).any())
     require(holds, "no NaN", policy, "finite scores or -inf", "inf")
     check_equal("stateless", policy, call(view), wanted, "as in the first call")
+
+    check_equal("asks", policy, call(full), wanted, f"({_ASKS}) where more is held")
 
     hide = ~valid
     clean = wanted.masked_fill(hide, 0.0)
@@ -220,7 +242,12 @@ def _pipeline(
 
 
 def _fused(state: CacheState) -> None:
-    """`scores`, which may read the pages by an op, gives what `score` says of a view of them."""
+    """`scores`, which may read the pages by an op, gives what `score` says of a view of them.
+
+    Whatever lies in slots of pages that hold no token.
+    """
+    for layer in state.managed:
+        _spoil(layer)
     for layer, most in zip(state.layers, longest(state.layers), strict=True):
         policy = layer.eviction
         if policy.neutral or not most:
@@ -229,6 +256,16 @@ def _fused(state: CacheState) -> None:
         wanted = policy.score(view(state, layer, most)).masked_fill(~valid, 0.0)
         got = got.masked_fill(~valid, 0.0)
         check_equal("fused", policy, got.to(wanted.dtype), wanted, "from scores, as from score")
+
+
+def _spoil(layer: LayerStore) -> None:
+    """Garbage in the slots of a layer's pages that hold no token."""
+    size, pages = layer.pool.page_size, layer.pool.pages
+    for ids, counts in zip(layer.table.tolist(), layer.counts.tolist(), strict=True):
+        for own, count in zip(ids, counts, strict=True):
+            if count % size:
+                for store in (pages.k, pages.v):
+                    store[own[count // size], count % size :] = GARBAGE
 
 
 def _counted_once(state: CacheState) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvpolicy import CachePipeline, SnapKV
+from kvpolicy import CachePipeline, SnapKV, UnsupportedError
 from kvpolicy.adapters.hf import attach
 from tests.support.adapters.dense import Dense, follow
 from tests.support.adapters.faults import Break, Fault, Refusing, digest
@@ -166,3 +166,19 @@ def test_lookup_options(llama, size):
     plain = llama.generate(ids, do_sample=False, **given)
     with attach(llama, CachePipeline(window=5)):
         assert torch.equal(plain, llama.generate(ids, do_sample=False, **given))
+
+
+def test_ids_that_the_cache_has_seen(llama):
+    """transformers' loop reads them again, on its own cache too; the new ones alone are served."""
+    ids = inputs()["input_ids"]
+    options = {"max_new_tokens": 6, **GREEDY, "return_dict_in_generate": False}
+    plain = llama.generate(ids, **options)
+    with attach(llama, CachePipeline(window=5), **SIZES) as attachment:
+        cache = attachment.read(ids[:, :20])
+        with pytest.raises(UnsupportedError, match="^past_key_values: assisted decoding reads all"):
+            llama.generate(ids, past_key_values=cache, prompt_lookup_num_tokens=3, **options)
+        out = llama.generate(
+            ids[:, 20:], attention_mask=torch.ones_like(ids), past_key_values=cache,
+            prompt_lookup_num_tokens=3, **options,
+        )  # fmt: skip
+    assert torch.equal(out[:, -6:], plain[:, -6:])

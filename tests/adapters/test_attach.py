@@ -166,11 +166,29 @@ def test_refused_by_forward(llama):
             ({**inputs, "attention_mask": square}, UnsupportedError, "2D mask"),
             ({**inputs, "attention_mask": torch.ones(2, 4)}, ValueError, "at least"),
             ({"attention_mask": torch.ones(2, 9)}, ValueError, "input_ids"),
+            ({"input_ids": inputs["input_ids"][None]}, ValueError, r"input_ids: wanted \[B, S\]"),
         ):
             with pytest.raises(error, match=match):
                 llama(**options)
         wanted = llama(**inputs).logits
         assert torch.equal(llama(**inputs, use_cache=False).logits, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
+@torch.no_grad()
+def test_ways_around_the_hooks(llama):
+    """A forward whose hooks do not run, or run once for all inputs, is refused."""
+    ids = prompt([9])["input_ids"]
+    plain = llama(ids).logits
+    with attach(llama, PIPELINE):
+        with pytest.raises(UnsupportedError, match=r"without a pipeline cache.* not \.forward"):
+            llama.model.forward(ids)
+        with pytest.raises(UnsupportedError, match="^trace: "):
+            torch.jit.trace(lambda x: llama(x).logits, ids)
+        with pytest.raises(UnsupportedError, match="^trace: "):
+            torch.export.export(llama, (ids,))
+        assert torch.allclose(llama(ids).logits, plain, atol=1e-4)
+    assert torch.equal(llama(ids).logits, plain)
 
 
 def test_a_cache_of_something_else(llama):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from transformers import LogitsProcessor, StoppingCriteria
 
 from kvpolicy import CachePipeline
 from kvpolicy.adapters.hf import attach, capture, decode_loop
@@ -88,3 +90,62 @@ def test_streamers_get_the_prompt_and_every_token():
     with attach(model, PIPELINE):
         out = model.generate(**inputs, max_new_tokens=6, do_sample=True, top_k=10, streamer=collect)
     assert collect.seen == out[0].tolist() and collect.ended == 1
+
+
+def test_what_stopping_criteria_see(llama):
+    """Ids and scores so far, in the types of transformers' own loop."""
+
+    def seen(**options):
+        calls = []
+
+        class Watch(StoppingCriteria):
+            def __call__(self, ids, scores, **kwargs):
+                calls.append(
+                    (ids.clone(), scores and tuple(x.clone() for x in scores), type(scores))
+                )
+                return torch.zeros(ids.shape[0], dtype=torch.bool)
+
+        llama.generate(
+            **prompt([9, 6]),
+            max_new_tokens=4,
+            do_sample=False,
+            stopping_criteria=[Watch()],
+            **options,
+        )
+        return calls
+
+    scored = {"return_dict_in_generate": True, "output_scores": True}
+    wanted = [*seen(), *seen(**scored)]
+    with attach(llama, PIPELINE, **SIZES):
+        found = [*seen(), *seen(**scored)]
+    for (ids, scores, kind), (plain, known, type_) in zip(found, wanted, strict=True):
+        assert torch.equal(ids, plain) and kind is type_ and len(scores or ()) == len(known or ())
+        for x, y in zip(scores or (), known or (), strict=True):
+            assert torch.allclose(x, y, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_nothing_can_be_drawn_from(llama, value):
+    """transformers raises in torch.multinomial; the model goes on afterwards."""
+
+    class Spoil(LogitsProcessor):
+        calls = 0
+
+        def __call__(self, ids, scores):
+            self.calls += 1
+            if self.calls == 3:
+                scores[1, 4 if value == torch.inf else slice(None)] = value
+            return scores
+
+    def run(**options):
+        return llama.generate(**prompt([9, 6]), max_new_tokens=5, do_sample=True, **options)
+
+    with pytest.raises(RuntimeError, match="probability tensor"):
+        run(logits_processor=[Spoil()])
+    torch.manual_seed(0)
+    plain = run()
+    with attach(llama, PIPELINE, **SIZES):
+        with pytest.raises(ValueError, match="^do_sample: a row's scores are infinite"):
+            run(logits_processor=[Spoil()])
+        torch.manual_seed(0)
+        assert torch.equal(run(), plain)

@@ -209,3 +209,21 @@ def test_generate_after_padding_on_the_right(llama):
         for run in (llama.generate, lambda **more: attached.ask(attached.read(IDS), **more)):
             with pytest.raises(UnsupportedError, match="^attention_mask: it hides a row's last"):
                 run(**inputs, max_new_tokens=2)
+
+
+def test_a_mask_that_pad_tokens_stand_for(llama):
+    """transformers infers one from them; it hides the same columns as one that is given."""
+    right, left = prompt([12, 9], side="right"), prompt([12, 9])
+    plain = llama.generate(left["input_ids"], max_new_tokens=2, do_sample=False)
+    with attach(llama, PIPELINE):
+        out = llama.generate(left["input_ids"], max_new_tokens=2, do_sample=False)
+        assert torch.equal(out, plain)
+        with pytest.raises(UnsupportedError, match=r"^attention_mask: .* \(pad_token_id says so"):
+            llama.generate(right["input_ids"], max_new_tokens=2)
+        unknown = {"pad_token_id": None, "eos_token_id": None}
+        assert llama.generation_config.pad_token_id == 0
+        llama.generation_config.pad_token_id = None
+        try:  # padding becomes tokens
+            llama.generate(right["input_ids"], max_new_tokens=2, **unknown)
+        finally:
+            llama.generation_config.pad_token_id = 0

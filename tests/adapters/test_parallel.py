@@ -10,39 +10,63 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvpolicy import Adaptive, CachePipeline, Pyramid, SnapKV, Tokens, TotalCap, UnsupportedError
-from kvpolicy.adapters.hf import attach, spec_of
-from tests.support.adapters.models import tiny
-from tests.support.adapters.parallel import WAYS, generate
+from kvpolicy import Adaptive, CachePipeline, Pyramid, SnapKV, Tokens, UnsupportedError
+from kvpolicy.adapters.hf import attach, load_cache, spec_of
+from kvpolicy.exchange import ALONE
+from tests.support.adapters.models import SIZES, prompt, tiny
+from tests.support.adapters.parallel import WAYS, generate, pipeline
+from tests.support.adapters.parallel_captured import NAMES
 
 ROOT = str(Path(__file__).resolve().parents[2])
+
+
+def run_two(program, folder, waits_for=(0, 1)):
+    """Runs a program of two ranks until those named have ended."""
+    ranks = []
+    for rank in ("0", "1"):
+        env = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "PYTHONPATH": ROOT}
+        command = [sys.executable, "-m", f"tests.support.adapters.{program}", folder, rank]
+        ranks.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    try:
+        for rank in waits_for:
+            _, said = ranks[rank].communicate(timeout=200)
+            assert ranks[rank].returncode == 0, said
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
 
 
 @pytest.mark.slow
 def test_two_ranks(tmp_path, qwen3):
     qwen3.save_pretrained(tmp_path)
-    ranks = []
-    for rank in ("0", "1"):
-        env = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "PYTHONPATH": ROOT}
-        command = [sys.executable, "-m", "tests.support.adapters.parallel", tmp_path, rank]
-        ranks.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-    try:
-        for rank in ranks:
-            _, said = rank.communicate(timeout=200)
-            assert rank.returncode == 0, said
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
-    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    with attach(qwen3, pipeline("adaptive"), **SIZES) as attached:
+        attached.read(prompt([9])["input_ids"]).save(tmp_path / "whole")
+    run_two("parallel", tmp_path)
+    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
     _sampling_agrees([part.pop("sampled") for part in parts])
     _all_end(*(part.pop("failures") for part in parts))
-    _ends_soon(*(part.pop("broken layer") for part in parts))
+    _goes_on(qwen3, tmp_path, [part.pop("saved") for part in parts])
+    assert all(part.pop("compiled") for part in parts)
+    _captures_agree(qwen3, [part.pop("captured") for part in parts])
     for name in parts[0]:
         tokens, kept = generate(qwen3, name)
-        assert all(torch.equal(part[name][0], tokens) for part in parts)
-        assert parts[0][name][1] + parts[1][name][1] == kept
+        assert all(torch.equal(part[name][0], tokens) for part in parts), name
+        assert parts[0][name][1] + parts[1][name][1] == kept, name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*command, "--nproc-per-node", "2", "-m", "tests.support.adapters.parallel_nccl"],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True,
+        timeout=540,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("all agreed") == 2
 
 
 def _sampling_agrees(parts):
@@ -59,7 +83,7 @@ def _all_end(first, second):
         "processor of beams": ("KVPolicyError", "ValueError"),
         "other tokens": ("UnsupportedError", "UnsupportedError"),
         "stops early": ("UnsupportedError", "UnsupportedError"),
-        "save": ("UnsupportedError", "UnsupportedError"),
+        "save": ("KVPolicyError", "SafetensorError"),
     }
     found = {name: (first[name][0], second[name][0]) for name in first}
     assert found == kinds, (first, second)
@@ -69,11 +93,64 @@ def _all_end(first, second):
     assert "rank 1" in first["prompt cap"][1] and "cap is 38" in second["prompt cap"][1]
 
 
-def _ends_soon(first, second):
-    assert second[:2] == ("MemoryError", "mlp")
-    assert first[0] != "none"
-    assert first[2] == second[2] == 0
-    assert "end this process" in second[3][1]
+def _goes_on(model, folder, parts):
+    with attach(model, pipeline("adaptive"), **SIZES) as attached:
+        cache = attached.read(prompt([33, 21])["input_ids"])
+        asked = attached.ask(cache, prompt([9, 9], seed=2)["input_ids"], max_new_tokens=5)
+        whole = cache.report()
+        with pytest.raises(UnsupportedError, match="by 2 ranks"):
+            load_cache(model, attached.pipeline, folder / "parts", **SIZES)
+    for equal, tokens, reports, own, error in parts:
+        assert equal and torch.equal(tokens, asked)
+        assert reports[0].stored == whole.stored and reports[0].evicted == whole.evicted
+        assert reports[0].ring == whole.ring and reports[1].stored == whole.stored
+        assert own in reports[0].ranks and reports[0].kv == sum(x.kv for x in reports[0].ranks)
+        assert error[0] == "UnsupportedError" and "one process" in error[1]
+
+
+def _captures_agree(model, parts):
+    for name in NAMES:
+        (same, eager, *_), alone = parts[0]["agreed"][name], generate(model, name, 24)[0]
+        assert same and eager == "eager: asked", name
+        for part in parts:
+            assert part["agreed"][name][:3] == (True, "eager: asked", "captured")
+            assert torch.equal(part["agreed"][name][4], alone), name
+    captures = [[part["agreed"][name][3] for name in NAMES] for part in parts]
+    assert captures[0] == captures[1] and all(captures[0])
+    assert torch.equal(*(part["agreed"]["sampled"] for part in parts))
+    assert [part["recaptured"] for part in parts] == [("captured", 2)] * 2
+    for name, (kind, said, again) in parts[0]["failures"].items():
+        other = parts[1]["failures"][name]
+        if name == "cap":
+            assert (kind, other[0]) == ("CapacityError",) * 2
+            continue
+        who = int(name[-1])
+        told = [(kind, said), other[:2]]
+        assert told[who] == ("ValueError", "breaks"), name
+        assert told[1 - who][0] == "KVPolicyError" and f"rank {who}" in told[1 - who][1], name
+        assert again == other[2]
+    reasons = [part["one fails"][2] for part in parts]
+    assert "on another rank" in reasons[0] and reasons[1].endswith("no capture"), reasons
+    assert torch.equal(*(part["one fails"][0] for part in parts))
+
+
+@pytest.mark.slow
+def test_a_rank_that_breaks_off_ends_the_other(tmp_path, qwen3):
+    qwen3.save_pretrained(tmp_path)
+    run_two("parallel_broken", tmp_path, waits_for=(0,))
+    first, second = (torch.load(tmp_path / f"broken {rank}.pt") for rank in (0, 1))
+    kind, said = first.pop("stopped")
+    assert kind == "KVPolicyError" and "a rank of the tensor-parallel model is gone" in said
+    assert first.keys() == second.keys()
+    for name, (kind, said, *_) in second.items():
+        assert (kind, said) == ("MemoryError", "broke"), name
+    (kind, said), _ = first.pop("own loop"), second.pop("own loop")
+    assert kind != "none"
+    for name, (kind, said, again, kept) in first.items():
+        assert kind == "KVPolicyError" and said.startswith("rank 1 of"), name
+        for refused in (again, second[name][2]):
+            assert refused[0] == "KVPolicyError" and "start anew" in refused[1], name
+        assert kept and second[name][3], name
 
 
 class Sharded(torch.nn.Module):
@@ -97,14 +174,40 @@ def test_head_counts_come_from_the_weights(rank):
 
     model = tiny()
     for layer in model.model.layers:
-        layer.self_attn.k_proj = Sharded((Replicate(), Shard(0)), Mesh())
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(layer.self_attn, name, Sharded((Replicate(), Shard(0)), Mesh()))
     spec = spec_of(model)
     assert (spec.heads, spec.kv_heads, spec.head_offset) == (2, 1, rank)
     assert spec.model_kv_heads == 2
-    for budget in (
-        Adaptive(base=Tokens(tokens=14)),
-        TotalCap(tokens=40),
-        Pyramid(base=Adaptive(base=Tokens(tokens=14))),
+    budget = Pyramid(base=Adaptive(base=Tokens(tokens=14)))
+    pipeline = CachePipeline(eviction=SnapKV(budget=budget, observation=4), window=5)
+    with pytest.raises(UnsupportedError, match="between KV heads"):
+        pipeline.check(spec)  # without a way to the other ranks
+    pipeline.check(spec, ALONE)
+
+
+def test_heads_that_ranks_cannot_share_are_refused_before_anything_runs():
+    from torch.distributed.tensor import Replicate, Shard
+
+    class Three:
+        def size(self, axis=0):
+            return 3
+
+    def spread(model, **placements):
+        for layer in model.model.layers:
+            for name, own in placements.items():
+                setattr(layer.self_attn, name, Sharded((own,), Three()))
+        model.model.forward = None  # would fail
+        return model
+
+    every = dict.fromkeys(("q_proj", "k_proj", "v_proj"), Shard(0))
+    with pytest.raises(UnsupportedError, match="3 ranks cannot share its 2 KV heads evenly"):
+        attach(spread(tiny(), **every), CachePipeline())
+    with pytest.raises(UnsupportedError, match="3 ranks cannot share its 4 query heads"):
+        attach(spread(tiny(num_key_value_heads=3), **every), CachePipeline())
+    whole = every | {"k_proj": Replicate(), "v_proj": Replicate()}
+    with pytest.raises(
+        UnsupportedError, match="3 ranks share the query heads while each holds all"
     ):
-        with pytest.raises(UnsupportedError, match="between KV heads"):
-            attach(model, CachePipeline(eviction=SnapKV(budget=budget, observation=4), window=5))
+        model = tiny(hidden_size=96, num_attention_heads=6, num_key_value_heads=3)
+        attach(spread(model, **whole), CachePipeline())

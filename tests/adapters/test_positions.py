@@ -111,3 +111,31 @@ def test_one_position_for_all_columns(llama):
     plain = llama(ids, position_ids=one, use_cache=False).logits
     with attach(llama, PIPELINE):
         assert far(llama(ids, position_ids=one, use_cache=False).logits, plain) < 1e-4
+
+
+@pytest.mark.parametrize("given", ["columns", "tokens", "none"])
+@torch.no_grad()
+def test_positions_given_after_forwards_that_counted(llama, given):
+    """Forwards without position ids count real tokens, transformers' count columns."""
+    inputs, more = prompt([9, 5]), torch.tensor([[7], [8]])
+    mask = inputs["attention_mask"]
+    longer, counted = torch.cat([mask, mask[:, -1:]], 1), (mask.cumsum(1) - 1).clamp(min=0)
+    after = {"columns": torch.full((2, 1), 9), "tokens": mask.sum(1)[:, None], "none": None}[given]
+
+    def run(first):
+        cache = llama(**inputs, position_ids=first, use_cache=True).past_key_values
+        step = {"attention_mask": longer, "position_ids": after, "past_key_values": cache}
+        return llama(more, **step).logits
+
+    columns = torch.arange(9).expand(2, -1)
+    wanted = run(counted if given == "tokens" else columns)
+    with attach(llama, PIPELINE, **SIZES):
+        assert given == "columns" or far(run(None), wanted) < 1e-4
+        if given == "columns":
+            with pytest.raises(
+                UnsupportedError, match=r"^position_ids: .* row 1 has seen 5, got 9"
+            ):
+                run(None)
+            assert far(run(columns), wanted) < 1e-4
+        if given == "tokens":
+            assert far(run(counted), wanted) < 1e-4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from kvpolicy import Admission, CachePipeline, CapacityError, KVPolicyError, UnsupportedError
-from kvpolicy.adapters.hf import attach
-from kvpolicy.adapters.hf.capture import why_not
+from kvpolicy.adapters.hf import alarm, attach, load_cache
+from kvpolicy.adapters.hf.rank_files import own_file, read_index
 from kvpolicy.adapters.hf.ranks import Ranks
 from tests.support.adapters.models import SIZES, prompt, tiny
 
@@ -23,7 +24,7 @@ class Scripted(Ranks):
     """Rank 0 of two; `other` holds rank 1's code at each vote, and its key where that differs."""
 
     def __init__(self, other=()):
-        super().__init__(mesh=SimpleNamespace(get_local_rank=lambda axis: 0))
+        super().__init__(mesh=SimpleNamespace(get_local_rank=lambda axis: 0, device_type="cpu"))
         self.other, self.codes = list(other), []
 
     def _highest(self, code, key):
@@ -31,6 +32,18 @@ class Scripted(Ranks):
         other, its = self.other.pop(0) if self.other else (0, None)
         its = int(key) if its is None else its
         return max(code, other), max(int(key), its), max(-int(key), -its)
+
+    parts = 2
+
+    def listen(self):
+        pass
+
+    def _gathered(self, x):
+        return [x, x]
+
+    def objects(self, own):
+        self.vote()
+        return [own, own]
 
     def same(self, x):
         self.vote()
@@ -143,9 +156,41 @@ def test_an_error_of_the_models_own_code_ends_this_rank(model, ranks):
         hook.remove()
         assert cache.columns == 0
         votes = len(ranks.codes)
-        with pytest.raises(KVPolicyError, match="end this process"):
+        with pytest.raises(KVPolicyError, match="rank 0 .* end all processes"):
             model.generate(**prompt([9]), past_key_values=cache, max_new_tokens=2)
         assert len(ranks.codes) == votes
+
+
+def test_an_alarm_reaches_a_rank_that_waits_in_a_kernel(monkeypatch):
+    store, met = dist.HashStore(), threading.Event()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(alarm, "PERIOD", 0.01)
+    mesh = SimpleNamespace(
+        device_type="cuda", get_group=lambda axis: SimpleNamespace(group_name="heads")
+    )
+    own, other = alarm.Alarm(mesh, 0), alarm.Alarm(mesh, 0)
+    assert own.rung() is None
+    own.listen(0, met.set)
+    other.listen(1, lambda: pytest.fail("of its own alarm"))
+    other.ring(1)
+    own.ring(0)  # too late
+    assert met.wait(20) and own.rung() == other.rung() == 1
+
+
+def test_a_rank_that_another_one_left_runs_nothing_more(model, ranks):
+    with attach(model, CachePipeline(admission=Failing()), **SIZES) as attached:
+        cache = attached.read(prompt([9])["input_ids"])
+        votes, was = len(ranks.codes), state(cache)
+        ranks.left, ranks.first = True, 1
+        for call in (
+            lambda: model(prompt([1])["input_ids"], past_key_values=cache),
+            lambda: attached.ask(cache, prompt([3])["input_ids"], max_new_tokens=2),
+            lambda: cache.report(all_ranks=True),
+            cache.fork,
+        ):
+            with pytest.raises(KVPolicyError, match="rank 1 .* broke off inside a forward"):
+                call()
+        assert len(ranks.codes) == votes and state(cache) == was
 
 
 def test_a_key_tells_tokens_and_their_order(ranks):
@@ -173,22 +218,56 @@ def test_a_process_alone_exchanges_nothing(monkeypatch):
         raise KeyError
 
 
-def test_a_rank_has_no_file_of_the_whole_cache(model, ranks, tmp_path):
+def test_a_save_that_another_rank_cannot_finish_leaves_the_earlier_one(model, ranks, tmp_path):
+    path = tmp_path / "cache"
     with attach(model, CachePipeline(admission=Failing()), **SIZES) as attached:
         cache = attached.read(prompt([9])["input_ids"])
-        with pytest.raises(UnsupportedError, match="^save: each rank"):
-            cache.save(tmp_path / "cache")
-    assert not list(tmp_path.iterdir())
+        cache.save(path)
+        before = {x.name: x.read_bytes() for x in tmp_path.iterdir()}
+        assert len(before) == 2 and read_index(path)[1] == 2
+        ranks.other = [FINE, FAILED]
+        with pytest.raises(KVPolicyError, match="rank 1"):
+            cache.save(path)
+        assert before == {x.name: x.read_bytes() for x in tmp_path.iterdir()}
+        ranks.other = []
+        cache.save(path)
+        assert own_file(path, ranks).is_file()
+        assert before.keys() & {x.name for x in tmp_path.iterdir()} == {"cache"}
 
 
-def test_ranks_decode_eagerly(ranks):
-    device = SimpleNamespace(device=torch.device("cuda"))
-    state = SimpleNamespace(spec=device, ops=SimpleNamespace(backend="triton"), lengths=[3])
-    shared = SimpleNamespace(state=state, ranks=ranks)
-    assert "ranks" in why_not(tiny(), shared)
-    served = SimpleNamespace(probe=SimpleNamespace(counts=""), modules=[])
-    alone = SimpleNamespace(state=state, ranks=Ranks(), served=served, columns=3)
-    assert why_not(tiny(), alone) is None
+def test_a_file_is_loaded_on_as_many_ranks_as_wrote_it(model, tmp_path, monkeypatch):
+    pipeline, two = CachePipeline(admission=Failing()), Scripted()
+    with attach(model, pipeline, **SIZES) as attached:
+        cache = attached.read(prompt([9])["input_ids"])
+        cache.save(tmp_path / "one")
+        cache.ranks = two
+        cache.save(tmp_path / "two")
+    with pytest.raises(UnsupportedError, match="saved by 2 ranks .* this model is on 1"):
+        load_cache(model, pipeline, tmp_path / "two", **SIZES)
+    monkeypatch.setattr("kvpolicy.adapters.hf.cache.ranks_of", lambda model: two)
+    with pytest.raises(UnsupportedError, match="saved by one process, this model is on 2"):
+        load_cache(model, pipeline, tmp_path / "one", **SIZES)
+    with pytest.raises(FileNotFoundError):
+        load_cache(model, pipeline, tmp_path / "none", **SIZES)
+    assert load_cache(model, pipeline, tmp_path / "two", **SIZES).columns == 9
+    for text in ("", "{}", '{"format": "kvpolicy-ranks-1", "key": "../x", "ranks": 2}'):
+        (tmp_path / "two").write_text(text)
+        assert read_index(tmp_path / "two") is None
+
+
+def test_a_report_of_all_ranks_has_each_one_s(model, ranks):
+    with attach(model, CachePipeline(admission=Failing()), **SIZES) as attached:
+        cache = attached.read(prompt([20])["input_ids"])
+        own, every = cache.report(), cache.report(all_ranks=True)
+        assert every.kv == 2 * own.kv and every.tokens == own.tokens == 20
+        assert every.stored == [2 * layer for layer in own.stored]
+        assert every.ranks == [own, own] and not own.ranks
+        assert "rank 1" in str(every) and "rank 1" not in str(own)
+        model.generate(**prompt([9]), max_new_tokens=2)
+        assert len(attached.last_report().ranks) == 2
+        ranks.other = [FAILED]
+        with pytest.raises(KVPolicyError, match="rank 1"):
+            cache.report(all_ranks=True)
 
 
 def test_a_model_on_several_devices_is_refused_unchanged(model):

@@ -5,27 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
 
 from kvpolicy import CachePipeline
 from kvpolicy.adapters.hf import attach
 from tests.support.adapters.models import pipelines, prompt, tiny
+from tests.support.adapters.tokenizers import letters
 
 PIPELINE = CachePipeline(window=5)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Letters, and pairs of them; 199 tokens."""
-    letters = [chr(n) for n in range(ord("a"), ord("z") + 1)]
-    pairs = [(a, b) for a in letters for b in letters][:170]
-    words = ["<pad>", "<s>", "<unk>", *letters, *("".join(pair) for pair in pairs)]
-    inner = Tokenizer(models.BPE({word: n for n, word in enumerate(words)}, pairs))
-    inner.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", unk_token="<unk>"
-    )
+    return letters()
 
 
 @pytest.mark.parametrize("mode", [{}, {"do_sample": True}, {"num_beams": 2}])

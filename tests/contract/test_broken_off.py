@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 
-import kvpolicy
 from kvpolicy import CachePipeline, CacheSpec, Quest, RandomGate, SnapKV
+from kvpolicy.store import clear, move, park, side_state, unpark
 from kvpolicy.store.fork import adopt, select_rows
 from kvpolicy.store.rollback import crop
+from tests.support.contract.breaking import BreakAt, Stop, check_pages
 
-HOME = str(Path(kvpolicy.__file__).parent)
-ROOMS = tuple(f"{HOME}/{room}/" for room in ("store", "calls", "reference"))
-# What mends, and what Python does not let fail.
-UNTRACED = {"unbroken", "recount", "tables", "abandon", "__del__"}
 SPEC = CacheSpec(layers=2, heads=4, kv_heads=2, head_dim=4, page_size=2, rollback=4, interval=4)
 PIPELINE = CachePipeline(
     admission=RandomGate(sparsity=0.4),
@@ -26,35 +21,6 @@ PIPELINE = CachePipeline(
     window=3,
     backend="reference",
 )
-
-
-class Stop(KeyboardInterrupt):
-    pass
-
-
-class BreakAt:
-    """Raises at the `nth` line of the store, the calls or the reference that runs inside."""
-
-    def __init__(self, nth):
-        self.left = nth
-
-    def __enter__(self):
-        sys.settrace(self.trace)
-        return self
-
-    def __exit__(self, *exc):
-        sys.settrace(None)
-
-    def trace(self, frame, event, arg):
-        code = frame.f_code
-        mends = UNTRACED.intersection(code.co_qualname.split("."))
-        if mends or not code.co_filename.startswith(ROOMS):
-            return None
-        if event == "line":
-            self.left -= 1
-            if self.left == 0:
-                raise Stop
-        return self.trace
 
 
 def attend(state, counts, phase):
@@ -78,18 +44,6 @@ def filled():
     call(state, [21, 18], "prompt")
     PIPELINE.end_prompt(state)
     return state
-
-
-def check_pages(*states):
-    """Each page is free or held, as often as tables name it; tables name the counted pages."""
-    (pool,) = {pool for state in states for pool in state.devices.pools}
-    free = pool.free[: pool.available].tolist()
-    named = Counter()
-    for state in states:
-        for layer in state.layers:
-            named.update(layer.table[layer.table > 0].tolist())
-    assert {page: n for page, n in enumerate(pool.refs.tolist()) if n} == named
-    assert sorted([*free, *named]) == list(range(1, pool.capacity))
 
 
 def held(state):
@@ -173,3 +127,70 @@ def test_no_page_is_lost(work, step):
     while not broken_off(work, nth):
         nth, tried = nth + step, tried + 1
     assert tried > 3
+
+
+def two():
+    """A room with a free slot between two sequences, one waiting outside, and one beside it."""
+    torch.manual_seed(1)
+    state = select_rows(filled(), [0, -1, 1])
+    clear(state, [1])
+    waiting = select_rows(state, [2])
+    parked = park(waiting, 0)
+    side = side_state(state, 2)
+    call(side, [19, 3], "prompt")
+    PIPELINE.end_prompt(side)
+    return state, side, parked
+
+
+def sequences(*states):
+    """What each sequence holds, in any order; empty ones left out."""
+    heads, found = range(SPEC.kv_heads), []
+    for state in states:
+        assert [*state.devices.read()] == [state.lengths, state.active]
+        for row, length in enumerate(state.lengths):
+            kept = [state.kept(n, row, h).tolist() for n in range(SPEC.layers) for h in heads]
+            assert length or not any(kept)
+            found += [(length, kept)] if length else []
+    return sorted(found)
+
+
+SLOTS = {
+    "enter": lambda room, side, parked: move(room, 1, side, 0),
+    "move": lambda room, side, parked: move(room, 1, room, 2),
+    "park": lambda room, side, parked: park(room, 2),
+    "unpark": lambda room, side, parked: unpark(room, 1, parked),
+    "cancel": lambda room, side, parked: clear(room, [2]),
+}
+
+
+@pytest.mark.parametrize("work", SLOTS)
+@pytest.mark.parametrize("step", [37, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_sequence_is_in_one_slot(work, step):
+    """Whatever is broken off: where it was or where it went, whole; a parked one is not lost."""
+    nth, left = 1, 0
+    while left <= 0:
+        room, side, parked = two()
+        before, staying = sequences(room, side), sequences(select_rows(room, [0]))
+        coming = sequences(select_rows(room, [2]))
+        try:
+            with BreakAt(nth) as tracer:
+                SLOTS[work](room, side, parked)
+        except Stop:
+            pass
+        finally:
+            sys.settrace(None)
+        check_pages(room, side)
+        left, nth, after = tracer.left, nth + step, sequences(room, side)
+        assert sequences(select_rows(room, [0])) == staying
+        if left > 0:
+            break
+        if work == "unpark":
+            assert after in (before, sorted([*before, *coming]))
+        elif work == "cancel":
+            assert after in (before, [x for x in before if x != coming[0]])
+        else:
+            assert after == before
+        if room.active[0]:
+            call(room, [1, 1, 1], "decode")
+            check_pages(room, side)
+    assert nth > 2 * step

@@ -6,49 +6,18 @@ import os
 
 import attrs
 import pytest
-import torch
-from hypothesis import Phase, seed, settings
-from hypothesis.stateful import run_state_machine_as_test
 
-from tests.support.contract.caches import SPEC
 from tests.support.contract.cases import ADMISSIONS, EVICTIONS, SELECTIONS
 from tests.support.contract.kinds import KINDS, meet
 from tests.support.contract.lives import Life
+from tests.support.contract.living import DEVICE, KERNELS, PAIRS, live
 
-DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-KERNELS = {
-    "spec": attrs.evolve(SPEC, head_dim=16, page_size=4, dtype=torch.float32, device=DEVICE),
-    "window": 5,
-    "backend": "triton",
-    "phases": (Phase.generate,),  # shrinking would take hours
-}
-PAIRS = [(a, e) for a in ADMISSIONS for e in EVICTIONS]
 MET = meet("admission", "eviction")
 RULES = {name for name in dir(Life) if hasattr(getattr(Life, name), "hypothesis_stateful_rule")}
 # Lives of the slow tests. With each selection beside each pair they would take hours: every eighth
 # pair lives, all of them by hand: KVPOLICY_LIVES=10000 python -m pytest -m slow tests/contract
 LIVES = int(os.environ.get("KVPOLICY_LIVES", "1000"))
 LIVING = PAIRS if LIVES >= 10000 else PAIRS[::8]
-STEPS = 14
-
-
-def live(admission, eviction, count, **options):
-    """`count` lives or more of a pair of policies, each selection beside them at least once.
-
-    Returns what was done in each. Lives that do nothing but wait do not count.
-    """
-    start = PAIRS.index((admission, eviction))
-    made = {"admission": admission, "eviction": eviction, "log": [], **options}
-    steps, phases = made.pop("steps", STEPS), made.pop("phases", tuple(Phase))
-    machine, log = type("OneLife", (Life,), made), made["log"]
-    while len(log) < count or (unseen := set(machine.selections) - {names[1] for names, _ in log}):
-        missing = count - len(log)
-        if missing <= 0:
-            missing, machine.selections = 1, tuple(sorted(unseen))
-        options = settings(max_examples=missing + 1, stateful_step_count=steps, phases=phases)
-        run_state_machine_as_test(seed(start)(machine), settings=options)
-        start += len(PAIRS)
-    return log
 
 
 @pytest.mark.parametrize("admission, eviction", MET)

@@ -39,5 +39,5 @@ def test_two_processes_run_the_page(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     last = done.stdout.strip().splitlines()[-1]
-    assert last.endswith("bytes of keys and values on this rank"), done.stdout
+    assert last.endswith("bytes of keys and values on all ranks"), done.stdout
     assert int(last.split()[0].replace(",", "")) > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -49,11 +50,16 @@ def test_every_page_is_in_the_site() -> None:
     assert len(listed) == len(set(listed))
 
 
+def listed() -> list[str]:
+    return [
+        name
+        for block in blocks("{eval-rst}")
+        for name in re.findall(r"^\.\. auto\w+:: (\S+)$", block.code, re.MULTILINE)
+    ]
+
+
 def described() -> set[str]:
-    found = set[str]()
-    for block in blocks("{eval-rst}"):
-        found |= set(re.findall(r"^\.\. auto\w+:: (\S+)$", block.code, re.MULTILINE))
-    return found
+    return set(listed())
 
 
 @pytest.mark.parametrize(
@@ -69,9 +75,23 @@ def test_the_reference_has_every_public_name(room: str) -> None:
 
 
 def test_the_reference_names_what_exists() -> None:
+    assert len(listed()) == len(described())
     for name in described():
         room, _, thing = name.rpartition(".")
         assert hasattr(importlib.import_module(room), thing), name
+
+
+@pytest.mark.parametrize("sign", ["|", "*"])
+def test_docstrings_have_no_markup_by_accident(sign: str) -> None:
+    """Outside code a bar begins a substitution and a star begins emphasis, which Sphinx reports."""
+    begins = re.compile(rf"(?<![\w{re.escape(sign)}]){re.escape(sign)}(?=[^\s{re.escape(sign)}])")
+    for name in described():
+        room, _, thing = name.rpartition(".")
+        found = getattr(importlib.import_module(room), thing)
+        inside = vars(found).items() if isinstance(found, type) else ()
+        members = [x for key, x in inside if not key.startswith("_")]
+        for text in filter(None, (inspect.getdoc(x) for x in (found, *members))):
+            assert not begins.search(re.sub(r"`[^`]*`", "", text)), name
 
 
 def test_pictures_are_as_drawn() -> None:

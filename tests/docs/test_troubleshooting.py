@@ -81,6 +81,11 @@ def again() -> None:
         attached.model.generate(IDS[:, :20], past_key_values=held, max_new_tokens=2)
 
 
+def around(call: Callable[[torch.nn.Module], object]) -> None:
+    with attach(tiny_llama(), SMALL) as attached:
+        call(attached.model)
+
+
 def asked_early() -> None:
     with attach(tiny_llama(), SMALL) as attached:
         attached.ask(attached.new_cache(), IDS)
@@ -158,6 +163,8 @@ RAISES: dict[str, Callable[[Path], object]] = {
     "ask: the cache's": lambda folder: asked_early(),
     "report: nothing": lambda folder: new_cache(tiny_llama(), SMALL).report(),
     "last_report: ": lambda folder: attach(tiny_llama(), SMALL).last_report(),
+    "attention without": lambda folder: around(lambda model: model.model.forward(IDS)),
+    "trace: ": lambda folder: around(lambda model: torch.export.export(model, (IDS,))),
     "copy: an attached": lambda folder: copy.deepcopy(attach(tiny_llama(), SMALL).model),
     "max_tokens: a head": lambda folder: cache(CachePipeline(window=8), max_tokens=20),
     "crop: the cache has": lambda folder: cache(SMALL).crop(-100),

@@ -16,6 +16,7 @@ DIMS = ["64", "80", "128", "256", "512", "192x128"]
 def run(configuration: str, cache: Path, *options: str) -> None:
     wanted = {
         "_add_levels",
+        "_advance",
         "_amounts",
         "_append",
         "_attend",
@@ -30,11 +31,15 @@ def run(configuration: str, cache: Path, *options: str) -> None:
         "_fold",
         "_fold_groups",
         "_heaviest",
+        "_key_directions",
+        "_key_dots",
+        "_lag_spreads",
         "_levels",
         "_query_levels",
         "_mark",
         "_mark_whole",
         "_move_kept",
+        "_norms",
         "_plan",
         "_read_tokens",
         "_recent",

@@ -71,22 +71,6 @@ def test_queries_beyond_the_range_of_16_bits():
     assert (got.double() - exact).abs().max() <= 1e-4 * exact.abs().max()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_norms(dtype):
-    layer = make_layer([90, 3], 3, 1, 20, dtype, 16, 4)
-    ids = layer.heads.table.long()
-    values = layer.pool.flat().v.nan_to_num()[ids].flatten(2, 3).double()
-    valid = torch.arange(values.shape[2], device=DEVICE) < layer.heads.counts[..., None]
-    exact = values.norm(dim=-1).masked_fill(~valid, 0)
-    for op, pages in (
-        (kernels.value_norms, layer.pool.pages),
-        (reference.value_norms, layer.pool.flat()._replace(v=layer.pool.flat().v.nan_to_num())),
-    ):
-        got = op(pages, layer.heads)
-        assert got.dtype == torch.float32
-        assert torch.allclose(got.double(), exact, rtol=1e-5)
-
-
 def test_a_sequence_has_the_same_logits_alone():
     """Bit for bit: which tokens are evicted must not depend on the batch."""
     layer = make_layer([50, 90], 2, 2, 16, torch.bfloat16, 10, 12)
@@ -108,4 +92,3 @@ def test_nothing_stored():
     for module, pages in ((kernels, layer.pool.pages), (reference, layer.flat)):
         assert module.expected_logits(pages, layer.heads, mean, square).eq(0).all()
         assert module.expected_logits(pages, none, mean, square).shape == (2, 2, 0)
-        assert module.value_norms(pages, none).shape == (2, 2, 0)

@@ -94,8 +94,11 @@ def test_leaving_tokens_go_to_pages(
     assert next(unused, None) is None
 
 
-def test_more_tiles_than_are_summed_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompt_write, "_SCAN", 4)
+@pytest.mark.parametrize("few", [False, True])
+def test_more_tiles_than_are_summed_up_at_once(few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the program that counts them, or by one that others counted for."""
+    monkeypatch.setattr(prompt_write, "_AT_ONCE" if few else "_SCAN", 4)
+    monkeypatch.setattr(prompt_write, "_FEW", 128 if few else 0)
     segments = make_segments([0, 0], [1000, 700], [0, 0])
     rng = torch.Generator().manual_seed(6)
     flags = torch.randint(4, (3, 1700), generator=rng).byte().to(DEVICE)

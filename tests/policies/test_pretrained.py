@@ -69,30 +69,40 @@ def test_packed_gate_is_the_gate_bit_for_bit():
     assert (packed.threshold, packed.window, packed.activation) == (0.1, 64, "gelu")
 
 
-def test_planes_hold_every_bfloat16(tmp_path):
+def test_packed_weights_are_every_bfloat16():
     every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.bfloat16).view(256, 256)
-    (planes,) = _packed.pack({"x": every}).values()
-    assert planes.dtype == torch.uint8 and planes.shape == (2, 256, 256)
-    assert torch.equal(planes[0].int(), every.view(torch.int16).int() >> 7 & 255)
-    back = _packed.unpack({"x": planes}, "here")["x"]
-    assert torch.equal(back.view(torch.int16), every.view(torch.int16))
+    state = {"y": every[:3], "x": every, "z": every[0, 0]}
+    packed = _packed.pack(state)
+    assert {x.dtype for x in packed.values()} == {torch.uint8}
+    assert {name: x.shape for name, x in packed.items() if name in state} == {
+        name: x.shape for name, x in state.items()
+    }
+    back = _packed.unpack(packed, "here")
+    assert back.keys() == state.keys()
+    for name, x in state.items():
+        assert torch.equal(back[name].view(torch.int16), x.view(torch.int16))
 
 
-def test_damaged_planes_are_refused(tmp_path):
+def test_damaged_packing_is_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     state = load_file(HERE / f"{GATE}.packed.safetensors")
     with pytest.raises(TypeError, match="x: wanted torch.bfloat16, got torch.float32"):
         _packed.pack({"x": torch.ones(2)})
-    first = min(state)
+    first, coded = min(set(state) - {_packed.EXPONENTS}), state[_packed.EXPONENTS]
+    longer = _packed.pack({"x": torch.zeros(1 << 23).bfloat16()})[_packed.EXPONENTS]
     for bad, says in (
-        (state[first][:1].clone(), r"wanted two planes of uint8, got torch.uint8 \(1, "),
-        (state[first].int(), "wanted two planes of uint8, got torch.int32"),
+        ({first: state[first].int()}, f"{first}: wanted torch.uint8, got torch.int32"),
+        ({_packed.EXPONENTS: None}, "exponents: wanted a tensor of that name, got none"),
+        ({_packed.EXPONENTS: coded[4:].clone()}, "exponents: wanted deflated bytes"),
+        ({_packed.EXPONENTS: coded[: len(coded) // 2].clone()}, r"exponents: wanted \d+, got \d+"),
+        ({_packed.EXPONENTS: longer}, r"exponents: wanted \d+, got more"),
     ):
-        save_file(state | {first: bad}, path, metadata={_packed.KEY: _packed.PLANES})
-        with pytest.raises(ValueError, match=f"x.safetensors: {first}: {says}"):
+        found = {name: x for name, x in (state | bad).items() if x is not None}
+        save_file(found, path, metadata={_packed.KEY: _packed.PACKING})
+        with pytest.raises(ValueError, match=f"x.safetensors: {says}"):
             WriteGate.from_pretrained(path)
     save_file(state, path, metadata={_packed.KEY: "zip"})
-    with pytest.raises(ValueError, match="packing: wanted 'bfloat16 planes', got 'zip'"):
+    with pytest.raises(ValueError, match="packing: wanted 'bfloat16 with .*', got 'zip'"):
         WriteGate.from_pretrained(path)
 
 
@@ -102,8 +112,8 @@ def test_pack_file_makes_the_file_of_the_wheel(tmp_path):
     there = HERE / f"{GATE}.packed.safetensors"
     with safe_open(out, "pt") as mine, safe_open(there, "pt") as other:
         assert mine.metadata() == other.metadata()
-    for name, planes in load_file(there).items():
-        assert torch.equal(load_file(out)[name], planes)
+    for name, part in load_file(there).items():
+        assert torch.equal(load_file(out)[name], part)
 
 
 def test_a_folder_comes_before_the_installation(installed, monkeypatch, tmp_path):

@@ -26,6 +26,7 @@ from kvpolicy import (
     TriAttention,
 )
 from kvpolicy._files import write_pt
+from kvpolicy.eviction.r_kv import _last
 from kvpolicy.eviction.triattention import PARTS
 from kvpolicy.ops import load
 from kvpolicy.testing import check_eviction
@@ -225,8 +226,8 @@ def test_redundancy_is_the_mean_of_what_is_left_of_all_cosines(spread):
         last = max((j for j in range(n) if cosines[j] > 0.5), default=0)
         left += torch.tensor([c * (j != last) for j, c in enumerate(cosines)])
     wanted = (left / n).softmax(0)[:30]
-    for ops in (None, load("reference")):
-        found = policy._redundancy(view, 0, 30, ops)[0]
+    for last in (_last, load("reference").last_similar):
+        found = policy._redundancy(view, 0, slice(0, 1), keys[0], last)[0]
         assert torch.allclose(found, wanted.to(found), atol=1e-6)
 
 

@@ -7,17 +7,24 @@ import gc
 import pytest
 import torch
 
-from kvpolicy import CacheSpec, CapacityError, PhaseError, RandomGate
+from kvpolicy import CapacityError, PhaseError
 from kvpolicy.calls import prompt_pages
 from kvpolicy.kernels import prompt_write
 from kvpolicy.ops import load
-from kvpolicy.pipeline import CachePipeline
 from kvpolicy.selection import Quest
 from kvpolicy.store.fork import select_rows
 from kvpolicy.store.pool import PagePool
-
-LAYERS, HEADS, DIM, SIZE, CHUNK = 3, 2, 16, 2, 9
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from tests.support.store.room import (
+    CHUNK,
+    DEVICE,
+    DIM,
+    HEADS,
+    LAYERS,
+    SIZE,
+    check_pages,
+    filled,
+    layers,
+)
 
 
 @pytest.fixture
@@ -33,49 +40,17 @@ def asked(monkeypatch):
     return found
 
 
+@pytest.fixture(autouse=True)
+def layer_by_layer(monkeypatch):
+    """No call is promised pages for all its layers, which these short ones would be."""
+    monkeypatch.setattr(prompt_pages, "_promise", lambda *_: 0)
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Leaves attention out, which interpreted kernels spend their time on."""
     for name in ("prefill_attention", "paged_decode"):
         monkeypatch.setattr(load("triton"), name, lambda q, *_, **__: q, raising=False)
-
-
-def filled(rows=1, selection=None, sparsity=0.4, **sizes):
-    """A cache of kernels after a prompt that is long beside `CHUNK`."""
-    spec = CacheSpec(
-        layers=LAYERS, heads=HEADS, kv_heads=HEADS, head_dim=DIM, page_size=SIZE, device=DEVICE,
-        **sizes,
-    )  # fmt: skip
-    more = {} if selection is None else {"selection": selection}
-    pipeline = CachePipeline(
-        admission=RandomGate(sparsity=sparsity), window=3, backend="triton", **more
-    )
-    state = pipeline.init(spec, rows)
-    list(layers(pipeline, state, 100))
-    return pipeline, state, state.devices.pools[0]
-
-
-def layers(pipeline, state, count, phase="prompt"):
-    """Runs a call; yields after each layer with its output."""
-    pipeline.begin(state, [count] * state.batch, phase)
-    many = count * state.batch
-    shape = (HEADS, many, DIM) if phase == "prompt" else (state.batch, HEADS, count, DIM)
-    for layer in range(LAYERS):
-        noise = torch.Generator().manual_seed(sum(state.lengths) + layer)
-        tokens = (torch.randn(shape, generator=noise).to(DEVICE) for _ in range(3))
-        yield pipeline.attend(state, layer, *tokens)
-    pipeline.commit(state)
-
-
-def check_pages(pool, *states):
-    """No page is both free and held, and every token has one."""
-    free = pool.free[: int(pool.top)].tolist()
-    held = set()
-    for layer in (x for state in states for x in state.layers):
-        column = torch.arange(layer.table.shape[2], device=DEVICE)
-        held |= set(layer.table[column * SIZE < layer.counts[..., None]].tolist())
-    assert len(set(free)) == len(free)
-    assert 0 not in held and not held & set(free)
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -63,8 +63,8 @@ def score_by_other_heads_too(self, view):
     return norms(view) + (view.valid * norms(view)).amax((1, 2), keepdim=True)
 
 
-def score_unknown(self, view):
-    return view.queries.sum(-1)
+def score_of_other_shapes(self, view):
+    return view.keys @ view.keys
 
 
 def score_norm(self, view):
@@ -92,6 +92,44 @@ def number_from_the_calls_start(self, write):
 def score_with_queries_that_count_already(self, view):
     logits = view.queries.unflatten(1, (view.keys.shape[1], -1)).mean(2) @ view.keys.mT
     return view.numbers + logits.exp().sum(2)
+
+
+def score_by_statistics_that_were_not_asked_for(self, view):
+    return norms(view) + view.query_stats.mean[:, : view.keys.shape[1], :1]
+
+
+def score_by_queries_that_were_not_asked_for(self, view):
+    return norms(view) + view.queries.sum()
+
+
+def score_otherwise_where_rope_is_known(self, view):
+    return norms(view) if view.rope is None else -norms(view)
+
+
+def score_by_numbers_that_were_not_asked_for(self, view):
+    return view.numbers
+
+
+def score_by_all_rows_of_hidden(self, view):
+    return norms(view) + view.hidden.mean((1, 2))[:, None, None]
+
+
+def score_by_statistics_of_all_sequences(self, view):
+    return norms(view) + view.query_stats.tokens.max()
+
+
+def score_by_the_whole_output_projection(self, view):
+    return norms(view) * view.output_weight.norm()
+
+
+def score_with_all_keys(self, view):
+    return norms(view) + view.keys.masked_fill(~view.valid[..., None], 0).sum((2, 3))[..., None]
+
+
+def scores_of_padding_too(self, ops, stored):
+    k, _, _ = ops.read_pages(stored.pages, stored.heads.table)
+    k = k.flatten(2, 3)
+    return k.norm(dim=-1) + k.sum((2, 3))[:, :, None]
 
 
 def number_bools(self, write):
@@ -125,8 +163,16 @@ def test_norm_passes():
         ({"score": score_invalid_queries, "queries": 32}, "invalid slots"),
         ({"score": score_by_the_batch}, "batch"),
         ({"score": score_by_other_heads_too}, "heads"),
-        ({"score": score_unknown}, "runs"),
+        ({"score": score_of_other_shapes}, "runs"),
         ({"scores": scores_of_another_kind}, "fused"),
+        ({"scores": scores_of_padding_too, "score": score_with_all_keys}, "fused"),
+        ({"score": score_by_statistics_that_were_not_asked_for}, "asks"),
+        ({"score": score_by_queries_that_were_not_asked_for}, "asks"),
+        ({"score": score_otherwise_where_rope_is_known}, "asks"),
+        ({"score": score_by_numbers_that_were_not_asked_for}, "asks"),
+        ({"score": score_by_all_rows_of_hidden, "hidden": 32}, "invalid slots"),
+        ({"score": score_by_statistics_of_all_sequences, "query_stats": True}, "batch"),
+        ({"score": score_by_the_whole_output_projection, "output_weight": True}, "heads"),
         ({"mark": mark_ahead}, "causal"),
         ({"number": number_by_cut, "numbered": True}, "causal"),
         ({"number": number_from_the_calls_start, "numbered": True}, "cut"),

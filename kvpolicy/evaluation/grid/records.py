@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 #: Scores, each a number a context, in the order of tables.
-SCORES = ("score", "accuracy", "exact", "log_likelihood", "loss", "hit_loss")
+SCORES = ("score", "accuracy", "exact", "log_likelihood", "loss", "hit_loss", "density")
 TOO_SMALL = "cannot be this small"
 
 

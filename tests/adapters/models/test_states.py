@@ -8,6 +8,7 @@ import torch
 from kvpolicy import CachePipeline, RollbackError, UnsupportedError
 from kvpolicy.adapters.hf import attach, load_cache
 from kvpolicy.adapters.hf.rule.tiny import tiny_model
+from kvpolicy.store import clear, move, park, side_state, unpark
 
 # States beside attention layers, convolutions, and both in one layer.
 KINDS = ("qwen3_5_text", "granitemoehybrid", "lfm2", "falcon_h1")
@@ -55,6 +56,35 @@ def test_rows_are_selected_in_place(model):
             cache = attached.read(IDS[:, :20])
             cache.batch_select_indices(torch.tensor([1, 1, 0]))
             close(after(model, cache, IDS[[0, 1, 0], 20:]), wanted)
+
+
+def test_slots_are_filled_parked_and_resumed(model):
+    """Sequences read alone decode in a room that is filled while one of them waits elsewhere."""
+    with torch.no_grad():
+        wanted = logits(model, IDS)
+        with attach(model, PIPELINE, page_size=4) as attached:
+            room = attached.new_cache()
+            state, states = room.ensure_state(2), room.states
+            for row in (0, 1):
+                side = attached.new_cache()
+                side.take_state(side_state(state))
+                after(model, side, IDS[row : row + 1, :20])
+                side.end_prompt()
+                if row:
+                    parked = park(state, 0), states.park(0)
+                move(state, 0, side.state, 0)
+                states.move(0, side.states, 0, 2)
+                assert not side.states.begun
+            at = [x.data_ptr() for _, x in states._tensors()]
+            unpark(state, 1, parked[0])
+            states.put(1, parked[1], 2)
+            assert [x.data_ptr() for _, x in states._tensors()] == at
+            room.saw(20, None)
+            room.end_prompt()
+            close(after(model, room, IDS[[1, 0], 20:]), wanted[[1, 0]])
+            clear(state, [0, 1])
+            states.clear([0, 1])
+            assert not states.begun and not any(x.any() for _, x in states._tensors())
 
 
 def test_files_hold_states(model, tmp_path):

@@ -14,26 +14,69 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from kvpolicy import Admission, CachePipeline, CriticalKV, ExpectedAttention, SnapKV
-from kvpolicy.adapters.hf import attach
+from kvpolicy import (
+    TOVA,
+    AcrossLayers,
+    Adaptive,
+    Admission,
+    CachePipeline,
+    CacheSpec,
+    CriticalKV,
+    ExpectedAttention,
+    SnapKV,
+    Tokens,
+    TotalCap,
+)
+from kvpolicy.adapters.hf import attach, load_cache
+from kvpolicy.adapters.hf.compile import traced
 from tests.support.adapters.models import SIZES, pipelines, prompt
+from tests.support.adapters.rehearsed import Rehearsed, rehearsed
+from tests.support.contract.cases import NAMES, Sizes, build
 
 # What asks for queries before RoPE, frequencies and projections of this rank's heads.
 ASKING = {
     "expected": ExpectedAttention(budget=14, when="decode"),
     "critical": CriticalKV(SnapKV(budget=14, observation=4)),
 }
+# What shares tokens between heads of different ranks, or looks across them.
+SHARING = {
+    "adaptive": SnapKV(budget=Adaptive(Tokens(14)), observation=4, when="decode"),
+    "across layers": SnapKV(budget=AcrossLayers(Tokens(14)), observation=4, when="decode"),
+    "total cap": SnapKV(budget=TotalCap(tokens=40), observation=4, when="decode"),
+    "layer": TOVA(budget=14, across_heads=True),
+}
+
+
+# Policies that read attention inputs of other sizes than the model's, or want a replay; keys that
+# are normalised have norms that rounding alone ranks.
+LEFT_OUT = {"zap", "at_end_zap", "trim", "fast", "ranked", "judge", "kvzip", "knorm"}
+
+
+def pairs():
+    """Names of an admission, a selection and an eviction: each with several of the others."""
+    admissions, selections, evictions = (
+        [name for name in names if name not in LEFT_OUT] for names in NAMES
+    )
+    found = []
+    for n, eviction in enumerate(evictions):
+        for step in (0, 4, 7):
+            admission = admissions[(n + step) % len(admissions)]
+            found.append((admission, selections[(2 * n + step) % len(selections)], eviction))
+    return found
 
 
 def pipeline(name):
-    if name in ASKING:
-        return CachePipeline(eviction=ASKING[name], window=5)
+    if isinstance(name, tuple):
+        spec = CacheSpec(layers=2, heads=4, kv_heads=2, head_dim=16, **SIZES)
+        return build(Sizes(spec, window=5), *name)
+    if name in ASKING | SHARING:
+        return CachePipeline(eviction=(ASKING | SHARING)[name], window=5)
     return pipelines()[name]
 
 
-def generate(model, name):
+def generate(model, name, new=10):
     """Tokens, and the positions that each of this rank's heads kept."""
-    options = {**prompt([33, 21]), "max_new_tokens": 10, "do_sample": False}
+    options = {**prompt([33, 21]), "max_new_tokens": new, "do_sample": False}
     with attach(model, pipeline(name), **SIZES) as attachment:
         cache = attachment.new_cache()
         tokens = model.generate(**options, past_key_values=cache)
@@ -62,7 +105,7 @@ class SecondHead(Admission):
     def admit(self, write):
         if self.fails_at == write.layer and 1 in write.heads:
             raise MemoryError(f"layer {write.layer}")
-        heads = torch.tensor(list(write.heads))[:, None] == 1
+        heads = torch.tensor(list(write.heads), device=write.positions.device)[:, None] == 1
         return heads.expand(len(heads), len(write.positions))
 
 
@@ -72,7 +115,8 @@ def sampled(model, rank):
     for name, way in WAYS.items():
         torch.manual_seed(rank)
         with attach(model, pipelines()["gate"], **SIZES):
-            found[name] = model.generate(**prompt([33]), max_new_tokens=10, top_k=0, **way)
+            ids = prompt([33])["input_ids"].to(model.device)
+            found[name] = model.generate(ids, max_new_tokens=10, top_k=0, **way)
     return found
 
 
@@ -87,8 +131,8 @@ def told(call):
 
 def failures(model, rank, folder):
     """What each way to fail on rank 1 raises here, and whether the cache was left alone."""
-    found, ids = {}, prompt([33])["input_ids"]
-    tail = prompt([9], seed=2)["input_ids"]
+    found, ids = {}, prompt([33])["input_ids"].to(model.device)
+    tail = prompt([9], seed=2)["input_ids"].to(model.device)
 
     def trial(name, call, fails_at=None, **sizes):
         pipeline = CachePipeline(admission=SecondHead(), window=5)
@@ -136,23 +180,52 @@ def failures(model, rank, folder):
     trial("processor of beams", beams)
     trial("other tokens", differ)
     trial("stops early", early)
-    trial("save", lambda attached, cache: cache.save(f"{folder}/cache.safetensors"))
+
+    def save(attached, cache):
+        cache.save(f"{folder}/{'none/' * rank}cache")
+
+    trial("save", save)
     return found
 
 
-def broken_layer(model, rank):
-    """What a failure of the model's own code on rank 1 raises here; rank 0 waits till it ends."""
+def saved(model, rank, folder):
+    """A cache that goes on from its files: tokens, equal reports, and what another file says."""
+    with attach(model, pipeline("adaptive"), **SIZES) as attached:
+        cache = attached.read(prompt([33, 21])["input_ids"].to(model.device))
+        cache.save(f"{folder}/parts")
+        other = load_cache(model, attached.pipeline, f"{folder}/parts", **SIZES)
+        tail = prompt([9, 9], seed=2)["input_ids"].to(model.device)
+        asked = [attached.ask(x, tail, max_new_tokens=5) for x in (cache, other)]
+        reports = [x.report(all_ranks=True) for x in (cache, other)]
+        error = told(lambda: load_cache(model, attached.pipeline, f"{folder}/whole", **SIZES))
+        return torch.equal(*asked), asked[0], reports, cache.report(), error
 
-    def fail(*args):
-        raise MemoryError("mlp")
 
-    if rank == 1:
-        model.model.layers[1].mlp.register_forward_pre_hook(fail)
-    with attach(model, pipelines()["gate"], **SIZES) as attached:
-        cache = attached.new_cache()
-        raised = told(lambda: model.generate(**prompt([33]), past_key_values=cache))
-        again = told(lambda: model.generate(**prompt([33]))) if rank == 1 else None
-        return *raised, cache.columns, again
+def captured(model, rank):
+    """What ranks agree on between captured steps, here rehearsed."""
+    from tests.support.adapters import parallel_captured as steps
+
+    with rehearsed():
+        found = {"agreed": steps.agreed(model, rank), "recaptured": steps.recaptured(model, rank)}
+        found["failures"] = steps.failures(model, rank)
+        Rehearsed.fails = rank == 1
+        found["one fails"] = steps.generated(model, "gate", 12)
+    return found
+
+
+def compiled(model):
+    """Whether compiled layers give the tokens and logits that eager ones do."""
+    options = {**prompt([33, 21]), "max_new_tokens": 6, "do_sample": False}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    outs = []
+    with traced():
+        for compile in (False, True):
+            with attach(model, pipeline("gate"), compile=compile, **SIZES):
+                outs.append(model.generate(**options))
+    same = torch.equal(outs[0].sequences, outs[1].sequences)
+    return same and all(
+        torch.equal(a, b) for a, b in zip(outs[0].logits, outs[1].logits, strict=True)
+    )
 
 
 def main(folder, rank):
@@ -160,12 +233,13 @@ def main(folder, rank):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float32).eval()
-    found = {
-        name: generate(model, name) for name in ("striped", "gate", "gate-quest-snapkv", *ASKING)
-    }
+    names = ("striped", "gate", "gate-quest-snapkv", *ASKING, *SHARING, *pairs())
+    found = {name: generate(model, name) for name in names}
     found["sampled"] = sampled(model, rank)
     found["failures"] = failures(model, rank, folder)
-    found["broken layer"] = broken_layer(model, rank)
+    found["saved"] = saved(model, rank, folder)
+    found["captured"] = captured(model, rank)
+    found["compiled"] = compiled(model)
     torch.save(found, Path(folder) / f"{rank}.pt")
 
 

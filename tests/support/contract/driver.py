@@ -33,10 +33,10 @@ class Run:
     attention's sinks.
     """
 
-    def __init__(self, pipeline, spec, streams, oracle=True, sinks=None):
+    def __init__(self, pipeline, spec, streams, oracle=True, sinks=None, exchange=None):
         self.pipeline, self.spec, self.streams = pipeline, spec, streams
         self.sinks = sinks or [None] * spec.layers
-        self.state = pipeline.init(spec, len(streams))
+        self.state = pipeline.init(spec, len(streams), exchange)
         tell(pipeline, self.state)
         self.at = [0] * len(streams)
         self.pending, self.floor, self.checked = ([0] * len(streams) for _ in range(3))

@@ -12,15 +12,16 @@ from kvpolicy import RollbackError
 from kvpolicy.store import load, save
 from kvpolicy.store.fork import adopt, select_rows
 from kvpolicy.store.rollback import crop
-from tests.support.contract.caches import LENGTH, Caches
+from tests.support.contract.caches import LENGTH
 from tests.support.contract.contents import digest
+from tests.support.contract.slot_lives import SlotRules
 from tests.support.contract.told import tell
 
 caches = st.integers(0, 2)
 few = st.lists(st.integers(0, 14), min_size=4, max_size=4)
 
 
-class Life(Caches):
+class Life(SlotRules):
     """Rules, each on one of the caches."""
 
     @rule(which=caches, counts=few)

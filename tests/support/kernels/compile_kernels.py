@@ -24,7 +24,10 @@ from kvpolicy.kernels import (
     compact,
     expected_attention,
     keep_best,
+    key_dots,
     keys_at,
+    lag_spreads,
+    norms,
     page_io,
     page_select,
     paged_decode,
@@ -36,8 +39,9 @@ from kvpolicy.kernels import (
     write_gate,
     write_number,
 )
+from kvpolicy.kernels import ring as ring_ops
 from kvpolicy.kernels.prefill_gather import Rectangles
-from kvpolicy.ops import Heads, Numbers, Ring, Segments, TileReads
+from kvpolicy.ops import Heads, Numbers, Pairs, Ring, Segments, TileReads
 from tests.support.kernels.pool import make_pool
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KB that one program may use
@@ -140,7 +144,13 @@ def call_all(dim: int, page: int, dtype: torch.dtype, dim_v: int | None = None) 
     segments = Segments((0, tokens), (0, tokens), (0,), bounds, bounds, bounds[:1])
     tile = sparse_prefill.AFTER if dim <= 128 and dtype != torch.float32 else None
     rectangles = Rectangles(lambda q, *_: (q, q[..., 0].T.float()), average=0, work=0, tile=tile)
+    later = segments._replace(start=(100,), cu_k=(0, tokens + 100))
+    for call in (segments, later):
+        ring_ops.advance_ring(ring, key, value, dest.byte(), call, undo=call is later)
     after, fresh, ranks = prompt_write.count_leaving(dest.byte(), counts, segments, window, page)
+    long = torch.zeros(heads, 20_000, dtype=torch.uint8)
+    apart = segments._replace(cu_q=(0, 20_000), cu_k=(0, 20_000))
+    prompt_write.count_leaving(long, counts, apart, window, page)
     prompt_write.write_leaving(
         pages, stored, key, value, dest.byte(), segments, window, after, fresh, ranks
     )
@@ -167,15 +177,24 @@ def call_all(dim: int, page: int, dtype: torch.dtype, dim_v: int | None = None) 
     observed = torch.zeros(1, heads * group, 288, dim, dtype=dtype)
     for how, norm, count in (
         ("mean", "visible", 256), ("max", "visible", 32), ("max", "global", 300),
+        ("each", "visible", 16),
     ):  # fmt: skip
         window_scores.window_scores(
             pages, stored, ring, observed, lengths, window, 0.1, observation=count,
-            kernel=5, pooling="avg", group=how, normalize=norm,
+            kernel=5, pooling="avg", group=how, normalize=norm, squared=count == 256,
         )  # fmt: skip
     mean = torch.zeros(1, heads * group, dim)
     for square in (None, torch.zeros(1, heads * group, dim, dim)):
         expected_attention.expected_logits(pages, stored, mean, square)
-    expected_attention.value_norms(pages, stored)
+    norms.value_norms(pages, stored)
+    norms.key_norms(pages, stored)
+    key_dots.key_dots(pages, stored, mean[:, ::group].contiguous(), unit=True)
+    key_dots.key_dots(pages, stored, mean, mean[..., : dim // 2], Pairs(0, 1, dim // 2))
+    key_dots.key_directions(pages, stored)
+    for values in (False, True):
+        lag_spreads.lag_spreads(
+            pages, stored, ring, lengths, window, sinks=4, lag=128, values=values
+        )
     redundancy.last_similar(key, rows, 0.5)
     numbers = Numbers(torch.zeros(1, heads, 512), torch.zeros(1, heads, slots))
     for new_number in (None, torch.zeros(1, heads)):

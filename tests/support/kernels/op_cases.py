@@ -8,8 +8,9 @@ from unittest import mock
 import torch
 
 from kvpolicy.kernels import attention_mass as mass
+from kvpolicy.kernels import key_dots as dots
 from kvpolicy.kernels import window_scores as scoring
-from kvpolicy.ops import ADMITTED, MARKED, Numbers, Ring
+from kvpolicy.ops import ADMITTED, MARKED, Numbers, Pairs, Ring
 from tests.support.kernels.gate import weights
 from tests.support.kernels.mirror import Mirror, Pair, Size, agree, both, make_mirror, pair
 
@@ -183,7 +184,7 @@ def _page_io(size: Size) -> None:
     agree(both("read_summary", mirror.pages, torch.cat([free, held])))
 
 
-@case("window_scores")
+@case("window_scores", "window_levels")
 def _window_scores(size: Size) -> None:
     mirror = make_mirror(size, [[size.prompt + 40, 0, 2 * size.page], [size.page - 1, 64, 5]])
     mirror.fork()
@@ -193,6 +194,7 @@ def _window_scores(size: Size) -> None:
         (5, 24, "max", "global", "max"),
         (40, 7, "max", "visible", "avg"),
         (40, 7, "mean", "global", "max"),
+        (5, 24, "each", "visible", "avg"),
     ):
         lengths = mirror.counts.amax(1).long() + window
         keys = size.randn(batch, kv_heads, window + 3, size.dim, seed=2)
@@ -202,12 +204,17 @@ def _window_scores(size: Size) -> None:
             found = both(
                 "window_scores", mirror.pages, mirror.heads, ring, queries, lengths,
                  window, size.dim**-0.5, observation=observed, kernel=3,
-                pooling=pooling, group=group, normalize=normalize,
+                pooling=pooling, group=group, normalize=normalize, squared=window == 40,
+            )  # fmt: skip
+            levels = both(
+                "window_levels", mirror.pages, mirror.heads, ring, queries, lengths, window,
+                size.dim**-0.5, observation=observed,
             )  # fmt: skip
         agree(found, size.atol)
+        agree(Pair(*(x.nan_to_num(posinf=9.0) for x in levels)), 4 * size.atol)
 
 
-@case("expected_logits", "value_norms")
+@case("expected_logits")
 def _expected_attention(size: Size) -> None:
     mirror = make_mirror(size, [[size.prompt + 40, 0, 2 * size.page], [size.page - 1, 64, 5]])
     mirror.fork()
@@ -218,7 +225,41 @@ def _expected_attention(size: Size) -> None:
     for c in (square, None):
         found = both("expected_logits", mirror.pages, mirror.heads, linear, c)
         agree(found, size.atol * float(found.host.abs().max()))
-    agree(both("value_norms", mirror.pages, mirror.heads), size.atol)
+
+
+@case("key_dots", "key_directions", "key_norms", "value_norms")
+def _key_dots(size: Size) -> None:
+    mirror = make_mirror(size, [[size.prompt + 40, 0, 2 * size.page], [size.page - 1, 64, 5]])
+    mirror.fork()
+    batch, kv_heads = mirror.counts.shape
+    vectors = size.randn(batch, kv_heads * size.group, size.dim, seed=2).float()
+    half = size.dim // 2 - 1
+    sizes = size.randn(batch, kv_heads * size.group, half, seed=3).float()
+    for more, unit in (((), True), ((sizes, Pairs(2, 1, half)), False), ((sizes, Pairs(0, 2, 1)),
+        True)):  # fmt: skip
+        found = both("key_dots", mirror.pages, mirror.heads, vectors, *more, unit=unit)
+        agree(found, size.atol * float(found.host.abs().max()))
+    with mock.patch.object(dots, "_SPLIT", 64):
+        agree(both("key_directions", mirror.pages, mirror.heads), 1e-4)
+    for op in ("key_norms", "value_norms"):
+        agree(both(op, mirror.pages, mirror.heads), size.atol)
+
+
+@case("lag_spreads")
+def _lag_spreads(size: Size) -> None:
+    mirror = make_mirror(size, [[size.prompt + 40, 0, 2 * size.page], [size.page - 1, 64, 5]])
+    mirror.fork()
+    batch, kv_heads = mirror.counts.shape
+    for window, sinks, lag in ((40, 4, 16), (70, 0, 37)):
+        lengths = mirror.counts.amax(1).long() + window - torch.tensor([0, 30, 5])
+        keys = size.randn(batch, kv_heads, window + 3, size.dim, seed=2)
+        ring = Ring(keys, size.values(keys), torch.zeros(keys.shape[:3], dtype=torch.uint8))
+        for values in (False, True):
+            found = both(
+                "lag_spreads", mirror.pages, mirror.heads, ring, lengths, window, sinks=sinks,
+                lag=lag, values=values,
+            )  # fmt: skip
+            agree(found, size.atol)
 
 
 @case("last_similar")

@@ -8,12 +8,12 @@ import attrs
 import torch
 from torch.nn.attention import SDPBackend
 
-from kvpolicy.kernels import antidiagonal
+from kvpolicy.kernels import antidiagonal, prompt_write
 from kvpolicy.kernels import dense_prefill as dense
 from kvpolicy.kernels import selected_prefill as selected
 from kvpolicy.kernels import sparse_prefill as sparse
 from kvpolicy.kernels.prefill_gather import Rectangles, Tile
-from kvpolicy.ops import Heads, Segments, TileReads, tile_spans
+from kvpolicy.ops import Heads, Ring, Segments, TileReads, tile_spans
 from tests.support.kernels.dense import Dense
 from tests.support.kernels.mirror import Mirror, Pair, Size, agree, both, make_mirror, pair
 from tests.support.kernels.op_cases import case
@@ -27,6 +27,32 @@ def segments_of(starts: list[int], queries: list[int], keys: list[int]) -> Segme
     return Segments(*(x.cpu() if isinstance(x, torch.Tensor) else x for x in found))
 
 
+@case("advance_ring")
+def _advance_ring(size: Size) -> None:
+    slots = 37
+    dims = (size.dim, size.dim_v)
+    for undo, starts, new, old in (
+        (False, [0, 0, 0], [size.prompt, 0, 5], [0, 0, 0]),
+        (True, [size.prompt, 40, 0, 9], [3, 0, size.prompt - 7, 60], [30, 0, 0, 9]),
+        (True, [500], [1], [37]),
+    ):
+        segments = segments_of(starts, new, [a + b for a, b in zip(old, new, strict=True)])
+        held = len(starts), 2, slots
+        rings = [pair(size.randn(*held, d, seed=d)) for d in dims]
+        noise = torch.Generator().manual_seed(4)
+        ring = pair(Ring(*rings, pair(torch.randint(4, held, generator=noise).byte())))
+        key, value = (size.randn(sum(new), 2, d, seed=9).transpose(0, 1) for d in dims)
+        flags = torch.randint(4, (2, sum(new)), generator=noise).byte()
+        recent, before = zip(
+            *both("advance_ring", ring, key, value, flags, segments, undo=undo), strict=True
+        )
+        agree(Pair(*recent))
+        agree(ring)
+        if undo:
+            agree(Pair(*before))
+        assert (before[0] is None) is not undo
+
+
 @case("count_leaving", "write_leaving")
 def _prompt_write(size: Size) -> None:
     window, starts, new, old = 5, [5, 40, 9], [size.prompt, 0, 1], [5, 0, 5]
@@ -35,6 +61,10 @@ def _prompt_write(size: Size) -> None:
     flags = torch.randint(4, (2, segments.cu_k[-1]), generator=torch.Generator().manual_seed(1))
     flags = flags.byte()
     given = (mirror.counts, segments, window)
+    with mock.patch.object(prompt_write, "_FEW", 0):  # counted apart
+        apart = both("count_leaving", flags, *given, size.page)
+    for side in list(zip(*apart, strict=True))[:2]:
+        agree(Pair(*side))
     after, fresh, ranks = (
         Pair(*x) for x in zip(*both("count_leaving", flags, *given, size.page), strict=True)
     )

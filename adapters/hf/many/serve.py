@@ -1,0 +1,87 @@
+"""generate_many: what it checks, the memory it takes, and the iterator that it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...._arguments import optional, wrong
+from ...._fields import check_int
+from ....errors import UnsupportedError
+from ..attached import Attached
+from .engine import Engine
+from .options import Reader
+from .requests import Finished, Request
+from .room import Room
+from .served import check_served
+
+SHARE = 0.8  # of a GPU's free memory that pages may take where no cap is given
+
+
+def serve(
+    attachment: Attached,
+    requests: Iterable[Request | None],
+    slots: int,
+    tokens_per_call: int,
+    shared_prefix: str | Tensor | Sequence[int] | None,
+    max_bytes: int | None,
+    tokenizer: Any,
+) -> Iterator[Finished]:
+    """See `generate_many`; everything is checked before this returns."""
+    check_int("slots", slots, 1)
+    check_int("tokens_per_call", tokens_per_call, 1)
+    optional(check_int, "max_bytes", max_bytes, 1)
+    if isinstance(requests, str | Request) or not isinstance(requests, Iterable):
+        raise TypeError(wrong("requests", "an iterable of Request objects", requests))
+    check_served(attachment)
+    reader = Reader(attachment, tokenizer)
+    prefix = [] if shared_prefix is None else reader.ids(shared_prefix)
+    if prefix and attachment.pipeline.selection.whole_prompt:
+        raise UnsupportedError(
+            "shared_prefix: the selection decides by a prompt's last queries what all of it reads"
+        )
+    if prefix and attachment.served.probe.own and not attachment.served.probe.goes_on:
+        raise UnsupportedError("shared_prefix: the model takes a prompt in one forward")
+    tile = attachment.pipeline.selection.tile or 1
+    prefix = prefix[: len(prefix) // tile * tile]
+    longest = 1
+    if isinstance(requests, list | tuple):
+        read = map(reader.options, requests)
+        longest = max((len(one.ids) + one.most for one in read), default=1)
+    sizes = dict(attachment.sizes)
+    if max_bytes is not None:
+        sizes["max_bytes"] = max_bytes
+    elif sizes.get("max_bytes") is None:
+        sizes["max_bytes"] = _spare(attachment.spec.device)
+    return _run(attachment, requests, slots, tokens_per_call, prefix, sizes, reader, longest)
+
+
+def _run(
+    attachment: Attached,
+    requests: Iterable[Request | None],
+    slots: int,
+    tokens: int,
+    prefix: Sequence[int],
+    sizes: dict[str, Any],
+    reader: Reader,
+    longest: int,
+) -> Iterator[Finished]:
+    room = Room(attachment, slots, sizes)
+    room.state.widen(longest)  # once, and not in steps, each of which a graph is captured for
+    engine = Engine(attachment, requests, room, tokens, prefix, reader)
+    try:
+        yield from engine.run()
+    finally:
+        engine.close()
+
+
+def _spare(device: torch.device) -> int | None:
+    """Bytes that pages may take of what a GPU has free; None where memory is the host's."""
+    if device.type != "cuda":
+        return None
+    free = torch.cuda.mem_get_info(device)[0]
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(SHARE * (free + unused))

@@ -1,0 +1,49 @@
+"""Position ids of a forward: those that it counts itself, and given ones that go on from these."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...errors import UnsupportedError
+from .cache import KVPolicyCache
+from .modes import ordinary
+
+
+@ordinary
+def true_positions(cache: KVPolicyCache, device: torch.device, first: int = 0) -> Tensor:
+    """Position ids `[B, S]` of the open forward: each sequence's real tokens from `first`."""
+    state, layout = cache.state, cache.layout
+    assert state is not None and layout is not None
+    start = state.on(state.layers[0]).lengths.to(device)[:, None]
+    start = start + first if first else start
+    columns = layout.prompt + layout.decode
+    if layout.valid is None:
+        return start + torch.arange(columns, device=device)
+    return (start - 1 + layout.valid.to(device).long().cumsum(1)).clamp(min=first)
+
+
+@ordinary
+def check_counted(cache: KVPolicyCache, places: Tensor, first: int) -> None:
+    """Raises UnsupportedError where given `places` do not go on from what earlier forwards counted.
+
+    These had none given and counted real tokens from `first`, where transformers counts columns:
+    the same until columns are hidden.
+    """
+    layout = cache.layout
+    assert layout is not None
+    hidden = ~cache.real().all(1)
+    if not bool(hidden.any()):
+        return
+    wanted = true_positions(cache, torch.device("cpu"), first)
+    given = places.cpu().expand_as(wanted) if places.ndim == 2 else places[0].cpu()
+    valid = torch.ones_like(wanted) if layout.valid is None else layout.valid.cpu().long()
+    at = valid.argmax(1, keepdim=True)  # of each row's first token
+    off = (given.gather(1, at) != wanted.gather(1, at))[:, 0] & valid.any(1) & hidden
+    if bool(off.any()):
+        row = int(off.nonzero()[0])
+        raise UnsupportedError(
+            f"position_ids: earlier forwards without them counted real tokens, of which row {row} "
+            f"has seen {int(wanted[row, at[row]]) - first}, got {given[row, at[row]].item()} for "
+            "the next; leave them out, or pass them to every forward"
+        )

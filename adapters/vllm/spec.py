@@ -1,0 +1,123 @@
+"""What vLLM's scheduler is told: the size of a block, and how many blocks a request has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..._extras import extra
+from .plan import Plan
+
+with extra("vllm"):
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.core.single_type_kv_cache_manager import (
+        FullAttentionManager,
+        register_all_kvcache_specs,
+    )
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArenaSpec(FullAttentionSpec):
+    """One block of all layers and heads, in bytes: the first layer names it, the others share it.
+
+    `dtype` is int8, `num_kv_heads` the KV heads of all layers on one rank, and `head_size` the
+    bytes of a token's key and value and of its position. `rows` are the requests that may run at
+    once; each takes `row_bytes` outside the blocks, and all at most `row_memory` times the blocks.
+    """
+
+    plan: Plan
+    rows: int
+    row_bytes: int
+    row_memory: float
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        longest = vllm_config.model_config.max_model_len
+        # The first block of a request is one of those that name rows.
+        return (self.plan.blocks(longest) - 1 + self.rows) * self.page_size_bytes
+
+    @classmethod
+    def merge(cls, specs: list[ArenaSpec]) -> ArenaSpec:
+        if any(spec != specs[0] for spec in specs):
+            raise ValueError("kvpolicy: wanted one kind of block for the whole model")
+        return specs[0]
+
+
+class ArenaManager(FullAttentionManager):
+    """Gives a request the blocks of its plan, the first from a set that names rows.
+
+    Blocks 1 to `rows` are taken from vLLM's pool for good: the first block of a request says in
+    its block table which row of the workers' state is its own. Everything else is the base class's:
+    blocks go back when vLLM ends or preempts a request, and nothing is freed before.
+    """
+
+    def __init__(self, kv_cache_spec: ArenaSpec, block_pool: BlockPool, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, block_pool, **kwargs)
+        self.plan, count = kv_cache_spec.plan, kv_cache_spec.rows
+        if self.enable_caching:
+            raise ValueError("kvpolicy: prefix caching is not served")
+        if block_pool.get_num_free_blocks() <= count:
+            raise ValueError(
+                f"kvpolicy: max_num_seqs: each of {count} requests has a block of its own, and "
+                f"there are {block_pool.get_num_free_blocks()}; lower max_num_seqs or give the "
+                "cache more memory"
+            )
+        _check_rows(kv_cache_spec, block_pool.num_gpu_blocks)
+        named = block_pool.free_block_queue.popleft_n(count)
+        if [block.block_id for block in named] != list(range(1, count + 1)):
+            raise RuntimeError("kvpolicy: vLLM gave other blocks first than 1, 2, 3, ...")
+        self.free_rows = named[::-1]
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        """Blocks of the pool that the request needs beyond those that it has."""
+        held = len(self.req_to_blocks.get(request_id, ()))
+        if held == 0 and not self.free_rows:
+            return self.block_pool.num_gpu_blocks  # more than there are: it has to wait
+        return max(self.plan.blocks(num_tokens) - max(held, 1), 0)
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Allocates what `get_num_blocks_to_allocate` counted, and the row."""
+        held = self.req_to_blocks[request_id]
+        new = [] if held else [self.free_rows.pop()]
+        missing = self.plan.blocks(num_tokens) - len(held) - len(new)
+        new += self.block_pool.get_new_blocks(max(missing, 0))
+        held.extend(new)
+        return new
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """The request's blocks of the pool; its row is free again."""
+        blocks = super().pop_blocks_for_free(request_id)
+        self.free_rows += blocks[:1]
+        return blocks[1:]
+
+
+def _check_rows(spec: ArenaSpec, blocks: int) -> None:
+    """Raises ValueError where rows take too much memory, with a number of them that does not."""
+    most = spec.row_memory * blocks * spec.page_size_bytes
+    if (spec.rows + 1) * spec.row_bytes > most:  # one more is a place for padding
+        fits = int(most // spec.row_bytes) - 1
+        raise ValueError(
+            f"kvpolicy: max_num_seqs: {spec.rows} rows of {spec.row_bytes / 2**20:.2f} MiB take "
+            f"more than {spec.row_memory} of the {blocks * spec.page_size_bytes / 2**20:.0f} MiB "
+            f"of blocks; wanted at most {max(fits, 0)} (--max-num-seqs), a shorter max_model_len "
+            "or a larger 'row_memory'"
+        )
+
+
+def register_spec() -> None:
+    """Makes the spec known to vLLM, beside its own ones."""
+    # A registry that is not empty is taken as complete.
+    register_all_kvcache_specs(None)
+    KVCacheSpecRegistry.register(ArenaSpec, ArenaManager, ArenaSpec)

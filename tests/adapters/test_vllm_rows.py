@@ -1,0 +1,168 @@
+"""Rows and arenas of the vLLM adapter under a model of its scheduler, beside an oracle."""
+
+from __future__ import annotations
+
+import random
+
+import attrs
+import pytest
+import torch
+
+from kvpolicy import AdmitAll, CachePipeline, DuoAttention, LocalAttention, RandomGate
+from kvpolicy.adapters.vllm.plan import PAGE, plan_of
+from tests.support.adapters.arenas import SPEC, Engine, Request
+from tests.support.contract.cases import Sizes, gate
+
+DUO = DuoAttention(full_heads=((True, False), (False, True)), sinks=3, window=20)
+ADMISSIONS = {
+    "all": (CachePipeline(window=24), None),
+    "local": (CachePipeline(admission=LocalAttention(window=16, sinks=20)), None),
+    "duo": (CachePipeline(admission=DUO), None),
+    "random": (CachePipeline(admission=RandomGate(sparsity=0.5, seed=1), window=8), 1.0),
+    "gate": (CachePipeline(admission=gate(Sizes(SPEC, 16)), window=16), 0.9),
+    "tight": (CachePipeline(admission=RandomGate(sparsity=0.2, seed=2), window=8), 0.25),
+}
+
+
+@pytest.mark.parametrize("name", ADMISSIONS)
+def test_requests_that_share_blocks_are_served_as_if_alone(name):
+    """Chunks, mixed batches, preemption, abort, and rows that are used again."""
+    pipeline, admitted = ADMISSIONS[name]
+    engine = Engine(pipeline, rows=3, blocks=9, admitted=admitted)
+    draw = random.Random(name)
+    lengths = [90, 80, 1, 100, 17, 16]
+    waiting = [Request(pipeline, n, seed) for seed, n in enumerate(lengths)]
+    ended, preempted, mixed = 0, 0, 0
+    while waiting or engine.running:
+        batch = []
+        for request in [*engine.running, *waiting]:
+            left = min(request.length - request.done, 40)
+            n = 1 if left == 1 or (request.done and draw.random() < 0.4) else draw.randint(1, left)
+            while not engine.room_for(request, n) and request in engine.running:
+                last = engine.running[-1]
+                engine.end(last)
+                last.restart()
+                waiting.insert(0, last)
+                batch = [pair for pair in batch if pair[0] is not last]
+                preempted += 1
+            if not request.blocks:
+                break
+            if request not in engine.running:
+                engine.running.append(request)
+                waiting.remove(request)
+            batch.append((request, n))
+        engine.step(batch)
+        mixed += len({n == 1 for _, n in batch}) == 2
+        for request in list(engine.running):
+            if request.done == request.length or draw.random() < 0.01:
+                engine.end(request)
+                ended += 1
+    assert ended == len(lengths) and mixed > 3
+    assert len(engine.free) + len(engine.free_rows) == 8
+    assert (engine.refused > 0) == (name == "tight")
+    if name == "all":
+        assert preempted
+
+
+def test_an_arena_that_grows_admits_again():
+    """Tokens that found no page stay away; later ones are admitted in blocks that came since."""
+    pipeline, admitted = ADMISSIONS["tight"]
+    engine = Engine(pipeline, rows=1, blocks=30, admitted=admitted)
+    request = Request(pipeline, 150, 0)
+    engine.running.append(request)
+    counts = []
+    for n in (120, *[1] * 30):
+        assert engine.room_for(request, n)
+        engine.step([(request, n)])
+        counts.append(int(engine.rows.layers[0].counts[1].sum()))
+    assert engine.refused > 100 and counts[-1] > counts[0]
+
+
+def test_kernels_find_pages_in_vllms_memory():
+    """A few steps of the Triton backend: prompts, chunks, decoding, and both in one batch."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    spec = attrs.evolve(SPEC, dtype=torch.float32, head_dim=16, layers=1, device=device)
+    streams = DuoAttention(full_heads=((True, False),), sinks=3, window=16)
+    pipeline = CachePipeline(admission=streams, backend="triton")
+    engine = Engine(pipeline, rows=2, blocks=12, spec=spec)
+    engine.running = [Request(pipeline, 60, seed, spec) for seed in range(2)]
+    for counts in [(30, 0), (1, 40), (1, 1), (20, 1)]:
+        batch = [(r, n) for r, n in zip(engine.running, counts, strict=True) if n]
+        assert all(engine.room_for(request, n) for request, n in batch)
+        engine.step(batch)
+
+
+def stored(admission, layer, head, tokens):
+    """Tokens of a head among the first that left the window, one after the other."""
+    if isinstance(admission, AdmitAll):
+        return tokens
+    if isinstance(admission, DuoAttention) and admission.full_heads[layer][head]:
+        return tokens
+    return sum(at < admission.sinks for at in range(tokens))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("block", [16, 48])
+@pytest.mark.parametrize("name", ["all", "local", "duo"])
+def test_blocks_are_counted_by_what_heads_store(name, block, ranks):
+    admission, window = ADMISSIONS[name][0].admission, ADMISSIONS[name][0].window
+    if name == "duo":
+        rows = ((True, False, False, True), (True, True, False, False), (True,) * 4)
+        admission = DuoAttention(full_heads=rows, sinks=20, window=window)
+    layers, heads = 3, 4
+    plan = plan_of(admission, window, layers, heads, ranks, block, None)
+    for length in [1, window, window + 1, 40, 57, 58, 59, 100, 333]:
+        need = []
+        for rank in range(ranks):
+            pages = 0
+            for layer in range(layers):
+                for head in range(rank * heads // ranks, (rank + 1) * heads // ranks):
+                    tokens = stored(admission, layer, head, max(length - window, 0))
+                    pages += len(range(0, tokens, PAGE))
+            need.append(pages)
+        each = layers * heads // ranks * block // PAGE
+        blocks = next(n for n in range(1, 1000) if n * each >= max(need))
+        assert plan.blocks(length) == blocks
+    assert plan.exact
+
+
+def test_a_share_leaves_room_for_last_pages_and_is_never_above_all():
+    gate = RandomGate(sparsity=0.5)
+    plan = plan_of(gate, 8, 4, 2, 1, 16, 0.25)
+    everything = plan_of(AdmitAll(), 8, 4, 2, 1, 16, None)
+    for length in range(1, 400):
+        left = max(length - 8, 0)
+        assert plan.blocks(length) <= everything.blocks(length)
+        assert plan.pages(length) * PAGE >= min(8 * left, 2 * left + 8 * (left > 0))
+    assert plan.blocks(400) < everything.blocks(400) / 3 and not plan.exact
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"block": 24}, ValueError, "block_size: wanted a multiple of 16, got 24"),
+        ({"ranks": 3}, ValueError, "tensor_parallel_size: wanted a divisor of the 4 KV heads"),
+        ({"admitted": None}, ValueError, "admitted: RandomGate decides on the device"),
+        ({"admitted": 0}, ValueError, r"admitted: wanted a number in \(0, 1\], got 0"),
+        ({"admitted": float("nan")}, ValueError, r"admitted: wanted a number in \(0, 1\], got nan"),
+        ({"admitted": "much"}, TypeError, "admitted: wanted a number in"),
+        ({"admission": DUO, "admitted": 0.5}, ValueError, "DuoAttention has an exact number"),
+    ],
+)
+def test_numbers_that_make_no_plan(change, error, says):
+    given = {
+        "admission": RandomGate(sparsity=0.5), "window": 8, "layers": 2, "kv_heads": 4, "ranks": 1,
+        "block": 16, "admitted": 0.5,
+    }  # fmt: skip
+    with pytest.raises(error, match=says):
+        plan_of(**(given | change))
+
+
+def test_rows_count_their_memory():
+    engine = Engine(CachePipeline(admission=DUO), rows=4, blocks=12)
+    tensors = [t for layer in engine.rows.layers for t in (*layer.ring, layer.table, layer.counts)]
+    rows = engine.rows
+    tensors += [rows.arena, rows.room, rows.taken, rows.refused]
+    assert rows.nbytes == sum(t.numel() * t.element_size() for t in tensors)
+    assert all(t.shape[0] == 5 for t in tensors)
+    torch.testing.assert_close(rows.pages.k.shape[0], 12 * rows.plan.pages_per_block)

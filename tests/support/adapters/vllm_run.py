@@ -1,0 +1,73 @@
+"""Runs jobs on a real vLLM, in a Python that has it: `python vllm_run.py JOBS OUT`.
+
+A job has requests (prompt and number of new tokens), the engine's arguments, and which requests
+are aborted after how many steps. What comes out for each: the tokens of the requests, what workers
+counted, and how often vLLM preempted; or the error at start.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+
+QUIET = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+    "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "VLLM_CPU_KVCACHE_SPACE": "1",
+    "TORCHDYNAMO_DISABLE": "1", "VLLM_LOGGING_LEVEL": "WARNING",
+}  # fmt: skip
+
+
+def run(job):
+    from vllm import LLM, SamplingParams
+
+    from kvpolicy.adapters.vllm import counters
+
+    llm = LLM(
+        job["model"], skip_tokenizer_init=True, enforce_eager=True, dtype="float32",
+        disable_log_stats=False, attention_config={"backend": "CUSTOM"},
+        **{"enable_prefix_caching": False, **job["llm"]},
+    )  # fmt: skip
+    engine, tokens = llm.llm_engine, {}
+    for place, (prompt, new) in enumerate(job["requests"]):
+        params = SamplingParams(
+            max_tokens=new, temperature=0, ignore_eos=True, detokenize=False, logprobs=None
+        )
+        engine.add_request(str(place), {"prompt_token_ids": prompt}, params)
+    aborts = {int(place): step for place, step in job.get("aborts", {}).items()}
+    steps, most = 0, 0
+    while engine.has_unfinished_requests():
+        for place in [place for place, step in aborts.items() if step == steps]:
+            engine.abort_request([str(place)])
+        for done in engine.step():
+            if done.finished:
+                tokens[int(done.request_id.split("-")[0])] = list(done.outputs[0].token_ids)
+        steps += 1
+        scheduler = engine.engine_core.engine_core.scheduler
+        most = max(most, len(scheduler.running))
+    preempted = [x.value for x in llm.get_metrics() if x.name == "vllm:num_preemptions"]
+    free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    counted = llm.collective_rpc(counters)[0]
+    del llm, engine, scheduler
+    gc.collect()
+    return {"tokens": tokens, "preempted": preempted[0], "free": free, "most": most, **counted}
+
+
+def main(jobs, out):
+    os.environ.update(QUIET)
+    from kvpolicy.adapters.vllm import register
+
+    register()
+    found = []
+    for job in json.loads(Path(jobs).read_text()):
+        try:
+            found.append(run(job))
+        except (ValueError, RuntimeError, TypeError) as error:
+            found.append({"error": str(error)})
+    Path(out).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
