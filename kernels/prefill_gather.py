@@ -171,8 +171,8 @@ def gather(
         _limits[cdiv(each, _LIMITS), many * kv_heads](
             at, counts, segments.cu_q_dev, segments.start_dev, limits,
             plan.taken if plan else limits, plan.bounds if plan else limits, window, tiles,
-            blocks, rows, longest.bit_length(), owner, before, chunk,
-            BATCH=many, BATCH_PAD=power_of_two(many),
+            blocks, rows, longest.bit_length(), many, owner, before, chunk,
+            BATCH_PAD=power_of_two(many),
             HEADS=kv_heads, UNITS_PAD=power_of_two(batch * kv_heads), QUERIES=queries,
             ROWS=ROWS, SPAN=span, SPARE=rectangles.spare if rectangles and plan else 0,
             LEAST=rectangles.least if rectangles and plan else 0, BLOCK=_LIMITS, num_warps=4,
@@ -231,8 +231,8 @@ def run_rectangles(
     batch, together = len(segments.start), tile.heads(group)
     with on(query):
         _fold[heads // together, tiles](
-            query, folded, plan.taken, segments.cu_q_dev, tiles, query.stride(),
-            BATCH=batch, BATCH_PAD=power_of_two(batch), GROUP=group, DIM=dim,
+            query, folded, plan.taken, segments.cu_q_dev, tiles, batch, query.stride(),
+            BATCH_PAD=power_of_two(batch), GROUP=group, DIM=dim,
             DIM_PAD=power_of_two(dim), TOGETHER=together, QUERIES=tile.queries(group),
             M=tile.rows, num_warps=4,
         )  # fmt: skip
@@ -252,26 +252,26 @@ def first_row(counts, unit, UNITS_PAD: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def row_tiles(cu_q, BATCH: tl.constexpr, BATCH_PAD: tl.constexpr, QUERIES: tl.constexpr):
+def row_tiles(cu_q, batch, BATCH_PAD: tl.constexpr, QUERIES: tl.constexpr):
     """Tiles of each sequence."""
     b = tl.arange(0, BATCH_PAD)
-    low = tl.load(cu_q + b, mask=b < BATCH, other=0)  # [B]
-    high = tl.load(cu_q + b + 1, mask=b < BATCH, other=0)  # [B]
+    low = tl.load(cu_q + b, mask=b < batch, other=0)  # [B]
+    high = tl.load(cu_q + b + 1, mask=b < batch, other=0)  # [B]
     return (high - low + QUERIES - 1) // QUERIES
 
 
 @triton.jit
-def find_tile(cu_q, tile, BATCH: tl.constexpr, BATCH_PAD: tl.constexpr, QUERIES: tl.constexpr):
+def find_tile(cu_q, tile, batch, BATCH_PAD: tl.constexpr, QUERIES: tl.constexpr):
     """The sequence of a tile, and the tile's number in it."""
-    own = row_tiles(cu_q, BATCH, BATCH_PAD, QUERIES)
+    own = row_tiles(cu_q, batch, BATCH_PAD, QUERIES)
     b = tl.sum((tl.cumsum(own, 0) <= tile).to(tl.int32), 0)
     return b, tile - tl.sum(tl.where(tl.arange(0, BATCH_PAD) < b, own, 0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "batch"])
 def _fold(
-    query, folded, taken, cu_q, tiles, query_strides,
-    BATCH: tl.constexpr, BATCH_PAD: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    query, folded, taken, cu_q, tiles, batch, query_strides,
+    BATCH_PAD: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, TOGETHER: tl.constexpr, QUERIES: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Copies the tiles that have a rectangle: `[Hq, T, D]` to `[Hkv * T, G, D]`."""
@@ -280,7 +280,7 @@ def _fold(
     kv_head = head // GROUP
     if tl.load(taken + kv_head * tiles + tile) == 0:
         return
-    b, local = find_tile(cu_q, tile, BATCH, BATCH_PAD, QUERIES)
+    b, local = find_tile(cu_q, tile, batch, BATCH_PAD, QUERIES)
     q0 = tl.load(cu_q + b)
     length = tl.load(cu_q + b + 1) - q0
     t = tl.arange(0, M) // TOGETHER
@@ -290,7 +290,7 @@ def _fold(
     mask = there[:, None] & (d < DIM)[None, :]
     row = (q0 + local * QUERIES + t).to(tl.int64)
     of = (head + g) * query_strides[0] + row * query_strides[1]
-    to = (kv_head * tl.load(cu_q + BATCH) + row) * GROUP + head % GROUP + g
+    to = (kv_head * tl.load(cu_q + batch) + row) * GROUP + head % GROUP + g
     q = tl.load(query + of[:, None] + d[None, :], mask=mask)  # [M, D]
     tl.store(folded + (to * DIM)[:, None] + d[None, :], q, mask=mask)
 
@@ -346,11 +346,11 @@ def rows_before(at, count, cut, steps):
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "tiles", "blocks", "rows", "steps", "many", "chunk"])
 def _limits(
-    at, counts, cu_q, start, limits, taken, bounds, window, tiles, blocks, rows, steps, owner,
+    at, counts, cu_q, start, limits, taken, bounds, window, tiles, blocks, rows, steps, many, owner,
     skipped, chunk,
-    BATCH: tl.constexpr, BATCH_PAD: tl.constexpr, HEADS: tl.constexpr, UNITS_PAD: tl.constexpr,
+    BATCH_PAD: tl.constexpr, HEADS: tl.constexpr, UNITS_PAD: tl.constexpr,
     QUERIES: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, SPARE: tl.constexpr,
     LEAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -361,7 +361,7 @@ def _limits(
     if owner is not None:
         unit = tl.load(owner + b) * HEADS + h
     batch = tl.arange(0, BATCH_PAD)
-    own = row_tiles(cu_q, BATCH, BATCH_PAD, QUERIES)
+    own = row_tiles(cu_q, many, BATCH_PAD, QUERIES)
     before = tl.sum(tl.where(batch < b, own, 0), 0)
     mine = tl.sum(tl.where(batch == b, own, 0), 0)
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -383,12 +383,12 @@ def _limits(
         shared = tl.maximum(tl.minimum(shared, count - SPARE), 0)
         shared = tl.where(shared < LEAST, 0, shared)
         tl.store(taken + h * tiles + before + tile, shared, mask=there)
-        spans = row_tiles(cu_q, BATCH, BATCH_PAD, SPAN)
+        spans = row_tiles(cu_q, many, BATCH_PAD, SPAN)
         to = bounds + h * blocks + tl.sum(tl.where(batch < b, spans, 0), 0) + block
         first = there & (block * SPAN == tile * QUERIES)
         q0 = tl.load(cu_q + b)
         length = tl.load(cu_q + b + 1) - q0
-        total = tl.load(cu_q + BATCH)
+        total = tl.load(cu_q + many)
         queries = tl.where(shared > 0, tl.minimum(length - block * SPAN, SPAN), 0)
         stride = HEADS * blocks + 1
         tl.store(to, h * total + q0 + block * SPAN, mask=first)

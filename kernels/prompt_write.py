@@ -139,19 +139,18 @@ def write_leaving(
             num_warps=4 if max(width, width_v) * key.element_size() <= 256 else 8,
         )  # fmt: skip
         _settle[1,](
-            counts, after, fresh, pages.top, kv_heads, counts.stride(),
-            UNITS=batch * kv_heads, UNITS_PAD=power_of_two(batch * kv_heads), num_warps=1,
+            counts, after, fresh, pages.top, kv_heads, batch * kv_heads, counts.stride(),
+            UNITS_PAD=power_of_two(batch * kv_heads), num_warps=1,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "units"])
 def _settle(
-    counts, after, fresh, top, heads, counts_strides,
-    UNITS: tl.constexpr, UNITS_PAD: tl.constexpr,
+    counts, after, fresh, top, heads, units, counts_strides, UNITS_PAD: tl.constexpr
 ):  # fmt: skip
     """Makes the new counts current and the stack shorter, when every tile has read both."""
     unit = tl.arange(0, UNITS_PAD)
-    real = unit < UNITS
+    real = unit < units
     held = tl.load(after + unit, mask=real)  # [UNITS]
     tl.store(counts + unit // heads * counts_strides[0] + unit % heads, held, mask=real)
     taken = tl.sum(tl.load(fresh + unit, mask=real, other=0), 0)

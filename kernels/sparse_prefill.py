@@ -166,9 +166,9 @@ def attend(
         _attend[heads // together, tiles](
             query, key, value, flags, far_k, far_v, limits, counts, taken, begun, lse, out,
             segments.cu_q_dev, segments.cu_k_dev, segments.start_dev, window, scale, cap,
-            None if sinks is None else sinks.contiguous(), owner, tiles,
-            query.stride(), key.stride(), value.stride(), flags.stride(), out.stride(),
-            BATCH=batch, BATCH_PAD=power_of_two(batch), KV_HEADS=key.shape[0], GROUP=group,
+            None if sinks is None else sinks.contiguous(), owner, tiles, batch, flags.stride(0),
+            query.stride(), key.stride(), value.stride(), out.stride(),
+            BATCH_PAD=power_of_two(batch), KV_HEADS=key.shape[0], GROUP=group,
             UNITS_PAD=power_of_two(units), ROWS=ROWS, HAS_FAR=far is not None,
             BEGUN=plan is not None, SKIPS=before is not None, DESCRIPTORS=descriptors, DIM=dim,
             DIM_V=dim_v, DIM_PAD=dot_size(dim), DIM_V_PAD=dot_size(dim_v), TOGETHER=together,
@@ -304,12 +304,14 @@ def _ragged(
     return top, total, acc
 
 
-@triton.jit
+# Numbers that differ from call to call: it is compiled once for all lengths, and for batches whose
+# padded size is the same.
+@triton.jit(do_not_specialize=["window", "tiles", "batch", "flags_step"])
 def _attend(
     query, key, value, flags, far_k, far_v, limits, counts, taken, begun, lse, out,
-    cu_q, cu_k, start, window, scale, cap, sinks, owner, tiles,
-    query_strides, key_strides, value_strides, flags_strides, out_strides,
-    BATCH: tl.constexpr, BATCH_PAD: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    cu_q, cu_k, start, window, scale, cap, sinks, owner, tiles, batch, flags_step,
+    query_strides, key_strides, value_strides, out_strides,
+    BATCH_PAD: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     UNITS_PAD: tl.constexpr, ROWS: tl.constexpr, HAS_FAR: tl.constexpr, BEGUN: tl.constexpr,
     SKIPS: tl.constexpr, DESCRIPTORS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     DIM_PAD: tl.constexpr, DIM_V_PAD: tl.constexpr, TOGETHER: tl.constexpr, QUERIES: tl.constexpr,
@@ -319,7 +321,7 @@ def _attend(
     head = tl.program_id(0).to(tl.int64) * TOGETHER  # the first of the tile's
     tile = tiles - 1 - tl.program_id(1)  # the longest tiles first
     kv_head = head // GROUP
-    b, local = find_tile(cu_q, tile, BATCH, BATCH_PAD, QUERIES)
+    b, local = find_tile(cu_q, tile, batch, BATCH_PAD, QUERIES)
     q0 = tl.load(cu_q + b)
     length = tl.load(cu_q + b + 1) - q0
     k0 = tl.load(cu_k + b)
@@ -353,7 +355,7 @@ def _attend(
             done = tl.load(taken + kv_head * tiles + tile)
             if BEGUN:
                 top, total, acc = _resume(
-                    begun, lse, done, tl.load(cu_q + BATCH), kv_head, head, row, t, g, d, alive,
+                    begun, lse, done, tl.load(cu_q + batch), kv_head, head, row, t, g, d, alive,
                     KV_HEADS, GROUP, DIM, QUERIES,
                 )  # fmt: skip
             far += done
@@ -370,7 +372,7 @@ def _attend(
     band, left, inner, plain, outer, right = _band(here, stop, first, window, QUERIES, KEYS_)
     key += kv_head * key_strides[0] + (k0 - first).to(tl.int64) * key_strides[1]
     value += kv_head * value_strides[0] + (k0 - first).to(tl.int64) * value_strides[1]
-    flags += kv_head * flags_strides[0] + k0 - first
+    flags += kv_head * flags_step + k0 - first
     whole = rows // KEYS_
     top, total, acc = _plain(
         q, key, value, key_strides[1], value_strides[1], far_k, far_v, whole, inner, plain, n, d, e,

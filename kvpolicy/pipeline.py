@@ -396,16 +396,17 @@ class CachePipeline:
             capacity.reserve_long(state, most)
         return full or spent
 
-    def replayed(self, state: CacheState) -> bool:
+    def replayed(self, state: CacheState, *, evict: bool = True) -> bool:
         """A captured decode step ran: what commit does on the host, and evictions that are due.
 
         The device's part is in the graph. Rows that ended meanwhile are counted as if they went on
-        until the host asks the device. Returns whether it did.
+        until the host asks the device. Returns whether it did. Without `evict`, evictions are left
+        to `maintain`.
         """
         for row in state.sequences:
             row.length += row.active
         state.steps_reserved -= 1
-        due = bool(self.due(state))
+        due = evict and bool(self.due(state))
         if due:
             state.sync_host()  # rows that ended meanwhile are not due
             self.maintain(state)

@@ -19,11 +19,12 @@ PERIOD = 0.2  # seconds between two looks of a rank that waits in a kernel
 class Alarm:
     """Of one group of ranks, through the store at which they met."""
 
-    def __init__(self, group: Any) -> None:
-        self.backend = dist.get_backend(group)
-        self.key = f"kvpolicy/failed/{group.group_name}"
+    def __init__(self, mesh: Any, axis: int) -> None:
+        self.kernels = mesh.device_type == "cuda"  # wait, not the host
+        self.key = f"kvpolicy/failed/{mesh.get_group(axis).group_name}"
         store: Any = distributed_c10d._get_default_store()
-        self.store = store.clone()  # a connection of its own: the other may be waiting
+        # A connection of its own, since the other may be waiting; not all stores have one.
+        self.store = store.clone() if hasattr(store, "clone") else store
         self.lock = threading.Lock()  # of the store
 
     def ring(self, rank: int) -> None:
@@ -44,7 +45,7 @@ class Alarm:
         NCCL's kernels of this rank end; gloo's connections close with the last reference.
         """
         with contextlib.suppress(Exception):
-            if self.backend == "nccl":
+            if self.kernels:
                 distributed_c10d._abort_process_group(mesh.get_group(axis))
             else:
                 dist.destroy_process_group(mesh.get_group(axis))
@@ -58,7 +59,7 @@ class Alarm:
         A kernel of NCCL's waits for a peer on the same host until the group's time-out, whatever
         has become of it; a closed connection ends gloo's waits.
         """
-        if self.backend != "nccl":
+        if not self.kernels:
             return
 
         def look() -> None:

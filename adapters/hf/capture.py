@@ -227,7 +227,7 @@ class Stepper:
         logits: Tensor = cache.graph.replay(tokens, self.position)
         cache.saw(1, None)  # before an eviction, which may fail when the token is in
         with cache.ranks.voting():
-            self.looked = cache.pipeline.replayed(state)
+            self.looked = cache.pipeline.replayed(state, evict=not cache.recording)
         return logits
 
     def _stale(self) -> bool:

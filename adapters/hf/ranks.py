@@ -198,7 +198,7 @@ class Ranks:
     def listen(self) -> None:
         """From now on another rank that breaks off ends this one's waits."""
         if self.many and self.alarm is None:
-            self.alarm = Alarm(self.group)
+            self.alarm = Alarm(self.mesh, self.axis)
             self.alarm.listen(self.rank, self._broken)
 
     def _broken(self) -> None:

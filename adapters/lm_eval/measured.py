@@ -8,6 +8,7 @@ import attrs
 
 from ...spec import CacheSpec
 from ...store import Report
+from ..hf import Held
 
 
 @attrs.define
@@ -33,6 +34,18 @@ class Measured:
         self.kept += sequences * sum(heads) / len(heads)
         self.bytes += report.total - report.reserved
         self.full += report.tokens * spec.layers * spec.kv_heads * 2 * spec.head_dim * itemsize
+
+    def add_held(self, held: Held | None, spec: CacheSpec) -> None:
+        """Counts a sequence among others, whose window's memory is theirs together."""
+        if held is None:
+            return
+        self.sequences += 1
+        self.tokens += held.tokens
+        self.kept += held.kept * held.tokens
+        self.bytes += held.bytes
+        self.full += (
+            held.tokens * spec.layers * spec.kv_heads * 2 * spec.head_dim * (spec.dtype.itemsize)
+        )
 
     def record(self) -> dict[str, Any]:
         """Means over sequences, and the fraction kept."""

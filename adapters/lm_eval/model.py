@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..._arguments import optional
 from ..._extras import extra
+from ..._fields import check_int
 from ...errors import UnsupportedError
 from ...pipeline import CachePipeline
 from ...pipeline_files import load_pipeline
@@ -19,12 +21,14 @@ from ...store.fingerprint import pipeline_fingerprint
 from ..hf import KVPolicyCache, attach
 from ..hf.continuations import Continued, Ids, continued
 from .answers import keyed
+from .generated import generated
 from .measured import Measured
 
 with extra("lm-eval"):
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.huggingface import HFLM, stop_sequences_criteria
 
 Key = tuple[Ids, Ids]
+PER_SLOT = 16  # requests of `generate_until` that go into a call, for each slot
 ROLLING, CONTINUED, GENERATED = "loglikelihood_rolling", "loglikelihood", "generate_until"
 
 
@@ -40,8 +44,12 @@ class KVPolicyLM(HFLM):  # type: ignore[misc]
         pretrained: as HFLM's, a name, a folder or a model.
         pipeline: a CachePipeline, or the name of its file.
         trust_code: whether the file may import policies of yours.
+        many: slots in which `generate_until` serves its requests, each as it comes to an end; by
+            default they are padded batches of `batch_size`.
         options: sizes of caches (`page_size`, `interval`, `max_bytes`, ...), and HFLM's arguments.
     """
+
+    batch_size_per_gpu: int  # HFLM's
 
     def __init__(
         self,
@@ -49,13 +57,16 @@ class KVPolicyLM(HFLM):  # type: ignore[misc]
         pipeline: CachePipeline | str,
         *,
         trust_code: bool = False,
+        many: int | None = None,
         **options: Any,
     ) -> None:
+        optional(check_int, "many", many, 1)
         if not isinstance(pipeline, CachePipeline):
             pipeline = load_pipeline(pipeline, trust_code=trust_code)
         sizes: Any = {name: options.pop(name) for name in Sizes.__annotations__ if name in options}
         super().__init__(pretrained, **options)
         self.attached = attach(self.model, pipeline, **sizes)
+        self.many = many
         self.measured: dict[str, Measured] = {}
         described = f"{pipeline_fingerprint(pipeline)} {sorted(sizes.items())}"
         self.key = hashlib.sha256(described.encode()).hexdigest()
@@ -150,14 +161,46 @@ class KVPolicyLM(HFLM):  # type: ignore[misc]
             rows = continued(self.attached, [(tuple(ids), ()) for ids in inps.tolist()])
         return torch.stack([row.last for row in rows])[:, None]
 
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        before = self.batch_size_per_gpu
+        if self.many is not None:
+            self.batch_size_per_gpu = self.many * PER_SLOT
+        try:
+            found: list[str] = super().generate_until(requests, disable_tqdm)
+        finally:
+            self.batch_size_per_gpu = before
+        return found
+
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
     ) -> Tensor:
+        if self.many is not None:
+            return self._many(self.many, context, max_length, stop, generation_kwargs)
         out: Tensor = super()._model_generate(context, max_length, stop, **generation_kwargs)
         beams = generation_kwargs.get("num_beams") or 1
         report, spec = self.attached.last_report(), self.attached.spec
         self._measured(GENERATED).add(report, spec, len(context) * beams)
         return out
+
+    def _many(
+        self, slots: int, context: Tensor, max_length: int, stop: list[str], options: dict[str, Any]
+    ) -> Tensor:
+        mask = options.pop("attention_mask", None)
+        if not options.get("temperature") and not options.get("do_sample"):  # as HFLM reads it
+            options.pop("temperature", None)
+            options["do_sample"] = False
+        measured, spec = self._measured(GENERATED), self.attached.spec
+        with self._autocast():
+            return generated(
+                self.attached,
+                context,
+                torch.ones_like(context) if mask is None else mask,
+                max_length - context.shape[1],
+                slots,
+                lambda: stop_sequences_criteria(self.tokenizer, stop, 0, 1),
+                lambda finished: measured.add_held(finished.held, spec),
+                {"pad_token_id": self.tokenizer.pad_token_id, **options},
+            )
 
     def _measured(self, kind: str) -> Measured:
         return self.measured.setdefault(kind, Measured())

@@ -47,8 +47,7 @@ class Served:
             raise UnsupportedError("kvpolicy: " + "; ".join(found))
         with _our_backend():
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        assert isinstance(self, nn.Module)
-        _serve(self, vllm_config, options)
+        self.kvpolicy = _serve(self, vllm_config, options)
 
 
 class LlamaForCausalLM(Served, llama.LlamaForCausalLM):
@@ -91,8 +90,8 @@ def _our_backend() -> Iterator[None]:
         AttentionBackendEnum.CPU_ATTN.clear_override()
 
 
-def _serve(model: nn.Module, config: Any, options: Options) -> None:
-    """Gives every attention layer its place in rows that are made here."""
+def _serve(model: Any, config: Any, options: Options) -> Rows:
+    """Makes rows, and gives every attention layer its place in them."""
     found = {name: x for name, x in model.named_modules() if isinstance(x, Attention)}
     layers = list(found.values())
     other = {x.attn_backend for x in layers} - {ArenaBackend}
@@ -158,8 +157,7 @@ def _serve(model: nn.Module, config: Any, options: Options) -> None:
             layer.kv_sharing_target_layer_name = first.layer_name
     if "key_pre" in admission.needs:
         _watch_keys(model, config, {id(x): x for x in layers})
-    # A plain attribute: the rows are no part of the module's state.
-    object.__setattr__(model, "kvpolicy", rows)
+    return rows
 
 
 def _watch_keys(model: nn.Module, config: Any, layers: dict[int, Attention]) -> None:

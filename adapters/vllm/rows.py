@@ -8,7 +8,6 @@ vLLM's null block, is a place for padding, where nothing is read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import attrs
 import torch
@@ -19,7 +18,6 @@ from ...backend import resolve
 from ...ops import ADMITTED, Heads, Pages, Ring, Segments, load, pages_of
 from ...pipeline import CachePipeline
 from ...spec import CacheSpec
-from ...store.ring import keep_last, recent
 from .plan import PAGE, Plan
 
 
@@ -279,22 +277,17 @@ class Rows:
         positions = torch.arange(seg.start[0], seg.start[0] + seg.cu_q[1], device=key.device)
         pre = None if key_pre is None else key_pre.transpose(0, 1)
         flags = self._flags(layer, key, value, pre, positions, seg.cu_q_dev)
-        rings = tuple(ring[row] for ring in layer.ring)
-        new = key, value, flags
-        k, v, f = (recent(ring, x, seg) for ring, x in zip(rings, new, strict=True))
+        ring = Ring(*(x[row] for x in layer.ring))
+        (k, v, f), _ = self.ops.advance_ring(ring, key, value, flags, seg, undo=False)
         leaving = seg.cu_k[1] - self.window
         if leaving > 0:
             first = seg.start[0] + seg.cu_q[1] - seg.cu_k[1]  # position of the first recent token
             f = self._store(layer, prompt.row, k[:, :leaving], v[:, :leaving], f, first)
         assert self.pages is not None
         held = Heads(layer.table[row], layer.counts[row])
-        out = self.ops.prefill_attention(
+        return self.ops.prefill_attention(
             query, k, v, f, seg, self.pages, held, self.window, self.spec.softmax_scale
-        )
-        places: dict[Any, Any] = {}
-        for ring, x in zip(rings, new, strict=True):
-            keep_last(ring, x, seg, places)
-        return out.transpose(0, 1)
+        ).transpose(0, 1)
 
     def _store(
         self, layer: RowLayer, row: int, key: Tensor, value: Tensor, flags: Tensor, first: int

@@ -3,66 +3,20 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
 from ..budget import Tokens
-from ..eviction import (
-    H2O,
-    RKV,
-    TOVA,
-    CriticalKV,
-    Eviction,
-    ExpectedAttention,
-    KeyDiff,
-    Knorm,
-    LagKV,
-    QFilters,
-    SnapKV,
-    StreamingLLM,
-    TriAttention,
-)
+from ..eviction import Eviction, SnapKV
 from ..pipeline import CachePipeline
 from ..rope import Rope
 from .context import Bench, Case
+from .eviction_policies import DEEPER, policies, sizes
 from .rows import Goal, Row
 from .snapkv import full_state, round_of
 
 ROUNDS = 3
-LAYERS, HEADS, KV_HEADS, DIM = 32, 32, 8, 128
-
-
-def policies(bench: Bench) -> dict[str, Callable[[Tokens], Eviction]]:
-    """Each eviction with its recommended parameters, by name."""
-    layers, heads, kv_heads, dim = sizes(bench)
-
-    def tri(budget: Tokens) -> Eviction:
-        part = torch.ones(layers, heads, dim // 2)
-        return TriAttention(budget=budget, real=part, imaginary=part, size=2 * part)
-
-    return {
-        "StreamingLLM": lambda n: StreamingLLM(budget=n),
-        "TOVA": lambda n: TOVA(budget=n),
-        "KeyDiff": lambda n: KeyDiff(budget=n),
-        "Knorm": lambda n: Knorm(budget=n),
-        "LagKV": lambda n: LagKV(budget=n),
-        "QFilters": lambda n: QFilters(budget=n, filters=torch.ones(layers, kv_heads, dim)),
-        "H2O": lambda n: H2O(budget=n),
-        "ExpectedAttention": lambda n: ExpectedAttention(budget=n),
-        "CriticalKV": lambda n: CriticalKV(SnapKV(budget=n)),
-        "RKV": lambda n: RKV(budget=n),
-        "TriAttention": tri,
-    }
-
-
-# What reads more than the keys once: values through the projection, all pairs of keys.
-DEEPER = ("CriticalKV", "RKV")
-
-
-def sizes(bench: Bench) -> tuple[int, int, int, int]:
-    """Layers, query heads, KV heads and channels."""
-    return bench.pick(LAYERS, 1), bench.pick(HEADS, 4), bench.pick(KV_HEADS, 2), bench.pick(DIM, 32)
 
 
 def measured(bench: Bench, policy: Eviction, held: int, alike: bool) -> tuple[float, float]:
@@ -79,6 +33,8 @@ def measured(bench: Bench, policy: Eviction, held: int, alike: bool) -> tuple[fl
         state = full_state(bench, pipeline, layers, heads, kv_heads, held)
         for layer in range(layers):
             pipeline.tell(state, layer, rope=rope, output_weight=weight)
+        for row in state.sequences:  # as if a replay had just been
+            row.replayed_at = row.length
         for k, *_ in state.layers[0].pool.extents if alike else ():
             k += 1.5
         found.append(round_of(bench, state))

@@ -53,7 +53,8 @@ class FixedFraction(Admission):
 
     def admit(self, write: Write) -> Tensor:
         self.gate.admit(write)
-        return self.decisions[:, write.layer * _STRIDE :].index_select(1, write.positions)
+        own = self.decisions[write.heads.start : write.heads.stop, write.layer * _STRIDE :]
+        return own.index_select(1, write.positions)
 
     def check(self, layers: int, kv_heads: int, head_dim: int) -> None:
         self.gate.check(layers, kv_heads, head_dim)

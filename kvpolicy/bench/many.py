@@ -206,7 +206,8 @@ def _serve(bench: Bench, attached: Any, traffic: Traffic) -> Served:
             )
 
     options = {"slots": traffic.slots, "tokens_per_call": traffic.tokens}
-    finished = list(attached.generate_many(source(), **options))
+    asked = source() if traffic.rate is not None else list(source())
+    finished = list(attached.generate_many(asked, **options))
     total = time.perf_counter() - start
     if failed := next((x for x in finished if x.error is not None), None):
         raise failed.error

@@ -68,7 +68,9 @@ def split(model: Any, dtype: torch.dtype) -> Any:
         if model is not None:
             model.save_pretrained(folder[0])
         dist.barrier()
-        return AutoModelForCausalLM.from_pretrained(folder[0], tp_plan="auto", dtype=dtype).eval()
+        found = AutoModelForCausalLM.from_pretrained(folder[0], tp_plan="auto", dtype=dtype)
+        torch.manual_seed(0)  # from here on all draw the same prompts and gates
+        return found.eval()
     finally:
         dist.barrier()
         if dist.get_rank() == 0:

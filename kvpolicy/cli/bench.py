@@ -36,7 +36,9 @@ def bench(
         raise typer.Exit(launch(tp, [*(names or []), *options, *["--quick"] * quick]))
     if tp > 1:
         with errors(), together() as rank:
-            run(names or [], out=str(out), quick=quick, seconds=seconds, rank=rank, ranks=tp)
+            rows = run(names or [], out=str(out), quick=quick, seconds=seconds, rank=rank, ranks=tp)
+        if rank == 0 and any(row.error for row in rows):
+            raise typer.Exit(1)
         return
     with errors(), Progress("benchmark", asked=progress) as shown:
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..evaluation.benchmarks.runner import Cell
     from ..evaluation.grid.variants import Variant
 
-BENCHMARK_CONTEXTS = 25
+BENCHMARK_CONTEXTS, BENCHMARK_QUESTIONS = 25, 200
 RATIOS = [0.25, 0.5, 0.75, 0.875]
 _LENGTHS = [4096]
 
@@ -49,7 +49,8 @@ def run_benchmark(
     tasks: Sequence[str] | None,
     lengths: Sequence[int] | None,
     starts: Sequence[str] | None,
-    contexts: int,
+    contexts: int | None,
+    questions: int | None,
     texts: Path | None,
     gates: Sequence[Path],
     thresholds: Sequence[float],
@@ -91,6 +92,9 @@ def run_benchmark(
     check_fractions("ratio", ratios)
     if any(x == 1 for x in ratios):
         raise ValueError("ratio: wanted less than 1, the part of the context that is evicted")
+    if questions is None:
+        questions = BENCHMARK_QUESTIONS if contexts is None else 0
+    contexts = contexts or BENCHMARK_CONTEXTS
     files = [shipped("gate", file) for file in gates]
     named = gates_for(model, files, thresholds)
     found = variants_for(model, files, thresholds, duo, keeps, budgets, window)
@@ -127,6 +131,8 @@ def run_benchmark(
         "parts": which[1],
         "pipeline": {n: pipeline_fingerprint(x) for n, x in extra.items()},
     }
+    if questions:
+        settings["questions"] = questions
     store = Store(folder_of(out, which))
     runner = BenchmarkRunner(
         model=language_model,
@@ -134,6 +140,7 @@ def run_benchmark(
         benchmark=mine,
         text=text,
         contexts=contexts,
+        questions=questions,
         seed=seed,
         deadline=deadline,
         store=store,

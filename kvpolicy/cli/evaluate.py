@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .._fields import MOST, check_number
-from .benchmarks import BENCHMARK_CONTEXTS, RATIOS, Prompted, refuse, run_benchmark
+from .benchmarks import RATIOS, Prompted, refuse, run_benchmark
 from .common import (
     SMOLLM2,
     Device,
@@ -53,11 +53,11 @@ def evaluate(
     ] = None,
     contexts: Annotated[
         int | None,
-        typer.Option(min=1, max=MOST, help="Contexts of a cell; default 8, of benchmarks 25."),
+        typer.Option(min=1, max=MOST, help="Contexts of a cell; default 8, benchmarks 25 or more."),
     ] = None,
     questions: Annotated[
         int | None,
-        typer.Option(min=1, max=MOST, help="Questions of a cell at least; sets the contexts."),
+        typer.Option(min=1, max=MOST, help="Questions of a cell at least; benchmarks: 200."),
     ] = None,
     texts: Annotated[
         Path | None,
@@ -96,6 +96,10 @@ def evaluate(
             help="Parts of the blocks that XAttention reads while prefilling, instead: beside its "
             "own thresholds, with the part that these find."
         ),
+    ] = None,
+    q_filters: Annotated[
+        Path | None,
+        typer.Option(help="A file of fit-q-filters, for --methods.", exists=True),
     ] = None,
     window: Annotated[int, typer.Option(min=1, max=MOST, help="Local window without a gate.")] = 64,
     page_size: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of a page.")] = 16,
@@ -157,7 +161,7 @@ def evaluate(
         }  # fmt: skip
         if benchmark is not None:
             refuse(
-                benchmark, eager=eager, methods=methods, questions=questions, density=density
+                benchmark, eager=eager, methods=methods, density=density, q_filters=q_filters
             )  # fmt: skip
             failed = run_benchmark(
                 benchmark,
@@ -167,7 +171,8 @@ def evaluate(
                 tasks=task,
                 lengths=length,
                 starts=variant,
-                contexts=contexts or BENCHMARK_CONTEXTS,
+                contexts=contexts,
+                questions=questions,
                 texts=texts,
                 gates=gate or [],
                 thresholds=threshold or [],
@@ -190,6 +195,8 @@ def evaluate(
             )
             raise typer.Exit(int(failed))
         refuse(None, **of_benchmarks)
+        if q_filters is not None and not methods:
+            raise ValueError("q_filters: wanted --methods, which measures them, got none")
         tasks = _tasks(task)
         contexts = contexts or 8
         if questions is not None:
@@ -206,7 +213,7 @@ def evaluate(
                 raise ValueError("density: wanted without --methods, got both")
             found = density_variants(density, threshold or [XAttention().threshold], window)
         elif methods:
-            found = method_variants_for(model, gates, duo, keeps, window)
+            found = method_variants_for(model, gates, duo, keeps, window, q_filters)
         else:
             found = variants_for(model, gates, threshold or [], duo, keeps, budgets, window)
         mine = {name: own_pipeline(name, trust_code) for name in pipeline or []}
@@ -231,6 +238,8 @@ def evaluate(
             settings["methods"] = True
         if density:
             settings["density"] = density
+        if q_filters is not None:
+            settings["q_filters"] = digest(q_filters)
         if mine:
             settings["pipeline"] = {n: pipeline_fingerprint(x) for n, x in mine.items()}
         store = Store(out)

@@ -100,6 +100,13 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "kvpolicy reproduce wg-kv fig7 --quick --out again",
         ),
     ),
+    "fit-q-filters": (
+        (
+            "the filters of Q-Filters, from two texts (here too few)",
+            "kvpolicy fit-q-filters smollm2 --texts manual.txt --out filters.safetensors "
+            "--length 512 --documents 2",
+        ),
+    ),
     "models": (("whether two types are served", "kvpolicy models llama falcon --check"),),
     "bench": (("tiny shapes, also without a GPU", "kvpolicy bench --quick decode --out numbers"),),
     "completion": (("in this shell; in ~/.bashrc for all", 'eval "$(kvpolicy completion bash)"'),),

@@ -208,6 +208,33 @@ def train_duo(
         typer.echo(f"{out}: mean head weight {trained.heads.mean():.3f}")
 
 
+def fit_q_filters(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The filters' file: .safetensors.")],
+    texts: Annotated[Path, typer.Option(help="A .txt file or a folder of them.", exists=True)],
+    length: Length = 2048,
+    documents: Annotated[int, typer.Option(min=1, help="Texts of so many tokens to read.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of where texts begin.")] = 0,
+    device: Device = None,
+    dtype: OfWeights = None,
+) -> None:
+    """Fit the filters of Q-Filters: one pass over some texts, no training."""
+    with errors():
+        from .. import QFilters, Tokens
+        from ..evaluation.tasks import loss
+        from ..training import fit_q_filters as fit
+
+        if out.suffix != ".safetensors":
+            raise ValueError(f"out: wanted a name ending in .safetensors, got {str(out)!r}")
+        language_model, tokenizer = load(model, device, dtype)
+        text = "\n\n".join(read(texts))
+        read_ones = loss.documents(tokenizer, text, length=length, contexts=documents, seed=seed)
+        filters = fit(language_model, read_ones)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        QFilters(budget=Tokens(1), filters=filters).save(out)
+        typer.echo(f"{out}: {list(filters.shape)} of {documents} texts of {length} tokens")
+
+
 def _documents(
     texts: Path | None, dataset: str | None, subset: str | None, split: str
 ) -> Iterable[Any]:

@@ -150,10 +150,8 @@ def _copy(mine: LayerStore, slot: int, theirs: LayerStore, row: int) -> None:
     for name, into in mine.buffers.items():
         _put(into[slot], theirs.buffers[name][row])
     _put(mine.table[slot], theirs.table[row])
-    if mine.selected is not None:
-        read = _writable(mine.selected, mine)[slot].fill_(-1)
-        if theirs.selected is not None:
-            _put(read, theirs.selected[row])
+    if mine.selected is not None and theirs.selected is not None:
+        _put(_writable(mine.selected, mine)[slot], theirs.selected[row])  # -1 in an empty slot
     if mine is theirs:
         return
     mine.sinks = mine.sinks if theirs.sinks is None else theirs.sinks

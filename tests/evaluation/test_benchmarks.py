@@ -22,9 +22,11 @@ from kvpolicy.budget import Tokens  # noqa: E402
 from kvpolicy.cli import app  # noqa: E402
 from kvpolicy.evaluation.benchmarks import methods, tables  # noqa: E402
 from kvpolicy.evaluation.benchmarks.answers import Asker, ends_of, kv_footprint  # noqa: E402
+from kvpolicy.evaluation.benchmarks.benchmark import Benchmark  # noqa: E402
 from kvpolicy.evaluation.benchmarks.chat import Chat  # noqa: E402
 from kvpolicy.evaluation.benchmarks.item import Item  # noqa: E402
 from kvpolicy.evaluation.benchmarks.parts import part_of  # noqa: E402
+from kvpolicy.evaluation.benchmarks.runner import BenchmarkRunner  # noqa: E402
 from kvpolicy.evaluation.grid.records import Footprint, Measured, Result  # noqa: E402
 from kvpolicy.evaluation.grid.variants import Room  # noqa: E402
 from kvpolicy.evaluation.models import tiny_llama  # noqa: E402
@@ -262,7 +264,6 @@ def test_a_policy_of_one_s_own(folder, tmp_path, monkeypatch):
     [
         (("--eager",), "eager: wanted without --benchmark"),
         (("--methods",), "methods: wanted without --benchmark"),
-        (("--questions", 8), "questions: wanted without --benchmark"),
         (("--ratio", 1), "ratio: wanted less than 1"),
         (("--part", "2/2"), "part: wanted i/n with i from 0 to n - 1"),
         (("--task", "three"), "task: wanted one of one, two, got 'three'"),
@@ -320,3 +321,37 @@ def test_a_ratio_counts_only_where_full_attention_scores_half():
 def test_kvzip_is_read_alone():
     here = SimpleNamespace(pipeline=CachePipeline(eviction=KVzip(budget=Ratio(0.5))))
     assert Asker(here=here, tokenizer=None).alone
+
+
+@attrs.frozen
+class One(Benchmark):
+    """As many contexts as are wanted, `each` questions about every one."""
+
+    each: int
+
+    def tasks(self, data=()):
+        return ("one",)
+
+    def items(self, task, wanted):
+        return [
+            Item(task=task, context=f"context {c}", question=f"{q}?", answers="x")
+            for c in range(wanted.contexts)
+            for q in range(self.each)
+        ]
+
+    def score(self, answer, item):
+        return 0.0
+
+
+@pytest.mark.parametrize(
+    ("each", "questions", "contexts"), [(1, 200, 200), (8, 200, 25), (3, 200, 67), (1, 0, 25)]
+)
+def test_a_task_of_few_questions_gets_more_contexts(each, questions, contexts):
+    run = BenchmarkRunner(
+        model=None, tokenizer=None, text="", contexts=25, seed=0, deadline=0.0, store=None,
+        results=[], benchmark=One(each), questions=questions,
+    )  # fmt: skip
+    found = run._asked("one", 100)
+    assert len(found) == contexts and sum(len(own) for _, own in found) >= questions
+    parts = [attrs.evolve(run, items={}, part=(n, 3))._asked("one", 100) for n in range(3)]
+    assert sorted(place for part in parts for place, _ in part) == list(range(contexts))

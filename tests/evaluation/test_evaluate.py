@@ -15,10 +15,17 @@ tokenizers = pytest.importorskip("tokenizers")
 
 from typer.testing import CliRunner  # noqa: E402
 
-from kvpolicy import CachePipeline, LocalAttention, Quest, SnapKV, WriteGate  # noqa: E402
+from kvpolicy import (  # noqa: E402
+    CachePipeline,
+    LocalAttention,
+    Quest,
+    SnapKV,
+    WriteGate,
+    XAttention,
+)
 from kvpolicy.adapters.hf import attach  # noqa: E402
 from kvpolicy.cli import app  # noqa: E402
-from kvpolicy.evaluation.grid import cell, runner  # noqa: E402
+from kvpolicy.evaluation.grid import cell, densities, runner  # noqa: E402
 from kvpolicy.evaluation.grid import variants as grid  # noqa: E402
 from kvpolicy.evaluation.models import tiny_llama  # noqa: E402
 from kvpolicy.evaluation.sessions import estimates  # noqa: E402
@@ -27,6 +34,7 @@ from kvpolicy.evaluation.sessions.score import score  # noqa: E402
 from kvpolicy.evaluation.tasks import TASKS, Task  # noqa: E402
 from kvpolicy.evaluation.tasks import loss as long_text  # noqa: E402
 from kvpolicy.evaluation.tasks.prompts import Example, Frame, Question  # noqa: E402
+from kvpolicy.testing import check_selection  # noqa: E402
 
 CHAT = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}~"
 
@@ -208,6 +216,39 @@ def test_a_run_is_boxed_resumed_and_summarized(folder, tmp_path):
     assert call(folder, tmp_path, *sizes).stdout.count(", 420: ") == 0
     wrong = call(folder, tmp_path, "--contexts", 3, code=2).stderr
     assert "error: out: " in wrong and "another contexts: 2" in wrong
+
+
+def test_forced_densities_read_the_heaviest_blocks(folder, tmp_path):
+    options = ("--length", 700, "--contexts", 1, "--density", 0.5, "--density", 1)
+    said = call(folder, tmp_path, *options).stdout
+    assert "8 cells, 0 failed, 0 left" in said
+    lines = (tmp_path / "cells.jsonl").read_text().splitlines()
+    rows = {(r["task"], r["variant"]): r for r in map(json.loads, lines)}
+    tiles = range(1, 7)  # of 128 positions; the question lies in the last one too
+    wanted = sum(max(round(0.5 * n), min(n, 2)) for n in tiles) / sum(tiles)
+    for task in ("copy", "loss"):
+        assert rows[task, "XAttention at 50%"]["density"] == [pytest.approx(wanted)]
+        assert rows[task, "XAttention at 100%"]["density"] == [1.0]
+        assert 0 < rows[task, "XAttention, threshold 0.9"]["density"][0] <= 1
+        assert "density" not in rows[task, "full"]
+    loss = {name: row["loss"] for (task, name), row in rows.items() if task == "loss"}
+    assert loss["XAttention at 100%"] == pytest.approx(loss["full"], abs=1e-4)
+    assert loss["XAttention at 50%"] != pytest.approx(loss["full"], abs=1e-4)
+    assert "density" in (tmp_path / "results.md").read_text()
+    for wrong in (("--density", 0), ("--density", 0.5, "--methods")):
+        assert "error: density: " in call(folder, tmp_path, *wrong, code=2).stderr
+
+
+def test_the_heaviest_blocks():
+    mass = torch.tensor([[0.1, 0.2, 0.3, 0.2, 0.1, 0.1], [0.0, 0.5, 0.1, 0.1, 0.3, 0.0]])
+    found = densities.heaviest(mass, 0.5).int().tolist()
+    assert found == [[1, 0, 1, 0, 0, 1], [1, 1, 0, 0, 0, 1]]
+    assert densities.heaviest(mass, 0.01).sum(-1).tolist() == [2, 2]
+    assert densities.heaviest(mass[:, :1], 0.01).all()
+
+
+def test_a_forced_density_conforms():
+    check_selection(densities.Forced(density=0.3, by=XAttention(tile=16)), takes_effect=True)
 
 
 def test_a_task_that_does_not_fit_fails_with_the_reason_and_is_tried_again(folder, tmp_path):

@@ -10,8 +10,10 @@ import torch
 
 from kvpolicy import reference
 from kvpolicy.eviction import SnapKV
+from kvpolicy.eviction._attention import attention
+from kvpolicy.kernels import _levels
 from kvpolicy.kernels import window_scores as kernels
-from kvpolicy.ops import Heads
+from kvpolicy.ops import Heads, Ring
 from tests.support.kernels.pool import CUDA, DEVICE, assert_within_budget
 from tests.support.kernels.scores import clean, make_layer
 
@@ -63,10 +65,62 @@ def test_large_heads(dim):
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: "-".join(m.values()))
 def test_several_splits_and_tiles(mode, monkeypatch):
     monkeypatch.setattr(kernels, "_SPLIT", 32)
-    monkeypatch.setattr(kernels, "_PARTS", 2)
+    monkeypatch.setattr(_levels, "_PARTS", 2)
     monkeypatch.setattr(kernels, "choose_tile", lambda *a: kernels.Tile(16, 16, 4, 2))
     layer = make_layer([85], 2, 2, 16, torch.float32, 10, 20, page=16, seed=5)
     compare(layer, SnapKV(budget=99, observation=20, **mode))
+
+
+def weights_of(layer, observation, kind):
+    """Weights `[Hkv, G, w, N + W]` of the first sequence's queries."""
+    view = clean(layer.view(kind, 0.3, observation))
+    return attention(view, 0, view.valid.shape[2])
+
+
+@pytest.mark.parametrize(("window", "observation"), [(16, 16), (5, 24)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_largest_weights_and_squares(window, observation, dtype):
+    layer = make_layer([90], 3, 2, 16, dtype, window, observation)
+    width = layer.heads.table.shape[2] * 4
+    for options, of in (
+        ({"group": "each"}, lambda x: x.amax(1).mean(1)),
+        ({"group": "mean", "squared": True}, lambda x: x.square().mean((1, 2))),
+    ):
+        exact, eager = (
+            of(weights_of(layer, observation, x))[None, :, :width] for x in (torch.float64, dtype)
+        )
+        for op, pages in ((kernels, layer.pool.pages), (reference, layer.flat)):
+            got = op.window_scores(
+                pages, layer.heads, Ring(layer.ring_k, layer.ring_k, layer.ring_k[..., 0].byte()),
+                layer.ring_q, layer.lengths, window, 0.3, observation=observation, kernel=1,
+                pooling="avg", normalize="visible", **options,
+            )  # fmt: skip
+            if dtype == torch.float32:  # a square's error is twice a weight's
+                assert (got - exact).abs().max() <= 1e-6 * exact.max()
+            else:
+                assert_within_budget(got, eager, exact)
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_levels(with_sinks):
+    layer = make_layer([90, 3], 3, 2, 16, torch.float32, 16, 20)
+    sinks = torch.randn(6, device=DEVICE) if with_sinks else None
+    ring = Ring(layer.ring_k, layer.ring_k, layer.ring_k[..., 0].byte())
+    view = clean(layer.view(torch.float64, 0.3, 20))._replace(sinks=sinks)
+    q = view.queries.unflatten(1, (3, -1))
+    near = (q @ view.recent_keys[:, :, None].mT * 0.3).double()
+    for op, pages in ((kernels, layer.pool.pages), (reference, layer.flat)):
+        got = op.window_levels(
+            pages, layer.heads, ring, layer.ring_q, layer.lengths, 16, 0.3, observation=20,
+            sinks=sinks,
+        ).unflatten(1, (3, -1))  # fmt: skip
+        # The newest query sees all of the window: its weights there are those of the softmax.
+        for row in range(2):
+            exact = attention(view, row, view.valid.shape[2])[:, :, -1, view.valid.shape[2] :]
+            found = (near[row, :, :, -1] - got[row, :, :, -1, None]).exp()
+            found = found * view.recent_valid[row]
+            assert torch.allclose(found, exact.double(), atol=1e-5)
+        assert got[1, ..., :17].eq(float("inf")).all()  # before the first query
 
 
 def test_a_chunk_of_the_reference_is_small(monkeypatch):

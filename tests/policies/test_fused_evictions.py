@@ -87,12 +87,12 @@ POLICIES = [
 ]
 
 
-def filled(policy, backend, layers=LAYERS, tokens=90):
+def filled(policy, backend, tokens=90):
     """Two sequences of ragged heads, one hardly longer than the window."""
     admission = RandomGate(sparsity=0.3)
     pipeline = CachePipeline(admission=admission, eviction=policy, window=9, backend=backend)
     spec = CacheSpec(
-        layers=layers, heads=HEADS, kv_heads=KV_HEADS, head_dim=DIM, hidden=HIDDEN, page_size=4
+        layers=LAYERS, heads=HEADS, kv_heads=KV_HEADS, head_dim=DIM, hidden=HIDDEN, page_size=4
     )
     data = random_data(spec, [tokens, 11], 2, HIDDEN, 0)
     return pipeline, prompt(pipeline, data, tokens), data
@@ -127,11 +127,11 @@ def test_nothing_is_copied_and_scores_are_those_of_the_view(policy, monkeypatch)
 def test_kernels_keep_what_the_reference_keeps(policy):
     kept = []
     for backend in ("reference", "triton"):
-        pipeline, state, data = filled(policy, backend, layers=1, tokens=60)
+        pipeline, state, data = filled(policy, backend, tokens=48)
         end_prompt(pipeline, state, data, 11)
         kept.append([
-            state.kept(0, b, h).tolist()
-            for b in range(2) for h in range(KV_HEADS)
+            state.kept(n, b, h).tolist()
+            for n in range(LAYERS) for b in range(2) for h in range(KV_HEADS)
         ])  # fmt: skip
     assert kept[0] == kept[1]
     assert policy.budget is None or len(kept[0][0]) == 20

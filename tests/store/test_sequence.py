@@ -1,10 +1,10 @@
-"""Every host number of a sequence is forked, reset, saved and loaded with the others."""
+"""Every host number of a sequence is forked, moved, parked, reset and filed with the others."""
 
 from __future__ import annotations
 
 import attrs
 
-from kvpolicy.store import load, save
+from kvpolicy.store import clear, load, move, park, save, side_state, unpark
 from kvpolicy.store.fork import select_rows
 from kvpolicy.store.sequence import SequenceState
 from tests.support.store.saved import PIPELINE, SPEC, filled
@@ -35,6 +35,21 @@ def test_a_file_has_them(tmp_path) -> None:
     save(state, tmp_path / "cache", PIPELINE)
     back, _, _ = load(tmp_path / "cache", PIPELINE, SPEC)
     assert [attrs.asdict(row) for row in back.sequences] == wanted
+
+
+def test_a_slot_has_them() -> None:
+    """Moved and parked; nothing of them is left where the sequence was."""
+    state, free = filled(), attrs.asdict(SequenceState(active=False))
+    wanted = marked(state)
+    state.sync_devices()
+    side = side_state(state, 2)
+    move(side, 1, state, 0)
+    assert attrs.asdict(side.sequences[1]) == wanted[0]
+    unpark(state, 0, park(side, 1))
+    assert [attrs.asdict(row) for row in state.sequences] == wanted
+    assert attrs.asdict(side.sequences[1]) == free
+    clear(state, range(state.batch))
+    assert [attrs.asdict(row) for row in state.sequences] == [free] * state.batch
 
 
 def test_reset_forgets_them() -> None:

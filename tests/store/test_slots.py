@@ -226,6 +226,17 @@ def test_reports_with_empty_slots():
     assert none.pages == none.tokens == 0 and none.read == [[0.0] * 2] * 2
 
 
+def test_what_has_not_decoded_here_read_its_window():
+    state, side = room(GATED, [40, 0])
+    call(GATED, state, [1, 1], "decode")
+    before = GATED.report(state).read
+    call(GATED, side, [30], "prompt")
+    GATED.end_prompt(side)
+    move(state, 1, side, 0)
+    wanted = [[n + WINDOW / 2 for n in layer] for layer in before]
+    assert GATED.report(state).read == wanted
+
+
 def test_tiles_read_are_counted_where_the_sequence_is():
     pipeline = CachePipeline(selection=XAttention(threshold=0.5, stride=2, tile=4), window=WINDOW)
     state, side = room(pipeline, [40, 0])
@@ -240,8 +251,8 @@ def test_tiles_read_are_counted_where_the_sequence_is():
     )
 
 
-def test_the_device_knows_which_sequences_ended():
-    """After steps of a graph the host is behind: what it writes does not undo what happened."""
+def behind():
+    """A room after steps of a graph: the host does not know that the second sequence ended."""
     state, side = room(PIPELINE, [30, 20, 0])
     PIPELINE.reserve(state, 8)
     for on in ([True, True, False], [True, False, False]):
@@ -249,14 +260,45 @@ def test_the_device_knows_which_sequences_ended():
         with state.rehearsal():
             call(PIPELINE, state, [1, 1, 1], "decode")
         PIPELINE.replayed(state)
+    return state, side
+
+
+AFTER = [
+    (lambda room, side: move(room, 2, side, 0), [32, 21, 10], [True, False, True]),
+    (lambda room, side: move(room, 2, room, 1), [32, 0, 21], [True, False, False]),
+    (lambda room, side: move(side_state(room), 0, room, 0), [0, 21, 0], [False] * 3),
+    (lambda room, side: clear(room, [0]), [0, 21, 0], [False] * 3),
+    (lambda room, side: park(room, 0), [0, 21, 0], [False] * 3),
+    (lambda room, side: unpark(room, 2, park(room, 1)), [32, 0, 21], [True, False, False]),
+    (lambda room, side: room.finish([0]), [32, 21, 0], [False] * 3),
+    (lambda room, side: room.resume([1]), [32, 21, 0], [True, True, False]),
+]
+
+
+@pytest.mark.parametrize(("work", "lengths", "active"), AFTER)
+def test_the_device_knows_which_sequences_ended(work, lengths, active):
+    """What the host writes does not undo what happened there."""
+    state, side = behind()
     call(PIPELINE, side, [10], "prompt")
-    move(state, 2, side, 0)
-    assert state.lengths == state.devices.read()[0] == [32, 21, 10]
-    assert state.active == state.devices.read()[1] == [True, False, True]
-    clear(state, [1])
-    state.finish([0])
-    state.resume([0])
-    assert state.lengths == [32, 0, 10] and state.active == [True, False, True]
+    work(state, side)
+    assert state.lengths == state.devices.read()[0] == lengths
+    assert state.active == state.devices.read()[1] == active
+
+
+def test_a_new_sequence_reserves_its_pages():
+    """Steps that were reserved before it came do not write where no page is free."""
+    limited = attrs.evolve(SPEC, max_bytes=64 * SIZE * (2 * 16 * 4 + 4), interval=1)
+    state, side = room(PIPELINE, [40, 0], limited)
+    call(PIPELINE, side, [21], "prompt")
+    PIPELINE.reserve(state, 3)
+    move(state, 1, side, 0)
+    for _ in range(2):
+        call(PIPELINE, state, [1, 1], "decode")
+    with pytest.raises(CapacityError, match="4 more pages wanted, 3 free"):
+        call(PIPELINE, state, [1, 1], "decode")
+    assert state.lengths == [42, 23]
+    state.finish([1])
+    call(PIPELINE, state, [1, 1], "decode")
 
 
 def test_sequences_beside_a_replay_stay():

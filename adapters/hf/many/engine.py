@@ -290,10 +290,17 @@ class Engine:
     # -- steps
 
     def _step(self, entries: Sequence[Entry]) -> None:
+        rows = {entry.slot: entry for entry in self.scheduler.at(Place.RUNNING)}
         try:
+            self.room.maintain()  # where one that was due found no memory
             self.steps.step(entries)
         except SHORT as error:
-            self._short(error, {entry.slot: entry for entry in entries})
+            self._short(error, rows)
+            return
+        try:
+            self.room.maintain()
+        except SHORT as error:  # it stays due
+            self._short(error, rows)
 
     def _hear(self, all: bool = False) -> None:
         """Looks at tokens; those that end a request empty its slot."""

@@ -36,6 +36,7 @@ class SlotCache(KVPolicyCache):
     def __init__(self, model: Any, pipeline: Any, **options: Any) -> None:
         super().__init__(model, pipeline, **options)
         self.chunks = [(1, None)]  # it has begun, whatever its sequences hold
+        self.recording = True  # evictions are no part of a step, which cannot be taken back
 
     def saw(self, columns: int, valid: Tensor | None) -> None:
         """Columns are not counted."""
@@ -114,6 +115,12 @@ class Room:
         """Gives back what is reserved for decode steps to come."""
         self.state.devices.release()
         self.state.steps_reserved = 0
+
+    def maintain(self) -> None:
+        """Evicts where that is due while decoding; CapacityError with nothing changed."""
+        if self.pipeline.due(self.state):
+            self.state.sync_host()  # rows that ended meanwhile are not due
+            self.pipeline.maintain(self.state)
 
     def open_lane(self, lane: int, shared: bool) -> None:
         """Makes an empty lane ready for a prompt; with `shared`, after the common prefix."""

@@ -47,15 +47,16 @@ def serve(
         raise UnsupportedError("shared_prefix: the model takes a prompt in one forward")
     tile = attachment.pipeline.selection.tile or 1
     prefix = prefix[: len(prefix) // tile * tile]
+    longest = 1
     if isinstance(requests, list | tuple):
-        for request in requests:
-            reader.options(request)
+        read = map(reader.options, requests)
+        longest = max((len(one.ids) + one.most for one in read), default=1)
     sizes = dict(attachment.sizes)
     if max_bytes is not None:
         sizes["max_bytes"] = max_bytes
     elif sizes.get("max_bytes") is None:
         sizes["max_bytes"] = _spare(attachment.spec.device)
-    return _run(attachment, requests, slots, tokens_per_call, prefix, sizes, reader)
+    return _run(attachment, requests, slots, tokens_per_call, prefix, sizes, reader, longest)
 
 
 def _run(
@@ -66,8 +67,11 @@ def _run(
     prefix: Sequence[int],
     sizes: dict[str, Any],
     reader: Reader,
+    longest: int,
 ) -> Iterator[Finished]:
-    engine = Engine(attachment, requests, Room(attachment, slots, sizes), tokens, prefix, reader)
+    room = Room(attachment, slots, sizes)
+    room.state.widen(longest)  # once, and not in steps, each of which a graph is captured for
+    engine = Engine(attachment, requests, room, tokens, prefix, reader)
     try:
         yield from engine.run()
     finally:

@@ -33,6 +33,7 @@ class Steps:
         self.stepper: Stepper | None = None
         self.slots: tuple[int, ...] = ()  # that `index` and `on` are of
         self.index, self.on = self.tokens[:0], self.tokens > 0
+        self.late = int(device.type == "cuda")  # steps
         self.pending: list[Callable[[], Known]] = []
 
     def enter(self, entry: Entry, token: Tensor | int, made: int) -> None:
@@ -78,9 +79,9 @@ class Steps:
         self.pending.append(_sent(list(entries), chosen))
 
     def known(self, all: bool = False) -> Known:
-        """Tokens that the host may look at; `all`, or without those of the last step on a GPU."""
-        late = 0 if all or self.tokens.device.type != "cuda" else 1
-        ready = self.pending[: len(self.pending) - late]
+        """Tokens that the host may look at; `all`, or those that it need not wait for."""
+        late = 0 if all else self.late
+        ready = self.pending[: max(len(self.pending) - late, 0)]
         self.pending = self.pending[len(ready) :]
         return [pair for receive in ready for pair in receive()]
 

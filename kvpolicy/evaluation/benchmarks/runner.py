@@ -1,25 +1,23 @@
-"""Measures a benchmark's cells in a time box, and goes on where an earlier run stopped."""
+"""Measures the cells of a benchmark."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...adapters.hf import attach
-from ...errors import KVPolicyError
 from ...pipeline import CachePipeline
-from ..grid.cell import OutOfTime, at_a_time
-from ..grid.records import TOO_SMALL, Footprint, Measured, Result
-from ..grid.results import Store
+from ..grid.cell import at_a_time
+from ..grid.loop import Loop
+from ..grid.records import Footprint, Measured
 from ..grid.variants import SEEN, Room, Variant
-from ..sessions.estimates import shown
 from .answers import Answered, Asker
 from .benchmark import Benchmark, Wanted
 from .chat import Chat, Reading
@@ -41,80 +39,36 @@ class Cell:
 
 
 @attrs.define(kw_only=True, eq=False)
-class BenchmarkRunner:
-    """Measures cells until all are done or the time is over.
+class BenchmarkRunner(Loop[Cell]):
+    """Measures the cells of a benchmark.
 
+    `contexts` are those of a task; where they bring fewer than `questions`, there are more of them.
     `part` is which of how many parts of each task's contexts this run asks about. Answers are
-    greedy without `drawn`, options of `generate` that draw them. `results` are what earlier runs
-    measured; cells that failed are tried again. `say` is called with a line for each cell, `starts`
-    with each cell before it is measured, its number from 0 and how many there are.
+    greedy without `drawn`, options of `generate` that draw them.
     """
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
     benchmark: Benchmark
-    text: str
-    contexts: int
-    seed: int
-    deadline: float
-    store: Store
-    results: list[Result]
+    questions: int = 0
     data: tuple[Path, ...] = ()
     part: tuple[int, int] = (0, 1)
-    page_size: int = 16
     drawn: Mapping[str, Any] = attrs.field(factory=dict)
-    say: Callable[[str], object] = print
-    starts: Callable[[Cell, int, int], object] = lambda cell, number, of: None
-    left: int = 0
     _items: dict[tuple[str, int], list[tuple[int, list[Item]]]] = attrs.field(factory=dict)
 
     def run(self, tasks: Sequence[str], lengths: Sequence[int], found: Sequence[Variant]) -> None:
         """Measures what is not measured yet, composition by composition at each length."""
-        done = {result.key for result in self.results if not result.failed}
-        whole = [
-            Cell(task=task, length=length, variant=variant)
-            for length in lengths
-            for variant in found
-            for task in tasks
-        ]
-        todo = [cell for cell in whole if cell.key not in done]
-        for number, cell in enumerate(todo):
-            self.starts(cell, number, len(todo))
-            try:
-                result = self._measure(cell)
-            except OutOfTime:
-                self.left = len(todo) - number
-                return
-            self.results = [x for x in self.results if x.key != result.key] + [result]
-            self.store.add(result)
-            self.say(_said(result))
-
-    @property
-    def failed(self) -> list[Result]:
-        """Cells without a result that another run could have."""
-        return [result for result in self.results if result.failed]
-
-    def _measure(self, cell: Cell) -> Result:
-        self._check()
-        variant = cell.variant
-        result = Result(
-            task=cell.task,
-            length=cell.length,
-            variant=variant.name,
-            family=variant.family,
-            keep=variant.keep,
-            seed=self.seed,
+        self.go_through(
+            [
+                Cell(task=task, length=length, variant=variant)
+                for length in lengths
+                for variant in found
+                for task in tasks
+            ]
         )
-        try:
-            asked = self._asked(cell.task, cell.length)
-            pipeline = variant.build(self._room(cell))
-            if pipeline is None:
-                return attrs.evolve(result, skipped=TOO_SMALL)
-            measured = self._answers(cell, pipeline, asked)
-        # Data that does not do for the task, or more than the device holds.
-        except (KVPolicyError, ValueError, OSError, torch.OutOfMemoryError) as error:
-            return attrs.evolve(result, failed=str(error) or type(error).__name__)
-        return attrs.evolve(result, measured=measured)
+
+    def measured(self, cell: Cell) -> Measured | None:
+        asked = self._asked(cell.task, cell.length)
+        pipeline = cell.variant.build(self._room(cell))
+        return None if pipeline is None else self._answers(cell, pipeline, asked)
 
     def _answers(
         self, cell: Cell, pipeline: CachePipeline, asked: list[tuple[int, list[Item]]]
@@ -135,7 +89,7 @@ class BenchmarkRunner:
             longest = max(len(x.context) + max(x.new_tokens) for x in readings)
             count = 1 if asker.alone else at_a_time(self.model, pipeline, longest)
             for begin in range(0, len(readings), count):
-                self._check()
+                self.check()
                 group = slice(begin, begin + count)
                 answers = asker.answers(readings[group])
                 found.append((len(readings[group]), answers))
@@ -161,20 +115,13 @@ class BenchmarkRunner:
             held_after=statistics.fmean([x.held_after for _, x in found], weights),
         )
 
-    def _check(self) -> None:
-        if time.monotonic() > self.deadline:
-            raise OutOfTime
-
     def _room(self, cell: Cell) -> Room:
         """What the variant may hold: the bytes of its match on the same contexts."""
-        match = cell.variant.matches
+        match = self.matched(cell)
         if match is None:
             return Room(cell.variant.keep * cell.length, cell.length, page=self.page_size)
-        for result in self.results:
-            if result.key == (cell.task, cell.length, match) and result.measured is not None:
-                size = result.measured.footprint
-                return Room(size.slots, size.seen_tokens, page=self.page_size)
-        raise ValueError(f"it takes the bytes of {match}, which was not measured")
+        size = match.footprint
+        return Room(size.slots, size.seen_tokens, page=self.page_size)
 
     def _asked(self, task: str, length: int) -> list[tuple[int, list[Item]]]:
         """Numbers and questions of this part's contexts, the same for every variant."""
@@ -187,13 +134,17 @@ class BenchmarkRunner:
                 seed=self.seed,
                 data=self.data,
             )
+            found = self.benchmark.items(task, wanted)
+            if 0 < len(found) < self.questions:
+                more = math.ceil(self.contexts * self.questions / len(found))
+                found = self.benchmark.items(task, attrs.evolve(wanted, contexts=more))
             number, of = self.part
-            whole = enumerate(by_context(self.benchmark.items(task, wanted)))
+            whole = enumerate(by_context(found))
             self._items[task, length] = [x for x in whole if x[0] % of == number]
-        found = self._items[task, length]
-        if not found:
+        mine = self._items[task, length]
+        if not mine:
             raise ValueError(f"part: there are fewer contexts than the {self.part[1]} parts")
-        return found
+        return mine
 
 
 def mean_footprint(sizes: Sequence[Footprint], weights: Sequence[float]) -> Footprint:
@@ -202,12 +153,3 @@ def mean_footprint(sizes: Sequence[Footprint], weights: Sequence[float]) -> Foot
     return Footprint(
         **{n: statistics.fmean([getattr(x, n) for x in sizes], weights) for n in names}
     )
-
-
-def _said(result: Result) -> str:
-    place = f"{result.task}, {result.length}: {result.variant}"
-    done = result.measured
-    if done is None:
-        return f"{place}: {'failed: ' if result.failed else ''}{result.reason}"
-    size = f"cache {done.footprint.held:.1%}"
-    return f"{place}: score {shown(done.scores['score'])}, {size}, {done.seconds:.1f} s"

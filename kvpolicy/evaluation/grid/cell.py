@@ -48,12 +48,13 @@ def answer(
     a copy of its context's sequence. Answers are decoded token by token by the cache; with
     `captured`, by a CUDA graph where there is a device for it. Pages hold `page_size` tokens.
     """
-    began, scores, sizes = time.monotonic(), [], []
+    began, scores, sizes, read = time.monotonic(), [], [], []
     with attach(model, pipeline, page_size=page_size) as attached:
         for group in _groups(model, pipeline, examples):
             check()
             cache = attached.new_cache()
             _forward(model, cache, *_block([example.context_ids for example in group]))
+            read += _densities(cache, len(group))
             if not question_in_prompt:
                 cache.end_prompt()
             asked = [example.questions for example in group]
@@ -68,7 +69,8 @@ def answer(
         "log_likelihood": lambda answer: answer.log_likelihood,
     }
     return Measured(
-        scores={n: tuple(statistics.fmean(map(of, x)) for x in scores) for n, of in kinds.items()},
+        scores={n: tuple(statistics.fmean(map(of, x)) for x in scores) for n, of in kinds.items()}
+        | ({"density": tuple(read)} if read else {}),
         questions=sum(map(len, scores)),
         footprint=_mean(sizes),
         seconds=time.monotonic() - began,
@@ -89,7 +91,7 @@ def read_text(
     Documents `[N]` are of one length; pages hold `page_size` tokens.
     """
     began, sizes = time.monotonic(), []
-    everywhere, hits = [], []
+    everywhere, hits, read = [], [], []
     with attach(model, pipeline, page_size=page_size) as attached:
         for group in _groups(model, pipeline, documents):
             check()
@@ -102,8 +104,10 @@ def read_text(
                 if len(hit):
                     hits.append(hit.mean().item())
             sizes += [_size(cache)] * len(group)
+            read += _densities(cache, len(group))
+    scores = {"loss": tuple(everywhere), "hit_loss": tuple(hits)}
     return Measured(
-        scores={"loss": tuple(everywhere), "hit_loss": tuple(hits)},
+        scores=scores | ({"density": tuple(read)} if read else {}),
         footprint=_mean(sizes),
         seconds=time.monotonic() - began,
     )
@@ -232,6 +236,12 @@ def _size_after(
         cache.end_prompt()
     _forward(model, cache, *_block([question.answer_ids[:1] for question in questions]))
     return _size(cache)
+
+
+def _densities(cache: KVPolicyCache, contexts: int) -> list[float]:
+    """The part of the blocks that prompts of so many contexts read, mean over layers that chose."""
+    found = [x for x in cache.report().prompt_read if x is not None]
+    return [statistics.fmean(found)] * contexts if found else []
 
 
 def _size(cache: KVPolicyCache) -> Footprint:

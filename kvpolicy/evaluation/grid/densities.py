@@ -1,67 +1,38 @@
-"""XAttention while prefilling: what part of the blocks it reads, and what a forced part does."""
+"""XAttention while prefilling at its thresholds, and where it reads a forced part of the blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import attrs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops import Ops, TileReads, tile_spans
 from ...pipeline import CachePipeline
-from ...selection import PromptCall, PromptSelection, PromptView, Reads, XAttention
+from ...selection import PromptSelection, PromptView, Reads, Selection, XAttention
 from .variants import FULL, Room, Variant
-
-DENSITY = "density"  # the score that says which part of the blocks was read
-
-
-@attrs.define
-class Tally:
-    """Blocks that tiles read, and those that they might have read."""
-
-    read: int = 0
-    seen: int = 0
-
-    @property
-    def density(self) -> float:
-        """The part that was read, of everything where nothing was asked."""
-        return self.read / self.seen if self.seen else 1.0
 
 
 @attrs.frozen(kw_only=True)
-class Watched(PromptSelection):
-    """XAttention that counts what it reads; at a forced `density` if one is given.
+class Forced(PromptSelection):
+    """XAttention at a density: a tile reads this part of the blocks up to its own.
 
-    Then a tile reads its first and own block and the heaviest others by the same masses, until it
-    reads that part of the blocks up to its own, or the nearest number of them.
+    The first and its own for certain, and the heaviest others by XAttention's masses.
     """
 
-    selection: XAttention
-    density: float | None = None
-    tally: Tally = attrs.field(factory=Tally, eq=False, repr=False)
+    density: float
+    by: XAttention = attrs.field(factory=XAttention)
 
     @property
     def tile(self) -> int:
-        return self.selection.tile
+        return self.by.tile
 
     def prompt(self, view: PromptView) -> Reads:
-        if self.density is None:
-            return self.selection.prompt(view)
         end = view.tiles(self.tile).stop
-        kept = (heaviest(mass, self.density) for mass in self.selection.masses(view))
+        kept = (heaviest(mass, self.density) for mass in self.by.masses(view))
         return Reads(torch.stack([F.pad(x, (0, end - x.shape[1])) for x in kept], 1))
-
-    def choose(self, ops: Ops, call: PromptCall) -> TileReads:
-        if self.density is None:
-            reads = self.selection.choose(ops, call)
-        else:
-            reads = super().choose(ops, call)
-        tiles = [n for span in tile_spans(call.segments, self.tile) for n in range(*span)]
-        self.tally.seen += reads.blocks.shape[0] * sum(n + 1 for n in tiles)
-        self.tally.read += int(reads.blocks.sum())
-        return reads
 
 
 def heaviest(mass: Tensor, density: float) -> Tensor:
@@ -74,30 +45,21 @@ def heaviest(mass: Tensor, density: float) -> Tensor:
     return torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, order, True)
 
 
-def density_variants(densities: Sequence[float], thresholds: Sequence[float], window: int) -> (
-    list[Variant]
-):  # fmt: skip
+def density_variants(
+    densities: Sequence[float], thresholds: Sequence[float], window: int
+) -> list[Variant]:
     """Full attention, XAttention at its thresholds, and at forced densities."""
     found = [Variant(name=FULL, family=FULL, build=lambda room: CachePipeline(window=window))]
-    for threshold in thresholds:
-        name = f"XAttention, threshold {threshold:.3g}"
-        found.append(_variant(name, XAttention(threshold=threshold), None, window))
-    for density in densities:
-        found.append(_variant(f"XAttention at {density:.0%}", XAttention(), density, window))
+    policies: dict[str, Selection] = {
+        f"XAttention, threshold {x:.3g}": XAttention(threshold=x) for x in thresholds
+    }
+    policies |= {f"XAttention at {x:.0%}": Forced(density=x) for x in densities}
+    found += [
+        Variant(name=name, family=name, build=partial(_reading, policy, window))
+        for name, policy in policies.items()
+    ]
     return found
 
 
-def _variant(name: str, policy: XAttention, density: float | None, window: int) -> Variant:
-    def build(room: Room) -> CachePipeline:
-        return CachePipeline(selection=Watched(selection=policy, density=density), window=window)
-
-    return Variant(name=name, family=name, build=build)
-
-
-def with_density(
-    scores: Mapping[str, tuple[float, ...]], pipeline: CachePipeline
-) -> Mapping[str, tuple[float, ...]]:
-    """The scores of a cell, with the density where its selection was watched."""
-    if not isinstance(pipeline.selection, Watched):
-        return scores
-    return {**scores, DENSITY: (pipeline.selection.tally.density,)}
+def _reading(policy: Selection, window: int, room: Room) -> CachePipeline:
+    return CachePipeline(selection=policy, window=window)

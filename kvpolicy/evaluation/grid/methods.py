@@ -24,6 +24,7 @@ from ...eviction import (
     KeyDiff,
     Knorm,
     LagKV,
+    QFilters,
     SageKV,
     SimLayerKV,
     SnapKV,
@@ -126,12 +127,19 @@ def method_variants(
     *,
     gate: WriteGate | None = None,
     duo: str | os.PathLike[str] | None = None,
+    q_filters: str | os.PathLike[str] | None = None,
 ) -> list[Variant]:
     """All methods at parts `keeps` of the context, full attention first.
 
     Evictions come twice, with and without the question. `gate` and `duo` are a write gate and the
-    folder of a DuoAttention pattern, for the model; `window` that of policies which have none.
+    folder of a DuoAttention pattern, for the model, `q_filters` a file of its filters; `window`
+    that of policies which have none.
     """
+    evictions = dict(EVICTIONS)
+    if q_filters is not None:
+        evictions["Q-Filters"] = Method(
+            make=lambda n: QFilters.from_pretrained(q_filters, budget=n)
+        )
     found = [Variant(name=FULL, family=FULL, build=lambda room: CachePipeline(window=window))]
     for tier, keep in enumerate(keeps):
         size = f" {keep:.3g}"
@@ -146,7 +154,7 @@ def method_variants(
                 add(family, build, tier=tier)
         if gate is not None:
             add("write gate", lambda room: CachePipeline(admission=gate), tuned=True, tier=tier)
-        for family, method in EVICTIONS.items():
+        for family, method in evictions.items():
             for seen in (False, True):
                 add(
                     family + (SEEN if seen else ""),

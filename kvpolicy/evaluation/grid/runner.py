@@ -1,29 +1,23 @@
-"""Measures cells in a time box, and goes on where an earlier run stopped."""
+"""Measures the cells of tasks, compositions and sizes."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...admission import WriteGate
-from ...errors import KVPolicyError
 from ...pipeline import CachePipeline
 from ...pretrained import names, path
 from ..search.calibrate import calibrate
-from ..sessions.estimates import shown
 from ..tasks import Task
 from ..tasks.prompts import Example
-from .cell import OutOfTime, answer, read_text
-from .densities import with_density
+from .cell import answer, read_text
+from .loop import Loop
 from .methods import method_variants
-from .records import TOO_SMALL, Measured, Result
-from .results import Store
+from .records import Measured
 from .variants import Cell, Room, Variant, cells, variants
 
 SHIPPED_GATES = {x: f"smollm2-135m-instruct-w64-keep{x}" for x in ("25", "17", "10")}
@@ -31,80 +25,32 @@ _NEAR, _TRIALS = 0.03, 9  # of sizes that are searched for
 
 
 @attrs.define(kw_only=True, eq=False)
-class Runner:
-    """Measures cells until all are done or the time is over.
+class Runner(Loop[Cell]):
+    """Measures the cells of the library's own tasks.
 
     `contexts` are those of a cell of eight questions each; tasks of one question get eight times as
-    many, so that every cell asks as much. `results` are what earlier runs measured; cells that
-    failed are tried again. `say` is called with a line for each cell, `starts` with each cell
-    before it is measured, its number from 0 and how many there are.
+    many, so that every cell asks as much.
     """
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    text: str
-    contexts: int
-    seed: int
-    deadline: float
-    store: Store
-    results: list[Result]
     captured: bool = True
-    page_size: int = 16
-    say: Callable[[str], object] = print
-    starts: Callable[[Cell, int, int], object] = lambda cell, number, of: None
-    left: int = 0
     _prompts: dict[tuple[str, int], list[Any]] = attrs.field(factory=dict)
 
     def run(self, tasks: Sequence[Task], lengths: Sequence[int], found: Sequence[Variant]) -> None:
         """Measures what is not measured yet, the most informative first."""
-        done = {result.key for result in self.results if not result.failed}
-        todo = [cell for cell in cells(tasks, lengths, found) if cell.key not in done]
-        for number, cell in enumerate(todo):
-            self.starts(cell, number, len(todo))
-            try:
-                result = self._measure(cell)
-            except OutOfTime:
-                self.left = len(todo) - number
-                return
-            self.results = [x for x in self.results if x.key != result.key] + [result]
-            self.store.add(result)
-            self.say(_said(result))
+        self.go_through(cells(tasks, lengths, found))
 
-    @property
-    def failed(self) -> list[Result]:
-        """Cells without a result that another run could have."""
-        return [result for result in self.results if result.failed]
-
-    def _measure(self, cell: Cell) -> Result:
-        self._check()
-        variant = cell.variant
-        result = Result(
-            task=cell.task.name,
-            length=cell.length,
-            variant=variant.name,
-            family=variant.family,
-            keep=variant.keep,
-            seed=self.seed,
-        )
-        try:
-            prompts = self._prompts_of(cell.task, cell.length)
-            room = self._room(cell)
-            pipeline = variant.build(room)
-            if pipeline is not None and variant.tuned:
-                pipeline = self._tuned(pipeline, room, prompts)
-            if pipeline is None:
-                return attrs.evolve(result, skipped=TOO_SMALL)
-            measured = self._run(cell, pipeline, prompts)
-            measured = attrs.evolve(measured, scores=with_density(measured.scores, pipeline))
-        # A text or a length that does not do for the task, or more than the device holds.
-        except (KVPolicyError, ValueError, torch.OutOfMemoryError) as error:
-            return attrs.evolve(result, failed=str(error) or type(error).__name__)
-        return attrs.evolve(result, measured=measured)
+    def measured(self, cell: Cell) -> Measured | None:
+        prompts = self._prompts_of(cell.task, cell.length)
+        room = self._room(cell)
+        pipeline = cell.variant.build(room)
+        if pipeline is not None and cell.variant.tuned:
+            pipeline = self._tuned(pipeline, room, prompts)
+        return None if pipeline is None else self._run(cell, pipeline, prompts)
 
     def _run(self, cell: Cell, pipeline: CachePipeline, prompts: list[Any]) -> Measured:
         if not cell.task.questions:
             return read_text(
-                self.model, pipeline, prompts, page_size=self.page_size, check=self._check
+                self.model, pipeline, prompts, page_size=self.page_size, check=self.check
             )
         return answer(
             self.model,
@@ -113,27 +59,19 @@ class Runner:
             question_in_prompt=cell.variant.question_in_prompt,
             captured=self.captured,
             page_size=self.page_size,
-            check=self._check,
+            check=self.check,
         )
-
-    def _check(self) -> None:
-        if time.monotonic() > self.deadline:
-            raise OutOfTime
 
     def _room(self, cell: Cell) -> Room:
         """What the variant may hold: the bytes of its match on the same prompts."""
-        match = cell.variant.matches
+        match = self.matched(cell)
         if match is None:
             asked = _asked(self._prompts_of(cell.task, cell.length))
             slots = cell.variant.keep * cell.length
             return Room(slots, cell.length + asked, asked, page=self.page_size)
-        wanted = (cell.task.name, cell.length, match)
-        for result in self.results:
-            if result.key == wanted and result.measured is not None:
-                size = result.measured.footprint
-                asked = size.seen_tokens - cell.length
-                return Room(size.slots, size.seen_tokens, asked, page=self.page_size)
-        raise ValueError(f"it takes the bytes of {match}, which was not measured")
+        size = match.footprint
+        asked = size.seen_tokens - cell.length
+        return Room(size.slots, size.seen_tokens, asked, page=self.page_size)
 
     def _tuned(
         self, pipeline: CachePipeline, room: Room, prompts: Sequence[Any]
@@ -173,14 +111,19 @@ def _asked(prompts: Sequence[Any]) -> float:
 
 
 def method_variants_for(
-    model: str, gates: Sequence[Path], duo: Path | None, keeps: Sequence[float], window: int
+    model: str,
+    gates: Sequence[Path],
+    duo: Path | None,
+    keeps: Sequence[float],
+    window: int,
+    q_filters: Path | None = None,
 ) -> list[Variant]:
     """All methods; "smollm2" has a gate and a pattern that are shipped."""
     if model == "smollm2":
         duo = duo or path("duo-smollm2-135m-instruct")
         gates = gates or [path(SHIPPED_GATES["25"])]
     gate = WriteGate.from_pretrained(gates[0]) if gates else None
-    return method_variants(keeps, window, gate=gate, duo=duo)
+    return method_variants(keeps, window, gate=gate, duo=duo, q_filters=q_filters)
 
 
 def variants_for(
@@ -223,13 +166,3 @@ def gates_for(
             for least in sorted(thresholds)
         ]
     return named
-
-
-def _said(result: Result) -> str:
-    place = f"{result.task}, {result.length}: {result.variant}"
-    done = result.measured
-    if done is None:
-        return f"{place}: {'failed: ' if result.failed else ''}{result.reason}"
-    name, values = next(iter(done.scores.items()))
-    size = f"cache {done.footprint.held:.1%}"
-    return f"{place}: {name} {shown(values)}, {size}, {done.seconds:.1f} s"

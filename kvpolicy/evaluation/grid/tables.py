@@ -46,8 +46,8 @@ def _cells(found: Measured, scores: Sequence[str], full: Measured | None) -> lis
         f"{size.held:.1%}",
         f"{size.read:.1%}",
         f"{size.bytes / 1e6:.2f}",
-        *(shown(found.scores[score]) for score in scores),
-        *(said(ratio(found.scores[score], base.get(score, ()))) for score in compared),
+        *(shown(found.scores.get(score, ())) for score in scores),
+        *(said(ratio(found.scores.get(score, ()), base.get(score, ()))) for score in compared),
         str(len(found.scores[scores[0]])),
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ _TOP_NAMES = {
     "output": "lm_head",
 }
 _CONTROL_TOKEN, _USER_DEFINED = 3, 4  # GGUF token types; <|im_start|> is of the first
-_CONFIGS: dict[str, Any] = {"llama": LlamaConfig, "qwen2": Qwen2Config}
+_CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {"llama": LlamaConfig, "qwen2": Qwen2Config}
 # How Qwen2 cuts text into words (transformers, `models/qwen2/tokenization_qwen2.py`).
 _QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -59,7 +60,7 @@ def read_config(reader: GGUFReader) -> PreTrainedConfig:
     kind = _field(reader, "general.architecture")
     if kind not in _CONFIGS:
         raise ValueError(f"architecture: wanted one of {', '.join(_CONFIGS)}, got {kind!r}")
-    config: PreTrainedConfig = _CONFIGS[kind](
+    return _CONFIGS[kind](
         vocab_size=len(_field(reader, "tokenizer.ggml.tokens")),
         hidden_size=_field(reader, f"{kind}.embedding_length"),
         intermediate_size=_field(reader, f"{kind}.feed_forward_length"),
@@ -77,7 +78,6 @@ def read_config(reader: GGUFReader) -> PreTrainedConfig:
         eos_token_id=_field(reader, "tokenizer.ggml.eos_token_id"),
         pad_token_id=_field(reader, "tokenizer.ggml.padding_token_id"),
     )
-    return config
 
 
 def read_weights(reader: GGUFReader, dtype: torch.dtype) -> dict[str, Tensor]:

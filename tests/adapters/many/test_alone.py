@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvpolicy import CachePipeline, CapacityError
 from kvpolicy.adapters.hf import Request, attach, generate_many
 from kvpolicy.adapters.hf.many.expected import Expected
 from tests.support.adapters.many import alone, many, prompts
@@ -51,6 +52,25 @@ def test_parked_sequences_go_on(llama, name, monkeypatch):
     assert sum(x.parked for x in found.values()) >= 1 and found[0].parked == 0
 
 
+def test_an_eviction_without_memory_waits(llama, monkeypatch):
+    """It comes after a step whose tokens are in: none is fed twice."""
+    maintain, failed = CachePipeline.maintain, []
+
+    def short(self, state):
+        if self.due(state) and len(failed) < 2:
+            failed.append(state)
+            raise CapacityError("none left")
+        maintain(self, state)
+
+    given = [(ids, 20) for ids in prompts([(60, 0), (25, 0)])]
+    with attach(llama, pipelines()["all"], **SIZES) as attached:
+        wanted = [alone(llama, *one) for one in given]
+        monkeypatch.setattr(CachePipeline, "maintain", short)
+        found = many(attached, given, slots=2)
+    assert [found[0].tokens, found[1].tokens] == wanted
+    assert len(failed) == 2 and found[1].parked
+
+
 def test_requests_enter_when_their_pages_are_free(llama):
     """What is known of earlier prompts keeps memory from running short."""
     lengths = [(60, 5)] * 6
@@ -71,6 +91,27 @@ def test_a_request_that_memory_cannot_hold(llama):
             assert found[0].tokens == found[2].tokens == alone(llama, short, 6)
         assert found[1].reason == "error" and "max_bytes" in str(found[1].error) or name == "gate"
         assert found[1].tokens == []
+
+
+def test_a_cap_on_tokens_ends_the_request_that_exceeds_it(llama):
+    """While reading and while decoding; the others go on."""
+    long, grows, short = prompts([(60, 0), (25, 0), (9, 0)])
+    given = [(long, 4), (grows, 20), (short, 6)]
+    with attach(llama, CachePipeline(window=5), max_tokens=30, **SIZES) as attached:
+        found = many(attached, given, slots=3, tokens_per_call=200)
+        assert found[2].tokens == alone(llama, short, 6)
+    for one, said in ((found[0], 0), (found[1], 6)):
+        assert isinstance(one.error, CapacityError) and "max_tokens" in str(one.error)
+        assert len(one.tokens) == said
+
+
+def test_a_cap_that_evicts(llama):
+    given = [(ids, 12) for ids in prompts([(60, 0), (25, 0)])]
+    sizes = {"max_tokens": 30, "at_cap": "evict", **SIZES}
+    with attach(llama, pipelines()["snapkv"], **sizes) as attached:
+        found = many(attached, given, slots=2)
+    assert all(x.reason == "length" for x in found.values())
+    assert all(n <= 30 for x in found.values() for heads in x.held.stored for n in heads)
 
 
 @pytest.mark.parametrize("kind", ["qwen2-sliding", "qwen3"])

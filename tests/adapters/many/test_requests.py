@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from kvpolicy import CachePipeline, KVzip
 from kvpolicy.adapters.hf import Request, attach, generate_many
 from kvpolicy.adapters.hf.many.room import Room
+from kvpolicy.adapters.hf.many.steps import Steps
 from kvpolicy.errors import PhaseError, UnsupportedError
 from tests.support.adapters.many import alone, prompts
 from tests.support.adapters.models import SIZES, pipelines, tiny
@@ -57,6 +58,33 @@ def test_what_ends_a_request(attached, llama):
     assert all(x.text == tokenizer.decode(x.tokens) for x in found.values())
     times = found["eos"].timings
     assert 0 <= times.started <= times.first_token <= times.finished
+
+
+def test_a_host_that_hears_of_tokens_late(attached, llama, monkeypatch):
+    """As on a GPU: what was launched meanwhile for a request that has ended is dropped."""
+    init = Steps.__init__
+
+    def late(self, *args):
+        init(self, *args)
+        self.late = 1
+
+    monkeypatch.setattr(Steps, "__init__", late)
+    tokenizer, ids = letters(), prompts([(20, 0), (31, 0)])
+    wholes = [alone(llama, x, 9) for x in ids]
+    stop = tokenizer.decode(wholes[1][3])
+    heard = []
+    requests = [
+        Request(ids[0], id="eos", max_new_tokens=9, eos_token_id=wholes[0][2]),
+        Request(ids[1], id="stop", max_new_tokens=9, stop_strings=stop, on_token=heard.append),
+        Request(ids[0], id="length", max_new_tokens=9),
+        Request(ids[1], id="one", max_new_tokens=1),
+    ]
+    found = finish(attached, requests, slots=2, tokenizer=tokenizer)
+    stopped = alone(llama, ids[1], 9, stop_strings=stop, tokenizer=tokenizer)
+    assert found["eos"].tokens == wholes[0][: wholes[0].index(wholes[0][2]) + 1]
+    assert found["eos"].held.tokens == 20 + len(found["eos"].tokens) - 1
+    assert found["stop"].tokens == heard == stopped != wholes[1]
+    assert found["length"].tokens == wholes[0] and found["one"].tokens == wholes[1][:1]
 
 
 def test_draws_do_not_depend_on_others(attached):

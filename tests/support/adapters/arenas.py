@@ -19,36 +19,42 @@ LONGEST = 200
 class Request:
     """Tokens of one request, how many are computed, and its blocks."""
 
-    def __init__(self, pipeline, length, seed):
+    def __init__(self, pipeline, length, seed, spec=SPEC):
         draw = torch.Generator().manual_seed(seed)
-        shapes = [(SPEC.heads,), *3 * [(SPEC.kv_heads,)]]
+        heads, options = (
+            [spec.heads, *3 * [spec.kv_heads]],
+            {"generator": draw, "dtype": spec.dtype},
+        )
         self.tokens = [
-            [torch.randn(*n, length, 8, generator=draw, dtype=torch.float64) for n in shapes]
-            for _ in range(SPEC.layers)
+            [torch.randn(n, length, spec.head_dim, **options) for n in heads]
+            for _ in range(spec.layers)
         ]
-        self.pipeline, self.length, self.blocks = pipeline, length, []
+        self.pipeline, self.spec, self.length, self.blocks = pipeline, spec, length, []
         self.restart()
 
     def restart(self):
         self.done = 0
-        self.oracles = [Oracle(self.pipeline, SPEC, layer) for layer in range(SPEC.layers)]
+        self.oracles = [Oracle(self.pipeline, self.spec, n) for n in range(self.spec.layers)]
 
 
 class Engine:
     """Blocks are handed out oldest first, and hold what their last owner left."""
 
-    def __init__(self, pipeline, *, rows, blocks, admitted=None, block=16):
+    def __init__(self, pipeline, *, rows, blocks, admitted=None, block=16, spec=SPEC):
+        self.spec = spec
         self.plan = plan_of(
-            pipeline.admission, pipeline.window, SPEC.layers, SPEC.kv_heads, 1, block, admitted
+            pipeline.admission, pipeline.window, spec.layers, spec.kv_heads, 1, block, admitted
         )
         self.admission, self.window = pipeline.admission, pipeline.window
-        self.rows = Rows(SPEC, pipeline, self.plan, rows, LONGEST)
+        self.rows = Rows(spec, pipeline, self.plan, rows, LONGEST)
         tokens = blocks * block * self.plan.heads
-        self.rows.bind(torch.zeros(tokens * (2 * 8 * 8 + 4), dtype=torch.int8))
+        each = 2 * spec.head_dim * spec.dtype.itemsize + 4
+        self.rows.bind(torch.zeros(tokens * each, dtype=torch.int8, device=spec.device))
         for store in self.rows.pages[:2]:
             store.fill_(1e3)
         self.free_rows, self.free = list(range(1, rows + 1)), deque(range(rows + 1, blocks))
         self.running, self.refused = [], 0
+        self.error = 1e-9 if spec.dtype == torch.float64 else 1e-4
 
     def room_for(self, request, added):
         """Whether a request can go on; then it has the blocks."""
@@ -72,14 +78,15 @@ class Engine:
     def step(self, batch):
         """One forward of `(request, tokens)` pairs, checked against each request's oracle."""
         width = max(len(request.blocks) for request, _ in batch)
-        table = torch.zeros(len(batch), width, dtype=torch.int32)
+        device = self.spec.device
+        table = torch.zeros(len(batch), width, dtype=torch.int32, device=device)
         for place, (request, _) in enumerate(batch):
-            table[place, : len(request.blocks)] = torch.tensor(request.blocks)
+            table[place, : len(request.blocks)] = torch.tensor(request.blocks, device=device)
         lengths = [request.done for request, _ in batch]
         step = self.rows.begin(table, lengths, [n for _, n in batch])
-        for layer in range(SPEC.layers):
+        for layer in range(self.spec.layers):
             new = [
-                [x[:, r.done : r.done + n].transpose(0, 1) for x in r.tokens[layer]]
+                [x[:, r.done : r.done + n].transpose(0, 1).to(device) for x in r.tokens[layer]]
                 for r, n in batch
             ]
             query, key, value, pre = (torch.cat(parts) for parts in zip(*new, strict=True))
@@ -88,7 +95,8 @@ class Engine:
             first = 0
             for request, n in batch:
                 wanted = self.expected(request, layer, n).transpose(0, 1)
-                torch.testing.assert_close(out[first : first + n], wanted, rtol=1e-9, atol=1e-9)
+                found = out[first : first + n].cpu().double()
+                torch.testing.assert_close(found, wanted, rtol=self.error, atol=self.error)
                 first += n
         for request, n in batch:
             request.done += n
@@ -109,7 +117,7 @@ class Engine:
         q, k, v, pre = (x[:, old : old + n] for x in request.tokens[layer])
         oracle.store(q, k, v, pre, prompt=True)
         left, self.held = max(old + n - self.window, 0), []
-        for head in range(SPEC.kv_heads):
+        for head in range(self.spec.kv_heads):
             kept = self.kept(request, layer, head)
             admitted = oracle.alive[head, :left].nonzero()[:, 0].tolist()
             assert kept == sorted(kept) and set(kept) <= set(admitted)
@@ -127,8 +135,8 @@ class Engine:
             if not request.done:
                 continue
             row = request.blocks[0]
-            for layer in range(SPEC.layers):
-                for head in range(SPEC.kv_heads):
+            for layer in range(self.spec.layers):
+                for head in range(self.spec.kv_heads):
                     self.kept(request, layer, head)
             taken = int(self.rows.taken[row])
             assert taken <= len(request.blocks) * self.plan.pages_per_block

@@ -20,6 +20,7 @@ from kvpolicy import (
     Adaptive,
     Admission,
     CachePipeline,
+    CacheSpec,
     CriticalKV,
     ExpectedAttention,
     SnapKV,
@@ -30,6 +31,7 @@ from kvpolicy.adapters.hf import attach, load_cache
 from kvpolicy.adapters.hf.compile import traced
 from tests.support.adapters.models import SIZES, pipelines, prompt
 from tests.support.adapters.rehearsed import Rehearsed, rehearsed
+from tests.support.contract.cases import NAMES, Sizes, build
 
 # What asks for queries before RoPE, frequencies and projections of this rank's heads.
 ASKING = {
@@ -45,7 +47,28 @@ SHARING = {
 }
 
 
+# Policies that read attention inputs of other sizes than the model's, or want a replay; keys that
+# are normalised have norms that rounding alone ranks.
+LEFT_OUT = {"zap", "at_end_zap", "trim", "fast", "ranked", "judge", "kvzip", "knorm"}
+
+
+def pairs():
+    """Names of an admission, a selection and an eviction: each with several of the others."""
+    admissions, selections, evictions = (
+        [name for name in names if name not in LEFT_OUT] for names in NAMES
+    )
+    found = []
+    for n, eviction in enumerate(evictions):
+        for step in (0, 4, 7):
+            admission = admissions[(n + step) % len(admissions)]
+            found.append((admission, selections[(2 * n + step) % len(selections)], eviction))
+    return found
+
+
 def pipeline(name):
+    if isinstance(name, tuple):
+        spec = CacheSpec(layers=2, heads=4, kv_heads=2, head_dim=16, **SIZES)
+        return build(Sizes(spec, window=5), *name)
     if name in ASKING | SHARING:
         return CachePipeline(eviction=(ASKING | SHARING)[name], window=5)
     return pipelines()[name]
@@ -210,10 +233,8 @@ def main(folder, rank):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float32).eval()
-    found = {
-        name: generate(model, name)
-        for name in ("striped", "gate", "gate-quest-snapkv", *ASKING, *SHARING)
-    }
+    names = ("striped", "gate", "gate-quest-snapkv", *ASKING, *SHARING, *pairs())
+    found = {name: generate(model, name) for name in names}
     found["sampled"] = sampled(model, rank)
     found["failures"] = failures(model, rank, folder)
     found["saved"] = saved(model, rank, folder)
