@@ -10,8 +10,7 @@ says docs/vllm.md.
 from typing import Any
 
 from ..._extras import extra
-
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+from .options import ARCHITECTURES
 
 
 def register() -> None:

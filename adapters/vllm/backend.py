@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..._extras import extra
+from ...errors import UnsupportedError
+from .options import ARCHITECTURES
 from .plan import PAGE
 from .rows import Rows, Step
 
@@ -78,7 +80,13 @@ class ArenaBuilder(AttentionMetadataBuilder[Step]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers = vllm_config.compilation_config.static_forward_context
-        self.rows: Rows = layers[layer_names[0]].impl.rows
+        first = layers[layer_names[0]].impl
+        if not hasattr(first, "rows"):
+            raise UnsupportedError(
+                "kvpolicy: the backend CUSTOM wants 'kvpolicy' in additional_config and one of "
+                f"{', '.join(ARCHITECTURES)}, got {vllm_config.model_config.architectures}"
+            )
+        self.rows: Rows = first.rows
         self.steps = self.told = 0
 
     def build(

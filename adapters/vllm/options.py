@@ -15,6 +15,7 @@ from ...pipeline_files import load_pipeline, pipeline_from
 from ...selection import SelectAll
 
 NAME = "kvpolicy"
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 def _positive(value: float) -> bool:

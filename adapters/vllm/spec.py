@@ -35,9 +35,10 @@ class ArenaSpec(FullAttentionSpec):
     row_memory: float
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        """What there must be for one request of the greatest length; vLLM refuses less."""
         longest = vllm_config.model_config.max_model_len
-        # The first block of a request is one of those that name rows.
-        return (self.plan.blocks(longest) - 1 + self.rows) * self.page_size_bytes
+        # One block is vLLM's own, and each row names one; the first of a request is one of those.
+        return (1 + self.rows + self.plan.blocks(longest) - 1) * self.page_size_bytes
 
     @classmethod
     def merge(cls, specs: list[ArenaSpec]) -> ArenaSpec:
@@ -59,12 +60,6 @@ class ArenaManager(FullAttentionManager):
         self.plan, count = kv_cache_spec.plan, kv_cache_spec.rows
         if self.enable_caching:
             raise ValueError("kvpolicy: prefix caching is not served")
-        if block_pool.get_num_free_blocks() <= count:
-            raise ValueError(
-                f"kvpolicy: max_num_seqs: each of {count} requests has a block of its own, and "
-                f"there are {block_pool.get_num_free_blocks()}; lower max_num_seqs or give the "
-                "cache more memory"
-            )
         _check_rows(kv_cache_spec, block_pool.num_gpu_blocks)
         named = block_pool.free_block_queue.popleft_n(count)
         if [block.block_id for block in named] != list(range(1, count + 1)):

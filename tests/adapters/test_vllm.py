@@ -39,7 +39,7 @@ pytestmark = [
     pytest.mark.skipif(not PYTHON, reason="KVPOLICY_VLLM_PYTHON names no Python with vLLM"),
 ]
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "tests" / "support" / "adapters" / "vllm_run.py"
+SCRIPT = "tests.support.adapters.vllm_run"  # its folder would shadow packages
 DUO = DuoAttention(full_heads=((True, False), (False, True)), sinks=4, window=32)
 DRAW = random.Random(2)
 REQUESTS = [
@@ -74,6 +74,7 @@ JOBS = {
         "llama", CachePipeline(admission=DUO), options={"row_memory": 1e-5}, max_num_seqs=64
     ),
     "guess": Job("llama", "gate"),
+    "blocks": Job("llama", CachePipeline(admission=DUO), num_gpu_blocks_override=11),
 }
 
 
@@ -98,8 +99,9 @@ def ran(tmp_path_factory):
         })  # fmt: skip
     (folder / "jobs.json").write_text(json.dumps(jobs))
     done = subprocess.run(
-        [PYTHON, SCRIPT, folder / "jobs.json", folder / "out.json"], capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        [PYTHON, "-m", SCRIPT, folder / "jobs.json", folder / "out.json"],
+        capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads((folder / "out.json").read_text())
@@ -216,6 +218,7 @@ def test_arenas_that_are_full_are_counted(ran):
     [
         ("prefixes", "write enable_prefix_caching=False"),
         ("memory", "max_num_seqs: 64 rows of .* wanted at most"),
+        ("blocks", "To serve at least one request"),
         ("guess", "admitted: WriteGate decides on the device"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Runs jobs on a real vLLM, in a Python that has it: `python vllm_run.py JOBS OUT`.
+"""Runs jobs on a real vLLM: `PYTHON -m tests.support.adapters.vllm_run JOBS OUT`.
 
 A job has requests (prompt and number of new tokens), the engine's arguments, and which requests
 are aborted after how many steps. What comes out for each: the tokens of the requests, what workers
