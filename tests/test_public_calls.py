@@ -131,6 +131,11 @@ def attached(method: str, **base: Any) -> Callable[[Path], tuple[Callable, dict]
     return lambda folder: (call, base)
 
 
+def serving(**given: Any) -> None:
+    with hf.attach(MODEL, PIPELINE):
+        hf.generate_many(**given)
+
+
 def attaching(**given: Any) -> None:
     hf.attach(**given).detach()
 
@@ -182,6 +187,12 @@ CALLS = {
         model=NOTHING, pipeline=NOTHING, dtype=NONE,
     ),
     "detach": Call(lambda folder: (hf.detach, {"model": MODEL}), model=NOTHING),
+    "generate_many": Call(
+        lambda folder: (serving, {"model": MODEL, "requests": []}),
+        model=NOTHING, requests=Takes(list, tuple, fits=lambda x: not x), slots=COUNT,
+        tokens_per_call=COUNT, max_bytes=NONE, tokenizer=NONE,
+        shared_prefix=Takes(Tensor, none=True, fits=lambda x: x.ndim < 2 and x.dtype == torch.long),
+    ),
     "spec_of": Call(
         lambda folder: (hf.spec_of, {"model": MODEL}), model=NOTHING, dtype=NONE, device=NONE
     ),

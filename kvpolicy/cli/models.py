@@ -15,7 +15,11 @@ def models(
         list[str] | None, typer.Argument(help="Values of model_type; default all.")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Probe a tiny random model of each type.")
+        bool,
+        typer.Option(
+            "--check",
+            help="Probe a tiny random model of each type; else only their names are listed.",
+        ),
     ] = False,
     jobs: Annotated[int, typer.Option(min=1, max=1024, help="Types at a time.")] = 1,
     seconds: Annotated[float, typer.Option(min=1.0, help="Time limit of a type.")] = 120.0,
@@ -36,6 +40,7 @@ def models(
         if not check:
             for name in types or known:
                 typer.echo(name)
+            typer.echo("these are names only; --check says which types are served", err=True)
             return
         found = check_types(
             types or known,

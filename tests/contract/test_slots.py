@@ -42,13 +42,6 @@ def test_rooms_of_every_eviction():
     assert did >= SLOTS
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="compiled rooms say more")
-def test_interpreted_rooms():
-    spec = attrs.evolve(KERNELS["spec"], layers=2, heads=2, kv_heads=1, sliding=())
-    rooms("h2o_decode", 1, **KERNELS | {"spec": spec, "most": 2, "steps": 4})
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
 @pytest.mark.parametrize("eviction", EVICTIONS)

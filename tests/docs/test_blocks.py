@@ -212,7 +212,7 @@ def test_commands_run_or_parse(
 def parse(words: list[str], folder: Path) -> None:
     """Fails where a command or an option does not exist; what it wants to read is made."""
     for option, value in zip(words, words[1:], strict=False):
-        if option in ("--texts", "--data"):
+        if option in ("--texts", "--data", "--asked"):
             (folder / value).mkdir(exist_ok=True)
         elif option == "--file":
             (folder / value).touch()

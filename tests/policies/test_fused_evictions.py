@@ -51,6 +51,7 @@ def draw(*shape):
     return torch.randn(shape, generator=RNG)
 
 
+@attrs.frozen
 class NormPress:
     def score(self, module, hidden_states, keys, values, attentions, kwargs):
         return -keys.norm(dim=-1) - values.norm(dim=-1)

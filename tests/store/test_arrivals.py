@@ -13,7 +13,7 @@ from kvpolicy.store import clear, held_pages, move, park, side_state, unpark
 from kvpolicy.store.fork import select_rows
 
 # A million takes about an hour: KVPOLICY_ARRIVALS=1000000 python -m pytest -m slow tests/store
-ARRIVALS = int(os.environ.get("KVPOLICY_ARRIVALS", "8000"))
+ARRIVALS = int(os.environ.get("KVPOLICY_ARRIVALS", "5000"))
 SPEC = CacheSpec(layers=1, heads=1, kv_heads=1, head_dim=2, page_size=2, rollback=1, interval=4)
 PIPELINE = CachePipeline(
     admission=RandomGate(sparsity=0.3),

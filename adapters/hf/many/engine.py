@@ -2,68 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from ....errors import CapacityError, PhaseError
-from ..attached import Attached
 from ..modes import ordinary
 from . import prompts
-from .expected import Expected
-from .load import Load, load_of
-from .options import Reader
-from .requests import Finished, Reason, Request, Timings
-from .room import Room
+from .desk import Desk
+from .load import load_of
+from .requests import Finished
 from .sampling import choose
-from .scheduler import Entry, Place, Scheduler, fits
-from .served import check_length
-from .steps import Steps
+from .scheduler import Entry, Place
 
-IDLE = 0.001  # seconds, while there is nothing to do
 SHORT = (CapacityError, torch.OutOfMemoryError)
 
 
-class Engine:
-    """Serves requests of an iterable that is asked for more when there is room.
-
-    It may give None: nothing for now.
-    """
-
-    def __init__(
-        self,
-        attachment: Attached,
-        requests: Iterable[Request | None],
-        room: Room,
-        tokens_per_call: int,
-        prefix: Sequence[int],
-        reader: Reader,
-    ) -> None:
-        self.attachment, self.model, self.reader = attachment, attachment.base, reader
-        self.source: Iterator[Request | None] | None = iter(requests)
-        self.room, self.steps = room, Steps(attachment.base, room)
-        selection = attachment.pipeline.selection
-        self.whole = room.whole or selection.whole_prompt
-        self.tile = selection.tile or 1
-        self.scheduler = Scheduler(
-            room.slots, room.lanes, tokens_per_call, tile=self.tile, whole=self.whole
-        )
-        self.expected = Expected(attachment.pipeline, room.state)
-        self.bounded = any(n is not None for n in room.limits)
-        self.prefix = list(prefix)
-        self.prefix_pages = tuple(0 for _ in room.limits)
-        self.finished: deque[Finished] = deque()
-        self.changed = True  # whether somebody may enter who could not before
+class Engine(Desk):
+    """Serves what comes to its desk."""
 
     def run(self) -> Iterator[Finished]:
         """Requests as they finish."""
         self._in_turn(self._read_prefix)
         while self.source is not None or self.scheduler.entries:
-            self._pull()
+            self.pull()
             self._in_turn(self._turn)
             while self.finished:
                 yield self.finished.popleft()
@@ -76,7 +40,7 @@ class Engine:
             what()
 
     def _turn(self) -> None:
-        self._cancel()
+        self.cancel()
         self._enter()
         parts = self.scheduler.call()
         if parts:
@@ -86,105 +50,6 @@ class Engine:
         if wanting:
             self._step(wanting)
         self._hear(all=not wanting)
-
-    # -- requests come and go
-
-    def _pull(self) -> None:
-        """Takes a request for each free slot."""
-        waiting = len(self.scheduler.at(Place.WAITING, Place.PARKED))
-        while self.source is not None and waiting < len(self.scheduler.slots):
-            try:
-                request = next(self.source)
-            except StopIteration:
-                self.source = None
-                return
-            if request is None:
-                if not self.scheduler.entries:
-                    time.sleep(IDLE)
-                return
-            waiting += self._add(request)
-
-    def _add(self, request: Request) -> bool:
-        """Puts a request into the queue; one that cannot be served has finished."""
-        try:
-            options = self.reader.options(request)
-            check_length(self.attachment, len(options.ids) + options.most)
-        except Exception as error:
-            self._refuse(request, error, 0)
-            return False
-        load = Load(
-            request=request,
-            options=options,
-            pages=tuple(0 for _ in self.room.limits),
-            device=self.steps.tokens.device,
-        )
-        before = len(self.prefix)
-        if before and before < len(options.ids) and options.ids[:before] == self.prefix:
-            load.shared, load.pages = True, self.prefix_pages
-        entry = self.scheduler.add(len(options.ids), options.most, load)
-        if not fits(self.expected.least(entry), self.room.limits):
-            self.scheduler.remove(entry)
-            short = CapacityError(
-                f"max_bytes: a prompt of {entry.prompt} tokens takes {self.expected.least(entry)} "
-                f"pages, the memory has {tuple(self.room.limits)}"
-            )
-            self._refuse(request, short, entry.prompt)
-            return False
-        self.changed = True
-        return True
-
-    def _refuse(self, request: Any, error: Exception, prompt: int) -> None:
-        self.finished.append(
-            Finished(
-                request=request, tokens=[], text=None, reason="error", error=error,
-                prompt_tokens=prompt, timings=Timings(finished=0.0), held=None, parked=0,
-            )
-        )  # fmt: skip
-
-    def _cancel(self) -> None:
-        for entry in list(self.scheduler.entries):
-            if load_of(entry).request.cancelled:
-                self._finish(entry, "cancelled")
-
-    def _finish(self, entry: Entry, reason: Reason, error: BaseException | None = None) -> None:
-        load, present = load_of(entry), entry.place in (Place.READING, Place.RUNNING)
-        held = None
-        if present:
-            held = self.room.what_is_held(entry.lane, entry.slot if entry.lane is None else None)
-            self._leave(entry)
-        self.scheduler.remove(entry)
-        self.changed = True
-        now = time.perf_counter()
-        since = [None if t is None else t - load.arrived for t in (load.started, load.first)]
-        self.finished.append(
-            Finished(
-                request=load.request,
-                tokens=load.tokens,
-                text=self._text(load.tokens),
-                reason=reason,
-                error=error,
-                prompt_tokens=entry.prompt,
-                timings=Timings(
-                    started=since[0], first_token=since[1], finished=now - load.arrived
-                ),
-                held=held,
-                parked=entry.parked,
-            )
-        )
-
-    def _text(self, tokens: list[int]) -> str | None:
-        if self.reader.tokenizer is None:
-            return None
-        text: str = self.reader.tokenizer.decode(tokens, skip_special_tokens=True)
-        return text
-
-    def _leave(self, entry: Entry) -> None:
-        if entry.lane is not None:
-            self.room.leave(entry.lane, None)
-        else:
-            assert entry.slot is not None
-            self.room.leave(None, entry.slot)
-            self.steps.leave(entry.slot)
 
     def _enter(self) -> None:
         if not self.changed:
@@ -198,7 +63,7 @@ class Engine:
                     self._unpark(entry)
                 except SHORT as error:
                     if len(self.scheduler.present) == 1:
-                        self._finish(entry, "error", error)
+                        self.finish(entry, "error", error)
                     else:
                         self.scheduler.park(entry)
                     return
@@ -311,10 +176,10 @@ class Engine:
             try:
                 reason = load.said(token)
             except Exception as error:
-                self._finish(entry, "error", error)
+                self.finish(entry, "error", error)
                 continue
             if reason is not None or load.request.cancelled:
-                self._finish(entry, reason or "cancelled")
+                self.finish(entry, reason or "cancelled")
 
     # -- memory
 
@@ -327,13 +192,13 @@ class Engine:
         if len(self.scheduler.entries) < before:
             return
         if isinstance(error, CapacityError) and error.row is not None:
-            self._finish(rows[error.row], "error", error)
+            self.finish(rows[error.row], "error", error)
         elif self.room.state.steps_reserved:
             self.room.unreserve()
         elif (youngest := self.scheduler.youngest()) is not None:
             self._park(youngest)
         else:
-            self._finish(next(iter(rows.values())), "error", error)
+            self.finish(next(iter(rows.values())), "error", error)
 
     def _park(self, entry: Entry) -> None:
         self._hear(all=True)
@@ -362,8 +227,7 @@ class Engine:
         """Frees the memory."""
         if self.steps.stepper is not None:
             self.attachment.decoding = self.room.decoding.decoding
-        with contextlib.suppress(ReferenceError):
-            self.room.close()
+        self.room.close()
 
 
 def _lane(entry: Entry) -> int:

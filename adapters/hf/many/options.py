@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerationConfig, LogitsProcessorList, StopStringCriteria
 
-from ...._arguments import check_ids
+from ...._arguments import check_ids, wrong
 from ....errors import UnsupportedError
 from ..arguments import check_generate
 from ..attached import Attached
@@ -64,9 +64,9 @@ class Reader:
         """
         return _options_of(self.attachment, request, self.tokenizer, self._stop)
 
-    def ids(self, given: Any) -> list[int]:
-        """Token ids of a text, a list or a tensor."""
-        return ids_of(self.attachment, given, self.tokenizer)
+    def ids(self, name: str, given: Any) -> list[int]:
+        """Token ids of a text, a list or a tensor, the argument `name`."""
+        return _ids(self.attachment, name, given, self.tokenizer)
 
     def _stop(self, strings: str | list[str]) -> StopStringCriteria:
         if self.tokenizer is None:
@@ -93,7 +93,7 @@ def _options_of(
                 f"{name}: no option of one of many requests, which are ids or a text, the fields "
                 f"of a GenerationConfig and {', '.join(BESIDE)}"
             )
-    ids = ids_of(attachment, request.inputs, tokenizer)
+    ids = _ids(attachment, "inputs", request.inputs, tokenizer)
     processors = options.pop("logits_processor", None)
     allowed = options.pop("prefix_allowed_tokens_fn", None)
     config = merged_config(attachment, options)
@@ -131,28 +131,28 @@ def _own(processors: Any) -> LogitsProcessorList:
     return LogitsProcessorList(copy.copy(x) for x in processors or ())
 
 
-def ids_of(attachment: Attached, given: Any, tokenizer: Any) -> list[int]:
-    """Token ids of a text, a list or a tensor."""
+def _ids(attachment: Attached, name: str, given: Any, tokenizer: Any) -> list[int]:
     if isinstance(given, str):
         if tokenizer is None:
-            raise ValueError("tokenizer: a request that is a text needs it, got None")
+            raise ValueError(wrong(name, "token ids, or a text beside tokenizer=", given))
         given = tokenizer(given)["input_ids"]
     if isinstance(given, Tensor):
+        check_ids(name, given[None] if given.ndim == 1 else given)
         given = given[0] if given.ndim == 2 and len(given) == 1 else given
-        check_ids("inputs", given[None] if given.ndim == 1 else given)
         if given.ndim != 1:
-            raise ValueError(f"inputs: wanted ids [S] or [1, S], got {list(given.shape)}")
+            raise ValueError(f"{name}: wanted ids [S] or [1, S], got {list(given.shape)}")
         given = given.tolist()
     whole = isinstance(given, list | tuple) and all(
         isinstance(n, int) and not isinstance(n, bool) for n in given
     )
     if not whole:
-        raise TypeError(f"inputs: wanted a text, or token ids, got {type(given).__name__}")
+        raise TypeError(wrong(name, "a text, or token ids", given))
     words = attachment.base.get_input_embeddings().num_embeddings
-    if not given or not all(0 <= n < words for n in given):
+    outside = [n for n in given if not 0 <= n < words]
+    if not given or outside:
         raise ValueError(
-            f"inputs: wanted one or more ids from 0 below {words}, got "
-            f"{'none' if not given else [n for n in given if not 0 <= n < words][0]}"
+            f"{name}: wanted one or more ids from 0 below {words}, got "
+            f"{outside[0] if outside else 'none'}"
         )
     return list(given)
 

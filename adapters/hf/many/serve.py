@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...._arguments import optional, wrong
-from ...._fields import check_int
+from ...._fields import MOST_INT, check_int
 from ....errors import UnsupportedError
 from ..attached import Attached
 from .engine import Engine
@@ -33,12 +33,14 @@ def serve(
     """See `generate_many`; everything is checked before this returns."""
     check_int("slots", slots, 1)
     check_int("tokens_per_call", tokens_per_call, 1)
-    optional(check_int, "max_bytes", max_bytes, 1)
+    optional(check_int, "max_bytes", max_bytes, 1, MOST_INT)
     if isinstance(requests, str | Request) or not isinstance(requests, Iterable):
         raise TypeError(wrong("requests", "an iterable of Request objects", requests))
+    if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
+        raise TypeError(wrong("tokenizer", "a tokenizer of transformers", tokenizer))
     check_served(attachment)
     reader = Reader(attachment, tokenizer)
-    prefix = [] if shared_prefix is None else reader.ids(shared_prefix)
+    prefix = [] if shared_prefix is None else reader.ids("shared_prefix", shared_prefix)
     if prefix and attachment.pipeline.selection.whole_prompt:
         raise UnsupportedError(
             "shared_prefix: the selection decides by a prompt's last queries what all of it reads"
@@ -48,7 +50,7 @@ def serve(
     tile = attachment.pipeline.selection.tile or 1
     prefix = prefix[: len(prefix) // tile * tile]
     longest = 1
-    if isinstance(requests, list | tuple):
+    if isinstance(requests, Collection):
         read = map(reader.options, requests)
         longest = max((len(one.ids) + one.most for one in read), default=1)
     sizes = dict(attachment.sizes)

@@ -237,7 +237,7 @@ def test_options_that_are_refused(attached, llama, options, says):
     [
         ([], "inputs: wanted one or more ids from 0 below 200, got none"),
         ([5, 200], "inputs: wanted one or more ids from 0 below 200, got 200"),
-        ("text", "tokenizer: a request that is a text needs it"),
+        ("text", "inputs: wanted token ids, or a text beside tokenizer=, got 'text'"),
         ([1.5], "inputs: wanted a text, or token ids"),
         (torch.ones(2, 3, dtype=torch.long), "inputs: wanted ids"),
     ],
@@ -253,7 +253,8 @@ def test_inputs_that_are_refused(attached, inputs, says):
         ({"slots": 0}, "slots: wanted"),
         ({"tokens_per_call": 0}, "tokens_per_call: wanted"),
         ({"max_bytes": -1}, "max_bytes: wanted"),
-        ({"shared_prefix": [400]}, "inputs: wanted"),
+        ({"shared_prefix": "text"}, "shared_prefix: wanted token ids, or a text beside"),
+        ({"shared_prefix": [400]}, "shared_prefix: wanted"),
     ],
 )
 def test_arguments_that_are_refused(attached, options, says):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 
+import torch
+
 from kvpolicy.adapters.hf import capture, decode_loop
 
 
@@ -36,8 +38,9 @@ class Passed:
         pass
 
 
-def _send(self, alive, token):
-    return self.steps.flags(alive), token.clone(), Passed()
+def _send(self, alive, token, wrong):
+    flags = torch.cat([self.steps.flags(alive).long(), wrong[None].long()])
+    return flags, token.clone(), Passed()
 
 
 @contextlib.contextmanager
