@@ -174,6 +174,8 @@ class CachePipeline:
         Policies that look across heads need an `exchange` where `spec` has some heads only.
         """
         check_kind("spec", spec, CacheSpec, "a CacheSpec", _of_model(spec))
+        if exchange is not None:
+            check_kind("exchange", exchange, Exchange, "an Exchange")
         elsewhere = spec.model_kv_heads - spec.kv_heads
         managed = [spec.at(layer) for layer in spec.managed]
         for heads, dim in dict.fromkeys((x.kv_heads, x.head_dim) for x in managed):

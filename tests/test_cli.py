@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+import kvpolicy.bench
 from kvpolicy import DuoAttention, WriteGate
 from kvpolicy.adapters.hf import fit_report
 from kvpolicy.cli import app, common
@@ -66,8 +67,12 @@ def tried(command: str, model: object, root: Path) -> list[object]:
         "pareto": [*texts, "--gate", gate, "--out", root / "pareto"],
         "evaluate": [*texts, "--out", root / "results"],
         "inspect": [*texts, "--out", root / "kept", "--window", 32],
+        "fit-q-filters": [*texts, "--out", root / "q.safetensors"],
+        "ablate": [*texts, "--out", root / "ablations"],
+        "reproduce": [*texts, "--out", root / "figure", "--checkpoints", root],
     }
-    return [command, model, *wanted[command]]
+    first = {"ablate": ["lambda", "--model"], "reproduce": ["wg-kv", "fig8", "--model"]}
+    return [command, *first.get(command, []), model, *wanted[command]]
 
 
 OPTIONS = {
@@ -289,15 +294,13 @@ def test_errors_are_one_line(folder: Path, tmp_path: Path) -> None:
 
 def test_bench_hands_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
-    module = types.ModuleType("kvpolicy.bench")
 
     def run(names: list[str], *, starts: Callable[..., object], **options: object) -> list[object]:
         starts("a title", 0, 2)
         seen.append((names, options))
         return [types.SimpleNamespace(error="broken" if "bad" in names else "")]
 
-    module.run = run
-    monkeypatch.setitem(sys.modules, "kvpolicy.bench", module)
+    monkeypatch.setattr(kvpolicy.bench, "run", run)
     call("bench", "decode", "--quick", "--seconds", 5, "--out", "results")
     assert seen == [(["decode"], {"out": "results", "quick": True, "seconds": 5.0})]
     result = CliRunner().invoke(app, ["bench", "bad"])

@@ -259,9 +259,9 @@ CALLS = {
         lambda folder: (lambda **given: cache().save(**given), {"path": folder / "d"}), path=PATH
     ),
     "cache.begin_prompt": Call(of_cache("begin_prompt"), boundary=MAYBE_COUNT),
-    "init": Call(on("init", spec=SPEC), spec=NOTHING, batch=COUNT),
+    "init": Call(on("init", spec=SPEC), spec=NOTHING, batch=COUNT, exchange=NONE),
     "dry": Call(on("dry", spec=SPEC), spec=NOTHING, batch=COUNT),
-    "check": Call(on("check", spec=SPEC), spec=NOTHING),
+    "check": Call(on("check", spec=SPEC), spec=NOTHING, exchange=NONE),
     "begin": Call(
         lambda folder: (PIPELINE.begin, {"state": state(), "lengths": [3], "phase": "prompt"}),
         state=NOTHING, lengths=NOTHING, phase=NOTHING, valid=NONE,

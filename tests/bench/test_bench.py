@@ -45,7 +45,8 @@ def test_quick_run_writes_results(tmp_path: Path, capsys: pytest.CaptureFixture)
     rows = run(ONE_OF_EACH, out=tmp_path, quick=True, seconds=600)
     assert not [row.error for row in rows if row.error]
     assert {row.group for row in rows} == {
-        "ceilings", "prefill", "decode", "write", "snapkv", "evictions", "decoders", "model",
+        "ceilings", "prefill", "decode", "write", "snapkv", "evictions", "decoders", "launches",
+        "model",
     }  # fmt: skip
     assert all(row.value and row.value > 0 for row in rows if row.group != "ceilings")
     timed = [row for row in rows if row.unit in ("ms", "us", "s") and "gather" not in row.name]
