@@ -62,7 +62,10 @@ def test_the_host_reads_once_a_call(quick, reads, rows):
         assert pool.reserved == 0
 
 
-@pytest.mark.parametrize(("rows", "selection"), [(1, None), (2, Quest(budget=24))])
+@pytest.mark.parametrize(
+    ("rows", "selection"),
+    [(1, None), pytest.param(2, Quest(budget=24), marks=pytest.mark.slow)],
+)
 def test_promised_or_not_the_cache_is_the_same(quick, monkeypatch, rows, selection):
     found = []
     for promised in (True, False):

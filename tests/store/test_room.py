@@ -53,7 +53,7 @@ def quick(monkeypatch):
         monkeypatch.setattr(load("triton"), name, lambda q, *_, **__: q, raising=False)
 
 
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_host_waits_in_the_first_layer_only(quick, asked, rows):
     pipeline, state, pool = filled(rows)
     for _ in range(12):  # the pool grows in between
@@ -64,7 +64,10 @@ def test_the_host_waits_in_the_first_layer_only(quick, asked, rows):
         assert len(asked) == 1
 
 
-@pytest.mark.parametrize(("rows", "selection"), [(1, None), (2, Quest(budget=24))])
+@pytest.mark.parametrize(
+    ("rows", "selection"),
+    [(1, None), pytest.param(2, Quest(budget=24), marks=pytest.mark.slow)],
+)
 def test_waiting_or_not_the_cache_is_the_same(monkeypatch, asked, rows, selection):
     if rows > 1:
         monkeypatch.setattr(
