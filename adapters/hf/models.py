@@ -176,9 +176,6 @@ def check_even(decoder: nn.Module) -> None:
 
     Before it runs: layers of such a model fail by their shapes, on some ranks or on all.
     """
-    config = text_config(decoder.config)
-    heads = getattr(config, "num_attention_heads", None)
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
     for module in decoder.modules():
         own = {name: getattr(module, f"{name}_proj", None) for name in "qkv"}
         parts = [_ranks_of(x).parts for x in own.values() if isinstance(x, nn.Module)]
@@ -190,6 +187,9 @@ def check_even(decoder: nn.Module) -> None:
                 f"model: its {most} ranks share the query heads while each holds all KV heads; use "
                 "a tensor-parallel plan that splits q_proj, k_proj and v_proj alike"
             )
+        config = text_config(decoder.config)
+        heads = getattr(config, "num_attention_heads", None)
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
         for count, what in ((kv_heads, "KV heads"), (heads, "query heads")):
             if isinstance(count, int) and count % most:
                 raise UnsupportedError(
