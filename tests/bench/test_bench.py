@@ -28,9 +28,9 @@ from kvpolicy.kernels import paged_decode
 CUDA = torch.cuda.is_available()
 ROOT = Path(__file__).resolve().parents[2]
 ONE_OF_EACH = [
-    "32K 25%", "everything admitted", "8K page 16", "write", "snapkv", "ExpectedAttention, 120",
+    "32K 25%", "prefill: everything", "8K page 16", "write", "snapkv", "ExpectedAttention, 120",
     "gpt-oss sliding",
-    "gate, 100K",
+    "model: gate, 100K",
 ]  # fmt: skip
 
 
@@ -45,8 +45,7 @@ def test_quick_run_writes_results(tmp_path: Path, capsys: pytest.CaptureFixture)
     rows = run(ONE_OF_EACH, out=tmp_path, quick=True, seconds=600)
     assert not [row.error for row in rows if row.error]
     assert {row.group for row in rows} == {
-        "ceilings", "prefill", "decode", "write", "snapkv", "evictions", "decoders", "launches",
-        "model",
+        "ceilings", "prefill", "decode", "write", "snapkv", "evictions", "decoders", "model",
     }  # fmt: skip
     assert all(row.value and row.value > 0 for row in rows if row.group != "ceilings")
     timed = [row for row in rows if row.unit in ("ms", "us", "s") and "gather" not in row.name]
@@ -91,7 +90,7 @@ def test_a_model_that_two_processes_share(tmp_path: Path) -> None:
 def test_a_wrong_kernel_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = paged_decode.paged_decode
     monkeypatch.setattr(paged_decode, "paged_decode", lambda *a, **k: right(*a, **k) * 1.02)
-    rows = run(["decode: 8K page 16", "everything"], out=tmp_path, quick=True, seconds=600)
+    rows = run(["decode: 8K page 16", "prefill: everything"], out=tmp_path, quick=True, seconds=600)
     wrong = [row for row in rows if row.group == "decode"]
     assert [row.value for row in wrong] == [None]
     assert "relative error" in wrong[0].error

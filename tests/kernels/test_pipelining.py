@@ -27,7 +27,7 @@ def check(cc: int, page: int, cache: Path, *options: str) -> list[str]:
     return [name for name, _ in found]
 
 
-@pytest.mark.parametrize(("cc", "page"), [(80, 16), (90, 64)])
+@pytest.mark.parametrize(("cc", "page"), [pytest.param(80, 16, marks=pytest.mark.slow), (90, 64)])
 def test_decode(cc: int, page: int, tmp_path: Path) -> None:
     assert check(cc, page, tmp_path, "--once") == PAIRS
 
