@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvpolicy import CachePipeline, CacheSpec, SnapKV
+from kvpolicy import CachePipeline, CacheSpec, Quest, SnapKV
 from kvpolicy.bench.gates import random_gate
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="looks at interpreted launches")
@@ -68,8 +68,12 @@ def new(compiled: Compiled, before: Compiled) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     "parts",
-    [{"admission": GATE}, {"eviction": SnapKV(budget=64), "window": WINDOW}],
-    ids=["gate", "snapkv"],
+    [
+        {"admission": GATE},
+        {"eviction": SnapKV(budget=64), "window": WINDOW},
+        {"admission": GATE, "selection": Quest(budget=64)},
+    ],
+    ids=["gate", "snapkv", "gate + quest"],
 )
 def test_other_lengths_and_batches_compile_nothing(parts: dict[str, Any], compiled) -> None:
     pipeline = CachePipeline(backend="triton", **parts)
