@@ -33,7 +33,7 @@ def trim(pool: PagePool) -> None:
     remap[high] = target.int()
     for table in pool.tables():
         table.copy_(remap[table.long()])
-    # Shorter first: what is broken off from here on leaves stores that are too long, never too short.
+    # What is broken off from here on leaves stores that are too long, never too short.
     pool.refs[capacity:] = 0
     pool.capacity = capacity
     if pool.moving:
