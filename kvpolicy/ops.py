@@ -523,6 +523,19 @@ class Ops(Protocol):
         all others is held.
         """
 
+    def mean_cosines(
+        self, pages: Pages, heads: Heads, ring: Ring, lengths: Tensor, window: int, threshold: float
+    ) -> Tensor:
+        """R-KV's redundancies `[B, Hkv, M * P + window]` before their softmax (Zefan-Cai/R-KV,
+        rkv/utils.py): the mean of a key's cosines with its head's other keys.
+
+        A head's keys are those that it stores and then, without a gap, the recent ones of the
+        window; 0 after the last. The cosine with a key whose last similar one (`last_similar` with
+        `threshold`; the first key where none is) it is does not count, nor its own; the sum is
+        divided by the number of keys. In float32, or in the keys' dtype where that is wider. A
+        head's means depend on nothing but its own sequence, to the last bit.
+        """
+
     def write_gate(
         self, key_pre: Tensor, key: Tensor, norm_pre: Tensor, norm_post: Tensor, w1: Tensor,
         b1: Tensor, w2: Tensor, b2: Tensor, limit: float | None = None, inclusive: bool = False,

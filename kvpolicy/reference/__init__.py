@@ -10,6 +10,7 @@ from .keep_best import keep_best as keep_best
 from .key_dots import key_directions as key_directions
 from .key_dots import key_dots as key_dots
 from .lag_spreads import lag_spreads as lag_spreads
+from .mean_cosines import mean_cosines as mean_cosines
 from .norms import key_norms as key_norms
 from .norms import value_norms as value_norms
 from .page_io import copy_pages as copy_pages

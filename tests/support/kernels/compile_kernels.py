@@ -27,6 +27,7 @@ from kvpolicy.kernels import (
     key_dots,
     keys_at,
     lag_spreads,
+    mean_cosines,
     norms,
     page_io,
     page_select,
@@ -196,6 +197,7 @@ def call_all(dim: int, page: int, dtype: torch.dtype, dim_v: int | None = None) 
             pages, stored, ring, lengths, window, sinks=4, lag=128, values=values
         )
     redundancy.last_similar(key, rows, 0.5)
+    mean_cosines.mean_cosines(pages, stored, ring, lengths, window, 0.5)
     numbers = Numbers(torch.zeros(1, heads, 512), torch.zeros(1, heads, slots))
     for new_number in (None, torch.zeros(1, heads)):
         write_number.write_number(numbers, counts, flags, new_number, lengths, active, window)

@@ -262,6 +262,19 @@ def _lag_spreads(size: Size) -> None:
             agree(found, size.atol)
 
 
+@case("mean_cosines")
+def _mean_cosines(size: Size) -> None:
+    mirror = make_mirror(size, [[size.prompt + 40, 0, 2 * size.page], [size.page - 1, 64, 5]])
+    mirror.fork()
+    batch, kv_heads = mirror.counts.shape
+    window = 40
+    lengths = mirror.counts.amax(1).long() + window - torch.tensor([0, 30, 5])
+    keys = size.randn(batch, kv_heads, window + 3, size.dim, seed=2)
+    ring = Ring(keys, size.values(keys), torch.zeros(keys.shape[:3], dtype=torch.uint8))
+    # No cosine of random keys of so many channels is near the threshold.
+    agree(both("mean_cosines", mirror.pages, mirror.heads, ring, lengths, window, 0.97), size.atol)
+
+
 @case("last_similar")
 def _last_similar(size: Size) -> None:
     width = size.prompt + 30
