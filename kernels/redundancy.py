@@ -53,9 +53,14 @@ def last_similar(keys: Tensor, lengths: Tensor, threshold: float) -> Tensor:
     units, width, dim = keys.shape
     check_dims("last_similar", dim)
     out = torch.full((units, width), -1, dtype=torch.int32, device=keys.device)
-    if not out.numel():
-        return out
-    keys, pad = keys.contiguous(), dot_size(dim)
+    if out.numel():
+        find_last(keys.contiguous(), lengths.contiguous(), out, threshold)
+    return out
+
+
+def find_last(keys: Tensor, lengths: Tensor, out: Tensor, threshold: float) -> None:
+    """`last_similar` into `out`, which is -1 everywhere; all are contiguous."""
+    (units, width, dim), pad = keys.shape, dot_size(keys.shape[2])
     tile = choose_tile(pad, keys.element_size(), shared_memory(keys.device))
     tiles: Any = keys
     descriptors = tile.descriptors and dim * keys.element_size() % 16 == 0
@@ -64,12 +69,11 @@ def last_similar(keys: Tensor, lengths: Tensor, threshold: float) -> Tensor:
     grid = cdiv(width, _TILES * tile.columns), cdiv(width, tile.rows), units
     with on(keys):
         _last_similar[grid](
-            keys, tiles, lengths.contiguous(), out, width, float(threshold), DIM=dim, DIM_PAD=pad,
+            keys, tiles, lengths, out, width, float(threshold), DIM=dim, DIM_PAD=pad,
             ROWS=tile.rows, COLUMNS=tile.columns, TILES=_TILES, DESCRIPTORS=descriptors,
             STAGES=tile.stages, num_warps=tile.warps,
             **({"maxnreg": tile.registers} if tile.registers else {}),
         )  # fmt: skip
-    return out
 
 
 @triton.jit

@@ -523,17 +523,19 @@ class Ops(Protocol):
         all others is held.
         """
 
-    def mean_cosines(
-        self, pages: Pages, heads: Heads, ring: Ring, lengths: Tensor, window: int, threshold: float
-    ) -> Tensor:
-        """R-KV's redundancies `[B, Hkv, M * P + window]` before their softmax (Zefan-Cai/R-KV,
-        rkv/utils.py): the mean of a key's cosines with its head's other keys.
+    def redundancy_scores(
+        self, pages: Pages, heads: Heads, ring: Ring, queries: Tensor, lengths: Tensor,
+        window: int, scale: float, *, observation: int, kernel: int, mix: float, threshold: float,
+        group: str, softcap: float | None = None,
+    ) -> Tensor:  # fmt: skip
+        """R-KV's scores `[B, Hkv, M * P]` of the global tokens (Zefan-Cai/R-KV).
 
-        A head's keys are those that it stores and then, without a gap, the recent ones of the
-        window; 0 after the last. The cosine with a key whose last similar one (`last_similar` with
-        `threshold`; the first key where none is) it is does not count, nor its own; the sum is
-        divided by the number of keys. In float32, or in the keys' dtype where that is wider. A
-        head's means depend on nothing but its own sequence, to the last bit.
+        `queries` as in `window_scores`; what is scored says `kvpolicy.eviction.RKV`. A head's keys
+        are those that it stores and then, without a gap, the recent ones of the window; for
+        redundancies they are divided by their norms and rounded to their dtype. Slots without a
+        token are 0. In float32, or in the keys' dtype where that is wider. No product of all keys
+        with all others is held, and a head's scores depend on nothing but its own sequence, to the
+        last bit.
         """
 
     def write_gate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import get_args
 
 import attrs
@@ -14,11 +13,9 @@ from .._fields import number, odd, one_of, positive
 from .._names import named
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import HeadGroup, When
-from ..ops import Heads, Ops, Ring, pages_of
+from ..ops import Ops
 from ._base import Eviction, when_field, wide
 from ._view import EvictionView, StoredTokens
-
-_AT_ONCE = 1 << 18  # tokens of a few heads that are copied at once
 
 
 @named
@@ -59,29 +56,12 @@ class RKV(Eviction):
         return self.observation
 
     def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
-        view = stored.view()
-        assert view.queries is not None
-        found = torch.zeros(
-            view.valid.shape, dtype=wide(view.recent_keys), device=view.valid.device
-        )
-        queries = view.queries.unflatten(1, (found.shape[1], -1)).to(found.dtype)
-        for row, used in enumerate(view.used):
-            one = slice(row, row + 1)
-            for part in _parts(found.shape[1], used):
-                table, counts = (x[one, part] for x in stored.heads)
-                heads = Heads(table[..., : pages_of(used, stored.pages.k.shape[1])], counts)
-                asked = queries[one, part]  # [1, H, G, w, D]
-                dots = ops.key_dots(stored.pages, heads, asked.flatten(1, 3))[0]
-                dots = dots.view(*asked.shape[1:4], -1)[..., :used]
-                ring = Ring(*(x[one, part] for x in stored.ring))
-                means = ops.mean_cosines(
-                    stored.pages, heads, ring, stored.lengths[one], stored.window, self.threshold
-                )[0]
-                valid = view.valid[row, part, :used]
-                seen = self._importance(view, row, dots, valid)
-                alike = _shared(means[:, : used + stored.window], view, row, valid)
-                found[row, part, :used] = self._mixed(seen, alike)
-        return found
+        assert stored.queries is not None
+        return ops.redundancy_scores(
+            stored.pages, stored.heads, stored.ring, stored.queries, stored.lengths, stored.window,
+            stored.scale, observation=self.observation, kernel=self.kernel, mix=self.mix,
+            threshold=self.threshold, group=self.group, softcap=stored.softcap,
+        )  # fmt: skip
 
     def score(self, view: EvictionView) -> Tensor:
         assert view.queries is not None
@@ -92,11 +72,8 @@ class RKV(Eviction):
                 q = view.queries[row].unflatten(0, (len(keys), -1)).to(found)
                 seen = self._importance(view, row, q @ keys[:, None].to(q).mT, valid)
                 alike = _shared(self._means(view, row, keys), view, row, valid)
-                found[row, :, :used] = self._mixed(seen, alike)
+                found[row, :, :used] = seen * self.mix - alike * (1 - self.mix)
         return found
-
-    def _mixed(self, seen: Tensor, alike: Tensor) -> Tensor:
-        return seen * self.mix - alike * (1 - self.mix)
 
     def _importance(self, view: EvictionView, row: int, dots: Tensor, valid: Tensor) -> Tensor:
         """`[H, n]`, from the queries' products `[H, G, w, n]` with the first n slots."""
@@ -111,7 +88,7 @@ class RKV(Eviction):
         return F.max_pool1d(mass, self.kernel, 1, self.kernel // 2)
 
     def _means(self, view: EvictionView, row: int, keys: Tensor) -> Tensor:
-        """What `Ops.mean_cosines` says `[H, n + W]`, from all cosines at once."""
+        """Means of cosines `[H, n + W]`, from all of them at once."""
         near = view.recent_valid[row]
         units = torch.cat([keys, view.recent_keys[row]], 1)
         there = torch.cat([view.valid[row, :, : keys.shape[1]], near.expand(len(keys), -1)], 1)
@@ -136,10 +113,3 @@ def _shared(means: Tensor, view: EvictionView, row: int, valid: Tensor) -> Tenso
     held = torch.arange(means.shape[1], device=means.device) < counts[:, None]
     found = means.masked_fill(~held, float("-inf")).softmax(-1)[:, : valid.shape[1]]
     return found.masked_fill(~valid, 0)
-
-
-def _parts(heads: int, tokens: int) -> Iterator[slice]:
-    """As many heads at a time as may hold _AT_ONCE tokens together, one at least."""
-    step = max(_AT_ONCE // max(tokens, 1), 1)
-    for low in range(0, heads if tokens else 0, step):
-        yield slice(low, min(low + step, heads))

@@ -10,7 +10,6 @@ from .keep_best import keep_best as keep_best
 from .key_dots import key_directions as key_directions
 from .key_dots import key_dots as key_dots
 from .lag_spreads import lag_spreads as lag_spreads
-from .mean_cosines import mean_cosines as mean_cosines
 from .norms import key_norms as key_norms
 from .norms import value_norms as value_norms
 from .page_io import copy_pages as copy_pages
@@ -24,6 +23,7 @@ from .paged_decode import paged_decode as paged_decode
 from .prompt_write import count_leaving as count_leaving
 from .prompt_write import write_leaving as write_leaving
 from .redundancy import last_similar as last_similar
+from .redundancy_scores import redundancy_scores as redundancy_scores
 from .ring import advance_ring as advance_ring
 from .sparse_prefill import prefill_attention as prefill_attention
 from .window_scores import window_levels as window_levels
