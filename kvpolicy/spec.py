@@ -70,8 +70,8 @@ def _dtype(instance: CacheSpec, attribute: attrs.Attribute[Any], value: Any) -> 
     check_dtype("dtype", value)
 
 
-def _device(value: Any) -> torch.device:
-    wanted = "device: wanted a torch.device or its name, such as 'cpu' or 'cuda:0'"
+def _device(value: Any, name: str = "device") -> torch.device:
+    wanted = f"{name}: wanted a torch.device or its name, such as 'cpu' or 'cuda:0'"
     if not isinstance(value, torch.device | str):
         raise TypeError(f"{wanted}, got {shown(value)}")
     try:
@@ -79,6 +79,33 @@ def _device(value: Any) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"{wanted}, got {shown(value)}") from error
 
+
+def _devices(value: Any) -> Any:
+    listed = _windows(value)
+    if not isinstance(listed, tuple):
+        raise TypeError(f"devices: wanted a device for each layer, got {shown(value)}")
+    return tuple(_device(each, "devices") for each in listed)
+
+
+def _first_device(spec: CacheSpec) -> torch.device:
+    return spec.devices[0] if spec.devices else torch.device("cpu")
+
+
+def _a_device_each(
+    instance: CacheSpec, attribute: attrs.Attribute[Any], value: tuple[torch.device, ...]
+) -> None:
+    if value and len(value) != instance.layers:
+        raise ValueError(
+            f"devices: wanted one for each of {instance.layers} layers, got {len(value)}"
+        )
+    if value and value[0] != instance.device:
+        raise ValueError(
+            f"device: wanted that of the first layer, {value[0]}, got {instance.device}"
+        )
+
+
+# Device, KV heads, channels of keys and of values.
+Kind = tuple[torch.device, int, int, int]
 
 _scale = number("a finite number above 0", lambda x: x > 0)
 
@@ -146,13 +173,15 @@ class CacheSpec:
     multiplies q.k (default `head_dim ** -0.5`). `sliding` gives, per layer, the window of layers
     that only slide and None for the others. `per_layer` gives all sizes of each layer, for models
     whose layers differ; the numbers above are then those of the layers that policies manage, or of
-    the first of them where these differ. `hidden` are the channels of the attention input, for
+    the first of them where these differ. `devices` gives the device of each layer where they are
+    several; `device` is then the first layer's. `hidden` are the channels of the attention input, for
     evictions that read it. `page_size` is in tokens, `rollback` the number of
     tokens that `crop` can take back, `interval` the number of decoded tokens between two
     decode-time evictions.
 
     `max_bytes` caps the pages of a cache and its forks, used and reserved (keys, values, positions,
-    summaries; rings and tables come on top). `max_tokens` caps the tokens of every KV head of a
+    summaries; rings and tables come on top). Layers on several devices, and those whose heads have
+    other sizes, have each the part of it that their pages take of all. `max_tokens` caps the tokens of every KV head of a
     sequence, the window included. What a call would write beyond a cap raises CapacityError and
     changes nothing (`at_cap="raise"`), or the pipeline's eviction first makes room for it, whatever
     its own budget ("evict"; see `kvpolicy.caps`).
@@ -162,8 +191,13 @@ class CacheSpec:
     heads: int = attrs.field(validator=positive)
     kv_heads: int = attrs.field(validator=positive)
     head_dim: int = attrs.field(validator=positive)
+    devices: tuple[torch.device, ...] = attrs.field(
+        default=(), converter=_devices, validator=_a_device_each
+    )
     dtype: torch.dtype = attrs.field(default=torch.float32, validator=_dtype)
-    device: torch.device = attrs.field(default=torch.device("cpu"), converter=_device)
+    device: torch.device = attrs.field(
+        default=attrs.Factory(_first_device, takes_self=True), converter=_device
+    )
     scale: float | None = attrs.field(
         default=None,
         validator=optional(_scale),
@@ -228,6 +262,14 @@ class CacheSpec:
             for layer in range(self.layers)
         )
 
+    def device_of(self, layer: int) -> torch.device:
+        """Where a layer's keys and values lie."""
+        return self.devices[layer] if self.devices else self.device
+
+    def kind_of(self, layer: int) -> Kind:
+        """What layers that share a pool of pages agree in."""
+        return self.device_of(layer), *self.at(layer).pages
+
     def at(self, layer: int) -> LayerSizes:
         """The sizes of one layer."""
         return self.each[layer]
@@ -235,6 +277,16 @@ class CacheSpec:
     def slides(self, layer: int) -> int | None:
         """The window of a layer that only slides, None for a layer that policies manage."""
         return self.each[layer].window
+
+    @property
+    def token_widths(self) -> dict[Kind, int]:
+        """Channels of a token's keys and values in the layers that policies manage, by kind."""
+        found: dict[Kind, int] = {}
+        for layer in self.managed:
+            sizes, kind = self.at(layer), self.kind_of(layer)
+            width = sizes.kv_heads * (sizes.head_dim + sizes.value_dim)
+            found[kind] = found.get(kind, 0) + width
+        return found
 
     @property
     def managed(self) -> tuple[int, ...]:

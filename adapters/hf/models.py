@@ -312,14 +312,3 @@ def _ranks_of(module: nn.Module) -> Ranks:
                 mesh = weight.device_mesh
                 return _KNOWN.setdefault((id(mesh), axis), Ranks(mesh, axis))
     return Ranks()
-
-
-def check_one_device(known: Served) -> None:
-    """Raises UnsupportedError for a model whose attention layers run on several devices."""
-    found = sorted({str(layer.device) for layer in known.layers})
-    if len(found) > 1:
-        raise UnsupportedError(
-            f"model: its layers run on {', '.join(found)}, a cache is on one device; load it on "
-            "one by device_map='cuda', or if it does not fit there split its heads by "
-            "tp_plan='auto' under torchrun"
-        )
