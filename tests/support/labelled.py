@@ -16,8 +16,13 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 KIND = "privateuseone"  # a kind of device that this build of torch knows and has not
 ONE, TWO = (torch.device(KIND, n) for n in range(2))
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-_setup_privateuseone_for_python_backend()
+without_labels = ""  # why there are none
+try:
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as _setup
+
+    _setup()
+except ImportError:
+    without_labels = "this torch takes no device from Python"
 _aten = torch.ops.aten
 _COPIES = {_aten.copy_.default, _aten._to_copy.default, _aten._foreach_copy_.default}
 # Their indices may lie on the CPU.
@@ -47,6 +52,9 @@ class Labelled(Tensor):
 
     def tolist(self) -> Any:
         return self.raw.tolist()
+
+    def new_tensor(self, data: Any, **options: Any) -> Tensor:
+        return Labelled(self.raw.new_tensor(data, **options), self.on)
 
     def untyped_storage(self) -> Any:
         return self.raw.untyped_storage()
