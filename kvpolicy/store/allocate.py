@@ -58,9 +58,7 @@ def allocate(
         device = on[planned]
         admits, evicts = placed[planned]
 
-        def zeros(
-            *shape: int, dtype: torch.dtype, device: torch.device = device
-        ) -> torch.Tensor:
+        def zeros(*shape: int, dtype: torch.dtype, device: torch.device = device) -> torch.Tensor:
             return torch.zeros(batch, *shape, dtype=dtype, device=device)
 
         slides = sizes.window is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from typing import Any
 
 import attrs
 import pytest
@@ -25,8 +26,11 @@ from kvpolicy import (
     per_layer,
 )
 from kvpolicy.adapters.hf import attach, load_cache
+from kvpolicy.adapters.hf.rule.own_run import OwnRun
+from kvpolicy.adapters.hf.rule.runs import PROMPT, STEPS
+from kvpolicy.adapters.hf.rule.untouched import untouched
 from tests.support.adapters.many import many, prompts
-from tests.support.adapters.models import SIZES, Striped, gate, prompt, tiny
+from tests.support.adapters.models import SIZES, gate, prompt, tiny
 from tests.support.labelled import ONE, TWO, Labels, spread, without_labels
 
 LAYERS = 4
@@ -61,19 +65,18 @@ WAYS = [
 
 @attrs.frozen
 class Pair:
-    """A model on one device, and where the same lies on two: `inside` is what it runs in."""
+    """A model on one device, and the same on two, which runs `inside` and takes ids on `first`."""
 
-    whole: object
-    parts: object
+    whole: Any
+    parts: Any
     first: torch.device
-    inside: object
+    inside: Any
 
-    def each(self):
-        for model, inside in ((self.whole, contextlib.nullcontext), (self.parts, self.inside)):
-            with inside():
-                yield model, next(self.whole.parameters()).device if model is self.whole else (
-                    self.first
-                )
+    def both(self, run):
+        """What `run(model, device)` gives for each."""
+        found = [run(self.whole, self.whole.device)]
+        with self.inside():
+            return [*found, run(self.parts, self.first)]
 
 
 def dispatched(model, offloads):
@@ -104,14 +107,6 @@ def pair(request):
     return Pair(model.to(gpus[0]), parts, gpus[0], contextlib.nullcontext)
 
 
-def both(pair, run):
-    """What `run(model, device)` gives for each, tensors on the host."""
-    found = []
-    for model, device in pair.each():
-        found.append(run(model, device))
-    return found
-
-
 def kept(cache):
     state = cache.state
     return [
@@ -136,7 +131,9 @@ def equal(one, two):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.slow] * (x != "adaptive")) for x in PIPELINES]
+)
 def test_generate(pair, name):
     def run(model, device):
         options = {"max_new_tokens": 12, "do_sample": False}
@@ -144,15 +141,17 @@ def test_generate(pair, name):
             cache = attached.new_cache()
             given = there(prompt([33, 21]), device)
             out = model.generate(**given, **options, past_key_values=cache)
-            where = [x.device.index or 0 for x in cache.state.layers]
-            assert len(set(where)) == 1 + (model is pair.parts)
+            where = {x.device for x in cache.state.layers}
+            assert len(where) == 1 + (model is pair.parts)
             if model is pair.parts:
+                assert attached.served.probe.way == "in place" or "meta" in str(model.device)
                 assert attached.decoding.startswith("eager: ")
             return out.cpu(), kept(cache), told(cache.report())
 
-    equal(*both(pair, run))
+    equal(*pair.both(run))
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_read_forked_asked_and_filed(pair, tmp_path):
     def run(model, device):
         with attach(model, PIPELINES["adaptive"], **SIZES) as attached:
@@ -178,9 +177,10 @@ def test_a_cache_that_is_read_forked_asked_and_filed(pair, tmp_path):
                 assert torch.equal(found.pop(), found[-1])
             return found
 
-    equal(*both(pair, run))
+    equal(*pair.both(run))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["beams", "prompt lookup", "sampled"])
 def test_other_ways_to_generate(pair, way):
     options = {
@@ -194,9 +194,10 @@ def test_other_ways_to_generate(pair, way):
             out = model.generate(prompt([30])["input_ids"].to(device), max_new_tokens=9, **options)
             return [out.cpu()]
 
-    equal(*both(pair, run))
+    equal(*pair.both(run))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adaptive", "snapkv"])
 def test_generate_many(pair, name):
     given = [(n, 3 + n % 5) for n in (40, 9, 31, 2, 26, 17)]
@@ -208,9 +209,10 @@ def test_generate_many(pair, name):
             done = many(attached, asked, slots=3, tokens_per_call=16)
             return [[int(token) for token in done[n].tokens] for n in sorted(done)]
 
-    equal(*both(pair, run))
+    equal(*pair.both(run))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("caps", [{"max_tokens": 30}, {"max_bytes": 6 * 64 * 4 * 132}])
 def test_caps_that_evict(pair, caps):
     def run(model, device):
@@ -221,11 +223,12 @@ def test_caps_that_evict(pair, caps):
             report = attached.last_report()
             return out.cpu(), max(map(max, report.stored)) <= 30 or "max_bytes" in caps
 
-    one, two = both(pair, run)
+    one, two = pair.both(run)
     assert one[1] and two[1]
     equal(one, two)
 
 
+@pytest.mark.slow
 def test_replays(pair):
     embeds = torch.randn(3, 64, generator=torch.Generator().manual_seed(5))
     zips = CachePipeline(eviction=KVzip(budget=14), window=5)
@@ -246,12 +249,42 @@ def test_replays(pair):
                 found.append(kept(cache))
         return found
 
-    equal(*both(pair, run))
+    equal(*pair.both(run))
 
 
-def test_admission_by_position_in_place_of_its_neighbours(pair):
-    """`Striped` makes its own tensors on the host, as a user's policy may."""
-    model, _ = pair.parts, pair.first
-    assert Striped
-    with pair.inside(), attach(model, PIPELINES["gate"], **SIZES) as attached:
-        assert len(set(attached.spec.devices)) == 2
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPUS, reason="needs two CUDA devices")
+def test_device_map(tmp_path):
+    """As users load it: by transformers, over what memory each GPU is said to have."""
+    model = tiny(layers=LAYERS)
+    model.save_pretrained(tmp_path)
+    layer = sum(p.nbytes for p in model.model.layers[0].parameters())
+    parts = (
+        type(model)
+        .from_pretrained(
+            tmp_path, device_map="auto", max_memory={0: 5 * layer // 2, 1: 100 * layer}
+        )
+        .eval()
+    )
+    assert len(set(parts.hf_device_map.values())) == 2, parts.hf_device_map
+    pair = Pair(model.to("cuda:0"), parts, torch.device("cuda:0"), contextlib.nullcontext)
+
+    def run(model, device):
+        with attach(model, PIPELINES["adaptive"], **SIZES):
+            ids = prompt([33, 21])["input_ids"].to(device)
+            return [model.generate(ids, max_new_tokens=12, do_sample=False).cpu()]
+
+    equal(*pair.both(run))
+
+
+def test_masks_that_were_copied_to_another_device():
+    """The probe knows what made the mask of a layer on the second device."""
+    if without_labels:
+        pytest.skip(without_labels)
+    with Labels():
+        model = spread(tiny("qwen2-sliding", layers=2), [ONE, TWO])
+        run = OwnRun(model)
+        with untouched(model):
+            run.run(torch.arange(3, 3 + PROMPT + STEPS, device=ONE)[None])
+    assert [call.mask is not None for call in run.calls] == [True] * 4
+    assert len({call.mask for call in run.calls[:2]}) == 2

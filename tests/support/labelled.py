@@ -65,9 +65,7 @@ class Labelled(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
-    def __torch_dispatch__(
-        cls, op: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return run(op, args, kwargs or {})
 
 
@@ -162,9 +160,7 @@ def _put(module: nn.Module, device: torch.device) -> None:
                 part._buffers[name] = x.to(device)
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return tree_map(
-            lambda x: x.to(device) if isinstance(x, Tensor) else x, (args, kwargs)
-        )
+        return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (args, kwargs))
 
     module.register_forward_pre_hook(before, with_kwargs=True)
 
