@@ -13,10 +13,8 @@ from ._arguments import check_dtype
 from ._fields import (
     MOST_INT,
     check_int,
-    flag,
     integer,
     not_negative,
-    number,
     one_of,
     optional,
     positive,
@@ -24,6 +22,11 @@ from ._fields import (
 )
 from ._names import instead, named
 from .choices import AtCap
+from .layer_sizes import LayerSizes as LayerSizes
+from .layer_sizes import a_factor, check_groups
+
+# Device, KV heads, channels of keys and of values.
+Kind = tuple[torch.device, int, int, int]
 
 
 class Sizes(TypedDict, total=False):
@@ -104,54 +107,6 @@ def _a_device_each(
         )
 
 
-# Device, KV heads, channels of keys and of values.
-Kind = tuple[torch.device, int, int, int]
-
-_scale = number("a finite number above 0", lambda x: x > 0)
-
-
-@attrs.frozen(kw_only=True)
-class LayerSizes:
-    """Sizes of one layer.
-
-    `heads` and `kv_heads` are those on this rank, `head_dim` of queries and keys and `value_dim` of
-    values (default: `head_dim`) in channels. `scale` multiplies q.k (default `head_dim ** -0.5`),
-    and `softcap` bounds the product: `softcap * tanh(scale * q.k / softcap)`. `window` is that of a
-    layer that only slides, None for one that policies manage. With `chunk`, equal to the window,
-    such a layer reads only keys with `position // chunk` equal to the query's. `shared`: layers
-    without keys of their own read this one's as well.
-    """
-
-    heads: int = attrs.field(validator=positive)
-    kv_heads: int = attrs.field(validator=positive)
-    head_dim: int = attrs.field(validator=positive)
-    value_dim: int = attrs.field(
-        default=attrs.Factory(lambda self: self.head_dim, takes_self=True), validator=positive
-    )
-    scale: float = attrs.field(
-        default=attrs.Factory(lambda self: self.head_dim**-0.5, takes_self=True), validator=_scale
-    )
-    softcap: float | None = attrs.field(default=None, validator=optional(_scale))
-    window: int | None = attrs.field(default=None, validator=optional(positive))
-    chunk: int | None = attrs.field(default=None, validator=optional(positive))
-    shared: bool = attrs.field(default=False, validator=flag)
-
-    def __attrs_post_init__(self) -> None:
-        _check_groups(self.heads, self.kv_heads)
-        if self.chunk is not None and self.chunk != self.window:
-            raise ValueError(f"chunk: wanted the window, {self.window}, got {self.chunk}")
-
-    @property
-    def pages(self) -> tuple[int, int, int]:
-        """KV heads, key and value channels: layers that agree in them share a pool."""
-        return self.kv_heads, self.head_dim, self.value_dim
-
-
-def _check_groups(heads: int, kv_heads: int) -> None:
-    if heads % kv_heads:
-        raise ValueError(f"heads: wanted a multiple of kv_heads={kv_heads}, got {heads}")
-
-
 def _each(instance: CacheSpec, attribute: attrs.Attribute[Any], value: Any) -> None:
     if not isinstance(value, tuple) or not all(isinstance(x, LayerSizes) for x in value):
         raise TypeError(f"per_layer: wanted LayerSizes for each layer, got {shown(value)}")
@@ -174,17 +129,17 @@ class CacheSpec:
     that only slide and None for the others. `per_layer` gives all sizes of each layer, for models
     whose layers differ; the numbers above are then those of the layers that policies manage, or of
     the first of them where these differ. `devices` gives the device of each layer where they are
-    several; `device` is then the first layer's. `hidden` are the channels of the attention input, for
-    evictions that read it. `page_size` is in tokens, `rollback` the number of
-    tokens that `crop` can take back, `interval` the number of decoded tokens between two
-    decode-time evictions.
+    several; `device` is then the first layer's. `hidden` are the channels of the attention input,
+    for evictions that read it. `page_size` is in tokens, `rollback` the number of tokens that
+    `crop` can take back, `interval` the number of decoded tokens between two decode-time evictions.
 
     `max_bytes` caps the pages of a cache and its forks, used and reserved (keys, values, positions,
-    summaries; rings and tables come on top). Layers on several devices, and those whose heads have
-    other sizes, have each the part of it that their pages take of all. `max_tokens` caps the tokens of every KV head of a
-    sequence, the window included. What a call would write beyond a cap raises CapacityError and
-    changes nothing (`at_cap="raise"`), or the pipeline's eviction first makes room for it, whatever
-    its own budget ("evict"; see `kvpolicy.caps`).
+    summaries; rings and tables come on top). Where layers lie on several devices, or their heads
+    differ in size, the layers of each kind have the part of it that a token takes there.
+    `max_tokens` caps the tokens of every KV head of a sequence, the window included. What a call
+    would write beyond a cap raises CapacityError and changes nothing (`at_cap="raise"`), or the
+    pipeline's eviction first makes room for it, whatever its own budget ("evict"; see
+    `kvpolicy.caps`).
     """
 
     layers: int = attrs.field(validator=positive)
@@ -200,7 +155,7 @@ class CacheSpec:
     )
     scale: float | None = attrs.field(
         default=None,
-        validator=optional(_scale),
+        validator=optional(a_factor),
     )
     sliding: tuple[int | None, ...] = attrs.field(
         default=(), converter=_windows, validator=_sliding
@@ -217,7 +172,7 @@ class CacheSpec:
     at_cap: AtCap = attrs.field(default="raise", validator=one_of(*get_args(AtCap)))
 
     def __attrs_post_init__(self) -> None:
-        _check_groups(self.heads, self.kv_heads)
+        check_groups(self.heads, self.kv_heads)
         if self.page_size & (self.page_size - 1):
             raise ValueError(f"page_size: wanted a power of two, got {self.page_size}")
         here = self.head_offset + self.kv_heads

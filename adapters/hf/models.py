@@ -285,6 +285,16 @@ def check_pre_query(known: Served) -> None:
             )
 
 
+def check_here(known: Served) -> None:
+    """Raises UnsupportedError where some layers' weights are nowhere and nothing brings them."""
+    missing = [n for n, layer in enumerate(known.layers) if layer.device.type == "meta"]
+    if missing and len(missing) < len(known.layers):
+        raise UnsupportedError(
+            f"model: layer {missing[0]} is on the meta device, without weights; load the model by "
+            "from_pretrained, whose device_map='auto' brings offloaded weights when they are used"
+        )
+
+
 def attention_modules(model: nn.Module) -> list[Any]:
     """Every attention module; raises UnsupportedError for models that are not served."""
     return served(model).modules

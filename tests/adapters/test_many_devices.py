@@ -22,6 +22,7 @@ from kvpolicy import (
     SnapKV,
     Tokens,
     TotalCap,
+    UnsupportedError,
     XAttention,
     per_layer,
 )
@@ -250,6 +251,19 @@ def test_replays(pair):
         return found
 
     equal(*pair.both(run))
+
+
+def test_layers_whose_weights_are_nowhere_are_refused_unchanged():
+    model = tiny(layers=2)
+    model.model.layers[1].to("meta")
+    named, own = model.config._attn_implementation, set(vars(model))
+    with pytest.raises(
+        UnsupportedError, match="layer 1 is on the meta device, .* device_map='auto'"
+    ):
+        attach(model, CachePipeline())
+    assert model.config._attn_implementation == named
+    assert set(vars(model)) == own
+    assert not model.model._forward_pre_hooks
 
 
 @pytest.mark.gpu

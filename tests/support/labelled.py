@@ -1,6 +1,6 @@
 """Devices that are labels: tensors that compute on the CPU and refuse to meet those of another.
 
-A stand-in for a host with several GPUs. Inside `Labels()`, a tensor on "hpu:0" or "hpu:1" lies in the
+A stand-in for a host with several GPUs. Inside `Labels()`, a tensor on ONE or TWO lies in the
 host's memory, says that it is on that device, and every operator that torch would refuse between
 devices raises.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-KIND = "privateuseone"  # a kind of device that this build of torch knows and has not
+KIND = "privateuseone"  # a kind that torch leaves to others
 ONE, TWO = (torch.device(KIND, n) for n in range(2))
 without_labels = ""  # why there are none
 try:
@@ -136,7 +136,7 @@ def _check(op: Any, tensors: list[Tensor], found: set[torch.device]) -> None:
 def spread(model: Any, devices: list[torch.device]) -> Any:
     """`model` with a device for each layer, embeddings on the first, all else on the last.
 
-    What a layer is given is moved to it first, as accelerate's hooks do, and logits go to the first.
+    What a layer is given is moved to it, as accelerate's hooks do, and logits go to the first.
     """
     decoder = model.model
     for layer, device in zip(decoder.layers, devices, strict=True):
