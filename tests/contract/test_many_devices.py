@@ -137,6 +137,11 @@ def test_what_is_kept(names, places):
     assert len(run.state.devices.pools) == 2 * len(whole.state.devices.pools)
     pools = {(x.pool.device, x.device) for x in run.state.layers}
     assert len(pools) == 2 and all(a == b for a, b in pools)
+    with places.inside():
+        report = run.pipeline.report(run.state)
+    assert list(report.devices) == [str(x) for x in places.two]
+    assert min(report.devices.values()) > 0 and sum(report.devices.values()) == report.kv
+    assert str(places.two[1]) in str(report) and not whole.pipeline.report(whole.state).devices
 
 
 @pytest.mark.slow
