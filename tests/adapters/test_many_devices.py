@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from transformers import cache_utils
 
 from kvpolicy import (
     AcrossLayers,
@@ -29,6 +30,7 @@ from kvpolicy import (
 from kvpolicy.adapters.hf import attach, load_cache
 from kvpolicy.adapters.hf.rule.own_run import OwnRun
 from kvpolicy.adapters.hf.rule.runs import PROMPT, STEPS
+from kvpolicy.adapters.hf.rule.tiny import tiny_model
 from kvpolicy.adapters.hf.rule.untouched import untouched
 from tests.support.adapters.many import many, prompts
 from tests.support.adapters.models import SIZES, gate, prompt, tiny
@@ -227,6 +229,34 @@ def test_caps_that_evict(pair, caps):
     one, two = pair.both(run)
     assert one[1] and two[1]
     equal(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lfm2", "gemma4_text"])
+def test_states_and_shared_keys(kind, tmp_path):
+    """Layers without attention on the second device, and layers there that read others' keys."""
+    if without_labels:
+        pytest.skip(without_labels)
+    if kind == "gemma4_text" and not hasattr(cache_utils, "KVSharingDict"):
+        pytest.skip("shared keys stay where they are before transformers 5.23")
+    model = tiny_model(kind).eval()
+    half = len(model.model.layers) // 2
+    with Labels():
+        parts = spread(copy.deepcopy(model), [ONE] * half + [TWO] * half)
+
+    def run(model, device):
+        ids, tail = (prompt([n])["input_ids"].to(device) % 40 + 20 for n in (40, 3))
+        options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+        with attach(model, PIPELINES["snapkv"], **SIZES) as attached:
+            found = [model.generate(ids, **options).cpu()]
+            cache = attached.read(ids)
+            cache.save(tmp_path / "cache")
+            other = load_cache(model, attached.pipeline, tmp_path / "cache", **SIZES)
+            return [*found, *(attached.ask(x, tail, **options).cpu() for x in (cache, other))]
+
+    one, two = Pair(model, parts, ONE, Labels).both(run)
+    equal(one, two)
+    assert torch.equal(*two[1:])
 
 
 @pytest.mark.slow

@@ -143,7 +143,7 @@ def spread(model: Any, devices: list[torch.device]) -> Any:
         _put(layer, device)
     for name, child in decoder.named_children():
         if name != "layers":
-            _put(child, devices[0] if name in ("embed_tokens", "rotary_emb") else devices[-1])
+            _put(child, devices[-1] if name in ("norm", "embedding_norm") else devices[0])
     _put(model.lm_head, devices[-1])
     model.register_forward_hook(lambda m, args, out: _logits_to(out, devices[0]))
     return model
@@ -159,8 +159,11 @@ def _put(module: nn.Module, device: torch.device) -> None:
             if x is not None:
                 part._buffers[name] = x.to(device)
 
+    def moved(x: Any) -> Any:
+        return x.to(device, non_blocking=False) if hasattr(x, "to") else x
+
     def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (args, kwargs))
+        return tree_map(moved, (args, kwargs))
 
     module.register_forward_pre_hook(before, with_kwargs=True)
 
