@@ -26,7 +26,7 @@ from .forwards import Forwards
 from .generate import generate
 from .many.requests import Finished, Request
 from .many.serve import serve
-from .models import AttentionLayer, check_one_device, check_pre_query, check_pre_rope, served
+from .models import AttentionLayer, check_here, check_pre_query, check_pre_rope, served
 from .own_steps import put_aside_at
 from .replay import replay
 from .warm import Say, Warmed, line, warm
@@ -68,7 +68,7 @@ class Attachment:
         self.served = served(self.base, verify=verify)
         self.layers = self.served.modules
         check_modules(self.layers)
-        check_one_device(self.served)
+        check_here(self.served)
         self.needs = pipeline.reads
         if "key_pre" in self.needs:
             check_pre_rope(self.served)

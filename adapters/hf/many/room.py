@@ -109,7 +109,7 @@ class Room:
     def stored(self, lane: int) -> int:
         """Global tokens of a lane, over all heads of the layers that policies manage."""
         counts = [x.counts[lane].sum() for x in self.lane_state.managed]
-        return int(torch.stack(counts).sum()) if counts else 0
+        return int(torch.stack([x.to(counts[0].device) for x in counts]).sum()) if counts else 0
 
     def unreserve(self) -> None:
         """Gives back what is reserved for decode steps to come."""
@@ -187,7 +187,8 @@ class Room:
         assert state is not None
         state.sync_host()
         length = state.lengths[row]
-        counts = torch.cat([x.counts[row] for x in state.layers]).cpu()
+        first = state.layers[0].device
+        counts = torch.cat([x.counts[row].to(first) for x in state.layers]).cpu()
         each = counts.split([x.counts.shape[1] for x in state.layers])
         stored, total = [], 0
         for layer, heads in zip(state.layers, map(Tensor.tolist, each), strict=True):
