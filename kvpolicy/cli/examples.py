@@ -116,6 +116,12 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "models": (("whether two types are served", "kvpolicy models llama falcon --check"),),
     "bench": (("tiny shapes, also without a GPU", "kvpolicy bench --quick decode --out numbers"),),
+    "warm": (
+        (
+            "kernels of a gate's prompts and of 8 sequences that decode",
+            f"kvpolicy warm smollm2 --gate {GATE} --batch 8 --length 2048",
+        ),
+    ),
     "completion": (("in this shell; in ~/.bashrc for all", 'eval "$(kvpolicy completion bash)"'),),
 }
 # Of `kvpolicy --help`.
