@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from kvpolicy.adapters.hf import spec_of
 from kvpolicy.evaluation.models import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
