@@ -218,8 +218,8 @@ def evaluate(
             found = density_variants(density, threshold or [XAttention().threshold], window)
         elif methods:
             given = given_for(model, gates, duo, file or [])
-            found, missing = method_variants(keeps, window, given), left_out(given)
-            typer.echo("left out: " + "; ".join(f"{x} ({why})" for x, why in missing.items()))
+            found, reasons = method_variants(keeps, window, given), left_out(given)
+            typer.echo("left out: " + "; ".join(f"{x} ({why})" for x, why in reasons.items()))
         else:
             found = variants_for(model, gates, threshold or [], duo, keeps, budgets, window)
         mine = {name: own_pipeline(name, trust_code) for name in pipeline or []}
@@ -241,7 +241,7 @@ def evaluate(
             "page_size": page_size,
         }
         if methods:
-            settings["left_out"] = missing
+            settings["left_out"] = absent
             settings["files"] = {name: digest(x) for name, x in given.files.items()}
         if density:
             settings["density"] = density

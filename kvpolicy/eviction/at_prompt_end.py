@@ -65,11 +65,10 @@ class AtPromptEnd(Eviction):
         return torch.where(view.marked, 0.0, float("-inf"))
 
     def knob(self, *, window: int, seen: int, layers: int, kv_heads: int) -> Knob[Eviction] | None:
-        def turned(admission: Admission) -> Eviction:
-            return attrs.evolve(self, admission=admission)
-
         inner = self.admission.knob()
-        return None if inner is None else inner.map(turned)
+        if inner is None:
+            return None
+        return inner.map(lambda found: attrs.evolve(self, admission=found))
 
     def at(self, layer: int) -> Eviction:
         return attrs.evolve(self, admission=self.admission.at(layer))
