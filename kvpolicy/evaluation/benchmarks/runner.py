@@ -14,9 +14,9 @@ import torch
 
 from ...adapters.hf import attach
 from ...pipeline import CachePipeline
-from ..grid.cell import at_a_time
 from ..grid.loop import Loop
 from ..grid.records import Footprint, Measured
+from ..grid.together import at_a_time
 from ..grid.variants import SEEN, Room, Variant
 from .answers import Answered, Asker
 from .benchmark import Benchmark, Wanted
