@@ -130,6 +130,10 @@ def evaluate(
         str | None,
         typer.Option(help="Part i/n of a benchmark's contexts; default a launcher's."),
     ] = None,
+    many: Annotated[
+        int | None,
+        typer.Option(min=1, help="Slots in which a benchmark's questions are asked, as they end."),
+    ] = None,
 ) -> None:
     """Evaluate policies: accuracy and loss at equal cache sizes, as tables and plots.
 
@@ -158,6 +162,7 @@ def evaluate(
         duo = None if duo is None else shipped("duo", duo)
         of_benchmarks = {
             "data": data, "ratio": ratio, "question": question, "policy": policy, "part": part,
+            "many": many,
         }  # fmt: skip
         if benchmark is not None:
             refuse(
@@ -192,6 +197,7 @@ def evaluate(
                 question=question or Prompted.both,
                 policies=policy or [],
                 part=part,
+                slots=many,
             )
             raise typer.Exit(int(failed))
         refuse(None, **of_benchmarks)
