@@ -100,11 +100,14 @@ def _requests(attachment: Attached, batch: int, length: int) -> list[tuple[str, 
     found += [whole(n, short) for n in several[1:]]
     found += [whole(n, m) for n in several if n > ALIKE for m in sorted({longer, length})]
 
-    def parts(rows: int) -> None:
-        ids = _ids(attachment, rows, longer)
-        _generate(attachment, ids, False, -(-longer // 2))
+    def parts(rows: int, tokens: int) -> None:
+        _generate(attachment, _ids(attachment, rows, tokens), False, -(-tokens // 2))
 
-    found += [(f"{n} x {longer} tokens in parts", partial(parts, n)) for n in (1, *several[:1])]
+    cut = [
+        (1, longer),
+        *((n, m) for n in several[:1] for m in (max(min(window, length), 2), longer)),
+    ]
+    found += [(f"{n} x {m} tokens in parts", partial(parts, n, m)) for n, m in cut]
     found.append(("turns and questions", lambda: _ask(attachment, _ids(attachment, 1, longer))))
     return found
 
