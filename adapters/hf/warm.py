@@ -19,8 +19,10 @@ from ..._arguments import optional
 from ..._fields import MOST, check_int
 from ...backend import compilations, resolve
 from ...errors import KVPolicyError
+from ...eviction import JudgeQ
 from .attached import Attached
 from .phases import ask, read
+from .replay import replay
 
 LENGTH, BATCH = 8192, 16  # what is warmed where nothing else is asked for
 SHORT = 19  # tokens of a short prompt; dynamo takes sizes for one that happen to be equal
@@ -100,6 +102,9 @@ def _requests(attachment: Attached, batch: int, length: int) -> list[tuple[str, 
     found += [whole(n, short) for n in several[1:]]
     found += [whole(n, m) for n in several if n > ALIKE for m in sorted({longer, length})]
 
+    if attachment.pipeline.eviction.replayed:
+        return found
+
     def parts(rows: int, tokens: int) -> None:
         _generate(attachment, _ids(attachment, rows, tokens), False, -(-tokens // 2))
 
@@ -130,6 +135,9 @@ def _generate(
     attachment: Attached, ids: torch.Tensor, padded: bool, part: int | None = None
 ) -> None:
     rows, tokens = ids.shape
+    if attachment.pipeline.eviction.replayed:
+        _look_back(attachment, ids)
+        return
     mask = torch.ones_like(ids)
     if padded:
         mask[1:, : tokens // 2] = 0
@@ -137,6 +145,21 @@ def _generate(
         part = max(CALL // rows, 1)
     more = {} if part is None else {"prefill_chunk_size": part}
     attachment.model.generate(input_ids=ids, attention_mask=mask, **_options(), **more)
+
+
+def _look_back(attachment: Attached, ids: torch.Tensor) -> None:
+    """Prompts whose tokens, or made-up ones, look back before they end, and a question."""
+    cache, eviction = attachment.cache_for(None), attachment.pipeline.eviction
+    with torch.no_grad():
+        cache.begin_prompt()
+        attachment.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+        if isinstance(eviction, JudgeQ):
+            embeds = eviction.embeds_for(len(ids)).to(ids.device, attachment.base.dtype)
+            replay(attachment, cache, None, embeds, None, None, 0)
+        else:
+            replay(attachment, cache, ids, None, None, None, 4)
+        cache.end_prompt()
+    ask(attachment, cache, ids[:, :SHORT], None, "decode", _options())
 
 
 def _cut(attachment: Attached) -> bool:

@@ -107,6 +107,13 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "--length 512 --documents 2",
         ),
     ),
+    "fit-triattention": (
+        (
+            "the statistics of TriAttention, from two texts (here too few)",
+            "kvpolicy fit-triattention smollm2 --texts manual.txt --out statistics.safetensors "
+            "--length 512 --documents 2",
+        ),
+    ),
     "models": (("whether two types are served", "kvpolicy models llama falcon --check"),),
     "bench": (("tiny shapes, also without a GPU", "kvpolicy bench --quick decode --out numbers"),),
     "warm": (

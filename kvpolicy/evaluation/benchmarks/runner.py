@@ -95,7 +95,7 @@ class BenchmarkRunner(Loop[Cell]):
             )
             torch.manual_seed(self.seed)
             longest = max(len(x.context) + max(x.new_tokens) for x in readings)
-            count = 1 if asker.alone else at_a_time(self.model, pipeline, longest)
+            count = at_a_time(self.model, pipeline, longest)
             for begin in range(0, len(readings), count):
                 self.check()
                 group = slice(begin, begin + count)
