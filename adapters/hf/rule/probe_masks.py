@@ -55,7 +55,7 @@ def difference(
 
 def _ask(function: MaskFunction, places: Tensor) -> Tensor:
     zero = torch.zeros((), dtype=torch.long, device=places.device)
-    with Bounded():
+    with Bounded():  # type: ignore[no-untyped-call]
         answer = function(zero, zero, places[:, None], places[None])
     shape = (len(places), len(places))
     return torch.as_tensor(answer).cpu().expand(shape).bool()
