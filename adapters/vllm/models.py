@@ -15,7 +15,7 @@ from torch import nn
 from ..._extras import extra
 from ...errors import UnsupportedError
 from ...spec import CacheSpec
-from .backend import POSITION_BYTES, ArenaBackend
+from .backend import ArenaBackend
 from .before_rope import BeforeRope
 from .options import Options, check_pipeline, options_of, refusals
 from .plan import plan_of
@@ -137,11 +137,10 @@ def _serve(model: Any, config: Any, options: Options) -> Rows:
         admission, count, rows.nbytes / (count + 1) / 2**20, longest, plan.blocks(longest),
         -(-longest // plan.block),
     )  # fmt: skip
-    each = 2 * first.head_size * first.dtype.itemsize + POSITION_BYTES
     arena = ArenaSpec(
         block_size=plan.block,
         num_kv_heads=plan.heads,
-        head_size=each,
+        head_size=rows.token_bytes,
         head_size_v=0,
         dtype=torch.int8,
         plan=plan,

@@ -8,6 +8,7 @@ import torch
 
 from kvpolicy import AdmitAll, CacheSpec, DuoAttention, LocalAttention
 from kvpolicy.adapters.vllm.plan import plan_of
+from kvpolicy.adapters.vllm.reading import read_prompt
 from kvpolicy.adapters.vllm.rows import Rows
 from kvpolicy.ops import POSITION_MASK
 from tests.support.oracle import Oracle
@@ -48,12 +49,12 @@ class Engine:
         self.admission, self.window = pipeline.admission, pipeline.window
         self.rows = Rows(spec, pipeline, self.plan, rows, LONGEST)
         tokens = blocks * block * self.plan.heads
-        each = 2 * spec.head_dim * spec.dtype.itemsize + 4
-        self.rows.bind(torch.zeros(tokens * each, dtype=torch.int8, device=spec.device))
+        size = tokens * self.rows.token_bytes
+        self.rows.bind(torch.zeros(size, dtype=torch.int8, device=spec.device))
         for store in self.rows.pages[:2]:
             store.fill_(1e3)
         self.free_rows, self.free = list(range(1, rows + 1)), deque(range(rows + 1, blocks))
-        self.running, self.refused = [], 0
+        self.running, self.refused, self.steps = [], 0, 0
         self.error = 1e-9 if spec.dtype == torch.float64 else 1e-4
 
     def room_for(self, request, added):
@@ -77,6 +78,9 @@ class Engine:
 
     def step(self, batch):
         """One forward of `(request, tokens)` pairs, checked against each request's oracle."""
+        self.steps += 1
+        if self.steps % 4:  # as vLLM does: those that decode come first
+            batch = sorted(batch, key=lambda pair: pair[1] != 1)
         width = max(len(request.blocks) for request, _ in batch)
         device = self.spec.device
         table = torch.zeros(len(batch), width, dtype=torch.int32, device=device)
@@ -91,7 +95,12 @@ class Engine:
             ]
             query, key, value, pre = (torch.cat(parts) for parts in zip(*new, strict=True))
             out = torch.full_like(query, float("nan"))
-            self.rows.attend(step, layer, query, key, value, pre, out)
+            given, n = (query, key, value, pre), step.decodes
+            if n:
+                out[:n] = self.rows.decode(step, layer, *(x[:n] for x in given))
+            for prompt in step.prompts:
+                part = slice(prompt.first, prompt.first + prompt.seg.cu_q[1])
+                out[part] = read_prompt(self.rows, prompt, layer, *(x[part] for x in given))
             first = 0
             for request, n in batch:
                 wanted = self.expected(request, layer, n).transpose(0, 1)
@@ -138,9 +147,9 @@ class Engine:
             for layer in range(self.spec.layers):
                 for head in range(self.spec.kv_heads):
                     self.kept(request, layer, head)
-            taken = int(self.rows.taken[row])
+            taken = int(self.rows.arenas.taken[row])
             assert taken <= len(request.blocks) * self.plan.pages_per_block
             if isinstance(self.admission, AdmitAll | LocalAttention | DuoAttention):
                 assert taken == self.plan.pages(request.done)
         assert len(self.held) == len(set(self.held))
-        assert int(self.rows.refused.sum()) == self.refused
+        assert int(self.rows.arenas.refused.sum()) == self.refused
