@@ -8,8 +8,9 @@ import attrs
 import pytest
 import torch
 
-from kvpolicy import AdmitAll, CachePipeline, DuoAttention, LocalAttention, RandomGate
+from kvpolicy import AdmitAll, CachePipeline, DuoAttention, LocalAttention, Quest, RandomGate
 from kvpolicy.adapters.vllm.plan import PAGE, plan_of
+from kvpolicy.testing._spy import watch
 from tests.support.adapters.arenas import SPEC, Engine, Request
 from tests.support.contract.cases import Sizes, gate
 
@@ -28,16 +29,17 @@ ADMISSIONS = {
 def test_requests_that_share_blocks_are_served_as_if_alone(name):
     """Chunks, mixed batches, preemption, abort, and rows that are used again."""
     pipeline, admitted = ADMISSIONS[name]
-    engine = Engine(pipeline, rows=3, blocks=9, admitted=admitted)
+    engine = Engine(pipeline, rows=3, blocks=9, admitted=admitted, captured=(1, 3))
     draw = random.Random(name)
     lengths = [90, 80, 1, 100, 17, 16]
     waiting = [Request(pipeline, n, seed) for seed, n in enumerate(lengths)]
     ended, preempted, mixed = 0, 0, 0
     while waiting or engine.running:
-        batch = []
-        for request in [*engine.running, *waiting]:
+        batch, calm = [], engine.steps % 3 == 2  # those that have begun decode, no others come
+        for request in [*engine.running, *([] if calm and engine.running else waiting)]:
             left = min(request.length - request.done, 40)
-            n = 1 if left == 1 or (request.done and draw.random() < 0.4) else draw.randint(1, left)
+            decodes = left == 1 or (request.done and (calm or draw.random() < 0.4))
+            n = 1 if decodes else draw.randint(1, left)
             while not engine.room_for(request, n) and request in engine.running:
                 last = engine.running[-1]
                 engine.end(last)
@@ -57,11 +59,56 @@ def test_requests_that_share_blocks_are_served_as_if_alone(name):
             if request.done == request.length or draw.random() < 0.01:
                 engine.end(request)
                 ended += 1
-    assert ended == len(lengths) and mixed > 3
+    assert ended == len(lengths) and mixed > 3 and engine.replays > 2
     assert len(engine.free) + len(engine.free_rows) == 8
     assert (engine.refused > 0) == (name == "tight")
     if name == "all":
         assert preempted
+
+
+@pytest.mark.parametrize("name", ["duo", "random", "gate"])
+def test_decoding_waits_for_nothing(name, monkeypatch):
+    """So that it can be captured: neither the adapter's own steps nor a policy's ask the device."""
+    pipeline, admitted = ADMISSIONS[name]
+    pipeline = attrs.evolve(pipeline, selection=Quest(budget=64))
+    engine = Engine(pipeline, rows=2, blocks=30, admitted=admitted)
+    engine.running = [Request(pipeline, 40, seed) for seed in range(2)]
+    assert all(engine.room_for(request, 30) for request in engine.running)
+    engine.step([(request, 30) for request in engine.running])
+    rows, real, calls = engine.rows, engine.rows.ops, []
+
+    class Quiet:
+        """Ops that a kernel computes do nothing."""
+
+        def arena_write(self, *args, **options):
+            calls.append(options["minmax"])
+
+        def quest_select(self, pages, heads, query, budget, *rest):
+            return heads.table[:, :, :budget]
+
+        def paged_decode(self, query, *args, **options):
+            return query
+
+        def __getattr__(self, op):
+            return getattr(real, op)
+
+    monkeypatch.setattr(rows, "ops", Quiet())
+    tokens = [torch.randn(2, n, 8, dtype=torch.float64) for n in (4, 2, 2, 2)]
+    step = rows.rehearse(2)
+    with watch() as seen:
+        rows.decode(step, 0, *tokens)
+    assert seen.syncs == [] and calls == [True]
+
+
+def test_a_rehearsal_leaves_no_trace():
+    engine = Engine(CachePipeline(admission=DUO), rows=2, blocks=12)
+    rows = engine.rows
+    before = [[x.clone() for x in (*y.ring, y.table, y.counts)] for y in rows.layers]
+    tokens = [torch.randn(3, n, 8, dtype=torch.float64) for n in (4, 2, 2, 2)]
+    out = rows.decode(rows.rehearse(3), 1, *tokens)
+    after = [[*y.ring, y.table, y.counts] for y in rows.layers]
+    assert not out.any()
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
 def test_rows_whose_pages_lie_in_even_steps():
