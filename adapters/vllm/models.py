@@ -17,7 +17,7 @@ from ...errors import UnsupportedError
 from ...spec import CacheSpec
 from .backend import ArenaBackend
 from .before_rope import BeforeRope
-from .options import Options, check_pipeline, options_of, refusals
+from .options import ADMIT, ERROR, Options, check_pipeline, options_of, refusals
 from .plan import plan_of
 from .rows import Rows
 from .spec import ArenaSpec
@@ -32,6 +32,7 @@ with extra("vllm"):
 
 
 logger = init_logger("vllm.plugins.kvpolicy")  # a name that vLLM shows
+END = {ADMIT: "admit while there is room", ERROR: "a request whose blocks are full is an error"}
 
 
 class Served:
@@ -43,7 +44,7 @@ class Served:
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
             return
         check_pipeline(options.pipeline)
-        if found := refusals(vllm_config):
+        if found := refusals(vllm_config, options.when_full):
             raise UnsupportedError("kvpolicy: " + "; ".join(found))
         with _our_backend():
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -133,9 +134,9 @@ def _serve(model: Any, config: Any, options: Options) -> Rows:
     rows = Rows(spec, pipeline, plan, count, longest)
     logger.info(
         "kvpolicy: %s; %d rows of %.2f MiB each outside the blocks; a request of %d tokens has %d "
-        "blocks, with everything kept %d; admit while there is room",
+        "blocks, with everything kept %d; %s",
         admission, count, rows.nbytes / (count + 1) / 2**20, longest, plan.blocks(longest),
-        -(-longest // plan.block),
+        -(-longest // plan.block), END[options.when_full],
     )  # fmt: skip
     arena = ArenaSpec(
         block_size=plan.block,

@@ -87,6 +87,8 @@ class Rows:
         self.active = zeros(total, dtype=torch.bool)
         self.batch = zeros(total, dtype=torch.int32)
         self.positions = zeros(total, dtype=torch.int64)
+        self.count = 0  # of requests in the step, whose rows are the first of `batch`
+        self.begun = zeros(total, dtype=torch.int64)  # refused tokens when a row was taken
         self.starts = torch.arange(total + 1, dtype=torch.int32, device=spec.device)
         self.memory: Tensor | None = None
         self.pages: Pages
@@ -94,7 +96,8 @@ class Rows:
     @property
     def nbytes(self) -> int:
         """Bytes of everything that lies outside vLLM's blocks, for each row and for padding."""
-        own = [*self.arenas[:4], self.lengths, self.active, self.batch, self.positions, self.counts]
+        own = [*self.arenas[:4], self.lengths, self.active, self.batch, self.positions]
+        own += [self.begun, self.counts]
         for layer in self.layers:
             own += [*layer.ring, layer.table]
         return sum(tensor.untyped_storage().nbytes() for tensor in own)
@@ -108,6 +111,12 @@ class Rows:
     def count_refused(self) -> int:
         """Admitted tokens of heads, until now, that were left out since an arena was full."""
         return int(self.arenas.refused.sum())
+
+    def full(self) -> set[int]:
+        """Rows of this step's requests at whose arena's end tokens were left out."""
+        rows = self.batch[: self.count].long()
+        lost = (self.arenas.refused - self.begun)[rows] > 0
+        return set(torch.where(lost, rows, 0).tolist()) - {0}
 
     def bind(self, memory: Tensor) -> None:
         """Makes pages of vLLM's memory: int8, as many bytes as whole blocks hold."""
@@ -162,6 +171,8 @@ class Rows:
             new = rows[on[2, : len(fresh)].long()]
             self.arenas.taken.index_fill_(0, new, 0)
             self.counts.index_fill_(1, new, 0)
+            self.begun[new] = self.arenas.refused[new]
+        self.count = count
         self.batch[:count] = rows
         self.positions[:count] = on[0, :count]
         self.lengths[rows] = on[0, :count].long()

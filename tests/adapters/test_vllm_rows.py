@@ -219,7 +219,7 @@ def test_rows_count_their_memory():
     engine = Engine(CachePipeline(admission=DUO), rows=4, blocks=12)
     tensors = [t for layer in engine.rows.layers for t in (*layer.ring, layer.table, layer.counts)]
     rows = engine.rows
-    tensors += [*rows.arenas[:4], rows.lengths, rows.active, rows.batch, rows.positions]
+    tensors += [*rows.arenas[:4], rows.lengths, rows.active, rows.batch, rows.positions, rows.begun]
     assert rows.nbytes == sum(t.numel() * t.element_size() for t in tensors)
     assert all(t.shape[0] == 5 for t in tensors)
     torch.testing.assert_close(rows.pages.k.shape[0], 12 * rows.plan.pages_per_block)
