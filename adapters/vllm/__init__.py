@@ -15,7 +15,7 @@ from .options import ARCHITECTURES, NAME
 
 
 def register() -> None:
-    """Makes backend, block manager, connector and models known to vLLM; called in each of its processes."""
+    """Makes backend, block manager, connector and models known in one of vLLM's processes."""
     with extra("vllm"):
         from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
         from vllm.model_executor.models.registry import ModelRegistry

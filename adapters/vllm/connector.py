@@ -23,7 +23,6 @@ with extra("vllm"):
         SupportsHMA,
     )
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
-        Counter,
         KVConnectorPromMetrics,
         KVConnectorStats,
     )
@@ -60,7 +59,7 @@ class RefusedMetrics(KVConnectorPromMetrics):
         super().__init__(config, types, labels, engines)
         counter = self._counter_cls(
             name=REFUSED,
-            documentation="Admitted tokens of KV heads that found no page in their request's blocks.",
+            documentation="Admitted tokens of KV heads that found no page in their blocks.",
             labelnames=labels,
         )
         self.counters = {engine: counter.labels(*values) for engine, values in engines.items()}

@@ -32,8 +32,9 @@ class Options:
     """A pipeline, and what it cannot say itself.
 
     `admitted` is the part of the tokens that a gate is expected to admit, with a margin. Rows may
-    take `row_memory` times the memory of the blocks. At the end of a request's blocks a gate's tokens
-    are left out ("admit" while there is room), or the request ends with an error ("error").
+    take `row_memory` times the memory of the blocks. At the end of a request's blocks `when_full`
+    decides: a gate's tokens are left out ("admit" while there is room), or the request ends with an
+    error ("error").
     """
 
     pipeline: CachePipeline
@@ -104,8 +105,8 @@ def refusals(config: Any, when_full: str = ADMIT) -> list[str]:
         or parallel.prefill_context_parallel_size > 1,
         "KV connectors are not served, but for 'kvpolicy', which moves no keys": transfer
         and not reports,
-        'when_full=\'error\' wants --kv-transfer-config \'{"kv_connector": "kvpolicy", "kv_role": '
-        "\"kv_producer\"}' with the failure policy 'fail', by which it ends requests": ends
+        "when_full='error' wants the KV connector 'kvpolicy' (--kv-transfer-config) with the failure "
+        "policy 'fail', by which vLLM ends requests": ends
         and not (reports and transfer.kv_load_failure_policy == "fail"),
         "when_full='error' wants --no-async-scheduling, or a request might be ended whose row was "
         "another's": ends and config.scheduler_config.async_scheduling,

@@ -240,7 +240,7 @@ def test_requests_whose_blocks_are_full_end_with_an_error(ran):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("tells nobody", "when_full='error' wants --kv-transfer-config"),
+        ("tells nobody", "when_full='error' wants the KV connector"),
         ("prefixes", "write enable_prefix_caching=False"),
         ("memory", "max_num_seqs: 64 rows of .* wanted at most"),
         ("blocks", "To serve at least one request"),
