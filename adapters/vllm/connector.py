@@ -79,7 +79,8 @@ class ArenaConnector(KVConnectorBase_V1, SupportsHMA):
                 "kvpolicy: kv_connector: wanted 'kvpolicy' in additional_config beside it"
             )
         self.ends = options.when_full == ERROR
-        self.config, self.rows = vllm_config, None
+        self.config = vllm_config
+        self.rows: Rows | None = None  # of a worker, once it has them
         self.known = self.told = 0
         self.sent: Tensor | None = None
         self.arrived: Any = None
@@ -88,7 +89,7 @@ class ArenaConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
         layers = self.config.compilation_config.static_forward_context
-        self.rows: Rows | None = layers[next(iter(kv_caches))].impl.rows
+        self.rows = layers[next(iter(kv_caches))].impl.rows
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Rows of the step at whose arena's end a token was left out; asked after each step.

@@ -87,7 +87,7 @@ class Rows:
         self.active = zeros(total, dtype=torch.bool)
         self.batch = zeros(total, dtype=torch.int32)
         self.positions = zeros(total, dtype=torch.int64)
-        self.count = 0  # of requests in the step, whose rows are the first of `batch`
+        self.present = self.batch[:0].long()  # rows of the step's requests
         self.begun = zeros(total, dtype=torch.int64)  # refused tokens when a row was taken
         self.starts = torch.arange(total + 1, dtype=torch.int32, device=spec.device)
         self.memory: Tensor | None = None
@@ -114,7 +114,7 @@ class Rows:
 
     def full(self) -> set[int]:
         """Rows of this step's requests at whose arena's end tokens were left out."""
-        rows = self.batch[: self.count].long()
+        rows = self.present
         lost = (self.arenas.refused - self.begun)[rows] > 0
         return set(torch.where(lost, rows, 0).tolist()) - {0}
 
@@ -172,18 +172,22 @@ class Rows:
             self.arenas.taken.index_fill_(0, new, 0)
             self.counts.index_fill_(1, new, 0)
             self.begun[new] = self.arenas.refused[new]
-        self.count = count
-        self.batch[:count] = rows
-        self.positions[:count] = on[0, :count]
+        self.present = rows
+        self.batch.zero_()
+        self.batch[:decodes] = rows[:decodes]
+        self.positions[:decodes] = on[0, :decodes]
         self.lengths[rows] = on[0, :count].long()
         self.active.zero_()
         self.active.index_fill_(0, rows[:decodes], True)
         self.active[0] = False
         if not any(n > 0 for n in added[decodes:]):
             return Step(decodes)
+        # Kernels are compiled for numbers of rows: beside prompts these are powers of two as well,
+        # with padding at first tokens of prompts, which write over what it gives.
+        padded = 1 << (decodes - 1).bit_length() if decodes else 0
         ids, first = rows.tolist(), [sum(added[:place]) for place in range(count)]
         return Step(
-            decodes,
+            min(padded, sum(added), len(self.batch)),
             tuple(
                 prompt_of(ids[at], first[at], lengths[at], added[at], self.window, device)
                 for at in range(decodes, count)
@@ -193,7 +197,7 @@ class Rows:
 
     def rehearse(self, decodes: int) -> Step:
         """A step for a graph to be captured with: so many tokens, none of them a row's."""
-        self.batch[:decodes] = 0
+        self.batch.zero_()
         self.active.zero_()
         return Step(decodes)
 

@@ -22,6 +22,7 @@ QUIET = {
 
 def run(job):
     from vllm import LLM, SamplingParams
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
     from kvpolicy.adapters.vllm import counters
 
@@ -53,6 +54,7 @@ def run(job):
     free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
     counted = llm.collective_rpc(counters)[0]
     del llm, engine, scheduler
+    ensure_kv_transfer_shutdown()  # a process has one connector
     gc.collect()
     return {
         "tokens": tokens, "reasons": reasons, "preempted": metrics["vllm:num_preemptions"],
