@@ -105,8 +105,8 @@ def refusals(config: Any, when_full: str = ADMIT) -> list[str]:
         or parallel.prefill_context_parallel_size > 1,
         "KV connectors are not served, but for 'kvpolicy', which moves no keys": transfer
         and not reports,
-        "when_full='error' wants the KV connector 'kvpolicy' (--kv-transfer-config) with the failure "
-        "policy 'fail', by which vLLM ends requests": ends
+        "when_full='error' wants the KV connector 'kvpolicy' (--kv-transfer-config) and its "
+        "kv_load_failure_policy 'fail', by which vLLM ends requests": ends
         and not (reports and transfer.kv_load_failure_policy == "fail"),
         "when_full='error' wants --no-async-scheduling, or a request might be ended whose row was "
         "another's": ends and config.scheduler_config.async_scheduling,

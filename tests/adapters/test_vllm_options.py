@@ -119,4 +119,4 @@ def test_requests_end_with_an_error_where_vllm_can_be_told():
     assert "--no-async-scheduling" in text
     transfer.kv_load_failure_policy = "recompute"
     (text,) = refusals(given, "error")
-    assert "failure policy 'fail'" in text
+    assert "kv_load_failure_policy 'fail'" in text
