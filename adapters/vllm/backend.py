@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +27,8 @@ with extra("vllm"):
         CommonAttentionMetadata,
         MultipleOf,
     )
-
+with suppress(ImportError, OSError):
+    import vllm.vllm_flash_attn  # noqa: F401  its FlashAttention-3, for prompts on Hopper devices
 
 logger = init_logger("vllm.plugins.kvpolicy")  # a name that vLLM shows
 
