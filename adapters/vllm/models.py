@@ -18,7 +18,7 @@ from ...spec import CacheSpec
 from .backend import ArenaBackend
 from .before_rope import BeforeRope
 from .options import ADMIT, ERROR, Options, check_pipeline, options_of, refusals
-from .plan import plan_of
+from .plan import check_rows, plan_of
 from .rows import Rows
 from .spec import ArenaSpec
 
@@ -131,6 +131,10 @@ def _serve(model: Any, config: Any, options: Options) -> Rows:
     )
     pipeline.check(spec)
     count, longest = config.scheduler_config.max_num_seqs, model_config.max_model_len
+    if current_platform.is_cuda():  # more of them might not even be made
+        one, part = Rows(spec, pipeline, plan, 0, longest).nbytes, options.row_memory
+        free = torch.cuda.mem_get_info()[0] * config.cache_config.gpu_memory_utilization
+        check_rows(count, one, part, free / (1 + part))
     rows = Rows(spec, pipeline, plan, count, longest)
     logger.info(
         "kvpolicy: %s; %d rows of %.2f MiB each outside the blocks; a request of %d tokens has %d "

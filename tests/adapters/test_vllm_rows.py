@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvpolicy import AdmitAll, CachePipeline, DuoAttention, LocalAttention, Quest, RandomGate
-from kvpolicy.adapters.vllm.plan import PAGE, plan_of
+from kvpolicy.adapters.vllm.plan import PAGE, check_rows, plan_of
 from kvpolicy.testing._spy import watch
 from tests.support.adapters.arenas import SPEC, Engine, Request
 from tests.support.contract.cases import Sizes, gate
@@ -229,11 +229,20 @@ def test_numbers_that_make_no_plan(change, error, says):
         plan_of(**(given | change))
 
 
+def test_rows_that_fit_beside_blocks():
+    check_rows(9, 100, 0.1, 10_000)
+    with pytest.raises(ValueError, match="10 rows .* more than 0.1 .*; wanted at most 9 "):
+        check_rows(10, 100, 0.1, 10_000)
+    with pytest.raises(ValueError, match="wanted at most 0 "):
+        check_rows(1, 100, 0.1, 500)
+
+
 def test_rows_count_their_memory():
+    none = Engine(CachePipeline(admission=DUO), rows=0, blocks=12).rows
     engine = Engine(CachePipeline(admission=DUO), rows=4, blocks=12)
     tensors = [t for layer in engine.rows.layers for t in (*layer.ring, layer.table, layer.counts)]
     rows = engine.rows
     tensors += [*rows.arenas[:4], rows.lengths, rows.active, rows.batch, rows.positions, rows.begun]
     assert rows.nbytes == sum(t.numel() * t.element_size() for t in tensors)
-    assert all(t.shape[0] == 5 for t in tensors)
+    assert all(t.shape[0] == 5 for t in tensors) and rows.nbytes == 5 * none.nbytes
     torch.testing.assert_close(rows.pages.k.shape[0], 12 * rows.plan.pages_per_block)
