@@ -23,9 +23,15 @@ from .plan import PAGE, Plan
 from .step import Step, prompt_of, sent
 
 
+KNOWN = 64 << 20  # bytes of decisions by position that are kept at most
+
+
 @attrs.define(eq=False)
 class RowLayer:
-    """One layer of all rows: `ring` `[R, Hkv, W, ...]`, `table` `[R, Hkv, M]`, `counts`."""
+    """One layer of all rows: `ring` `[R, Hkv, W, ...]`, `table` `[R, Hkv, M]`, `counts`.
+
+    `known` uint8 `[Hkv, N]` are the flags of all positions, where nothing else decides.
+    """
 
     index: int
     admission: Admission
@@ -33,11 +39,14 @@ class RowLayer:
     ring: Ring
     table: Tensor
     counts: Tensor
+    known: Tensor | None = None
 
     def decide(self, write: Write) -> tuple[Tensor | None, int]:
         """Flags of new tokens, uint8 `[Hkv, T]` or None, and bits that all of them get."""
         if self.admission.neutral:
             return None, ADMITTED
+        if self.known is not None:
+            return self.known.index_select(1, write.positions), 0
         return self.admission.admit(write).view(torch.uint8), 0
 
 
@@ -74,6 +83,8 @@ class Rows:
             )
             for layer in range(spec.layers)
         ]
+        if admission.by_position and spec.layers * heads * longest <= KNOWN:
+            self._look_ahead()
         self.arenas = Arenas(
             zeros(total, plan.blocks(longest), dtype=torch.int32),
             zeros(total, dtype=torch.int32),
@@ -92,6 +103,18 @@ class Rows:
         self.starts = torch.arange(total + 1, dtype=torch.int32, device=spec.device)
         self.memory: Tensor | None = None
         self.pages: Pages
+
+    def _look_ahead(self) -> None:
+        """Decides for all positions, so that a decode step looks them up in one launch."""
+        spec, device = self.spec, self.spec.device
+        at = torch.arange(self.longest, device=device)
+        key = torch.zeros((), dtype=spec.dtype, device=device)
+        key = key.expand(spec.kv_heads, self.longest, spec.head_dim)
+        cu = torch.tensor([0, self.longest], dtype=torch.int32, device=device)
+        for layer in self.layers:
+            if not layer.admission.neutral:
+                write = Write(key, key, at, cu, layer.index, spec.head_ids)
+                layer.known = layer.admission.admit(write).view(torch.uint8)
 
     @property
     def nbytes(self) -> int:
@@ -191,7 +214,7 @@ class Rows:
             tuple(
                 prompt_of(ids[at], first[at], lengths[at], added[at], self.window, device)
                 for at in range(decodes, count)
-                if added[at]
+                if 0 < added[at] <= self.longest - lengths[at]  # vLLM's trials may be longer
             ),
         )
 
