@@ -8,7 +8,8 @@ from torch import Tensor
 from ...admission import Write
 from ...ops import ADMITTED, Heads, Ring, pages_of
 from .plan import PAGE
-from .rows import RowLayer, Rows
+from .row_layer import RowLayer
+from .rows import Rows
 from .step import Prompt
 
 

@@ -9,45 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import attrs
 import torch
 from torch import Tensor
 
-from ...admission import Admission, Write
+from ...admission import Write
 from ...backend import resolve
-from ...ops import ADMITTED, Arenas, Heads, Pages, Ring, load, pages_of
+from ...ops import Arenas, Heads, Pages, Ring, load, pages_of
 from ...pipeline import CachePipeline
-from ...selection import Selection
 from ...spec import CacheSpec
 from .plan import PAGE, Plan
+from .row_layer import KNOWN, RowLayer, look_ahead
 from .step import Step, prompt_of, sent
-
-
-KNOWN = 64 << 20  # bytes of decisions by position that are kept at most
-
-
-@attrs.define(eq=False)
-class RowLayer:
-    """One layer of all rows: `ring` `[R, Hkv, W, ...]`, `table` `[R, Hkv, M]`, `counts`.
-
-    `known` uint8 `[Hkv, N]` are the flags of all positions, where nothing else decides.
-    """
-
-    index: int
-    admission: Admission
-    selection: Selection
-    ring: Ring
-    table: Tensor
-    counts: Tensor
-    known: Tensor | None = None
-
-    def decide(self, write: Write) -> tuple[Tensor | None, int]:
-        """Flags of new tokens, uint8 `[Hkv, T]` or None, and bits that all of them get."""
-        if self.admission.neutral:
-            return None, ADMITTED
-        if self.known is not None:
-            return self.known.index_select(1, write.positions), 0
-        return self.admission.admit(write).view(torch.uint8), 0
 
 
 class Rows:
@@ -84,7 +56,7 @@ class Rows:
             for layer in range(spec.layers)
         ]
         if admission.by_position and spec.layers * heads * longest <= KNOWN:
-            self._look_ahead()
+            look_ahead(self.layers, spec, longest)
         self.arenas = Arenas(
             zeros(total, plan.blocks(longest), dtype=torch.int32),
             zeros(total, dtype=torch.int32),
@@ -103,18 +75,6 @@ class Rows:
         self.starts = torch.arange(total + 1, dtype=torch.int32, device=spec.device)
         self.memory: Tensor | None = None
         self.pages: Pages
-
-    def _look_ahead(self) -> None:
-        """Decides for all positions, so that a decode step looks them up in one launch."""
-        spec, device = self.spec, self.spec.device
-        at = torch.arange(self.longest, device=device)
-        key = torch.zeros((), dtype=spec.dtype, device=device)
-        key = key.expand(spec.kv_heads, self.longest, spec.head_dim)
-        cu = torch.tensor([0, self.longest], dtype=torch.int32, device=device)
-        for layer in self.layers:
-            if not layer.admission.neutral:
-                write = Write(key, key, at, cu, layer.index, spec.head_ids)
-                layer.known = layer.admission.admit(write).view(torch.uint8)
 
     @property
     def nbytes(self) -> int:
