@@ -27,7 +27,7 @@ with extra("vllm"):
         CommonAttentionMetadata,
         MultipleOf,
     )
-with suppress(ImportError, OSError):
+with extra("vllm"), suppress(ImportError, OSError):
     import vllm.vllm_flash_attn  # noqa: F401  its FlashAttention-3, for prompts on Hopper devices
 
 logger = init_logger("vllm.plugins.kvpolicy")  # a name that vLLM shows
