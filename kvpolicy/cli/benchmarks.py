@@ -76,10 +76,10 @@ def run_benchmark(
     Raises:
         ValueError: an unknown benchmark or task, or an argument that does not do.
     """
-    from ..evaluation.benchmarks.methods import evictions
-    from ..evaluation.benchmarks.parts import folder_of, part_of
+    from ..evaluation.benchmarks.evictions import evictions
     from ..evaluation.benchmarks.registry import benchmark_of
     from ..evaluation.benchmarks.runner import BenchmarkRunner
+    from ..evaluation.grid.parts import folder_of, part_of
     from ..evaluation.grid.results import Store
     from ..evaluation.grid.runner import gates_for, variants_for
     from ..evaluation.grid.variants import own

@@ -17,3 +17,4 @@ from .q_filters import fit_q_filters as fit_q_filters
 from .settings import GateTraining as GateTraining
 from .student import evaluate_gates as evaluate_gates
 from .train import train_write_gate as train_write_gate
+from .triattention import fit_triattention as fit_triattention

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...adapters.hf import Attachment, KVPolicyCache, repeats
-from ...eviction import KVzip
+from ...adapters.hf import Attachment, KVPolicyCache
 from ...store import Report
 from ..grid.records import Footprint
+from ..sessions import look_back
 from ..sessions.pipeline import settled
 from ..tasks.prompts import Ids
 from .chat import Reading
@@ -49,11 +49,6 @@ class Asker:
     tokenizer: PreTrainedTokenizerBase
     after: str = "\n"
     drawn: Mapping[str, Any] = attrs.field(factory=dict)
-
-    @property
-    def alone(self) -> bool:
-        """Whether contexts must be read one at a time."""
-        return isinstance(self.here.pipeline.eviction, KVzip)
 
     @torch.no_grad()
     def answers(self, group: Sequence[Reading]) -> Answered:
@@ -92,13 +87,13 @@ class Asker:
 
     def _read(self, group: Sequence[Reading]) -> KVPolicyCache:
         ids, mask = self._block([reading.context for reading in group])
-        if not self.alone:
+        if not self.here.pipeline.eviction.replayed:
             return self.here.read(ids, mask)
         cache = self.here.new_cache()
         cache.begin_prompt()
-        self.here.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
-        for again, span in repeats(self.tokenizer, ids, suffix=self.after):
-            self.here.replay(cache, again, span=span)
+        self.here.decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        contexts = [reading.context for reading in group]
+        look_back.look_back(self.here, cache, contexts, self.tokenizer, self.after)
         cache.end_prompt()
         return cache
 

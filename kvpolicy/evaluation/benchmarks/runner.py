@@ -87,7 +87,7 @@ class BenchmarkRunner(Loop[Cell]):
             asker = Asker(here=here, tokenizer=self.tokenizer, after=chat.after, drawn=self.drawn)
             torch.manual_seed(self.seed)
             longest = max(len(x.context) + max(x.new_tokens) for x in readings)
-            count = 1 if asker.alone else at_a_time(self.model, pipeline, longest)
+            count = at_a_time(self.model, pipeline, longest)
             for begin in range(0, len(readings), count):
                 self.check()
                 group = slice(begin, begin + count)
