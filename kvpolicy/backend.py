@@ -38,6 +38,7 @@ _MODULES = {  # of reference/ and kernels/ alike, by op
     "read_pages": "page_io",
     "read_summary": "page_io",
     "write_summary": "page_io",
+    "write_minmax": "page_minmax",
     "quest_select": "page_select",
     "top_pages": "page_select",
     "paged_decode": "paged_decode",

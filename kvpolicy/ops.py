@@ -220,6 +220,13 @@ def check_asked(
         raise ValueError(f"{op}: chunk: wanted a positive number or None, got {chunk}")
 
 
+def check_minmax(op: str, pages: Pages) -> None:
+    """Raises ValueError for pages without room for a smallest and a largest key."""
+    width = 2 * pages.k.shape[2]
+    if pages.summary is None or pages.summary.shape[1] != width:
+        raise ValueError(f"{op}: minmax wants summaries [n, {width}] in pages.summary")
+
+
 class Ops(Protocol):
     """The ops of one backend.
 
@@ -606,6 +613,13 @@ class Ops(Protocol):
 
     def write_summary(self, pages: Pages, ids: Tensor, summary: Tensor) -> None:
         """Stores summaries `[N, S]` of pages `ids` `[N]`; writes to the null page are lost."""
+
+    def write_minmax(self, pages: Pages, heads: Heads, before: Tensor, most: int) -> None:
+        """Makes the summaries `[2 D]` of pages their smallest and largest key, channel by channel.
+
+        Of the pages that hold a head's tokens from number `before` `[B, Hkv]` int32 on: at most
+        `most` a head, none where no such token is.
+        """
 
 
 def load(name: str) -> Ops:

@@ -68,6 +68,8 @@ def tried(command: str, model: object, root: Path) -> list[object]:
         "evaluate": [*texts, "--out", root / "results"],
         "inspect": [*texts, "--out", root / "kept", "--window", 32],
         "fit-q-filters": [*texts, "--out", root / "q.safetensors"],
+        "fit-triattention": [*texts, "--out", root / "statistics.safetensors"],
+        "warm": [],
         "ablate": [*texts, "--out", root / "ablations"],
         "reproduce": [*texts, "--out", root / "figure", "--checkpoints", root],
     }

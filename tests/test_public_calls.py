@@ -180,7 +180,7 @@ KIT = {
 CALLS = {
     "attach": Call(
         lambda folder: (attaching, {"model": MODEL, "pipeline": PIPELINE}),
-        model=NOTHING, pipeline=NOTHING, compile=FLAG, verify=FLAG, dtype=NONE,
+        model=NOTHING, pipeline=NOTHING, compile=FLAG, warm=FLAG, verify=FLAG, dtype=NONE,
     ),
     "new_cache": Call(
         lambda folder: (hf.new_cache, {"model": MODEL, "pipeline": PIPELINE}),

@@ -218,8 +218,8 @@ def evaluate(
             found = density_variants(density, threshold or [XAttention().threshold], window)
         elif methods:
             given = given_for(model, gates, duo, file or [])
-            found, absent = method_variants(keeps, window, given), left_out(given)
-            typer.echo("left out: " + "; ".join(f"{x} ({why})" for x, why in absent.items()))
+            found, reasons = method_variants(keeps, window, given), left_out(given)
+            typer.echo("left out: " + "; ".join(f"{x} ({why})" for x, why in reasons.items()))
         else:
             found = variants_for(model, gates, threshold or [], duo, keeps, budgets, window)
         mine = {name: own_pipeline(name, trust_code) for name in pipeline or []}

@@ -66,7 +66,9 @@ class AtPromptEnd(Eviction):
 
     def knob(self, *, window: int, seen: int, layers: int, kv_heads: int) -> Knob[Eviction] | None:
         inner = self.admission.knob()
-        return inner and inner.map(lambda found: attrs.evolve(self, admission=found))
+        if inner is None:
+            return None
+        return inner.map(lambda found: attrs.evolve(self, admission=found))
 
     def at(self, layer: int) -> Eviction:
         return attrs.evolve(self, admission=self.admission.at(layer))

@@ -18,6 +18,7 @@ from .page_io import read_meta as read_meta
 from .page_io import read_pages as read_pages
 from .page_io import read_summary as read_summary
 from .page_io import write_summary as write_summary
+from .page_minmax import write_minmax as write_minmax
 from .page_select import quest_select as quest_select
 from .page_select import top_pages as top_pages
 from .paged_decode import paged_decode as paged_decode

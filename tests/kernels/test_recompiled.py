@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvpolicy import CachePipeline, CacheSpec, SnapKV
+from kvpolicy import CachePipeline, CacheSpec, Quest, SnapKV
 from kvpolicy.bench.gates import random_gate
 from tests.support.kernels.variants import Compiled, new, variants
 
@@ -40,8 +40,12 @@ def prompt(pipeline: CachePipeline, rows: int, *lengths: int) -> None:
 
 @pytest.mark.parametrize(
     "parts",
-    [{"admission": GATE}, {"eviction": SnapKV(budget=64), "window": WINDOW}],
-    ids=["gate", "snapkv"],
+    [
+        {"admission": GATE},
+        {"eviction": SnapKV(budget=64), "window": WINDOW},
+        {"admission": GATE, "selection": Quest(budget=64)},
+    ],
+    ids=["gate", "snapkv", "gate + quest"],
 )
 def test_other_lengths_and_batches_compile_nothing(parts: dict[str, Any], compiled) -> None:
     pipeline = CachePipeline(backend="triton", **parts)

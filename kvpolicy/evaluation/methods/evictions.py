@@ -57,8 +57,8 @@ class Method:
         """It as kvpress has it: all that it drops, it drops when the prompt ends."""
         policy: Any = (self.press or self.make)(budget)
         if policy.when == "prompt_end":
-            return policy  # type: ignore[no-any-return]
-        return attrs.evolve(policy, when="prompt_end")  # type: ignore[no-any-return]
+            return policy
+        return attrs.evolve(policy, when="prompt_end")
 
 
 def _half(slots: float) -> int:

@@ -30,6 +30,7 @@ from kvpolicy.kernels import (
     lag_spreads,
     norms,
     page_io,
+    page_minmax,
     page_select,
     paged_decode,
     prompt_write,
@@ -147,6 +148,7 @@ def call_all(dim: int, page: int, dtype: torch.dtype, dim_v: int | None = None) 
     for kind in (torch.int32, torch.int64):
         page_io.copy_pages(pages, ids.to(kind), ids.to(kind))
     page_io.write_summary(pages, ids, page_io.read_summary(pages, ids))
+    page_minmax.write_minmax(pages, stored, counts, 2)
     bounds = torch.tensor([0, tokens], dtype=torch.int32)
     segments = Segments((0, tokens), (0, tokens), (0,), bounds, bounds, bounds[:1])
     tile = sparse_prefill.AFTER if dim <= 128 and dtype != torch.float32 else None

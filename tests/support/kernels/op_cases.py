@@ -228,6 +228,17 @@ def _page_io(size: Size) -> None:
     agree(both("read_summary", mirror.pages, torch.cat([free, held])))
 
 
+@case("write_minmax")
+def _write_minmax(size: Size) -> None:
+    mirror, page = heads(size), size.page
+    held = mirror.table[mirror.table > 0]
+    before = torch.tensor([[page + 1, 0, 2 * page], [0, 5, page], [3 * page, 0, page - 1]]).int()
+    for most in (1, 4, 7):
+        both("write_summary", mirror.pages, held, torch.zeros(len(held), 2 * size.dim))
+        both("write_minmax", mirror.pages, mirror.heads, before, most)
+        agree(both("read_summary", mirror.pages, held))
+
+
 @case("window_scores", "window_levels")
 def _window_scores(size: Size) -> None:
     mirror = make_mirror(size, [[size.prompt + 40, 0, 2 * size.page], [size.page - 1, 64, 5]])
