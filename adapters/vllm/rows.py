@@ -165,12 +165,9 @@ class Rows:
         self.active[0] = False
         if not any(n > 0 for n in added[decodes:]):
             return Step(decodes)
-        # Kernels are compiled for numbers of rows: beside prompts these are powers of two as well,
-        # with padding at first tokens of prompts, which write over what it gives.
-        padded = 1 << (decodes - 1).bit_length() if decodes else 0
         ids, first = rows.tolist(), [sum(added[:place]) for place in range(count)]
         return Step(
-            min(padded, sum(added), len(self.batch)),
+            decodes,
             tuple(
                 prompt_of(ids[at], first[at], lengths[at], added[at], self.window, device)
                 for at in range(decodes, count)

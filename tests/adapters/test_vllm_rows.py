@@ -66,20 +66,6 @@ def test_requests_that_share_blocks_are_served_as_if_alone(name):
         assert preempted
 
 
-def test_decoding_beside_a_prompt_is_padded():
-    """Kernels are compiled for numbers of rows, which are few."""
-    pipeline = ADMISSIONS["duo"][0]
-    engine = Engine(pipeline, rows=5, blocks=30)
-    engine.running = [Request(pipeline, 60, seed) for seed in range(4)]
-    begin, decodes = engine.rows.begin, []
-    engine.rows.begin = lambda *args: decodes.append(begin(*args)) or decodes[-1]
-    for added in [(30,) * 4, (1, 1, 1, 20), (1, 1, 1, 0), (2, 0, 0, 0)]:
-        batch = [(r, n) for r, n in zip(engine.running, added, strict=True) if n]
-        assert all(engine.room_for(request, n) for request, n in batch)
-        engine.step(batch)
-    assert [(x.decodes, len(x.prompts)) for x in decodes] == [(0, 4), (4, 1), (3, 0), (0, 1)]
-
-
 @pytest.mark.parametrize("name", ["duo", "random", "gate"])
 def test_decoding_waits_for_nothing(name, monkeypatch):
     """So that it can be captured: neither the adapter's own steps nor a policy's ask the device."""
