@@ -223,6 +223,22 @@ def test_rows_that_fit_beside_blocks():
         check_rows(1, 100, 0.1, 500)
 
 
+@pytest.mark.parametrize("name", ["all", "duo", "gate"])
+def test_what_reading_takes_is_known_before(name):
+    """Gathered tokens and copies of queries of the longest prompt's last part."""
+    pipeline, admitted = ADMISSIONS[name]
+    engine = Engine(pipeline, rows=1, blocks=60, admitted=admitted)
+    request = Request(pipeline, 200, 0)
+    engine.running.append(request)
+    assert engine.room_for(request, 200)
+    engine.step([(request, 200)])
+    rows, (_, heads, dim) = engine.rows, engine.rows.layers[0].ring.k[:, :, 0].shape
+    stored = max(int(layer.counts.sum()) for layer in rows.layers) * dim * 2
+    copies = 4 * 200 * rows.spec.heads * dim
+    known = rows.scratch(200) / 8
+    assert heads == 2 and stored + copies <= known < 2 * (stored + copies) + 2000
+
+
 def test_rows_count_their_memory():
     none = Engine(CachePipeline(admission=DUO), rows=0, blocks=12).rows
     engine = Engine(CachePipeline(admission=DUO), rows=4, blocks=12)
