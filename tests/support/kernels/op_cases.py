@@ -144,11 +144,11 @@ def _paged_decode(size: Size) -> None:
             size.dim**-0.5, selected=selected,
         )  # fmt: skip
         agree(found, size.atol)
-        if window > 5:
+        if selected is each:
             order = torch.tensor([2, 0]).int()
             some = both(
                 "paged_decode", query[[2, 0]], mirror.pages, mirror.heads, ring, lengths, active,
-                window, size.dim**-0.5, rows=order,
+                window, size.dim**-0.5, selected=each[[2, 0]], rows=order,
             )  # fmt: skip
             agree(Pair(found.host[[2, 0]], some.device.cpu()), size.atol)
         active = torch.tensor([True, False, True])
