@@ -121,6 +121,39 @@ def test_rows_whose_pages_lie_in_even_steps():
         engine.step([(request, n) for request in engine.running])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_graph_of_a_decode_step_serves_any_requests():
+    """Captured once for two rows, and replayed for those of the step, also where one is padding."""
+    device = torch.device("cuda")
+    spec = attrs.evolve(SPEC, dtype=torch.float32, head_dim=16, device=device)
+    pipeline = CachePipeline(admission=DUO, backend="triton")
+    engine = Engine(pipeline, rows=3, blocks=30, spec=spec, captured=(2,))
+    rows, decode, graphs = engine.rows, engine.rows.decode, []
+    for layer in range(spec.layers):
+        given = [torch.zeros(2, n, 16, device=device) for n in (4, 2, 2, 2)]
+        decode(rows.rehearse(2), layer, *given)  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = decode(engine.captured[2], layer, *given)
+        graphs.append((graph, given, out))
+
+    def replay(step, layer, *new):
+        graph, given, out = graphs[layer]
+        for old, x in zip(given, new, strict=True):
+            old.copy_(x)
+        graph.replay()
+        return out.clone()
+
+    rows.decode = replay
+    engine.running = [Request(pipeline, 80, seed, spec) for seed in range(3)]
+    for added in [(30, 0, 25), *[(1, 0, 1)] * 20, (0, 40, 0), *[(0, 1, 1), (0, 1, 0)] * 6]:
+        batch = [(r, n) for r, n in zip(engine.running, added, strict=True) if n]
+        assert all(engine.room_for(request, n) for request, n in batch)
+        engine.step(batch)
+    assert engine.replays == 32
+
+
 def test_an_arena_that_grows_admits_again():
     """Tokens that found no page stay away; later ones are admitted in blocks that came since."""
     pipeline, admitted = ADMISSIONS["tight"]
