@@ -79,8 +79,8 @@ def check_pipeline(pipeline: CachePipeline) -> None:
         )
     if not isinstance(eviction, KeepAll):
         raise ValueError(
-            "kvpolicy: eviction: wanted none on vLLM, whose scheduler says nothing of a prompt's "
-            f"end, got {type(eviction).__name__}"
+            "kvpolicy: eviction: wanted none on vLLM, where a preempted request does not know any "
+            f"more where its prompt ended, got {type(eviction).__name__}"
         )
     if admission.needs - {"key_pre"}:
         raise ValueError(
