@@ -241,7 +241,7 @@ def evaluate(
             "page_size": page_size,
         }
         if methods:
-            settings["left_out"] = absent
+            settings["left_out"] = reasons
             settings["files"] = {name: digest(x) for name, x in given.files.items()}
         if density:
             settings["density"] = density
