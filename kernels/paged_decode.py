@@ -59,6 +59,7 @@ def paged_decode(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     chunk: int | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Attends over the local window and the global tokens; see `Ops.paged_decode`.
 
@@ -66,8 +67,8 @@ def paged_decode(
     """
     check_dtype("paged_decode", "query", query)
     check_asked("paged_decode", query.shape[1], softcap, sinks, chunk)
-    batch, kv_heads, slots, dim = ring.k.shape
-    size, dim_v = pages.k.shape[1], ring.v.shape[3]
+    _, kv_heads, slots, dim = ring.k.shape
+    batch, size, dim_v = query.shape[0], pages.k.shape[1], ring.v.shape[3]
     check_dims("paged_decode", dim, dim_v)
     readers = kv_heads if selected is None else selected.shape[1]
     group = query.shape[1] // readers
@@ -96,14 +97,14 @@ def paged_decode(
     with on(query):
         _split[programs,](
             query, pages.k, pages.v, pages.slabs, table, counts, ring_k, ring_v, lengths, active,
-            picked, part, lse, window, scale, cap, chunk, meta, units, target,
+            picked, part, lse, window, scale, cap, chunk, meta, rows, units, target,
             query.stride(), table.stride(), counts.stride(), ring_k.stride(), ring_v.stride(),
             picked.stride(),
             **plan, SLAB_PAGES=pages.slab_pages, PAGE=size, SLOTS=slots, GROUP_PAD=dot_size(group),
             DIM=dim, DIM_PAD=widths[0], DIM_V_PAD=widths[1], num_warps=_WARPS, num_stages=stages,
         )  # fmt: skip
         _reduce[units, group](
-            part, lse, counts, active, out, sinks, units, target, counts.stride(),
+            part, lse, counts, active, out, sinks, rows, units, target, counts.stride(),
             **plan, PARTS=min(_PARTS, _READ // power_of_two(dim_v)), DIM_PAD=power_of_two(dim_v),
             num_warps=4,
             **dependent(query.device),
@@ -123,8 +124,16 @@ def _tile(width: int, itemsize: int, shared: int) -> tuple[int, int]:
 
 
 @triton.jit
+def _sequence(rows, n, there):
+    """The sequence of query n: it has the same number, or `rows` say it."""
+    if rows is not None:
+        n = tl.load(rows + n, mask=there, other=0)
+    return n.to(tl.int64)
+
+
+@triton.jit
 def _plan(
-    counts, active, counts_strides, units, many, target, HEADS: tl.constexpr,
+    counts, active, rows, counts_strides, units, many, target, HEADS: tl.constexpr,
     REPEAT: tl.constexpr, RING_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PICKED: tl.constexpr,
     MIN_BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +142,7 @@ def _plan(
     Blocks are those of the unit's ring, then those of its pages. Splits have one length over all
     units, of which there are `many`, rounded; there are at most `target + many` of them.
     """
-    b = (units // HEADS).to(tl.int64)
+    b = _sequence(rows, units // HEADS, units < many)
     runs = tl.load(active + b, mask=units < many, other=0) != 0
     counts += b * counts_strides[0] + (units % HEADS) // REPEAT
     held = tl.load(counts, mask=units < many, other=0)  # [UNITS]
@@ -194,17 +203,18 @@ def _rows(store, slab, nth, at, d, DIM: tl.constexpr, PAGE: tl.constexpr):
 
 @triton.jit
 def _my_split(
-    program, counts, active, lengths, counts_strides, many, target,
+    program, counts, active, lengths, rows, counts_strides, many, target,
     UNITS_PAD: tl.constexpr, HEADS: tl.constexpr, REPEAT: tl.constexpr,
     RING_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PICKED: tl.constexpr, MIN_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Unit of a program (`many`: none), its blocks `low` to `high`, its tokens and its length."""
     units = tl.arange(0, UNITS_PAD)
     # Needed after the plan, loaded beside it.
-    stands = tl.load(lengths + units // HEADS, mask=units < many, other=0).to(tl.int32)  # [UNITS]
+    b = _sequence(rows, units // HEADS, units < many)
+    stands = tl.load(lengths + b, mask=units < many, other=0).to(tl.int32)  # [UNITS]
     held, blocks, splits = _plan(
-        counts, active, counts_strides, units, many, target, HEADS, REPEAT, RING_BLOCKS, BLOCK,
-        PICKED, MIN_BLOCKS,
+        counts, active, rows, counts_strides, units, many, target, HEADS, REPEAT, RING_BLOCKS,
+        BLOCK, PICKED, MIN_BLOCKS,
     )  # fmt: skip
     ends = tl.cumsum(splits, 0)
     mine = (ends - splits <= program) & (program < ends)
@@ -223,7 +233,7 @@ def _my_split(
 @triton.jit(do_not_specialize=["many", "target"])
 def _split(
     query, pages_k, pages_v, slabs, table, counts, ring_k, ring_v, lengths, active,
-    picked, part, lse, window, scale, cap, chunk, pages_meta, many, target,
+    picked, part, lse, window, scale, cap, chunk, pages_meta, rows, many, target,
     query_strides, table_strides, counts_strides, ring_k_strides, ring_v_strides, picked_strides,
     UNITS_PAD: tl.constexpr, HEADS: tl.constexpr, REPEAT: tl.constexpr,
     RING_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PICKED: tl.constexpr,
@@ -235,12 +245,13 @@ def _split(
     let_next(OVERLAP)
     program = tl.program_id(0)
     unit, low, high, count, length = _my_split(
-        program, counts, active, lengths, counts_strides, many, target, UNITS_PAD, HEADS, REPEAT,
-        RING_BLOCKS, BLOCK, PICKED, MIN_BLOCKS,
+        program, counts, active, lengths, rows, counts_strides, many, target, UNITS_PAD, HEADS,
+        REPEAT, RING_BLOCKS, BLOCK, PICKED, MIN_BLOCKS,
     )  # fmt: skip
     if unit >= many:
         return
-    b = (unit // HEADS).to(tl.int64)
+    asked = (unit // HEADS).to(tl.int64)
+    b = _sequence(rows, asked, True)
     head = (unit % HEADS).to(tl.int64)
     kv_head = head // REPEAT
     g = tl.arange(0, GROUP_PAD)
@@ -252,13 +263,13 @@ def _split(
         begins = length // chunk * chunk
         window = tl.minimum(window, length - begins + 1)
     table += b * table_strides[0] + kv_head * table_strides[1]
-    picked += b * picked_strides[0] + head * picked_strides[1]
+    picked += asked * picked_strides[0] + head * picked_strides[1]
     # Pages are found two blocks ahead, where they lie one. What a block leaves to the next are new
     # values, never those that it got itself: a loop that passes on its arguments is not pipelined.
     first = tl.maximum(low - RING_BLOCKS, 0)
     page, room = _find(table, picked, first, count, n, BLOCK, PAGE, PICKED)
     next_page, next_room = _find(table, picked, first + 1, count, n, BLOCK, PAGE, PICKED)
-    query += b * query_strides[0]
+    query += asked * query_strides[0]
     q = tl.load(
         query + (head * GROUP + g[:, None]) * query_strides[1] + d[None, :],
         mask=(g < GROUP)[:, None] & (d < DIM)[None, :], other=0.0,
@@ -306,7 +317,7 @@ def _split(
 
 @triton.jit(do_not_specialize=["many", "target"])
 def _reduce(
-    part, lse, counts, active, out, sinks, many, target, counts_strides,
+    part, lse, counts, active, out, sinks, rows, many, target, counts_strides,
     UNITS_PAD: tl.constexpr, HEADS: tl.constexpr, REPEAT: tl.constexpr,
     RING_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PICKED: tl.constexpr,
     MIN_BLOCKS: tl.constexpr, GROUP: tl.constexpr, DIM_V: tl.constexpr,
@@ -318,8 +329,8 @@ def _reduce(
     units = tl.arange(0, UNITS_PAD)
     # The plan rests on what was there before `_split` started.
     _, _, splits = _plan(
-        counts, active, counts_strides, units, many, target, HEADS, REPEAT, RING_BLOCKS, BLOCK,
-        PICKED, MIN_BLOCKS,
+        counts, active, rows, counts_strides, units, many, target, HEADS, REPEAT, RING_BLOCKS,
+        BLOCK, PICKED, MIN_BLOCKS,
     )  # fmt: skip
     first = tl.sum(tl.where(units < unit, splits, 0), 0)
     of = tl.sum(tl.where(units == unit, splits, 0), 0)

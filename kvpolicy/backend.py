@@ -19,6 +19,7 @@ _MODULES = {  # of reference/ and kernels/ alike, by op
     "advance_ring": "ring",
     "antidiagonal_blocks": "antidiagonal",
     "append": "cache_write",
+    "arena_write": "arena_write",
     "attention_mass": "attention_mass",
     "decode_write": "cache_write",
     "move_kept": "compact",

@@ -1,5 +1,6 @@
 """The torch reference: every op in vectorised torch, for CPUs and as the kernels' measure."""
 
+from .arena_write import arena_write as arena_write
 from .cache_write import append as append
 from .cache_write import decode_write as decode_write
 from .compact import move_kept as move_kept

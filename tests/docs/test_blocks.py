@@ -31,7 +31,7 @@ PAGES = sorted({block.page for block in blocks("python")})
 NEEDS = {
     ("docs/serving.md", 0): ("fastapi", "uvicorn"),
     ("docs/vllm.md", 2): ("vllm",),
-    ("docs/vllm.md", 3): ("vllm",),
+    ("docs/vllm.md", 4): ("vllm",),
 }
 SLOW = {
     ("docs/transformers.md", 2): "inductor compiles; tests/adapters/test_compiled.py",
