@@ -88,7 +88,7 @@ def list_rows(
     return lists
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "tile", "steps"])
 def _edges(
     at, counts, edges, width, tile, steps,
     UNITS_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -101,7 +101,7 @@ def _edges(
     tl.store(edges + unit.to(tl.int64) * (width + 1) + j, far.to(tl.int32) + before, j <= width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["each", "steps"])
 def _find_columns(
     where, found, owner, at, counts, each, steps,
     KV_HEADS: tl.constexpr, PER: tl.constexpr, UNITS_PAD: tl.constexpr, ROWS: tl.constexpr,
@@ -132,7 +132,7 @@ def tile_of(of, cu_q, start, nth, many, begin, TILE: tl.constexpr, QUERIES: tl.c
     return b, tile, number, first, tl.maximum(first, low), tl.minimum(first + QUERIES, high)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "width", "many", "steps", "most_whole", "most_rest"])
 def _plan(
     blocks, edges, at, counts, cu_q, start, of, whole, rest, found, begin, window, width,
     many, steps, most_whole, most_rest,

@@ -46,6 +46,7 @@ _MODULES = {  # of reference/ and kernels/ alike, by op
     "write_leaving": "prompt_write",
     "prefill_attention": "sparse_prefill",
     "last_similar": "redundancy",
+    "redundancy_scores": "redundancy_scores",
     "selected_prefill": "selected_prefill",
     "window_levels": "window_scores",
     "window_scores": "window_scores",

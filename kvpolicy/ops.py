@@ -559,6 +559,21 @@ class Ops(Protocol):
         all others is held.
         """
 
+    def redundancy_scores(
+        self, pages: Pages, heads: Heads, ring: Ring, queries: Tensor, lengths: Tensor,
+        window: int, scale: float, *, observation: int, kernel: int, mix: float, threshold: float,
+        group: str, softcap: float | None = None,
+    ) -> Tensor:  # fmt: skip
+        """R-KV's scores `[B, Hkv, M * P]` of the global tokens (Zefan-Cai/R-KV).
+
+        `queries` as in `window_scores`; what is scored says `kvpolicy.eviction.RKV`. A head's keys
+        are those that it stores and then, without a gap, the recent ones of the window; for
+        redundancies they are divided by their norms and rounded to their dtype. Slots without a
+        token are 0. In float32, or in the keys' dtype where that is wider. No product of all keys
+        with all others is held, and a head's scores depend on nothing but its own sequence, to the
+        last bit.
+        """
+
     def write_gate(
         self, key_pre: Tensor, key: Tensor, norm_pre: Tensor, norm_post: Tensor, w1: Tensor,
         b1: Tensor, w2: Tensor, b2: Tensor, limit: float | None = None, inclusive: bool = False,

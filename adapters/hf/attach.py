@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, Unpack
 
 import torch
@@ -24,9 +24,10 @@ from .compile import CompiledLayers, check_compiles, make_eager
 from .faces import NAME
 from .forwards import Forwards
 from .generate import generate
+from .many.questions import ask_many
 from .many.requests import Finished, Request
 from .many.serve import serve
-from .models import AttentionLayer, check_one_device, check_pre_query, check_pre_rope, served
+from .models import AttentionLayer, check_here, check_pre_query, check_pre_rope, served
 from .own_steps import put_aside_at
 from .replay import replay
 from .warm import Say, Warmed, line, warm
@@ -68,7 +69,7 @@ class Attachment:
         self.served = served(self.base, verify=verify)
         self.layers = self.served.modules
         check_modules(self.layers)
-        check_one_device(self.served)
+        check_here(self.served)
         self.needs = pipeline.reads
         if "key_pre" in self.needs:
             check_pre_rope(self.served)
@@ -321,6 +322,32 @@ class Attachment:
             UnsupportedError: for models and options that cannot share calls, by name.
         """
         return serve(self, requests, slots, tokens_per_call, shared_prefix, max_bytes, tokenizer)
+
+    def ask_many(
+        self,
+        cache: KVPolicyCache,
+        requests: Collection[Request],
+        *,
+        rows: Sequence[int] | None = None,
+        slots: int = 16,
+        tokenizer: Any = None,
+    ) -> Iterator[Finished]:
+        """Asks many questions about what `cache` holds, up to `slots` at once, as they finish.
+
+        Each gets what `ask` gives it alone on a fork of its sequence, as decoded tokens; one that
+        has its answer makes room for the next. The cache stays as it was.
+
+        Args:
+            cache: what read the contexts, its prompt ended.
+            requests: questions, whose ids or texts follow what the cache holds.
+            rows: which of the cache's sequences each asks; a cache of one needs none.
+            slots: sequences that decode together.
+            tokenizer: for texts and stop strings.
+
+        Raises:
+            UnsupportedError: where `generate_many` does, and for evictions that act while decoding.
+        """
+        return ask_many(self, cache, requests, rows, slots, tokenizer)
 
     def warm(self, batch: int = 16, length: int | None = None, say: Say | None = None) -> Warmed:
         """Compiles what requests will need, by requests of made-up tokens.

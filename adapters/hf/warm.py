@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import attrs
@@ -17,12 +18,14 @@ import torch
 from ..._arguments import optional
 from ..._fields import MOST, check_int
 from ...backend import compilations, resolve
-from ...errors import CapacityError, UnsupportedError
+from ...errors import KVPolicyError
+from ...eviction import JudgeQ
 from .attached import Attached
 from .phases import ask, read
+from .replay import replay
 
 LENGTH, BATCH = 8192, 16  # what is warmed where nothing else is asked for
-SHORT = 16  # tokens of a short prompt: shorter ones run the same kernels
+SHORT = 19  # tokens of a short prompt; dynamo takes sizes for one that happen to be equal
 NEW = 5  # tokens: two eager steps, the capture, a replay
 CALL = 8192  # tokens of a call of several long prompts
 ALIKE = 16  # sequences up to which a prompt's kernels are the same; a decode step's are not
@@ -55,7 +58,7 @@ def warm(attachment: Attached, batch: int, length: int | None, say: Say | None) 
                 say(number, len(requests), said)
             try:
                 request()
-            except (CapacityError, UnsupportedError, torch.OutOfMemoryError) as error:
+            except (KVPolicyError, torch.OutOfMemoryError) as error:
                 left_out.append(f"{said}: {str(error).splitlines()[0]}")
         if say is not None:
             say(len(requests), len(requests), f"{len(kernels)} kernels")
@@ -78,30 +81,39 @@ def _usual(attachment: Attached) -> int:
 def _requests(attachment: Attached, batch: int, length: int) -> list[tuple[str, Any]]:
     """Requests that together need every kernel, as what is said of each and what runs it."""
 
-    def whole(rows: int, tokens: int) -> tuple[str, Any]:
-        said = f"{rows} x {tokens} tokens"
-        return said, lambda: _generate(attachment, _ids(attachment, rows, tokens))
+    def whole(rows: int, tokens: int, padded: bool = True) -> tuple[str, Any]:
+        said = f"{rows} x {tokens} tokens" + (", padded" if padded and rows > 1 else "")
+        return said, lambda: _generate(attachment, _ids(attachment, rows, tokens), padded)
 
     several = sorted({2**n for n in range(1, batch.bit_length())} | {batch} - {1})
+
+    def alike(tokens: int) -> list[tuple[str, Any]]:
+        """One sequence and several, whose columns count alike or not."""
+        own = several[:1]
+        return [whole(1, tokens), *(whole(n, tokens, p) for n in own for p in (False, True))]
+
     if resolve(attachment.pipeline.backend, attachment.spec.device) == "reference":
         # Nothing but layers is compiled, for one sequence and for several.
-        rows = [1, *several[:1]] if attachment.compiled is not None else []
-        return [whole(n, min(SHORT, length)) for n in rows]
+        return [] if attachment.compiled is None else alike(min(SHORT, length))
     window = attachment.pipeline.window
-    lengths = sorted({min(window, SHORT, length), length, *_powers(SHORT, length)})
-    shortest = lengths[0]
-    found = [whole(1, n) for n in lengths]
-    found += [whole(n, shortest) for n in several]
-    found += [
-        whole(n, tokens)
-        for n in several
-        if n > ALIKE
-        for tokens in sorted({min(window + SHORT, length), length} - {shortest})
+    short, longer = min(SHORT, length), max(min(2 * window + SHORT, length), 2)
+    lengths = sorted({min(window, length), longer, length, *_powers(16, length)} - {short})
+    found = alike(short) + [whole(1, n) for n in lengths]
+    found += [whole(n, short) for n in several[1:]]
+    found += [whole(n, m) for n in several if n > ALIKE for m in sorted({longer, length})]
+
+    if attachment.pipeline.eviction.replayed:
+        return found
+
+    def parts(rows: int, tokens: int) -> None:
+        _generate(attachment, _ids(attachment, rows, tokens), False, -(-tokens // 2))
+
+    cut = [
+        (1, longer),
+        *((n, m) for n in several[:1] for m in (max(min(window, length), 2), longer)),
     ]
-    parts = _ids(attachment, 1, max(min(2 * window + SHORT, length), 2))
-    half = -(-parts.shape[1] // 2)
-    found.append(("a prompt in parts", lambda: _generate(attachment, parts, half)))
-    found.append(("questions on forks", lambda: _ask(attachment, parts)))
+    found += [(f"{n} x {m} tokens in parts", partial(parts, n, m)) for n, m in cut]
+    found.append(("turns and questions", lambda: _ask(attachment, _ids(attachment, 1, longer))))
     return found
 
 
@@ -119,14 +131,35 @@ def _ids(attachment: Attached, rows: int, tokens: int) -> torch.Tensor:
     return ids.to(attachment.base.device)
 
 
-def _generate(attachment: Attached, ids: torch.Tensor, part: int | None = None) -> None:
+def _generate(
+    attachment: Attached, ids: torch.Tensor, padded: bool, part: int | None = None
+) -> None:
     rows, tokens = ids.shape
+    if attachment.pipeline.eviction.replayed:
+        _look_back(attachment, ids)
+        return
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1:, : tokens // 2] = 0
     if part is None and rows > 1 and rows * tokens > CALL and _cut(attachment):
         part = max(CALL // rows, 1)
     more = {} if part is None else {"prefill_chunk_size": part}
-    attachment.model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), **_options(), **more
-    )
+    attachment.model.generate(input_ids=ids, attention_mask=mask, **_options(), **more)
+
+
+def _look_back(attachment: Attached, ids: torch.Tensor) -> None:
+    """Prompts whose tokens, or made-up ones, look back before they end, and a question."""
+    cache, eviction = attachment.cache_for(None), attachment.pipeline.eviction
+    with torch.no_grad():
+        cache.begin_prompt()
+        attachment.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+        if isinstance(eviction, JudgeQ):
+            embeds = eviction.embeds_for(len(ids)).to(ids.device, attachment.base.dtype)
+            replay(attachment, cache, None, embeds, None, None, 0)
+        else:
+            replay(attachment, cache, ids, None, None, None, 4)
+        cache.end_prompt()
+    ask(attachment, cache, ids[:, :SHORT], None, "decode", _options())
 
 
 def _cut(attachment: Attached) -> bool:
@@ -136,10 +169,14 @@ def _cut(attachment: Attached) -> bool:
 
 
 def _ask(attachment: Attached, ids: torch.Tensor) -> None:
-    """Two questions about one context: sequences that share pages write beside them."""
+    """Two questions about one context, then another turn of it.
+
+    Sequences that share pages write beside them, and tokens may have been dropped.
+    """
     cache = read(attachment, ids, None, None, None, None)
     question = ids[:, :SHORT].expand(2, -1)
     ask(attachment, cache, question, None, "decode", _options())
+    read(attachment, ids, None, None, cache, None)
 
 
 def _options() -> dict[str, Any]:

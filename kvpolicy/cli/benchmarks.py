@@ -70,6 +70,7 @@ def run_benchmark(
     question: Prompted,
     policies: Sequence[str],
     part: str | None,
+    slots: int | None,
 ) -> bool:
     """Measures a part of a benchmark, merges what parts there are, and says whether cells failed.
 
@@ -133,6 +134,8 @@ def run_benchmark(
     }
     if questions:
         settings["questions"] = questions
+    if slots is not None:
+        settings["many"] = slots
     store = Store(folder_of(out, which))
     runner = BenchmarkRunner(
         model=language_model,
@@ -147,6 +150,7 @@ def run_benchmark(
         results=store.open(settings, made_with(language_model)),
         data=tuple(data),
         part=which,
+        slots=slots,
         page_size=page_size,
         say=typer.echo,
     )

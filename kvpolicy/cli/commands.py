@@ -18,7 +18,7 @@ from .inspect import inspect
 from .models import models
 from .plan import plan
 from .reproduce import reproduce
-from .train import fit_q_filters, fit_triattention, train_duo, train_gate
+from .train import fit_kvzap, fit_q_filters, fit_triattention, train_duo, train_gate
 from .warm import warm
 
 app = typer.Typer(
@@ -42,7 +42,7 @@ def completion(
 
 COMMANDS = (
     generate, chat, plan, inspect, calibrate, pareto, evaluate, train_gate, train_duo,
-    fit_q_filters, fit_triattention, ablate, reproduce, bench, models, warm, completion,
+    fit_q_filters, fit_triattention, fit_kvzap, ablate, reproduce, bench, models, warm, completion,
 )  # fmt: skip
 for command in COMMANDS:
     app.command(epilog=epilog(command.__name__.replace("_", "-")))(command)

@@ -132,6 +132,10 @@ def evaluate(
         str | None,
         typer.Option(help="Part i/n of cells, or of a benchmark's contexts; default a launcher's."),
     ] = None,
+    many: Annotated[
+        int | None,
+        typer.Option(min=1, help="Slots in which a benchmark's questions are asked, as they end."),
+    ] = None,
 ) -> None:
     """Evaluate policies: accuracy and loss at equal cache sizes, as tables and plots.
 
@@ -162,7 +166,7 @@ def evaluate(
         check_fractions("budget", budgets)
         duo = None if duo is None else shipped("duo", duo)
         of_benchmarks = {
-            "data": data, "ratio": ratio, "question": question, "policy": policy,
+            "data": data, "ratio": ratio, "question": question, "policy": policy, "many": many,
         }  # fmt: skip
         if benchmark is not None:
             refuse(benchmark, eager=eager, methods=methods, density=density, file=file)
@@ -195,6 +199,7 @@ def evaluate(
                 question=question or Prompted.both,
                 policies=policy or [],
                 part=part,
+                slots=many,
             )
             raise typer.Exit(int(failed))
         refuse(None, **of_benchmarks)

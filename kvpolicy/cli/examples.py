@@ -114,6 +114,13 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "--length 512 --documents 2",
         ),
     ),
+    "fit-kvzap": (
+        (
+            "KVzap's linear form, from two texts (here too few)",
+            "kvpolicy fit-kvzap smollm2 --texts manual.txt --out kvzap.safetensors --length 512 "
+            "--documents 2",
+        ),
+    ),
     "models": (("whether two types are served", "kvpolicy models llama falcon --check"),),
     "bench": (("tiny shapes, also without a GPU", "kvpolicy bench --quick decode --out numbers"),),
     "warm": (

@@ -1,4 +1,4 @@
-"""`kvpolicy train-gate`, `train-duo`, `fit-q-filters` and `fit-triattention`."""
+"""`kvpolicy train-gate` and `train-duo`, and `fit-` of methods that need no training."""
 
 from __future__ import annotations
 
@@ -229,7 +229,9 @@ def fit_q_filters(
         from .. import QFilters, Tokens
         from ..training import fit_q_filters as fit
 
-        language_model, ids = _fitted_on(model, out, texts, length, documents, seed, device, dtype)
+        language_model, _, ids = _fitted_on(
+            model, out, texts, length, documents, seed, device, dtype
+        )
         filters = fit(language_model, ids)
         QFilters(budget=Tokens(1), filters=filters).save(out)
         typer.echo(f"{out}: {list(filters.shape)} of {documents} texts of {length} tokens")
@@ -250,11 +252,36 @@ def fit_triattention(
         from .. import Tokens, TriAttention
         from ..training import fit_triattention as fit
 
-        language_model, ids = _fitted_on(model, out, texts, length, documents, seed, device, dtype)
+        language_model, _, ids = _fitted_on(
+            model, out, texts, length, documents, seed, device, dtype
+        )
         real, imaginary, size = fit(language_model, ids)
         found = TriAttention(budget=Tokens(1), real=real, imaginary=imaginary, size=size)
         found.save(out)
         typer.echo(f"{out}: {list(size.shape)} of {documents} texts of {length} tokens")
+
+
+def fit_kvzap(
+    model: Model,
+    out: FitOut,
+    texts: FitTexts,
+    length: Length = 2048,
+    documents: Documents = 16,
+    seed: FitSeed = 0,
+    device: Device = None,
+    dtype: OfWeights = None,
+) -> None:
+    """Fit KVzap's linear form: texts are read and repeated, and their scores fitted by a line."""
+    with errors():
+        from .. import KVzap
+        from ..training import fit_kvzap as fit
+
+        language_model, tokenizer, ids = _fitted_on(
+            model, out, texts, length, documents, seed, device, dtype
+        )
+        w2, b2 = fit(language_model, tokenizer, ids)
+        KVzap(w2=w2, b2=b2).save(out)
+        typer.echo(f"{out}: {list(w2.shape)} of {documents} texts of {length} tokens")
 
 
 def _fitted_on(
@@ -266,8 +293,8 @@ def _fitted_on(
     seed: int,
     device: str | None,
     dtype: str | None,
-) -> tuple[Any, Any]:
-    """The model and the texts that a file is fitted on, and a folder for the file."""
+) -> tuple[Any, Any, Any]:
+    """The model, its tokenizer and the texts that a file is fitted on; makes its folder."""
     from ..evaluation.tasks import loss
 
     if out.suffix != ".safetensors":
@@ -276,7 +303,7 @@ def _fitted_on(
     text = "\n\n".join(read(texts))
     ids = loss.documents(tokenizer, text, length=length, contexts=documents, seed=seed)
     out.parent.mkdir(parents=True, exist_ok=True)
-    return language_model, ids
+    return language_model, tokenizer, ids
 
 
 def _documents(

@@ -128,6 +128,23 @@ def test_contexts_read_together_answer_as_alone(method, tokenizer):
             assert both.sizes.held_tokens == apart[0].sizes.held_tokens
 
 
+@pytest.mark.parametrize("method", ["SnapKV", "KVzip"])
+def test_questions_in_slots_are_answered_alike(method, tokenizer):
+    """KVzip, whose contexts are replayed, is asked in one batch."""
+    model = small_model()
+    (variant,) = [x for x in evictions.evictions([], [0.5], ["unseen"]) if x.family == method]
+    readings = [reading for own in ITEMS for reading in Chat(tokenizer).readings(own)]
+    readings[0] = attrs.evolve(readings[0], new_tokens=(9, 2))
+    with attach(model, variant.build(Room(0, 0))) as here:
+        asker = Asker(here=here, tokenizer=tokenizer, after=">~")
+        readings = readings[:1] if alone(here.pipeline.eviction) else readings
+        wanted = asker.answers(readings)
+        found = attrs.evolve(asker, slots=2).answers(readings)
+    assert found.texts == wanted.texts
+    assert found.sizes == wanted.sizes and found.kv_footprint == wanted.kv_footprint
+    assert (found.held_after < wanted.held_after) == (method == "SnapKV")
+
+
 def test_an_eviction_decides_by_the_question_only_where_it_is_seen(tokenizer):
     """With it unseen, what is kept does not depend on the question; seen, the prompt has it."""
     unseen, seen = (Chat(tokenizer, seen=x).readings(ITEMS[0]) for x in (False, True))

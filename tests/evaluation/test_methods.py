@@ -155,12 +155,24 @@ def test_every_method_of_the_page_is_compared_or_says_why_not():
     page = (Path(__file__).parents[2] / "docs/policies.md").read_text()
     table = page[page.index("## At a glance") : page.index("## Coming from kvpress")]
     named = set(re.findall(r"^\| \[([^\]]+)\]", table, re.MULTILINE))
-    families = {x.family.removesuffix(methods.READING) for x in VARIANTS}
-    left = left_out(GIVEN).keys() | {"presses of kvpress"}
+    families = {x.family.removesuffix(methods.READING).lower() for x in VARIANTS}
+    left = {name.lower() for name in left_out(GIVEN)} | {"presses of kvpress"}
     # Under the names of what they are used with.
-    also = {"Ranked": "Ranked by the write gate", "Across layers": "SnapKV across layers",
-            "Lazy layers": "SnapKV, lazy layers"}  # fmt: skip
-    assert {also.get(name, name) for name in named} <= families | left
+    also = {
+        "ranked": "ranked by the write gate",
+        "across layers": "snapkv across layers",
+        "lazy layers": "snapkv, lazy layers",
+    }
+    found = {also.get(name.lower(), name.lower()) for name in named}
+    assert len(found) > 35 and found <= families | left
+    for name in named - {"AdaKV", "PyramidKV", "HeadKV", "Across layers", "Lazy layers"}:
+        entry = page.partition(f"\n### {name[0].upper() + name[1:]}\n")[2].partition("\n##")[0]
+        assert entry, f"no entry: {name}"
+        for field in ("- Holds", "- Acts", "- Paper"):
+            assert field in entry or name in ("Ranked", "presses of kvpress", "AdaEA"), (
+                name,
+                field,
+            )
 
 
 def test_a_size_below_the_window_is_skipped():

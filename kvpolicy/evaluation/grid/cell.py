@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...adapters.hf import Attachment, KVPolicyCache, attach, new_cache
+from ...adapters.hf import Attachment, KVPolicyCache, attach
 from ...adapters.hf.capture import Stepper
 from ...pipeline import CachePipeline
 from ..sessions import look_back
@@ -22,10 +22,9 @@ from ..sessions.score import AnswerScore
 from ..tasks.loss import hit_tokens, losses
 from ..tasks.prompts import Example, Ids, Question
 from .records import Footprint, Measured
+from .together import block, groups
 
 _CAPTURE_FROM = 6  # steps from which a graph saves more than its capture costs
-_CPU_TOKENS = 1 << 13  # context tokens of a batch on the host
-_ROOM = 24  # device memory for a context token, in units of its keys and values
 
 
 Ends = Callable[[KVPolicyCache, Sequence[Ids]], None]
@@ -56,10 +55,10 @@ def answer(
     """
     began, scores, sizes, read = time.monotonic(), [], [], []
     with attach(model, pipeline, page_size=page_size) as attached:
-        for group in _groups(model, pipeline, examples):
+        for group in groups(model, pipeline, examples):
             check()
             cache = attached.new_cache()
-            _forward(model, cache, *_block([example.context_ids for example in group]))
+            _forward(model, cache, *block([example.context_ids for example in group]))
             read += _densities(cache, len(group))
             ends = partial(_end, attached, tokenizer)
             if not question_in_prompt:
@@ -101,7 +100,7 @@ def read_text(
     began, sizes = time.monotonic(), []
     everywhere, hits, read = [], [], []
     with attach(model, pipeline, page_size=page_size) as attached:
-        for group in _groups(model, pipeline, documents):
+        for group in groups(model, pipeline, documents):
             check()
             cache = attached.new_cache()
             ids = torch.stack(group).to(model.device)
@@ -137,7 +136,7 @@ def ask_together(
     questions = [question for one in asked for question in one]
     twins = cache.fork([row for row, one in enumerate(asked) for _ in one])
     texts = [question.question_ids for question in questions]
-    logits = _forward(model, twins, *_block(texts))
+    logits = _forward(model, twins, *block(texts))
     if ends is not None:
         ends(twins, texts)
     found = iter(_decode(model, twins, logits, [q.answer_ids for q in questions], captured))
@@ -185,42 +184,6 @@ def _decode(
     ]
 
 
-def _groups(
-    model: PreTrainedModel, pipeline: CachePipeline, items: Sequence[Any]
-) -> Iterator[list[Any]]:
-    """As many contexts, or documents `[N]`, at a time as the device holds with their questions."""
-    longest = max(len(x.context_ids) if isinstance(x, Example) else len(x) for x in items)
-    count = at_a_time(model, pipeline, longest)
-    for begin in range(0, len(items), count):
-        yield list(items[begin : begin + count])
-
-
-def at_a_time(model: PreTrainedModel, pipeline: CachePipeline, longest: int) -> int:
-    """How many contexts of up to `longest` tokens the device holds with their questions."""
-    if look_back.alone(pipeline.eviction):
-        return 1
-    spec = new_cache(model, pipeline).spec
-    if spec.device.type == "cuda":
-        each = 2 * spec.layers * spec.kv_heads * spec.head_dim * spec.dtype.itemsize
-        free, total = torch.cuda.mem_get_info(spec.device)
-        used = torch.cuda.memory_allocated(spec.device)
-        idle = torch.cuda.memory_reserved(spec.device) - used
-        # Processes that share a device may be told their parts.
-        own = torch.cuda.get_per_process_memory_fraction(spec.device) * total - used
-        tokens = min(free + idle, own) // (_ROOM * each)
-    else:
-        tokens = _CPU_TOKENS
-    return max(int(tokens) // longest, 1)
-
-
-def _block(rows: Sequence[Ids]) -> tuple[Tensor, Tensor]:
-    """Ids `[B, S]` of sequences padded on the left, and which of them are real."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[*[0] * (width - len(row)), *row] for row in rows])
-    real = torch.tensor([[i >= width - len(row) for i in range(width)] for row in rows])
-    return ids, real
-
-
 def _forward(model: PreTrainedModel, cache: KVPolicyCache, ids: Tensor, real: Tensor) -> Tensor:
     """Appends `ids` `[B, S]` that are `real`; logits `[B, vocabulary]` after the last column."""
     mask = None
@@ -254,10 +217,10 @@ def _size_after(
 ) -> Footprint:
     """What each sequence holds after a question and the answer's first token."""
     texts = [question.question_ids for question in questions]
-    _forward(model, cache, *_block(texts))
+    _forward(model, cache, *block(texts))
     if ends is not None:
         ends(cache, texts)
-    _forward(model, cache, *_block([question.answer_ids[:1] for question in questions]))
+    _forward(model, cache, *block([question.answer_ids[:1] for question in questions]))
     return _size(cache)
 
 

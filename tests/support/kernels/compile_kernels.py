@@ -35,6 +35,7 @@ from kvpolicy.kernels import (
     paged_decode,
     prompt_write,
     redundancy,
+    redundancy_scores,
     selected_prefill,
     sparse_prefill,
     window_scores,
@@ -205,6 +206,11 @@ def call_all(dim: int, page: int, dtype: torch.dtype, dim_v: int | None = None) 
             pages, stored, ring, lengths, window, sinks=4, lag=128, values=values
         )
     redundancy.last_similar(key, rows, 0.5)
+    for over in ("max", "mean"):
+        redundancy_scores.redundancy_scores(
+            pages, stored, ring, observed, lengths, window, 0.1, observation=8, kernel=7, mix=0.07,
+            threshold=0.5, group=over, softcap=30.0 if over == "mean" else None,
+        )  # fmt: skip
     numbers = Numbers(torch.zeros(1, heads, 512), torch.zeros(1, heads, slots))
     for new_number in (None, torch.zeros(1, heads)):
         write_number.write_number(numbers, counts, flags, new_number, lengths, active, window)

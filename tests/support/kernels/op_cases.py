@@ -316,6 +316,28 @@ def _lag_spreads(size: Size) -> None:
             agree(found, size.atol)
 
 
+@case("redundancy_scores")
+def _redundancy_scores(size: Size) -> None:
+    mirror = make_mirror(size, [[size.prompt + 40, 0, 2 * size.page], [size.page - 1, 64, 5]])
+    mirror.fork()
+    batch, kv_heads = mirror.counts.shape
+    window = 40
+    lengths = mirror.counts.amax(1).long() + window - torch.tensor([0, 30, 5])
+    keys = size.randn(batch, kv_heads, window + 3, size.dim, seed=2)
+    queries = size.randn(batch, kv_heads * size.group, window + 1, size.dim, seed=3)
+    ring = Ring(keys, size.values(keys), torch.zeros(keys.shape[:3], dtype=torch.uint8))
+    for group, softcap in (("max", None), ("mean", 20.0)):
+        # No cosine of random keys of so many channels is near the threshold.
+        agree(
+            both(
+                "redundancy_scores", mirror.pages, mirror.heads, ring, queries, lengths, window,
+                size.dim**-0.5, observation=9, kernel=5, mix=0.5, threshold=0.97, group=group,
+                softcap=softcap,
+            ),
+            size.atol,
+        )  # fmt: skip
+
+
 @case("last_similar")
 def _last_similar(size: Size) -> None:
     width = size.prompt + 30
