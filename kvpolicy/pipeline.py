@@ -23,10 +23,10 @@ from .calls.evict import evict
 from .calls.prompt import prompt, read_prompt
 from .calls.tell import Known, tell
 from .choices import Backend, Phase
-from .errors import PhaseError, UnsupportedError
+from .errors import BackendError, PhaseError, UnsupportedError
 from .eviction import Eviction, KeepAll
 from .exchange import ALONE, Exchange
-from .ops import load
+from .ops import Ops, load
 from .selection import SelectAll, Selection
 from .spec import CacheSpec
 from .store import CacheState, Report, moments
@@ -125,7 +125,9 @@ class CachePipeline:
         given = {name: value for name, value in named.items() if value is not None}
         if len(set(given.values())) > 1:
             found = ", ".join(f"{name} says {value}" for name, value in given.items())
-            raise ValueError(f"window: the parts of the pipeline disagree: {found}")
+            others = {value for name, value in given.items() if name != "window"}
+            hint = "leave window= out" if len(others) == 1 else "give all the same"
+            raise ValueError(f"window: the parts of the pipeline disagree: {found}; {hint}")
         return next(iter(given.values()), self.eviction.prefers_window or DEFAULT_WINDOW)
 
     def init(self, spec: CacheSpec, batch: int = 1, exchange: Exchange | None = None) -> CacheState:
@@ -135,21 +137,29 @@ class CachePipeline:
         """
         check_int("batch", batch, 1)
         self.check(spec, exchange)
-        backend = load(resolve(self.backend, spec.device))
         return allocate(
-            spec, batch, backend, self.window, self.admission, self.selection, self.eviction,
-            ALONE if exchange is None else exchange,
+            spec, batch, self._ops(spec), self.window, self.admission, self.selection,
+            self.eviction, ALONE if exchange is None else exchange,
         )  # fmt: skip
 
     def dry(self, spec: CacheSpec, batch: int = 1) -> CacheState:
         """A cache with the sizes of `init`'s that takes no memory, for plans; checks as `init`."""
         check_int("batch", batch, 1)
         self.check(spec)
-        backend = load(resolve(self.backend, spec.device))
         return allocate(
-            attrs.evolve(spec, device="meta"), batch, backend, self.window, self.admission,
-            self.selection, self.eviction,
+            spec, batch, self._ops(spec), self.window, self.admission, self.selection,
+            self.eviction, dry=True,
         )  # fmt: skip
+
+    def _ops(self, spec: CacheSpec) -> Ops:
+        """Of the one backend that runs on all devices of `spec`."""
+        found = {resolve(self.backend, on): on for on in spec.devices or (spec.device,)}
+        if len(found) > 1:
+            said = ", ".join(f"{backend} on {on}" for backend, on in sorted(found.items()))
+            raise BackendError(
+                f"backend='auto': the layers' devices want several, {said}; choose 'reference'"
+            )
+        return load(next(iter(found)))
 
     @property
     def reads(self) -> frozenset[str]:

@@ -13,10 +13,8 @@ from ._arguments import check_dtype
 from ._fields import (
     MOST_INT,
     check_int,
-    flag,
     integer,
     not_negative,
-    number,
     one_of,
     optional,
     positive,
@@ -24,6 +22,11 @@ from ._fields import (
 )
 from ._names import instead, named
 from .choices import AtCap
+from .layer_sizes import LayerSizes as LayerSizes
+from .layer_sizes import a_factor, check_groups
+
+# Device, KV heads, channels of keys and of values.
+Kind = tuple[torch.device, int, int, int]
 
 
 class Sizes(TypedDict, total=False):
@@ -70,8 +73,8 @@ def _dtype(instance: CacheSpec, attribute: attrs.Attribute[Any], value: Any) -> 
     check_dtype("dtype", value)
 
 
-def _device(value: Any) -> torch.device:
-    wanted = "device: wanted a torch.device or its name, such as 'cpu' or 'cuda:0'"
+def _device(value: Any, name: str = "device") -> torch.device:
+    wanted = f"{name}: wanted a torch.device or its name, such as 'cpu' or 'cuda:0'"
     if not isinstance(value, torch.device | str):
         raise TypeError(f"{wanted}, got {shown(value)}")
     try:
@@ -80,49 +83,28 @@ def _device(value: Any) -> torch.device:
         raise ValueError(f"{wanted}, got {shown(value)}") from error
 
 
-_scale = number("a finite number above 0", lambda x: x > 0)
+def _devices(value: Any) -> Any:
+    listed = _windows(value)
+    if not isinstance(listed, tuple):
+        raise TypeError(f"devices: wanted a device for each layer, got {shown(value)}")
+    return tuple(_device(each, "devices") for each in listed)
 
 
-@attrs.frozen(kw_only=True)
-class LayerSizes:
-    """Sizes of one layer.
-
-    `heads` and `kv_heads` are those on this rank, `head_dim` of queries and keys and `value_dim` of
-    values (default: `head_dim`) in channels. `scale` multiplies q.k (default `head_dim ** -0.5`),
-    and `softcap` bounds the product: `softcap * tanh(scale * q.k / softcap)`. `window` is that of a
-    layer that only slides, None for one that policies manage. With `chunk`, equal to the window,
-    such a layer reads only keys with `position // chunk` equal to the query's. `shared`: layers
-    without keys of their own read this one's as well.
-    """
-
-    heads: int = attrs.field(validator=positive)
-    kv_heads: int = attrs.field(validator=positive)
-    head_dim: int = attrs.field(validator=positive)
-    value_dim: int = attrs.field(
-        default=attrs.Factory(lambda self: self.head_dim, takes_self=True), validator=positive
-    )
-    scale: float = attrs.field(
-        default=attrs.Factory(lambda self: self.head_dim**-0.5, takes_self=True), validator=_scale
-    )
-    softcap: float | None = attrs.field(default=None, validator=optional(_scale))
-    window: int | None = attrs.field(default=None, validator=optional(positive))
-    chunk: int | None = attrs.field(default=None, validator=optional(positive))
-    shared: bool = attrs.field(default=False, validator=flag)
-
-    def __attrs_post_init__(self) -> None:
-        _check_groups(self.heads, self.kv_heads)
-        if self.chunk is not None and self.chunk != self.window:
-            raise ValueError(f"chunk: wanted the window, {self.window}, got {self.chunk}")
-
-    @property
-    def pages(self) -> tuple[int, int, int]:
-        """KV heads, key and value channels: layers that agree in them share a pool."""
-        return self.kv_heads, self.head_dim, self.value_dim
+def _first_device(spec: CacheSpec) -> torch.device:
+    return spec.devices[0] if spec.devices else torch.device("cpu")
 
 
-def _check_groups(heads: int, kv_heads: int) -> None:
-    if heads % kv_heads:
-        raise ValueError(f"heads: wanted a multiple of kv_heads={kv_heads}, got {heads}")
+def _a_device_each(
+    instance: CacheSpec, attribute: attrs.Attribute[Any], value: tuple[torch.device, ...]
+) -> None:
+    if value and len(value) != instance.layers:
+        raise ValueError(
+            f"devices: wanted one for each of {instance.layers} layers, got {len(value)}"
+        )
+    if value and value[0] != instance.device:
+        raise ValueError(
+            f"device: wanted that of the first layer, {value[0]}, got {instance.device}"
+        )
 
 
 def _each(instance: CacheSpec, attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -146,27 +128,34 @@ class CacheSpec:
     multiplies q.k (default `head_dim ** -0.5`). `sliding` gives, per layer, the window of layers
     that only slide and None for the others. `per_layer` gives all sizes of each layer, for models
     whose layers differ; the numbers above are then those of the layers that policies manage, or of
-    the first of them where these differ. `hidden` are the channels of the attention input, for
-    evictions that read it. `page_size` is in tokens, `rollback` the number of
-    tokens that `crop` can take back, `interval` the number of decoded tokens between two
-    decode-time evictions.
+    the first of them where these differ. `devices` gives the device of each layer where they are
+    several; `device` is then the first layer's. `hidden` are the channels of the attention input,
+    for evictions that read it. `page_size` is in tokens, `rollback` the number of tokens that
+    `crop` can take back, `interval` the number of decoded tokens between two decode-time evictions.
 
     `max_bytes` caps the pages of a cache and its forks, used and reserved (keys, values, positions,
-    summaries; rings and tables come on top). `max_tokens` caps the tokens of every KV head of a
-    sequence, the window included. What a call would write beyond a cap raises CapacityError and
-    changes nothing (`at_cap="raise"`), or the pipeline's eviction first makes room for it, whatever
-    its own budget ("evict"; see `kvpolicy.caps`).
+    summaries; rings and tables come on top). Where layers lie on several devices, or their heads
+    differ in size, the layers of each kind have the part of it that a token takes there.
+    `max_tokens` caps the tokens of every KV head of a sequence, the window included. What a call
+    would write beyond a cap raises CapacityError and changes nothing (`at_cap="raise"`), or the
+    pipeline's eviction first makes room for it, whatever its own budget ("evict"; see
+    `kvpolicy.caps`).
     """
 
     layers: int = attrs.field(validator=positive)
     heads: int = attrs.field(validator=positive)
     kv_heads: int = attrs.field(validator=positive)
     head_dim: int = attrs.field(validator=positive)
+    devices: tuple[torch.device, ...] = attrs.field(
+        default=(), converter=_devices, validator=_a_device_each
+    )
     dtype: torch.dtype = attrs.field(default=torch.float32, validator=_dtype)
-    device: torch.device = attrs.field(default=torch.device("cpu"), converter=_device)
+    device: torch.device = attrs.field(
+        default=attrs.Factory(_first_device, takes_self=True), converter=_device
+    )
     scale: float | None = attrs.field(
         default=None,
-        validator=optional(_scale),
+        validator=optional(a_factor),
     )
     sliding: tuple[int | None, ...] = attrs.field(
         default=(), converter=_windows, validator=_sliding
@@ -183,7 +172,7 @@ class CacheSpec:
     at_cap: AtCap = attrs.field(default="raise", validator=one_of(*get_args(AtCap)))
 
     def __attrs_post_init__(self) -> None:
-        _check_groups(self.heads, self.kv_heads)
+        check_groups(self.heads, self.kv_heads)
         if self.page_size & (self.page_size - 1):
             raise ValueError(f"page_size: wanted a power of two, got {self.page_size}")
         here = self.head_offset + self.kv_heads
@@ -228,6 +217,14 @@ class CacheSpec:
             for layer in range(self.layers)
         )
 
+    def device_of(self, layer: int) -> torch.device:
+        """Where a layer's keys and values lie."""
+        return self.devices[layer] if self.devices else self.device
+
+    def kind_of(self, layer: int) -> Kind:
+        """What layers that share a pool of pages agree in."""
+        return self.device_of(layer), *self.at(layer).pages
+
     def at(self, layer: int) -> LayerSizes:
         """The sizes of one layer."""
         return self.each[layer]
@@ -235,6 +232,16 @@ class CacheSpec:
     def slides(self, layer: int) -> int | None:
         """The window of a layer that only slides, None for a layer that policies manage."""
         return self.each[layer].window
+
+    @property
+    def token_widths(self) -> dict[Kind, int]:
+        """Channels of a token's keys and values in the layers that policies manage, by kind."""
+        found: dict[Kind, int] = {}
+        for layer in self.managed:
+            sizes, kind = self.at(layer), self.kind_of(layer)
+            width = sizes.kv_heads * (sizes.head_dim + sizes.value_dim)
+            found[kind] = found.get(kind, 0) + width
+        return found
 
     @property
     def managed(self) -> tuple[int, ...]:

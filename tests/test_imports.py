@@ -14,6 +14,7 @@ LAYERS = (
     ("backend", "exchange", "pretrained"),
     ("ops", "rope"),
     ("reference", "kernels"),
+    ("layer_sizes",),
     ("spec", "budget", "admission", "selection", "eviction", "per_layer"),
     ("store",),
     ("calls",),

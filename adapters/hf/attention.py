@@ -107,7 +107,16 @@ def _before_rope(
     holder = module if source is None else source
     # One outside the layer serves others as well.
     kept = _take(holder, name) if inside else getattr(holder, name, None)
-    return None if kept is None else key_before_rope(rule, x, kept)
+    return None if kept is None else key_before_rope(rule, x, _beside(x, kept))
+
+
+def _beside(x: Tensor, kept: Any) -> Any:
+    """Tensors of a module that serves layers on other devices too, on that of `x`."""
+    if isinstance(kept, Tensor):
+        return kept.to(x.device)
+    if isinstance(kept, tuple):
+        return tuple(_beside(x, each) for each in kept)
+    return kept
 
 
 def attention(

@@ -139,10 +139,13 @@ class KVPolicyCache(Cache):
         assert self.layout is not None and self.state is not None
         pipeline, state, layer = self.pipeline, self.state, handle.layer
         q = self._own(query, "query")
-        sinks = None if sinks is None else sinks.detach()
+        # Layers that share keys may lie elsewhere; others are asked where they lie.
+        device = state.layers[layer].device if handle.wrote else query.device
+        sinks = None if sinks is None else sinks.detach().to(device)
+        hidden = None if hidden is None else hidden.to(device)
         with exactly(query.device):
             if handle.wrote:
-                out = self.layout.attend_shared(pipeline, state, layer, q, sinks)
+                out = self.layout.attend_shared(pipeline, state, layer, q.to(device), sinks)
             else:
                 k, v = self._own(handle.key, "key"), self._own(handle.value, "value")
                 if pre is not None:  # a layer without RoPE has them anyway
@@ -154,7 +157,7 @@ class KVPolicyCache(Cache):
                     pipeline, state, layer, q, k, v, pre, query_pre, hidden, sinks
                 )
                 handle.wrote = True
-        return out.transpose(1, 2).to(query.dtype).contiguous()
+        return out.transpose(1, 2).to(query.device, query.dtype).contiguous()
 
     def _own(self, x: Tensor, name: str) -> Tensor:
         """`x` in the cache's dtype, where nothing is lost or the caller chose the dtype."""

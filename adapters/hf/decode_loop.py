@@ -212,7 +212,7 @@ class _LateFlags:
         held = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
         held.copy_(token, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(token.device))
         return flags, held, event
 
     def _receive(self, sent: tuple[Tensor, Tensor, Any]) -> bool:

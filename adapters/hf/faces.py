@@ -59,7 +59,7 @@ class KVRef:
         assert self.place is not None
         return self.cache.served.places[self.place]
 
-    def to(self, device: torch.device | str) -> KVRef:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> KVRef:
         """Itself: a model may bring what layers share to the device of one of them."""
         return self
 

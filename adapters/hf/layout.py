@@ -23,6 +23,7 @@ class Columns:
     decode: int
     index: Tensor | None = None
     valid: Tensor | None = None  # [B, S] on the host
+    there: dict[torch.device, Tensor] = attrs.field(factory=dict)  # `index` by device
 
     def attend(
         self,
@@ -94,15 +95,22 @@ class Columns:
         rows = packed.transpose(0, 1)
         if self.index is not None:
             out = rows.new_zeros(self.batch * self.prompt, heads, dim)
-            rows = out.index_copy_(0, self.index, rows)
+            rows = out.index_copy_(0, self._places(rows.device), rows)
         return rows.reshape(self.batch, self.prompt, heads, dim).transpose(1, 2)
 
     def pack(self, x: Tensor) -> Tensor:
         """`[B, H, S, D]` to the real tokens `[H, T, D]`."""
         rows = x.transpose(1, 2).flatten(0, 1)
         if self.index is not None:
-            rows = rows.index_select(0, self.index)
+            rows = rows.index_select(0, self._places(rows.device))
         return rows.transpose(0, 1)
+
+    def _places(self, device: torch.device) -> Tensor:
+        """`index` on `device`, copied there once."""
+        assert self.index is not None
+        if device not in self.there:
+            self.there[device] = self.index.to(device)
+        return self.there[device]
 
 
 def prompt_columns(batch: int, columns: int, mask: Tensor | None) -> tuple[Columns, list[int]]:

@@ -149,10 +149,12 @@ def fit_report(
     )
 
 
-def _model(config_or_model: Any, dtype: torch.dtype | None) -> tuple[nn.Module, torch.device]:
-    """A model to read sizes from, and the device that it would run on."""
+def _model(
+    config_or_model: Any, dtype: torch.dtype | None
+) -> tuple[nn.Module, torch.device | None]:
+    """A model to read sizes from, and the device that one of a config would run on."""
     if isinstance(config_or_model, nn.Module) and hasattr(base_of(config_or_model), "config"):
-        return config_or_model, next(config_or_model.parameters()).device
+        return config_or_model, None
     from transformers import AutoModelForCausalLM, PreTrainedConfig
 
     if not isinstance(config_or_model, PreTrainedConfig):

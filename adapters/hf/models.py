@@ -285,6 +285,16 @@ def check_pre_query(known: Served) -> None:
             )
 
 
+def check_here(known: Served) -> None:
+    """Raises UnsupportedError where some layers' weights are nowhere and nothing brings them."""
+    missing = [n for n, layer in enumerate(known.layers) if layer.device.type == "meta"]
+    if missing and len(missing) < len(known.layers):
+        raise UnsupportedError(
+            f"model: layer {missing[0]} is on the meta device, without weights; load the model by "
+            "from_pretrained, whose device_map='auto' brings offloaded weights when they are used"
+        )
+
+
 def attention_modules(model: nn.Module) -> list[Any]:
     """Every attention module; raises UnsupportedError for models that are not served."""
     return served(model).modules
@@ -312,14 +322,3 @@ def _ranks_of(module: nn.Module) -> Ranks:
                 mesh = weight.device_mesh
                 return _KNOWN.setdefault((id(mesh), axis), Ranks(mesh, axis))
     return Ranks()
-
-
-def check_one_device(known: Served) -> None:
-    """Raises UnsupportedError for a model whose attention layers run on several devices."""
-    found = sorted({str(layer.device) for layer in known.layers})
-    if len(found) > 1:
-        raise UnsupportedError(
-            f"model: its layers run on {', '.join(found)}, a cache is on one device; load it on "
-            "one by device_map='cuda', or if it does not fit there split its heads by "
-            "tp_plan='auto' under torchrun"
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Unpack
@@ -16,7 +17,9 @@ from ...store import persist
 from .cache import KVPolicyCache, new_cache
 from .columns import from_tensors
 from .fingerprints import model_fingerprint
+from .placement import device_at
 from .rank_files import own_file
+from .wrappers import decoder_of
 
 
 def load_cache(
@@ -44,6 +47,7 @@ def load_cache(
         )  # fmt: skip
         cache.take_state(state)
         cache.chunks = from_tensors(extra)
-        cache.states.from_tensors(extra, state.batch, cache.spec.device)
+        there = functools.partial(device_at, decoder_of(model), otherwise=cache.spec.device)
+        cache.states.from_tensors(extra, state.batch, there)
         cache.phase = notes["phase"]
     return cache

@@ -36,6 +36,14 @@ def _computes(weight: Tensor) -> bool:
     return weight.is_floating_point() and weight.dtype.itemsize > 1
 
 
+def device_at(model: nn.Module, place: int, otherwise: torch.device) -> torch.device:
+    """Where what a model's layer number `place` has of its own attention runs, or `otherwise`."""
+    for module in model.modules():
+        if getattr(module, "layer_idx", None) == place and any(True for _ in module.parameters()):
+            return device_of(module, module)
+    return otherwise
+
+
 def device_of(module: Any, layer: nn.Module) -> torch.device:
     """Where the key projection runs, which weights that accelerate moves there may not say."""
     projections = _projections(module)

@@ -6,7 +6,7 @@ copies serve forks and forwards that fail.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -137,8 +137,10 @@ class States:
         """The states for a file, by place, kind and number."""
         return {f"state.{name}": tensor for name, tensor in self._tensors()} if self.begun else {}
 
-    def from_tensors(self, filed: Mapping[str, Tensor], batch: int, device: torch.device) -> None:
-        """Takes the states that `to_tensors` filed, of `batch` sequences.
+    def from_tensors(
+        self, filed: Mapping[str, Tensor], batch: int, device_at: Callable[[int], torch.device]
+    ) -> None:
+        """Takes the states that `to_tensors` filed, of `batch` sequences, to each layer's device.
 
         Raises ValueError for states of other layers, or of another number of sequences.
         """
@@ -154,6 +156,7 @@ class States:
             layer = self.layers[int(place)]
             if kind not in _STATES or tensor.shape[0] != batch:
                 raise ValueError(f"path: altered: {name} does not fit {batch} sequences")
+            device = device_at(int(place))
             getattr(layer, kind)[int(state)] = tensor.to(device)
             getattr(layer, f"is_{kind}_initialized")[int(state)] = True
             layer.has_previous_state[int(state)] = True

@@ -25,7 +25,7 @@ def spec_of(
     """The cache sizes of `model`; under tensor parallelism those of this rank's heads.
 
     `dtype` and `device` replace those of the attention layers: the widest dtype of their keys and
-    values, the first layer's device. `sizes` passes `page_size`, `rollback` and `interval` on.
+    values, the device of each. `sizes` passes `page_size`, `rollback` and `interval` on.
     Raises TypeError for a word that names no size, UnsupportedError for a model not served.
     """
     check_sizes(sizes)
@@ -66,6 +66,7 @@ def spec_from(
         head_dim=first.head_dim,
         dtype=widest if dtype is None else dtype,
         device=layers[0].device if device is None else device,
+        devices=_devices(known) if device is None else (),
         scale=first.scale,
         sliding=_windows(each),
         head_offset=part * first.kv_heads,
@@ -82,6 +83,12 @@ def _hidden(known: Served) -> int | None:
     """Channels of the attention input, None where layers that policies manage differ in them."""
     found = {layer.hidden for layer in known.layers if layer.window is None}
     return found.pop() if len(found) == 1 and min(found) else None
+
+
+def _devices(known: Served) -> tuple[torch.device, ...]:
+    """Of each layer, where they are several."""
+    found = tuple(layer.device for layer in known.layers)
+    return found if len(set(found)) > 1 else ()
 
 
 def _windows(each: Sequence[LayerSizes]) -> tuple[int | None, ...]:

@@ -92,7 +92,7 @@ def read_decoded(
         heads = layer.heads
         if call.columns > 1:
             heads = heads._replace(counts=call.columnwise[layer.index][column])
-        token = query[:, :, column]
+        token = query[:, :, place]
         outs.append(
             _attention(state, layer, heads, token, at, on, sinks, select(state, layer, token))
         )

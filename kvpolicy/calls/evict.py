@@ -308,6 +308,7 @@ def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:
         layers=state.spec.layers,
         group=layer.sizes.heads // layer.sizes.kv_heads,
         across=state.exchange.heads if state.exchange.parts > 1 else None,
+        used=[most] if state.batch == 1 else None,
     )
 
 

@@ -1,5 +1,6 @@
 """The torch reference: every op in vectorised torch, for CPUs and as the kernels' measure."""
 
+from .arena_write import arena_write as arena_write
 from .cache_write import append as append
 from .cache_write import decode_write as decode_write
 from .compact import move_kept as move_kept
@@ -24,6 +25,7 @@ from .paged_decode import paged_decode as paged_decode
 from .prompt_write import count_leaving as count_leaving
 from .prompt_write import write_leaving as write_leaving
 from .redundancy import last_similar as last_similar
+from .redundancy_scores import redundancy_scores as redundancy_scores
 from .ring import advance_ring as advance_ring
 from .sparse_prefill import prefill_attention as prefill_attention
 from .window_scores import window_levels as window_levels

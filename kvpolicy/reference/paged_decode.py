@@ -25,9 +25,14 @@ def paged_decode(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     chunk: int | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Attention `[B, Hq, Dv]` over the local window and the global tokens: `Ops.paged_decode`."""
     check_asked("paged_decode", query.shape[1], softcap, sinks, chunk)
+    if rows is not None:
+        index = rows.long()
+        heads, ring = Heads(*(x[index] for x in heads)), Ring(*(x[index] for x in ring))
+        lengths, active = lengths[index], active[index]
     table, counts = heads
     ring_k, ring_v, _ = ring
     batch, kv_heads, slots, dim = ring_k.shape

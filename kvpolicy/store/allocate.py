@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import attrs
 import torch
 
@@ -10,9 +13,10 @@ from ..eviction import Eviction
 from ..exchange import ALONE, Exchange
 from ..ops import Numbers, Ops, Ring
 from ..selection import Selection
-from ..spec import CacheSpec
+from ..spec import CacheSpec, Kind
 from . import moments
 from .devices import Devices
+from .extents import SLAB_PAGES
 from .layer import LayerStore
 from .numbers import capacity_of, counts_queries, has_numbers
 from .pool import PagePool
@@ -28,25 +32,35 @@ def allocate(
     selection: Selection,
     eviction: Eviction,
     exchange: Exchange = ALONE,
+    dry: bool = False,
 ) -> CacheState:
     """A CacheState with placed policies, rings and page pools; no pages are in use.
 
-    On the "meta" device it takes no memory and its sizes are those of a real one.
+    A `dry` one lies on the "meta" device: it takes no memory, its sizes are those of a real one.
     """
-    device = torch.empty(0, device=spec.device).device  # "cuda" becomes the current device
-    spec = attrs.evolve(spec, device=device)
+    spec = spec if dry else _indexed(spec)
     summaries = summary_sizes(selection, spec)
-    pools = {pages: _pool(spec, pages, ops, summaries.get(pages)) for pages in _kinds(spec)}
-    state = CacheState(spec, ops, Devices([device], pools.values(), batch), batch, exchange)
-    if device.type != "meta":
-        admission = admission.place(device, spec.dtype, ops.backend)
-        eviction = eviction.place(device, spec.dtype, ops.backend)
-
-    def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(batch, *shape, dtype=dtype, device=device)
+    on = {device: torch.device("meta") if dry else device for device in _devices(spec)}
+    pools = {
+        kind: _pool(spec, kind, on[kind[0]], ops, summaries.get(kind[1:])) for kind in _kinds(spec)
+    }
+    _limit(spec, pools)
+    devices = Devices(dict.fromkeys(on.values()), pools.values(), batch)
+    state = CacheState(spec, ops, devices, batch, exchange)
+    if dry:
+        placed = dict.fromkeys(on, (admission, eviction))
+    else:
+        where = spec.dtype, ops.backend
+        placed = {x: (admission.place(x, *where), eviction.place(x, *where)) for x in on}
 
     for index in range(spec.layers):
-        sizes = spec.at(index)
+        sizes, planned = spec.at(index), spec.device_of(index)
+        device = on[planned]
+        admits, evicts = placed[planned]
+
+        def zeros(*shape: int, dtype: torch.dtype, device: torch.device = device) -> torch.Tensor:
+            return torch.zeros(batch, *shape, dtype=dtype, device=device)
+
         slides = sizes.window is not None
         near = window if sizes.window is None else sizes.window
         slots, heads = near + spec.rollback, sizes.kv_heads
@@ -63,10 +77,10 @@ def allocate(
             table=zeros(heads, 1 if slides else _bucket(1), dtype=torch.int32),
             counts=zeros(heads, dtype=torch.int32),
             evicted=zeros(heads, dtype=torch.int64),
-            pool=pools[sizes.pages],
-            admission=admission.at(index),
+            pool=pools[spec.kind_of(index)],
+            admission=admits.at(index),
             selection=selection.at(index),
-            eviction=eviction.at(index),
+            eviction=evicts.at(index),
         )
         if not slides and not layer.eviction.neutral and has_numbers(layer.eviction):
             wide = torch.promote_types(spec.dtype, torch.float32)
@@ -93,30 +107,56 @@ def allocate(
     return state
 
 
-def _kinds(spec: CacheSpec) -> list[tuple[int, int, int]]:
+def _indexed(spec: CacheSpec) -> CacheSpec:
+    """With "cuda" as the current device."""
+    named = dict.fromkeys((spec.device, *spec.devices))
+    on = {device: torch.empty(0, device=device).device for device in named}
+    return attrs.evolve(spec, device=on[spec.device], devices=[on[x] for x in spec.devices])
+
+
+def _devices(spec: CacheSpec) -> list[torch.device]:
+    return list(dict.fromkeys(spec.devices or (spec.device,)))
+
+
+def _kinds(spec: CacheSpec) -> list[Kind]:
     """The kinds of pages of the model's layers; each kind has a pool of its own."""
-    return list(dict.fromkeys(spec.at(index).pages for index in range(spec.layers)))
+    return list(dict.fromkeys(map(spec.kind_of, range(spec.layers))))
+
+
+def _limit(spec: CacheSpec, pools: Mapping[Kind, PagePool]) -> None:
+    """Gives each pool its part of `max_bytes`, in the proportion of what a token takes there."""
+    if spec.max_bytes is None:
+        return
+    widths = spec.token_widths
+    total = sum(widths.values())
+    firsts = [SLAB_PAGES * pools[x].page_bytes * total / width for x, width in widths.items()]
+    least = math.ceil(max(firsts, default=0))
+    if len(widths) > 1 and spec.max_bytes < least:
+        raise ValueError(
+            f"max_bytes: wanted at least {least}, the first {SLAB_PAGES} pages of each device and "
+            f"size of heads, got {spec.max_bytes}"
+        )
+    for kind, width in widths.items():
+        pools[kind].limit_to(spec.max_bytes * width // total)
 
 
 def _pool(
     spec: CacheSpec,
-    pages: tuple[int, int, int],
+    kind: Kind,
+    device: torch.device,
     ops: Ops,
     summary: tuple[int, torch.dtype] | None,
 ) -> PagePool:
-    pool = PagePool(
+    return PagePool(
         page_size=spec.page_size,
-        head_dim=pages[1],
-        value_dim=pages[2],
+        head_dim=kind[2],
+        value_dim=kind[3],
         dtype=spec.dtype,
-        device=spec.device,
+        device=device,
         summary=summary,
         moving=ops.backend == "reference",
         copy=lambda *places: ops.copy_pages(*places),  # the op is imported when it is first used
     )
-    if spec.max_bytes is not None:
-        pool.limit_to(spec.max_bytes)
-    return pool
 
 
 def summary_sizes(

@@ -67,8 +67,13 @@ def _resize(layer: LayerStore, width: int) -> None:
 
 def most_stored(layers: Sequence[LayerStore]) -> int:
     """Global tokens of the longest head of layers with numbers, 0 without any; waits for one."""
-    counts = [layer.counts.amax() for layer in layers if layer.numbers is not None]
-    return int(torch.stack(counts).amax()) if counts else 0
+    return most_of([layer.counts for layer in layers if layer.numbers is not None])
+
+
+def most_of(counts: Sequence[Tensor]) -> int:
+    """The largest of counts that may lie on several devices, 0 of none; waits for one."""
+    most = [x.amax() for x in counts]
+    return int(torch.stack([x.to(most[0].device) for x in most]).amax()) if most else 0
 
 
 def held(layer: LayerStore) -> Tensor:

@@ -37,7 +37,7 @@ _FILED = {
 }
 _LATER = ("summed", "replayed_at")  # numbers that files of version 0.1.0 lack, where they are 0
 # What a loaded cache may differ in.
-_FREE = ("device", "max_bytes", "max_tokens", "at_cap", "hidden")
+_FREE = ("device", "devices", "max_bytes", "max_tokens", "at_cap", "hidden")
 
 
 class Pipeline(Protocol):

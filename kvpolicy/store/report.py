@@ -45,7 +45,8 @@ class Report:
     `overshoot` is the most tokens by which a head came to exceed `max_tokens` during a prompt call,
     `cap_evicted` the tokens dropped because a cap was reached. `floored` counts, for each layer,
     the sequences whose budget was less than the window at their last eviction, so that the window
-    was kept instead. `ranks` are the reports of each rank where this one is of all ranks of a
+    was kept instead. `devices` are keys and values in bytes by device, where layers lie on several.
+    `ranks` are the reports of each rank where this one is of all ranks of a
     tensor-parallel model; blocks that prompts read are then a mean over ranks.
     """
 
@@ -73,6 +74,7 @@ class Report:
     prompt_read: list[float | None] = attrs.field(factory=list)
     numbers: int = 0
     statistics: int = 0
+    devices: dict[str, int] = attrs.field(factory=dict)
     ranks: list[Report] = attrs.field(factory=list)
 
     @property
@@ -124,14 +126,19 @@ class Report:
 def report(state: CacheState) -> Report:
     """Measures a cache; reads the device."""
     pages = reserved = positions = summaries = shared = 0
+    devices: dict[str, int] = {}
     for pool in state.devices.pools:
         used, capacity = pool.used, pool.capacity
         k, v, meta, summary = (storage_bytes(parts) for parts in zip(*pool.extents, strict=True))
-        pages += (k + v) * used // capacity
+        held = (k + v) * used // capacity
+        pages += held
+        devices[str(pool.device)] = devices.get(str(pool.device), 0) + held
         positions += meta * used // capacity
         summaries += summary * used // capacity
         reserved += sum(x - x * used // capacity for x in (k + v, meta, summary))
         shared += int((pool.refs > 1).sum())
+    for layer in state.layers:
+        devices[str(layer.pool.device)] += storage_bytes(layer.ring)
     return Report(
         pages=pages,
         reserved=reserved,
@@ -156,6 +163,7 @@ def report(state: CacheState) -> Report:
         floored=[_floored(state, x) for x in state.layers],
         statistics=statistics_bytes(state),
         prompt_read=[_prompt_read(x) for x in state.layers],
+        devices=devices if len(devices) > 1 else {},
     )
 
 

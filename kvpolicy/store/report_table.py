@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from .._table import Section, Table, part, size, spans
@@ -62,6 +62,8 @@ class Reported(Protocol):
     @property
     def mean_stored(self) -> float: ...
     @property
+    def devices(self) -> Mapping[str, int]: ...
+    @property
     def ranks(self) -> Sequence[Any]: ...
 
 
@@ -74,6 +76,9 @@ def report_table(report: Reported) -> Table:
         f"{_count(layers, 'layer')}, {_count(heads, 'KV head')}"
     )
     sections = [_bytes(report), _tokens(report), _policies(report)]
+    if report.devices:
+        rows = [(name, f"{n:,}", part(n, report.kv)) for name, n in report.devices.items()]
+        sections.append(Section(heads=("devices", "bytes held", "of all"), rows=rows))
     if report.ranks:
         sections.append(_ranks(report))
     notes = [*_notes(report)]

@@ -141,8 +141,7 @@ def wipe(state: CacheState, rows: list[int]) -> None:
 
 def _stored(state: CacheState, row: int) -> int:
     """Global tokens of a sequence's longest head, in layers that have numbers of them."""
-    counts = [x.counts[row].amax() for x in state.layers if x.numbers is not None]
-    return int(torch.stack(counts).amax()) if counts else 0
+    return numbers.most_of([x.counts[row] for x in state.layers if x.numbers is not None])
 
 
 def _copy(mine: LayerStore, slot: int, theirs: LayerStore, row: int) -> None:

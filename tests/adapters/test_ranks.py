@@ -1,4 +1,4 @@
-"""Ranks that share a model fail together and see that they agree; models on several devices."""
+"""Ranks that share a model fail together and see that they agree."""
 
 from __future__ import annotations
 
@@ -268,20 +268,3 @@ def test_a_report_of_all_ranks_has_each_one_s(model, ranks):
         ranks.other = [FAILED]
         with pytest.raises(KVPolicyError, match="rank 1"):
             cache.report(all_ranks=True)
-
-
-def test_a_model_on_several_devices_is_refused_unchanged(model):
-    model.model.layers[1].to("meta")
-    named, own = model.config._attn_implementation, set(vars(model))
-    with pytest.raises(UnsupportedError, match="run on cpu, meta, .* device_map='cuda'"):
-        attach(model, CachePipeline(admission=Failing()))
-    assert model.config._attn_implementation == named
-    assert set(vars(model)) == own
-    assert not model.model._forward_pre_hooks
-
-
-def test_nothing_shown_spreads_a_model_over_devices():
-    shown = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.py")]
-    assert len(shown) > 10
-    for path in shown:
-        assert 'device_map="auto"' not in path.read_text(encoding="utf-8"), path.name

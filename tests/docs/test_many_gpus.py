@@ -17,7 +17,7 @@ from tests.support.stage import tiny_gate, tiny_tokenizer
 
 @pytest.mark.slow
 def test_two_processes_run_the_page(tmp_path: Path) -> None:
-    (block,) = (x for x in blocks("python") if x.page == "docs/many-gpus.md")
+    block, *_ = (x for x in blocks("python") if x.page == "docs/many-gpus.md")
     (tmp_path / "two.py").write_text(block.code, encoding="utf-8")
     # Folders of the names that the page loads, in place of the hub.
     folder = tmp_path / "meta-llama" / "Llama-3.1-8B-Instruct"

@@ -19,6 +19,7 @@ def run(configuration: str, cache: Path, *options: str) -> None:
         "_advance",
         "_amounts",
         "_append",
+        "_arena_write",
         "_attend",
         "_attend_chosen",
         "_chunks",

@@ -8,6 +8,7 @@ import torch
 from kvpolicy.ops import Ring, load
 from tests.support.kernels.mirror import Size
 from tests.support.kernels.op_cases import CASES
+from tests.support.kernels.pool import DEVICE
 from tests.support.kernels.prompt_cases import segments_of
 
 SLOTS, HEADS = 5, 2
@@ -42,13 +43,18 @@ def test_a_loop_finds_the_same(backend: str, starts, new, old) -> None:
     ring = Ring(*(names[..., None] + channels + n for n in (0, 7)), (names % 4).byte())
     tokens = (*(given[..., None] + channels + n for n in (0, 7)), (given % 4).byte())
     tokens = tuple(x.contiguous() for x in tokens)
+    if backend == "triton":
+        ring, tokens = Ring(*(x.to(DEVICE) for x in ring)), tuple(x.to(DEVICE) for x in tokens)
     saved = Ring(*(x.clone() for x in ring))
     recent, before = load(backend).advance_ring(ring, *tokens, segments, undo=True)
-    slots, kept = (torch.tensor(x)[:, None] for x in written(ring, tokens, segments))
+    made = written(ring, tokens, segments)
+    slots, kept = (torch.tensor(x, device=ring.k.device)[:, None] for x in made)
     for found, want in ((ring, slots), (recent, kept[0])):
         shape = found.k.shape[:-1]
         assert torch.equal(found.k[..., 0], want.expand(shape).float())
-        assert torch.equal(found.v[..., 1] - found.k[..., 1], torch.full(shape, 7.0))
+        assert torch.equal(
+            found.v[..., 1] - found.k[..., 1], torch.full(shape, 7.0, device=found.k.device)
+        )
         assert torch.equal(found.flags, (want % 4).byte().expand(shape))
     assert all(torch.equal(a, b) for a, b in zip(before, saved, strict=True))
 

@@ -145,6 +145,7 @@ CLASSES = {
             **dict.fromkeys(("layers", "heads", "kv_heads", "head_dim", "interval"), ints(1)),
             "dtype": NOTHING,
             "device": words("cpu"),
+            "devices": Kind((tuple, list), lambda value: not value),
             "scale": numbers(lambda value: value > 0, none=True),
             "sliding": Kind((tuple, list), lambda value: not value),
             "per_layer": Kind((tuple, list), lambda value: not value),

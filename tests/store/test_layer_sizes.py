@@ -109,12 +109,11 @@ def step(pipeline: CachePipeline, state: CacheState, text: Text, lengths: list[i
             sinks = text.other_sinks[layer]
             out = pipeline.attend_shared(state, layer, part(text.other), sinks=sinks)
             compare(text, layer, spans, out, text.other, sinks, decode, local)
-            if not decode:  # the last tokens alone
-                tail = [(max(a, b - 2), b) for a, b in spans]
+            if not decode or valid is not None:  # the last tokens alone
+                tail = [(max(a, b - 2 + decode), b) for a, b in spans]
                 query = join([x[:, a:b] for x, (a, b) in zip(text.other[layer], tail, strict=True)])
-                out = pipeline.attend_shared(
-                    state, layer, query, sinks=sinks, last=[b - a for a, b in tail]
-                )
+                last = None if decode else [b - a for a, b in tail]
+                out = pipeline.attend_shared(state, layer, query, sinks=sinks, last=last)
                 compare(text, layer, tail, out, text.other, sinks, decode, local)
     pipeline.commit(state)
 

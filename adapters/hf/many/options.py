@@ -99,7 +99,7 @@ def _options_of(
     config = merged_config(attachment, options)
     check_generate(attachment, options, config)
     _check(config)
-    base, device = attachment.base, attachment.base.device
+    base, device = attachment.base, attachment.spec.device
     ends = config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     if config.pad_token_id is None and ends:

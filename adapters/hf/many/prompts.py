@@ -33,7 +33,8 @@ def read(model: Any, room: Room, parts: Sequence[Part]) -> Tensor:
         if ends:
             last[n] = len(ids) - 1
     wanted = [last[n] for n in sorted(last)] or [len(ids) - 1]
-    keep = torch.tensor(wanted, device=device)
+    # Where layers lie on several devices, a list of numbers goes to the one that looks.
+    keep: Any = wanted if room.state.spec.devices else torch.tensor(wanted, device=device)
     cache.packed = lengths if room.lanes > 1 else None
     try:
         logits = model(
@@ -48,5 +49,5 @@ def read(model: Any, room: Room, parts: Sequence[Part]) -> Tensor:
         cache.packed = None
     if len(logits) != len(wanted):  # a model that gives all of them
         logits = logits[keep]
-    found: Tensor = logits[: len(last)]
+    found: Tensor = logits[: len(last)].to(device)
     return found

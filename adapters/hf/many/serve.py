@@ -11,6 +11,7 @@ from torch import Tensor
 from ...._arguments import optional, wrong
 from ...._fields import MOST_INT, check_int
 from ....errors import UnsupportedError
+from ....spec import CacheSpec
 from ..attached import Attached
 from .engine import Engine
 from .options import Reader
@@ -57,7 +58,7 @@ def serve(
     if max_bytes is not None:
         sizes["max_bytes"] = max_bytes
     elif sizes.get("max_bytes") is None:
-        sizes["max_bytes"] = _spare(attachment.spec.device)
+        sizes["max_bytes"] = _spare(attachment.spec)
     return _run(attachment, requests, slots, tokens_per_call, prefix, sizes, reader, longest)
 
 
@@ -80,10 +81,22 @@ def _run(
         engine.close()
 
 
-def _spare(device: torch.device) -> int | None:
-    """Bytes that pages may take of what a GPU has free; None where memory is the host's."""
-    if device.type != "cuda":
-        return None
+def _spare(spec: CacheSpec) -> int | None:
+    """Bytes that pages may take of what GPUs have free; None where memory is the host's.
+
+    Of several, the one that is full first decides, since each takes its layers' part.
+    """
+    parts: dict[torch.device, int] = {}
+    for (device, *_), width in spec.token_widths.items():
+        parts[device] = parts.get(device, 0) + width
+    total = sum(parts.values())
+    spare = [
+        _free(device) * total // part for device, part in parts.items() if device.type == "cuda"
+    ]
+    return min(spare, default=None)
+
+
+def _free(device: torch.device) -> int:
     free = torch.cuda.mem_get_info(device)[0]
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(SHARE * (free + unused))

@@ -66,7 +66,7 @@ class Steps:
         stepper.position = self.places
         stepper.room = max(load.options.most - load.made for load in loads)
         with experts(self.model):
-            logits = stepper.step(self.tokens, active)[:, -1]
+            logits = stepper.step(self.tokens, active)[:, -1].to(self.tokens.device)
         self.places = self.places + self.on[:, None]
         chosen = choose(loads, logits if len(loads) == len(logits) else logits[self.index])
         self.tokens = self.tokens.index_copy(0, self.index, chosen)
@@ -111,7 +111,7 @@ def _sent(entries: list[Entry], chosen: Tensor) -> Callable[[], Known]:
     held = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True)
     held.copy_(chosen, non_blocking=True)
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(chosen.device))
 
     def receive() -> Known:
         event.synchronize()

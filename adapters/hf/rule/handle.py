@@ -37,7 +37,7 @@ class Handle:
     def __init__(self, layer: StoredLayer) -> None:
         self.__dict__["layer"] = layer
 
-    def to(self, device: torch.device | str) -> Handle:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Handle:
         """Itself: a model may bring what it shares to the device of a layer."""
         if isinstance(device, torch.dtype) or not isinstance(device, torch.device | str):
             raise Touched("it reads .to of its cached keys or values")

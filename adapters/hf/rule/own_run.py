@@ -72,9 +72,6 @@ class OwnRun:
             for x in (query, key, value, mask)
         ]
         exact, _ = function(module, *wider, **given)
-        known = None
-        if isinstance(mask, Tensor):
-            known = self.masks.get(mask.untyped_storage().data_ptr(), (mask, None))[1]
         self.calls.append(
             OwnCall(
                 module=module,
@@ -83,11 +80,25 @@ class OwnRun:
                 value=value,
                 output=output,
                 exact=exact,
-                mask=known,
+                mask=self._function_of(mask),
                 past=self.past,
             )
         )
         return output, weights
+
+    def _function_of(self, mask: Any) -> MaskFunction | None:
+        """What made `mask`; of one that was copied to another device, if no other made the same."""
+        if not isinstance(mask, Tensor):
+            return None
+        found = self.masks.get(mask.untyped_storage().data_ptr())
+        if found is not None:
+            return found[1]
+        alike = [
+            function
+            for made, function in self.masks.values()
+            if made.device != mask.device and torch.equal(made.to(mask.device), mask)
+        ]
+        return alike[0] if len(alike) == 1 else None
 
 
 def own_attention(module: Any) -> Callable[..., Any]:

@@ -130,8 +130,10 @@ class ProbeRun:
             raise refuse("attention", "its attention calls are others than with its own cache")
         self.calls += 1
         stored.reads += 1
-        k, v = stored.stored, stored.values_stored
-        assert k is not None and v is not None and stored.fresh is not None
+        assert stored.stored is not None and stored.values_stored is not None
+        assert stored.fresh is not None
+        # Layers that share keys may run on several devices.
+        k, v = (x.to(query.device) for x in (stored.stored, stored.values_stored))
         if query.shape[-1] != k.shape[-1] or query.shape[1] % k.shape[1]:
             raise refuse(
                 "attention",
@@ -142,7 +144,7 @@ class ProbeRun:
         self._check_mask(refuse, own, kind, query.device)
         self._check_output(refuse, own, kind, scores)
         if self.follow or query.dtype.itemsize < 4:
-            self._check_inputs(refuse, own, query, stored)
+            self._check_inputs(refuse, own, query, k, v)
         if not self.past:
             self.layers.append(self._record(module, layer, stored, query, scores, given))
         out = own.output
@@ -182,14 +184,15 @@ class ProbeRun:
                 f"the key at {key}, by its kind {kind.kind!r} it does{' not' if sees else ''}",
             )
 
-    def _check_inputs(self, refuse: Any, own: OwnCall, query: Tensor, stored: StoredLayer) -> None:
+    def _check_inputs(
+        self, refuse: Any, own: OwnCall, query: Tensor, key: Tensor, value: Tensor
+    ) -> None:
         """Refuses a layer that attends to others without a mask, which results would not show."""
         columns = query.shape[2]
-        assert stored.stored is not None and stored.values_stored is not None
         for name, theirs, ours in (
             ("queries", own.query, query),
-            ("keys", own.key, stored.stored),
-            ("values", own.value, stored.values_stored),
+            ("keys", own.key, key),
+            ("values", own.value, value),
         ):
             a, b = (x[:, :, -columns:].double() for x in (theirs, ours))
             if float((a - b).abs().max()) > 16 * rounding(query.dtype) * float(a.abs().max()):

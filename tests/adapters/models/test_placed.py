@@ -51,6 +51,7 @@ FAST = ("gpt_oss", "gemma3n_text")
         for where in ("cpu", "disk")
     ],
 )
+@pytest.mark.filterwarnings("ignore:You are calling .generate.. with the `input_ids`:UserWarning")
 def test_offloaded_models_are_probed_as_they_run(name, where, tmp_path):
     whole = tiny_model(name).eval()
     wanted = probe(whole, again=True)

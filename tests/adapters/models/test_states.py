@@ -96,7 +96,7 @@ def test_files_hold_states(model, tmp_path):
             loaded = load_cache(model, PIPELINE, tmp_path / "cache", page_size=4)
             close(after(model, loaded, IDS[:, 20:]), wanted)
             with pytest.raises(ValueError, match="wanted states of layers .*, got those of none"):
-                attached.new_cache().states.from_tensors({}, 2, torch.device("cpu"))
+                attached.new_cache().states.from_tensors({}, 2, lambda place: torch.device("cpu"))
 
 
 def test_a_forward_that_fails_leaves_them(model):

@@ -50,7 +50,9 @@ class Striped(Admission):
     window: int | None = None
 
     def admit(self, write):
-        heads = torch.tensor(list(write.heads))[:, None] + write.layer
+        heads = (
+            torch.tensor(list(write.heads), device=write.positions.device)[:, None] + write.layer
+        )
         return (write.positions * 7 + heads * 3) % 5 < 1 + heads
 
 

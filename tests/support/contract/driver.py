@@ -105,15 +105,19 @@ class Run:
                 self.evict(row, decoding=True)
 
     def attend(self, inputs, fail_at):
-        """The pipeline's attention on its device; what layers gave and selected, on the host."""
-        tensors = iter(to_device([x for layer in inputs for x in layer], self.spec.device))
+        """The pipeline's attention on its devices; what layers gave and selected, on the host."""
+        if self.spec.devices:
+            inputs = [to_device(x, on) for x, on in zip(inputs, self.spec.devices, strict=True)]
+            tensors = iter([x for layer in inputs for x in layer])
+        else:
+            tensors = iter(to_device([x for layer in inputs for x in layer], self.spec.device))
         outs = []
         for layer in range(self.spec.layers):
             if layer == fail_at:
                 raise InterruptedError
             q, k, v, pre = islice(tensors, 4)
             sinks = self.sinks[layer]
-            sinks = None if sinks is None else sinks.to(self.spec.device)
+            sinks = None if sinks is None else sinks.to(self.spec.device_of(layer))
             given = {"key_pre": pre, "hidden": hidden_of(pre), "sinks": sinks}
             given["query_pre"] = before(q)
             outs.append(self.pipeline.attend(self.state, layer, q, k, v, **given))

@@ -33,7 +33,7 @@ def tell(pipeline, state):
     """Tells all layers."""
     spec = state.spec
     for layer in range(spec.layers):
-        made = weight(spec, layer).to(spec.device)
+        made = weight(spec, layer).to(spec.device_of(layer))
         pipeline.tell(state, layer, rope=rope(spec, layer), output_weight=made)
 
 
