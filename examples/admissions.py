@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvpolicy import (
+    AdaEA,
     Admission,
     AdmitAll,
     AtPromptEnd,
@@ -49,6 +50,17 @@ def random_zap(spec: CacheSpec, hidden: int) -> KVzap:
     )
 
 
+def random_ada_ea(spec: CacheSpec) -> AdaEA:
+    """AdaEA's statistics, random, with thresholds that admit some tokens."""
+    heads = (spec.layers, spec.kv_heads, spec.heads // spec.kv_heads)
+    return AdaEA(
+        mean=torch.randn(*heads, spec.head_dim),
+        covariance=torch.eye(spec.head_dim).expand(*heads, -1, -1) / 4,
+        thresholds=torch.ones(heads),
+        window=WINDOW,
+    )
+
+
 def admissions(spec: CacheSpec, hidden: int) -> dict[str, Admission]:
     """What the slot may hold, by name."""
     every_other = [[(n + h) % 2 == 0 for h in range(spec.kv_heads)] for n in range(spec.layers)]
@@ -61,6 +73,7 @@ def admissions(spec: CacheSpec, hidden: int) -> dict[str, Admission]:
         "random, a quarter": RandomGate(sparsity=0.75),
         "write gate": gate,
         "KVzap": random_zap(spec, hidden),
+        "AdaEA": random_ada_ea(spec),
         "KVzap or DuoAttention": any_of(random_zap(spec, hidden), duo),
         "KVzap and write gate": all_of(random_zap(spec, hidden), gate),
         "local, but KVzap in layer 0": per_layer(local, {0: random_zap(spec, hidden)}),

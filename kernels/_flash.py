@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import _flash_vllm
 from ._launch import capability
 
 # Interfaces of FlashAttention-3 and the modules that say how they were built.
@@ -94,4 +95,6 @@ def _installed() -> tuple[ModuleType, frozenset[str]] | None:
         prefix = "FLASHATTENTION_DISABLE_"
         left_out = (flag.removeprefix(prefix) for flag, off in flags.items() if off)
         return module, frozenset(left_out)
+    if _flash_vllm.present():
+        return _flash_vllm, frozenset({"FP16", "SOFTCAP"})
     return None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ALIKE = 16  # sequences; a prompt of fewer runs the kernels of so many
 LARGEST = 512  # head_dim of keys or values that tiles are made for
 # Bytes of shared memory that one program may use, by compute capability.
 _SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227}
@@ -17,6 +18,19 @@ _SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227}
 def power_of_two(size: int) -> int:
     """The lowest power of two that is at least `size`."""
     return 1 << max(size - 1, 0).bit_length()
+
+
+def padded_batch(sequences: int) -> int:
+    """The sequences that a prompt's kernels are compiled for: those of small batches are the same.
+
+    Other than in a decode step, what programs do for each of them is little beside their tiles.
+    """
+    return power_of_two(max(sequences, _ALIKE))
+
+
+def padded_units(sequences: int, heads: int) -> int:
+    """Heads of all sequences, as many as a prompt's kernels are compiled for."""
+    return power_of_two(padded_batch(sequences) * heads)
 
 
 def dot_size(size: int) -> int:

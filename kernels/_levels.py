@@ -30,7 +30,7 @@ def add_levels(part: Tensor, sinks: Tensor | None, heads: int, queries: int) -> 
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "rows", "queries"])
 def _add_levels(
     part, found, parts, rows, queries, sinks, HEADS: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr,

@@ -153,7 +153,7 @@ def _span(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["at", "start", "stop", "first", "many"])
 def _fold_groups(
     query, folded, at, start, stop, first, many, query_strides,
     STRIDE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr,
@@ -171,7 +171,7 @@ def _fold_groups(
     tl.store(to, q, mask=(r < many * STRIDE)[:, None] & (d < DIM)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["base", "first", "last", "blocks", "total", "rows"])
 def _levels(
     folded, keys, held, levels, scale, cap, base, first, last, blocks, total, rows,
     GROUP: tl.constexpr, STRIDE: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr,
@@ -228,7 +228,7 @@ def _levels(
     tl.store(to, level, mask=(m < last)[:, None] & (block < blocks)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "start", "stop", "blocks", "rows"])
 def _amounts(
     levels, amounts, begin, start, stop, blocks, rows,
     STRIDE: tl.constexpr, GROUPS: tl.constexpr, PART: tl.constexpr,
@@ -260,7 +260,7 @@ def _amounts(
         tl.store(amounts + low + j, amount, mask=low + j < upto)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "width"])
 def _heaviest(
     amounts, blocks, begin, width, threshold, blocks_strides,
     ALL: tl.constexpr, WIDTH: tl.constexpr,

@@ -32,6 +32,9 @@ from .window_scores import _keys, _logits, choose_tile
 _ADMITTED = tl.constexpr(ADMITTED)
 _SPLIT = 2048  # keys that one program of the first pass looks at where queries are few
 _FEW = 64  # queries that are few
+# Numbers that differ from call to call, and tensors that begin at a row of a batch's.
+_LENGTHS = ["most", "query_slots", "query_shift", "key_shift", "slots", "flags_b", "flags_h"]
+_OF_ROW = ["counts", "flags", "lengths", "first", "last"]
 
 
 def attention_mass(
@@ -73,13 +76,13 @@ def attention_mass(
     scale, cap = factors(scale, softcap)
     places = (
         pages.k, pages.meta, pages.slabs, heads.table, heads.counts, ring_k, flags, query, lengths,
-        first, last, most, window, scale, cap, chunk, among, query.shape[2], *shifts,
-        heads.table.stride(), heads.counts.stride(), ring_k.stride(), flags.stride(),
+        first, last, most, window, scale, cap, chunk, among, query.shape[2], *shifts, slots,
+        *flags.stride()[:2], heads.table.stride(), heads.counts.stride(), ring_k.stride(),
         query.stride(),
     )  # fmt: skip
     sizes = dict(
-        SLAB_PAGES=pages.slab_pages, PAGE=size, KV_HEADS=kv_heads, GROUP=groups, SLOTS=slots,
-        DIM=dim, DIM_PAD=dot_size(dim), num_warps=tile.warps,
+        SLAB_PAGES=pages.slab_pages, PAGE=size, KV_HEADS=kv_heads, GROUP=groups, DIM=dim,
+        DIM_PAD=dot_size(dim), num_warps=tile.warps,
     )  # fmt: skip
     row_tile, query_tile = min(tile.held, dot_size(rows)), min(tile.streamed, dot_size(most))
     how = dict(
@@ -97,7 +100,7 @@ def attention_mass(
         ):  # fmt: skip
             if tokens:
                 _columns[cdiv(tokens, tile.held), units](
-                    lse, target, target.stride(), *places, **sizes, **how, NEAR=near
+                    lse, target, *target.stride()[:2], *places, **sizes, **how, NEAR=near
                 )
 
 
@@ -116,13 +119,13 @@ def _rows(
 
 @triton.jit
 def _recent(
-    ring_k, flags, b, head, where, there, length, window, key_shift, ring_strides, flags_strides,
-    SLOTS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    ring_k, flags, b, head, where, there, length, window, key_shift, slots, flags_b, flags_h,
+    ring_strides, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
 ):  # fmt: skip
     """Keys `[N, D]` of recent tokens at these positions, which are no global ones, and slots."""
     d = tl.arange(0, DIM_PAD)
-    slot = tl.where(there, where - key_shift, 0) % SLOTS
-    own = flags + b * flags_strides[0] + head * flags_strides[1] + slot
+    slot = tl.where(there, where - key_shift, 0) % slots
+    own = flags + b * flags_b + head * flags_h + slot
     bits = tl.load(own, mask=there, other=0)
     there = there & ((where >= length - window) | ((bits & _ADMITTED) == 0))
     ring_k += b * ring_strides[0] + head * ring_strides[1]
@@ -138,13 +141,14 @@ def _among(where, among):
     return looked | (where < among[0]) | (where >= among[3])
 
 
-@triton.jit
+# Recent tokens of a prompt are as many as it has: it is compiled once for all lengths.
+@triton.jit(do_not_specialize=["parts", "split", *_LENGTHS], do_not_specialize_on_alignment=_OF_ROW)
 def _query_levels(
     part, parts, split, pages_k, pages_meta, slabs, table, counts, ring_k, flags, query, lengths,
     first, last, most, window, scale, cap, chunk, among, query_slots, query_shift, key_shift,
-    table_strides, counts_strides, ring_strides, flags_strides, query_strides,
+    slots, flags_b, flags_h, table_strides, counts_strides, ring_strides, query_strides,
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    SLOTS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, QUERIES: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, QUERIES: tl.constexpr,
     KEYS_: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exps of a tile of rows over one part of the keys; part 0 are the recent tokens."""
@@ -172,12 +176,12 @@ def _query_levels(
     top = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     if low < 0:
-        begin = tl.maximum(tl.maximum(oldest - window + 1, length - SLOTS), 0)
+        begin = tl.maximum(tl.maximum(oldest - window + 1, length - slots), 0)
         for start in tl.range(begin, newest + 1, KEYS_, num_stages=1):
             where = start + n
             k, there, _ = _recent(
                 ring_k, flags, b, head, where, where <= newest, length, window, key_shift,
-                ring_strides, flags_strides, SLOTS, DIM, DIM_PAD,
+                slots, flags_b, flags_h, ring_strides, DIM, DIM_PAD,
             )  # fmt: skip
             seen = there[None, :] & (where[None, :] <= at[:, None])
             seen = seen & (at[:, None] - where[None, :] < window)
@@ -206,13 +210,16 @@ def _query_levels(
     tl.store(to, level_of(top, total), mask=r < rows)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["numbers_b", "numbers_h", *_LENGTHS],
+    do_not_specialize_on_alignment=["numbers", *_OF_ROW],
+)
 def _columns(
-    lse, numbers, number_strides, pages_k, pages_meta, slabs, table, counts, ring_k, flags, query,
-    lengths, first, last, most, window, scale, cap, chunk, among, query_slots, query_shift,
-    key_shift, table_strides, counts_strides, ring_strides, flags_strides, query_strides,
+    lse, numbers, numbers_b, numbers_h, pages_k, pages_meta, slabs, table, counts, ring_k, flags,
+    query, lengths, first, last, most, window, scale, cap, chunk, among, query_slots, query_shift,
+    key_shift, slots, flags_b, flags_h, table_strides, counts_strides, ring_strides, query_strides,
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    SLOTS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, QUERIES: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, QUERIES: tl.constexpr,
     KEYS_: tl.constexpr, STAGES: tl.constexpr, LARGEST: tl.constexpr, WIDEST: tl.constexpr,
     MEAN: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
@@ -226,20 +233,20 @@ def _columns(
     block = tl.program_id(0) * KEYS_
     tokens = count
     if NEAR:
-        tokens = count * 0 + SLOTS
+        tokens = count * 0 + slots
     if (begin >= end) | (block >= tokens):
         return
     n = block + tl.arange(0, KEYS_)
-    numbers += b * number_strides[0] + head * number_strides[1]
+    numbers += b * numbers_b + head * numbers_h
     if NEAR:
-        where = length - SLOTS + n
+        where = length - slots + n
         there = (where >= 0) & (where < length)
         k, there, slot = _recent(
             ring_k, flags, b, head, where, there, length, window, key_shift,
-            ring_strides, flags_strides, SLOTS, DIM, DIM_PAD,
+            slots, flags_b, flags_h, ring_strides, DIM, DIM_PAD,
         )  # fmt: skip
         numbers += slot
-        high = tl.minimum(end, length - SLOTS + block + KEYS_ - 1 + window)
+        high = tl.minimum(end, length - slots + block + KEYS_ - 1 + window)
     else:
         there = n < count
         k, where = _keys(

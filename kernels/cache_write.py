@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import ADMITTED, MARKED, POSITION_BITS, Heads, Pages, Ring
+from ..ops import ADMITTED, MARKED, POSITION_BITS, Heads, Pages, Ring, check_minmax
 from ._launch import cdiv, check_dense, dense_last, on, power_of_two
 from ._math import narrow
 from ._pages import KEYS, META, SUMMARY, VALUES, find, page_offset, token_rows
@@ -114,12 +114,11 @@ def decode_write(
         query, queries = key, ring_k
     else:
         query, group = dense_last(query), query.shape[1] // kv_heads
-    summary = pages.summary
-    if minmax and (summary is None or summary.shape[1] != 2 * dim):
-        raise ValueError(f"decode_write: minmax wants summaries [n, {2 * dim}] in pages.summary")
+    if minmax:
+        check_minmax("decode_write", pages)
     with on(ring_k):
         _decode_write[batch, kv_heads](
-            pages.k, pages.v, pages.meta, summary if minmax else pages.k, pages.slabs,
+            pages.k, pages.v, pages.meta, pages.summary if minmax else pages.k, pages.slabs,
             pages.free, pages.top, pages.refs, table, counts, ring_k, ring_v, ring_flags,
             key, value, flags, query, queries, lengths, active, window, queries.shape[2],
             table.stride(), counts.stride(), ring_k.stride(), ring_v.stride(),

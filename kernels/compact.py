@@ -19,7 +19,7 @@ def read_tokens(pages: Pages, table: Tensor, source: Tensor) -> tuple[Tensor, Te
     """Global tokens `source` `[B, Hkv, n]` of each head; see `Ops.read_tokens`."""
     batch, heads, tokens = source.shape
     size, dim, dim_v = *pages.k.shape[1:], pages.v.shape[2]
-    table, source = dense_last(table), dense_last(source)
+    table, source = dense_last(table), source.contiguous()
     k, v = (
         torch.empty(*source.shape, d, dtype=x.dtype, device=x.device)
         for x, d in ((pages.k, dim), (pages.v, dim_v))
@@ -29,7 +29,7 @@ def read_tokens(pages: Pages, table: Tensor, source: Tensor) -> tuple[Tensor, Te
         with on(pages.k):
             _read_tokens[cdiv(tokens, _TOKENS), batch * heads](
                 pages.k, pages.v, pages.meta, pages.slabs, table, source, k, v, meta, tokens,
-                table.stride(), source.stride(),
+                table.stride(),
                 HEADS=heads, SLAB_PAGES=pages.slab_pages, PAGE=size, DIM=dim, DIM_V=dim_v,
                 DIM_PAD=power_of_two(dim), DIM_V_PAD=power_of_two(dim_v), TOKENS=_TOKENS,
                 num_warps=4,
@@ -37,10 +37,10 @@ def read_tokens(pages: Pages, table: Tensor, source: Tensor) -> tuple[Tensor, Te
     return k, v, meta
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # as many as happen to stay
 def _read_tokens(
     pages_k, pages_v, pages_meta, slabs, table, source, k, v, meta, tokens,
-    table_strides, source_strides,
+    table_strides,
     HEADS: tl.constexpr, SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
     DIM_V: tl.constexpr, DIM_PAD: tl.constexpr, DIM_V_PAD: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +50,7 @@ def _read_tokens(
     i = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     d = tl.arange(0, DIM_PAD)
     e = tl.arange(0, DIM_V_PAD)
-    source += b * source_strides[0] + h * source_strides[1]
+    source += unit * tokens
     token = tl.load(source + i, mask=i < tokens, other=-1)  # [T]
     there = token >= 0
     token = tl.where(there, token, 0)

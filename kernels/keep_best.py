@@ -15,6 +15,8 @@ from torch import Tensor
 from ._launch import cdiv, on, power_of_two
 
 _CHUNK = 4096  # scores that one program looks at
+_FEW = 1024  # or so many; there are no other sizes, each of which would have to be compiled
+_CHUNKS = 16  # the least that `_mark` is compiled for
 
 
 def keep_best(scores: Tensor, valid: Tensor, amount: Tensor) -> Tensor:
@@ -29,7 +31,7 @@ def keep_best(scores: Tensor, valid: Tensor, amount: Tensor) -> Tensor:
     valid, out = valid.contiguous().view(torch.uint8), keep.view(torch.uint8)
     with on(scores):
         if chunks == 1:
-            block = max(power_of_two(length), 128)
+            block = _FEW if length <= _FEW else _CHUNK
             _mark_whole[heads,](
                 scores, valid, amount, out, length,
                 BITS=bits, BLOCK=block, num_warps=8 if block > 1024 else 4,
@@ -45,7 +47,7 @@ def keep_best(scores: Tensor, valid: Tensor, amount: Tensor) -> Tensor:
         _count_equal[chunks, heads](scores, valid, amount, counts, equal, length, chunks, **sizes)
         _mark[chunks, heads](
             scores, valid, amount, counts, equal, out, length, chunks,
-            CHUNKS=power_of_two(chunks), **sizes,
+            CHUNKS=max(power_of_two(chunks), _CHUNKS), **sizes,
         )  # fmt: skip
     return keep
 
@@ -75,7 +77,7 @@ def _digit(found, bins, left):
     return own, left - tl.sum(tl.where(bins < own, found, 0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _mark_whole(
     scores, valid, amount, keep, length, BITS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -109,7 +111,7 @@ def _border(counts, amount, length, DIGITS: tl.constexpr, BITS: tl.constexpr):
     return border, left
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _count_digits(
     scores, valid, amount, counts, length,
     DIGIT: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr,
@@ -127,7 +129,7 @@ def _count_digits(
     tl.atomic_add(counts + DIGIT * 256 + tl.arange(0, 256), found, mask=found > 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "chunks"])
 def _count_equal(
     scores, valid, amount, counts, equal, length, chunks, BITS: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
@@ -142,7 +144,7 @@ def _count_equal(
     tl.store(equal + head * chunks + tl.program_id(0), tl.sum(tie.to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "chunks"])
 def _mark(
     scores, valid, amount, counts, equal, keep, length, chunks,
     CHUNKS: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr,

@@ -96,7 +96,7 @@ def copy_pages(pages: Pages, source: Tensor, target: Tensor) -> None:
     with on(pages.k):
         _copy_pages[source.numel(), cdiv(most, _CHUNK)](
             pages.k, pages.v, pages.meta, pages.k if pages.summary is None else pages.summary,
-            pages.slabs, source.contiguous(), target.contiguous(),
+            pages.slabs, source.int().contiguous(), target.int().contiguous(),
             SLAB_PAGES=pages.slab_pages, PAGE=size, PAGE_PAD=power_of_two(size), DIM=dim,
             DIM_V=dim_v, WIDTH=width, WIDTH_PAD=power_of_two(width),
             CHUNK=min(_CHUNK, power_of_two(most)), num_warps=4,

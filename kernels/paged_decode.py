@@ -59,6 +59,7 @@ def paged_decode(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     chunk: int | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Attends over the local window and the global tokens; see `Ops.paged_decode`.
 
@@ -66,8 +67,8 @@ def paged_decode(
     """
     check_dtype("paged_decode", "query", query)
     check_asked("paged_decode", query.shape[1], softcap, sinks, chunk)
-    batch, kv_heads, slots, dim = ring.k.shape
-    size, dim_v = pages.k.shape[1], ring.v.shape[3]
+    _, kv_heads, slots, dim = ring.k.shape
+    batch, size, dim_v = query.shape[0], pages.k.shape[1], ring.v.shape[3]
     check_dims("paged_decode", dim, dim_v)
     readers = kv_heads if selected is None else selected.shape[1]
     group = query.shape[1] // readers
@@ -83,10 +84,10 @@ def paged_decode(
     part = torch.empty(programs, group, dim_v, dtype=torch.float32, device=query.device)
     lse = torch.empty(programs, group, dtype=torch.float32, device=query.device)
     plan = dict(
-        UNITS=units, UNITS_PAD=power_of_two(units), HEADS=readers, REPEAT=readers // kv_heads,
+        UNITS_PAD=power_of_two(units), HEADS=readers, REPEAT=readers // kv_heads,
         RING_BLOCKS=cdiv(slots, block), BLOCK=block,
         PICKED=-1 if selected is None else selected.shape[2] * size,
-        TARGET=target, MIN_BLOCKS=cdiv(_MIN_SPLIT, block), GROUP=group, DIM_V=dim_v,
+        MIN_BLOCKS=cdiv(_MIN_SPLIT, block), GROUP=group, DIM_V=dim_v,
         OVERLAP=overlaps(query.device),
     )  # fmt: skip
     scale, cap = factors(scale, softcap)
@@ -96,14 +97,14 @@ def paged_decode(
     with on(query):
         _split[programs,](
             query, pages.k, pages.v, pages.slabs, table, counts, ring_k, ring_v, lengths, active,
-            picked, part, lse, window, scale, cap, chunk, meta,
+            picked, part, lse, window, scale, cap, chunk, meta, rows, units, target,
             query.stride(), table.stride(), counts.stride(), ring_k.stride(), ring_v.stride(),
             picked.stride(),
             **plan, SLAB_PAGES=pages.slab_pages, PAGE=size, SLOTS=slots, GROUP_PAD=dot_size(group),
             DIM=dim, DIM_PAD=widths[0], DIM_V_PAD=widths[1], num_warps=_WARPS, num_stages=stages,
         )  # fmt: skip
         _reduce[units, group](
-            part, lse, counts, active, out, sinks, counts.stride(),
+            part, lse, counts, active, out, sinks, rows, units, target, counts.stride(),
             **plan, PARTS=min(_PARTS, _READ // power_of_two(dim_v)), DIM_PAD=power_of_two(dim_v),
             num_warps=4,
             **dependent(query.device),
@@ -123,27 +124,35 @@ def _tile(width: int, itemsize: int, shared: int) -> tuple[int, int]:
 
 
 @triton.jit
+def _sequence(rows, n, there):
+    """The sequence of query n: it has the same number, or `rows` say it."""
+    if rows is not None:
+        n = tl.load(rows + n, mask=there, other=0)
+    return n.to(tl.int64)
+
+
+@triton.jit
 def _plan(
-    counts, active, counts_strides, units, UNITS: tl.constexpr, HEADS: tl.constexpr,
+    counts, active, rows, counts_strides, units, many, target, HEADS: tl.constexpr,
     REPEAT: tl.constexpr, RING_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PICKED: tl.constexpr,
-    TARGET: tl.constexpr, MIN_BLOCKS: tl.constexpr,
+    MIN_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Tokens, blocks and splits of each unit (a head of a sequence), as this and `_reduce` see it.
 
     Blocks are those of the unit's ring, then those of its pages. Splits have one length over all
-    units, rounded; there are at most TARGET + UNITS of them.
+    units, of which there are `many`, rounded; there are at most `target + many` of them.
     """
-    b = (units // HEADS).to(tl.int64)
-    runs = tl.load(active + b, mask=units < UNITS, other=0) != 0
+    b = _sequence(rows, units // HEADS, units < many)
+    runs = tl.load(active + b, mask=units < many, other=0) != 0
     counts += b * counts_strides[0] + (units % HEADS) // REPEAT
-    held = tl.load(counts, mask=units < UNITS, other=0)  # [UNITS]
+    held = tl.load(counts, mask=units < many, other=0)  # [UNITS]
     if PICKED >= 0:
         blocks = units * 0 + (RING_BLOCKS + (PICKED + BLOCK - 1) // BLOCK)
     else:
         blocks = RING_BLOCKS + (held + BLOCK - 1) // BLOCK
     blocks = tl.where(runs, blocks, 0)
     whole = tl.maximum(tl.sum(blocks, 0), 1).to(tl.int64)
-    share = ((blocks.to(tl.int64) * TARGET + whole - 1) // whole).to(tl.int32)
+    share = ((blocks.to(tl.int64) * target + whole - 1) // whole).to(tl.int32)
     return held, blocks, tl.minimum(share, (blocks + MIN_BLOCKS - 1) // MIN_BLOCKS)
 
 
@@ -194,18 +203,18 @@ def _rows(store, slab, nth, at, d, DIM: tl.constexpr, PAGE: tl.constexpr):
 
 @triton.jit
 def _my_split(
-    program, counts, active, lengths, counts_strides,
-    UNITS: tl.constexpr, UNITS_PAD: tl.constexpr, HEADS: tl.constexpr, REPEAT: tl.constexpr,
-    RING_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PICKED: tl.constexpr, TARGET: tl.constexpr,
-    MIN_BLOCKS: tl.constexpr,
+    program, counts, active, lengths, rows, counts_strides, many, target,
+    UNITS_PAD: tl.constexpr, HEADS: tl.constexpr, REPEAT: tl.constexpr,
+    RING_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PICKED: tl.constexpr, MIN_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Unit of a program (UNITS: none), its blocks `low` to `high`, its tokens and its length."""
+    """Unit of a program (`many`: none), its blocks `low` to `high`, its tokens and its length."""
     units = tl.arange(0, UNITS_PAD)
     # Needed after the plan, loaded beside it.
-    stands = tl.load(lengths + units // HEADS, mask=units < UNITS, other=0).to(tl.int32)  # [UNITS]
+    b = _sequence(rows, units // HEADS, units < many)
+    stands = tl.load(lengths + b, mask=units < many, other=0).to(tl.int32)  # [UNITS]
     held, blocks, splits = _plan(
-        counts, active, counts_strides, units, UNITS, HEADS, REPEAT, RING_BLOCKS, BLOCK, PICKED,
-        TARGET, MIN_BLOCKS,
+        counts, active, rows, counts_strides, units, many, target, HEADS, REPEAT, RING_BLOCKS,
+        BLOCK, PICKED, MIN_BLOCKS,
     )  # fmt: skip
     ends = tl.cumsum(splits, 0)
     mine = (ends - splits <= program) & (program < ends)
@@ -220,13 +229,14 @@ def _my_split(
     return unit, low, high, count, length
 
 
-@triton.jit
+# Numbers that differ from batch to batch: batches of the same padded size share a kernel.
+@triton.jit(do_not_specialize=["many", "target"])
 def _split(
     query, pages_k, pages_v, slabs, table, counts, ring_k, ring_v, lengths, active,
-    picked, part, lse, window, scale, cap, chunk, pages_meta,
+    picked, part, lse, window, scale, cap, chunk, pages_meta, rows, many, target,
     query_strides, table_strides, counts_strides, ring_k_strides, ring_v_strides, picked_strides,
-    UNITS: tl.constexpr, UNITS_PAD: tl.constexpr, HEADS: tl.constexpr, REPEAT: tl.constexpr,
-    RING_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PICKED: tl.constexpr, TARGET: tl.constexpr,
+    UNITS_PAD: tl.constexpr, HEADS: tl.constexpr, REPEAT: tl.constexpr,
+    RING_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PICKED: tl.constexpr,
     MIN_BLOCKS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, SLOTS: tl.constexpr, GROUP_PAD: tl.constexpr,
     DIM_PAD: tl.constexpr, DIM_V_PAD: tl.constexpr, OVERLAP: tl.constexpr,
@@ -235,12 +245,13 @@ def _split(
     let_next(OVERLAP)
     program = tl.program_id(0)
     unit, low, high, count, length = _my_split(
-        program, counts, active, lengths, counts_strides, UNITS, UNITS_PAD, HEADS, REPEAT,
-        RING_BLOCKS, BLOCK, PICKED, TARGET, MIN_BLOCKS,
+        program, counts, active, lengths, rows, counts_strides, many, target, UNITS_PAD, HEADS,
+        REPEAT, RING_BLOCKS, BLOCK, PICKED, MIN_BLOCKS,
     )  # fmt: skip
-    if unit >= UNITS:
+    if unit >= many:
         return
-    b = (unit // HEADS).to(tl.int64)
+    asked = (unit // HEADS).to(tl.int64)
+    b = _sequence(rows, asked, True)
     head = (unit % HEADS).to(tl.int64)
     kv_head = head // REPEAT
     g = tl.arange(0, GROUP_PAD)
@@ -252,13 +263,13 @@ def _split(
         begins = length // chunk * chunk
         window = tl.minimum(window, length - begins + 1)
     table += b * table_strides[0] + kv_head * table_strides[1]
-    picked += b * picked_strides[0] + head * picked_strides[1]
+    picked += asked * picked_strides[0] + head * picked_strides[1]
     # Pages are found two blocks ahead, where they lie one. What a block leaves to the next are new
     # values, never those that it got itself: a loop that passes on its arguments is not pipelined.
     first = tl.maximum(low - RING_BLOCKS, 0)
     page, room = _find(table, picked, first, count, n, BLOCK, PAGE, PICKED)
     next_page, next_room = _find(table, picked, first + 1, count, n, BLOCK, PAGE, PICKED)
-    query += b * query_strides[0]
+    query += asked * query_strides[0]
     q = tl.load(
         query + (head * GROUP + g[:, None]) * query_strides[1] + d[None, :],
         mask=(g < GROUP)[:, None] & (d < DIM)[None, :], other=0.0,
@@ -304,11 +315,11 @@ def _split(
     tl.store(lse + at, level_of(top, total), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["many", "target"])
 def _reduce(
-    part, lse, counts, active, out, sinks, counts_strides,
-    UNITS: tl.constexpr, UNITS_PAD: tl.constexpr, HEADS: tl.constexpr, REPEAT: tl.constexpr,
-    RING_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PICKED: tl.constexpr, TARGET: tl.constexpr,
+    part, lse, counts, active, out, sinks, rows, many, target, counts_strides,
+    UNITS_PAD: tl.constexpr, HEADS: tl.constexpr, REPEAT: tl.constexpr,
+    RING_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PICKED: tl.constexpr,
     MIN_BLOCKS: tl.constexpr, GROUP: tl.constexpr, DIM_V: tl.constexpr,
     PARTS: tl.constexpr, DIM_PAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -318,8 +329,8 @@ def _reduce(
     units = tl.arange(0, UNITS_PAD)
     # The plan rests on what was there before `_split` started.
     _, _, splits = _plan(
-        counts, active, counts_strides, units, UNITS, HEADS, REPEAT, RING_BLOCKS, BLOCK, PICKED,
-        TARGET, MIN_BLOCKS,
+        counts, active, rows, counts_strides, units, many, target, HEADS, REPEAT, RING_BLOCKS,
+        BLOCK, PICKED, MIN_BLOCKS,
     )  # fmt: skip
     first = tl.sum(tl.where(units < unit, splits, 0), 0)
     of = tl.sum(tl.where(units == unit, splits, 0), 0)

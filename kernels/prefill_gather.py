@@ -17,7 +17,7 @@ from torch import Tensor
 from ..ops import POSITION_MASK, Bounds, Heads, Pages, Segments
 from ._chunks import Cut
 from ._flash import Attend
-from ._launch import cdiv, dense_last, on, power_of_two
+from ._launch import cdiv, dense_last, on, padded_batch, padded_units, power_of_two
 from ._pages import KEYS, META, VALUES, find, page_offset, token_rows
 
 _POSITION_MASK = tl.constexpr(POSITION_MASK)
@@ -172,8 +172,8 @@ def gather(
             at, counts, segments.cu_q_dev, segments.start_dev, limits,
             plan.taken if plan else limits, plan.bounds if plan else limits, window, tiles,
             blocks, rows, longest.bit_length(), many, owner, before, chunk,
-            BATCH_PAD=power_of_two(many),
-            HEADS=kv_heads, UNITS_PAD=power_of_two(batch * kv_heads), QUERIES=queries,
+            BATCH_PAD=padded_batch(many), HEADS=kv_heads,
+            UNITS_PAD=padded_units(batch, kv_heads), QUERIES=queries,
             ROWS=ROWS, SPAN=span, SPARE=rectangles.spare if rectangles and plan else 0,
             LEAST=rectangles.least if rectangles and plan else 0, BLOCK=_LIMITS, num_warps=4,
         )  # fmt: skip
@@ -196,8 +196,8 @@ def gather_rows(
         _gather[cdiv(longest, ROWS) * (ROWS // 32), batch * kv_heads](
             pages.k, pages.v, pages.meta, pages.slabs, table, counts, k, v, at,
             table.stride(),
-            HEADS=kv_heads, UNITS_PAD=power_of_two(batch * kv_heads), SLAB_PAGES=pages.slab_pages,
-            PAGE=size, DIM=dim, DIM_V=dim_v, DIM_PAD=power_of_two(dim),
+            HEADS=kv_heads, UNITS_PAD=padded_units(batch, kv_heads),
+            SLAB_PAGES=pages.slab_pages, PAGE=size, DIM=dim, DIM_V=dim_v, DIM_PAD=power_of_two(dim),
             DIM_V_PAD=power_of_two(dim_v), ROWS=ROWS, BLOCK=32, num_warps=4,
         )  # fmt: skip
     return k, v, at
@@ -232,7 +232,7 @@ def run_rectangles(
     with on(query):
         _fold[heads // together, tiles](
             query, folded, plan.taken, segments.cu_q_dev, tiles, batch, query.stride(),
-            BATCH_PAD=power_of_two(batch), GROUP=group, DIM=dim,
+            BATCH_PAD=padded_batch(batch), GROUP=group, DIM=dim,
             DIM_PAD=power_of_two(dim), TOGETHER=together, QUERIES=tile.queries(group),
             M=tile.rows, num_warps=4,
         )  # fmt: skip

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import ADMITTED, MARKED, POSITION_BITS, Heads, Pages, Segments
-from ._launch import cdiv, check_dense, dense_last, on, power_of_two
+from ._launch import cdiv, check_dense, dense_last, on, padded_units, power_of_two
 from ._pages import KEYS, META, VALUES, page_offset, token_rows
 
 _ADMITTED = tl.constexpr(ADMITTED)
@@ -128,6 +128,7 @@ def write_leaving(
     batch, kv_heads, tiles = ranks.shape
     dim, dim_v = key.shape[2], value.shape[2]
     width, width_v = power_of_two(dim), power_of_two(dim_v)
+    units = padded_units(batch, kv_heads)
     with on(pages.k):
         _store[tiles, kv_heads, batch](
             pages.k, pages.v, pages.meta, pages.slabs, pages.free, pages.top, pages.refs,
@@ -135,12 +136,12 @@ def write_leaving(
             segments.cu_q_dev, segments.cu_k_dev, segments.start_dev, fresh, ranks, window,
             flags.stride(0), table.stride(), counts.stride(), key.stride(), value.stride(),
             SLAB_PAGES=pages.slab_pages, PAGE=pages.k.shape[1], DIM=dim, DIM_V=dim_v,
-            DIM_PAD=width, DIM_V_PAD=width_v, TOKENS=_TOKENS, ROWS=power_of_two(batch * kv_heads),
+            DIM_PAD=width, DIM_V_PAD=width_v, TOKENS=_TOKENS, ROWS=units,
             num_warps=4 if max(width, width_v) * key.element_size() <= 256 else 8,
         )  # fmt: skip
         _settle[1,](
             counts, after, fresh, pages.top, kv_heads, batch * kv_heads, counts.stride(),
-            UNITS_PAD=power_of_two(batch * kv_heads), num_warps=1,
+            UNITS_PAD=units, num_warps=1,
         )  # fmt: skip
 
 

@@ -285,7 +285,7 @@ def _near(
     return top, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "width", "many", "most_whole", "most_rest", "each"])
 def _attend_chosen(
     query, key, value, far_k, far_v, rows_k, rows_v, at, blocks, whole, rest, listed,
     where, found, sets, cu_q, cu_k, start, of, out, begin, window, width, many, most_whole,

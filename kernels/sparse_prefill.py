@@ -16,7 +16,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..ops import ADMITTED, Bounds, Heads, Pages, Segments, check_asked
 from ._chunks import cut_at_chunks
 from ._flash import find_varlen
-from ._launch import check_dims, check_dtype, dense_last, dot_size, on, power_of_two, shared_memory
+from ._launch import (
+    check_dims,
+    check_dtype,
+    dense_last,
+    dot_size,
+    on,
+    padded_batch,
+    padded_units,
+    shared_memory,
+)
 from ._math import narrow
 from ._softmax import LOG2E, add_sink, attend_step, factors, normalised
 from .prefill_gather import (
@@ -146,7 +155,6 @@ def attend(
     if query.stride(0) * together >= 1 << 31:  # offsets of a tile's heads have 32 bits
         query = query.transpose(0, 1).contiguous().transpose(0, 1)
     flags, counts = dense_last(flags), counts.contiguous()
-    units = counts.numel()
     taken, begun, lse = limits if before is None else before, out, out
     if plan is not None:
         taken = plan.taken
@@ -168,8 +176,8 @@ def attend(
             segments.cu_q_dev, segments.cu_k_dev, segments.start_dev, window, scale, cap,
             None if sinks is None else sinks.contiguous(), owner, tiles, batch, flags.stride(0),
             query.stride(), key.stride(), value.stride(), out.stride(),
-            BATCH_PAD=power_of_two(batch), KV_HEADS=key.shape[0], GROUP=group,
-            UNITS_PAD=power_of_two(units), ROWS=ROWS, HAS_FAR=far is not None,
+            BATCH_PAD=padded_batch(batch), KV_HEADS=key.shape[0], GROUP=group,
+            UNITS_PAD=padded_units(*counts.shape), ROWS=ROWS, HAS_FAR=far is not None,
             BEGUN=plan is not None, SKIPS=before is not None, DESCRIPTORS=descriptors, DIM=dim,
             DIM_V=dim_v, DIM_PAD=dot_size(dim), DIM_V_PAD=dot_size(dim_v), TOGETHER=together,
             QUERIES=queries, M=tile.rows, KEYS_=tile.keys, STAGES=tile.stages,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import Segments, TileReads
-from ._launch import cdiv, on, power_of_two
+from ._launch import cdiv, on, padded_units, power_of_two
 from .prefill_gather import ROWS, first_row, rows_before
 
 
@@ -33,11 +33,10 @@ def edges_of(at: Tensor, counts: Tensor, width: int, tile: int, steps: int) -> T
     `[B * Hkv, width + 1]` int32; `at` are the rows' positions, `counts` `[B, Hkv]` their numbers.
     """
     edges = torch.empty(counts.numel(), width + 1, dtype=torch.int32, device=at.device)
-    units = power_of_two(counts.numel())
     with on(at):
         _edges[cdiv(width + 1, 128), counts.numel()](
-            at, counts, edges, width, tile, steps, UNITS_PAD=units, ROWS=ROWS, BLOCK=128,
-            num_warps=4,
+            at, counts, edges, width, tile, steps, UNITS_PAD=padded_units(*counts.shape),
+            ROWS=ROWS, BLOCK=128, num_warps=4,
         )  # fmt: skip
     return edges
 
@@ -56,7 +55,7 @@ def columns_of(
     with on(at):
         _find_columns[cdiv(each, 128), many, heads](
             where, found, owner, at, counts, each, steps,
-            KV_HEADS=kv_heads, PER=heads // kv_heads, UNITS_PAD=power_of_two(counts.numel()),
+            KV_HEADS=kv_heads, PER=heads // kv_heads, UNITS_PAD=padded_units(*counts.shape),
             ROWS=ROWS, BLOCK=128, num_warps=4,
         )  # fmt: skip
     return where, found, sets
@@ -82,14 +81,14 @@ def list_rows(
         _plan[many, choosing](
             blocks, edges, at, counts, segments.cu_q_dev, segments.start_dev, of, *lists, begin,
             window, width, of.shape[1], steps, *sizes,
-            KV_HEADS=kv_heads, PER=choosing // kv_heads, UNITS_PAD=power_of_two(counts.numel()),
+            KV_HEADS=kv_heads, PER=choosing // kv_heads, UNITS_PAD=padded_units(*counts.shape),
             ROWS=ROWS, TILE=tile, QUERIES=shape[0], KEYS_=shape[1], REST=shape[2],
             BLOCK=min(1024, power_of_two(width)), num_warps=4,
         )  # fmt: skip
     return lists
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "tile", "steps"])
 def _edges(
     at, counts, edges, width, tile, steps,
     UNITS_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -102,7 +101,7 @@ def _edges(
     tl.store(edges + unit.to(tl.int64) * (width + 1) + j, far.to(tl.int32) + before, j <= width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["each", "steps"])
 def _find_columns(
     where, found, owner, at, counts, each, steps,
     KV_HEADS: tl.constexpr, PER: tl.constexpr, UNITS_PAD: tl.constexpr, ROWS: tl.constexpr,
@@ -133,7 +132,7 @@ def tile_of(of, cu_q, start, nth, many, begin, TILE: tl.constexpr, QUERIES: tl.c
     return b, tile, number, first, tl.maximum(first, low), tl.minimum(first + QUERIES, high)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "width", "many", "steps", "most_whole", "most_rest"])
 def _plan(
     blocks, edges, at, counts, cu_q, start, of, whole, rest, found, begin, window, width,
     many, steps, most_whole, most_rest,

@@ -209,7 +209,7 @@ def _logits(q, k, scale, cap):
     return scores, scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _row_sums(
     pages_k, pages_meta, slabs, table, counts, ring_k, ring_q, lengths, part, window, scale, cap,
     parts, table_strides, counts_strides, query_strides, ring_strides,
@@ -280,7 +280,7 @@ def _row_sums(
     tl.store(to, level_of(top, total), mask=r < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _column_sums(
     pages_k, pages_meta, slabs, table, counts, ring_q, lengths, lse, mass, width, scale, cap,
     table_strides, counts_strides, query_strides,

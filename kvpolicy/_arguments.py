@@ -67,7 +67,7 @@ def optional(check: Callable[..., None], name: str, value: Any, *more: Any) -> N
 
 
 def check_ids(name: str, value: Any, wanted: str = "token ids [B, S]") -> None:
-    """Raises unless `value` is a tensor of integers with two axes."""
+    """Raises unless `value` is a tensor of integers with two axes and a column or more."""
     if not isinstance(value, Tensor):
         hint = ""
         if isinstance(value, str):
@@ -78,10 +78,13 @@ def check_ids(name: str, value: Any, wanted: str = "token ids [B, S]") -> None:
             hint = "write torch.tensor([ids])"
         raise TypeError(wrong(name, wanted, value, hint))
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(wrong(name, wanted, value))
+        hint = "write tokenizer(text, return_tensors='pt').input_ids, which are integers"
+        raise TypeError(wrong(name, wanted, value, hint))
     if value.ndim != 2:
         hint = f"write {name}[None]" if value.ndim == 1 else ""
         raise ValueError(wrong(name, wanted, value, hint))
+    if not value.shape[1]:
+        raise ValueError(wrong(name, f"{wanted} of one column or more", value))
 
 
 def check_embeds(name: str, value: Any) -> None:

@@ -9,17 +9,22 @@ from collections.abc import Sequence
 KNOWN = {
     "adakv": "SnapKV(budget=Adaptive(...))",
     "composed": "CachePipeline(...)",
+    "decoding": 'SnapKV(budget=..., when="decode")',
+    "dms": 'AtPromptEnd(KVzap.from_pretrained(path), generated="keep")',
     "dualcache": "CachePipeline(...)",
     "duo": "DuoAttention.from_pretrained(folder, sparsity=0.5)",
+    "minference": "VerticalSlash(...)",
     "observedattention": "H2O(budget=...)",
     "perlayercompression": "per_layer(...)",
     "pyramidkv": "SnapKV(budget=Pyramid(...))",
+    "qfilter": "QFilters.from_pretrained(repository, file, budget=...)",
+    "rocketkv": "CachePipeline(selection=TopChannels(...), eviction=SnapKV(...))",
     "wgkv": "WriteGate.from_pretrained(repository, file)",
 }
 # Methods that have no class here, unless the root has one by now.
-METHODS = {"expectedattention", "kvzip", "minference", "think"}
+METHODS = {"think"}
 ABSENT = (
-    "no policy of this name; docs/coming-from.md says what is here for it, and "
+    "no policy of this name; docs/coming-from.md and docs/policies.md say what is here for it, "
     "docs/writing-a-policy.md how to write one"
 )
 

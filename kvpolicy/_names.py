@@ -20,6 +20,7 @@ KNOWN = {
     "chunk_size": ("page_size",),
     "compression_ratio": ("budget", "sparsity", "ratio"),
     "head_compression_ratio": ("sparsity",),
+    "heavy_ratio": ("budget",),
     "kernel_size": ("kernel",),
     "max_capacity_prompt": ("budget",),
     "max_cache_len": ("max_tokens",),
@@ -38,6 +39,18 @@ KNOWN = {
     "window_size": ("observation", "window"),
 }
 
+# What is not said to a policy, and where it is said.
+ELSEWHERE = {
+    "at_cap": "attach",
+    "backend": "CachePipeline",
+    "interval": "attach",
+    "max_bytes": "attach",
+    "max_tokens": "attach",
+    "page_size": "attach",
+    "rollback": "attach",
+    "window": "CachePipeline",
+}
+
 
 def instead(name: str, value: Any, names: Sequence[str]) -> str:
     """What to write for an argument that is not one of `names`, or ""."""
@@ -45,8 +58,11 @@ def instead(name: str, value: Any, names: Sequence[str]) -> str:
     if known and "compression_ratio" in name:
         return _kept(known, value, names)
     near = difflib.get_close_matches(name, names, 1)
-    found = known or (near[0] if near else None)
-    return f"; write {found}={shown(value)}" if found else ""
+    if found := known or (near[0] if near else None):
+        part = found == "budget" and isinstance(value, float)
+        return f"; write {found}={f'Ratio({value:g})' if part else shown(value)}"
+    other = next((x for x in (name, *KNOWN.get(name, ())) if x in ELSEWHERE), None)
+    return f"; write {ELSEWHERE[other]}(..., {other}={shown(value)})" if other else ""
 
 
 def _kept(name: str, value: Any, names: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, get_args
 
@@ -18,6 +19,7 @@ _MODULES = {  # of reference/ and kernels/ alike, by op
     "advance_ring": "ring",
     "antidiagonal_blocks": "antidiagonal",
     "append": "cache_write",
+    "arena_write": "arena_write",
     "attention_mass": "attention_mass",
     "decode_write": "cache_write",
     "move_kept": "compact",
@@ -36,6 +38,7 @@ _MODULES = {  # of reference/ and kernels/ alike, by op
     "read_pages": "page_io",
     "read_summary": "page_io",
     "write_summary": "page_io",
+    "write_minmax": "page_minmax",
     "quest_select": "page_select",
     "top_pages": "page_select",
     "paged_decode": "paged_decode",
@@ -43,6 +46,7 @@ _MODULES = {  # of reference/ and kernels/ alike, by op
     "write_leaving": "prompt_write",
     "prefill_attention": "sparse_prefill",
     "last_similar": "redundancy",
+    "redundancy_scores": "redundancy_scores",
     "selected_prefill": "selected_prefill",
     "window_levels": "window_scores",
     "window_scores": "window_scores",
@@ -71,6 +75,24 @@ def resolve(backend: str, device: torch.device) -> str:
                 "TRITON_INTERPRET=1 in the environment before triton is imported"
             )
     return backend
+
+
+def compilations() -> AbstractContextManager[list[str]]:
+    """Names of the kernels that become ready to run inside; none without Triton."""
+    module = _compiled()
+    found: AbstractContextManager[list[str]] = module.compilations() if module else nullcontext([])
+    return found
+
+
+def disk_cache() -> str | None:
+    """The folder where Triton keeps compiled kernels, where it is installed."""
+    module = _compiled()
+    return module.disk_cache() if module else None
+
+
+def _compiled() -> Any:
+    triton = importlib.util.find_spec("triton") is not None
+    return importlib.import_module(".kernels.compiled", __package__) if triton else None
 
 
 class Implementation:

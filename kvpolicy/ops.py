@@ -81,6 +81,21 @@ def pages_of(tokens: Position, page_size: int) -> Position:
     return -(-tokens // page_size)
 
 
+class Arenas(NamedTuple):
+    """Pages that sequences share out among their heads, where somebody else gives sequences memory.
+
+    Page n of sequence b is `blocks[b, n // pages_per_block] * pages_per_block + n %
+    pages_per_block`. `blocks` int32 `[B, n]`; `room`, `taken` int32 `[B]` count the pages that a
+    sequence has and that its heads hold, `refused` int64 `[B]` admitted tokens that found none.
+    """
+
+    blocks: Tensor
+    room: Tensor
+    taken: Tensor
+    refused: Tensor
+    pages_per_block: int
+
+
 class Ring(NamedTuple):
     """A layer's most recent tokens: position p is in slot `p % slots`.
 
@@ -205,6 +220,13 @@ def check_asked(
         raise ValueError(f"{op}: chunk: wanted a positive number or None, got {chunk}")
 
 
+def check_minmax(op: str, pages: Pages) -> None:
+    """Raises ValueError for pages without room for a smallest and a largest key."""
+    width = 2 * pages.k.shape[2]
+    if pages.summary is None or pages.summary.shape[1] != width:
+        raise ValueError(f"{op}: minmax wants summaries [n, {width}] in pages.summary")
+
+
 class Ops(Protocol):
     """The ops of one backend.
 
@@ -252,6 +274,18 @@ class Ops(Protocol):
         reserved before. `minmax` extends the page's summary `[2 D]` (minimum and maximum key).
         `query` `[B, Hq, D]`, if given, goes to the slot of position `lengths` in `queries`
         `[B, Hq, S', D]`.
+        """
+
+    def arena_write(
+        self, pages: Pages, heads: Heads, ring: Ring, arenas: Arenas, key: Tensor, value: Tensor,
+        flags: Tensor | None, rows: Tensor, lengths: Tensor, active: Tensor, window: int, *,
+        minmax: bool = False, bits: int = 0,
+    ) -> None:  # fmt: skip
+        """`decode_write` for some sequences, whose pages are those of their arenas.
+
+        Token n of `key` `[N, Hkv, D]`, `value` `[N, Hkv, Dv]` and `flags` `[N, Hkv]` is of sequence
+        `rows[n]` (int32); no active one is named twice. Heads are given pages in their order while
+        their arena has room. A token that is admitted and finds none is left out and counted.
         """
 
     def advance_ring(
@@ -345,6 +379,7 @@ class Ops(Protocol):
         self, query: Tensor, pages: Pages, heads: Heads, ring: Ring, lengths: Tensor,
         active: Tensor, window: int, scale: float, selected: Tensor | None = None, *,
         softcap: float | None = None, sinks: Tensor | None = None, chunk: int | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Attention of one decoded token a sequence over the local window and the global tokens,
         all or the selected pages of them.
@@ -352,7 +387,8 @@ class Ops(Protocol):
         `query` `[B, Hq, D]` stands at position `lengths` `[B]`, whose key is in the ring already.
         `selected` int32 `[B, Hs, K]` names pages by their number within the head (-1: none) for
         Hs = Hkv or Hq heads. `scale` multiplies q.k. Returns `[B, Hq, Dv]`, zeros for rows that are
-        not `active` `[B]` bool.
+        not `active` `[B]` bool. With `rows` int32 `[N]` query n of `[N, Hq, D]` and its `selected`
+        are of sequence `rows[n]`, and so is the result.
         """
 
     def attention_mass(
@@ -523,6 +559,21 @@ class Ops(Protocol):
         all others is held.
         """
 
+    def redundancy_scores(
+        self, pages: Pages, heads: Heads, ring: Ring, queries: Tensor, lengths: Tensor,
+        window: int, scale: float, *, observation: int, kernel: int, mix: float, threshold: float,
+        group: str, softcap: float | None = None,
+    ) -> Tensor:  # fmt: skip
+        """R-KV's scores `[B, Hkv, M * P]` of the global tokens (Zefan-Cai/R-KV).
+
+        `queries` as in `window_scores`; what is scored says `kvpolicy.eviction.RKV`. A head's keys
+        are those that it stores and then, without a gap, the recent ones of the window; for
+        redundancies they are divided by their norms and rounded to their dtype. Slots without a
+        token are 0. In float32, or in the keys' dtype where that is wider. No product of all keys
+        with all others is held, and a head's scores depend on nothing but its own sequence, to the
+        last bit.
+        """
+
     def write_gate(
         self, key_pre: Tensor, key: Tensor, norm_pre: Tensor, norm_post: Tensor, w1: Tensor,
         b1: Tensor, w2: Tensor, b2: Tensor, limit: float | None = None, inclusive: bool = False,
@@ -578,6 +629,13 @@ class Ops(Protocol):
     def write_summary(self, pages: Pages, ids: Tensor, summary: Tensor) -> None:
         """Stores summaries `[N, S]` of pages `ids` `[N]`; writes to the null page are lost."""
 
+    def write_minmax(self, pages: Pages, heads: Heads, before: Tensor, most: int) -> None:
+        """Makes the summaries `[2 D]` of pages their smallest and largest key, channel by channel.
+
+        Of the pages that hold a head's tokens from number `before` `[B, Hkv]` int32 on: at most
+        `most` a head, none where no such token is.
+        """
+
 
 def load(name: str) -> Ops:
     """The ops of a resolved backend, "reference" or "triton"."""
@@ -611,11 +669,12 @@ def paged_decode(
     query: Tensor, pages: Pages, heads: Heads, ring: Ring, lengths: Tensor, active: Tensor,
     window: int, scale: float, selected: Tensor | None = None, *,
     softcap: float | None = None, sinks: Tensor | None = None, chunk: int | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Ragged paged attention `[B, Hq, Dv]`; see `Ops.paged_decode`."""
     return _ops(query).paged_decode(
         query, pages, heads, ring, lengths, active, window, scale, selected,
-        softcap=softcap, sinks=sinks, chunk=chunk,
+        softcap=softcap, sinks=sinks, chunk=chunk, rows=rows,
     )  # fmt: skip
 
 

@@ -97,7 +97,9 @@ class _PerLayer:
     def _window(self) -> int | None:
         windows = sorted({p.window for p in self.members if p.window is not None})
         if len(windows) > 1:
-            raise ValueError(f"layers: the policies' windows disagree: {windows}")
+            raise ValueError(
+                f"layers: the policies' windows disagree: {windows}; give all the same"
+            )
         return windows[0] if windows else None
 
     def _needs(self) -> frozenset[str]:

@@ -125,7 +125,9 @@ class CachePipeline:
         given = {name: value for name, value in named.items() if value is not None}
         if len(set(given.values())) > 1:
             found = ", ".join(f"{name} says {value}" for name, value in given.items())
-            raise ValueError(f"window: the parts of the pipeline disagree: {found}")
+            others = {value for name, value in given.items() if name != "window"}
+            hint = "leave window= out" if len(others) == 1 else "give all the same"
+            raise ValueError(f"window: the parts of the pipeline disagree: {found}; {hint}")
         return next(iter(given.values()), self.eviction.prefers_window or DEFAULT_WINDOW)
 
     def init(self, spec: CacheSpec, batch: int = 1, exchange: Exchange | None = None) -> CacheState:

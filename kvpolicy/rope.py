@@ -50,7 +50,8 @@ class Rope:
 
     def angles(self, positions: Tensor) -> Tensor:
         """Radians `[..., pairs]` float64 at `positions` `[...]`."""
-        each = torch.tensor(self.frequencies, dtype=torch.float64, device=positions.device)
+        each = torch.tensor(self.frequencies, dtype=torch.float64)
+        each = each.to(positions.device, non_blocking=True)
         return positions[..., None].double() * each * self.sign
 
     def mean(self, first: Tensor, count: int) -> tuple[Tensor, Tensor]:

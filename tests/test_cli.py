@@ -68,6 +68,9 @@ def tried(command: str, model: object, root: Path) -> list[object]:
         "evaluate": [*texts, "--out", root / "results"],
         "inspect": [*texts, "--out", root / "kept", "--window", 32],
         "fit-q-filters": [*texts, "--out", root / "q.safetensors"],
+        "fit-kvzap": [*texts, "--out", root / "kvzap.safetensors"],
+        "fit-triattention": [*texts, "--out", root / "statistics.safetensors"],
+        "warm": [],
         "ablate": [*texts, "--out", root / "ablations"],
         "reproduce": [*texts, "--out", root / "figure", "--checkpoints", root],
     }
@@ -244,7 +247,7 @@ def test_a_pipeline_of_one_s_own(
     for wrong, message in (
         ("mine_for_cli", "or module:name"),
         ("mine_for_cli:Root", "wanted a CachePipeline in mine_for_cli:Root"),
-        ("no_such_module:x", "No module named 'no_such_module'"),
+        ("no_such_module:x", "pipeline: there is no module 'no_such_module' in this folder"),
     ):
         assert message in fails("plan", folder / "model", "--pipeline", wrong)
     assert "beside it" in fails("plan", folder / "model", *mine, "--snapkv", 500)
@@ -440,6 +443,10 @@ def test_a_missing_extra_is_one_sentence(folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "datasets", None)
     said = fails("train-duo", folder / "model", "--dataset", "some/set", "--out", folder / "duo")
     assert said.endswith("pip install 'kvpolicy[train]' brings it\n") and said.count("\n") == 1
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    texts = next(folder.glob("**/*.txt"))
+    said = fails("inspect", "no/model", "--texts", texts, "--out", folder / "x", "--snapkv", 64)
+    assert "matplotlib is not installed; pip install 'kvpolicy[plots]'" in said  # before the model
     code = "import sys; sys.modules['typer'] = None; import kvpolicy.cli; kvpolicy.cli.main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""

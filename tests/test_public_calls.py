@@ -180,7 +180,7 @@ KIT = {
 CALLS = {
     "attach": Call(
         lambda folder: (attaching, {"model": MODEL, "pipeline": PIPELINE}),
-        model=NOTHING, pipeline=NOTHING, compile=FLAG, verify=FLAG, dtype=NONE,
+        model=NOTHING, pipeline=NOTHING, compile=FLAG, warm=FLAG, verify=FLAG, dtype=NONE,
     ),
     "new_cache": Call(
         lambda folder: (hf.new_cache, {"model": MODEL, "pipeline": PIPELINE}),
@@ -471,7 +471,10 @@ CLASSES = [
     (Tokens, {}, r"tokens: wanted .*, got none; write Tokens\(tokens=\.\.\.\)$"),
     (CachePipeline, {"evict": SelectAll()}, "evict: wanted one of .*; write eviction=SelectAll"),
     (CachePipeline, {"press": 1}, "press: wanted one of admission, .*, got 'press'$"),
-    (kvpolicy.AdmitAll, {"window": 1}, "window: wanted no argument of AdmitAll, got 'window'$"),
+    (kvpolicy.AdmitAll, {"window": 1}, r"AdmitAll, got 'window'; write CachePipeline\("),
+    (SnapKV, {"budget": 9, "window": 8}, r"write CachePipeline\(\.\.\., window=8\)$"),
+    (Quest, {"budget": 9, "chunk_size": 8}, r"write attach\(\.\.\., page_size=8\)$"),
+    (kvpolicy.H2O, {"heavy_ratio": 0.1}, r"write budget=Ratio\(0\.1\)$"),
     (CacheSpec, {"block_size": 4}, "write page_size=4$"),
 ]
 
@@ -521,12 +524,23 @@ HINTS = [
     (lambda: generated("a text"), r"inputs: wanted .*; write tokenizer\(text, return_tens"),
     (lambda: generated([1, 2]), r"inputs: wanted .*; write torch.tensor\(\[ids\]\)"),
     (lambda: generated(IDS[0]), r"inputs: wanted .*; write inputs\[None\]"),
+    (lambda: generated(IDS.float()), r"inputs: wanted token ids .*float32; write tokenizer\("),
+    (lambda: generated(IDS[:, :0]), "input_ids: wanted a prompt of one column or more, got none$"),
+    (
+        lambda: attached("read")(None)[0](input_ids=IDS[:, :0]),
+        "input_ids: .* of one column or more",
+    ),
+    (
+        lambda: attached("loglikelihood")(None)[0](input_ids=IDS, continuation_ids=TWO),
+        "continuation_ids: wanted a row for each of input_ids, 1, got 2$",
+    ),
     (
         lambda: generated(IDS[:, :20], cache()),
         r"input_ids: wanted all turns.* 50 .*, got 20; write",
     ),
     (lambda: generated(IDS, cache()), r"input_ids: wanted all turns, more than the 50 .*, got 50;"),
 ]
+TWO = IDS.expand(2, -1)
 GATE, DUO = "smollm2-135m-instruct-w64-keep25", "duo-smollm2-135m-instruct"
 
 
@@ -553,7 +567,10 @@ ROOT_NAMES = [
     ("AdaKVPress", ImportError, r"write SnapKV\(budget=Adaptive\("),
     ("SnapKVPress", ImportError, "SnapKVPress: not its name in kvpolicy; write SnapKV$"),
     ("Snapkv", ImportError, "; write SnapKV$"),
-    ("ThinKPress", ImportError, "no policy of this name; docs/coming-from.md says"),
+    ("ThinKPress", ImportError, "no policy of this name; docs/coming-from.md and docs/policies"),
+    ("MInference", ImportError, r"write VerticalSlash\("),
+    ("RocketKV", ImportError, r"write CachePipeline\(selection=TopChannels\("),
+    ("DecodingPress", ImportError, r'write SnapKV\(budget=\.\.\., when="decode"\)$'),
     ("atach", AttributeError, "no attribute 'atach'; write attach$"),
     ("report", AttributeError, "no attribute 'report'; write Report$"),
 ]

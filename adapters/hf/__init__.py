@@ -20,3 +20,4 @@ from .memory import fit_report as fit_report
 from .persist import load_cache as load_cache
 from .replay import repeats as repeats
 from .sizes import spec_of as spec_of
+from .warm import Warmed as Warmed

@@ -31,7 +31,7 @@ def known_of(model: nn.Module, known: Served, reads: frozenset[str]) -> dict[int
         if "output_weight" in reads:
             told["output_weight"] = _output(index, layer)
         if "rope" in reads:
-            told["rope"] = _rope(model, index, layer)
+            told["rope"] = rope_of(model, index, layer)
         if told:
             found[index] = told
     return found
@@ -78,7 +78,7 @@ def _is_plain(module: nn.Module) -> bool:
     )
 
 
-def _rope(model: nn.Module, index: int, layer: AttentionLayer) -> Rope | None:
+def rope_of(model: nn.Module, index: int, layer: AttentionLayer) -> Rope | None:
     """How a layer turns, with the exact frequencies that the model holds where it holds them."""
     rule = layer.pre_query
     if rule is not None and rule.form == "same":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, Unpack
 
 import torch
@@ -24,11 +24,13 @@ from .compile import CompiledLayers, check_compiles, make_eager
 from .faces import NAME
 from .forwards import Forwards
 from .generate import generate
+from .many.questions import ask_many
 from .many.requests import Finished, Request
 from .many.serve import serve
 from .models import AttentionLayer, check_here, check_pre_query, check_pre_rope, served
 from .own_steps import put_aside_at
 from .replay import replay
+from .warm import Say, Warmed, line, warm
 from .wrappers import base_of, check_soft_prompt, decoder_of, unwrapped
 
 # The model's hooks keep its attachment alive; nothing here keeps the model alive.
@@ -321,6 +323,50 @@ class Attachment:
         """
         return serve(self, requests, slots, tokens_per_call, shared_prefix, max_bytes, tokenizer)
 
+    def ask_many(
+        self,
+        cache: KVPolicyCache,
+        requests: Collection[Request],
+        *,
+        rows: Sequence[int] | None = None,
+        slots: int = 16,
+        tokenizer: Any = None,
+    ) -> Iterator[Finished]:
+        """Asks many questions about what `cache` holds, up to `slots` at once, as they finish.
+
+        Each gets what `ask` gives it alone on a fork of its sequence, as decoded tokens; one that
+        has its answer makes room for the next. The cache stays as it was.
+
+        Args:
+            cache: what read the contexts, its prompt ended.
+            requests: questions, whose ids or texts follow what the cache holds.
+            rows: which of the cache's sequences each asks; a cache of one needs none.
+            slots: sequences that decode together.
+            tokenizer: for texts and stop strings.
+
+        Raises:
+            UnsupportedError: where `generate_many` does, and for evictions that act while decoding.
+        """
+        return ask_many(self, cache, requests, rows, slots, tokenizer)
+
+    def warm(self, batch: int = 16, length: int | None = None, say: Say | None = None) -> Warmed:
+        """Compiles what requests will need, by requests of made-up tokens.
+
+        What is compiled stays in this process, and in the caches of Triton and Inductor on disk,
+        from which the next process reads it.
+
+        Args:
+            batch: sequences that decode together, at most.
+            length: tokens of the longest prompt, by default 8192 or what the model has positions
+                for; so many go through the model, and through the cache.
+            say: called with how many of these requests ran, of how many, and what is next.
+        """
+        before = self._last, self.decoding
+        try:
+            return warm(self, batch, length, say)
+        finally:
+            self._last, self.decoding = before
+
     def used(self, cache: KVPolicyCache) -> None:
         """Remembers what a cache did that no caller gave."""
         if cache.state is not None:
@@ -348,6 +394,7 @@ def attach(
     compile: bool = False,
     dtype: torch.dtype | None = None,
     verify: bool = True,
+    warm: bool = False,
     **sizes: Unpack[Sizes],
 ) -> Attachment:
     """Attaches `pipeline` to `model`; use as `with attach(model, pipeline): model.generate(...)`.
@@ -355,13 +402,22 @@ def attach(
     Serves, in eval mode, every decoder whose attention does what the cache needs. Whether it does
     is found out by a short forward, once for a configuration; without `verify`, its numbers are not
     compared with the model's own attention (see `kvpolicy models`). `compile` compiles the decoder
-    layers by `torch.compile` at their first calls, around the attention. `dtype` is what caches
-    store and compute in, by default the model's; `sizes` are those of CacheSpec for the caches it
-    makes: `page_size`, `rollback` and `interval` in tokens, and the caps `max_bytes`, `max_tokens`
-    (of a KV head) with `at_cap`. Raises UnsupportedError for other models, ValueError for policies
-    that do not fit, PhaseError for a second attach.
+    layers by `torch.compile` at their first calls, around the attention. `warm` compiles all that
+    requests will need before it returns, with a line on stderr (see `Attachment.warm`). `dtype` is
+    what caches store and compute in, by default the model's; `sizes` are those of CacheSpec for the
+    caches it makes: `page_size`, `rollback` and `interval` in tokens, and the caps `max_bytes`,
+    `max_tokens` (of a KV head) with `at_cap`. Raises UnsupportedError for other models, ValueError
+    for policies that do not fit, PhaseError for a second attach.
     """
-    return Attachment(model, pipeline, compile=compile, dtype=dtype, verify=verify, **sizes)
+    check_flag("warm", warm)
+    attachment = Attachment(model, pipeline, compile=compile, dtype=dtype, verify=verify, **sizes)
+    if warm:
+        try:
+            attachment.warm(say=line)
+        except BaseException:
+            attachment.detach()
+            raise
+    return attachment
 
 
 def detach(model: nn.Module) -> None:

@@ -44,7 +44,7 @@ def run(attachment: Attached, kwargs: dict[str, Any], question: str | None = Non
 
 
 def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> Any:
-    _check_ids(kwargs)
+    _check_ids(kwargs, getattr(attachment.base, "main_input_name", "input_ids"))
     config = merged_config(attachment, kwargs)
     check_generate(attachment, kwargs, config)
     if question is None:
@@ -73,6 +73,8 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
     columns = _prompt_columns(attachment, cache, kwargs)
     width = max([x.shape[1] for x in _inputs(kwargs)], default=1)
     if width == columns <= cache.columns and not soft_prompt(attachment.model):
+        if not columns:
+            raise ValueError("input_ids: wanted a prompt of one column or more, got none")
         raise ValueError(
             f"input_ids: wanted all turns, more than the {cache.columns} columns that the cache "
             f"has seen, got {columns}; write torch.cat([ids, next_turn], 1), or take a new cache"
@@ -124,11 +126,14 @@ def _new_tokens(config: GenerationConfig, width: int) -> int:
     return max(int(config.max_length or 0) - width, 0) or 20
 
 
-def _check_ids(kwargs: dict[str, Any]) -> None:
-    """Raises for texts, lists and single rows, which transformers takes for a tensor [B, S]."""
+def _check_ids(kwargs: dict[str, Any], main: str) -> None:
+    """Raises for texts, lists, single rows and floats, which transformers takes for ids [B, S]."""
     for name in ("inputs", "input_ids"):
         value = kwargs.get(name)
-        if value is not None and (not isinstance(value, Tensor) or value.ndim == 1):
+        if value is None:
+            continue
+        plain = isinstance(value, Tensor) and value.ndim > 1
+        if not plain or (main == "input_ids" and value.ndim == 2 and value.is_floating_point()):
             check_ids(name, value)
 
 

@@ -120,6 +120,11 @@ def loglikelihood(
     refuse_whole(attachment, "loglikelihood")
     if input_ids.shape[1] < 2 or not continuation_ids.shape[1]:
         raise ValueError("input_ids: wanted two columns or more, and a continuation of one or more")
+    if len(continuation_ids) != len(input_ids):
+        raise ValueError(
+            f"continuation_ids: wanted a row for each of input_ids, {len(input_ids)}, got "
+            f"{len(continuation_ids)}"
+        )
     real = _right_padded(continuation_ids, continuation_mask)
     if attention_mask is not None and not bool(attention_mask[:, -1].all()):
         raise ValueError(

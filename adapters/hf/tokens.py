@@ -41,18 +41,21 @@ def use_tokenizer(attachment: Attached, kwargs: dict[str, Any], config: Any) -> 
 
 
 def use_mask(cache: KVPolicyCache, kwargs: dict[str, Any], config: Any) -> None:
-    """Goes on with what earlier masks of `cache` hid, where the call gives none of its own."""
+    """Goes on with what earlier masks of `cache` hid, where the call gives none of its own.
+
+    A padding token that the cache holds is a token, such as one that the model chose itself.
+    """
     given = [kwargs.get(name) for name in ("inputs_embeds", "input_ids", "inputs")]
     whole = next((x for x in given if x is not None), None)
     if whole is None or kwargs.get("attention_mask") is not None:
         return
     hidden = cache.real()
-    if bool(hidden.all()):
-        return
     if whole.ndim == 2:
         mask = _mask_of(whole, config)
     else:
         mask = torch.ones(whole.shape[:2], dtype=torch.long, device=whole.device)
+    if bool(hidden.all()) and (not hidden.shape[1] or bool(mask.all())):
+        return
     rows, width = hidden.shape
     if mask.shape[1] > width and rows % mask.shape[0] == 0:
         mask[:, :width] = hidden[:: rows // mask.shape[0]]

@@ -7,15 +7,17 @@ The entry point of this package makes the backend known to vLLM. What is served 
 says docs/vllm.md.
 """
 
+from contextlib import suppress
 from typing import Any
 
 from ..._extras import extra
-from .options import ARCHITECTURES
+from .options import ARCHITECTURES, NAME
 
 
 def register() -> None:
-    """Makes backend, block manager and models known to vLLM; called in each of its processes."""
+    """Makes backend, block manager, connector and models known in one of vLLM's processes."""
     with extra("vllm"):
+        from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
         from vllm.model_executor.models.registry import ModelRegistry
         from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
@@ -23,6 +25,8 @@ def register() -> None:
 
     register_backend(AttentionBackendEnum.CUSTOM, f"{__name__}.backend.ArenaBackend")
     register_spec()
+    with suppress(ValueError):  # it is known already
+        KVConnectorFactory.register_connector(NAME, f"{__name__}.connector", "ArenaConnector")
     for architecture in ARCHITECTURES:
         ModelRegistry.register_model(architecture, f"{__name__}.models:{architecture}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,9 @@ from ..._extras import extra
 from ...errors import UnsupportedError
 from .options import ARCHITECTURES
 from .plan import PAGE
-from .rows import Rows, Step
+from .reading import read_prompt
+from .rows import Rows
+from .step import Step
 
 with extra("vllm"):
     from vllm.logger import init_logger
@@ -24,7 +27,8 @@ with extra("vllm"):
         CommonAttentionMetadata,
         MultipleOf,
     )
-
+with extra("vllm"), suppress(ImportError, OSError):
+    import vllm.vllm_flash_attn  # noqa: F401  its FlashAttention-3, for prompts on Hopper devices
 
 logger = init_logger("vllm.plugins.kvpolicy")  # a name that vLLM shows
 
@@ -67,13 +71,17 @@ class ArenaBackend(AttentionBackend):
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        return False
+        return True  # one that reports: `refusals` names the others
 
 
 class ArenaBuilder(AttentionMetadataBuilder[Step]):
-    """From a batch of vLLM's to a step of rows."""
+    """From a batch of vLLM's to a step of rows.
 
-    _cudagraph_support = AttentionCGSupport.NEVER
+    What a captured decode step reads has its place in `Rows`, which `build` fills for each replay.
+    """
+
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    reorder_batch_threshold = 1  # those that decode come first
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
@@ -104,6 +112,9 @@ class ArenaBuilder(AttentionMetadataBuilder[Step]):
         lengths = [end - new for end, new in zip(ends.tolist(), added, strict=True)]
         self._tell()
         return self.rows.begin(batch.block_table_tensor, lengths, added)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Step:
+        return self.rows.rehearse(common_attn_metadata.num_reqs)
 
     def _tell(self) -> None:
         """Logs, once in a while, that arenas were full: looking waits for the device."""
@@ -172,12 +183,21 @@ class ArenaImpl(AttentionImpl[Step]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        if attn_metadata is None:  # vLLM measures memory
+        if attn_metadata is None:
+            if self.index == 0 and self.rows.memory is None:  # vLLM measures memory
+                query.new_empty(self.rows.scratch(len(query)), dtype=torch.uint8)
             return output.zero_()
         if self.rows.memory is not kv_cache:  # vLLM may make one for a trial first
             self.rows.bind(kv_cache)
-        tokens = output.view(len(output), self.num_heads, self.head_size)
-        count = attn_metadata.tokens
-        pre = None if self.key_pre is None else self.key_pre[:count].view(key[:count].shape)
-        self.rows.attend(attn_metadata, self.index, query, key, value, pre, tokens)
+        n, out = attn_metadata.decodes, output.view(len(output), self.num_heads, self.head_size)
+        pre = None if self.key_pre is None else self.key_pre[: len(key)].view(key.shape)
+
+        def of(part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+            return query[part], key[part], value[part], None if pre is None else pre[part]
+
+        if n:
+            out[:n] = self.rows.decode(attn_metadata, self.index, *of(slice(n)))
+        for prompt in attn_metadata.prompts:
+            part = slice(prompt.first, prompt.first + prompt.seg.cu_q[1])
+            out[part] = read_prompt(self.rows, prompt, self.index, *of(part))
         return output

@@ -15,10 +15,10 @@ from torch import nn
 from ..._extras import extra
 from ...errors import UnsupportedError
 from ...spec import CacheSpec
-from .backend import POSITION_BYTES, ArenaBackend
+from .backend import ArenaBackend
 from .before_rope import BeforeRope
-from .options import Options, check_pipeline, options_of, refusals
-from .plan import plan_of
+from .options import ADMIT, ERROR, Options, check_pipeline, options_of, refusals
+from .plan import check_rows, plan_of
 from .rows import Rows
 from .spec import ArenaSpec
 
@@ -32,6 +32,7 @@ with extra("vllm"):
 
 
 logger = init_logger("vllm.plugins.kvpolicy")  # a name that vLLM shows
+END = {ADMIT: "admit while there is room", ERROR: "a request whose blocks are full is an error"}
 
 
 class Served:
@@ -43,7 +44,7 @@ class Served:
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
             return
         check_pipeline(options.pipeline)
-        if found := refusals(vllm_config):
+        if found := refusals(vllm_config, options.when_full):
             raise UnsupportedError("kvpolicy: " + "; ".join(found))
         with _our_backend():
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -130,18 +131,21 @@ def _serve(model: Any, config: Any, options: Options) -> Rows:
     )
     pipeline.check(spec)
     count, longest = config.scheduler_config.max_num_seqs, model_config.max_model_len
+    if current_platform.is_cuda():  # more of them might not even be made
+        one, part = Rows(spec, pipeline, plan, 0, longest).nbytes, options.row_memory
+        free = torch.cuda.mem_get_info()[0] * config.cache_config.gpu_memory_utilization
+        check_rows(count, one, part, free / (1 + part))
     rows = Rows(spec, pipeline, plan, count, longest)
     logger.info(
         "kvpolicy: %s; %d rows of %.2f MiB each outside the blocks; a request of %d tokens has %d "
-        "blocks, with everything kept %d; admit while there is room",
+        "blocks, with everything kept %d; %s",
         admission, count, rows.nbytes / (count + 1) / 2**20, longest, plan.blocks(longest),
-        -(-longest // plan.block),
+        -(-longest // plan.block), END[options.when_full],
     )  # fmt: skip
-    each = 2 * first.head_size * first.dtype.itemsize + POSITION_BYTES
     arena = ArenaSpec(
         block_size=plan.block,
         num_kv_heads=plan.heads,
-        head_size=each,
+        head_size=rows.token_bytes,
         head_size_v=0,
         dtype=torch.int8,
         plan=plan,

@@ -8,14 +8,16 @@ from typing import Any
 
 import attrs
 
-from ..._fields import number, shown
+from ..._fields import number, one_of, shown
 from ...eviction import KeepAll
 from ...pipeline import CachePipeline
 from ...pipeline_files import load_pipeline, pipeline_from
-from ...selection import SelectAll
 
 NAME = "kvpolicy"
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+ADMIT, ERROR = "admit", "error"
 
 
 def _positive(value: float) -> bool:
@@ -30,12 +32,15 @@ class Options:
     """A pipeline, and what it cannot say itself.
 
     `admitted` is the part of the tokens that a gate is expected to admit, with a margin. Rows may
-    take `row_memory` times the memory of the blocks.
+    take `row_memory` times the memory of the blocks. At the end of a request's blocks `when_full`
+    decides: a gate's tokens are left out ("admit" while there is room), or the request ends with an
+    error ("error").
     """
 
     pipeline: CachePipeline
     admitted: float | None = None
     row_memory: float = attrs.field(default=MOST, validator=number("a number above 0", _positive))
+    when_full: str = attrs.field(default=ADMIT, validator=one_of(ADMIT, ERROR))
 
 
 def options_of(additional_config: Any) -> Options | None:
@@ -66,25 +71,29 @@ def options_of(additional_config: Any) -> Options | None:
 
 def check_pipeline(pipeline: CachePipeline) -> None:
     """Raises ValueError, by name, for a pipeline that is not served on vLLM."""
-    for name, policy, served in (
-        ("selection", pipeline.selection, SelectAll),
-        ("eviction", pipeline.eviction, KeepAll),
-    ):
-        if not isinstance(policy, served):
-            raise ValueError(
-                f"kvpolicy: {name}: wanted none on vLLM, where admissions are served, got "
-                f"{type(policy).__name__}"
-            )
-    if pipeline.admission.needs - {"key_pre"}:
+    selection, eviction, admission = pipeline.selection, pipeline.eviction, pipeline.admission
+    if selection.tile is not None or not (selection.neutral or selection.extends_minmax):
         raise ValueError(
-            f"kvpolicy: admission: {type(pipeline.admission).__name__} reads "
-            f"{sorted(pipeline.admission.needs)}; on vLLM there are keys before and after RoPE"
+            "kvpolicy: selection: on vLLM decoding may read fewer pages by their smallest and "
+            f"largest keys, as Quest does, got {type(selection).__name__}"
+        )
+    if not isinstance(eviction, KeepAll):
+        raise ValueError(
+            "kvpolicy: eviction: wanted none on vLLM, where a preempted request does not know any "
+            f"more where its prompt ended, got {type(eviction).__name__}"
+        )
+    if admission.needs - {"key_pre"}:
+        raise ValueError(
+            f"kvpolicy: admission: {type(admission).__name__} reads "
+            f"{sorted(admission.needs)}; on vLLM there are keys before and after RoPE"
         )
 
 
-def refusals(config: Any) -> list[str]:
+def refusals(config: Any, when_full: str = ADMIT) -> list[str]:
     """What a vLLM configuration asks for that is not served, a sentence for each."""
     cache, parallel, model = config.cache_config, config.parallel_config, config.model_config
+    transfer, ends = config.kv_transfer_config, when_full == ERROR
+    reports = transfer and transfer.kv_connector == NAME
     checks = {
         "prefix caching is not served, since a block holds many heads' tokens; write "
         "enable_prefix_caching=False (--no-enable-prefix-caching)": cache.enable_prefix_caching,
@@ -94,7 +103,13 @@ def refusals(config: Any) -> list[str]:
         "pipeline parallelism is not served": parallel.pipeline_parallel_size > 1,
         "context parallelism is not served": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,
-        "KV connectors are not served": config.kv_transfer_config,
+        "KV connectors are not served, but for 'kvpolicy', which moves no keys": transfer
+        and not reports,
+        "when_full='error' wants the KV connector 'kvpolicy' (--kv-transfer-config) and its "
+        "kv_load_failure_policy 'fail', by which vLLM ends requests": ends
+        and not (reports and transfer.kv_load_failure_policy == "fail"),
+        "when_full='error' wants --no-async-scheduling, or a request might be ended whose row was "
+        "another's": ends and config.scheduler_config.async_scheduling,
         "LoRA is not served": config.lora_config,
         "a sliding window is not served": cache.sliding_window,
         "micro-batches (enable_dbo) are not served": parallel.use_ubatching,

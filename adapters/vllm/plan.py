@@ -121,3 +121,15 @@ def _duo(admission: DuoAttention, heads: range) -> tuple[Alike, ...]:
     full = sum(row[head] for row in admission.full_heads for head in heads)
     rest = len(admission.full_heads) * len(heads) - full
     return Alike(full), Alike(rest, sinks=admission.sinks)
+
+
+def check_rows(rows: int, row_bytes: int, row_memory: float, space: float) -> None:
+    """Raises ValueError where rows take too much besides `space` bytes of blocks, and says how many
+    do not."""
+    if (rows + 1) * row_bytes > row_memory * space:  # one more is a place for padding
+        fits = int(row_memory * space // row_bytes) - 1
+        raise ValueError(
+            f"kvpolicy: max_num_seqs: {rows} rows of {row_bytes / 2**20:.2f} MiB take more than "
+            f"{row_memory} of the {space / 2**20:.0f} MiB of blocks; wanted at most "
+            f"{max(fits, 0)} (--max-num-seqs), a shorter max_model_len or a larger 'row_memory'"
+        )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..._extras import extra
-from .plan import Plan
+from .plan import Plan, check_rows
 
 with extra("vllm"):
     from vllm.v1.core.block_pool import BlockPool
@@ -60,7 +60,8 @@ class ArenaManager(FullAttentionManager):
         self.plan, count = kv_cache_spec.plan, kv_cache_spec.rows
         if self.enable_caching:
             raise ValueError("kvpolicy: prefix caching is not served")
-        _check_rows(kv_cache_spec, block_pool.num_gpu_blocks)
+        space = block_pool.num_gpu_blocks * kv_cache_spec.page_size_bytes
+        check_rows(count, kv_cache_spec.row_bytes, kv_cache_spec.row_memory, space)
         named = block_pool.free_block_queue.popleft_n(count)
         if [block.block_id for block in named] != list(range(1, count + 1)):
             raise RuntimeError("kvpolicy: vLLM gave other blocks first than 1, 2, 3, ...")
@@ -96,19 +97,6 @@ class ArenaManager(FullAttentionManager):
         blocks = super().pop_blocks_for_free(request_id)
         self.free_rows += blocks[:1]
         return blocks[1:]
-
-
-def _check_rows(spec: ArenaSpec, blocks: int) -> None:
-    """Raises ValueError where rows take too much memory, with a number of them that does not."""
-    most = spec.row_memory * blocks * spec.page_size_bytes
-    if (spec.rows + 1) * spec.row_bytes > most:  # one more is a place for padding
-        fits = int(most // spec.row_bytes) - 1
-        raise ValueError(
-            f"kvpolicy: max_num_seqs: {spec.rows} rows of {spec.row_bytes / 2**20:.2f} MiB take "
-            f"more than {spec.row_memory} of the {blocks * spec.page_size_bytes / 2**20:.0f} MiB "
-            f"of blocks; wanted at most {max(fits, 0)} (--max-num-seqs), a shorter max_model_len "
-            "or a larger 'row_memory'"
-        )
 
 
 def register_spec() -> None:

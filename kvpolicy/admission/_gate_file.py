@@ -123,7 +123,10 @@ def _check_names(names: Iterable[object], source: str) -> int:
     # Counting layers, rather than trusting the largest number, bounds what is expected.
     layers = len({match[1] for name in found if (match := _KEY.fullmatch(str(name)))})
     if not layers:
-        raise ValueError(f"{source}: no key like {_key(0, 'conv1.weight')}")
+        raise ValueError(
+            f"{source}: wanted a write gate, got a file that has no key like "
+            f"{_key(0, 'conv1.weight')}"
+        )
     wanted = {_key(n, name): None for n in range(layers) for name in _NAMES}
     for name in wanted:
         if name not in found:

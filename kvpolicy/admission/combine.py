@@ -28,7 +28,7 @@ def _members(instance: Admission, attribute: attrs.Attribute[Any], value: Any) -
             )
     windows = {policy.window for policy in value if policy.window is not None}
     if len(windows) > 1:
-        raise ValueError(f"policies: their windows disagree: {sorted(windows)}")
+        raise ValueError(f"policies: their windows disagree: {sorted(windows)}; give all the same")
 
 
 @attrs.frozen

@@ -46,21 +46,22 @@ def decode(
     outs = []
     for column in range(columns):
         at, on = _column(state, call, layer, column)
+        new = key.select(2, column), value.select(2, column)
         write = Write(
-            key[:, :, column].transpose(0, 1),
-            value[:, :, column].transpose(0, 1),
+            new[0].transpose(0, 1),
+            new[1].transpose(0, 1),
             at,
             state.on(layer).cu_one,
             layer.index,
             state.spec.head_ids,
-            key_pre=None if key_pre is None else key_pre[:, :, column].transpose(0, 1),
+            key_pre=None if key_pre is None else key_pre.select(2, column).transpose(0, 1),
             hidden=None if hidden is None else hidden[:, column],
         )
         if layer.query_ring is not None and query_pre is not None and not long:
             put(layer.query_ring, query_pre[:, :, column], at, on)
         if layer.hidden is not None and hidden is not None:
             put(layer.hidden, hidden[:, None, column].to(layer.hidden.dtype), at, on)
-        outs.append(_token(state, layer, query[:, :, column], write, on))
+        outs.append(_token(state, layer, query.select(2, column), new, write, on))
         if columns > state.spec.rollback and columns > 1 and counts_queries(layer):
             settle_step(state, layer, at, on)
         if sizes.shared and columns > 1:
@@ -120,9 +121,13 @@ def _attention(
 
 
 def _token(
-    state: CacheState, layer: LayerStore, query: Tensor, write: Write, active: Tensor
-) -> Tensor:
-    """Attention `[B, Hq, D]` of one token a sequence, which is stored where `active` `[B]`."""
+    state: CacheState, layer: LayerStore, query: Tensor, new: tuple[Tensor, Tensor], write: Write,
+    active: Tensor,
+) -> Tensor:  # fmt: skip
+    """Attention `[B, Hq, D]` of one token a sequence, which is stored where `active` `[B]`.
+
+    `new` are its key and value, `[B, Hkv, D]` each.
+    """
     decided, bits = decide(layer, write)
     if layer.numbers is not None:
         given = number(layer, write)
@@ -133,8 +138,7 @@ def _token(
     lengths, minmax = write.positions, layer.selection.extends_minmax and not layer.slides
     state.ops.decode_write(
         layer.pool.pages, layer.heads, layer.ring,
-        write.key.transpose(0, 1), write.value.transpose(0, 1),
-        None if decided is None else decided.transpose(0, 1), lengths, active, layer.window,
+        *new, None if decided is None else decided.transpose(0, 1), lengths, active, layer.window,
         minmax=minmax, bits=bits,
         query=None if layer.queries is None else query, queries=layer.queries,
     )  # fmt: skip

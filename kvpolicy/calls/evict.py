@@ -22,6 +22,7 @@ from ..store.ring import last
 from ..store.state import CacheState
 from ._checks import check_told
 from .budgets import keep_within, read_scores, targets_of
+from .due import DueRows
 from .settle import seen, settle
 
 
@@ -44,13 +45,23 @@ def _evict(state: CacheState, rows: list[bool], decoding: bool) -> None:
     ]
     _check_replayed(state, layers, rows)
     remembered: dict[int, Tensor] = {}
-    rated, scores = _rated(state, layers, remembered), None
-    if read_scores(layers):
+    reads = read_scores(layers)
+    # Budgets that read scores compare what they read; else only sequences that are due are scored.
+    due = None if all(rows) or reads else DueRows(state, [n for n, on in enumerate(rows) if on])
+    exchange = _listens(state, layers)
+    counts = [x.counts for x in layers]
+    parts = counts if due is None else list(map(due.pick, counts))
+    numbers = _largest(counts if due is None else [*counts, *parts], exchange)
+    widths = dict(zip((x.index for x in layers), numbers, strict=False))
+    rated, scores = _rated(state, layers, numbers[-len(layers) :], remembered, due), None
+    if reads:
         rated = iter(found := list(rated))
         scores = {x.index: s.masked_fill(~valid, float("-inf")) for x, s, valid in found}
     asked = targets_of(state, layers, scores)
     targets = _by_layer([x for x in layers if x.index in asked], asked)
-    others = torch.tensor([not on for on in rows], device=state.spec.device)[:, None, None]
+    others = None
+    if due is None and not all(rows):
+        others = torch.tensor([not on for on in rows], device=state.spec.device)[:, None, None]
 
     def keeps() -> Iterator[tuple[LayerStore, Tensor]]:
         """Left to the device, layer by layer, while it is busy with scores."""
@@ -58,8 +69,12 @@ def _evict(state: CacheState, rows: list[bool], decoding: bool) -> None:
             keep = valid & (scores > float("-inf"))
             budget = budget_of(layer.eviction)
             if budget is not None:
-                keep &= keep_within(budget, state, layer, scores, valid, targets[layer.index])
-            if not all(rows):
+                target = targets[layer.index]
+                target = target if due is None else due.pick(target)
+                keep &= keep_within(budget, state, layer, scores, valid, target)
+            if due is not None:
+                keep = due.spread(keep, max(widths[layer.index], keep.shape[2]), True)
+            elif others is not None:
                 keep |= others.to(keep.device)
             yield layer, keep
 
@@ -144,24 +159,27 @@ def _by_layer(
 
 
 def _rated(
-    state: CacheState, layers: Sequence[LayerStore], remembered: dict[int, Tensor]
-) -> Iterator[tuple[LayerStore, Tensor, Tensor]]:
-    """Each layer that holds global tokens with `score(state, layer, ...)`.
+    state: CacheState, layers: Sequence[LayerStore], most: Sequence[int],
+    remembered: dict[int, Tensor], due: DueRows | None = None,
+) -> Iterator[tuple[LayerStore, Tensor, Tensor]]:  # fmt: skip
+    """Each layer that holds global tokens with `score(state, layer, ...)`, of rows that are due.
 
-    Puts the scores of policies that remember them into `remembered`.
-    NaN among any scores raises when all layers are through, so that the host waits once.
+    `most` are the global tokens of the longest heads. Puts the scores of policies that remember
+    them into `remembered`. NaN among any scores raises when all layers are through, so that the
+    host waits once.
     """
     names, nan = [], []
-    shared = any(map(_looks_across, layers))
-    for layer, most in zip(
-        layers, longest(layers, state.exchange if shared else ALONE), strict=True
-    ):
-        if most:
-            scores, valid = score(state, layer, most)
+    for layer, tokens in zip(layers, most, strict=True):
+        if tokens:
+            if due is None:
+                scores, valid = score(state, layer, tokens)
+            else:
+                scores, valid = score(due.state, due.of(layer), tokens)
             names.append(type(layer.eviction).__name__)
             nan.append(scores.isnan().any())
             if layer.eviction.remembers:
-                remembered[layer.index] = scores
+                whole = scores if due is None else due.spread(scores, scores.shape[2], 0.0)
+                remembered[layer.index] = whole
             yield layer, scores, valid
     if nan:
         found = torch.stack([x.to(nan[0].device) for x in nan]).tolist()
@@ -195,10 +213,19 @@ def score(state: CacheState, layer: LayerStore, most: int) -> tuple[Tensor, Tens
 
 def longest(layers: Sequence[LayerStore], exchange: Exchange = ALONE) -> list[int]:
     """Most global tokens of a head in each layer, on any rank; waits for the device once."""
-    if not layers:
+    return _largest([x.counts for x in layers], exchange)
+
+
+def _largest(counts: Sequence[Tensor], exchange: Exchange) -> list[int]:
+    if not counts:
         return []
-    most: list[int] = torch.stack([x.counts.amax().to(layers[0].device) for x in layers]).tolist()
+    most: list[int] = torch.stack([x.amax().to(counts[0].device) for x in counts]).tolist()
     return [max(told) for told in zip(*exchange.numbers(most), strict=True)]
+
+
+def _listens(state: CacheState, layers: Sequence[LayerStore]) -> Exchange:
+    """The other ranks, where what stays of a layer depends on their heads."""
+    return state.exchange if any(map(_looks_across, layers)) else ALONE
 
 
 def _looks_across(layer: LayerStore) -> bool:
@@ -281,6 +308,7 @@ def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:
         layers=state.spec.layers,
         group=layer.sizes.heads // layer.sizes.kv_heads,
         across=state.exchange.heads if state.exchange.parts > 1 else None,
+        used=[most] if state.batch == 1 else None,
     )
 
 
@@ -299,8 +327,9 @@ def _shrink_to(state: CacheState, targets: list[list[list[int]]]) -> list[int]:
         layers, {x.index: [row[place] for row in targets] for place, x in enumerate(layers)}
     )
     remembered: dict[int, Tensor] = {}
+    most = longest(layers, _listens(state, layers))
     keeps = (
         (layer, state.ops.keep_best(scores, valid, best[layer.index]))
-        for layer, scores, valid in _rated(state, layers, remembered)
+        for layer, scores, valid in _rated(state, layers, most, remembered)
     )
     return _drop(state, compaction.plan(state, keeps), remembered)

@@ -212,5 +212,5 @@ def write_prompt(
         layer.pool.pages, layer.heads, key, value, flags, seg, layer.window, after, fresh, ranks
     )
     pairs = zip(chain(*call.held[layer.index]), chain(*bounds.most), strict=True)
-    summarize(state, layer, before, after, max(-(-n // size) - was // size for was, n in pairs))
+    summarize(state, layer, before, max(-(-n // size) - was // size for was, n in pairs))
     return bounds

@@ -70,16 +70,17 @@ def run_benchmark(
     question: Prompted,
     policies: Sequence[str],
     part: str | None,
+    slots: int | None,
 ) -> bool:
     """Measures a part of a benchmark, merges what parts there are, and says whether cells failed.
 
     Raises:
         ValueError: an unknown benchmark or task, or an argument that does not do.
     """
-    from ..evaluation.benchmarks.methods import evictions
-    from ..evaluation.benchmarks.parts import folder_of, part_of
+    from ..evaluation.benchmarks.evictions import evictions
     from ..evaluation.benchmarks.registry import benchmark_of
     from ..evaluation.benchmarks.runner import BenchmarkRunner
+    from ..evaluation.grid.parts import folder_of, part_of
     from ..evaluation.grid.results import Store
     from ..evaluation.grid.runner import gates_for, variants_for
     from ..evaluation.grid.variants import own
@@ -133,6 +134,8 @@ def run_benchmark(
     }
     if questions:
         settings["questions"] = questions
+    if slots is not None:
+        settings["many"] = slots
     store = Store(folder_of(out, which))
     runner = BenchmarkRunner(
         model=language_model,
@@ -147,6 +150,7 @@ def run_benchmark(
         results=store.open(settings, made_with(language_model)),
         data=tuple(data),
         part=which,
+        slots=slots,
         page_size=page_size,
         say=typer.echo,
     )

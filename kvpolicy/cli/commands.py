@@ -18,7 +18,8 @@ from .inspect import inspect
 from .models import models
 from .plan import plan
 from .reproduce import reproduce
-from .train import fit_q_filters, train_duo, train_gate
+from .train import fit_kvzap, fit_q_filters, fit_triattention, train_duo, train_gate
+from .warm import warm
 
 app = typer.Typer(
     help="KV-cache admission, selection and eviction policies that compose and free real memory.",
@@ -41,7 +42,7 @@ def completion(
 
 COMMANDS = (
     generate, chat, plan, inspect, calibrate, pareto, evaluate, train_gate, train_duo,
-    fit_q_filters, ablate, reproduce, bench, models, completion,
+    fit_q_filters, fit_triattention, fit_kvzap, ablate, reproduce, bench, models, warm, completion,
 )  # fmt: skip
 for command in COMMANDS:
     app.command(epilog=epilog(command.__name__.replace("_", "-")))(command)

@@ -97,9 +97,11 @@ def evaluate(
             "own thresholds, with the part that these find."
         ),
     ] = None,
-    q_filters: Annotated[
-        Path | None,
-        typer.Option(help="A file of fit-q-filters, for --methods.", exists=True),
+    file: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="METHOD=FILE: a file of the model for --methods, such as Q-Filters=FILE."
+        ),
     ] = None,
     window: Annotated[int, typer.Option(min=1, max=MOST, help="Local window without a gate.")] = 64,
     page_size: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of a page.")] = 16,
@@ -128,7 +130,11 @@ def evaluate(
     ] = None,
     part: Annotated[
         str | None,
-        typer.Option(help="Part i/n of a benchmark's contexts; default a launcher's."),
+        typer.Option(help="Part i/n of cells, or of a benchmark's contexts; default a launcher's."),
+    ] = None,
+    many: Annotated[
+        int | None,
+        typer.Option(min=1, help="Slots in which a benchmark's questions are asked, as they end."),
     ] = None,
 ) -> None:
     """Evaluate policies: accuracy and loss at equal cache sizes, as tables and plots.
@@ -138,14 +144,17 @@ def evaluate(
     began = time.monotonic()
     with errors():
         from ..evaluation.grid.densities import density_variants
+        from ..evaluation.grid.methods import method_variants
+        from ..evaluation.grid.parts import folder_of, part_of
         from ..evaluation.grid.results import Store
         from ..evaluation.grid.runner import (
             Runner,
             absent_gates,
-            method_variants_for,
+            given_for,
             variants_for,
         )
         from ..evaluation.grid.variants import own
+        from ..evaluation.methods.left_out import left_out
         from ..evaluation.tasks.task import QUESTIONS
         from ..evaluation.texts import python_topics
         from ..selection import XAttention
@@ -157,12 +166,10 @@ def evaluate(
         check_fractions("budget", budgets)
         duo = None if duo is None else shipped("duo", duo)
         of_benchmarks = {
-            "data": data, "ratio": ratio, "question": question, "policy": policy, "part": part,
+            "data": data, "ratio": ratio, "question": question, "policy": policy, "many": many,
         }  # fmt: skip
         if benchmark is not None:
-            refuse(
-                benchmark, eager=eager, methods=methods, density=density, q_filters=q_filters
-            )  # fmt: skip
+            refuse(benchmark, eager=eager, methods=methods, density=density, file=file)
             failed = run_benchmark(
                 benchmark,
                 model=model,
@@ -192,11 +199,13 @@ def evaluate(
                 question=question or Prompted.both,
                 policies=policy or [],
                 part=part,
+                slots=many,
             )
             raise typer.Exit(int(failed))
         refuse(None, **of_benchmarks)
-        if q_filters is not None and not methods:
-            raise ValueError("q_filters: wanted --methods, which measures them, got none")
+        if file and not methods:
+            raise ValueError("file: wanted --methods, which measures it, got none")
+        which = part_of(part)
         tasks = _tasks(task)
         contexts = contexts or 8
         if questions is not None:
@@ -213,7 +222,9 @@ def evaluate(
                 raise ValueError("density: wanted without --methods, got both")
             found = density_variants(density, threshold or [XAttention().threshold], window)
         elif methods:
-            found = method_variants_for(model, gates, duo, keeps, window, q_filters)
+            given = given_for(model, gates, duo, file or [])
+            found, reasons = method_variants(keeps, window, given), left_out(given)
+            typer.echo("left out: " + "; ".join(f"{x} ({why})" for x, why in reasons.items()))
         else:
             found = variants_for(model, gates, threshold or [], duo, keeps, budgets, window)
         mine = {name: own_pipeline(name, trust_code) for name in pipeline or []}
@@ -235,14 +246,15 @@ def evaluate(
             "page_size": page_size,
         }
         if methods:
-            settings["methods"] = True
+            settings["left_out"] = reasons
+            settings["files"] = {name: digest(x) for name, x in given.files.items()}
         if density:
             settings["density"] = density
-        if q_filters is not None:
-            settings["q_filters"] = digest(q_filters)
         if mine:
             settings["pipeline"] = {n: pipeline_fingerprint(x) for n, x in mine.items()}
-        store = Store(out)
+        if which[1] > 1:
+            settings["parts"] = which[1]
+        store = Store(folder_of(out, which))
         runner = Runner(
             model=language_model,
             tokenizer=tokenizer,
@@ -254,12 +266,13 @@ def evaluate(
             results=store.open(settings, made_with(language_model)),
             captured=not eager,
             page_size=page_size,
+            part=which,
             say=typer.echo,
         )
         with Progress("cell", asked=progress) as shown:
             runner.starts = lambda cell, number, of: _doing(shown, cell, number, of)
             runner.run(tasks, length or [2048, 4096, 8192, 1024], found)
-        _summarize(runner, f"{model}, {of}, {language_model.device.type}")
+        _summarize(runner, out, f"{model}, {of}, {language_model.device.type}")
     if runner.failed:
         raise typer.Exit(1)
 
@@ -280,16 +293,21 @@ def _tasks(names: Sequence[str] | None) -> list[Task]:
     return [TASKS[name] for name in names or TASKS if names or TASKS[name].default]
 
 
-def _summarize(runner: Runner, title: str) -> None:
-    """Writes tables and plots, and says how many cells there are."""
+def _summarize(runner: Runner, out: Path, title: str) -> None:
+    """Writes tables and plots of all parts that there are, and says how many cells."""
+    from ..evaluation.grid.parts import found_parts
     from ..evaluation.grid.plots import plots
+    from ..evaluation.grid.results import write_results
     from ..evaluation.grid.tables import summary
 
-    store, results = runner.store, runner.results
-    store.write(results, summary(store.record(), results, title))
+    record, found, missing = found_parts(out, runner.part[1])
+    results = [result for part in found for result in part]
+    write_results(out, record, results, summary(record, results, title))
     try:
-        plots(store.folder, results)
+        plots(out, results)
     except ModuleNotFoundError as error:
         typer.echo(f"no plots: {error}")
-    done, failed = len(results) - len(runner.failed), len(runner.failed)
-    typer.echo(f"{store.folder / 'results.md'}: {done} cells, {failed} failed, {runner.left} left")
+    failed = sum(bool(x.failed) for x in results)
+    parts = f", {len(missing)} of {runner.part[1]} parts missing" if missing else ""
+    done = f"{len(results) - failed} cells, {failed} failed, {runner.left} left"
+    typer.echo(f"{out / 'results.md'}: {done}{parts}")

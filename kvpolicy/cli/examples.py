@@ -107,8 +107,28 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "--length 512 --documents 2",
         ),
     ),
+    "fit-triattention": (
+        (
+            "the statistics of TriAttention, from two texts (here too few)",
+            "kvpolicy fit-triattention smollm2 --texts manual.txt --out statistics.safetensors "
+            "--length 512 --documents 2",
+        ),
+    ),
+    "fit-kvzap": (
+        (
+            "KVzap's linear form, from two texts (here too few)",
+            "kvpolicy fit-kvzap smollm2 --texts manual.txt --out kvzap.safetensors --length 512 "
+            "--documents 2",
+        ),
+    ),
     "models": (("whether two types are served", "kvpolicy models llama falcon --check"),),
     "bench": (("tiny shapes, also without a GPU", "kvpolicy bench --quick decode --out numbers"),),
+    "warm": (
+        (
+            "kernels of a gate's prompts and of 8 sequences that decode",
+            f"kvpolicy warm smollm2 --gate {GATE} --batch 8 --length 2048",
+        ),
+    ),
     "completion": (("in this shell; in ~/.bashrc for all", 'eval "$(kvpolicy completion bash)"'),),
 }
 # Of `kvpolicy --help`.

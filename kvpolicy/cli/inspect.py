@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .._extras import extra
 from .._fields import MOST
 from .._files import write_text
 from .common import (
@@ -59,6 +60,8 @@ def inspect(
     Writes fidelity.json, kept.html and kept.png.
     """
     with errors():
+        with extra("plots"):  # before minutes of work whose last picture needs it
+            import matplotlib  # noqa: F401
         from ..evaluation.look.fidelity import compare
         from ..evaluation.look.kept import kept_map
         from ..evaluation.tasks.prompts import encode

@@ -55,4 +55,12 @@ def _object(name: str, option: str, instead: str = "") -> Any:
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise ValueError(f"{option}: wanted {instead}module:name, got {name!r}")
-    return getattr(importlib.import_module(module), attribute, None)
+    try:
+        return getattr(importlib.import_module(module), attribute, None)
+    except ModuleNotFoundError as error:
+        if error.name != module:  # one that the module imports
+            raise
+        raise ValueError(
+            f"{option}: there is no module {module!r} in this folder or among the installed ones; "
+            f"wanted {instead}module:name"
+        ) from error

@@ -82,12 +82,5 @@ def masses(
     return far * (seen * q.shape[2]), near.sum((2, 3))
 
 
-def used_slots(view: EvictionView) -> list[int]:
-    """The slots of each sequence up to the last that any of its heads uses."""
-    place = torch.arange(1, view.valid.shape[-1] + 1, device=view.valid.device)
-    found: list[int] = (view.valid * place).amax((1, 2)).tolist() if len(place) else []
-    return found or [0] * len(view.valid)
-
-
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)

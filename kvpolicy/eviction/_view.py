@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
@@ -33,7 +33,8 @@ class EvictionView:
     """What one layer of the cache stores, as an eviction sees it.
 
     Global tokens, padded to the longest head: `keys`, `values` `[B, Hkv, N, D]`, `positions`
-    `[B, Hkv, N]`, `valid` `[B, Hkv, N]`, and `marked` (decisions taken when the token was written).
+    `[B, Hkv, N]`, `valid` `[B, Hkv, N]`, and `marked` (decisions taken when the token was written);
+    `used` says of each sequence up to where any of its heads has some.
     Local window in position order: `recent_keys` `[B, Hkv, W, D]`, `recent_valid` `[B, W]`,
     ending at position `lengths - 1` in the last column. Where the eviction asks for `queries`:
     `queries` `[B, Hq, w, D]` (after RoPE) ending at the same position, `query_valid` `[B, w]`.
@@ -82,6 +83,16 @@ class EvictionView:
     layers: int = 1
     group: int = 1
     _across: Callable[[Tensor], Tensor] | None = None
+    _used: Sequence[int] | None = None
+
+    @cached_property
+    def used(self) -> list[int]:
+        """Waits for the device unless the cache knew."""
+        if self._used is not None:
+            return list(self._used)
+        place = torch.arange(1, self.valid.shape[-1] + 1, device=self.valid.device)
+        found: list[int] = (self.valid * place).amax((1, 2)).tolist() if len(place) else []
+        return found or [0] * len(self.valid)
 
     @cached_property
     def keys(self) -> Tensor:
@@ -146,10 +157,13 @@ class EvictionView:
             found["query_stats"] = QueryStats(tokens, *map(self.across, moments))
         if self._output_weight is not None:
             found["output_weight"] = self.across(self.output_weight[None])[0]
-        return attrs.evolve(self, **found, heads=range(found["valid"].shape[1]), across=None)
+        everywhere = range(found["valid"].shape[1])
+        return attrs.evolve(self, **found, heads=everywhere, across=None, used=None)
 
     def _replace(self, **changes: Any) -> EvictionView:
         """A view with other values in the named places, as of a named tuple."""
+        if "valid" in changes:
+            changes = {"used": None} | changes
         return attrs.evolve(self, **changes)
 
     def _asdict(self) -> dict[str, Any]:

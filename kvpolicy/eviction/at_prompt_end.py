@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._fields import is_a, one_of
+from .._knob import Knob
 from .._names import named
 from ..admission import Admission, Write
 from ..choices import Generated
@@ -62,6 +63,12 @@ class AtPromptEnd(Eviction):
 
     def score(self, view: EvictionView) -> Tensor:
         return torch.where(view.marked, 0.0, float("-inf"))
+
+    def knob(self, *, window: int, seen: int, layers: int, kv_heads: int) -> Knob[Eviction] | None:
+        inner = self.admission.knob()
+        if inner is None:
+            return None
+        return inner.map(lambda found: attrs.evolve(self, admission=found))
 
     def at(self, layer: int) -> Eviction:
         return attrs.evolve(self, admission=self.admission.at(layer))

@@ -14,7 +14,6 @@ from ..admission import Admission, Write
 from ..budget import Budget, budget_of
 from ..choices import Accumulates, NumberGroup, When
 from ..ops import Ops
-from ._attention import used_slots
 from ._base import Eviction, wide
 from ._view import EvictionView, StoredTokens
 from .expected_attention import FIRST
@@ -70,7 +69,7 @@ class CriticalKV(Eviction):
         found = torch.zeros_like(scores)
         window = view.recent_keys.shape[2]
         lengths = view.lengths.tolist()
-        for row, used in enumerate(used_slots(view)):
+        for row, used in enumerate(view.used):
             own = scores[row, :, :used]
             whole = budget.tokens_per_head(lengths[row], view.layer, view.layers)
             amount = max(int(whole * self.first) - min(window, lengths[row]), 0)

@@ -11,7 +11,7 @@ from .._knob import Knob
 from .._names import named
 from ..choices import When
 from ..ops import Ops
-from ._attention import attention, masses, used_slots
+from ._attention import attention, masses
 from ._base import Eviction, when_field
 from ._view import EvictionView, StoredTokens
 
@@ -48,14 +48,14 @@ class DBudgetKV(Eviction):
         view = stored.view()
         far, near = masses(ops, stored, self.observation, squared=True)
         found = torch.full(view.valid.shape, float("-inf"), device=view.valid.device)
-        for row, used in enumerate(used_slots(view)):
+        for row, used in enumerate(view.used):
             stays = self._stays(view, row, far[row, :, :used].double(), near[row].double())
             found[row, :, :used].masked_fill_(stays, 0.0)
         return found
 
     def score(self, view: EvictionView) -> Tensor:
         found = torch.full(view.valid.shape, float("-inf"), device=view.valid.device)
-        for row, used in enumerate(used_slots(view)):
+        for row, used in enumerate(view.used):
             squares = attention(view, row, used).double().square().sum((1, 2))  # [Hkv, used + W]
             stays = self._stays(view, row, squares[:, :used], squares[:, used:])
             found[row, :, :used].masked_fill_(stays, 0.0)

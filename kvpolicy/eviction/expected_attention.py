@@ -11,7 +11,6 @@ from .._names import named
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
 from ..ops import Ops
-from ._attention import used_slots
 from ._base import Eviction, when_field, wide
 from ._view import EvictionView, StoredTokens
 
@@ -112,7 +111,7 @@ class ExpectedAttention(Eviction):
         first = view.positions < self.sinks
         found = logits.new_zeros(view.valid.shape)
         kv_heads = found.shape[1]
-        for row, used in enumerate(used_slots(view)):
+        for row, used in enumerate(view.used):
             counts = view.valid[row, :, :used] & ~first[row, :, :used]
             far = logits[row, :, :used].unflatten(0, (kv_heads, -1))
             far = far.masked_fill(~counts[:, None], float("-inf"))

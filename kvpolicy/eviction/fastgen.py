@@ -11,7 +11,7 @@ from .._knob import Knob
 from .._names import named
 from ..choices import When
 from ..ops import Ops
-from ._attention import attention, masses, used_slots
+from ._attention import attention, masses
 from ._base import Eviction, when_field
 from ._view import EvictionView, StoredTokens
 
@@ -51,7 +51,7 @@ class FastGen(Eviction):
         view = stored.view()
         far, near = masses(ops, stored, self.observation)
         found = torch.full(view.valid.shape, float("-inf"), device=view.valid.device)
-        for row, used in enumerate(used_slots(view)):
+        for row, used in enumerate(view.used):
             mass = far[row, :, :used].double() / view.group
             stays = self._stays(view, row, mass, near[row].double().sum(-1) / view.group)
             found[row, :, :used].masked_fill_(stays, 0.0)
@@ -59,7 +59,7 @@ class FastGen(Eviction):
 
     def score(self, view: EvictionView) -> Tensor:
         found = torch.full(view.valid.shape, float("-inf"), device=view.valid.device)
-        for row, used in enumerate(used_slots(view)):
+        for row, used in enumerate(view.used):
             weights = attention(view, row, used).double().mean(1).sum(1)  # [Hkv, used + W]
             stays = self._stays(view, row, weights[:, :used], weights[:, used:].sum(-1))
             found[row, :, :used].masked_fill_(stays, 0.0)

@@ -11,7 +11,7 @@ from .._names import named
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import When
 from ..ops import Ops
-from ._attention import attention, used_slots
+from ._attention import attention
 from ._base import Eviction, when_field, wide
 from ._view import EvictionView, StoredTokens
 
@@ -58,7 +58,7 @@ class GKV(Eviction):
     def score(self, view: EvictionView) -> Tensor:
         assert view.query_valid is not None
         found = torch.zeros(view.valid.shape, dtype=wide(view.keys), device=view.valid.device)
-        for row, used in enumerate(used_slots(view)):
+        for row, used in enumerate(view.used):
             seen = view.query_valid[row].sum().clamp(min=1)
             local = attention(view, row, used)[..., :used].amax(1).sum(1) / seen
             found[row, :, :used] = local.masked_fill(~view.valid[row, :, :used], 0)

@@ -17,7 +17,6 @@ from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import PressReads, When
 from ..ops import Ops
 from ..rope import Rope
-from ._attention import used_slots
 from ._base import Eviction, when_field, wide
 from ._view import EvictionView, StoredTokens
 from .expected_attention import FIRST
@@ -115,7 +114,7 @@ class KVPress(Eviction):
         dtype, device = wide(view.recent_keys), view.valid.device
         found = torch.zeros(view.valid.shape, dtype=dtype, device=device)
         kv_heads = view.valid.shape[1]
-        for row, used in enumerate(used_slots(view)):
+        for row, used in enumerate(view.used):
             counts = view.valid[row, :, :used].sum(-1).tolist()
             parts = [slice(h, h + 1) for h in range(kv_heads)]
             if self.across_heads:

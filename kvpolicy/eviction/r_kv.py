@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import get_args
 
 import attrs
@@ -15,14 +14,8 @@ from .._names import named
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import HeadGroup, When
 from ..ops import Ops
-from ._attention import used_slots
 from ._base import Eviction, when_field, wide
 from ._view import EvictionView, StoredTokens
-
-Last = Callable[[Tensor, Tensor, float], Tensor]
-_AT_ONCE = 1 << 17  # tokens of a few heads that are copied at once
-_WIDE = 1 << 14  # of a head, in float32
-_FIXED = 1 << 40  # sums of cosines are taken in units of this part: integers add in any order
 
 
 @named
@@ -63,37 +56,29 @@ class RKV(Eviction):
         return self.observation
 
     def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
-        view = stored.view()
-        found = torch.zeros(
-            view.valid.shape, dtype=wide(view.recent_keys), device=view.valid.device
-        )
-        for row, used in enumerate(used_slots(view)):
-            for heads in _parts(found.shape[1], used):
-                keys, _ = stored.read(ops, row, heads, slice(0, used))
-                found[row, heads, :used] = self._scores(view, row, heads, keys, ops.last_similar)
-        return found
+        assert stored.queries is not None
+        return ops.redundancy_scores(
+            stored.pages, stored.heads, stored.ring, stored.queries, stored.lengths, stored.window,
+            stored.scale, observation=self.observation, kernel=self.kernel, mix=self.mix,
+            threshold=self.threshold, group=self.group, softcap=stored.softcap,
+        )  # fmt: skip
 
     def score(self, view: EvictionView) -> Tensor:
+        assert view.queries is not None
         found = torch.zeros(view.valid.shape, dtype=wide(view.keys), device=view.keys.device)
-        for row, used in enumerate(used_slots(view)):
+        for row, used in enumerate(view.used):
             if used:
-                keys, heads = view.keys[row, :, :used], slice(0, found.shape[1])
-                found[row, :, :used] = self._scores(view, row, heads, keys, _last)
+                keys, valid = view.keys[row, :, :used], view.valid[row, :, :used]
+                q = view.queries[row].unflatten(0, (len(keys), -1)).to(found)
+                seen = self._importance(view, row, q @ keys[:, None].to(q).mT, valid)
+                alike = _shared(self._means(view, row, keys), view, row, valid)
+                found[row, :, :used] = seen * self.mix - alike * (1 - self.mix)
         return found
 
-    def _scores(
-        self, view: EvictionView, row: int, heads: slice, keys: Tensor, last: Last
-    ) -> Tensor:
-        """Scores `[H, n]` of the first n slots of a sequence's `heads`, with their keys."""
-        seen = self._importance(view, row, heads, keys) * self.mix
-        return seen - self._redundancy(view, row, heads, keys, last) * (1 - self.mix)
-
-    def _importance(self, view: EvictionView, row: int, heads: slice, keys: Tensor) -> Tensor:
-        """`[H, n]`."""
-        assert view.queries is not None and view.query_valid is not None
-        q = view.queries[row].unflatten(0, (view.valid.shape[1], -1))[heads].to(wide(keys))
-        valid = view.valid[row, heads, : keys.shape[1]]
-        logits = q @ keys[:, None].to(q).mT * view.scale  # [H, G, w, n]
+    def _importance(self, view: EvictionView, row: int, dots: Tensor, valid: Tensor) -> Tensor:
+        """`[H, n]`, from the queries' products `[H, G, w, n]` with the first n slots."""
+        assert view.query_valid is not None
+        logits = dots * view.scale
         if view.softcap is not None:
             logits = view.softcap * torch.tanh(logits / view.softcap)
         logits = logits.amax(1) if self.group == "max" else logits.mean(1)
@@ -102,73 +87,29 @@ class RKV(Eviction):
         mass = (weights * view.query_valid[row, :, None]).sum(1) / count
         return F.max_pool1d(mass, self.kernel, 1, self.kernel // 2)
 
-    def _redundancy(
-        self, view: EvictionView, row: int, heads: slice, keys: Tensor, last: Last
-    ) -> Tensor:
-        """`[H, n]`: stored keys and then the window's, without gaps between them."""
-        used = keys.shape[1]
-        valid, near = view.valid[row, heads, :used], view.recent_valid[row]
-        units = torch.cat([keys, view.recent_keys[row, heads]], 1)
-        there = torch.cat([valid, near.expand(len(valid), -1)], 1)
-        order = (~there).int().sort(dim=1, stable=True).indices
-        counts = there.sum(1)
-        units = _units(units.gather(1, order[..., None].expand_as(units)))
-        place = torch.arange(units.shape[1], device=keys.device)
+    def _means(self, view: EvictionView, row: int, keys: Tensor) -> Tensor:
+        """Means of cosines `[H, n + W]`, from all of them at once."""
+        near = view.recent_valid[row]
+        units = torch.cat([keys, view.recent_keys[row]], 1)
+        there = torch.cat([view.valid[row, :, : keys.shape[1]], near.expand(len(keys), -1)], 1)
+        order = (~there).int().sort(dim=1, stable=True).indices  # no gaps
+        units = units.gather(1, order[..., None].expand_as(units)).to(wide(keys))
+        norms = torch.linalg.vector_norm(units, dim=-1, keepdim=True)
+        units = (units / (norms + 1e-8)).to(keys).to(units)
+        place, counts = torch.arange(units.shape[1], device=keys.device), there.sum(1)
         held = place < counts[:, None]
-        units.masked_fill_(~held[..., None], 0)
-        retained = last(units, counts, self.threshold).long()
-        retained = retained.clamp_(min=0)  # the original's: 0 where none resembles
-        total = _added(units)
-        kept, every = total.new_empty(2, *held.shape)
-        for part in _slices(units.shape[1]):
-            own = units[:, part].to(kept)
-            one = units.gather(1, retained[:, part, None].expand_as(own)).to(kept)
-            kept[:, part] = (own * one).sum(-1)
-            every[:, part] = (own * total[:, None]).sum(-1) - (own * own).sum(-1)
-        kept = kept.masked_fill((retained == place) | ~held, 0)
-        fixed = (kept.double() * _FIXED).round().long()
-        left = torch.zeros_like(fixed).scatter_add_(1, retained, fixed).double() / _FIXED
-        mean = (every - left.to(every)) / counts[:, None].clamp(min=1)
-        found = mean.masked_fill(~held, float("-inf")).softmax(-1).nan_to_num(0.0)
-        back = torch.zeros_like(found).scatter_(1, order, found)
-        return back[:, :used]
+        cosines = (units @ units.mT) * (held[:, None] & held[..., None])
+        cosines = cosines * (place[:, None] != place)
+        last = torch.where(cosines > self.threshold, place, -1).amax(-1)
+        last = last.clamp(min=0)  # the original's: 0 where none resembles
+        counted = last[..., None] != place  # not to the mean of the last one
+        means: Tensor = (cosines * counted).sum(1) / counts[:, None].clamp(min=1)
+        return means
 
 
-def _parts(heads: int, tokens: int) -> Iterator[slice]:
-    """As many heads at a time as may hold _AT_ONCE tokens together, one at least."""
-    step = max(_AT_ONCE // max(tokens, 1), 1)
-    for low in range(0, heads if tokens else 0, step):
-        yield slice(low, min(low + step, heads))
-
-
-def _slices(tokens: int) -> Iterator[slice]:
-    """Tokens of which wide copies are made at a time."""
-    for low in range(0, tokens, _WIDE):
-        yield slice(low, min(low + _WIDE, tokens))
-
-
-def _units(keys: Tensor) -> Tensor:
-    """Keys `[H, n, D]` over their norms, in their dtype and in place."""
-    for part in _slices(keys.shape[1]):
-        own = keys[:, part].to(wide(keys))
-        norms = torch.linalg.vector_norm(own, dim=-1, keepdim=True)
-        keys[:, part] = (own / (norms + 1e-8)).to(keys)
-    return keys
-
-
-def _added(units: Tensor) -> Tensor:
-    """Their sum `[H, D]`."""
-    total = units.new_zeros(len(units), units.shape[2], dtype=wide(units))
-    for part in _slices(units.shape[1]):
-        total += units[:, part].to(total).sum(1)
-    return total
-
-
-def _last(units: Tensor, counts: Tensor, threshold: float) -> Tensor:
-    """What `Ops.last_similar` says, from all cosines at once."""
-    place = torch.arange(units.shape[1], device=units.device)
-    wider = units.to(wide(units))
-    alike = (wider @ wider.mT > threshold) & (place < counts[:, None, None])
-    alike &= place[:, None] != place
-    found: Tensor = torch.where(alike, place, -1).amax(-1)
-    return found
+def _shared(means: Tensor, view: EvictionView, row: int, valid: Tensor) -> Tensor:
+    """Redundancies `[H, n]` of the stored tokens: the softmax of means `[H, n + W]`."""
+    counts = valid.sum(1) + view.recent_valid[row].sum()
+    held = torch.arange(means.shape[1], device=means.device) < counts[:, None]
+    found = means.masked_fill(~held, float("-inf")).softmax(-1)[:, : valid.shape[1]]
+    return found.masked_fill(~valid, 0)

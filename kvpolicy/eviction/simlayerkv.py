@@ -11,7 +11,7 @@ from .._knob import Knob
 from .._names import named
 from ..choices import When
 from ..ops import Ops
-from ._attention import attention, masses, used_slots
+from ._attention import attention, masses
 from ._base import Eviction, when_field
 from ._view import EvictionView, StoredTokens
 
@@ -56,7 +56,7 @@ class SimLayerKV(Eviction):
     def score(self, view: EvictionView) -> Tensor:
         far = torch.zeros(view.valid.shape, dtype=torch.float64, device=view.valid.device)
         near = far.new_zeros(far.shape[:2])
-        for row, used in enumerate(used_slots(view)):
+        for row, used in enumerate(view.used):
             weights = attention(view, row, used).double()
             far[row, :, :used] = weights[..., :used].sum((1, 2))
             near[row] = weights[..., used:].sum((1, 2, 3))
@@ -67,7 +67,7 @@ class SimLayerKV(Eviction):
         near = view.positions >= view.lengths[:, None, None] - self.recent
         held = ((view.positions < self.sinks) | near) & view.valid
         sums = []
-        for row, used in enumerate(used_slots(view)):
+        for row, used in enumerate(view.used):
             own = far[row, :, :used]
             seen = inside[row] + own.masked_fill(~held[row, :, :used], 0).sum(1)
             sums.append(torch.stack([seen, inside[row] + own.sum(1)], -1))

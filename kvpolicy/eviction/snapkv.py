@@ -14,7 +14,7 @@ from .._names import named
 from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import HeadGroup, Normalize, Pooling, When
 from ..ops import Ops
-from ._attention import attention, used_slots
+from ._attention import attention
 from ._base import Eviction, when_field
 from ._view import EvictionView, StoredTokens
 
@@ -70,7 +70,7 @@ class SnapKV(Eviction):
         mass = torch.zeros(batch, kv_heads, length, dtype=wide, device=view.valid.device)
         if mass.shape[-1] == 0:  # pooling refuses to pool nothing
             return mass
-        for row, used in enumerate(used_slots(view)):
+        for row, used in enumerate(view.used):
             mass[row, :, :used] = self._mass(view, row, used)
         pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
         return pool(mass, self.kernel, 1, self.kernel // 2)

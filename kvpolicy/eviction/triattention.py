@@ -20,7 +20,6 @@ from ..budget import Budget, is_budget, tokens_from_int
 from ..choices import HeadGroup, When
 from ..ops import Ops
 from ..rope import Rope
-from ._attention import used_slots
 from ._base import Eviction, when_field, wide
 from ._view import EvictionView, StoredTokens
 from .expected_attention import FIRST
@@ -136,7 +135,7 @@ class TriAttention(Eviction):
         batch, kv_heads, width = view.valid.shape
         found = linear.new_zeros(batch, kv_heads, linear.shape[1] // kv_heads, width)
         m, s = linear.unflatten(1, (kv_heads, -1)), more.unflatten(0, (kv_heads, -1))
-        for row, used in enumerate(used_slots(view)):
+        for row, used in enumerate(view.used):
             keys = view.keys[row, :, :used].to(linear)
             first, second, _ = rope.pairs(keys)
             found[row, ..., :used] = m[row] @ keys.mT + s @ torch.hypot(first, second).mT
@@ -164,7 +163,7 @@ class TriAttention(Eviction):
         """From the series `[B, Hq, N]` of the stored tokens, each sequence as long as it is."""
         kv_heads = view.valid.shape[1]
         found = series.new_zeros(view.valid.shape)
-        for row, used in enumerate(used_slots(view)):
+        for row, used in enumerate(view.used):
             scores = series[row, :, :used].unflatten(0, (kv_heads, -1))  # [Hkv, G, used]
             if self.normalize:
                 scores = _normalized(scores, view.valid[row, :, None, :used])

@@ -49,15 +49,15 @@ def decode_write(
     for row, (length, on) in enumerate(zip(lengths.tolist(), active.tolist(), strict=True)):
         if not on:
             continue
-        k, v, f = (x[row] for x in ring)
+        k, v, f = (x.select(0, row) for x in ring)
         if length >= window:
             out = ring.slot(length - window)
             leaving = k.select(1, out), v.select(1, out), f.select(1, out)
-            own = Heads(heads.table[row], heads.counts[row])
+            own = Heads(heads.table.select(0, row), heads.counts.select(0, row))
             _promote(pages, own, *leaving, length - window, minmax)
         slot = ring.slot(length)
-        k.select(1, slot).copy_(key[row])
-        v.select(1, slot).copy_(value[row])
+        k.select(1, slot).copy_(key.select(0, row))
+        v.select(1, slot).copy_(value.select(0, row))
         if flags is None:
             f.select(1, slot).fill_(bits)
         else:
@@ -92,12 +92,14 @@ def _promote(
     columns, offsets = [held[head] // size for head in h], [held[head] % size for head in h]
     meta = [position | ((bits[head] & MARKED) > 0) << POSITION_BITS for head in h]
     if len(h) == len(bits) and held == held[:1] * len(h):  # even heads: a slot of a page each
-        page, at = (
-            table[:, columns[0]].long(),
-            torch.tensor(meta, dtype=torch.int32, device=key.device),
-        )
-        for store, new in ((pages.k, key), (pages.v, value), (pages.meta, at)):
+        page = table.select(1, columns[0]).long()
+        for store, new in ((pages.k, key), (pages.v, value)):
             store.select(1, offsets[0]).index_copy_(0, page, new)
+        into = pages.meta.select(1, offsets[0])
+        if meta == meta[:1] * len(meta):
+            into.index_fill_(0, page, meta[0])
+        else:
+            into.index_copy_(0, page, torch.tensor(meta, dtype=torch.int32, device=key.device))
         counts += 1
         if minmax:
             _extend(pages, page, torch.tensor(offsets, device=key.device), key)

@@ -15,7 +15,7 @@ from .layer import LayerStore
 from .numbers import move_kept
 from .pool import PagePool
 from .state import CacheState
-from .summaries import SCRATCH, summary_of
+from .summaries import SCRATCH, summarize, summary_of
 
 
 class Kept(NamedTuple):
@@ -34,7 +34,8 @@ class Drop(NamedTuple):
     `[L, B, Hkv, M]` are the pages up to now, and `own` marks those that kept tokens move into and
     that other heads hold too: they are replaced by `takes` new ones. `gone` are the tokens that go,
     by sequence. `refreshed` are, for each layer, the pages that change as places in its table
-    `[3, n]`, and their new summaries `[n, S]`.
+    `[3, n]`, and their new summaries `[n, S]`; where an op makes those after the drop, instead how
+    many pages a head has at most then.
     """
 
     pool: PagePool
@@ -47,7 +48,7 @@ class Drop(NamedTuple):
     own: Tensor
     takes: int
     gone: list[int]
-    refreshed: list[tuple[Tensor, Tensor] | None]
+    refreshed: list[tuple[Tensor, Tensor] | int | None]
 
 
 def plan(state: CacheState, keeps: Iterable[tuple[LayerStore, Tensor]]) -> list[Drop]:
@@ -128,7 +129,10 @@ def drop(state: CacheState, drops: Sequence[Drop]) -> None:
             layer.table.copy_(table[i])
             layer.evicted.add_(layer.counts - counts[i])
             layer.counts.copy_(counts[i])
-            if (found := planned.refreshed[i]) is not None:
+            found = planned.refreshed[i]
+            if isinstance(found, int):
+                summarize(state, layer, layer.counts.masked_fill(changed[i], 0), found)
+            elif found is not None:
                 state.ops.write_summary(pool.pages, layer.table[tuple(found[0])], found[1])
         pool.release(old.masked_fill_(~leaves, 0).flatten())
 
@@ -152,15 +156,18 @@ def _sources(keep: Tensor, changed: Tensor, most: int) -> Tensor:
     return source.scatter_(-1, place, token.expand_as(place))[..., :most]
 
 
-def _summaries(state: CacheState, kept: Kept, most: int) -> tuple[Tensor, Tensor] | None:
+def _summaries(state: CacheState, kept: Kept, most: int) -> tuple[Tensor, Tensor] | int | None:
     """Places `[3, n]` and new summaries `[n, S]` of pages that change, from tokens as they lie.
 
+    Only a policy's own: pages' smallest and largest keys cannot fail, and are found afterwards.
     `most` is the largest of the counts.
     """
     layer = kept.layer
     if layer.selection.neutral or layer.slides or not most:
         return None
     size = layer.pool.page_size
+    if layer.selection.extends_minmax:
+        return pages_of(most, size)
     source = _sources(kept.keep, kept.counts < layer.counts, most)
     source = F.pad(source, (0, -source.shape[2] % size), value=-1)
     page = layer.pool.kv_bytes + 4 * size

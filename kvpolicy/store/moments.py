@@ -121,10 +121,9 @@ def query_stats(state: CacheState, layer: LayerStore) -> QueryStats:
         mean = total / count
         means.append(mean)
         covariances.append(product / count - mean[:, :, None] * mean[:, None])
-    counts = [max(host.length - skip, 0) for host in state.sequences]
-    return QueryStats(
-        torch.tensor(counts, device=layer.device), torch.stack(means), torch.stack(covariances)
-    )
+    counts = torch.tensor([max(host.length - skip, 0) for host in state.sequences])
+    counts = counts.to(layer.device, non_blocking=True)
+    return QueryStats(counts, torch.stack(means), torch.stack(covariances))
 
 
 def _block(ring: Tensor, first: int, end: int) -> Tensor:

@@ -281,4 +281,4 @@ def _fill(state: CacheState, layer: LayerStore, tensors: Mapping[str, Tensor]) -
     k, v, meta = (tensors[here + name].to(device) for name in ("k", "v", "meta"))
     write_pages(state, layer, ids, k, v, meta)
     span = pages_of(int(layer.counts.max()), size)
-    summarize(state, layer, torch.zeros_like(layer.counts), layer.counts, span)
+    summarize(state, layer, torch.zeros_like(layer.counts), span)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -216,12 +217,31 @@ class PagePool:
         return self.limit + 1 if self.moving else (self.limit + 1) // SLAB_PAGES * SLAB_PAGES
 
     def _grow_moving(self, count: int) -> None:
-        old, new = self.extents[0], self._extent(self.capacity + count)
-        for source, target in zip(old, new, strict=True):
-            if source is not None and target is not None:
-                target[: self.capacity] = source
         self._lengthen(count)
-        self._add_ids(count, [new])
+        try:
+            self.replace(lambda store: self._longer(store, count))
+        except BaseException:  # what is longer already takes memory that nobody counts
+            kept = self.capacity
+            self.replace(lambda store: store[:kept].clone() if len(store) > kept else store)
+            raise
+        self._add_ids(count, self.extents)
+
+    def _longer(self, store: Tensor, count: int) -> Tensor:
+        """A copy with room for `count` more pages."""
+        new = store.new_empty(self.capacity + count, *store.shape[1:])
+        new[: self.capacity] = store[: self.capacity]
+        return new
+
+    def replace(self, make: Callable[[Tensor], Tensor]) -> None:
+        """Replaces keys, values, positions and summaries of the first extent, one after the other:
+        only one of them is held twice meanwhile."""
+        for place in range(len(self.extents[0])):
+            stores: list[Tensor | None] = [*self.extents[0]]
+            if (store := stores[place]) is not None:
+                stores[place] = make(store)
+                self.extents = [cast(Extent, tuple(stores)), *self.extents[1:]]
+                self.refresh()
+            del stores, store  # nothing holds the old one any more
 
     def _grow_appending(self, count: int) -> None:
         """Allocates so many pages, piece by piece; the device is told once."""

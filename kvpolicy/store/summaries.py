@@ -12,18 +12,20 @@ from .state import CacheState
 SCRATCH = 64 << 20  # bytes of keys and values that are read at once
 
 
-def summarize(
-    state: CacheState, layer: LayerStore, before: Tensor, after: Tensor, span: int
-) -> None:
-    """Recomputes the summaries of pages that hold tokens from index `before` up to `after`.
+def summarize(state: CacheState, layer: LayerStore, before: Tensor, span: int) -> None:
+    """Recomputes the summaries of pages that hold tokens from index `before` `[B, Hkv]` on.
 
     They are at most `span` a head. For heads with fewer the last page is done again, so that the
     host need not know; an empty head has the null page, whose summary nobody reads. Few pages a
-    head are read at a time where there are many heads.
+    head are read at a time where there are many heads. One op does it where a summary is a page's
+    smallest and largest key.
     """
     if layer.selection.neutral or layer.slides or not span:
         return
-    size = layer.pool.page_size
+    if layer.selection.extends_minmax:
+        state.ops.write_minmax(layer.pool.pages, layer.heads, before, span)
+        return
+    size, after = layer.pool.page_size, layer.counts
     last = (pages_of(after, size) - 1).clamp(min=0)
     step = max(SCRATCH // (layer.pool.kv_bytes * after.numel()), 1)
     for some in torch.arange(span, device=before.device).split(step):

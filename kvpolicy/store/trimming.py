@@ -33,17 +33,17 @@ def trim(pool: PagePool) -> None:
     remap[high] = target.int()
     for table in pool.tables():
         table.copy_(remap[table.long()])
-    extents = pool.extents[:kept] if not pool.moving else []
-    if pool.moving:
-        # An extent of its own, so that the larger storage is not kept alive.
-        kept_pages = (None if t is None else t[:capacity].clone() for t in pool.extents[0])
-        extents = [tuple(kept_pages)]  # type: ignore[list-item]
-    # Together: what is broken off between them would leave one without the other.
-    pool.extents, pool.capacity = extents, capacity
+    # What is broken off from here on leaves stores that are too long, never too short.
+    pool.refs[capacity:] = 0
+    pool.capacity = capacity
     if pool.moving:
         pool.free, pool.refs = pool.free[:capacity].clone(), pool.refs[:capacity].clone()
-    pool.refs[capacity:] = 0
+    else:
+        pool.extents = pool.extents[:kept]
     pool.known.forget()
     pool.top.zero_()
     pool.push(unused[high.numel() :].int())
     pool.refresh()
+    if pool.moving:
+        # Storages of their own, so that larger ones are not kept alive.
+        pool.replace(lambda store: store[:capacity].clone())

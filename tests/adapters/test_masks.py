@@ -227,3 +227,16 @@ def test_a_mask_that_pad_tokens_stand_for(llama):
             llama.generate(right["input_ids"], max_new_tokens=2, **unknown)
         finally:
             llama.generation_config.pad_token_id = 0
+
+
+def test_a_pad_token_that_the_cache_holds_is_a_token(llama):
+    """A model may choose its padding token; no mask is inferred that hides it in a next turn."""
+    ids = prompt([20])["input_ids"].clone()
+    ids[0, 7] = llama.generation_config.pad_token_id
+    mask = torch.ones_like(ids)
+    with attach(llama, PIPELINE, **SIZES) as attached:
+        cache = attached.read(ids[:, :12])
+        out = llama.generate(ids, past_key_values=cache.fork(), **GREEDY)
+        said = llama.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+    assert torch.equal(out.sequences, said.sequences)
+    torch.testing.assert_close(torch.stack(out.logits), torch.stack(said.logits))

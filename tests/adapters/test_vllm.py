@@ -24,6 +24,7 @@ from kvpolicy import (
     CachePipeline,
     DuoAttention,
     LocalAttention,
+    Quest,
     WriteGate,
     attach,
     save_pipeline,
@@ -60,6 +61,7 @@ class Job:
         }  # fmt: skip
 
 
+REPORTS = {"kv_connector": "kvpolicy", "kv_role": "kv_producer"}
 JOBS = {
     # Few blocks: vLLM preempts.
     "duo": Job("llama", CachePipeline(admission=DUO), num_gpu_blocks_override=12),
@@ -68,7 +70,16 @@ JOBS = {
     ),
     "local": Job("qwen2", CachePipeline(admission=LocalAttention(window=20, sinks=3))),
     "gate": Job("qwen3", "gate", options={"admitted": 1.0}, block_size=32),
-    "tight": Job("llama", "gate", options={"admitted": 0.05}),
+    "quest": Job("llama", CachePipeline(admission=DUO, selection=Quest(budget=64))),
+    "tight": Job("llama", "gate", options={"admitted": 0.05}, kv_transfer_config=REPORTS),
+    "ends": Job(
+        "llama",
+        "gate",
+        options={"admitted": 0.05, "when_full": "error"},
+        kv_transfer_config=REPORTS,
+        async_scheduling=False,
+    ),
+    "tells nobody": Job("llama", "gate", options={"admitted": 0.05, "when_full": "error"}),
     "prefixes": Job("llama", CachePipeline(admission=DUO), enable_prefix_caching=True),
     "memory": Job(
         "llama", CachePipeline(admission=DUO), options={"row_memory": 1e-5}, max_num_seqs=64
@@ -116,7 +127,7 @@ def alone(model, pipeline, prompt, new):
     return out[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("name", ["duo", "abort", "local", "gate"])
+@pytest.mark.parametrize("name", ["duo", "abort", "local", "gate", "quest"])
 def test_tokens_are_those_of_the_library_alone(ran, name):
     models, pipelines, found, _ = ran
     job, result = JOBS[name], found[name]
@@ -209,13 +220,27 @@ def test_the_server_gives_each_of_many_its_tokens(ran, server):
 
 def test_arenas_that_are_full_are_counted(ran):
     result = ran[2]["tight"]
-    assert result["refused"] > 0
+    assert result["metric"] == result["refused"] > 0
     assert [len(result["tokens"][str(n)]) for n in range(len(REQUESTS))] == [n for _, n in REQUESTS]
+
+
+def test_requests_whose_blocks_are_full_end_with_an_error(ran):
+    """And no others: the ones whose blocks held what they admitted get their tokens."""
+    models, pipelines, found, _ = ran
+    result, ended = found["ends"], 0
+    for place, (prompt, new) in enumerate(REQUESTS):
+        if result["reasons"][str(place)] == "error":
+            ended += 1
+        else:
+            alone_tokens = alone(models["llama"], pipelines["ends"], prompt, new)
+            assert result["tokens"][str(place)] == alone_tokens
+    assert 0 < ended < len(REQUESTS) and result["metric"] == result["refused"] > 0
 
 
 @pytest.mark.parametrize(
     ("name", "says"),
     [
+        ("tells nobody", "when_full='error' wants the KV connector"),
         ("prefixes", "write enable_prefix_caching=False"),
         ("memory", "max_num_seqs: 64 rows of .* wanted at most"),
         ("blocks", "To serve at least one request"),

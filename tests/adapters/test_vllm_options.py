@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import attrs
 import pytest
 
 from kvpolicy import (
@@ -12,6 +13,8 @@ from kvpolicy import (
     Quest,
     RandomGate,
     SnapKV,
+    TopChannels,
+    XAttention,
     save_pipeline,
 )
 from kvpolicy.adapters.vllm.options import Options, check_pipeline, options_of, refusals
@@ -36,8 +39,9 @@ def test_a_file_a_mapping_or_nothing(tmp_path):
     [
         (3, TypeError, "wanted a pipeline's file or a mapping with 'pipeline', got 3"),
         ({"admitted": 0.5}, TypeError, "mapping with 'pipeline'"),
-        ({"pipeline": {}, "admited": 1}, ValueError, r"row_memory, got \['admited'"),
+        ({"pipeline": {}, "admited": 1}, ValueError, r"when_full, got \['admited'"),
         ({"pipeline": {}, "row_memory": 0}, ValueError, "row_memory: wanted a number above 0"),
+        ({"pipeline": {}, "when_full": "stop"}, ValueError, "when_full: wanted one of"),
         ({"pipeline": {"admission": {"type": "Admit"}}}, ValueError, "Admit"),
     ],
 )
@@ -49,12 +53,14 @@ def test_other_options_are_refused(given, error, says):
 @pytest.mark.parametrize(
     ("pipeline", "says"),
     [
-        (CachePipeline(selection=Quest(budget=512)), "selection: wanted none on vLLM.*Quest"),
+        (CachePipeline(selection=XAttention()), "selection: on vLLM .*, got XAttention"),
         (CachePipeline(eviction=SnapKV(budget=512)), "eviction: wanted none on vLLM.*SnapKV"),
     ],
 )
 def test_pipelines_that_are_not_served(pipeline, says):
     check_pipeline(PIPELINE)
+    for selection in (Quest(budget=512), TopChannels(budget=512)):
+        check_pipeline(attrs.evolve(PIPELINE, selection=selection))
     with pytest.raises(ValueError, match=says):
         check_pipeline(pipeline)
 
@@ -71,6 +77,7 @@ def config(**changed):
             "prefill_context_parallel_size": 1, "use_ubatching": False,
         },
         "model_config": {"attention_chunk_size": None},
+        "scheduler_config": {"async_scheduling": True},
     }  # fmt: skip
     rest = {"speculative_config": None, "kv_transfer_config": None, "lora_config": None}
     for name, value in changed.items():
@@ -89,7 +96,7 @@ def config(**changed):
         ("pipeline_parallel_size", 2, "pipeline parallelism"),
         ("decode_context_parallel_size", 2, "context parallelism"),
         ("prefill_context_parallel_size", 2, "context parallelism"),
-        ("kv_transfer_config", object(), "KV connectors"),
+        ("kv_transfer_config", SimpleNamespace(kv_connector="Nixl"), "KV connectors"),
         ("lora_config", object(), "LoRA"),
         ("sliding_window", 4096, "sliding window"),
         ("use_ubatching", True, "micro-batches"),
@@ -101,3 +108,15 @@ def test_what_vllm_is_asked_besides(name, value, says):
     assert refusals(config()) == []
     (text,) = refusals(config(**{name: value}))
     assert says in text
+
+
+def test_requests_end_with_an_error_where_vllm_can_be_told():
+    transfer = SimpleNamespace(kv_connector="kvpolicy", kv_load_failure_policy="fail")
+    assert refusals(config(kv_transfer_config=transfer)) == []
+    given = config(kv_transfer_config=transfer, async_scheduling=False)
+    assert refusals(given, "error") == []
+    (text,) = refusals(config(kv_transfer_config=transfer), "error")
+    assert "--no-async-scheduling" in text
+    transfer.kv_load_failure_policy = "recompute"
+    (text,) = refusals(given, "error")
+    assert "kv_load_failure_policy 'fail'" in text

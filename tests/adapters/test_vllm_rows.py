@@ -8,8 +8,9 @@ import attrs
 import pytest
 import torch
 
-from kvpolicy import AdmitAll, CachePipeline, DuoAttention, LocalAttention, RandomGate
-from kvpolicy.adapters.vllm.plan import PAGE, plan_of
+from kvpolicy import AdmitAll, CachePipeline, DuoAttention, LocalAttention, Quest, RandomGate
+from kvpolicy.adapters.vllm.plan import PAGE, check_rows, plan_of
+from kvpolicy.testing._spy import watch
 from tests.support.adapters.arenas import SPEC, Engine, Request
 from tests.support.contract.cases import Sizes, gate
 
@@ -28,16 +29,17 @@ ADMISSIONS = {
 def test_requests_that_share_blocks_are_served_as_if_alone(name):
     """Chunks, mixed batches, preemption, abort, and rows that are used again."""
     pipeline, admitted = ADMISSIONS[name]
-    engine = Engine(pipeline, rows=3, blocks=9, admitted=admitted)
+    engine = Engine(pipeline, rows=3, blocks=9, admitted=admitted, captured=(1, 3))
     draw = random.Random(name)
     lengths = [90, 80, 1, 100, 17, 16]
     waiting = [Request(pipeline, n, seed) for seed, n in enumerate(lengths)]
     ended, preempted, mixed = 0, 0, 0
     while waiting or engine.running:
-        batch = []
-        for request in [*engine.running, *waiting]:
+        batch, calm = [], engine.steps % 3 == 2  # those that have begun decode, no others come
+        for request in [*engine.running, *([] if calm and engine.running else waiting)]:
             left = min(request.length - request.done, 40)
-            n = 1 if left == 1 or (request.done and draw.random() < 0.4) else draw.randint(1, left)
+            decodes = left == 1 or (request.done and (calm or draw.random() < 0.4))
+            n = 1 if decodes else draw.randint(1, left)
             while not engine.room_for(request, n) and request in engine.running:
                 last = engine.running[-1]
                 engine.end(last)
@@ -57,11 +59,56 @@ def test_requests_that_share_blocks_are_served_as_if_alone(name):
             if request.done == request.length or draw.random() < 0.01:
                 engine.end(request)
                 ended += 1
-    assert ended == len(lengths) and mixed > 3
+    assert ended == len(lengths) and mixed > 3 and engine.replays > 2
     assert len(engine.free) + len(engine.free_rows) == 8
     assert (engine.refused > 0) == (name == "tight")
     if name == "all":
         assert preempted
+
+
+@pytest.mark.parametrize("name", ["duo", "random", "gate"])
+def test_decoding_waits_for_nothing(name, monkeypatch):
+    """So that it can be captured: neither the adapter's own steps nor a policy's ask the device."""
+    pipeline, admitted = ADMISSIONS[name]
+    pipeline = attrs.evolve(pipeline, selection=Quest(budget=64))
+    engine = Engine(pipeline, rows=2, blocks=30, admitted=admitted)
+    engine.running = [Request(pipeline, 40, seed) for seed in range(2)]
+    assert all(engine.room_for(request, 30) for request in engine.running)
+    engine.step([(request, 30) for request in engine.running])
+    rows, real, calls = engine.rows, engine.rows.ops, []
+
+    class Quiet:
+        """Ops that a kernel computes do nothing."""
+
+        def arena_write(self, *args, **options):
+            calls.append(options["minmax"])
+
+        def quest_select(self, pages, heads, query, budget, *rest):
+            return heads.table[:, :, :budget]
+
+        def paged_decode(self, query, *args, **options):
+            return query
+
+        def __getattr__(self, op):
+            return getattr(real, op)
+
+    monkeypatch.setattr(rows, "ops", Quiet())
+    tokens = [torch.randn(2, n, 8, dtype=torch.float64) for n in (4, 2, 2, 2)]
+    step = rows.rehearse(2)
+    with watch() as seen:
+        rows.decode(step, 0, *tokens)
+    assert seen.syncs == [] and calls == [True]
+
+
+def test_a_rehearsal_leaves_no_trace():
+    engine = Engine(CachePipeline(admission=DUO), rows=2, blocks=12)
+    rows = engine.rows
+    before = [[x.clone() for x in (*y.ring, y.table, y.counts)] for y in rows.layers]
+    tokens = [torch.randn(3, n, 8, dtype=torch.float64) for n in (4, 2, 2, 2)]
+    out = rows.decode(rows.rehearse(3), 1, *tokens)
+    after = [[*y.ring, y.table, y.counts] for y in rows.layers]
+    assert not out.any()
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
 def test_rows_whose_pages_lie_in_even_steps():
@@ -72,6 +119,39 @@ def test_rows_whose_pages_lie_in_even_steps():
     for n in (20, *[1] * 8):
         assert all(engine.room_for(request, n) for request in engine.running)
         engine.step([(request, n) for request in engine.running])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_graph_of_a_decode_step_serves_any_requests():
+    """Captured once for two rows, and replayed for those of the step, also where one is padding."""
+    device = torch.device("cuda")
+    spec = attrs.evolve(SPEC, dtype=torch.float32, head_dim=16, device=device)
+    pipeline = CachePipeline(admission=DUO, backend="triton")
+    engine = Engine(pipeline, rows=3, blocks=30, spec=spec, captured=(2,))
+    rows, decode, graphs = engine.rows, engine.rows.decode, []
+    for layer in range(spec.layers):
+        given = [torch.zeros(2, n, 16, device=device) for n in (4, 2, 2, 2)]
+        decode(rows.rehearse(2), layer, *given)  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = decode(engine.captured[2], layer, *given)
+        graphs.append((graph, given, out))
+
+    def replay(step, layer, *new):
+        graph, given, out = graphs[layer]
+        for old, x in zip(given, new, strict=True):
+            old.copy_(x)
+        graph.replay()
+        return out.clone()
+
+    rows.decode = replay
+    engine.running = [Request(pipeline, 80, seed, spec) for seed in range(3)]
+    for added in [(30, 0, 25), *[(1, 0, 1)] * 20, (0, 40, 0), *[(0, 1, 1), (0, 1, 0)] * 6]:
+        batch = [(r, n) for r, n in zip(engine.running, added, strict=True) if n]
+        assert all(engine.room_for(request, n) for request, n in batch)
+        engine.step(batch)
+    assert engine.replays == 32
 
 
 def test_an_arena_that_grows_admits_again():
@@ -168,11 +248,36 @@ def test_numbers_that_make_no_plan(change, error, says):
         plan_of(**(given | change))
 
 
+def test_rows_that_fit_beside_blocks():
+    check_rows(9, 100, 0.1, 10_000)
+    with pytest.raises(ValueError, match="10 rows .* more than 0.1 .*; wanted at most 9 "):
+        check_rows(10, 100, 0.1, 10_000)
+    with pytest.raises(ValueError, match="wanted at most 0 "):
+        check_rows(1, 100, 0.1, 500)
+
+
+@pytest.mark.parametrize("name", ["all", "duo", "gate"])
+def test_what_reading_takes_is_known_before(name):
+    """Gathered tokens and copies of queries of the longest prompt's last part."""
+    pipeline, admitted = ADMISSIONS[name]
+    engine = Engine(pipeline, rows=1, blocks=60, admitted=admitted)
+    request = Request(pipeline, 200, 0)
+    engine.running.append(request)
+    assert engine.room_for(request, 200)
+    engine.step([(request, 200)])
+    rows, (_, heads, dim) = engine.rows, engine.rows.layers[0].ring.k[:, :, 0].shape
+    stored = max(int(layer.counts.sum()) for layer in rows.layers) * dim * 2
+    copies = 4 * 200 * rows.spec.heads * dim
+    known = rows.scratch(200) / 8
+    assert heads == 2 and stored + copies <= known < 2 * (stored + copies) + 2000
+
+
 def test_rows_count_their_memory():
+    none = Engine(CachePipeline(admission=DUO), rows=0, blocks=12).rows
     engine = Engine(CachePipeline(admission=DUO), rows=4, blocks=12)
     tensors = [t for layer in engine.rows.layers for t in (*layer.ring, layer.table, layer.counts)]
     rows = engine.rows
-    tensors += [rows.arena, rows.room, rows.taken, rows.refused]
+    tensors += [*rows.arenas[:4], rows.lengths, rows.active, rows.batch, rows.positions, rows.begun]
     assert rows.nbytes == sum(t.numel() * t.element_size() for t in tensors)
-    assert all(t.shape[0] == 5 for t in tensors)
+    assert all(t.shape[0] == 5 for t in tensors) and rows.nbytes == 5 * none.nbytes
     torch.testing.assert_close(rows.pages.k.shape[0], 12 * rows.plan.pages_per_block)

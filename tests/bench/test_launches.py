@@ -79,6 +79,7 @@ WHOLE = ["_scaled_dot_product_flash_attention_for_cpu"]  # one launch of another
 RING, STORE = ["_advance"], ["_scan", "_store", "_settle"]
 TILES = ["_gather", "_limits", "_attend"]
 GATED = [*DECIDE, *RING, *STORE, *TILES]
+CHOSEN = [*DECIDE, *RING, *STORE, "_write_minmax", *TILES]
 MARKED = [*DECIDE, "bitwise_or", *RING, *STORE, *TILES, "index_copy_"]
 
 
@@ -89,9 +90,10 @@ MARKED = [*DECIDE, "bitwise_or", *RING, *STORE, *TILES, "index_copy_"]
         (3, make(), None, [*RING, *STORE, *TILES]),
         (1, make(admission=GATE), GATED, GATED),
         (3, make(admission=GATE), GATED, GATED),
+        (1, make(admission=GATE, selection=Quest(budget=32)), CHOSEN, CHOSEN),
         (1, make(admission=GATE, eviction=OBSERVER), MARKED, None),
     ],
-    ids=["dense", "dense batch", "gate", "gate batch", "snapkv"],
+    ids=["dense", "dense batch", "gate", "gate batch", "gate + quest", "snapkv"],
 )
 def test_launches_of_a_prompt_layer(
     rows: int, pipeline: CachePipeline, first: list[str] | None, then: list[str] | None

@@ -44,7 +44,7 @@ class Memory:
 
     def __init__(self, monkeypatch, kind):
         self.patch, self.kind, self.left = monkeypatch, kind, None
-        for owner, name in ((PagePool, "_extent"), (pools, "widened")):
+        for owner, name in ((PagePool, "_extent"), (PagePool, "_longer"), (pools, "widened")):
             monkeypatch.setattr(owner, name, self.failing(getattr(owner, name)))
 
     def failing(self, function):

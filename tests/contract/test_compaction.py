@@ -131,6 +131,44 @@ def test_a_total_cap_drops_of_the_asked_sequences_only():
     assert torch.equal(left[:, 0], held[:, 0]) and left[:, 1].sum() <= 40
 
 
+@attrs.frozen
+class Watched(Largest):
+    """Says which sequences it is asked about, by their lengths."""
+
+    asked: list = attrs.field(factory=list, eq=False)
+
+    @property
+    def when(self):
+        return "decode"
+
+    def score(self, view):
+        self.asked.append((view.lengths.tolist(), tuple(view.valid.shape), view.recent_keys.shape))
+        return super().score(view)
+
+
+def test_only_sequences_that_are_due_are_scored():
+    """Of two lengths, so that one is due at a time."""
+    _, lengths = run_of(("all", "all", "none"))
+    ends = [lengths[0], lengths[1] + 1 + (lengths[0] - lengths[1]) % SPEC.interval]
+    streams = [stream(SPEC, n + 20, n) for n in ends]
+    policy = Watched()
+    run = Run(CachePipeline(eviction=policy, window=4), SPEC, streams, oracle=False)
+    run.prompt(ends)
+    run.end_prompt()
+    managed = sum(not layer.slides for layer in run.state.layers)
+    assert [x[0] for x in policy.asked] == [ends] * managed
+    for _ in range(SPEC.interval):
+        policy.asked.clear()
+        run.decode()
+        due = [n for n in run.state.lengths if n % SPEC.interval == 0]
+        assert len(due) < 2
+        for seen, shape, recent in policy.asked:
+            assert seen == due and shape[0] == recent[0] == 1
+        assert len(policy.asked) == managed * len(due)
+    left = torch.stack([layer.counts for layer in run.state.layers if not layer.slides])
+    assert left.max() <= 12 + SPEC.interval
+
+
 class Counting:
     """The state's ops, counting calls that read whole pages."""
 

@@ -31,7 +31,7 @@ PAGES = sorted({block.page for block in blocks("python")})
 NEEDS = {
     ("docs/serving.md", 0): ("fastapi", "uvicorn"),
     ("docs/vllm.md", 2): ("vllm",),
-    ("docs/vllm.md", 3): ("vllm",),
+    ("docs/vllm.md", 4): ("vllm",),
 }
 SLOW = {
     ("docs/transformers.md", 2): "inductor compiles; tests/adapters/test_compiled.py",
@@ -56,6 +56,8 @@ NOT_RUN = {
     ("kvpolicy", "calibrate"): "tests/test_cli.py",
     ("kvpolicy", "pareto"): "tests/test_cli.py",
     ("kvpolicy", "fit-q-filters"): "tests/training/test_q_filters.py",
+    ("kvpolicy", "fit-kvzap"): "tests/training/test_kvzap.py",
+    ("kvpolicy", "fit-triattention"): "tests/training/test_triattention.py",
     ("kvpolicy", "ablate"): "minutes of a GPU; tests/evaluation/test_ablations.py",
     ("kvpolicy", "reproduce"): "tests/evaluation/test_reproduce.py",
     ("kvpolicy", "bench"): "needs a GPU; tests/bench runs it on tiny shapes",

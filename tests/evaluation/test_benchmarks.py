@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import string
-from types import SimpleNamespace
 
 import attrs
 import pytest
@@ -15,22 +14,21 @@ tokenizers = pytest.importorskip("tokenizers")
 
 from typer.testing import CliRunner  # noqa: E402
 
-import kvpolicy.eviction  # noqa: E402
-from kvpolicy import CachePipeline, KVzip, LocalAttention, Ratio, SnapKV  # noqa: E402
+from kvpolicy import CachePipeline, JudgeQ, KVzip, LocalAttention, Ratio, SnapKV  # noqa: E402
 from kvpolicy.adapters.hf import attach  # noqa: E402
 from kvpolicy.budget import Tokens  # noqa: E402
 from kvpolicy.cli import app  # noqa: E402
-from kvpolicy.evaluation.benchmarks import methods, tables  # noqa: E402
+from kvpolicy.evaluation.benchmarks import evictions, tables  # noqa: E402
 from kvpolicy.evaluation.benchmarks.answers import Asker, ends_of, kv_footprint  # noqa: E402
 from kvpolicy.evaluation.benchmarks.benchmark import Benchmark  # noqa: E402
 from kvpolicy.evaluation.benchmarks.chat import Chat  # noqa: E402
 from kvpolicy.evaluation.benchmarks.item import Item  # noqa: E402
-from kvpolicy.evaluation.benchmarks.parts import part_of  # noqa: E402
 from kvpolicy.evaluation.benchmarks.runner import BenchmarkRunner  # noqa: E402
+from kvpolicy.evaluation.grid.parts import part_of  # noqa: E402
 from kvpolicy.evaluation.grid.records import Footprint, Measured, Result  # noqa: E402
 from kvpolicy.evaluation.grid.variants import Room  # noqa: E402
 from kvpolicy.evaluation.models import tiny_llama  # noqa: E402
-from kvpolicy.eviction import Eviction  # noqa: E402
+from kvpolicy.evaluation.sessions.look_back import alone  # noqa: E402
 from tests.support.evaluation.small import small_gate  # noqa: E402
 
 
@@ -116,19 +114,35 @@ def test_answers_are_those_of_the_plain_model(seen, tokenizer):
 @pytest.mark.parametrize("method", ["SnapKV", "KVzip", "TOVA"])
 def test_contexts_read_together_answer_as_alone(method, tokenizer):
     model = small_model()
-    (variant,) = [x for x in methods.evictions([], [0.5], ["unseen"]) if x.family == method]
+    (variant,) = [x for x in evictions.evictions([], [0.5], ["unseen"]) if x.family == method]
     pipeline = variant.build(Room(0, 0))
     readings = [reading for own in ITEMS for reading in Chat(tokenizer).readings(own)]
     with attach(model, pipeline) as here:
         asker = Asker(here=here, tokenizer=tokenizer, after=">~")
-        assert asker.alone == (method == "KVzip")
-        alone = [asker.answers([reading]) for reading in readings]
-        assert alone[0].sizes.held == pytest.approx(0.5, abs=0.02)
-        assert alone[0].sizes.evicted > 0
-        if not asker.alone:
+        apart = [asker.answers([reading]) for reading in readings]
+        assert apart[0].sizes.held == pytest.approx(0.5, abs=0.02)
+        assert apart[0].sizes.evicted > 0
+        if not alone(pipeline.eviction):
             both = asker.answers(readings)
-            assert both.texts == tuple(x.texts[0] for x in alone)
-            assert both.sizes.held_tokens == alone[0].sizes.held_tokens
+            assert both.texts == tuple(x.texts[0] for x in apart)
+            assert both.sizes.held_tokens == apart[0].sizes.held_tokens
+
+
+@pytest.mark.parametrize("method", ["SnapKV", "KVzip"])
+def test_questions_in_slots_are_answered_alike(method, tokenizer):
+    """KVzip, whose contexts are replayed, is asked in one batch."""
+    model = small_model()
+    (variant,) = [x for x in evictions.evictions([], [0.5], ["unseen"]) if x.family == method]
+    readings = [reading for own in ITEMS for reading in Chat(tokenizer).readings(own)]
+    readings[0] = attrs.evolve(readings[0], new_tokens=(9, 2))
+    with attach(model, variant.build(Room(0, 0))) as here:
+        asker = Asker(here=here, tokenizer=tokenizer, after=">~")
+        readings = readings[:1] if alone(here.pipeline.eviction) else readings
+        wanted = asker.answers(readings)
+        found = attrs.evolve(asker, slots=2).answers(readings)
+    assert found.texts == wanted.texts
+    assert found.sizes == wanted.sizes and found.kv_footprint == wanted.kv_footprint
+    assert (found.held_after < wanted.held_after) == (method == "SnapKV")
 
 
 def test_an_eviction_decides_by_the_question_only_where_it_is_seen(tokenizer):
@@ -177,18 +191,9 @@ def test_the_kv_footprint_is_entries_times_steps(tokenizer):
     assert found == pytest.approx(cut / full)
 
 
-def test_every_eviction_is_measured_or_says_why_not():
-    classes = {
-        name
-        for name in dir(kvpolicy.eviction)
-        if isinstance(kind := getattr(kvpolicy.eviction, name), type)
-        and issubclass(kind, Eviction)
-        and attrs.has(kind)
-    }
-    made = {type(make(Tokens(64))).__name__ for make in methods.METHODS.values()}
-    assert made | set(methods.NOT_MEASURED) == classes
-    assert not made & set(methods.NOT_MEASURED)
-    assert {make(Tokens(64)).when for make in methods.METHODS.values()} == {"prompt_end"}
+def test_what_a_ratio_leaves_is_decided_when_the_prompt_ends():
+    made = [method.at_prompt_end(Tokens(64)) for method in evictions.METHODS.values()]
+    assert {policy.when for policy in made} == {"prompt_end"} and len(made) > 15
 
 
 def test_a_run_makes_a_table_a_plot_and_goes_on(folder, tmp_path):
@@ -318,9 +323,9 @@ def test_a_ratio_counts_only_where_full_attention_scores_half():
     assert "not counted" not in line
 
 
-def test_kvzip_is_read_alone():
-    here = SimpleNamespace(pipeline=CachePipeline(eviction=KVzip(budget=Ratio(0.5))))
-    assert Asker(here=here, tokenizer=None).alone
+def test_only_what_repeats_a_context_is_read_alone():
+    kvzip, judge = KVzip(budget=Ratio(0.5)), JudgeQ(budget=64, embeds=torch.ones(2, 8))
+    assert alone(kvzip) and not alone(judge) and not alone(SnapKV(budget=64))
 
 
 @attrs.frozen

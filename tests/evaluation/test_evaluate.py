@@ -239,6 +239,27 @@ def test_forced_densities_read_the_heaviest_blocks(folder, tmp_path):
         assert "error: density: " in call(folder, tmp_path, *wrong, code=2).stderr
 
 
+@pytest.mark.slow
+def test_methods_in_parts_make_one_table_and_name_what_is_left_out(folder, tmp_path):
+    options = (
+        "--length", 420, "--contexts", 1, "--methods", "--keep", 0.5, "--page-size", 4,
+        "--task", "copy",  # which stands in `call` too, and counts once
+        "--variant", "full", "--variant", "KVzip", "--variant", "KeyDiff 0.5",
+    )  # fmt: skip
+    said = call(folder, tmp_path, *options, "--part", "0/2").stdout
+    assert "left out: Q-Filters (wants a file of the model" in said
+    assert "1 of 2 parts missing" in said
+    said = call(folder, tmp_path, *options, "--part", "1/2").stdout
+    assert "results.md: 4 cells, 0 failed, 0 left\n" in said
+    text = (tmp_path / "results.md").read_text()
+    table = text[text.index("## Methods at 0.5 of the cache, the question unseen") :]
+    assert all(f"| {name} | " in table for name in ("full", "KVzip", "KeyDiff"))
+    assert "Left out: Q-Filters (wants a file" in text
+    whole = json.loads((tmp_path / "results.json").read_text())
+    assert {x["variant"] for x in whole["cells"]} == {"full", "KVzip 0.5", "KeyDiff 0.5"}
+    assert "file: wanted --methods" in call(folder, tmp_path, "--file", "KVzap=x", code=2).stderr
+
+
 def test_the_heaviest_blocks():
     mass = torch.tensor([[0.1, 0.2, 0.3, 0.2, 0.1, 0.1], [0.0, 0.5, 0.1, 0.1, 0.3, 0.0]])
     found = densities.heaviest(mass, 0.5).int().tolist()

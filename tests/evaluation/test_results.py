@@ -215,7 +215,7 @@ def test_a_disk_that_fails_costs_no_finished_cell(file, tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space"):
             store.open(SETTINGS, {})
     with pytest.raises(OSError, match="No space"):
-        store.write([SMALL], "text")
+        results.write_results(tmp_path, store.record(), [SMALL], "text")
     monkeypatch.undo()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert store.open(SETTINGS, {}) == [SMALL]

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from kvpolicy import KVPress, KVzip, Ranked
+from kvpolicy.adapters.hf import spec_of
 from kvpolicy.evaluation.models import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,7 @@ def test_compose_shows_every_triple(capsys: pytest.CaptureFixture) -> None:
 def test_each_slot_has_a_script_whose_rows_take_effect(capsys: pytest.CaptureFixture) -> None:
     load("evictions").main(["--tokens", "300", "--new-tokens", "4"])
     found = {row[0]: row[1:] for row in rows(capsys.readouterr().out)}
-    assert len(found) == len(load("evictions").evictions(75))
+    assert len(found) == len(load("evictions").evictions(75)) + 9
     for name, (stored, evicted, *_, composed, lost, read, part) in found.items():
         assert int(evicted) > 0 and int(stored) < 303, name
         assert int(composed) < 303 and int(read) < int(composed) and int(part[:-1]) < 100, (
@@ -81,19 +81,26 @@ def test_each_slot_has_a_script_whose_rows_take_effect(capsys: pytest.CaptureFix
         assert all(effect) if name != "all" else not any(effect), name
 
 
-def test_the_script_of_evictions_has_all_that_need_no_file() -> None:
-    from kvpolicy import eviction
+def test_the_scripts_of_slots_have_every_policy() -> None:
+    from kvpolicy import admission, eviction, selection
 
-    found = {type(x) for x in load("evictions").evictions(96).values()}
-    files = {x for x in vars(eviction).values() if hasattr(x, "from_pretrained")}
-    bases = {eviction.Eviction, eviction.KeepAll, eviction.AtPromptEnd}
-    kinds = {x for x in vars(eviction).values() if isinstance(x, type)}
-    every = {x for x in kinds if issubclass(x, eviction.Eviction)}
-    assert every - files - bases <= found | ELSEWHERE
+    spec = spec_of(tiny_llama())
+    module = load("evictions")
+    made = [
+        (eviction.Eviction, {**module.evictions(96), **module.of_files(spec, 128, 96)}),
+        (admission.Admission, load("admissions").admissions(spec, 128)),
+        (selection.Selection, {n: x.selection for n, x in
+                               load("selections").pipelines(96, 64).items()}),
+    ]  # fmt: skip
+    # What stands in every row, and bases.
+    beside = {"KeepAll", "AtPromptEnd", "Eviction", "Admission", "Selection", "PromptSelection"}
+    for base, found in made:
+        package = sys.modules[base.__module__.rpartition(".")[0]]
+        kinds = (x for x in vars(package).values() if isinstance(x, type))
+        every = {x.__name__ for x in kinds if issubclass(x, base)}
+        assert every - beside <= {type(x).__name__ for x in found.values()}
 
 
-# Ranked wants a gate, KVPress a press of kvpress, KVzip passes that replay the prompt.
-ELSEWHERE = {Ranked, KVPress, KVzip}
 SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 
 

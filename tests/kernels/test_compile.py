@@ -19,6 +19,7 @@ def run(configuration: str, cache: Path, *options: str) -> None:
         "_advance",
         "_amounts",
         "_append",
+        "_arena_write",
         "_attend",
         "_attend_chosen",
         "_chunks",
@@ -48,6 +49,7 @@ def run(configuration: str, cache: Path, *options: str) -> None:
         "_store",
         "_stored",
         "_top_pages",
+        "_write_minmax",
         "_write_number",
     }
     if "x" in configuration:  # rectangles want values of the keys' head_dim

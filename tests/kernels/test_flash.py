@@ -93,3 +93,57 @@ def test_what_a_build_left_out_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in _flash._MODULES:
         monkeypatch.setitem(sys.modules, name, None)
     assert _flash._installed.__wrapped__() is None
+
+
+# As the library that vLLM 0.26.0 ships registers it.
+FWD = """fwd(Tensor! q, Tensor k, Tensor v, Tensor? k_new, Tensor? v_new, Tensor? q_v, Tensor!? out,
+Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? cu_seqlens_k_new, Tensor? seqused_q,
+Tensor? seqused_k, int? max_seqlen_q, int? max_seqlen_k, Tensor? page_table, Tensor? kv_batch_idx,
+Tensor? leftpad_k, Tensor? rotary_cos, Tensor? rotary_sin, Tensor? seqlens_rotary,
+Tensor? q_descale, Tensor? k_descale, Tensor? v_descale, float softmax_scale, bool is_causal,
+int window_size_left, int window_size_right, float softcap, bool is_rotary_interleaved,
+Tensor? scheduler_metadata, int num_splits, bool? pack_gqa, int sm_margin, Tensor? s_aux,
+int cp_world_size, int cp_rank, Tensor? cp_tot_seqused_k) -> Tensor[]"""
+
+
+def test_the_interface_of_vllm_is_called_by_the_places_of_its_op(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in _flash._MODULES:
+        monkeypatch.setitem(sys.modules, name, None)
+    names = [part.split("=")[0].split()[-1] for part in FWD[4 : FWD.rindex(")")].split(",")]
+    calls: list[dict[str, Any]] = []
+
+    def fwd(*given: Any) -> list[torch.Tensor]:
+        calls.append(dict(zip(names, given, strict=True)))
+        return [given[0] + 1, given[0] + 2, given[0], given[0]]
+
+    with torch.library._scoped_library("_vllm_fa3_C", "DEF") as library:
+        library.define(FWD)
+        library.impl("fwd", fwd, "CPU")
+        module, left_out = _flash._installed.__wrapped__()  # type: ignore[misc]
+        assert left_out == {"FP16", "SOFTCAP"}
+        q = torch.arange(3.0)
+        k, v = q + 10, q + 20
+        cu = [q.int() + n for n in range(4)]
+        out, lse = _flash.attend_varlen(module, q, k, v, *cu, 5, 6, 0.25)
+        assert torch.equal(out, q + 1) and torch.equal(lse, q + 2)
+        dense = module.flash_attn_func(q, k, v, softmax_scale=0.5, causal=True)
+        assert torch.equal(dense, q + 1)
+    packed, whole = calls
+    wanted = {
+        "q": q, "k": k, "v": v, "cu_seqlens_q": cu[0], "cu_seqlens_k": cu[1], "seqused_q": cu[2],
+        "seqused_k": cu[3],
+    }  # fmt: skip
+    for name, given in packed.items():
+        if name in wanted:
+            torch.testing.assert_close(given, wanted[name], rtol=0, atol=0)
+    rest = {name: given for name, given in packed.items() if name not in wanted}
+    said = {
+        "max_seqlen_q": 5, "max_seqlen_k": 6, "softmax_scale": 0.25, "is_causal": False,
+        "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "num_splits": 1,
+        "is_rotary_interleaved": True, "pack_gqa": False, "sm_margin": 0, "cp_world_size": 1,
+        "cp_rank": 0,
+    }  # fmt: skip
+    assert {name: given for name, given in rest.items() if given is not None} == said
+    assert whole["is_causal"] is True and whole["cu_seqlens_q"] is None

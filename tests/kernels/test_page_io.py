@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvpolicy import reference
-from kvpolicy.kernels import page_io
+from kvpolicy import Quest, reference
+from kvpolicy.kernels import page_io, page_minmax
+from kvpolicy.ops import Heads, load
 from tests.support.kernels.pool import DEVICE, fill_heads, make_pool, randn
 
 CASES = [
@@ -53,3 +54,30 @@ def test_no_pages() -> None:
     assert page_io.read_summary(pool.pages, none).shape == (2, 0, 32)
     page_io.copy_pages(pool.pages, none[0], none[1])
     page_io.write_summary(pool.pages, none[0], torch.zeros(0, 32, device=DEVICE))
+
+
+@pytest.mark.parametrize(("page", "dim", "dtype", "first"), CASES)
+def test_minmax_is_what_quest_says_of_pages(page, dim, dtype, first) -> None:
+    """Poisoned slots past the counts are not looked at, and no other page is written."""
+    pool = make_pool(12, page, dim, dtype, slab_pages=4, width=2 * dim, first=first)
+    table, counts = fill_heads(pool, [[page + 1, 0, 2 * page], [3, 2 * page, 1]], seed=1)
+    want, keys = pool.flat(), pool.flat().k
+    before = torch.tensor([[page, 0, 2 * page], [0, 5, 0]], dtype=torch.int32, device=DEVICE)
+    changed = [(0, 0, 1), (1, 0, 0), (1, 1, 0), (1, 1, 1), (1, 2, 0)]  # row, head, page
+    for b, h, m in changed:
+        held = torch.arange(page, device=DEVICE) < counts[b, h] - m * page
+        id = int(table[b, h, m])
+        want.summary[id] = Quest(budget=1).summarize(keys[None, id], held[None])[0]
+    stale = pool.flat()
+    stale.summary[[int(table[place]) for place in changed]] = 7.0
+    pool.fill(stale)
+    page_minmax.write_minmax(pool.pages, Heads(table, counts), before, 3)
+    assert_same(pool.flat().summary, want.summary)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_minmax_wants_room_for_it(backend: str) -> None:
+    pool = make_pool(4, 16, 16, torch.float32, slab_pages=4, width=16)
+    heads = Heads(*(torch.zeros(1, 2, dtype=torch.int32, device=DEVICE) for _ in range(2)))
+    with pytest.raises(ValueError, match=r"write_minmax: minmax wants summaries \[n, 32\]"):
+        load(backend).write_minmax(pool.pages, heads, heads.counts, 1)

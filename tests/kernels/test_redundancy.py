@@ -35,7 +35,7 @@ def formula(keys, lengths, threshold):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("width", "dim"), [(130, 20), (200, 64), (1, 16)])
 def test_the_last_similar_key(width, dim, dtype, monkeypatch):
-    monkeypatch.setattr(kernels, "_CHUNK", 64)
+    monkeypatch.setattr(kernels, "_TILES", 2)
     keys = keys_of(3, width, dim, dtype)
     lengths = torch.tensor([width, width // 2, 0], device=DEVICE)
     wanted, near = formula(keys, lengths, 0.613)
@@ -51,7 +51,7 @@ def test_the_last_similar_key(width, dim, dtype, monkeypatch):
 
 def test_keys_without_a_similar_one_are_looked_for_to_the_first(monkeypatch):
     """Only the first key resembles the last: everything between is looked at."""
-    monkeypatch.setattr(kernels, "_CHUNK", 64)
+    monkeypatch.setattr(kernels, "_TILES", 2)
     keys = torch.eye(96, device=DEVICE)[None].repeat(1, 2, 1)[:, :150]
     keys[:, 96:] = F.normalize(torch.ones(96, device=DEVICE), dim=0)
     keys[0, -1] = keys[0, 0]

@@ -26,9 +26,8 @@ from kvpolicy import (
     TriAttention,
 )
 from kvpolicy._files import write_pt
-from kvpolicy.eviction.r_kv import _last
+from kvpolicy.eviction.r_kv import _shared
 from kvpolicy.eviction.triattention import PARTS
-from kvpolicy.ops import load
 from kvpolicy.testing import check_eviction
 from tests.support.sines import DIM, HEADS, KEY, QUERY, ROPE, T, kept
 
@@ -226,9 +225,8 @@ def test_redundancy_is_the_mean_of_what_is_left_of_all_cosines(spread):
         last = max((j for j in range(n) if cosines[j] > 0.5), default=0)
         left += torch.tensor([c * (j != last) for j, c in enumerate(cosines)])
     wanted = (left / n).softmax(0)[:30]
-    for last in (_last, load("reference").last_similar):
-        found = policy._redundancy(view, 0, slice(0, 1), keys[0], last)[0]
-        assert torch.allclose(found, wanted.to(found), atol=1e-6)
+    found = _shared(policy._means(view, 0, keys[0]), view, 0, every[0])[0]
+    assert torch.allclose(found, wanted.to(found), atol=1e-6)
 
 
 def test_r_kv_holds_no_product_of_all_keys():

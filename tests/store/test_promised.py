@@ -156,13 +156,13 @@ def test_pages_that_move_grow_once_a_call(monkeypatch):
     pipeline = CachePipeline(window=3, backend="reference")
     spec = CacheSpec(layers=LAYERS, heads=HEADS, kv_heads=HEADS, head_dim=16, page_size=SIZE)
     state = pipeline.init(spec)
-    made, extent = [], PagePool._extent
+    made, grow = [], PagePool._grow_moving
 
     def counting(pool, count):
         made.append(count)
-        return extent(pool, count)
+        return grow(pool, count)
 
-    monkeypatch.setattr(PagePool, "_extent", counting)
+    monkeypatch.setattr(PagePool, "_grow_moving", counting)
     for count in (200, 90):
         made.clear()
         pipeline.begin(state, [count], "prompt")

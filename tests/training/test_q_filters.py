@@ -13,6 +13,7 @@ from kvpolicy.adapters.hf.rule.tiny import tiny_model
 from kvpolicy.cli import app
 from kvpolicy.evaluation.grid.methods import method_variants
 from kvpolicy.evaluation.grid.variants import Room
+from kvpolicy.evaluation.methods.files import Given
 from kvpolicy.evaluation.models import tiny_llama, tiny_tokenizer
 from kvpolicy.training import fit_q_filters
 
@@ -75,6 +76,7 @@ def test_the_commands_file_is_one_of_the_methods(tmp_path):
     assert done.exit_code == 0, done.output
     found = QFilters.from_pretrained(out, budget=64)
     assert found.filters.shape == (2, 2, 32)
-    (variant,) = [x for x in method_variants([0.4], 32, q_filters=out) if x.name == "Q-Filters 0.4"]
+    given = Given(files={"Q-Filters": out})
+    (variant,) = [x for x in method_variants([0.4], 32, given) if x.name == "Q-Filters 0.4"]
     eviction = variant.build(Room(256, 660, 20, page=8)).eviction
     assert isinstance(eviction, QFilters) and torch.equal(eviction.filters, found.filters)

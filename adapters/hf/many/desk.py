@@ -70,21 +70,13 @@ class Desk:
     def _add(self, request: Request) -> bool:
         """Puts a request into the queue; one that cannot be served has finished."""
         try:
-            options = self.reader.options(request)
-            check_length(self.attachment, len(options.ids) + options.most)
+            load = self._load(request)
+            prompt, most = load.unlisted + len(load.options.ids), load.options.most
+            check_length(self.attachment, prompt + most)
         except Exception as error:
             self._refuse(request, error, 0)
             return False
-        load = Load(
-            request=request,
-            options=options,
-            pages=tuple(0 for _ in self.room.limits),
-            device=self.steps.tokens.device,
-        )
-        before = len(self.prefix)
-        if before and before < len(options.ids) and options.ids[:before] == self.prefix:
-            load.shared, load.pages = True, self.prefix_pages
-        entry = self.scheduler.add(len(options.ids), options.most, load)
+        entry = self.scheduler.add(prompt, most, load)
         if not fits(self.expected.least(entry), self.room.limits):
             self.scheduler.remove(entry)
             short = CapacityError(
@@ -95,6 +87,20 @@ class Desk:
             return False
         self.changed = True
         return True
+
+    def _load(self, request: Request) -> Load:
+        """A request with its options, which goes on from the common prefix if it begins so."""
+        options = self.reader.options(request)
+        load = Load(
+            request=request,
+            options=options,
+            pages=tuple(0 for _ in self.room.limits),
+            device=self.steps.tokens.device,
+        )
+        before = len(self.prefix)
+        if before and before < len(options.ids) and options.ids[:before] == self.prefix:
+            load.source, load.begun, load.pages = self.room.prefix, before, self.prefix_pages
+        return load
 
     def _refuse(self, request: Any, error: Exception, prompt: int) -> None:
         self.finished.append(

@@ -70,9 +70,9 @@ class Engine(Desk):
             else:
                 assert entry.lane is not None
                 load.started = time.perf_counter()
-                self.room.open_lane(entry.lane, load.shared)
-                if load.shared:
-                    entry.read = len(self.prefix)
+                self.room.open_lane(entry.lane, load.source)
+                if load.source is not None:
+                    entry.read = load.begun
                     self.expected.began(entry, self.room.stored(entry.lane))
 
     def _free(self) -> Sequence[int | None]:
@@ -88,7 +88,7 @@ class Engine(Desk):
     def _read_prefix(self) -> None:
         if not self.prefix:
             return
-        self.room.open_lane(0, shared=False)
+        self.room.open_lane(0)
         size = max(self.scheduler.tokens // self.tile, 1) * self.tile
         for at in range(0, len(self.prefix), size):
             prompts.read(self.model, self.room, [(0, self.prefix[at : at + size], at, False)])
@@ -104,7 +104,7 @@ class Engine(Desk):
                 [
                     (
                         _lane(entry),
-                        load_of(entry).options.ids[entry.read : entry.read + count],
+                        load_of(entry).next_ids(entry.read, count),
                         entry.read,
                         count == entry.left,
                     )

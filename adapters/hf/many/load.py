@@ -11,7 +11,7 @@ from transformers.generation import LogitsProcessorList
 
 from .options import Options
 from .requests import Reason, Request
-from .room import Outside
+from .room import Outside, Source
 from .sampling import alike
 from .scheduler import Entry, Pages
 
@@ -21,7 +21,8 @@ class Load:
     """A request, what it generated and what the scheduler's `Entry` of it does not say.
 
     `tokens` are those that the host knows; `made` may be more. `pages` are held, of each pool;
-    `passed` tokens of all heads left the window, `stored` of them are held (see `Expected`).
+    `passed` tokens of all heads left the window, `stored` of them are held (see `Expected`). It
+    goes on from the `begun` tokens of a `source`, `unlisted` of which are none of its ids.
     """
 
     request: Request
@@ -33,7 +34,9 @@ class Load:
     first: float | None = None
     tokens: list[int] = attrs.field(factory=list)
     made: int = 0
-    shared: bool = False  # begins with the common prefix
+    source: Source | None = None
+    begun: int = 0
+    unlisted: int = 0
     passed: int = 0
     stored: int = 0
     outside: Outside | None = None
@@ -61,6 +64,11 @@ class Load:
     def seen(self) -> Tensor | None:
         """All tokens so far `[1, S]`, where a processor reads them."""
         return None if self.ids is None else self.ids[:, : len(self.options.ids) + self.made]
+
+    def next_ids(self, read: int, count: int) -> list[int]:
+        """The next `count` ids of its prompt, `read` tokens of which were read."""
+        at = read - self.unlisted
+        return self.options.ids[at : at + count]
 
     def chose(self, token: Tensor) -> None:
         """Takes the next token, a tensor without axes that the host has not seen."""

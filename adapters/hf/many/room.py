@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import attrs
 import torch
@@ -55,10 +55,28 @@ class Outside:
     states: list[dict[str, Any]] | None
 
 
-class Room:
-    """`slots` sequences that decode, beside `lanes` prompts; all on the same pages."""
+class Source(NamedTuple):
+    """A sequence that others go on from: that in `row` of `state`, and its layers' `states`."""
 
-    def __init__(self, attachment: Attached, slots: int, sizes: dict[str, Any]) -> None:
+    state: CacheState
+    row: int
+    states: list[dict[str, Any]]
+
+
+class Room:
+    """`slots` sequences that decode, beside `lanes` prompts; all on the same pages.
+
+    Those are the pages of `asked`, where that is given: a cache whose sequences are asked questions
+    in place of prompts.
+    """
+
+    def __init__(
+        self,
+        attachment: Attached,
+        slots: int,
+        sizes: dict[str, Any],
+        asked: KVPolicyCache | None = None,
+    ) -> None:
         served, pipeline = attachment.served, attachment.pipeline
 
         def cache() -> SlotCache:
@@ -69,17 +87,23 @@ class Room:
         self.pipeline, self.slots = pipeline, slots
         self.decoding, self.reading = cache(), cache()
         # What goes on from states, or reads the keys of other layers, is not packed.
-        own = bool(self.decoding.states) or bool(served.readers)
+        own = bool(self.decoding.states) or bool(served.readers) or asked is not None
         self.lanes = 1 if own else min(slots, LANES)
         self.whole = not served.probe.goes_on and bool(self.decoding.states)
-        state = self.decoding.ensure_state(slots)
+        if asked is None:
+            state = self.decoding.ensure_state(slots)
+        else:
+            assert asked.state is not None
+            state = side_state(asked.state, slots)
+            self.decoding.take_state(state)
+            self.reading.phase = "decode"  # a question's tokens are decoded ones
         clear(state, range(slots))
         self.decoding.phase = "decode"
         self.reading.take_state(side_state(state, self.lanes))
         clear(self.lane_state, range(self.lanes))
         self.last = side_state(state)  # of one sequence, whose prompt ends
         clear(self.last, [0])
-        self.prefix: tuple[CacheState, list[dict[str, Any]]] | None = None
+        self.prefix: Source | None = None
 
     @property
     def state(self) -> CacheState:
@@ -122,13 +146,12 @@ class Room:
             self.state.sync_host()  # rows that ended meanwhile are not due
             self.pipeline.maintain(self.state)
 
-    def open_lane(self, lane: int, shared: bool) -> None:
-        """Makes an empty lane ready for a prompt; with `shared`, after the common prefix."""
+    def open_lane(self, lane: int, source: Source | None = None) -> None:
+        """Makes an empty lane ready for a prompt, after what a `source` holds."""
         self.lane_state.resume([lane])
-        if shared and self.prefix is not None:
-            state, states = self.prefix
-            move(self.lane_state, lane, select_rows(state, [0]), 0)
-            self._put(self.reading, lane, states)
+        if source is not None:
+            move(self.lane_state, lane, select_rows(source.state, [source.row]), 0)
+            self._put(self.reading, lane, source.states)
 
     def keep_prefix(self, lane: int) -> None:
         """What a lane has read becomes the common prefix; the lane is empty then."""
@@ -137,7 +160,7 @@ class Room:
         states = self.reading.states.select([lane]) if self.reading.states else []
         move(kept, 0, self.lane_state, lane)
         self.reading.states.clear([lane])
-        self.prefix = kept, states
+        self.prefix = Source(kept, 0, states)
 
     def end_prompt(self, lane: int, slot: int) -> None:
         """Ends the prompt of a lane, and makes its sequence that of an empty slot.

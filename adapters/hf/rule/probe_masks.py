@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .kinds import LayerKind
 
@@ -54,6 +55,35 @@ def difference(
 
 def _ask(function: MaskFunction, places: Tensor) -> Tensor:
     zero = torch.zeros((), dtype=torch.long, device=places.device)
-    answer = function(zero, zero, places[:, None], places[None])
+    with Bounded():  # type: ignore[no-untyped-call]
+        answer = function(zero, zero, places[:, None], places[None])
     shape = (len(places), len(places))
     return torch.as_tensor(answer).cpu().expand(shape).bool()
+
+
+class Bounded(TorchDispatchMode):
+    """Lookups beyond a tensor's end raise IndexError; a GPU's own check breaks its context."""
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        for dim, at in _lookups(func, args):
+            size, (low, high) = args[0].shape[dim], (int(x) for x in at.aminmax())
+            if high >= size or low < -size:
+                raise IndexError(f"index: wanted below {size}, got {high if high >= size else low}")
+        return func(*args, **(kwargs or {}))
+
+
+def _lookups(func: Any, args: tuple[Any, ...]) -> list[tuple[int, Tensor]]:
+    """Dims of the first argument that an operation looks up, and at which places."""
+    if func in (torch.ops.aten.gather.default, torch.ops.aten.index_select.default):
+        return [(args[1], args[2])]
+    if func is not torch.ops.aten.index.Tensor:
+        return []
+    given = [(dim, at) for dim, at in enumerate(args[1]) if at is not None and at.numel()]
+    # A mask of several dims shifts those after it; one that does not fit raises on the host.
+    return [] if any(at.dtype == torch.bool for _, at in given) else given

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...adapters.hf import Attachment, KVPolicyCache, repeats
-from ...eviction import KVzip
+from ...adapters.hf import Attachment, Finished, KVPolicyCache, Request
+from ...errors import UnsupportedError
 from ...store import Report
 from ..grid.records import Footprint
+from ..sessions import look_back
 from ..sessions.pipeline import settled
 from ..tasks.prompts import Ids
 from .chat import Reading
@@ -43,17 +44,15 @@ class Asker:
 
     `after` is what the chat template puts behind a user's message, for evictions that let the
     model repeat its context. `drawn` are options of `generate` by which tokens are drawn instead.
+    With `slots` so many questions are asked at once, and one that has its answer makes room for the
+    next, where the pipeline and the model allow it; else all questions of a group at once.
     """
 
     here: Attachment
     tokenizer: PreTrainedTokenizerBase
     after: str = "\n"
     drawn: Mapping[str, Any] = attrs.field(factory=dict)
-
-    @property
-    def alone(self) -> bool:
-        """Whether contexts must be read one at a time."""
-        return isinstance(self.here.pipeline.eviction, KVzip)
+    slots: int | None = None
 
     @torch.no_grad()
     def answers(self, group: Sequence[Reading]) -> Answered:
@@ -63,6 +62,22 @@ class Asker:
         rows = [row for row, reading in enumerate(group) for _ in reading.questions]
         asked = [question for reading in group for question in reading.questions]
         most = [new for reading in group for new in reading.new_tokens]
+        kept, held_after = self._in_slots(cache, rows, asked, most) or self._at_once(
+            cache, rows, asked, most
+        )
+        texts = iter([str(self.tokenizer.decode(x, skip_special_tokens=True)) for x in kept])
+        spent = statistics.fmean(len(q) + len(a) for q, a in zip(asked, kept, strict=True))
+        return Answered(
+            texts=tuple(tuple(next(texts) for _ in reading.questions) for reading in group),
+            sizes=self._sizes(cache, report, asked[0][-1]),
+            kv_footprint=kv_footprint(report, self.here.pipeline.window, spent),
+            held_after=held_after,
+        )
+
+    def _at_once(
+        self, cache: KVPolicyCache, rows: list[int], asked: Sequence[Ids], most: Sequence[int]
+    ) -> tuple[list[list[int]], float]:
+        """Answers to questions about sequences `rows`, and what a head holds after them."""
         ids, mask = self._block(asked)
         told = self._options(max(most)) | {"return_dict_in_generate": True}
         replies = self.here.ask(cache.fork(rows), ids, mask, **told)
@@ -70,14 +85,30 @@ class Asker:
             self._until_end(row.tolist()[ids.shape[1] :][:new])
             for row, new in zip(replies.sequences, most, strict=True)
         ]
-        texts = iter([str(self.tokenizer.decode(x, skip_special_tokens=True)) for x in kept])
-        spent = statistics.fmean(len(q) + len(a) for q, a in zip(asked, kept, strict=True))
-        return Answered(
-            texts=tuple(tuple(next(texts) for _ in reading.questions) for reading in group),
-            sizes=self._sizes(cache, report, ids),
-            kv_footprint=kv_footprint(report, self.here.pipeline.window, spent),
-            held_after=_mean(replies.past_key_values.report().stored),
-        )
+        return kept, _mean(replies.past_key_values.report().stored)
+
+    def _in_slots(
+        self, cache: KVPolicyCache, rows: list[int], asked: Sequence[Ids], most: Sequence[int]
+    ) -> tuple[list[list[int]], float] | None:
+        """The same in slots; None where they do not serve."""
+        if self.slots is None:
+            return None
+        requests = [
+            Request(ids, id=place, seed=int(torch.randint(1 << 31, ())), **self._options(new))
+            for place, (ids, new) in enumerate(zip(asked, most, strict=True))
+        ]
+        try:
+            answering = self.here.ask_many(cache, requests, rows=rows, slots=self.slots)
+        except UnsupportedError:
+            return None
+        found: dict[Any, Finished] = {}
+        for one in answering:
+            if one.error is not None:
+                raise one.error
+            found[one.id] = one
+        answers = [found[place] for place in range(len(requests))]
+        held = [_mean(one.held.stored) for one in answers if one.held is not None]
+        return [self._until_end(one.tokens) for one in answers], statistics.fmean(held)
 
     @torch.no_grad()
     def first_token(self, reading: Reading) -> float:
@@ -92,31 +123,32 @@ class Asker:
 
     def _read(self, group: Sequence[Reading]) -> KVPolicyCache:
         ids, mask = self._block([reading.context for reading in group])
-        if not self.alone:
+        if not self.here.pipeline.eviction.replayed:
             return self.here.read(ids, mask)
         cache = self.here.new_cache()
         cache.begin_prompt()
-        self.here.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
-        for again, span in repeats(self.tokenizer, ids, suffix=self.after):
-            self.here.replay(cache, again, span=span)
+        self.here.decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        contexts = [reading.context for reading in group]
+        look_back.look_back(self.here, cache, contexts, self.tokenizer, self.after)
         cache.end_prompt()
         return cache
 
-    def _sizes(self, cache: KVPolicyCache, found: Report, asked: Tensor) -> Footprint:
-        """Of one of the cache's sequences; what a token reads is seen by a token after it."""
+    def _sizes(self, cache: KVPolicyCache, found: Report, token: int) -> Footprint:
+        """Of one of the cache's sequences; what a token reads is seen by a `token` after it."""
         assert cache.state is not None
         spec, batch = cache.spec, cache.state.batch
         twin = cache.fork()
-        self.here.model(input_ids=asked[:1, -1:].expand(batch, 1), past_key_values=twin)
+        after = torch.full((batch, 1), token, device=self.here.model.device)
+        self.here.model(input_ids=after, past_key_values=twin)
         heads = sum(map(len, found.stored))
-        token = 2 * spec.head_dim * spec.dtype.itemsize
+        each = 2 * spec.head_dim * spec.dtype.itemsize
         return Footprint(
             held_tokens=_mean(found.stored),
             seen_tokens=found.tokens / batch,
             read_tokens=twin.report().mean_read,
             bytes=found.total / batch,
             kv_bytes=found.kv / batch,
-            slots=found.kv / batch / heads / token - spec.rollback,
+            slots=found.kv / batch / heads / each - spec.rollback,
             admitted=found.mean_admitted,
             evicted=sum(map(sum, found.evicted)) / batch,
         )

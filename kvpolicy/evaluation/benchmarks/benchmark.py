@@ -62,7 +62,10 @@ class Benchmark(ABC):
             if name not in known:
                 raise ValueError(f"task: wanted one of {', '.join(known)}, got {name!r}")
         if not known:
-            raise ValueError("data: wanted files of the benchmark's tasks, found none")
+            raise ValueError(
+                "data: wanted files of the benchmark's tasks, found none; write data=[FOLDER] "
+                "(--data FOLDER)"
+            )
         return tuple(names) if names else known
 
 

@@ -1,43 +1,17 @@
-"""Runs in parts: which part a process takes, and parts put together."""
+"""Parts of a benchmark put together."""
 
 from __future__ import annotations
 
-import os
-import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
 
+from ..grid.parts import found_parts
 from ..grid.records import Measured, Result
-from ..grid.results import Record, Store
+from ..grid.results import Record
 from .runner import mean_footprint
-
-#: Variables of launchers: this process's number and how many there are.
-VARIABLES = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
-
-
-def part_of(text: str | None, environment: Mapping[str, str] | None = None) -> tuple[int, int]:
-    """Which part of how many "i/n" says, from 0 to n - 1; default what a launcher says.
-
-    Raises:
-        ValueError: it is no such pair.
-    """
-    given = os.environ if environment is None else environment
-    if text is None:
-        pairs = [(given[a], given[b]) for a, b in VARIABLES if a in given and b in given]
-        text = "/".join(pairs[0]) if pairs else "0/1"
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if match is None or not int(match[1]) < int(match[2]):
-        raise ValueError(f"part: wanted i/n with i from 0 to n - 1, got {text!r}")
-    return int(match[1]), int(match[2])
-
-
-def folder_of(out: Path, part: tuple[int, int]) -> Path:
-    """Where a part's results lie; a whole run's lie in the folder itself."""
-    number, of = part
-    return out if of == 1 else out / f"part-{number}-of-{of}"
 
 
 def merged(out: Path, of: int) -> tuple[Record, list[Result], list[int]]:
@@ -46,16 +20,7 @@ def merged(out: Path, of: int) -> tuple[Record, list[Result], list[int]]:
     Raises:
         ValueError: parts were made with different settings.
     """
-    stores = [Store(folder_of(out, (number, of))) for number in range(of)]
-    there = [x for x in stores if (x.folder / "settings.json").exists()]
-    missing = [i for i, x in enumerate(stores) if x not in there]
-    records = [x.record() for x in there]
-    for record, store in zip(records, there, strict=True):
-        if record["settings"] != records[0]["settings"]:
-            raise ValueError(f"out: {store.folder} was made with other settings than other parts")
-    made = [x for record in records for x in record["made_with"]]
-    whole = {**records[0], "made_with": [x for i, x in enumerate(made) if x not in made[:i]]}
-    found = [x.read() for x in there]
+    whole, found, missing = found_parts(out, of)
     keys = list(dict.fromkeys(result.key for results in found for result in results))
     by_key = [{result.key: result for result in results} for results in found]
     results = []

@@ -14,9 +14,9 @@ import torch
 
 from ...adapters.hf import attach
 from ...pipeline import CachePipeline
-from ..grid.cell import at_a_time
 from ..grid.loop import Loop
 from ..grid.records import Footprint, Measured
+from ..grid.together import at_a_time
 from ..grid.variants import SEEN, Room, Variant
 from .answers import Answered, Asker
 from .benchmark import Benchmark, Wanted
@@ -44,7 +44,8 @@ class BenchmarkRunner(Loop[Cell]):
 
     `contexts` are those of a task; where they bring fewer than `questions`, there are more of them.
     `part` is which of how many parts of each task's contexts this run asks about. Answers are
-    greedy without `drawn`, options of `generate` that draw them.
+    greedy without `drawn`, options of `generate` that draw them. `slots` are the questions that are
+    asked at once, by default all of some contexts.
     """
 
     benchmark: Benchmark
@@ -52,6 +53,7 @@ class BenchmarkRunner(Loop[Cell]):
     data: tuple[Path, ...] = ()
     part: tuple[int, int] = (0, 1)
     drawn: Mapping[str, Any] = attrs.field(factory=dict)
+    slots: int | None = None
     _items: dict[tuple[str, int], list[tuple[int, list[Item]]]] = attrs.field(factory=dict)
 
     def run(self, tasks: Sequence[str], lengths: Sequence[int], found: Sequence[Variant]) -> None:
@@ -84,10 +86,16 @@ class BenchmarkRunner(Loop[Cell]):
         texts: list[list[str]] = [[] for _ in asked]
         found: list[tuple[int, Answered]] = []
         with attach(self.model, pipeline, page_size=self.page_size) as here:
-            asker = Asker(here=here, tokenizer=self.tokenizer, after=chat.after, drawn=self.drawn)
+            asker = Asker(
+                here=here,
+                tokenizer=self.tokenizer,
+                after=chat.after,
+                drawn=self.drawn,
+                slots=self.slots,
+            )
             torch.manual_seed(self.seed)
             longest = max(len(x.context) + max(x.new_tokens) for x in readings)
-            count = 1 if asker.alone else at_a_time(self.model, pipeline, longest)
+            count = at_a_time(self.model, pipeline, longest)
             for begin in range(0, len(readings), count):
                 self.check()
                 group = slice(begin, begin + count)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,18 +13,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...adapters.hf import KVPolicyCache, attach, new_cache
+from ...adapters.hf import Attachment, KVPolicyCache, attach
 from ...adapters.hf.capture import Stepper
 from ...pipeline import CachePipeline
+from ..sessions import look_back
 from ..sessions.pipeline import settled
 from ..sessions.score import AnswerScore
 from ..tasks.loss import hit_tokens, losses
 from ..tasks.prompts import Example, Ids, Question
 from .records import Footprint, Measured
+from .together import block, groups
 
 _CAPTURE_FROM = 6  # steps from which a graph saves more than its capture costs
-_CPU_TOKENS = 1 << 13  # context tokens of a batch on the host
-_ROOM = 24  # device memory for a context token, in units of its keys and values
+
+
+Ends = Callable[[KVPolicyCache, Sequence[Ids]], None]
 
 
 class OutOfTime(Exception):
@@ -41,28 +44,32 @@ def answer(
     captured: bool = True,
     page_size: int = 16,
     check: Callable[[], None] = lambda: None,
+    tokenizer: Any = None,
 ) -> Measured:
     """Scores by context, and sizes after the first question; `check` may raise OutOfTime.
 
     As many contexts as fit are read together, each in a sequence of its own, and every question in
     a copy of its context's sequence. Answers are decoded token by token by the cache; with
-    `captured`, by a CUDA graph where there is a device for it. Pages hold `page_size` tokens.
+    `captured`, by a CUDA graph where there is a device for it. Pages hold `page_size` tokens. The
+    `tokenizer` is that of evictions that let the model repeat its context.
     """
     began, scores, sizes, read = time.monotonic(), [], [], []
     with attach(model, pipeline, page_size=page_size) as attached:
-        for group in _groups(model, pipeline, examples):
+        for group in groups(model, pipeline, examples):
             check()
             cache = attached.new_cache()
-            _forward(model, cache, *_block([example.context_ids for example in group]))
+            _forward(model, cache, *block([example.context_ids for example in group]))
             read += _densities(cache, len(group))
+            ends = partial(_end, attached, tokenizer)
             if not question_in_prompt:
-                cache.end_prompt()
+                ends(cache, [example.context_ids for example in group])
             asked = [example.questions for example in group]
             scores += ask_together(
-                model, cache, asked, question_in_prompt=question_in_prompt, captured=captured
+                model, cache, asked, ends if question_in_prompt else None, captured=captured
             )
             firsts = [questions[0] for questions in asked]
-            sizes += [_size_after(model, cache, firsts, question_in_prompt)] * len(group)
+            size = _size_after(model, cache, firsts, ends if question_in_prompt else None)
+            sizes += [size] * len(group)
     kinds: dict[str, Callable[[AnswerScore], float]] = {
         "accuracy": lambda answer: answer.token_accuracy,
         "exact": lambda answer: answer.exact_match,
@@ -93,7 +100,7 @@ def read_text(
     began, sizes = time.monotonic(), []
     everywhere, hits, read = [], [], []
     with attach(model, pipeline, page_size=page_size) as attached:
-        for group in _groups(model, pipeline, documents):
+        for group in groups(model, pipeline, documents):
             check()
             cache = attached.new_cache()
             ids = torch.stack(group).to(model.device)
@@ -117,21 +124,29 @@ def ask_together(
     model: PreTrainedModel,
     cache: KVPolicyCache,
     asked: Sequence[Sequence[Question]],
+    ends: Ends | None,
     *,
-    question_in_prompt: bool = True,
     captured: bool = True,
 ) -> list[list[AnswerScore]]:
     """Asks each of the cache's sequences its own questions, all at once, in copies of them.
 
-    Answers are decoded teacher-forced.
+    Answers are decoded teacher-forced. `ends` ends the prompts behind the questions; None: they
+    have ended.
     """
     questions = [question for one in asked for question in one]
     twins = cache.fork([row for row, one in enumerate(asked) for _ in one])
-    logits = _forward(model, twins, *_block([question.question_ids for question in questions]))
-    if question_in_prompt:
-        twins.end_prompt()
+    texts = [question.question_ids for question in questions]
+    logits = _forward(model, twins, *block(texts))
+    if ends is not None:
+        ends(twins, texts)
     found = iter(_decode(model, twins, logits, [q.answer_ids for q in questions], captured))
     return [[next(found) for _ in one] for one in asked]
+
+
+def _end(attached: Attachment, tokenizer: Any, cache: KVPolicyCache, texts: Sequence[Ids]) -> None:
+    """Ends prompts that end with such texts."""
+    look_back.look_back(attached, cache, texts, tokenizer)
+    cache.end_prompt()
 
 
 def _decode(
@@ -169,36 +184,6 @@ def _decode(
     ]
 
 
-def _groups(
-    model: PreTrainedModel, pipeline: CachePipeline, items: Sequence[Any]
-) -> Iterator[list[Any]]:
-    """As many contexts, or documents `[N]`, at a time as the device holds with their questions."""
-    longest = max(len(x.context_ids) if isinstance(x, Example) else len(x) for x in items)
-    count = at_a_time(model, pipeline, longest)
-    for begin in range(0, len(items), count):
-        yield list(items[begin : begin + count])
-
-
-def at_a_time(model: PreTrainedModel, pipeline: CachePipeline, longest: int) -> int:
-    """How many contexts of up to `longest` tokens the device holds with their questions."""
-    spec = new_cache(model, pipeline).spec
-    if spec.device.type == "cuda":
-        each = 2 * spec.layers * spec.kv_heads * spec.head_dim * spec.dtype.itemsize
-        idle = torch.cuda.memory_reserved(spec.device) - torch.cuda.memory_allocated(spec.device)
-        tokens = (torch.cuda.mem_get_info(spec.device)[0] + idle) // (_ROOM * each)
-    else:
-        tokens = _CPU_TOKENS
-    return max(int(tokens) // longest, 1)
-
-
-def _block(rows: Sequence[Ids]) -> tuple[Tensor, Tensor]:
-    """Ids `[B, S]` of sequences padded on the left, and which of them are real."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[*[0] * (width - len(row)), *row] for row in rows])
-    real = torch.tensor([[i >= width - len(row) for i in range(width)] for row in rows])
-    return ids, real
-
-
 def _forward(model: PreTrainedModel, cache: KVPolicyCache, ids: Tensor, real: Tensor) -> Tensor:
     """Appends `ids` `[B, S]` that are `real`; logits `[B, vocabulary]` after the last column."""
     mask = None
@@ -228,13 +213,14 @@ def _size_after(
     model: PreTrainedModel,
     cache: KVPolicyCache,
     questions: Sequence[Question],
-    question_in_prompt: bool,
+    ends: Ends | None,
 ) -> Footprint:
     """What each sequence holds after a question and the answer's first token."""
-    _forward(model, cache, *_block([question.question_ids for question in questions]))
-    if question_in_prompt:
-        cache.end_prompt()
-    _forward(model, cache, *_block([question.answer_ids[:1] for question in questions]))
+    texts = [question.question_ids for question in questions]
+    _forward(model, cache, *block(texts))
+    if ends is not None:
+        ends(cache, texts)
+    _forward(model, cache, *block([question.answer_ids[:1] for question in questions]))
     return _size(cache)
 
 

@@ -52,9 +52,9 @@ class Loop(ABC, Generic[C]):
         """
 
     def go_through(self, whole: Sequence[C]) -> None:
-        """Measures, in this order, what is not measured yet."""
+        """Measures, in this order, what is not measured yet; a cell named twice once."""
         done = {result.key for result in self.results if not result.failed}
-        todo = [cell for cell in whole if cell.key not in done]
+        todo = [cell for key, cell in {x.key: x for x in whole}.items() if key not in done]
         for number, cell in enumerate(todo):
             self.starts(cell, number, len(todo))
             try:

@@ -64,10 +64,6 @@ class Store:
         with self._cells.open("a", encoding="utf-8") as file:
             file.write(json.dumps(to_json(result)) + "\n")
 
-    def write(self, results: Iterable[Result], text: str) -> None:
-        """Writes the results as results.json and `text` as results.md."""
-        write_results(self.folder, self.record(), results, text)
-
     def record(self) -> Record:
         """The settings, and what the runs used.
 

@@ -11,12 +11,13 @@ import attrs
 from ...admission import WriteGate
 from ...pipeline import CachePipeline
 from ...pretrained import names, path
+from ..methods.files import Given, named_files
 from ..search.calibrate import calibrate
 from ..tasks import Task
 from ..tasks.prompts import Example
 from .cell import answer, read_text
 from .loop import Loop
-from .methods import method_variants
+from .parts import dealt
 from .records import Measured
 from .variants import Cell, Room, Variant, cells, variants
 
@@ -29,15 +30,17 @@ class Runner(Loop[Cell]):
     """Measures the cells of the library's own tasks.
 
     `contexts` are those of a cell of eight questions each; tasks of one question get eight times as
-    many, so that every cell asks as much.
+    many, so that every cell asks as much. `part` says which of how many parts of the cells it
+    measures.
     """
 
     captured: bool = True
+    part: tuple[int, int] = (0, 1)
     _prompts: dict[tuple[str, int], list[Any]] = attrs.field(factory=dict)
 
     def run(self, tasks: Sequence[Task], lengths: Sequence[int], found: Sequence[Variant]) -> None:
         """Measures what is not measured yet, the most informative first."""
-        self.go_through(cells(tasks, lengths, found))
+        self.go_through(dealt(cells(tasks, lengths, found), self.part))
 
     def measured(self, cell: Cell) -> Measured | None:
         prompts = self._prompts_of(cell.task, cell.length)
@@ -60,6 +63,7 @@ class Runner(Loop[Cell]):
             captured=self.captured,
             page_size=self.page_size,
             check=self.check,
+            tokenizer=self.tokenizer,
         )
 
     def _room(self, cell: Cell) -> Room:
@@ -110,20 +114,17 @@ def _asked(prompts: Sequence[Any]) -> float:
     return sum(lengths) / len(lengths) if lengths else 0.0
 
 
-def method_variants_for(
-    model: str,
-    gates: Sequence[Path],
-    duo: Path | None,
-    keeps: Sequence[float],
-    window: int,
-    q_filters: Path | None = None,
-) -> list[Variant]:
-    """All methods; "smollm2" has a gate and a pattern that are shipped."""
+def given_for(model: str, gates: Sequence[Path], duo: Path | None, files: Sequence[str]) -> Given:
+    """What methods need; "smollm2" has a gate and a pattern that are shipped.
+
+    Raises:
+        ValueError: a text of `files` is no "METHOD=FILE".
+    """
     if model == "smollm2":
         duo = duo or path("duo-smollm2-135m-instruct")
         gates = gates or [path(SHIPPED_GATES["25"])]
     gate = WriteGate.from_pretrained(gates[0]) if gates else None
-    return method_variants(keeps, window, gate=gate, duo=duo, q_filters=q_filters)
+    return Given(gate=gate, duo=duo, files=named_files(files))
 
 
 def variants_for(

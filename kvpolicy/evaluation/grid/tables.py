@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ..._markdown import table
 from ..sessions.estimates import ratio, said, shown
 from .claims import claims
+from .method_table import method_tables
 from .records import Measured, Result
 from .results import Record
 from .variants import FULL
@@ -17,7 +18,11 @@ COMPARED = ("accuracy", "loss", "hit_loss")
 
 def summary(record: Record, results: Sequence[Result], title: str) -> str:
     """The text of results.md."""
-    lines = [f"# {title}", "", *record_lines(record), *claims(results), *tables(results), _NOTE, ""]
+    lines = [f"# {title}", "", *record_lines(record), *claims(results)]
+    left_out = record["settings"].get("left_out")
+    if left_out is not None:
+        lines += method_tables(results, left_out)
+    lines += [*tables(results), _NOTE, ""]
     return "\n".join(lines)
 
 
@@ -55,7 +60,10 @@ def _cells(found: Measured, scores: Sequence[str], full: Measured | None) -> lis
 def record_lines(record: Record) -> list[str]:
     """What the results were made from and with."""
     pairs = [("", record["settings"]), *(("made with ", made) for made in record["made_with"])]
-    lines = (what + ", ".join(f"{name} {x[name]}" for name in x) for what, x in pairs)
+    lines = (
+        what + ", ".join(f"{name} {x[name]}" for name in x if name != "left_out")
+        for what, x in pairs
+    )
     return [*(f"{text}  " for text in lines), ""]
 
 

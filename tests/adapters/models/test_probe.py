@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from kvpolicy.adapters.hf.rule import probe as module
+from kvpolicy.adapters.hf.rule.kinds import LayerKind
 from kvpolicy.adapters.hf.rule.probe import ModelRefused, probe, tolerance
+from kvpolicy.adapters.hf.rule.probe_masks import Bounded, difference
 from kvpolicy.adapters.hf.rule.tiny import causal_types, tiny_config, tiny_model
 from tests.support.adapters.left_out import PARTS, left_out, logits
 
@@ -179,3 +181,33 @@ def test_without_verify_logits_may_differ(monkeypatch):
         pass
     with pytest.raises(ModelRefused, match="check 'logits'"):
         attach(model, CachePipeline(window=4))  # what was not verified is not remembered
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda table, at: table[at],
+        lambda table, at: table.expand(2, -1)[0 * at, at],
+        lambda table, at: table.index_select(0, at),
+        lambda table, at: table.gather(0, at),
+    ],
+)
+def test_lookups_beyond_a_table_raise_before_they_run(look):
+    """A GPU's own assertion would break its context."""
+    table = torch.arange(4)
+    with Bounded():
+        assert torch.equal(look(table, torch.tensor([3, 0])), torch.tensor([3, 0]))
+        with pytest.raises(IndexError, match="^index: wanted below 4, got 5$"):
+            look(table, torch.tensor([0, 5]))
+        assert torch.equal(table[table > 2], torch.tensor([3]))
+
+
+def test_a_mask_that_looks_positions_up_is_asked_about_the_prompt_alone():
+    kind, places = LayerKind(kind="full"), torch.tensor([0, 3, 4, 9])
+    group = torch.tensor([0, 0, 1, 1, 1])
+
+    def mask(row, head, query, key):
+        return (key <= query) & (group[key] == group[query])
+
+    assert difference(mask, kind, places, 5) == (3, 0, False)
+    assert difference(lambda row, head, query, key: key <= query, kind, places, 5) is None

@@ -23,11 +23,19 @@ from tests.support.adapters.parallel import failures, pipeline, sampled, saved
 SLACK = 1e-4  # of float32 logits: products of a layer are summed in another order
 
 
+def equal_here_and_there(name, tokens):
+    both = [torch.empty_like(tokens, device="cuda") for _ in range(2)]
+    dist.all_gather(both, tokens.cuda())
+    assert torch.equal(*both), name
+
+
 def check_captured(model, rank):
-    for name, (same, eager, captured, captures, _) in steps.agreed(model, rank).items():
-        if name != "sampled":
-            assert same and eager == "eager: asked", name
-            assert captured == "captured" and captures, (name, captured)
+    found = steps.agreed(model, rank)
+    equal_here_and_there("sampled, captured", found.pop("sampled"))
+    for name, (same, eager, captured, captures, tokens) in found.items():
+        assert same and eager == "eager: asked", name
+        assert captured == "captured" and captures, (name, captured)
+        equal_here_and_there(name, tokens)
     assert steps.recaptured(model, rank) == ("captured", 2)
 
 
@@ -78,9 +86,7 @@ def main():
     equal, *_ = saved(model, rank, folder)
     assert equal
     for name, tokens in sampled(model, rank).items():
-        both = [torch.empty_like(tokens) for _ in range(2)]
-        dist.all_gather(both, tokens)
-        assert torch.equal(*both), name
+        equal_here_and_there(name, tokens)
     check_failures(model, rank, folder)
     print(f"rank {rank}: all agreed", flush=True)
     dist.destroy_process_group()

@@ -22,6 +22,7 @@ QUIET = {
 
 def run(job):
     from vllm import LLM, SamplingParams
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
     from kvpolicy.adapters.vllm import counters
 
@@ -30,7 +31,7 @@ def run(job):
         disable_log_stats=False, attention_config={"backend": "CUSTOM"},
         **{"enable_prefix_caching": False, **job["llm"]},
     )  # fmt: skip
-    engine, tokens = llm.llm_engine, {}
+    engine, tokens, reasons = llm.llm_engine, {}, {}
     for place, (prompt, new) in enumerate(job["requests"]):
         params = SamplingParams(
             max_tokens=new, temperature=0, ignore_eos=True, detokenize=False, logprobs=None
@@ -43,16 +44,23 @@ def run(job):
             engine.abort_request([str(place)])
         for done in engine.step():
             if done.finished:
-                tokens[int(done.request_id.split("-")[0])] = list(done.outputs[0].token_ids)
+                place = int(done.request_id.split("-")[0])
+                tokens[place] = list(done.outputs[0].token_ids)
+                reasons[place] = done.outputs[0].finish_reason
         steps += 1
         scheduler = engine.engine_core.engine_core.scheduler
         most = max(most, len(scheduler.running))
-    preempted = [x.value for x in llm.get_metrics() if x.name == "vllm:num_preemptions"]
+    metrics = {x.name: x.value for x in llm.get_metrics() if hasattr(x, "value")}
     free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
     counted = llm.collective_rpc(counters)[0]
     del llm, engine, scheduler
+    ensure_kv_transfer_shutdown()  # a process has one connector
     gc.collect()
-    return {"tokens": tokens, "preempted": preempted[0], "free": free, "most": most, **counted}
+    return {
+        "tokens": tokens, "reasons": reasons, "preempted": metrics["vllm:num_preemptions"],
+        "metric": metrics.get("vllm:kvpolicy_refused_tokens"), "free": free, "most": most,
+        **counted,
+    }  # fmt: skip
 
 
 def main(jobs, out):

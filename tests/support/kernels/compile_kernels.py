@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kvpolicy.kernels import (
     _launch,
     antidiagonal,
+    arena_write,
     attention_mass,
     cache_write,
     compact,
@@ -29,10 +30,12 @@ from kvpolicy.kernels import (
     lag_spreads,
     norms,
     page_io,
+    page_minmax,
     page_select,
     paged_decode,
     prompt_write,
     redundancy,
+    redundancy_scores,
     selected_prefill,
     sparse_prefill,
     window_scores,
@@ -41,7 +44,7 @@ from kvpolicy.kernels import (
 )
 from kvpolicy.kernels import ring as ring_ops
 from kvpolicy.kernels.prefill_gather import Rectangles
-from kvpolicy.ops import Heads, Numbers, Pairs, Ring, Segments, TileReads
+from kvpolicy.ops import Arenas, Heads, Numbers, Pairs, Ring, Segments, TileReads
 from tests.support.kernels.pool import make_pool
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KB that one program may use
@@ -119,9 +122,15 @@ def call_all(dim: int, page: int, dtype: torch.dtype, dim_v: int | None = None) 
         minmax=True, bits=2, query=query,
         queries=torch.zeros(1, heads * group, 64, dim, dtype=dtype),
     )  # fmt: skip
+    one = torch.zeros(1, dtype=torch.int32)
+    arena_write.arena_write(
+        pages, stored, ring, Arenas(table[0], one, one, lengths, 256), new, new_v, flags[:, :, 0],
+        one, lengths, active, window, minmax=True,
+    )  # fmt: skip
     decoded = query, pages, stored, ring, lengths, active, window, 0.1
     for selected in (None, torch.zeros(1, heads, 256, dtype=torch.int32)):
         paged_decode.paged_decode(*decoded, selected)
+    paged_decode.paged_decode(*decoded, rows=one)
     wide = torch.zeros(1, heads, 10_000, dtype=torch.int32)  # chosen by groups
     for how, ids in (("max", wide), ("each", table)):
         page_select.quest_select(pages, Heads(ids, counts), query, 240, how, 1, 1)
@@ -140,6 +149,7 @@ def call_all(dim: int, page: int, dtype: torch.dtype, dim_v: int | None = None) 
     for kind in (torch.int32, torch.int64):
         page_io.copy_pages(pages, ids.to(kind), ids.to(kind))
     page_io.write_summary(pages, ids, page_io.read_summary(pages, ids))
+    page_minmax.write_minmax(pages, stored, counts, 2)
     bounds = torch.tensor([0, tokens], dtype=torch.int32)
     segments = Segments((0, tokens), (0, tokens), (0,), bounds, bounds, bounds[:1])
     tile = sparse_prefill.AFTER if dim <= 128 and dtype != torch.float32 else None
@@ -196,6 +206,11 @@ def call_all(dim: int, page: int, dtype: torch.dtype, dim_v: int | None = None) 
             pages, stored, ring, lengths, window, sinks=4, lag=128, values=values
         )
     redundancy.last_similar(key, rows, 0.5)
+    for over in ("max", "mean"):
+        redundancy_scores.redundancy_scores(
+            pages, stored, ring, observed, lengths, window, 0.1, observation=8, kernel=7, mix=0.07,
+            threshold=0.5, group=over, softcap=30.0 if over == "mean" else None,
+        )  # fmt: skip
     numbers = Numbers(torch.zeros(1, heads, 512), torch.zeros(1, heads, slots))
     for new_number in (None, torch.zeros(1, heads)):
         write_number.write_number(numbers, counts, flags, new_number, lengths, active, window)

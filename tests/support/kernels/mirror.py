@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from kvpolicy.ops import Heads, Numbers, Pages, Ring, Segments, TileReads, load
+from kvpolicy.ops import Arenas, Heads, Numbers, Pages, Ring, Segments, TileReads, load
 from tests.support.kernels.pool import DEVICE, Pool, make_pool
 
 SLAB_PAGES = 4
@@ -61,7 +61,7 @@ def pair(given: Any) -> Pair:
         return given
     if isinstance(given, Tensor):
         return Pair(given, given.to(DEVICE, copy=True))
-    if isinstance(given, Segments | Heads | Ring | Numbers | TileReads):
+    if isinstance(given, Segments | Heads | Ring | Numbers | TileReads | Arenas):
         sides = [pair(x) for x in given]
         return Pair(*(type(given)(*side) for side in zip(*sides, strict=True)))
     return Pair(given, given)

@@ -10,7 +10,7 @@ import torch
 from kvpolicy.kernels import attention_mass as mass
 from kvpolicy.kernels import key_dots as dots
 from kvpolicy.kernels import window_scores as scoring
-from kvpolicy.ops import ADMITTED, MARKED, Numbers, Pairs, Ring
+from kvpolicy.ops import ADMITTED, MARKED, Arenas, Numbers, Pairs, Ring
 from tests.support.kernels.gate import weights
 from tests.support.kernels.mirror import Mirror, Pair, Size, agree, both, make_mirror, pair
 
@@ -91,6 +91,42 @@ def _decode_write(size: Size) -> None:
         agree(Pair(mirror.pages.host.top, mirror.pages.device.top))
 
 
+@case("arena_write")
+def _arena_write(size: Size) -> None:
+    for window, slots, each in ((3, 3, 1), (4, 7, 2)):
+        page, minmax = size.page, each == 2
+        mirror = make_mirror(size, [[2 * page, 0], [page - 1, 1], [0, 0]], spare=40)
+        batch, kv_heads = mirror.counts.shape
+        free = set(mirror.pages.host.free[: mirror.pages.host.top].tolist())
+        whole = [n for n in range(40) if {n * each + i for i in range(each)} <= free]
+        mirror.table = torch.cat([mirror.table, torch.zeros(3, 2, 4, dtype=torch.int32)], -1)
+        blocks = torch.tensor(whole[:9]).int().view(3, 3)
+        room = torch.tensor([3 * each, 1, 0]).int()
+        arenas = pair(
+            Arenas(blocks, room, torch.zeros_like(room), torch.zeros(3, dtype=torch.int64), each)
+        )
+        shape = batch, kv_heads, slots
+        rings = [pair(size.randn(*shape, d, seed=d)) for d in (size.dim, size.dim_v)]
+        ring = pair(Ring(*rings, pair(torch.full(shape, ADMITTED, dtype=torch.uint8))))
+        heads, lengths = pair(mirror.heads), torch.tensor([1, 2 * page + slots, 40])
+        for step in range(4):
+            active = torch.tensor([True, step != 1, True])
+            rows = torch.tensor([2, 0, 1]).int()
+            new = size.randn(3, kv_heads, size.dim, seed=4 + step)
+            bits = torch.full((3, kv_heads), step % 2, dtype=torch.uint8)
+            both(
+                "arena_write", mirror.pages, heads, ring, arenas, new, size.values(new),
+                bits if minmax else None, rows, lengths, active, window, minmax=minmax,
+                bits=MARKED if minmax else ADMITTED,
+            )  # fmt: skip
+            lengths = lengths + active
+        table, counts = (Pair(*x) for x in zip(*heads, strict=True))
+        for found in (counts, ring, *(Pair(*x) for x in list(zip(*arenas, strict=True))[:4])):
+            agree(found)
+        agree(mirror.stored(table, counts.host))
+        assert arenas.host.refused.tolist()[2] > 0 < int(arenas.host.taken[0])
+
+
 @case("paged_decode")
 def _paged_decode(size: Size) -> None:
     mirror = heads(size)
@@ -108,6 +144,13 @@ def _paged_decode(size: Size) -> None:
             size.dim**-0.5, selected=selected,
         )  # fmt: skip
         agree(found, size.atol)
+        if selected is each:
+            order = torch.tensor([2, 0]).int()
+            some = both(
+                "paged_decode", query[[2, 0]], mirror.pages, mirror.heads, ring, lengths, active,
+                window, size.dim**-0.5, selected=each[[2, 0]], rows=order,
+            )  # fmt: skip
+            agree(Pair(found.host[[2, 0]], some.device.cpu()), size.atol)
         active = torch.tensor([True, False, True])
 
 
@@ -182,6 +225,17 @@ def _page_io(size: Size) -> None:
     into = torch.tensor([int(held[4]), 0, int(free[1])])
     both("write_summary", mirror.pages, into, torch.arange(6.0 * size.dim).view(3, -1) / 8)
     agree(both("read_summary", mirror.pages, torch.cat([free, held])))
+
+
+@case("write_minmax")
+def _write_minmax(size: Size) -> None:
+    mirror, page = heads(size), size.page
+    held = mirror.table[mirror.table > 0]
+    before = torch.tensor([[page + 1, 0, 2 * page], [0, 5, page], [3 * page, 0, page - 1]]).int()
+    for most in (1, 4, 7):
+        both("write_summary", mirror.pages, held, torch.zeros(len(held), 2 * size.dim))
+        both("write_minmax", mirror.pages, mirror.heads, before, most)
+        agree(both("read_summary", mirror.pages, held))
 
 
 @case("window_scores", "window_levels")
@@ -260,6 +314,28 @@ def _lag_spreads(size: Size) -> None:
                 lag=lag, values=values,
             )  # fmt: skip
             agree(found, size.atol)
+
+
+@case("redundancy_scores")
+def _redundancy_scores(size: Size) -> None:
+    mirror = make_mirror(size, [[size.prompt + 40, 0, 2 * size.page], [size.page - 1, 64, 5]])
+    mirror.fork()
+    batch, kv_heads = mirror.counts.shape
+    window = 40
+    lengths = mirror.counts.amax(1).long() + window - torch.tensor([0, 30, 5])
+    keys = size.randn(batch, kv_heads, window + 3, size.dim, seed=2)
+    queries = size.randn(batch, kv_heads * size.group, window + 1, size.dim, seed=3)
+    ring = Ring(keys, size.values(keys), torch.zeros(keys.shape[:3], dtype=torch.uint8))
+    for group, softcap in (("max", None), ("mean", 20.0)):
+        # No cosine of random keys of so many channels is near the threshold.
+        agree(
+            both(
+                "redundancy_scores", mirror.pages, mirror.heads, ring, queries, lengths, window,
+                size.dim**-0.5, observation=9, kernel=5, mix=0.5, threshold=0.97, group=group,
+                softcap=softcap,
+            ),
+            size.atol,
+        )  # fmt: skip
 
 
 @case("last_similar")

@@ -1,0 +1,1 @@
+"""The methods of docs/policies.md, in one list for every comparison."""
