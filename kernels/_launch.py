@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ALIKE = 16  # sequences; a prompt of fewer runs the kernels of so many
+_ALIKE = 16  # sequences; a prompt of 2 to so many runs the kernels of so many
 LARGEST = 512  # head_dim of keys or values that tiles are made for
 # Bytes of shared memory that one program may use, by compute capability.
 _SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227}
@@ -23,9 +23,9 @@ def power_of_two(size: int) -> int:
 def padded_batch(sequences: int) -> int:
     """The sequences that a prompt's kernels are compiled for: those of small batches are the same.
 
-    Other than in a decode step, what programs do for each of them is little beside their tiles.
+    One sequence has its own, whose programs look for no other one.
     """
-    return power_of_two(max(sequences, _ALIKE))
+    return 1 if sequences == 1 else power_of_two(max(sequences, _ALIKE))
 
 
 def padded_units(sequences: int, heads: int) -> int:

@@ -28,7 +28,7 @@ LENGTH, BATCH = 8192, 16  # what is warmed where nothing else is asked for
 SHORT = 19  # tokens of a short prompt; dynamo takes sizes for one that happen to be equal
 NEW = 5  # tokens: two eager steps, the capture, a replay
 CALL = 8192  # tokens of a call of several long prompts
-ALIKE = 16  # sequences up to which a prompt's kernels are the same; a decode step's are not
+ALIKE = 16  # sequences, from 2 on, whose prompts run the same kernels; a decode step's differ
 
 Say = Callable[[int, int, str], None]
 
@@ -98,7 +98,7 @@ def _requests(attachment: Attached, batch: int, length: int) -> list[tuple[str, 
     window = attachment.pipeline.window
     short, longer = min(SHORT, length), max(min(2 * window + SHORT, length), 2)
     lengths = sorted({min(window, length), longer, length, *_powers(16, length)} - {short})
-    found = alike(short) + [whole(1, n) for n in lengths]
+    found = alike(short) + [whole(n, m) for n in (1, *several[:1]) for m in lengths]
     found += [whole(n, short) for n in several[1:]]
     found += [whole(n, m) for n in several if n > ALIKE for m in sorted({longer, length})]
 
