@@ -44,8 +44,8 @@ python_display_short_literal_types = True
 # leaves out.
 _OTHERS = r"(abc|collections|os|pathlib|random|torch|transformers|weakref)\..*"
 _UNSEEN = r"(PreTrained\w+|Path|Tensor|Texts|Progress|Objective|Kind|FloorForm)"
-_ROOMS = r"_\w+|adapters\.hf|budget|calls|eviction|exchange|ops|per_layer|rope|spec|store|training"
-_SOME = r"admission\.(combine|_files)|selection\._prompt|evaluation\.(sessions|tasks)"
+_ROOMS = r"_\w+|budget|calls|eviction|exchange|layer_sizes|ops|per_layer|rope|spec|store|training"
+_SOME = r"adapters\.hf|admission\.(combine|_files)|selection\._prompt|evaluation\.(sessions|tasks)"
 _INSIDE = rf"kvpolicy\.({_ROOMS}|{_SOME})\..*"
 nitpick_ignore_regex = [("py:.*", name) for name in (_OTHERS, _UNSEEN, _INSIDE)]
 
