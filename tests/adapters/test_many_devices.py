@@ -123,6 +123,10 @@ def test_a_cache_that_is_read_forked_asked_and_filed(pair, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["beams", "prompt lookup", "sampled"])
 def test_other_ways_to_generate(pair, way):
+    if way == "prompt lookup" and pair.parts.device.type == "meta":
+        pytest.skip(
+            "transformers takes candidates to the first weight's device, the plain model's too"
+        )
     options = {
         "beams": {"num_beams": 3, "do_sample": False},
         "prompt lookup": {"prompt_lookup_num_tokens": 3, "do_sample": False},
