@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -32,10 +33,15 @@ def model_fingerprint(model: nn.Module) -> str:
         if name not in _VOLATILE and "attn_implementation" not in name
     }
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    samples = [_sample(weight) for weight in [*decoder.parameters(), *_stored_buffers(decoder)]]
+    samples = [_sample(weight) for weight in [*_parameters(decoder), *_stored_buffers(decoder)]]
+    # Each device is read once; what the hash sees does not depend on which there are.
+    found: dict[int, Tensor] = {}
     for device in {sample.device for sample in samples}:
-        here = [sample for sample in samples if sample.device == device]
-        digest.update(_readable(torch.cat(here)).numpy().tobytes())
+        own = [n for n, sample in enumerate(samples) if sample.device == device]
+        whole = _readable(torch.cat([samples[n] for n in own]))
+        parts = whole.split([samples[n].numel() for n in own])
+        found |= zip(own, parts, strict=True)
+    digest.update(torch.cat([found[n] for n in range(len(samples))]).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -66,6 +72,26 @@ def keys_fingerprint(model: nn.Module) -> str:
         bits = _readable(part).to(torch.bfloat16).contiguous().view(torch.uint8)
         digest.update(bits.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _parameters(decoder: nn.Module) -> Iterator[Tensor]:
+    """Those of the decoder; of offloaded ones what accelerate's hooks bring."""
+    for name, weight in decoder.named_parameters():
+        yield _offloaded(decoder, name, weight) if weight.is_meta else weight
+
+
+def _offloaded(decoder: nn.Module, name: str, weight: Tensor) -> Tensor:
+    """What the hook of the parameter's module, or of one around it, holds under its name."""
+    parts = name.split(".")
+    for n in range(len(parts) - 1, -1, -1):
+        hook = getattr(decoder.get_submodule(".".join(parts[:n])), "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook]):
+            held = getattr(each, "weights_map", None)
+            if held is not None:
+                with contextlib.suppress(KeyError):
+                    found: Tensor = held[".".join(parts[n:])]
+                    return found
+    return weight
 
 
 def _stored_buffers(decoder: nn.Module) -> Iterator[Tensor]:
