@@ -148,7 +148,7 @@ def _span(
             STRIDE=stride, GROUPS=groups, PART=max(_PART // groups, 16), num_warps=4,
         )  # fmt: skip
         _heaviest[end - begin, heads](
-            amounts, blocks, begin, end, limit, blocks.stride(),
+            amounts, blocks, begin, end, limit, *blocks.stride()[:2],
             ALL=every, WIDTH=power_of_two(end), num_warps=8 if end > 2048 else 4,
         )  # fmt: skip
 
@@ -260,9 +260,12 @@ def _amounts(
         tl.store(amounts + low + j, amount, mask=low + j < upto)
 
 
-@triton.jit(do_not_specialize=["begin", "width"])
+@triton.jit(
+    do_not_specialize=["begin", "width", "blocks_h", "blocks_n"],
+    do_not_specialize_on_alignment=["blocks"],
+)
 def _heaviest(
-    amounts, blocks, begin, width, threshold, blocks_strides,
+    amounts, blocks, begin, width, threshold, blocks_h, blocks_n,
     ALL: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Marks the first block, the tile's own and the heaviest that hold `threshold` of the mass."""
@@ -296,5 +299,5 @@ def _heaviest(
         upto = above + before.to(tl.int64) * high
         more = (other > high) | (ties & (upto.to(tl.float64) < needed))
         kept = sure | more
-    to = blocks + head * blocks_strides[0] + tile * blocks_strides[1] + j
+    to = blocks + head * blocks_h + tile * blocks_n + j
     tl.store(to, kept, mask=j < width)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
+from ..admission import DuoAttention
 from ..budget import Tokens
+from ..eviction import SnapKV
 from ..pipeline import CachePipeline
 from ..selection import Quest, SelectAll
 from ..spec import CacheSpec
@@ -20,6 +23,14 @@ from .rows import Goal, Row
 
 LAYERS, STEPS = 4, 8
 PROMPT = 500  # tokens
+# Launches a layer of a first prompt and of the next, by what manages the cache.
+WANTED = {
+    "gate": (10, 10),
+    "everything admitted": (6, 12),
+    "gate + Quest": (11, 11),
+    "gate + SnapKV": (12, 13),
+    "DuoAttention": (10, 10),
+}
 
 
 def decode_state(
@@ -88,16 +99,25 @@ def launches(bench: Bench, case: str, quest: bool) -> Iterator[Row]:
     )  # fmt: skip
 
 
-def prompt_launches(bench: Bench, case: str, gated: bool) -> Iterator[Row]:
+def prompt_launches(bench: Bench, case: str, policy: str) -> Iterator[Row]:
     """Launches a layer of a short prompt and of a second one after it, with their attention.
 
     The first layer also plans for the others, and is left out.
     """
     kv_heads, dim, window = bench.pick(8, 2), bench.pick(128, 32), bench.pick(256, 16)
     layers, tokens = bench.pick(LAYERS, 3), bench.pick(PROMPT, 60)
-    gate = random_gate(layers, kv_heads, bench.pick(512, 32), dim, window, bench.device)
-    parts: dict[str, Any] = {"admission": gate} if gated else {}
-    pipeline = CachePipeline(backend="triton", window=None if gated else window, **parts)
+    parts: dict[str, Any] = {"window": window}
+    if policy == "DuoAttention":
+        full = [head % 2 == 0 for head in range(kv_heads)]
+        parts = {"admission": DuoAttention(full_heads=[full] * layers, window=window)}
+    elif policy != "everything admitted":
+        gate = random_gate(layers, kv_heads, bench.pick(512, 32), dim, window, bench.device)
+        parts = {"admission": gate}
+    if policy == "gate + Quest":
+        parts["selection"] = Quest(budget=Tokens(bench.pick(1024, 48)))
+    elif policy == "gate + SnapKV":
+        parts["eviction"] = SnapKV(budget=Tokens(bench.pick(1024, 48)), observation=window)
+    pipeline = CachePipeline(backend="triton", **parts)
     spec = CacheSpec(
         layers=layers, heads=4 * kv_heads, kv_heads=kv_heads, head_dim=dim, dtype=bench.dtype,
         device=bench.device,
@@ -119,12 +139,11 @@ def prompt_launches(bench: Bench, case: str, gated: bool) -> Iterator[Row]:
             counted[part] = total / (layers - 1), counts
             pipeline.commit(state)
     for part, (each, counts) in counted.items():
-        wanted = 10 if gated else 6 if part == "first" else 12
         yield Row(
             group="launches", name=f"{case}, {part} {tokens} tokens", value=each,
             unit="launches a layer", shape=f"{layers} layers",
             goals=(
-                Goal(what="launches", wanted=wanted, got=each),
+                Goal(what="launches", wanted=WANTED[policy][part == "next"], got=each),
                 Goal(what="reads", wanted=0, got=counts["reads"]),
             ),
             note="" if cuda else "as on a device, interpreted", extra=dict(counts),
@@ -133,10 +152,12 @@ def prompt_launches(bench: Bench, case: str, gated: bool) -> Iterator[Row]:
 
 def cases(bench: Bench) -> list[Case]:
     plain, chosen = "decode, cache's part", "decode, cache's part + Quest"
-    gate, dense = "prompt, cache's part", "prompt, cache's part, everything admitted"
-    return [
-        Case(group="launches", name=gate, run=lambda b: prompt_launches(b, gate, True), rank=20),
-        Case(group="launches", name=dense, run=lambda b: prompt_launches(b, dense, False), rank=20),
+    found = [
         Case(group="launches", name=plain, run=lambda b: launches(b, plain, False), rank=20),
         Case(group="launches", name=chosen, run=lambda b: launches(b, chosen, True), rank=20),
     ]
+    for policy in WANTED:
+        name = "prompt, cache's part" + ("" if policy == "gate" else f", {policy}")
+        run = partial(prompt_launches, case=name, policy=policy)
+        found.append(Case(group="launches", name=name, run=run, rank=20))
+    return found

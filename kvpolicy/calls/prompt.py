@@ -70,8 +70,8 @@ def prompt(
         call.told[layer.index] = told
     out = _attention(state, call, layer, query, layer.sinks, told)
     if layer.numbers is not None:
-        moved = promote(layer, given, f, call.before[layer.index], seg)
-        settle_prompt(state, layer, seg, Ring(k, v, f), query, moved)
+        moved = promote(layer, given, f, call.before[layer.index], seg, call.shared)
+        settle_prompt(state, call, layer, seg, Ring(k, v, f), query, moved)
     if layer.queries is not None:
         keep_last(layer.queries, query, seg, call.shared)
     if layer.query_ring is not None and query_pre is not None:

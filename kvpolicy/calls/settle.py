@@ -132,7 +132,7 @@ def settle_ring(state: CacheState, call: Call, layer: LayerStore) -> None:
 
 
 def settle_prompt(
-    state: CacheState, layer: LayerStore, seg: Segments, recent: Ring, query: Tensor,
+    state: CacheState, call: Call, layer: LayerStore, seg: Segments, recent: Ring, query: Tensor,
     numbers: Tensor,
 ) -> None:  # fmt: skip
     """After a layer of a prompt call wrote: its own queries, but for those that wait.
@@ -145,7 +145,7 @@ def settle_prompt(
     if counts:
         for row, start in enumerate(seg.start):
             _one_prompt(state, layer, seg, recent, query, numbers, row, start)
-    keep_recent(layer, numbers, seg)
+    keep_recent(layer, numbers, seg, call.shared)
 
 
 def _one_prompt(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,13 +94,15 @@ def hold(state: CacheState, layer: LayerStore, numbers: Tensor) -> None:
 
 
 def promote(
-    layer: LayerStore, given: Tensor | None, flags: Tensor, before: Tensor, seg: Segments
-) -> Tensor:
+    layer: LayerStore, given: Tensor | None, flags: Tensor, before: Tensor, seg: Segments,
+    shared: dict[Any, Any],
+) -> Tensor:  # fmt: skip
     """Puts the numbers of tokens that leave the window in a prompt call beside the pages.
 
     `given` `[Hkv, T]` are those of the new tokens (None: 0), `flags` `[Hkv, Tk]` of the recent
     ones, `before` `[B, Hkv]` the global tokens before the call. Returns the recent tokens' numbers
-    `[Hkv, Tk]`; `settle` puts back those that stay in the ring.
+    `[Hkv, Tk]`; `settle` puts back those that stay in the ring. What layers of a call need alike is
+    in `shared`.
     """
     assert layer.numbers is not None
     stored, ring = layer.numbers
@@ -107,22 +110,26 @@ def promote(
     numbers = recent(ring, new, seg)
     if numbers is given:
         numbers = numbers.clone()
-    rows, at, ends = seg.places()
-    leaves = ((flags & ADMITTED) > 0) & (at < ends - layer.window)
+    kv_heads, width = stored.shape[1:]
+    key = "leaving", seg.cu_k, layer.window, kv_heads, ring.device
+    if key not in shared:
+        rows, at, ends = seg.places()
+        head = torch.arange(kv_heads, device=ring.device)[:, None]
+        shared[key] = rows, at < ends - layer.window, rows * kv_heads + head, seg.cu_k_dev.long()
+    rows, old, units, cu_k = shared[key]
+    leaves = ((flags & ADMITTED) > 0) & old
     running = F.pad(leaves.cumsum(1), (1, 0))
-    base = running[:, seg.cu_k_dev.long()]  # [Hkv, B + 1]
+    base = running[:, cu_k]  # [Hkv, B + 1]
     index = before.T[:, rows] + running[:, 1:] - 1 - base[:, rows]
     # Heads one after the other, each with a place more for what stays.
-    kv_heads, width = stored.shape[1:]
-    head = torch.arange(kv_heads, device=stored.device)[:, None]
-    place = (rows * kv_heads + head) * (width + 1) + torch.where(leaves, index, width)
+    place = units * (width + 1) + torch.where(leaves, index, width)
     wide = F.pad(stored, (0, 1))
     wide.view(-1).scatter_(0, place.flatten(), numbers.flatten())
     stored.copy_(wide[..., :width])
     return numbers
 
 
-def keep_recent(layer: LayerStore, numbers: Tensor, seg: Segments) -> None:
+def keep_recent(layer: LayerStore, numbers: Tensor, seg: Segments, shared: dict[Any, Any]) -> None:
     """Writes numbers `[Hkv, Tk]` of recent tokens to the ring's slots of those it will hold."""
     assert layer.numbers is not None
     ring = layer.numbers.recent
@@ -131,8 +138,11 @@ def keep_recent(layer: LayerStore, numbers: Tensor, seg: Segments) -> None:
         new, low, high = seg.cu_q[row + 1] - seg.cu_q[row], seg.cu_k[row], seg.cu_k[row + 1]
         if new:
             count = min(high - low, slots)
-            at = torch.arange(start + new - count, start + new, device=ring.device)
-            ring[row].index_copy_(1, ring_slot(at, slots), numbers[:, high - count : high])
+            key = "kept", start + new, count, slots, ring.device
+            if key not in shared:
+                at = torch.arange(start + new - count, start + new, device=ring.device)
+                shared[key] = ring_slot(at, slots)
+            ring[row].index_copy_(1, shared[key], numbers[:, high - count : high])
 
 
 def unpromote(state: CacheState, layer: LayerStore, counts: Tensor) -> None:

@@ -4,94 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from typing import Any
 
-import attrs
 import pytest
 import torch
 from transformers import cache_utils
 
-from kvpolicy import (
-    AcrossLayers,
-    Adaptive,
-    CachePipeline,
-    CriticalKV,
-    ExpectedAttention,
-    JudgeQ,
-    KVzip,
-    Quest,
-    SnapKV,
-    Tokens,
-    TotalCap,
-    UnsupportedError,
-    XAttention,
-    per_layer,
-)
+from kvpolicy import CachePipeline, JudgeQ, KVzip, UnsupportedError
 from kvpolicy.adapters.hf import attach, load_cache
 from kvpolicy.adapters.hf.rule.own_run import OwnRun
 from kvpolicy.adapters.hf.rule.runs import PROMPT, STEPS
 from kvpolicy.adapters.hf.rule.tiny import tiny_model
 from kvpolicy.adapters.hf.rule.untouched import untouched
 from tests.support.adapters.many import many, prompts
-from tests.support.adapters.models import SIZES, gate, prompt, tiny
+from tests.support.adapters.many_devices import LAYERS, PIPELINES, Pair, dispatched
+from tests.support.adapters.models import SIZES, prompt, tiny
 from tests.support.labelled import ONE, TWO, Labels, spread, without_labels
 
-LAYERS = 4
-DECODE = {"observation": 4, "when": "decode"}
-PIPELINES = {
-    "gate": CachePipeline(admission=gate(LAYERS)),
-    "quest": CachePipeline(selection=Quest(budget=13), window=5),
-    "snapkv": CachePipeline(eviction=SnapKV(budget=14, observation=4), window=5),
-    "total cap": CachePipeline(eviction=SnapKV(budget=TotalCap(tokens=80), **DECODE), window=5),
-    "adaptive": CachePipeline(
-        admission=gate(LAYERS), selection=Quest(budget=9, group="each"),
-        eviction=SnapKV(budget=Adaptive(Tokens(14)), **DECODE),
-    ),
-    "across layers": CachePipeline(
-        eviction=SnapKV(budget=AcrossLayers(Tokens(14)), **DECODE), window=5
-    ),
-    "expected": CachePipeline(eviction=ExpectedAttention(budget=14, when="decode"), window=5),
-    "critical": CachePipeline(eviction=CriticalKV(SnapKV(budget=14, observation=4)), window=5),
-    "tiles": CachePipeline(
-        selection=XAttention(threshold=0.6, stride=2, tile=4),
-        eviction=per_layer(SnapKV(budget=14, observation=4), {0: SnapKV(budget=9, observation=3)}),
-        window=5,
-    ),
-}  # fmt: skip
+# transformers says so of models whose embeddings are offloaded.
+pytestmark = pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")
 GPUS = torch.cuda.device_count() > 1
 NEEDS = [pytest.mark.gpu, pytest.mark.skipif(not GPUS, reason="needs two CUDA devices")]
 WAYS = [
     pytest.param("labels", marks=pytest.mark.skipif(bool(without_labels), reason=without_labels)),
     *(pytest.param(way, marks=NEEDS) for way in ("by hooks", "by accelerate", "offloaded")),
 ]
-
-
-@attrs.frozen
-class Pair:
-    """A model on one device, and the same on two, which runs `inside` and takes ids on `first`."""
-
-    whole: Any
-    parts: Any
-    first: torch.device
-    inside: Any
-
-    def both(self, run):
-        """What `run(model, device)` gives for each."""
-        found = [run(self.whole, self.whole.device)]
-        with self.inside():
-            return [*found, run(self.parts, self.first)]
-
-
-def dispatched(model, offloads):
-    """Two layers a GPU by accelerate's hooks; `offloads` leaves the embeddings to the host."""
-    from accelerate import dispatch_model
-
-    places = {"model.embed_tokens": "cpu" if offloads else 0, "model.rotary_emb": 0}
-    places |= {f"model.layers.{n}": n // 2 for n in range(LAYERS)}
-    return dispatch_model(
-        model, places | {"model.norm": 1, "lm_head": 1}, main_device=0,
-        skip_keys=model._skip_keys_device_placement,
-    )  # fmt: skip
 
 
 @pytest.fixture(params=WAYS)
@@ -106,7 +42,7 @@ def pair(request):
     if request.param == "by hooks":
         parts = spread(parts, [gpus[0], gpus[1], gpus[0], gpus[1]])
     else:
-        parts = dispatched(parts, request.param == "offloaded")
+        parts = dispatched(parts, gpus, request.param == "offloaded")
     return Pair(model.to(gpus[0]), parts, gpus[0], contextlib.nullcontext)
 
 
@@ -229,6 +165,27 @@ def test_caps_that_evict(pair, caps):
     one, two = pair.both(run)
     assert one[1] and two[1]
     equal(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offloads", [False, True])
+def test_hooks_of_accelerate(offloads):
+    """Which move weights and activations, here between labels."""
+    if without_labels:
+        pytest.skip(without_labels)
+    model, given = tiny(layers=LAYERS), [(20, 4), (9, 6), (31, 5)]
+    with Labels():
+        parts = dispatched(copy.deepcopy(model), [ONE, TWO], offloads)
+
+    def run(model, device):
+        most = [n for _, n in given]
+        asked = list(zip(prompts(given), most, strict=True))
+        with attach(model, PIPELINES["adaptive"], **SIZES) as attached:
+            out = model.generate(**there(prompt([33, 21]), device), max_new_tokens=9)
+            done = many(attached, asked, slots=2)
+            return [out.cpu(), [[int(x) for x in done[n].tokens] for n in sorted(done)]]
+
+    equal(*Pair(model, parts, ONE, Labels).both(run))
 
 
 @pytest.mark.slow

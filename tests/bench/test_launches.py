@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kvpolicy import (
+    H2O,
     AtPromptEnd,
     CachePipeline,
     CacheSpec,
@@ -42,7 +43,8 @@ OBSERVER = SnapKV(budget=400, observation=8, when="decode")
 
 def make(backend: str = "triton", **parts: Any) -> CachePipeline:
     named = {"admission", "eviction"} & set(parts)
-    return CachePipeline(window=None if named else WINDOW, backend=backend, **parts)
+    parts = {"window": None if named else WINDOW} | parts
+    return CachePipeline(backend=backend, **parts)
 
 
 launches = functools.partial(interpreted_launches, operations=True)
@@ -113,6 +115,20 @@ def test_launches_of_a_prompt_layer(
         pipeline.commit(state)
         assert wanted is None or launched == wanted
         assert not wanted or len(wanted) <= 11
+
+
+def test_launches_of_a_prompt_layer_with_numbers() -> None:
+    """What they share is made by the layer before: places of tokens, slots of rings."""
+    pipeline = make(eviction=H2O(budget=64), window=WINDOW)
+    state = pipeline.init(SPEC, 3)
+    tokens = {n: torch.randn(HEADS, 66, DIM) for n in ("key", "value")}
+    tokens["query"] = torch.randn(2 * HEADS, 66, DIM)
+    pipeline.begin(state, [22] * 3, "prompt")
+    pipeline.attend(state, 0, **tokens)
+    with launches() as launched:
+        pipeline.attend(state, 1, **tokens)
+    assert "repeat_interleave" not in launched and "remainder" not in launched
+    assert len(launched) <= 47
 
 
 def test_launches_of_a_hash() -> None:

@@ -39,7 +39,9 @@ class Labelled(Tensor):
     on: torch.device
 
     @staticmethod
-    def __new__(cls, raw: Tensor, on: torch.device) -> Labelled:
+    def __new__(cls, raw: Tensor, on: torch.device | None = None, **options: Any) -> Any:
+        if on is None:  # accelerate makes parameters anew by their class
+            return nn.Parameter(raw, **options)
         made = Tensor._make_wrapper_subclass(
             cls, raw.shape, strides=raw.stride(), storage_offset=raw.storage_offset(),
             dtype=raw.dtype, device=on,
