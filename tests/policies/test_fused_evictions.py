@@ -144,3 +144,17 @@ def test_no_eviction_is_left_out():
         if isinstance(x, type) and issubclass(x, Eviction) and x is not Eviction
     }  # fmt: skip
     assert every == {type(x) for x in POLICIES} | set(BY_NUMBER)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_views_say_which_slots_are_used(rows):
+    """What the cache knows of one sequence is what a view finds; another `valid` is looked at."""
+    pipeline = CachePipeline(admission=RandomGate(sparsity=0.3), window=9, backend="reference")
+    spec = CacheSpec(layers=1, heads=HEADS, kv_heads=KV_HEADS, head_dim=DIM, page_size=4)
+    data = random_data(spec, [40, 11][:rows], 0, 4, 0)
+    layer = (state := prompt(pipeline, data, 40)).layers[0]
+    view = evict.view(state, layer, int(layer.counts.max()))
+    wanted = [int(counts.max()) for counts in layer.counts]
+    assert view.used == attrs.evolve(view, used=None).used == wanted and wanted[0] > 4
+    view = view._replace(valid=view.valid & (view.positions < 3))
+    assert view.used == view.valid.sum(-1).amax(1).tolist() != wanted
