@@ -98,9 +98,10 @@ def _requests(attachment: Attached, batch: int, length: int) -> list[tuple[str, 
     window = attachment.pipeline.window
     short, longer = min(SHORT, length), max(min(2 * window + SHORT, length), 2)
     lengths = sorted({min(window, length), longer, length, *_powers(16, length)} - {short})
-    found = alike(short) + [whole(n, m) for n in (1, *several[:1]) for m in lengths]
+    found = alike(short) + [whole(1, m) for m in lengths]
     found += [whole(n, short) for n in several[1:]]
-    found += [whole(n, m) for n in several if n > ALIKE for m in sorted({longer, length})]
+    kinds = [n for n in several if n == several[0] or n > ALIKE]
+    found += [whole(n, m) for n in kinds for m in sorted({longer, length})]
 
     if attachment.pipeline.eviction.replayed:
         return found
