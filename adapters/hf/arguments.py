@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from transformers.generation import GenerationConfig, GenerationMode
@@ -37,6 +38,10 @@ OTHER_CACHES = {
     "compile_config": "compile the layers by attach(compile=True)",
     "continuous_batching_config": "generate_batch does not serve an attached model",
 }
+KINDS = (
+    "sliding_window", "layer_types", "attention_chunk_size", "num_hidden_layers",
+    "num_kv_shared_layers",
+)  # fmt: skip
 # Arguments of other attention functions that change what is attended.
 SCORES = ("position_bias", "head_mask", "cache")
 SINKS = ("s_aux", "sinks")
@@ -54,8 +59,9 @@ def check_generate(attachment: Attached, kwargs: dict[str, Any], config: Any) ->
     check_handed_on(kwargs)
     if kwargs.get("custom_generate") is not None:
         raise UnsupportedError("custom_generate: not together with an attached pipeline")
-    if config.use_cache is False:
-        raise UnsupportedError("use_cache=False: an attached pipeline needs its cache; detach it")
+    use = kwargs.get("use_cache", True if config.use_cache is None else config.use_cache)
+    if not use:
+        raise UnsupportedError(f"use_cache={use}: an attached pipeline needs its cache; detach it")
     if kwargs.get("synced_gpus"):
         raise UnsupportedError("synced_gpus: an attached model does not wait for other ranks")
     if config.is_assistant:
@@ -77,6 +83,11 @@ def check_generate(attachment: Attached, kwargs: dict[str, Any], config: Any) ->
     if mode == GenerationMode.ASSISTED_GENERATION and soft_prompt(attachment.model):
         raise UnsupportedError(
             "assisted generation: not with a soft prompt, which hides where candidates begin"
+        )
+    if mode == GenerationMode.ASSISTED_GENERATION and config.guidance_scale not in (None, 1):
+        raise UnsupportedError(
+            "guidance_scale: not with assisted generation, whose candidates the unconditional "
+            "branch would have to take back"
         )
     pipeline = attachment.pipeline
     phases_matter = not (pipeline.selection.neutral and pipeline.eviction.neutral)
@@ -134,6 +145,21 @@ def check_config(config: Any) -> None:
     """Raises UnsupportedError for a config that asks for what is not served."""
     check_outputs(getattr(config, "output_attentions", False))
     check_causal(getattr(config, "is_causal", True))
+
+
+def kinds_of(config: Any) -> dict[str, Any]:
+    """What of a config decides which tokens layers keep and see."""
+    return {name: copy.copy(getattr(config, name, None)) for name in KINDS}
+
+
+def check_kinds(config: Any, attached: dict[str, Any]) -> None:
+    """Raises UnsupportedError if a config no longer says what it did at `attach`."""
+    for name, value in kinds_of(config).items():
+        if value != attached[name]:
+            raise UnsupportedError(
+                f"config.{name}: it has changed since attach, and layers keep what it said then; "
+                "detach, change it, attach again"
+            )
 
 
 def check_modules(layers: list[Any]) -> None:

@@ -16,7 +16,7 @@ from ...pipeline import CachePipeline, is_pipeline
 from ...spec import Sizes
 from ...store import Report
 from . import phases
-from .arguments import check_config, check_modules
+from .arguments import check_config, check_modules, kinds_of
 from .attention import forget_hidden, keep_hidden, keep_pre, keep_query
 from .cache import KVPolicyCache
 from .changes import Changes
@@ -67,6 +67,7 @@ class Attachment:
             raise PhaseError("attach: the model has a pipeline attached already; detach it first")
         check_config(self.decoder.config)
         self.served = served(self.base, verify=verify)
+        self.kinds = kinds_of(self.decoder.config)
         self.layers = self.served.modules
         check_modules(self.layers)
         check_here(self.served)
@@ -410,14 +411,19 @@ def attach(
     for policies that do not fit, PhaseError for a second attach.
     """
     check_flag("warm", warm)
-    attachment = Attachment(model, pipeline, compile=compile, dtype=dtype, verify=verify, **sizes)
+    given: Any = {"compile": compile, "dtype": dtype, "verify": verify, **sizes}
     if warm:
-        try:
-            attachment.warm(say=line)
-        except BaseException:
-            attachment.detach()
-            raise
-    return attachment
+        return _warmed(Attachment(model, pipeline, **given))
+    return Attachment(model, pipeline, **given)
+
+
+def _warmed(attachment: Attachment) -> Attachment:
+    try:
+        attachment.warm(say=line)
+        return attachment
+    except BaseException:
+        attachment.detach()
+        raise
 
 
 def detach(model: nn.Module) -> None:

@@ -27,7 +27,8 @@ class Attached(Protocol):
     """A pipeline on a model; see `Attachment`, which is one.
 
     `model` is what was attached to, `base` transformers' model inside its wrappers, `decoder` its
-    decoder stack with attention modules `layers`, `served` what is known of it. `original` is the
+    decoder stack with attention modules `layers`, `served` what is known of it, `kinds` what its
+    config said of them. `original` is the
     `generate` that ours replaces, `ranks` those that share the model's heads;
     `put_aside` are the columns after which the model gives caches up. Caches are made with `dtype`
     and `sizes`, which give `spec`; `attached` until it is detached.
@@ -38,6 +39,7 @@ class Attached(Protocol):
     decoder: Any
     layers: list[Any]
     served: Served
+    kinds: dict[str, Any]
     pipeline: CachePipeline
     original: Callable[..., Any]
     decoding: str

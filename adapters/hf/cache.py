@@ -293,6 +293,12 @@ class KVPolicyCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> KVPolicyCache:
         return self.fork()
 
+    def __iter__(self) -> NoReturn:
+        raise UnsupportedError(
+            "iteration: heads hold different tokens, in pages; "
+            "cache.state.kept(layer, sequence, head) tells which"
+        )
+
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise UnsupportedError(
             "copy: pages belong to one cache; cache.fork() copies it, cache.save(path) files it"

@@ -129,9 +129,10 @@ class Crossing:
             if (whole := kwargs.get(name)) is not None:
                 first[name] = whole.narrow(axis, 0, head)
                 self.rest[name] = whole.narrow(axis, head, whole.shape[axis] - head)
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.shape[1] == head + extra:  # of the new columns
-            first["attention_mask"], self.rest["attention_mask"] = mask[:, :head], mask[:, head:]
+        for name in ("attention_mask", "token_type_ids"):
+            whole = kwargs.get(name)
+            if whole is not None and whole.shape[1] == head + extra:  # of the new columns
+                first[name], self.rest[name] = whole[:, :head], whole[:, head:]
         try:
             self.head = decoder(**first)
         except BaseException:

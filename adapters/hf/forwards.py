@@ -16,7 +16,7 @@ from torch import nn
 
 from ...errors import PhaseError, UnsupportedError
 from ...pipeline import CachePipeline
-from .arguments import check_forward
+from .arguments import check_forward, check_kinds
 from .attached import Attached
 from .cache import KVPolicyCache
 from .compile import check_forward as check_compiled
@@ -123,6 +123,8 @@ class Forwards:
                 "an attached model serves inference only; detach it to train, or call model.eval()"
             )
         check_forward(decoder, attachment.layers, kwargs)
+        check_kinds(config, attachment.kinds)
+        made = isinstance(kwargs.get("attention_mask"), dict)  # by a model around the decoder
         kwargs["attention_mask"] = padding_of(kwargs.get("attention_mask"))
         if attachment.compiled is not None:
             check_compiled(config, kwargs)
@@ -150,7 +152,8 @@ class Forwards:
         probe = attachment.served.probe
         texts = cache.packed
         if texts is None:
-            texts = split(kwargs, batch, columns, cached=kept, apart=probe.apart)
+            gaps = made and given is None  # by which such masks tell texts apart, cache or not
+            texts = split(kwargs, batch, columns, cached=kept, apart=probe.apart, gaps=gaps)
             if texts:
                 refuse_whole(attachment, "packed texts")
         self._remind(attachment.pipeline, given, columns)

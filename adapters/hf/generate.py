@@ -175,8 +175,12 @@ def merged_config(attachment: Attached, kwargs: dict[str, Any]) -> GenerationCon
 
 def _named(attachment: Attached, args: tuple[Any, ...]) -> dict[str, Any]:
     """Positional arguments of generate by their names."""
-    names = inspect.signature(type(attachment.base).generate).parameters
-    return dict(zip(list(names)[1:], args, strict=False))
+    for kind in type(attachment.base).__mro__:  # the first that names them, not `*args` alone
+        own = inspect.signature(kind.generate).parameters if "generate" in vars(kind) else {}
+        names = [name for name, x in own.items() if x.kind is x.POSITIONAL_OR_KEYWORD]
+        if len(names) > 1 or not args:
+            return dict(zip(names[1:], args, strict=False))
+    raise TypeError(f"generate: wanted arguments by name, got {len(args)} by position")
 
 
 def _inputs(kwargs: dict[str, Any]) -> list[Any]:

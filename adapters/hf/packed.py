@@ -14,14 +14,21 @@ BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq
 
 
 def split(
-    kwargs: dict[str, Any], batch: int, columns: int, cached: bool, apart: frozenset[int]
+    kwargs: dict[str, Any],
+    batch: int,
+    columns: int,
+    cached: bool,
+    apart: frozenset[int],
+    gaps: bool = False,
 ) -> list[int] | None:
     """Lengths of the texts that rows `[batch, columns]` pack, in order; None if none packs several.
 
     As in transformers, position ids that do not go on by one begin a text, without a mask and a
     cache, in models that tell texts `apart` by them (see `Probe`); other bounds must say the same.
     Raises UnsupportedError if there is a cache, which cannot tell the texts apart, and for bounds
-    alone, which only some of transformers' attention functions read.
+    alone, which only some of transformers' attention functions read. Beside a cache position ids
+    that go on after a gap are one text to transformers, other than where masks are made before the
+    cache is: `gaps`.
     """
     named = [name for name in BOUNDS if kwargs.get(name) is not None]
     places = _counting(kwargs.get("position_ids"), columns, apart)
@@ -43,7 +50,7 @@ def split(
             raise ValueError(f"{name}: wanted {max(lengths)}, got {int(kwargs[name])}")
     if len(lengths) == batch:
         return None
-    if cached and (named or _restarts(places)):
+    if cached and (named or gaps or _restarts(places)):
         raise UnsupportedError(
             f"position_ids: {len(lengths)} texts in {batch} rows go through one cache, where they "
             "would see each other; pass use_cache=False to have each text served for itself"

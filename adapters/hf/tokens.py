@@ -87,7 +87,7 @@ class _Healed:
 def _mask_of(ids: Tensor, config: Any) -> Tensor:
     """The mask that transformers infers, from ids whose padding healing has not touched."""
     pad, ends = config.pad_token_id, config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
+    ends = [] if ends is None else torch.as_tensor(ends).reshape(-1).tolist()
     if pad is None or pad in ends:
         return torch.ones_like(ids)
     mask: Tensor = (ids != pad).long()

@@ -65,6 +65,9 @@ def test_it_answers_as_a_cache_of_transformers(llama):
             for name in REFUSED:
                 with pytest.raises(UnsupportedError, match=f"^{name}: pages"):
                     said(cache, name)
+            with pytest.raises(UnsupportedError, match="^iteration: .* cache.state.kept"):
+                list(cache)
+    assert len(list(full)[0]) >= 2
 
 
 def test_crop_conventions(attached):

@@ -8,6 +8,7 @@ import transformers
 
 from kvpolicy import CachePipeline, LocalAttention, PhaseError, UnsupportedError
 from kvpolicy.adapters.hf import KVPolicyCache, attach
+from kvpolicy.adapters.hf.rule import probe as probe_module
 from tests.support.adapters.faults import snapshot
 from tests.support.adapters.models import prompt, tiny
 
@@ -69,6 +70,28 @@ def test_a_compiled_model(llama):
         attached.detach()
         assert snapshot(llama) == before
         assert torch.equal(compiled(**inputs).logits, logits)
+
+
+def in_place(model, what):
+    if what == "forward":
+        model.forward = torch.compile(model.forward, backend="eager")
+        return
+    for part in {"model": [model], "decoder": [model.model], "layers": model.model.layers}[what]:
+        part.compile(backend="eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["layers", "model", "decoder", "forward"])
+def test_a_model_compiled_in_place(what):
+    """The probe of a configuration that is new runs eagerly."""
+    model, inputs = tiny(rms_norm_eps=3e-6), prompt([12])
+    options = {"max_new_tokens": 4, "do_sample": False}
+    plain = model.generate(**inputs, **options)
+    in_place(model, what)
+    probe_module._KNOWN.clear()
+    with attach(model, PIPELINE):
+        assert torch.equal(model.generate(**inputs, **options), plain)
+    assert torch.equal(model.generate(**inputs, **options), plain)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import math
+import sys
+from contextlib import AbstractContextManager
 from typing import Any
 
 import attrs
@@ -58,10 +61,22 @@ def probe(model: Any, *, again: bool = False, verify: bool = True) -> Probe:
             for layer in known.layers
         ]
         return attrs.evolve(known, layers=tuple(layers), cached=True)
-    found = _probe(base, verify)
+    with _traced_by_nobody():
+        found = _probe(base, verify)
     if verify:
         _KNOWN[key] = found
     return found
+
+
+def _traced_by_nobody() -> AbstractContextManager[Any]:
+    """Models that were compiled in place run eagerly inside, where dynamo would trace what watches.
+
+    Nothing is compiled where dynamo was never imported, which takes seconds.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def _probe(model: Any, verify: bool) -> Probe:
