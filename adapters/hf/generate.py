@@ -176,7 +176,8 @@ def merged_config(attachment: Attached, kwargs: dict[str, Any]) -> GenerationCon
 def _named(attachment: Attached, args: tuple[Any, ...]) -> dict[str, Any]:
     """Positional arguments of generate by their names."""
     for kind in type(attachment.base).__mro__:  # the first that names them, not `*args` alone
-        own = inspect.signature(kind.generate).parameters if "generate" in vars(kind) else {}
+        found = vars(kind).get("generate")
+        own = {} if found is None else inspect.signature(found).parameters
         names = [name for name, x in own.items() if x.kind is x.POSITIONAL_OR_KEYWORD]
         if len(names) > 1 or not args:
             return dict(zip(names[1:], args, strict=False))
