@@ -21,6 +21,8 @@ try:
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as _setup
 
     _setup()
+    # Outside nobody finds a device of this kind, as DataParallel would.
+    torch.get_device_module(KIND).is_available = lambda: Labels.entered > 0
 except ImportError:
     without_labels = "this torch takes no device from Python"
 _aten = torch.ops.aten
@@ -74,13 +76,17 @@ class Labelled(Tensor):
 class Labels(TorchDispatchMode):
     """Lets factories make tensors on labels."""
 
+    entered = 0
+
     def __enter__(self) -> Any:
+        Labels.entered += 1
         # torch.tensor makes its values on the CPU first, and moves them where modes see it.
         self.before = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
         return super().__enter__()
 
     def __exit__(self, *exc: Any) -> None:
+        Labels.entered -= 1
         super().__exit__(*exc)
         torch._C._set_only_lift_cpu_tensors(self.before)
 
