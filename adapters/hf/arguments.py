@@ -154,8 +154,8 @@ def kinds_of(config: Any) -> dict[str, Any]:
 
 def check_kinds(config: Any, attached: dict[str, Any]) -> None:
     """Raises UnsupportedError if a config no longer says what it did at `attach`."""
-    for name, value in kinds_of(config).items():
-        if value != attached[name]:
+    for name, value in attached.items():
+        if getattr(config, name, None) != value:
             raise UnsupportedError(
                 f"config.{name}: it has changed since attach, and layers keep what it said then; "
                 "detach, change it, attach again"
