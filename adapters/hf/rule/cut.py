@@ -9,6 +9,7 @@ import attrs
 import torch
 from torch import nn
 
+from ..wrappers import fully_sharded
 from .kinds import LayerKind, layer_kinds, text_config
 from .records import ModelRefused, PreRope, Probe, ProbedLayer
 from .tiny_sizes import CHOSEN, EXPERTS, INNER_SIZES
@@ -133,7 +134,7 @@ def _moved(model: Any, layer: ProbedLayer, index: int, alike: list[tuple[str, ..
     reads = index
     if layer.shared:  # the last layer before that stores, of the kind that the cut one reads
         reads = max(n for n in range(index) if alike[n] == alike[layer.reads])
-    parts = _parts(modules[name])
+    parts = 1 if fully_sharded(model) else _parts(modules[name])
     weights = [w for w in modules[name].parameters() if w.is_floating_point() and w.itemsize > 1]
     return attrs.evolve(
         layer,
