@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
+from ...errors import UnsupportedError
 from .models import AttentionLayer, Served, check_pre_rope, served, shards
 from .rule.pre_rope import keep_for, key_before_rope
 from .rule.probe_attention import SINKS

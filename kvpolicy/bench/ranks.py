@@ -62,7 +62,8 @@ def split(make: Any, config: Any, dtype: torch.dtype, device: torch.device) -> A
 
     Ranks draw the same ones, so that no checkpoint is written and none read.
     """
-    first, state = copy.deepcopy(config), {}
+    first = copy.deepcopy(config)
+    state: dict[str, torch.Tensor] = {}
     first.num_hidden_layers = 1
     torch.manual_seed(0)
     for name, weight in made(make, first, dtype, device).state_dict().items():

@@ -12,7 +12,7 @@ import torch
 
 from kvpolicy.training import keys_fingerprint
 from tests.support.training.sharded import WAYS, train
-from tests.support.training.small import make_model
+from tests.support.training.small import make_model, make_tokenizer
 
 ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -22,6 +22,7 @@ def parts(tmp_path_factory):
     """What two ranks found."""
     folder = tmp_path_factory.mktemp("sharded")
     make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     ranks = []
     for rank in ("0", "1"):
         env = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
@@ -47,7 +48,7 @@ def alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [*WAYS, "transformers"])
+@pytest.mark.parametrize("way", [*WAYS, "command line"])
 def test_gates_are_those_of_whole_weights(parts, alone, way):
     gates, pattern, said = alone
     for part in parts:

@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
 
 from kvpolicy import CachePipeline
 from kvpolicy.adapters.hf import attach, spec_of
+from kvpolicy.cli.common import load
 from kvpolicy.training import TrainingMix, train_duo_attention, train_judge, train_write_gate
 from kvpolicy.training.data import Batch
 from tests.support.training.small import make_model
@@ -92,9 +91,7 @@ def main(folder, rank):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     found, ids = {}, torch.arange(1, 20)[None]
     models = {name: way(make_model()) for name, way in WAYS.items()}
-    models["transformers"] = AutoModelForCausalLM.from_pretrained(
-        folder, distributed_config=DistributedConfig(fsdp_size=2), dtype=torch.float32
-    )
+    models["command line"], _ = load(folder, "cpu", "float32", shard=True)
     for name, model in models.items():
         before = model(ids).logits.detach()
         gates, pattern, said = train(model, 1)
