@@ -16,7 +16,7 @@ from ...adapters.hf import attach
 from ...pipeline import CachePipeline
 from ..grid.loop import Loop
 from ..grid.records import Footprint, Measured
-from ..grid.together import at_a_time
+from ..grid.together import in_groups
 from ..grid.variants import SEEN, Room, Variant
 from .answers import Answered, Asker
 from .benchmark import Benchmark, Wanted
@@ -84,7 +84,6 @@ class BenchmarkRunner(Loop[Cell]):
             readings += own
             owners += [number] * len(own)
         texts: list[list[str]] = [[] for _ in asked]
-        found: list[tuple[int, Answered]] = []
         with attach(self.model, pipeline, page_size=self.page_size) as here:
             asker = Asker(
                 here=here,
@@ -95,14 +94,17 @@ class BenchmarkRunner(Loop[Cell]):
             )
             torch.manual_seed(self.seed)
             longest = max(len(x.context) + max(x.new_tokens) for x in readings)
-            count = at_a_time(self.model, pipeline, longest)
-            for begin in range(0, len(readings), count):
+
+            def answers(group: list[tuple[int, Reading]]) -> tuple[int, Answered]:
                 self.check()
-                group = slice(begin, begin + count)
-                answers = asker.answers(readings[group])
-                found.append((len(readings[group]), answers))
-                for owner, own_texts in zip(owners[group], answers.texts, strict=True):
-                    texts[owner] += own_texts
+                answered = asker.answers([reading for _, reading in group])
+                return len(group), answered
+
+            whole = list(zip(owners, readings, strict=True))
+            found = in_groups(self.model, pipeline, whole, longest, answers)
+            owned = [own for _, answered in found for own in answered.texts]
+            for owner, own_texts in zip(owners, owned, strict=True):
+                texts[owner] += own_texts
             first = asker.first_token(readings[0])
         scores = tuple(
             statistics.fmean(

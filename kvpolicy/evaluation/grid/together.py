@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,20 +12,47 @@ from transformers import PreTrainedModel
 from ...adapters.hf import new_cache
 from ...pipeline import CachePipeline
 from ..sessions import look_back
-from ..tasks.prompts import Example, Ids
+from ..tasks.prompts import Ids
+
+T = TypeVar("T")
 
 _CPU_TOKENS = 1 << 13  # context tokens of a batch on the host
-_ROOM = 24  # device memory for a context token, in units of its keys and values
+# Device memory for a context token, in units of its keys and values: they are held once, since
+# copies for questions share pages; activations of the prompt and windows of the copies come beside.
+_ROOM = 8
 
 
-def groups(
-    model: PreTrainedModel, pipeline: CachePipeline, items: Sequence[Any]
-) -> Iterator[list[Any]]:
-    """As many contexts, or documents `[N]`, at a time as the device holds with their questions."""
-    longest = max(len(x.context_ids) if isinstance(x, Example) else len(x) for x in items)
-    count = at_a_time(model, pipeline, longest)
-    for begin in range(0, len(items), count):
-        yield list(items[begin : begin + count])
+def in_groups(
+    model: PreTrainedModel,
+    pipeline: CachePipeline,
+    items: Sequence[Any],
+    longest: int,
+    read: Callable[[list[Any]], T],
+) -> list[T]:
+    """What `read` gives for groups of items: contexts or documents of up to `longest` tokens.
+
+    Groups are as large as the device is thought to hold, all of about one size; where its memory
+    runs out nonetheless, the rest is read in groups of half the size.
+
+    Raises:
+        torch.OutOfMemoryError: one item alone is too large.
+    """
+    most, left = at_a_time(model, pipeline, longest), list(items)
+    found: list[T] = []
+    while left:
+        size = -(-len(left) // -(-len(left) // most))
+        try:
+            found.append(read(left[:size]))
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            most = size // 2
+        else:
+            left = left[size:]
+            continue
+        # The error, and what its frames held, is gone only here.
+        torch.cuda.empty_cache()
+    return found
 
 
 def at_a_time(model: PreTrainedModel, pipeline: CachePipeline, longest: int) -> int:
