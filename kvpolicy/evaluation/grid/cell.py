@@ -104,8 +104,9 @@ def read_text(
 
     Documents `[N]` are of one length; pages hold `page_size` tokens.
     """
-    began, sizes = time.monotonic(), []
+    began = time.monotonic()
     everywhere, hits, read = [], [], []
+    sizes: list[Footprint] = []
     with attach(model, pipeline, page_size=page_size) as attached:
 
         def losses_of(group: list[Tensor]) -> tuple[Tensor, Footprint, list[float]]:
