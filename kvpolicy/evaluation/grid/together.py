@@ -17,9 +17,10 @@ from ..tasks.prompts import Ids
 T = TypeVar("T")
 
 _CPU_TOKENS = 1 << 13  # context tokens of a batch on the host
-# Device memory for a context token, in units of its keys and values: they are held once, since
-# copies for questions share pages; activations of the prompt and windows of the copies come beside.
-_ROOM = 8
+# How often a context token's keys and values are thought to be there: once, since copies for
+# questions share pages, and the windows of the copies, growth and what a prompt writes beside.
+_TIMES = 4
+_LAYERS = 2  # whose activations are thought to be alive together
 
 
 def in_groups(
@@ -61,16 +62,25 @@ def at_a_time(model: PreTrainedModel, pipeline: CachePipeline, longest: int) -> 
         return 1
     spec = new_cache(model, pipeline).spec
     if spec.device.type == "cuda":
-        each = 2 * spec.layers * spec.kv_heads * spec.head_dim * spec.dtype.itemsize
+        each = _TIMES * 2 * spec.layers * spec.kv_heads * spec.head_dim * spec.dtype.itemsize
+        each += _LAYERS * _activations(model) * spec.dtype.itemsize
         free, total = torch.cuda.mem_get_info(spec.device)
         used = torch.cuda.memory_allocated(spec.device)
         idle = torch.cuda.memory_reserved(spec.device) - used
         # Processes that share a device may be told their parts.
         own = torch.cuda.get_per_process_memory_fraction(spec.device) * total - used
-        tokens = min(free + idle, own) // (_ROOM * each)
+        tokens = min(free + idle, own) // each
     else:
         tokens = _CPU_TOKENS
     return max(int(tokens) // longest, 1)
+
+
+def _activations(model: PreTrainedModel) -> int:
+    """Numbers of a token that a layer makes: in its MLP, and beside it as wide as the model."""
+    config = model.config.get_text_config(decoder=True)
+    inner = getattr(config, "intermediate_size", None)
+    wide = 4 * config.hidden_size
+    return 3 * max(inner if isinstance(inner, int) else 0, wide) + 6 * int(config.hidden_size)
 
 
 def block(rows: Sequence[Ids]) -> tuple[Tensor, Tensor]:
