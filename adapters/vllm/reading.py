@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...admission import Write
-from ...ops import ADMITTED, Heads, Ring, pages_of
+from ...ops import ADMITTED, Bounds, Heads, Ring, pages_of
 from .plan import PAGE
 from .row_layer import RowLayer
 from .rows import Rows
@@ -36,8 +36,22 @@ def read_prompt(
         flags = _store(rows, layer, prompt.row, k[:, :leaving], v[:, :leaving], flags, first)
     held = Heads(layer.table[row], layer.counts[row])
     return rows.ops.prefill_attention(
-        query, k, v, flags, seg, rows.pages, held, rows.window, rows.spec.softmax_scale
-    ).transpose(0, 1)
+        query, k, v, flags, seg, rows.pages, held, rows.window, rows.spec.softmax_scale,
+        _known(rows, prompt, index, max(leaving, 0)),
+    ).transpose(0, 1)  # fmt: skip
+
+
+def _known(rows: Rows, prompt: Prompt, index: int, leaving: int) -> Bounds:
+    """What the host knows of a layer's counts once `leaving` tokens of each head left the window.
+
+    It expects as many of them to be admitted as of the earlier ones, or as the plan expects.
+    """
+    held, plan = prompt.held[index], rows.plan
+    past = max(prompt.seg.start[0] - rows.window, 0)
+    share = plan.pages(rows.window + leaving) * PAGE / (plan.heads * max(leaving, 1))
+    parts = [n / past if past else min(share, 1.0) for n in held]
+    expected = [n + round(leaving * part) for n, part in zip(held, parts, strict=True)]
+    return Bounds([[n + leaving for n in held]], [expected])
 
 
 def _store(

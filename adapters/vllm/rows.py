@@ -127,10 +127,11 @@ class Rows:
     def scratch(self, tokens: int) -> int:
         """Bytes that reading `tokens` of the longest prompt takes in a layer at most, about.
 
-        Its stored tokens are gathered, and queries and outputs are copied up to four times.
+        Its stored tokens are gathered, with room for all of the last part, and queries and outputs
+        are copied up to four times.
         """
         spec = self.spec
-        stored = self.plan.pages(self.longest) * PAGE // spec.layers
+        stored = self.plan.pages(self.longest) * PAGE // spec.layers + tokens * spec.kv_heads
         both = 2 * spec.head_dim * spec.dtype.itemsize
         return stored * (both + 4) + 2 * tokens * spec.heads * both
 
@@ -165,15 +166,31 @@ class Rows:
         self.active[0] = False
         if not any(n > 0 for n in added[decodes:]):
             return Step(decodes)
-        ids, first = rows.tolist(), [sum(added[:place]) for place in range(count)]
+        ids, held = self._ask(rows, decodes)
+        first = [sum(added[:place]) for place in range(count)]
         return Step(
             decodes,
             tuple(
-                prompt_of(ids[at], first[at], lengths[at], added[at], self.window, device)
+                prompt_of(ids[at], first[at], lengths[at], added[at], self.window, held[at], device)
                 for at in range(decodes, count)
-                if 0 < added[at] <= self.longest - lengths[at]  # vLLM's trials may be longer
+                # vLLM's trials may be longer, or have no blocks.
+                if ids[at] and 0 < added[at] <= self.longest - lengths[at]
             ),
         )
+
+    def _ask(self, rows: Tensor, decodes: int) -> tuple[list[int], dict[int, list[list[int]]]]:
+        """Row numbers of a batch, and what the heads `[L][Hkv]` hold of those that read prompts.
+
+        The one time in a step that the host waits for the device.
+        """
+        layers, _, heads = self.counts.shape
+        prompts = range(decodes, len(rows))
+        counts = self.counts.index_select(1, rows[decodes:]).transpose(0, 1)
+        told = torch.cat([rows, counts.flatten()]).tolist()
+        ids, rest = told[: len(rows)], iter(told[len(rows) :])
+        return ids, {
+            at: [[next(rest) for _ in range(heads)] for _ in range(layers)] for at in prompts
+        }
 
     def rehearse(self, decodes: int) -> Step:
         """A step for a graph to be captured with: so many tokens, none of them a row's."""

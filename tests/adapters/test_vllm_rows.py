@@ -100,6 +100,47 @@ def test_decoding_waits_for_nothing(name, monkeypatch):
     assert seen.syncs == [] and calls == [True]
 
 
+def test_reading_prompts_waits_for_the_device_once_a_step(monkeypatch):
+    """What the host then knows bounds the counts of every layer, which kernels take memory by."""
+    pipeline, admitted = ADMISSIONS["random"]
+    engine = Engine(pipeline, rows=2, blocks=30, admitted=admitted)
+    rows, real, seen = engine.rows, engine.rows.ops, []
+
+    class Reads:
+        """Says what a layer's counts are beside what the host knew."""
+
+        def prefill_attention(self, *args):
+            heads, bounds = args[6], args[9]
+            seen.append((heads.counts.tolist(), bounds))
+            return real.prefill_attention(*args)
+
+        def __getattr__(self, op):
+            return getattr(real, op)
+
+    monkeypatch.setattr(rows, "ops", Reads())
+    engine.running = [Request(pipeline, 150, seed) for seed in range(2)]
+    for n in (40, 60, 50):
+        assert all(engine.room_for(request, n) for request in engine.running)
+        engine.step([(request, n) for request in engine.running])
+    assert len(seen) == 3 * 2 * 2
+    for counts, (most, expected) in seen:
+        for found, bound, guess in zip(*counts, *most, *expected, strict=True):
+            assert found <= bound <= found + 60 and 0 <= guess <= bound
+    with watch() as asked:
+        step = rows.begin(torch.tensor([[1], [2]]), [150, 0], [1, 40])
+    assert asked.syncs.count("tolist()") == 1 and len(step.prompts) == 1
+    held = torch.tensor(step.prompts[0].held)
+    assert not held.any() and held.shape == (2, 2)
+
+
+def test_a_trial_without_blocks_leaves_no_trace():
+    """vLLM's trials of long batches name no row, as padding does."""
+    engine = Engine(CachePipeline(admission=DUO), rows=2, blocks=12)
+    step = engine.rows.begin(torch.zeros(3, 4, dtype=torch.int32), [0, 0, 0], [1, 40, 40])
+    assert step.decodes == 1 and step.prompts == ()
+    assert not engine.rows.active.any()
+
+
 def test_a_rehearsal_leaves_no_trace():
     engine = Engine(CachePipeline(admission=DUO), rows=2, blocks=12)
     rows = engine.rows
