@@ -87,6 +87,10 @@ JOBS = {
     "guess": Job("llama", "gate"),
     "blocks": Job("llama", CachePipeline(admission=DUO), num_gpu_blocks_override=11),
 }
+RANKS = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+TWO_RANKS = Job(
+    "llama", CachePipeline(admission=DUO), num_gpu_blocks_override=12, tensor_parallel_size=2
+)
 
 
 @pytest.fixture(scope="module")
@@ -108,15 +112,19 @@ def ran(tmp_path_factory):
             "model": str(folder / job.kind), "requests": REQUESTS, "aborts": job.aborts,
             "llm": {"additional_config": config, **job.llm},
         })  # fmt: skip
+    return models, pipelines, dict(zip(JOBS, results(folder, jobs), strict=True)), folder
+
+
+def results(folder, jobs, path=(), **environment):
+    """What comes out of jobs that a process of its own runs."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
+    env = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, *path))), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [PYTHON, "-m", SCRIPT, folder / "jobs.json", folder / "out.json"],
-        capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, cwd=ROOT,
+        capture_output=True, text=True, env=os.environ | env | environment, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads((folder / "out.json").read_text())
-    return models, pipelines, dict(zip(JOBS, found, strict=True)), folder
+    return json.loads((folder / "out.json").read_text())
 
 
 def alone(model, pipeline, prompt, new):
@@ -142,10 +150,8 @@ def test_tokens_are_those_of_the_library_alone(ran, name):
 
 
 @pytest.fixture
-def server(ran, tmp_path):
-    """`vllm serve` on a port of its own, in its own processes, which find the plugin by name."""
-    folder = ran[3]
-    tiny_tokenizer().save_pretrained(folder / "llama")
+def installed(tmp_path):
+    """A folder by which processes of vLLM's own find the plugin by name."""
     entries = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
     group = "vllm.general_plugins"
     # vllm-cpu's command asks for the version of a package of the name vllm.
@@ -157,6 +163,29 @@ def server(ran, tmp_path):
         )
     plugin = f"[{group}]\nkvpolicy = {entries[group]['kvpolicy']}\n"
     (tmp_path / "kvpolicy-0.dist-info" / "entry_points.txt").write_text(plugin)
+    return tmp_path
+
+
+def test_two_ranks_give_the_tokens_of_one(ran, installed, tmp_path):
+    """Each with half of the KV heads, and as many blocks as the one that needs most."""
+    models, pipelines, found, folder = ran
+    config = {"kvpolicy": {"pipeline": str(folder / "duo.yaml"), **TWO_RANKS.options}}
+    job = {"model": str(folder / "llama"), "requests": REQUESTS,
+           "llm": {"additional_config": config, **TWO_RANKS.llm}}  # fmt: skip
+    (result,) = results(tmp_path, [job], (installed,), **RANKS)
+    assert "error" not in result, result
+    wanted = [alone(models["llama"], pipelines["duo"], *request) for request in REQUESTS]
+    assert [result["tokens"][str(place)] for place in range(len(REQUESTS))] == wanted
+    one, two = result["ranks"]
+    assert one["refused"] == two["refused"] == 0 and one["row_bytes"] == two["row_bytes"]
+    assert one["row_bytes"] < found["duo"]["row_bytes"] and result["most"] == 4
+
+
+@pytest.fixture
+def server(ran, installed, tmp_path):
+    """`vllm serve` on a port of its own, in its own processes, which find the plugin by name."""
+    folder = ran[3]
+    tiny_tokenizer().save_pretrained(folder / "llama")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -167,7 +196,7 @@ def server(ran, tmp_path):
         "--max-num-batched-tokens", "64", "--block-size", "16", "--served-model-name", "tiny",
     ]  # fmt: skip
     env = os.environ | QUIET | {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{installed}", "OMP_NUM_THREADS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     }  # fmt: skip
     log = tmp_path / "log"
