@@ -88,7 +88,13 @@ class Rows:
     @property
     def nbytes(self) -> int:
         """Bytes of everything that lies outside vLLM's blocks, for each row and for padding."""
-        own = [*self.arenas[:4], self.lengths, self.active, self.batch, self.positions]
+        own: list[Tensor | None] = [
+            *self.arenas[:4],
+            self.lengths,
+            self.active,
+            self.batch,
+            self.positions,
+        ]
         own += [self.begun, self.counts, self.arenas.spare, self.arenas.spared]
         for layer in self.layers:
             own += [*layer.ring, layer.table, layer.queries]
