@@ -11,6 +11,7 @@ from tests.support.contract.cases import ADMISSIONS, EVICTIONS, SELECTIONS
 from tests.support.contract.kinds import KINDS, meet
 from tests.support.contract.lives import Life
 from tests.support.contract.living import DEVICE, KERNELS, PAIRS, live
+from tests.support.on_gpu import on_gpu
 
 MET = meet("admission", "eviction")
 RULES = {name for name in dir(Life) if hasattr(getattr(Life, name), "hypothesis_stateful_rule")}
@@ -66,9 +67,7 @@ def test_many_interpreted_lives(eviction):
     interpreted(eviction, 2)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
-@pytest.mark.parametrize("admission, eviction", PAIRS)
+@on_gpu("admission, eviction", PAIRS)
 def test_compiled_lives(admission, eviction):
     """With KVPOLICY_LIVES=10000, `-m gpu` and `-n 8`: ten thousand lives of compiled kernels."""
     log = live(admission, eviction, -(-LIVES // len(PAIRS)), **KERNELS)
