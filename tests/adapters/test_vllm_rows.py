@@ -223,6 +223,9 @@ def test_what_a_prompt_leaves_makes_room_for_what_is_generated(name):
         batch = []
         for request in [*engine.running, *waiting]:
             n = request.part(min(request.length - request.done, draw.randint(1, 40)))
+            left = request.prompt - request.done
+            if request.prompt == 45 and left > 0 and not request.straddles:
+                n = min(n, max(left - 8, 1))  # the last ones one by one
             if not engine.room_for(request, n):
                 if request not in engine.running:
                     break

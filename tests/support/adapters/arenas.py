@@ -160,6 +160,8 @@ class Engine:
         prompts = {row[request]: request.prompt for request in requests if not request.done}
         blocks = {row[request]: len(request.blocks) for request in requests}
         hear(self.rows, Ends(prompts, blocks, tuple(row[request] for request in ended)))
+        room = {at: n * self.plan.pages_per_block for at, n in blocks.items()}
+        assert self.rows.arenas.room[list(room)].tolist() == list(room.values())
 
     def kept(self, request, layer, head):
         """Positions in the pages of one head."""
