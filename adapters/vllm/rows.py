@@ -88,8 +88,8 @@ class Rows:
     @property
     def nbytes(self) -> int:
         """Bytes of everything that lies outside vLLM's blocks, for each row and for padding."""
-        own = [*self.arenas[:4], self.lengths, self.active, self.batch, self.positions]
-        own += [self.begun, self.counts, self.arenas.spare, self.arenas.spared]
+        own: list[Tensor | None] = [*self.arenas[:4], self.arenas.spare, self.arenas.spared]
+        own += [self.lengths, self.active, self.batch, self.positions, self.begun, self.counts]
         for layer in self.layers:
             own += [*layer.ring, layer.table, layer.queries]
         return sum(tensor.untyped_storage().nbytes() for tensor in own if tensor is not None)

@@ -25,6 +25,8 @@ from kvpolicy import (
     DuoAttention,
     LocalAttention,
     Quest,
+    Ratio,
+    SnapKV,
     WriteGate,
     attach,
     save_pipeline,
@@ -71,6 +73,23 @@ JOBS = {
     "local": Job("qwen2", CachePipeline(admission=LocalAttention(window=20, sinks=3))),
     "gate": Job("qwen3", "gate", options={"admitted": 1.0}, block_size=32),
     "quest": Job("llama", CachePipeline(admission=DUO, selection=Quest(budget=64))),
+    "snapkv": Job(
+        "llama",
+        CachePipeline(eviction=SnapKV(budget=40, observation=8)),
+        kv_transfer_config=REPORTS,
+        num_gpu_blocks_override=17,
+        max_model_len=208,
+    ),
+    "all": Job(
+        "llama",
+        CachePipeline(
+            admission=DUO,
+            selection=Quest(budget=64),
+            eviction=SnapKV(budget=Ratio(0.5), observation=8),
+        ),
+        kv_transfer_config=REPORTS,
+    ),
+    "drops unheard": Job("llama", CachePipeline(eviction=SnapKV(budget=40))),
     "tight": Job("llama", "gate", options={"admitted": 0.05}, kv_transfer_config=REPORTS),
     "ends": Job(
         "llama",
@@ -135,7 +154,7 @@ def alone(model, pipeline, prompt, new):
     return out[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("name", ["duo", "abort", "local", "gate", "quest"])
+@pytest.mark.parametrize("name", ["duo", "abort", "local", "gate", "quest", "snapkv", "all"])
 def test_tokens_are_those_of_the_library_alone(ran, name):
     models, pipelines, found, _ = ran
     job, result = JOBS[name], found[name]
@@ -144,7 +163,7 @@ def test_tokens_are_those_of_the_library_alone(ran, name):
     for place, tokens in result["tokens"].items():
         assert tokens == alone(models[job.kind], pipelines[name], *REQUESTS[int(place)])
     assert result["refused"] == 0 and result["most"] == 4
-    assert (result["preempted"] > 0) == (name == "duo")
+    assert (result["preempted"] > 0) == (name in ("duo", "snapkv"))
     if blocks := job.llm.get("num_gpu_blocks_override"):
         assert result["free"] == blocks - 1 - 4  # all but the null block and those that name rows
 
@@ -270,6 +289,7 @@ def test_requests_whose_blocks_are_full_end_with_an_error(ran):
     ("name", "says"),
     [
         ("tells nobody", "when_full='error' wants the KV connector"),
+        ("drops unheard", "an eviction wants the KV connector"),
         ("prefixes", "write enable_prefix_caching=False"),
         ("memory", "max_num_seqs: 64 rows of .* wanted at most"),
         ("blocks", "To serve at least one request"),
