@@ -10,7 +10,7 @@ from transformers.generation import GenerationConfig, GenerationMode
 from ...errors import UnsupportedError
 from .attached import Attached
 from .models import Rules
-from .packed import BOUNDS
+from .uncut import check_uncut
 from .wrappers import check_soft_prompt, soft_prompt
 
 MODES = (
@@ -76,11 +76,7 @@ def check_generate(attachment: Attached, kwargs: dict[str, Any], config: Any) ->
             raise UnsupportedError(f"{name}: not beside an attached pipeline: {reason}")
     mode = config.get_generation_mode(kwargs.get("assistant_model"))
     _check_loop(config, mode, kwargs)
-    _check_columns(config, mode, kwargs)
-    if config.prefill_chunk_size is not None and soft_prompt(attachment.model):
-        raise UnsupportedError(
-            "prefill_chunk_size: not with a soft prompt, which PEFT puts before each chunk anew"
-        )
+    check_uncut(config, mode, kwargs, soft=soft_prompt(attachment.model) is not None)
     if mode == GenerationMode.ASSISTED_GENERATION and attachment.served.probe.own:
         raise UnsupportedError(
             "assisted generation: candidates cannot be taken back from the recurrent or "
@@ -113,34 +109,6 @@ def _check_loop(config: GenerationConfig, mode: GenerationMode, kwargs: dict[str
     asked = [name for name in OTHER_LOOPS if getattr(config, name, None) not in (None, 1)]
     name = asked[0] if asked else str(mode.value)
     raise UnsupportedError(f"{name}: not served: {OTHER_LOOPS.get(name, mode.value)}")
-
-
-def _check_columns(config: GenerationConfig, mode: GenerationMode, kwargs: dict[str, Any]) -> None:
-    """Raises UnsupportedError for arguments about columns that transformers' loops do not cut."""
-    for name in BOUNDS:
-        if kwargs.get(name) is not None:
-            raise UnsupportedError(f"{name}: generate goes on from one text a row")
-    if kwargs.get("inputs_embeds") is None:
-        return
-    if config.prefill_chunk_size is not None:
-        raise UnsupportedError(
-            "prefill_chunk_size: not beside inputs_embeds, of which transformers' chunks are not "
-            "cut; use attached.read(inputs_embeds=..., chunk_size=...)"
-        )
-    if mode != GenerationMode.ASSISTED_GENERATION:
-        return
-    mask = kwargs.get("attention_mask")
-    ids = [kwargs.get(name) for name in ("inputs", "input_ids")]
-    if any(x is not None and x.numel() for x in ids):
-        raise UnsupportedError(
-            "inputs_embeds: not beside the ids of assisted generation, whose first candidates have "
-            "no embeddings"
-        )
-    if mask is not None and not bool(mask.all()):
-        raise UnsupportedError(
-            "attention_mask: it hides columns of inputs_embeds, and assisted generation cuts it to "
-            "the ids generated so far"
-        )
 
 
 def check_ahead(mask: Any, columns: int) -> None:

@@ -109,7 +109,7 @@ class Attachment:
         changes.hook(decoder, self._open, pre=True, with_kwargs=True)
         changes.hook(decoder, self._close, with_kwargs=True, always_call=True)
         if self.base is not decoder:
-            changes.hook(self.base, check_labels, pre=True, with_kwargs=True)
+            changes.hook(self.base, self._before, pre=True, with_kwargs=True)
         if self.ranks.many and self.base is not decoder:
             changes.hook(self.base, self._after, with_kwargs=True, always_call=True)
         for layer in self.served.layers:
@@ -187,6 +187,10 @@ class Attachment:
     @torch.compiler.disable
     def _close(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         return self.forwards.close(self, output)
+
+    @torch.compiler.disable
+    def _before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        check_labels(base, args, kwargs)
 
     @torch.compiler.disable
     def _after(self, base: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

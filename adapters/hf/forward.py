@@ -133,9 +133,10 @@ def parted(kwargs: dict[str, Any], head: int) -> tuple[dict[str, Any], dict[str,
             for part, chosen in ((first, at < head), (rest, at >= head)):
                 part[name] = [x[chosen] for x in whole] if bool(chosen.any()) else None
         elif isinstance(whole, Tensor) and whole.ndim > 1 and whole.shape[axis] == columns:
-            if axis == -1 or whole.shape[0] in (1, batch):
-                first[name] = whole.narrow(axis, 0, head)
-                rest[name] = whole.narrow(axis, head, columns - head)
+            if axis == 1 and whole.shape[0] not in (1, batch):
+                continue
+            first[name] = whole.narrow(axis, 0, head)
+            rest[name] = whole.narrow(axis, head, columns - head)
     return first, rest
 
 

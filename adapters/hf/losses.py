@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedError
@@ -15,9 +14,8 @@ _IN_PLACE = ("ForTokenClassification", "ForMaskedLM")  # losses that read a labe
 _ROWS = ("ForSequenceClassification", "ForQuestionAnswering")  # a label a row
 
 
-@torch.compiler.disable
 def check_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A hook before a model's forward: raises UnsupportedError for labels of padded columns.
+    """Raises UnsupportedError for labels of padded columns among a model's arguments.
 
     A causal loss reads a label's logits from the column before it. The decoder leaves padded
     columns out, so theirs are not transformers'.

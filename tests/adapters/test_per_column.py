@@ -1,4 +1,4 @@
-"""Arguments that say something of each column or row, where a loop or an attachment cuts forwards."""
+"""Arguments that say something of each column or row, where forwards are cut."""
 
 from __future__ import annotations
 

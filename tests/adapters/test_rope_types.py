@@ -16,7 +16,10 @@ GREEDY = {
     "max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True
 }  # fmt: skip
 SHORT = 16  # positions before it is stretched; prompts and answers cross them
-FACTORS = {"short_factor": [1.0 + n / 20 for n in range(8)], "long_factor": [1.0 + n for n in range(8)]}  # fmt: skip
+FACTORS = {
+    "short_factor": [1.0 + n / 20 for n in range(8)],
+    "long_factor": [1.0 + n for n in range(8)],
+}
 TYPES = {
     "linear": {"factor": 3.0},
     "dynamic": {"factor": 3.0},
