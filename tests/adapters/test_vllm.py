@@ -107,9 +107,6 @@ JOBS = {
     "blocks": Job("llama", CachePipeline(admission=DUO), num_gpu_blocks_override=11),
 }
 RANKS = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-TWO_RANKS = Job(
-    "llama", CachePipeline(admission=DUO), num_gpu_blocks_override=12, tensor_parallel_size=2
-)
 
 
 @pytest.fixture(scope="module")
@@ -188,16 +185,19 @@ def installed(tmp_path):
 def test_two_ranks_give_the_tokens_of_one(ran, installed, tmp_path):
     """Each with half of the KV heads, and as many blocks as the one that needs most."""
     models, pipelines, found, folder = ran
-    config = {"kvpolicy": {"pipeline": str(folder / "duo.yaml"), **TWO_RANKS.options}}
-    job = {"model": str(folder / "llama"), "requests": REQUESTS,
-           "llm": {"additional_config": config, **TWO_RANKS.llm}}  # fmt: skip
+    config = {"kvpolicy": {"pipeline": str(folder / "all.yaml"), **JOBS["all"].options}}
+    job = {
+        "model": str(folder / "llama"),
+        "requests": REQUESTS,
+        "llm": {"additional_config": config, **JOBS["all"].llm, "tensor_parallel_size": 2},
+    }
     (result,) = results(tmp_path, [job], (installed,), **RANKS)
     assert "error" not in result, result
-    wanted = [alone(models["llama"], pipelines["duo"], *request) for request in REQUESTS]
+    wanted = [alone(models["llama"], pipelines["all"], *request) for request in REQUESTS]
     assert [result["tokens"][str(place)] for place in range(len(REQUESTS))] == wanted
     one, two = result["ranks"]
     assert one["refused"] == two["refused"] == 0 and one["row_bytes"] == two["row_bytes"]
-    assert one["row_bytes"] < found["duo"]["row_bytes"] and result["most"] == 4
+    assert one["row_bytes"] < found["all"]["row_bytes"] and result["most"] == 4
 
 
 @pytest.fixture
@@ -211,6 +211,7 @@ def server(ran, installed, tmp_path):
     options = [
         "--attention-backend", "CUSTOM", "--no-enable-prefix-caching",
         "--additional-config", json.dumps({"kvpolicy": str(folder / "duo.yaml")}),
+        "--kv-transfer-config", json.dumps(REPORTS),
         "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "4",
         "--max-num-batched-tokens", "64", "--block-size", "16", "--served-model-name", "tiny",
     ]  # fmt: skip
@@ -264,6 +265,11 @@ def test_the_server_gives_each_of_many_its_tokens(ran, server):
     with ThreadPoolExecutor(len(REQUESTS)) as pool:
         found = list(pool.map(ask, REQUESTS))
     assert found == [alone(models["llama"], pipelines["duo"], *x) for x in REQUESTS]
+    with urllib.request.urlopen(f"http://127.0.0.1:{server}/metrics", timeout=60) as answer:
+        counted = re.findall(
+            r"vllm:kvpolicy_refused_tokens_total\{.*\} (.*)", answer.read().decode()
+        )
+    assert [float(number) for number in counted] == [0.0]
 
 
 def test_arenas_that_are_full_are_counted(ran):

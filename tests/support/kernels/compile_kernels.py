@@ -123,10 +123,11 @@ def call_all(dim: int, page: int, dtype: torch.dtype, dim_v: int | None = None) 
         queries=torch.zeros(1, heads * group, 64, dim, dtype=dtype),
     )  # fmt: skip
     one = torch.zeros(1, dtype=torch.int32)
-    arena_write.arena_write(
-        pages, stored, ring, Arenas(table[0], one, one, lengths, 256), new, new_v, flags[:, :, 0],
-        one, lengths, active, window, minmax=True,
-    )  # fmt: skip
+    for spare in ((), (table[0], one)):
+        arena_write.arena_write(
+            pages, stored, ring, Arenas(table[0], one, one, lengths, 256, *spare), new, new_v,
+            flags[:, :, 0], one, lengths, active, window, minmax=True,
+        )  # fmt: skip
     decoded = query, pages, stored, ring, lengths, active, window, 0.1
     for selected in (None, torch.zeros(1, heads, 256, dtype=torch.int32)):
         paged_decode.paged_decode(*decoded, selected)
