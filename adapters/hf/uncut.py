@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import GenerationMixin
 from transformers.generation import GenerationConfig, GenerationMode
 
 from ...errors import UnsupportedError
 from .packed import BOUNDS
+
+# Whether transformers drops masks of ones before its loops, as newer versions do.
+_DROPS = "_mask_length" in GenerationMixin._prefill.__code__.co_consts
 
 
 def check_uncut(
@@ -38,8 +42,8 @@ def check_uncut(
             "inputs_embeds: not beside the ids of assisted generation, whose first candidates have "
             "no embeddings"
         )
-    if mask is not None and not bool(mask.all()):
+    if not _DROPS or (mask is not None and not bool(mask.all())):
         raise UnsupportedError(
-            "attention_mask: it hides columns of inputs_embeds, and assisted generation cuts it to "
-            "the ids generated so far"
+            "attention_mask: beside inputs_embeds assisted generation cuts it to the ids generated "
+            "so far; give one row without padding, which newer versions of transformers serve"
         )

@@ -12,6 +12,7 @@ from kvpolicy.adapters.hf.forward import parted
 from kvpolicy.adapters.hf.rule.tiny import tiny_model
 from tests.adapters.models.test_images import IMAGE, TEXT, sharp
 from tests.support.adapters.models import SIZES, error, prompt
+from tests.support.adapters.versions import NEWEST
 
 PIPELINE = CachePipeline(window=5)
 GREEDY = {
@@ -92,7 +93,7 @@ def test_a_forward_in_two_parts():
         ({"prefill_chunk_size": 4}, "prefill_chunk_size: not beside inputs_embeds"),
         (
             {**LOOKUP, "attention_mask": "given"},
-            "attention_mask: it hides columns of inputs_embeds",
+            "attention_mask: beside inputs_embeds assisted generation",
         ),
         (
             {**LOOKUP, "input_ids": "given"},
@@ -115,6 +116,7 @@ def test_columns_that_transformers_loops_do_not_cut(llama, more, says):
         assert cache.state is None
 
 
+@NEWEST
 def test_embeddings_alone_beside_prompt_lookup(llama):
     embeds = llama.get_input_embeddings()(prompt([9])["input_ids"].repeat(1, 3)).detach()
     plain = llama.generate(inputs_embeds=embeds, **{**GREEDY, "max_new_tokens": 20})
