@@ -40,7 +40,7 @@ def qwen():
     return sharp(transformers.Qwen3VLForConditionalGeneration(config))
 
 
-@pytest.mark.parametrize("pad", [0, 3])
+@pytest.mark.parametrize("pad", [3, pytest.param(0, marks=pytest.mark.slow)])
 def test_what_layers_add_to_images_beside_candidates(pad):
     """The prompt's end lies within the forward that holds the image."""
     model = qwen()
