@@ -54,29 +54,32 @@ class Ranks:
 
         Raises UnsupportedError if ranks do different things: `key` is what this one does next.
         """
-        if not self.many or self.quiet:
-            if error is not None:
+        try:
+            if not self.many or self.quiet:
+                if error is not None:
+                    raise error
+                return
+            if self.stepping and error is not None:
+                self.leave(error)
+            if getattr(error, _AGREED, False):
+                assert error is not None
                 raise error
-            return
-        if self.stepping and error is not None:
-            self.leave(error)
-        if getattr(error, _AGREED, False):
-            assert error is not None
-            raise error
-        if self.left:
-            raise self._gone() from error
-        highest, most, least = self._highest(self._code(error), key)
-        if not highest and most == -least:
-            return
-        if error is None and highest:
-            error = _of_another(highest)
-        elif error is None:
-            error = UnsupportedError(
-                "input_ids: the ranks of a tensor-parallel model feed different tokens, or one "
-                "stopped before the others; give all the same inputs and options, and the token "
-                "that rank 0 samples in a loop of your own"
-            )
-        raise _agreed(error)
+            if self.left:
+                raise self._gone() from error
+            highest, most, least = self._highest(self._code(error), key)
+            if not highest and most == -least:
+                return
+            if error is None and highest:
+                error = _of_another(highest)
+            elif error is None:
+                error = UnsupportedError(
+                    "input_ids: the ranks of a tensor-parallel model feed different tokens, or one "
+                    "stopped before the others; give all the same inputs and options, and the "
+                    "token that rank 0 samples in a loop of your own"
+                )
+            raise _agreed(error)
+        finally:
+            del error  # else its traceback, which holds caches, would hold itself
 
     def step(self, own: Tensor, error: BaseException | None) -> Tensor:
         """Rank 0's `own` `[n]`, numbers from 0, and the code of a rank's `error`, `[n + 1]` int64.
@@ -94,9 +97,12 @@ class Ranks:
 
     def raise_told(self, code: int, error: BaseException | None) -> None:
         """Raises, on every rank alike, where the code of a step is no 0."""
-        if code:
-            self.stepping = False
-            raise _agreed(_of_another(code) if error is None else error)
+        try:
+            if code:
+                self.stepping = False
+                raise _agreed(_of_another(code) if error is None else error)
+        finally:
+            del error
 
     def stay(self) -> None:
         """Before a captured step, which must not run when the ranks' way to each other is gone."""
@@ -130,7 +136,10 @@ class Ranks:
             if not self.many:
                 raise
             error = raised
-        self.vote(error, key)
+        try:
+            self.vote(error, key)
+        finally:
+            del error
 
     def numbers(self, own: Sequence[int]) -> list[list[int]]:
         """What each rank says `[parts][n]`; raises where one failed before it came here."""

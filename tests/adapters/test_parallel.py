@@ -49,6 +49,10 @@ def test_two_ranks(tmp_path, qwen3):
     _all_end(*(part.pop("failures") for part in parts))
     _goes_on(qwen3, tmp_path, [part.pop("saved") for part in parts])
     assert all(part.pop("compiled") for part in parts)
+    assert [part.pop("probed apart") for part in parts] == [1, 1]
+    for part in parts:
+        kind, said = part.pop("trained")
+        assert kind == "UnsupportedError" and "tensor parallelism splits them" in said
     _captures_agree(qwen3, [part.pop("captured") for part in parts])
     for name in parts[0]:
         tokens, kept = generate(qwen3, name)
