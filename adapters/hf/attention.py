@@ -79,6 +79,8 @@ def _forget(modules: Iterable[nn.Module | None], name: str) -> None:
 
 def _take(module: nn.Module, name: str) -> Any:
     """What a hook left, written so that dynamo traces it."""
+    if not torch.compiler.is_compiling():
+        return module.__dict__.pop(name, None)
     found = getattr(module, name, None)
     if found is not None:
         delattr(module, name)

@@ -117,6 +117,9 @@ class KVPolicyCache(Cache):
         """
         if self.layout is None or self.state is None:
             raise PhaseError("attention outside a forward of the attached model's decoder")
+        if torch.is_autocast_enabled(query.device.type):
+            with exactly(query.device):
+                return self.attend(handle, query, pre, query_pre, hidden, sinks)
         if not self.ranks.many:
             return self._attend(handle, query, pre, query_pre, hidden, sinks)
         if self.failure is None:
@@ -143,24 +146,25 @@ class KVPolicyCache(Cache):
         device = state.layers[layer].device if handle.wrote else query.device
         sinks = None if sinks is None else sinks.detach().to(device)
         hidden = None if hidden is None else hidden.to(device)
-        with exactly(query.device):
-            if handle.wrote:
-                out = self.layout.attend_shared(pipeline, state, layer, q.to(device), sinks)
-            else:
-                k, v = self._own(handle.key, "key"), self._own(handle.value, "value")
-                if pre is not None:  # a layer without RoPE has them anyway
-                    pre = self._own(pre, "key_pre") if "key_pre" in self.needs else None
-                if query_pre is not None:
-                    wanted = "query_pre" in self.needs
-                    query_pre = self._own(query_pre, "query_pre") if wanted else None
-                out = self.layout.attend(
-                    pipeline, state, layer, q, k, v, pre, query_pre, hidden, sinks
-                )
-                handle.wrote = True
-        return out.transpose(1, 2).to(query.device, query.dtype).contiguous()
+        if handle.wrote:
+            out = self.layout.attend_shared(pipeline, state, layer, q.to(device), sinks)
+        else:
+            k, v = self._own(handle.key, "key"), self._own(handle.value, "value")
+            if pre is not None:  # a layer without RoPE has them anyway
+                pre = self._own(pre, "key_pre") if "key_pre" in self.needs else None
+            if query_pre is not None:
+                wanted = "query_pre" in self.needs
+                query_pre = self._own(query_pre, "query_pre") if wanted else None
+            out = self.layout.attend(pipeline, state, layer, q, k, v, pre, query_pre, hidden, sinks)
+            handle.wrote = True
+        if out.dtype != query.dtype or out.device != query.device:
+            out = out.to(query.device, query.dtype)
+        return out.transpose(1, 2).contiguous()
 
     def _own(self, x: Tensor, name: str) -> Tensor:
         """`x` in the cache's dtype, where nothing is lost or the caller chose the dtype."""
+        if x.dtype == self.spec.dtype:
+            return x
         return in_dtype(x, name, self.spec.dtype, chosen=self.dtype is not None)
 
     @property

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..._extras import extra
+from ...budget import budget_of
 from ...errors import UnsupportedError
 from ...spec import CacheSpec
 from .backend import ArenaBackend
@@ -44,7 +45,7 @@ class Served:
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
             return
         check_pipeline(options.pipeline)
-        if found := refusals(vllm_config, options.when_full):
+        if found := refusals(vllm_config, options.when_full, not options.pipeline.eviction.neutral):
             raise UnsupportedError("kvpolicy: " + "; ".join(found))
         with _our_backend():
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -114,7 +115,7 @@ def _serve(model: Any, config: Any, options: Options) -> Rows:
     admission = pipeline.admission
     plan = plan_of(
         admission, pipeline.window, len(layers), heads, ranks, config.cache_config.block_size,
-        options.admitted,
+        options.admitted, budget_of(pipeline.eviction),
     )  # fmt: skip
     spec = CacheSpec(
         layers=len(layers),

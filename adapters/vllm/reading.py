@@ -28,6 +28,10 @@ def read_prompt(
     decided, bits = layer.decide(write)
     if decided is None:
         decided = torch.full(key.shape[:2], bits, dtype=torch.uint8, device=key.device)
+    if layer.queries is not None:
+        last = min(layer.queries.shape[2], len(positions))
+        slots = positions[-last:] % layer.queries.shape[2]
+        layer.queries[prompt.row][:, slots] = query[:, -last:]
     ring = Ring(*(x[row] for x in layer.ring))
     (k, v, flags), _ = rows.ops.advance_ring(ring, key, value, decided, seg, undo=False)
     leaving = seg.cu_k[1] - rows.window
@@ -75,7 +79,7 @@ def _store(
     column = torch.arange(layer.table.shape[2], dtype=torch.int32, device=device)
     rank = column - have[:, None]
     given = (rank >= 0) & (rank < granted[:, None])
-    page = _page(rows, row, number[:, None] + rank.clamp(min=0))
+    page = arenas.page(row, number[:, None] + rank.clamp(min=0))
     layer.table[row] = torch.where(given, page, layer.table[row])
     limit = (have + granted) * PAGE
     stored = wanted & (running <= limit[:, None])
@@ -86,7 +90,7 @@ def _store(
     )  # fmt: skip
     layer.counts[row] = torch.minimum(running[:, -1], limit)
     if not layer.selection.neutral:
-        _summarize(rows, layer, row, before, count // PAGE + 2)
+        summarize(rows, layer, row, before, count // PAGE + 2)
     lost = wanted & ~stored
     arenas.refused[row] += lost.sum()
     kept = flags.clone()
@@ -94,15 +98,7 @@ def _store(
     return kept
 
 
-def _page(rows: Rows, row: int, number: Tensor) -> Tensor:
-    """Page ids of a row's pages by number `[Hkv, M]`."""
-    blocks, each = rows.arenas.blocks[row], rows.plan.pages_per_block
-    block = torch.div(number, each, rounding_mode="floor").long()
-    block = block.clamp(max=len(blocks) - 1)  # of pages that are not granted
-    return blocks[block] * each + number % each
-
-
-def _summarize(rows: Rows, layer: RowLayer, row: int, before: Tensor, span: int) -> None:
+def summarize(rows: Rows, layer: RowLayer, row: int, before: Tensor, span: int) -> None:
     """Computes the summaries of the pages, at most `span` a head, that tokens came to.
 
     Where they are fewer the last page is done again, so that the host need not know.

@@ -92,8 +92,9 @@ def check_layer(state: CacheState, layer: int) -> Call:
     """The open call; raises if `layer` cannot run in it now."""
     if state.call is None:
         raise PhaseError("attend: no call is open; call begin(state, lengths, phase) first")
-    check_kind("layer", layer, int, f"one of {state.spec.layers} from 0")
-    if not 0 <= layer < state.spec.layers:
+    if not isinstance(layer, int):
+        check_kind("layer", layer, int, f"one of {state.spec.layers} from 0")
+    if not 0 <= layer < len(state.layers):
         raise ValueError(f"layer: wanted one of {state.spec.layers} from 0, got {layer}")
     if layer in state.call.done:
         raise PhaseError(f"attend: layer {layer} ran in this call already; commit or abort it")
@@ -171,10 +172,17 @@ def check_told(layer: LayerStore) -> None:
 
 def check_input(layer: LayerStore, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """Raises unless `tensor` has the wanted shape and the layer's dtype and device."""
+    like = layer.ring.k
+    if (
+        isinstance(tensor, Tensor)
+        and tensor.shape == shape
+        and tensor.dtype == like.dtype
+        and tensor.device == like.device
+    ):
+        return
     check_kind(name, tensor, Tensor, f"a tensor {list(shape)}")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: wanted {list(shape)}, got {list(tensor.shape)}")
-    if tensor.dtype != layer.ring.k.dtype:
-        raise TypeError(f"{name}: wanted {layer.ring.k.dtype}, got {tensor.dtype}")
-    if tensor.device != layer.device:
-        raise ValueError(f"{name}: wanted a tensor on {layer.device}, got {tensor.device}")
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{name}: wanted {like.dtype}, got {tensor.dtype}")
+    raise ValueError(f"{name}: wanted a tensor on {like.device}, got {tensor.device}")

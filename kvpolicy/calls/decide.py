@@ -12,6 +12,13 @@ from ..ops import ADMITTED, MARKED
 from ..store.layer import LayerStore
 
 
+def alike(layer: LayerStore) -> int | None:
+    """The bits of every generated token, where no policy looks at it; else None."""
+    if layer.slides:
+        return 0
+    return ADMITTED if layer.admission.neutral and layer.eviction.neutral else None
+
+
 def decide(layer: LayerStore, write: Write) -> tuple[Tensor | None, int]:
     """Flags of generated tokens: the bit of admission, uint8 `[Hkv, T]`, and bits that all get.
 

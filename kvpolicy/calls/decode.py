@@ -14,7 +14,7 @@ from ..store.numbers import counts_queries
 from ..store.state import CacheState, Call
 from ..store.summaries import refresh_last
 from ._checks import check_asked, check_input
-from .decide import decide, number
+from .decide import alike, decide, number
 from .select import select
 from .settle import settle_step
 
@@ -43,30 +43,54 @@ def decode(
     if layer.query_ring is not None and query_pre is not None and long:
         assert call.valid is not None
         keep_columns(state, layer, query_pre, call.valid)
+    if columns == 1:
+        at, on = _column(state, call, layer, 0)
+        new = key.select(2, 0), value.select(2, 0)
+        write = None
+        if alike(layer) is None:
+            write = _write(state, layer, new, at, 0, key_pre, hidden)
+        _remember(layer, query_pre, hidden, 0, at, on, long=long)
+        return _token(state, layer, query.select(2, 0), new, write, at, on).unsqueeze(2)
     outs = []
     for column in range(columns):
         at, on = _column(state, call, layer, column)
         new = key.select(2, column), value.select(2, column)
-        write = Write(
-            new[0].transpose(0, 1),
-            new[1].transpose(0, 1),
-            at,
-            state.on(layer).cu_one,
-            layer.index,
-            state.spec.head_ids,
-            key_pre=None if key_pre is None else key_pre.select(2, column).transpose(0, 1),
-            hidden=None if hidden is None else hidden[:, column],
-        )
-        if layer.query_ring is not None and query_pre is not None and not long:
-            put(layer.query_ring, query_pre[:, :, column], at, on)
-        if layer.hidden is not None and hidden is not None:
-            put(layer.hidden, hidden[:, None, column].to(layer.hidden.dtype), at, on)
-        outs.append(_token(state, layer, query.select(2, column), new, write, on))
-        if columns > state.spec.rollback and columns > 1 and counts_queries(layer):
+        write = _write(state, layer, new, at, column, key_pre, hidden)
+        _remember(layer, query_pre, hidden, column, at, on, long=long)
+        outs.append(_token(state, layer, query.select(2, column), new, write, at, on))
+        if columns > state.spec.rollback and counts_queries(layer):
             settle_step(state, layer, at, on)
-        if sizes.shared and columns > 1:
+        if sizes.shared:
             call.columnwise.setdefault(layer.index, []).append(layer.counts.clone())
-    return outs[0][:, :, None] if columns == 1 else torch.stack(outs, 2)
+    return torch.stack(outs, 2)
+
+
+def _write(
+    state: CacheState, layer: LayerStore, new: tuple[Tensor, Tensor], at: Tensor, column: int,
+    key_pre: Tensor | None, hidden: Tensor | None,
+) -> Write:  # fmt: skip
+    """What policies see of a column, whose keys and values are `new`."""
+    return Write(
+        new[0].transpose(0, 1),
+        new[1].transpose(0, 1),
+        at,
+        state.on(layer).cu_one,
+        layer.index,
+        state.spec.head_ids,
+        key_pre=None if key_pre is None else key_pre.select(2, column).transpose(0, 1),
+        hidden=None if hidden is None else hidden[:, column],
+    )
+
+
+def _remember(
+    layer: LayerStore, query_pre: Tensor | None, hidden: Tensor | None, column: int, at: Tensor,
+    on: Tensor, *, long: bool,
+) -> None:  # fmt: skip
+    """Puts into rings what an eviction asked for of a column."""
+    if layer.query_ring is not None and query_pre is not None and not long:
+        put(layer.query_ring, query_pre[:, :, column], at, on)
+    if layer.hidden is not None and hidden is not None:
+        put(layer.hidden, hidden[:, None, column].to(layer.hidden.dtype), at, on)
 
 
 def read_decoded(
@@ -101,12 +125,21 @@ def read_decoded(
 
 def _column(state: CacheState, call: Call, layer: LayerStore, column: int) -> tuple[Tensor, Tensor]:
     """Tokens before a column and the sequences for which it is a real token, `[B]` each."""
-    lengths, active = state.on(layer).lengths, state.on(layer).active
+    own = state.on(layer)
+    lengths, active = own.lengths, own.active
     if call.valid is None:
         return lengths, active
-    valid = call.valid.to(layer.device)
-    before = (valid[:, :column] & active[:, None]).sum(1)
-    return lengths + before, active & valid[:, column]
+    key = "columns", layer.device
+    if key not in call.shared:
+        real = call.valid.to(layer.device) & active[:, None]
+        before = lengths[:, None] + real.cumsum(1) - real.long()
+        # Each in memory of its own, whose start is aligned as kernels were compiled for.
+        call.shared[key] = [
+            (at.clone(), on.clone())
+            for at, on in zip(before.unbind(1), real.unbind(1), strict=True)
+        ]
+    found: tuple[Tensor, Tensor] = call.shared[key][column]
+    return found
 
 
 def _attention(
@@ -121,30 +154,32 @@ def _attention(
 
 
 def _token(
-    state: CacheState, layer: LayerStore, query: Tensor, new: tuple[Tensor, Tensor], write: Write,
-    active: Tensor,
+    state: CacheState, layer: LayerStore, query: Tensor, new: tuple[Tensor, Tensor],
+    write: Write | None, lengths: Tensor, active: Tensor,
 ) -> Tensor:  # fmt: skip
     """Attention `[B, Hq, D]` of one token a sequence, which is stored where `active` `[B]`.
 
-    `new` are its key and value, `[B, Hkv, D]` each.
+    `new` are its key and value, `[B, Hkv, D]` each; `write` is None where no policy looks at it.
     """
-    decided, bits = decide(layer, write)
+    decided, bits = (None, alike(layer) or 0) if write is None else decide(layer, write)
     if layer.numbers is not None:
+        assert write is not None
         given = number(layer, write)
         state.ops.write_number(
             layer.numbers, layer.counts, layer.ring.flags,
-            None if given is None else given.T, write.positions, active, layer.window,
+            None if given is None else given.T, lengths, active, layer.window,
         )  # fmt: skip
-    lengths, minmax = write.positions, layer.selection.extends_minmax and not layer.slides
+    neutral = layer.slides or layer.selection.neutral
+    minmax = not neutral and layer.selection.extends_minmax
     state.ops.decode_write(
         layer.pool.pages, layer.heads, layer.ring,
         *new, None if decided is None else decided.transpose(0, 1), lengths, active, layer.window,
         minmax=minmax, bits=bits,
         query=None if layer.queries is None else query, queries=layer.queries,
     )  # fmt: skip
-    if not (minmax or layer.selection.neutral or layer.slides):
+    if not (minmax or neutral):
         refresh_last(state, layer)
-    layer.selected = select(state, layer, query)
+    layer.selected = None if neutral else select(state, layer, query)
     return _attention(
         state, layer, layer.heads, query, lengths, active, layer.sinks, layer.selected
     )

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from ..ops import ADMITTED, MARKED, POSITION_BITS, Heads, Pages, Ring, ring_slot
+from ._host_write import on_host, write_on_host
+from ._pages import extend_minmax, take_pages
 
 
 def append(
@@ -45,25 +47,26 @@ def decode_write(
     queries: Tensor | None = None,
 ) -> None:
     """Writes one decoded token a sequence and promotes the one that leaves: `Ops.decode_write`."""
-    # Plain ints and rows: tensors of one token are all dispatch.
-    for row, (length, on) in enumerate(zip(lengths.tolist(), active.tolist(), strict=True)):
-        if not on:
+    at, on = lengths.tolist(), active.tolist()
+    puts = [(ring.k, key), (ring.v, value)]
+    if query is not None and queries is not None:
+        puts.append((queries, query))
+    if on_host(pages, puts):
+        write_on_host(
+            pages, heads, ring, puts, flags, at, on, window, minmax=minmax, bits=bits
+        )  # fmt: skip
+        return
+    for row, length in enumerate(at):
+        if not on[row]:
             continue
-        k, v, f = (x.select(0, row) for x in ring)
         if length >= window:
             out = ring.slot(length - window)
-            leaving = k.select(1, out), v.select(1, out), f.select(1, out)
-            own = Heads(heads.table.select(0, row), heads.counts.select(0, row))
+            leaving = [x[row, :, out] for x in ring]
+            own = Heads(heads.table[row], heads.counts[row])
             _promote(pages, own, *leaving, length - window, minmax)
-        slot = ring.slot(length)
-        k.select(1, slot).copy_(key.select(0, row))
-        v.select(1, slot).copy_(value.select(0, row))
-        if flags is None:
-            f.select(1, slot).fill_(bits)
-        else:
-            f.select(1, slot).copy_(flags[row] | bits)
-        if query is not None and queries is not None:
-            queries[row].select(1, ring_slot(length, queries.shape[2])).copy_(query[row])
+        for held, new in puts:
+            held[row, :, ring_slot(length, held.shape[2])] = new[row]
+        ring.flags[row, :, ring.slot(length)] = bits if flags is None else flags[row] | bits
 
 
 def _promote(
@@ -91,19 +94,6 @@ def _promote(
         take_pages(pages, table, fresh[0], fresh[1])
     columns, offsets = [held[head] // size for head in h], [held[head] % size for head in h]
     meta = [position | ((bits[head] & MARKED) > 0) << POSITION_BITS for head in h]
-    if len(h) == len(bits) and held == held[:1] * len(h):  # even heads: a slot of a page each
-        page = table.select(1, columns[0]).long()
-        for store, new in ((pages.k, key), (pages.v, value)):
-            store.select(1, offsets[0]).index_copy_(0, page, new)
-        into = pages.meta.select(1, offsets[0])
-        if meta == meta[:1] * len(meta):
-            into.index_fill_(0, page, meta[0])
-        else:
-            into.index_copy_(0, page, torch.tensor(meta, dtype=torch.int32, device=key.device))
-        counts += 1
-        if minmax:
-            _extend(pages, page, torch.tensor(offsets, device=key.device), key)
-        return
     where = torch.tensor([h, columns, offsets, meta], device=key.device)
     heads, column, offset, at = where.unbind()
     page = table[heads, column].long()
@@ -114,32 +104,4 @@ def _promote(
     pages.meta.view(-1).index_copy_(0, slot, at.int())
     counts[heads] += 1
     if minmax:
-        _extend(pages, page, offset, key)
-
-
-def _extend(pages: Pages, page: Tensor, offset: Tensor, key: Tensor) -> None:
-    """Extends the minima and maxima of pages `[n]` by keys `[n, D]` that went to slots `offset`."""
-    assert pages.summary is not None
-    extent = pages.summary[page].view(-1, 2, key.shape[1])
-    first = (offset == 0)[:, None]
-    low = torch.where(first, key, torch.minimum(extent[:, 0], key))
-    high = torch.where(first, key, torch.maximum(extent[:, 1], key))
-    pages.summary[page] = torch.cat([low, high], -1)
-
-
-def take_pages(pages: Pages, table: Tensor, *place: Tensor) -> None:
-    """Takes a page from the free stack for each entry `table[place]` and clears it.
-
-    The first gets the topmost. Clearing keeps unused slots finite: masked weights are exactly 0 and
-    0 x NaN is NaN.
-    """
-    count = place[0].numel()
-    top = int(pages.top) - count
-    if top < 0:
-        raise RuntimeError("the free stack is empty: capacity must be reserved before writing")
-    ids = pages.free[top : top + count].flip(0).long()
-    table[place] = ids.int()
-    pages.top.fill_(top)
-    pages.refs[ids] = 1
-    pages.k[ids] = 0
-    pages.v[ids] = 0
+        extend_minmax(pages, page, offset, key)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..ops import POSITION_MASK, Heads, Pages, Ring, check_asked
 from ._even import attend_even
+from ._even_host import attend_on_host, serves
 from ._logits import logits, softmax, widened
 from ._lying import lying, row_of
 
@@ -42,7 +43,8 @@ def paged_decode(
         if held == held[:1] * kv_heads:
             if not bool(active):
                 return query.new_zeros(1, query.shape[1], ring_v.shape[3])
-            return attend_even(
+            attend = attend_on_host if serves(query, pages, ring) else attend_even
+            return attend(
                 query, pages, table, held[0], ring, int(lengths), window, scale, softcap, sinks
             )
     if selected is not None and selected.shape[1] != kv_heads:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import ADMITTED, POSITION_BITS, Heads, Pages, Segments
-from .cache_write import append, take_pages
+from ._pages import take_pages
+from .cache_write import append
 
 
 def count_leaving(

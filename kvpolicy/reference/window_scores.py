@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ops import POSITION_MASK, Heads, Pages, Ring, check_asked, ring_slot
 from ._logits import logits
 
-_LOGITS = 1 << 22  # logits that a chunk of keys may have
+_LOGITS = 1 << 18  # logits that a chunk of keys may have: little beside a layer's keys
 
 
 def window_scores(
@@ -111,7 +111,9 @@ class _Observed:
         return total.masked_fill(~seen, float("inf"))
 
     def _logits(self, keys: Tensor, seen: Tensor) -> Tensor:
-        found = logits(self.q, keys[:, :, None], self.scale, self.softcap)
+        # All queries of a group in one product, for which keys are not repeated.
+        found = logits(self.q.flatten(2, 3), keys, self.scale, self.softcap)
+        found = found.unflatten(2, self.q.shape[2:4])
         return found.masked_fill_(~seen, float("-inf"))
 
 
@@ -129,9 +131,9 @@ def _mass(
     count = lengths.clamp(min=1, max=observation)[:, None, None]
     masses = [total.new_zeros(1, ring_k.shape[1], 0)]
     for found in seen.chunks():
-        weights = (found - total).exp().nan_to_num(0.0)
+        weights = found.sub_(total).exp_().nan_to_num_(0.0)
         if squared:
-            weights = weights.square()
+            weights.square_()
         if group == "each" or (group == "max" and normalize == "global"):
             part = weights.amax(2).sum(2)
         else:

@@ -45,5 +45,21 @@ def trim(pool: PagePool) -> None:
     pool.push(unused[high.numel() :].int())
     pool.refresh()
     if pool.moving:
+        _free_values(pool, capacity)
         # Storages of their own, so that larger ones are not kept alive.
         pool.replace(lambda store: store[:capacity].clone())
+
+
+def _free_values(pool: PagePool, capacity: int) -> None:
+    """Moves the values of the first `capacity` pages behind the keys of these, if they fit there.
+
+    The memory of all values is then free before anything is held twice.
+    """
+    keys, values = pool.extents[0][:2]
+    unused, need = keys[capacity:].flatten(), values[:capacity].numel()
+    if need > unused.numel():
+        return
+    moved, at = unused[:need].view(capacity, *values.shape[1:]), values.data_ptr()
+    moved.copy_(values[:capacity])
+    del values
+    pool.replace(lambda store: moved if store.data_ptr() == at else store)

@@ -18,6 +18,7 @@ MODES = {
     "assistant": lambda: {"assistant_model": tiny("llama")},  # its own drafts, mostly accepted
     "stranger": lambda: {"assistant_model": tiny("llama", seed=5)},  # mostly rejected
 }
+ALONE = ["striped", "gate", "quest", "snapkv"]
 
 
 def inputs():
@@ -26,8 +27,14 @@ def inputs():
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["striped", "gate", "quest", "snapkv", "gate-quest-snapkv"])
-@pytest.mark.parametrize("kind", ["llama", "qwen2-sliding"])
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        *[("llama", name) for name in (*ALONE, "gate-quest-snapkv")],
+        *[pytest.param("qwen2-sliding", name, marks=pytest.mark.slow) for name in ALONE],
+        ("qwen2-sliding", "gate-quest-snapkv"),
+    ],
+)
 def test_equals_plain_decoding(kind, name, mode):
     model, pipeline = tiny(kind), pipelines()[name]
     with attach(model, pipeline, **SIZES) as attachment:

@@ -8,7 +8,16 @@ import attrs
 import pytest
 import torch
 
-from kvpolicy import AdmitAll, CachePipeline, DuoAttention, LocalAttention, Quest, RandomGate
+from kvpolicy import (
+    AdmitAll,
+    CachePipeline,
+    DuoAttention,
+    LocalAttention,
+    Quest,
+    RandomGate,
+    Ratio,
+    SnapKV,
+)
 from kvpolicy.adapters.vllm.plan import PAGE, check_rows, plan_of
 from kvpolicy.testing._spy import watch
 from tests.support.adapters.arenas import SPEC, Engine, Request
@@ -193,6 +202,51 @@ def test_a_graph_of_a_decode_step_serves_any_requests():
         assert all(engine.room_for(request, n) for request, n in batch)
         engine.step(batch)
     assert engine.replays == 32
+
+
+@pytest.mark.parametrize("name", ["tokens", "duo"])
+def test_what_a_prompt_leaves_makes_room_for_what_is_generated(name):
+    """Prompts in parts, decoding in the pages that were given back, and requests that begin again,
+    whose prompts then end inside a part."""
+    pipeline = {
+        "tokens": CachePipeline(eviction=SnapKV(budget=30, observation=6), window=10),
+        "duo": CachePipeline(admission=DUO, eviction=SnapKV(budget=Ratio(0.4), observation=4)),
+    }[name]
+    engine = Engine(pipeline, rows=2, blocks=11, captured=(1, 2))
+    draw = random.Random(name)
+    waiting = [
+        Request(pipeline, length, seed, prompt=prompt)
+        for seed, (prompt, length) in enumerate([(60, 90), (45, 60), (1, 20)])
+    ]
+    straddled = 0
+    while waiting or engine.running:
+        batch = []
+        for request in [*engine.running, *waiting]:
+            n = request.part(min(request.length - request.done, draw.randint(1, 40)))
+            left = request.prompt - request.done
+            if request.prompt == 45 and left > 0 and not request.straddles:
+                n = min(n, max(left - 8, 1))  # the last ones one by one
+            if not engine.room_for(request, n):
+                if request not in engine.running:
+                    break
+                continue
+            if request not in engine.running:
+                engine.running.append(request)
+                waiting.remove(request)
+            straddled += request.straddles and request.done < request.prompt < request.done + n
+            batch.append((request, n))
+        engine.step(batch)
+        for request in list(engine.running):
+            if request.done == request.length:
+                dense = engine.plan.blocks(request.length)
+                assert len(request.blocks) < dense or request.prompt < 60
+                engine.end(request)
+            elif request.done > request.prompt + 9 and not request.straddles:
+                engine.end(request)
+                request.restart()
+                waiting.insert(0, request)
+    assert straddled > 1 and engine.refused == 0 and engine.replays > 9
+    assert len(engine.free) + len(engine.free_rows) == 10
 
 
 def test_an_arena_that_grows_admits_again():

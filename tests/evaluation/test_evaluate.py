@@ -393,7 +393,7 @@ def test_gates_that_are_not_installed_are_left_out(monkeypatch):
     [
         (3, 3, [3, 2, 2]),  # 7 items are dealt out evenly
         (7, 3, [3, 2, 2]),  # 7 do not fit, nor does anything above 3
-        (7, 1, [1] * 7),
+        (7, 2, [1] * 7),  # nor do 3, the half of 7
     ],
 )
 def test_groups_are_halved_where_memory_runs_out(monkeypatch, thought, fits, sizes):
