@@ -40,7 +40,7 @@ class Scripted(Ranks):
     def listen(self):
         pass
 
-    def _gathered(self, x):
+    def _gathered(self, x, into):
         return [x, x]
 
     def objects(self, own):
