@@ -62,7 +62,7 @@ def shorten_mask(kwargs: dict[str, Any], width: int, columns: int) -> None:
     if not DROPS_ONES or not bool(mask[:, columns - width : columns].all()):
         raise UnsupportedError(
             "attention_mask: it hides columns, and assisted decoding of new ids alone cuts it to "
-            "as many columns as there are ids, in transformers too; newer versions serve it where no "
-            "new id is hidden"
+            "as many columns as there are ids, in transformers too; newer versions serve it where "
+            "no new id is hidden"
         )
     kwargs["attention_mask"] = torch.ones_like(mask[:, :width])
