@@ -16,7 +16,7 @@ from .faces import NAME
 
 # The second is of cross attention: a probe refuses a model whose own tokens see later ones.
 _PLAIN = (causal_mask_function, bidirectional_mask_function)
-_PAIRS = 1024  # columns of a forward whose pairs are all looked at
+_PAIRS = 2**20  # of columns of a forward
 # Of this thread. `padding`: the mask of the last call, for a decoder given only masks; unset where
 # none was made since the last forward. `read`: what the forward in flight opened with.
 _LAST = threading.local()
@@ -55,24 +55,23 @@ def _sees_later(
 ) -> bool:
     """Whether a mask function shows one of the new columns a later one.
 
-    Every pair is looked at in forwards of up to `_PAIRS` columns, in longer ones those whose
-    distance is a power of two, and all of the blocks that see themselves whole.
+    Up to `_PAIRS` pairs are all looked at; of more, those whose distance is a power of two, and the
+    blocks that see themselves whole. The host waits for the device once.
     """
     row = torch.arange(batch, device=device)[:, None, None]
     now = torch.arange(columns, device=device) + offset
-    if columns <= _PAIRS:
+    if batch * columns**2 <= _PAIRS:
         shown = function(row, torch.zeros_like(row), now[:, None], now)
         return isinstance(shown, Tensor) and bool((shown & (now > now[:, None])).any())
     row = row[..., 0]
-    for far in (2**n for n in range((columns - 1).bit_length())):
-        shown = function(row, torch.zeros_like(row), now[:-far], now[far:])
-        if isinstance(shown, Tensor) and bool(shown.any()):
-            return True
+    fars = [2**n for n in range((columns - 1).bit_length())]
+    shown = [function(row, torch.zeros_like(row), now[:-n], now[n:]) for n in fars]
+    found = [x.any() for x in shown if isinstance(x, Tensor)]
     blocks = _blocks_of(function)
-    if blocks is None:
-        return False
-    new = blocks[:, now[0] : now[-1] + 1].sort(dim=1).values
-    return bool(((new[:, 1:] == new[:, :-1]) & (new[:, 1:] >= 0)).any())
+    if blocks is not None:
+        new = blocks[:, now].sort(dim=1).values
+        found.append(((new[:, 1:] == new[:, :-1]) & (new[:, 1:] >= 0)).any())
+    return bool(found) and bool(torch.stack(found).any())
 
 
 def _blocks_of(function: Any) -> Tensor | None:

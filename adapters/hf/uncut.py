@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import GenerationMixin
 from transformers.generation import GenerationConfig, GenerationMode
 
@@ -11,7 +12,7 @@ from ...errors import UnsupportedError
 from .packed import BOUNDS
 
 # Whether transformers drops masks of ones before its loops, as newer versions do.
-_DROPS = "_mask_length" in GenerationMixin._prefill.__code__.co_consts
+DROPS_ONES = "_mask_length" in GenerationMixin._prefill.__code__.co_consts
 
 
 def check_uncut(
@@ -42,8 +43,26 @@ def check_uncut(
             "inputs_embeds: not beside the ids of assisted generation, whose first candidates have "
             "no embeddings"
         )
-    if not _DROPS or (mask is not None and not bool(mask.all())):
+    if not DROPS_ONES or (mask is not None and not bool(mask.all())):
         raise UnsupportedError(
             "attention_mask: beside inputs_embeds assisted generation cuts it to the ids generated "
             "so far; give one row without padding, which newer versions of transformers serve"
         )
+
+
+def shorten_mask(kwargs: dict[str, Any], width: int, columns: int) -> None:
+    """Leaves of a mask what is about new ids: assisted decoding cuts it to as many columns.
+
+    What it says of columns before was compared with what the cache holds. Raises UnsupportedError
+    where new ids are hidden.
+    """
+    mask = kwargs.get("attention_mask")
+    if mask is None or bool(mask.all()):
+        return
+    if not DROPS_ONES or not bool(mask[:, columns - width : columns].all()):
+        raise UnsupportedError(
+            "attention_mask: it hides columns, and assisted decoding of new ids alone cuts it to "
+            "as many columns as there are ids, in transformers too; newer versions serve it where "
+            "no new id is hidden"
+        )
+    kwargs["attention_mask"] = torch.ones_like(mask[:, :width])

@@ -25,6 +25,8 @@ from .budgets import keep_within, read_scores, targets_of
 from .due import DueRows
 from .settle import seen, settle
 
+Places = dict[tuple[int, torch.device], Tensor]  # 0, 1, ... by how many and where
+
 
 def evict(state: CacheState, rows: list[bool], decoding: bool = False) -> None:
     """One eviction for the sequences `rows`.
@@ -74,8 +76,10 @@ def _evict(state: CacheState, rows: list[bool], decoding: bool) -> None:
                 keep &= keep_within(budget, state, layer, scores, valid, target)
             if due is not None:
                 keep = due.spread(keep, max(widths[layer.index], keep.shape[2]), True)
+                keep = compaction.of_tokens(layer, keep)
             elif others is not None:
                 keep |= others.to(keep.device)
+                keep &= valid
             yield layer, keep
 
     _drop(state, compaction.plan(state, keeps()), remembered)
@@ -169,33 +173,36 @@ def _rated(
     host waits once.
     """
     names, nan = [], []
+    places: Places = {}
     for layer, tokens in zip(layers, most, strict=True):
         if tokens:
             if due is None:
-                scores, valid = score(state, layer, tokens)
+                scores, valid = score(state, layer, tokens, places)
             else:
-                scores, valid = score(due.state, due.of(layer), tokens)
+                scores, valid = score(due.state, due.of(layer), tokens, places)
             names.append(type(layer.eviction).__name__)
-            nan.append(scores.isnan().any())
+            nan.append(scores.amax())  # NaN if there is one
             if layer.eviction.remembers:
                 whole = scores if due is None else due.spread(scores, scores.shape[2], 0.0)
                 remembered[layer.index] = whole
             yield layer, scores, valid
     if nan:
-        found = torch.stack([x.to(nan[0].device) for x in nan]).tolist()
+        found = torch.stack([x.to(nan[0]) for x in nan]).isnan().tolist()
         for name, bad in zip(names, found, strict=True):
             if bad:
                 raise ValueError(f"{name}.score: wanted floats without NaN, got NaN among them")
 
 
-def score(state: CacheState, layer: LayerStore, most: int) -> tuple[Tensor, Tensor]:
+def score(
+    state: CacheState, layer: LayerStore, most: int, places: Places | None = None
+) -> tuple[Tensor, Tensor]:
     """Scores `[B, Hkv, N]` of a layer's global tokens by its eviction, and which slots hold one.
 
-    `most` is the largest number of global tokens of a head.
+    `most` is the largest number of global tokens of a head; `places` as in `held`.
     """
     policy = layer.eviction
     check_told(layer)
-    table, valid = held(layer, most)
+    table, valid = held(layer, most, places)
     stored = StoredTokens(
         layer.pool.pages, layer.heads._replace(table=table), layer.ring, layer.queries,
         state.on(layer).lengths, layer.window, layer.sizes.scale, layer.sizes.softcap, layer.sinks,
@@ -219,7 +226,12 @@ def longest(layers: Sequence[LayerStore], exchange: Exchange = ALONE) -> list[in
 def _largest(counts: Sequence[Tensor], exchange: Exchange) -> list[int]:
     if not counts:
         return []
-    most: list[int] = torch.stack([x.amax().to(counts[0].device) for x in counts]).tolist()
+    alike = all(x.shape == counts[0].shape and x.device == counts[0].device for x in counts)
+    if alike:
+        largest = torch.stack([*counts]).flatten(1).amax(1)
+    else:
+        largest = torch.stack([x.amax().to(counts[0].device) for x in counts])
+    most: list[int] = largest.tolist()
     return [max(told) for told in zip(*exchange.numbers(most), strict=True)]
 
 
@@ -234,12 +246,17 @@ def _looks_across(layer: LayerStore) -> bool:
     return layer.eviction.across_heads or (budget is not None and budget.shares_heads)
 
 
-def held(layer: LayerStore, most: int) -> tuple[Tensor, Tensor]:
-    """The table's columns in use and `valid` `[B, Hkv, N]`, the longest head having `most`."""
+def held(layer: LayerStore, most: int, places: Places | None = None) -> tuple[Tensor, Tensor]:
+    """The table's columns in use and `valid` `[B, Hkv, N]`, the longest head having `most`.
+
+    Numbers of tokens, which are alike in many layers, are made once in `places`.
+    """
     size = layer.pool.page_size
     used = pages_of(most, size)
-    token = torch.arange(used * size, device=layer.device)
-    return layer.table[:, :, :used], token < layer.counts[..., None]
+    places, alike = {} if places is None else places, (used * size, layer.device)
+    if alike not in places:
+        places[alike] = torch.arange(used * size, device=layer.device)
+    return layer.table[:, :, :used], places[alike] < layer.counts[..., None]
 
 
 def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:

@@ -52,11 +52,11 @@ def attend_on_host(
         for head in range(heads):
             into = scores[head, at : at + high - low]
             numpy.dot(keys[part][head, low:high], turned[head], out=into)
-    for low, high in hidden_slots(slots, length, window):
-        scores[:, held + low : held + high] = -numpy.inf
     logits = torch.from_numpy(scores).transpose(1, 2)
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
+    for low, high in hidden_slots(slots, length, window):
+        scores[:, held + low : held + high] = -numpy.inf
     weights = softmax(logits, None if sinks is None else sinks.view(heads, -1)).numpy()
     out = numpy.zeros((heads, group, value_dim), q.dtype)
     for part, low, high, at in spans:

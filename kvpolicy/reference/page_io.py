@@ -6,6 +6,8 @@ from torch import Tensor
 
 from ..ops import Pages
 
+_SCRATCH = 1 << 20  # bytes of pages that are held twice while they move
+
 
 def read_pages(pages: Pages, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Contents of pages `ids` `[...]`: `Ops.read_pages`."""
@@ -23,10 +25,11 @@ def read_meta(pages: Pages, ids: Tensor) -> Tensor:
 
 def copy_pages(pages: Pages, source: Tensor, target: Tensor) -> None:
     """Copies pages `source` `[N]` to pages `target` `[N]`: `Ops.copy_pages`."""
-    source, target = source.long(), target.long()
-    for store in (pages.k, pages.v, pages.meta, pages.summary):
-        if store is not None:
-            store.index_copy_(0, target, store.index_select(0, source))
+    step = max(_SCRATCH // pages.k[0].nbytes, 1)
+    for some, to in zip(source.long().split(step), target.long().split(step), strict=True):
+        for store in (pages.k, pages.v, pages.meta, pages.summary):
+            if store is not None:
+                store.index_copy_(0, to, store.index_select(0, some))
 
 
 def read_summary(pages: Pages, ids: Tensor) -> Tensor:

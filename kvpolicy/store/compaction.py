@@ -54,11 +54,11 @@ class Drop(NamedTuple):
 def plan(state: CacheState, keeps: Iterable[tuple[LayerStore, Tensor]]) -> list[Drop]:
     """What it takes to keep only the global tokens with `keep` `[B, Hkv, N]`; changes nothing.
 
+    `keep` marks nothing beyond a head's tokens (`of_tokens`).
     Selections summarize here what their pages will hold: one that raises does so before any drop.
     """
     parts: dict[PagePool, list[Kept]] = {}
     for layer, keep in keeps:
-        keep = keep & (torch.arange(keep.shape[2], device=keep.device) < layer.counts[..., None])
         kept = Kept(layer, keep, keep.sum(-1, dtype=torch.int32))
         parts.setdefault(layer.pool, []).append(kept)
     if not parts:
@@ -76,6 +76,11 @@ def plan(state: CacheState, keeps: Iterable[tuple[LayerStore, Tensor]]) -> list[
         refreshed = [_summaries(state, kept, next(host)) for kept in part]
         drops.append(draft._replace(takes=takes, gone=gone, refreshed=refreshed))
     return drops
+
+
+def of_tokens(layer: LayerStore, keep: Tensor) -> Tensor:
+    """`keep` `[B, Hkv, N]` without what lies beyond the tokens of heads."""
+    return keep & (torch.arange(keep.shape[2], device=keep.device) < layer.counts[..., None])
 
 
 def _draft(pool: PagePool, part: list[Kept]) -> Drop:
@@ -126,9 +131,11 @@ def drop(state: CacheState, drops: Sequence[Drop]) -> None:
         keeps = planned.keep.split([heads * width for width in planned.widths])
         for i, layer in enumerate(layers):
             move_kept(layer, keeps[i].view(*layer.counts.shape, -1), changed[i])
-            layer.table.copy_(table[i])
-            layer.evicted.add_(layer.counts - counts[i])
-            layer.counts.copy_(counts[i])
+        gone = _counts(layers).sub_(counts).long()
+        torch._foreach_copy_([x.table for x in layers], list(table.unbind()))
+        torch._foreach_add_([x.evicted for x in layers], list(gone.unbind()))
+        torch._foreach_copy_([x.counts for x in layers], list(counts.unbind()))
+        for i, layer in enumerate(layers):
             found = planned.refreshed[i]
             if isinstance(found, int):
                 summarize(state, layer, layer.counts.masked_fill(changed[i], 0), found)

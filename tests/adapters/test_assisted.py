@@ -11,6 +11,7 @@ from kvpolicy.adapters.hf import attach
 from tests.support.adapters.dense import Dense, follow
 from tests.support.adapters.faults import Break, Fault, Refusing, digest
 from tests.support.adapters.models import SIZES, pipelines, prompt, tiny
+from tests.support.adapters.versions import NEWEST
 
 GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 MODES = {
@@ -174,6 +175,27 @@ def test_lookup_options(llama, size):
     plain = llama.generate(ids, do_sample=False, **given)
     with attach(llama, CachePipeline(window=5)):
         assert torch.equal(plain, llama.generate(ids, do_sample=False, **given))
+
+
+@NEWEST
+def test_new_ids_after_padding(llama):
+    """The mask is of all columns; transformers' loop would cut it to as many as there are ids."""
+    ids = torch.cat([torch.zeros(1, 4, dtype=torch.long), inputs()["input_ids"]], 1)
+    mask = (torch.arange(37) >= 4).long()[None]
+    options = {"max_new_tokens": 12, "do_sample": False}
+    plain = llama.generate(ids, attention_mask=mask, **options)[:, 20:]
+    options |= {"prompt_lookup_num_tokens": 3}
+    with attach(llama, CachePipeline(window=5), **SIZES) as attachment:
+        cache = attachment.read(ids[:, :20], mask[:, :20])
+        given = {"attention_mask": mask, "past_key_values": cache.fork()}
+        assert torch.equal(llama.generate(ids[:, 20:], **given, **options), plain)
+        for question in ("prompt", "decode"):
+            said = attachment.ask(cache, ids[:, 20:], question=question, **options)
+            assert torch.equal(said, plain)
+        mask[:, 22] = 0
+        given = {"attention_mask": mask, "past_key_values": cache}
+        with pytest.raises(UnsupportedError, match="^attention_mask: it hides columns, and assist"):
+            llama.generate(ids[:, 20:], **given, **options)
 
 
 def test_ids_that_the_cache_has_seen(llama):

@@ -44,7 +44,12 @@ def test_every_type_is_here():
     assert set(ROPE_INIT_FUNCTIONS) <= {"default", *TYPES}
 
 
-@pytest.fixture(params=sorted(set(TYPES) & set(ROPE_INIT_FUNCTIONS)))
+FOUND = sorted(set(TYPES) & set(ROPE_INIT_FUNCTIONS))
+
+
+@pytest.fixture(
+    params=[x if x == "yarn" else pytest.param(x, marks=pytest.mark.slow) for x in FOUND]
+)
 def roped(request):
     return request.param, stretched(request.param)
 
@@ -86,6 +91,7 @@ def test_a_step_that_cannot_be_captured_decodes_eagerly(monkeypatch):
     assert torch.equal(ours.sequences, plain.sequences) and error(ours, plain) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["yarn", "llama3", "linear"])
 @torch.no_grad()
 def test_policies_on_stretched_keys(name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import attrs
 import pytest
@@ -19,6 +20,7 @@ from kvpolicy import (
     SnapKV,
 )
 from kvpolicy.adapters.vllm.plan import PAGE, check_rows, plan_of
+from kvpolicy.adapters.vllm.prompt_end import Ends, hear
 from kvpolicy.testing._spy import watch
 from tests.support.adapters.arenas import SPEC, Engine, Request
 from tests.support.contract.cases import Sizes, gate
@@ -247,6 +249,25 @@ def test_what_a_prompt_leaves_makes_room_for_what_is_generated(name):
                 waiting.insert(0, request)
     assert straddled > 1 and engine.refused == 0 and engine.replays > 9
     assert len(engine.free) + len(engine.free_rows) == 10
+
+
+def test_a_prompts_end_waits_for_nothing(monkeypatch):
+    pipeline = CachePipeline(eviction=SnapKV(budget=30, observation=6), window=10)
+    engine = Engine(pipeline, rows=1, blocks=12)
+    request = Request(pipeline, 60, 0, prompt=60)
+    engine.running.append(request)
+    assert engine.room_for(request, 60)
+    engine.step([(request, 60)])
+    rows = engine.rows
+    ops = SimpleNamespace(
+        window_scores=lambda pages, heads, *args, **options: heads.table.repeat(1, 1, 16).double(),
+        keep_best=lambda scores, valid, amount: valid & (valid.cumsum(2) <= amount[..., None]),
+        move_kept=lambda *args: None,
+    )
+    monkeypatch.setattr(rows, "ops", ops)
+    with watch() as seen:
+        hear(rows, Ends({}, {1: len(request.blocks)}, (1,)))
+    assert {sync.partition("(")[0] for sync in seen.syncs} == {"torch.tensor"}  # sent, not read
 
 
 def test_an_arena_that_grows_admits_again():

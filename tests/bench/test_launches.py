@@ -131,6 +131,25 @@ def test_launches_of_a_prompt_layer_with_numbers() -> None:
     assert len(launched) <= 47
 
 
+def test_launches_of_an_eviction() -> None:
+    """What another layer adds to a prompt's end: four kernels of its scores, one of its choice."""
+    found = []
+    for layers in (1, 2):
+        pipeline = make(eviction=SnapKV(budget=40, observation=8), window=WINDOW)
+        state = pipeline.init(attrs.evolve(SPEC, layers=layers))
+        tokens = {n: torch.randn(HEADS, 60, DIM) for n in ("key", "value")}
+        tokens["query"] = torch.randn(2 * HEADS, 60, DIM)
+        pipeline.begin(state, [60], "prompt")
+        for layer in range(layers):
+            pipeline.attend(state, layer, **tokens)
+        pipeline.commit(state)
+        with launches() as launched:
+            pipeline.end_prompt(state)
+        found.append(Counter(launched))
+    assert (found[1] - found[0]).total() <= 11
+    assert found[0].total() <= 80
+
+
 def test_launches_of_a_hash() -> None:
     write = Write(torch.empty(HEADS, 9, 0), torch.empty(0), torch.arange(9), None, 1, range(HEADS))
     RandomGate(sparsity=0.5).admit(write)  # hashes the heads
