@@ -56,9 +56,10 @@ def arena_write(
         _arena_write[rows.shape[0],](
             pages.k, pages.v, pages.meta, summary if minmax else None, pages.slabs, table, counts,
             ring_k, ring_v, ring_flags, key, value, flags, rows, lengths, active, arenas.blocks,
-            arenas.room, arenas.taken, arenas.refused, window, arenas.pages_per_block,
-            arenas.blocks.stride(0), table.stride(), counts.stride(), ring_k.stride(),
-            ring_v.stride(), ring_flags.stride(), key.stride(), value.stride(),
+            arenas.room, arenas.taken, arenas.refused, arenas.spare, arenas.spared, window,
+            arenas.pages_per_block, arenas.blocks.stride(0),
+            0 if arenas.spare is None else arenas.spare.stride(0), table.stride(), counts.stride(),
+            ring_k.stride(), ring_v.stride(), ring_flags.stride(), key.stride(), value.stride(),
             (0, 0) if flags is None else flags.stride(),
             SLAB_PAGES=pages.slab_pages, PAGE=pages.k.shape[1], SLOTS=slots, HEADS=kv_heads,
             HEADS_PAD=power_of_two(kv_heads), DIM=dim, DIM_V=dim_v, DIM_PAD=power_of_two(dim),
@@ -69,9 +70,9 @@ def arena_write(
 @triton.jit
 def _arena_write(
     pages_k, pages_v, pages_meta, summary, slabs, table, counts, ring_k, ring_v, ring_flags,
-    key, value, flags, rows, lengths, active, blocks, room, taken, refused, window, each,
-    blocks_stride, table_strides, counts_strides, ring_k_strides, ring_v_strides,
-    ring_flags_strides, key_strides, value_strides, flags_strides,
+    key, value, flags, rows, lengths, active, blocks, room, taken, refused, spare, spared, window,
+    each, blocks_stride, spare_stride, table_strides, counts_strides, ring_k_strides,
+    ring_v_strides, ring_flags_strides, key_strides, value_strides, flags_strides,
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, SLOTS: tl.constexpr, HEADS: tl.constexpr,
     HEADS_PAD: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, DIM_PAD: tl.constexpr,
     DIM_V_PAD: tl.constexpr, BITS: tl.constexpr,
@@ -104,11 +105,14 @@ def _arena_write(
     out = tl.maximum(leaving, 0) % SLOTS
     leave = h < tl.where(leaving >= 0, HEADS, 0)
     gone = tl.load(ring_flags + out, mask=leave, other=0)
+    if spare is not None:
+        spare += b * spare_stride
+        spared += b
     held = counts + b * counts_strides[0] + h
     count = tl.load(held, mask=here, other=0)
     stored, page = _place(
         table + b * table_strides[0] + h * table_strides[1], count, (gone & _ADMITTED) != 0,
-        blocks + b * blocks_stride, room + b, taken + b, refused + b, each, PAGE,
+        blocks + b * blocks_stride, room + b, taken + b, refused + b, spare, spared, each, PAGE,
     )  # fmt: skip
     slot = count % PAGE
     kept = real & stored[:, None]
@@ -135,7 +139,9 @@ def _arena_write(
 
 
 @triton.jit
-def _place(table, count, wanted, blocks, room, taken, refused, each, PAGE: tl.constexpr):
+def _place(
+    table, count, wanted, blocks, room, taken, refused, spare, spared, each, PAGE: tl.constexpr
+):
     """Whether the heads' leaving tokens are stored, and in which pages `[H]`; takes these."""
     entry = table + count // PAGE
     fresh = (wanted & (count % PAGE == 0)).to(tl.int32)
@@ -145,7 +151,11 @@ def _place(table, count, wanted, blocks, room, taken, refused, each, PAGE: tl.co
     stored = wanted & ((fresh == 0) | granted)
     block = tl.load(blocks + number // each, mask=granted, other=0)
     page = tl.load(entry, mask=stored & (fresh == 0), other=0)
-    page = tl.where(granted, block * each + number % each, page)
+    new = block * each + number % each
+    if spare is not None:
+        given = granted & (number < tl.load(spared))
+        new = tl.where(given, tl.load(spare + number, mask=given, other=0), new)
+    page = tl.where(granted, new, page)
     tl.store(entry, page, mask=granted)
     lost = tl.sum((wanted & (stored == 0)).to(tl.int64), 0)
     known = tl.load(refused)

@@ -150,7 +150,7 @@ def _settle(
     counts, after, fresh, top, heads, units, counts_strides, UNITS_PAD: tl.constexpr
 ):  # fmt: skip
     """Makes the new counts current and the stack shorter, when every tile has read both."""
-    unit = tl.arange(0, UNITS_PAD)
+    unit = tl.arange(0, UNITS_PAD).to(tl.int64)
     real = unit < units
     held = tl.load(after + unit, mask=real)  # [UNITS]
     tl.store(counts + unit // heads * counts_strides[0] + unit % heads, held, mask=real)

@@ -45,7 +45,7 @@ def _write_number(
     b = tl.program_id(0).to(tl.int64)
     if tl.load(active + b) == 0:
         return
-    h = tl.arange(0, HEADS_PAD)
+    h = tl.arange(0, HEADS_PAD).to(tl.int64)
     real = h < HEADS
     length = tl.load(lengths + b).to(tl.int32)
     recent += b * recent_strides[0] + h * recent_strides[1]

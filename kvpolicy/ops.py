@@ -87,6 +87,8 @@ class Arenas(NamedTuple):
     Page n of sequence b is `blocks[b, n // pages_per_block] * pages_per_block + n %
     pages_per_block`. `blocks` int32 `[B, n]`; `room`, `taken` int32 `[B]` count the pages that a
     sequence has and that its heads hold, `refused` int64 `[B]` admitted tokens that found none.
+    Where heads gave pages back, those with n < `spared[b]` are `spare[b, n]` instead; both int32,
+    `[B, most pages]` and `[B]`.
     """
 
     blocks: Tensor
@@ -94,6 +96,18 @@ class Arenas(NamedTuple):
     taken: Tensor
     refused: Tensor
     pages_per_block: int
+    spare: Tensor | None = None
+    spared: Tensor | None = None
+
+    def page(self, sequence: Tensor | int, number: Tensor) -> Tensor:
+        """Ids of pages by their number in their sequence; of those past its blocks, any."""
+        each, last = self.pages_per_block, self.blocks.shape[1] - 1
+        block = torch.div(number, each, rounding_mode="floor").long().clamp(max=last)
+        found = self.blocks[sequence, block] * each + number % each
+        if self.spare is None or self.spared is None:
+            return found
+        given = self.spare[sequence, number.long().clamp(max=self.spare.shape[1] - 1)]
+        return torch.where(number < self.spared[sequence], given, found)
 
 
 class Ring(NamedTuple):

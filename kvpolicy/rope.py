@@ -50,9 +50,8 @@ class Rope:
 
     def angles(self, positions: Tensor) -> Tensor:
         """Radians `[..., pairs]` float64 at `positions` `[...]`."""
-        each = torch.tensor(self.frequencies, dtype=torch.float64)
-        each = each.to(positions.device, non_blocking=True)
-        return positions[..., None].double() * each * self.sign
+        each = torch.tensor(self.frequencies, dtype=torch.float64, device=positions.device)
+        return positions[..., None].double() * (each * self.sign)
 
     def mean(self, first: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """cos and sin `[..., pairs]` float64, their mean over `count` positions from `first`.
@@ -61,6 +60,12 @@ class Rope:
         """
         turned = self.angles(first[..., None] + torch.arange(count, device=first.device))
         return turned.cos().mean(-2) * self.factor, turned.sin().mean(-2) * self.factor
+
+    def mean_matrix(self, first: Tensor, count: int, dim: int) -> Tensor:
+        """`M` `[..., dim, dim]` float64: `x @ M` is `x` `[..., dim]` turned by `mean`."""
+        cos, sin = (part[..., None, :] for part in self.mean(first, count))
+        each = torch.eye(dim, dtype=cos.dtype, device=cos.device)
+        return self.turned(each.expand(*first.shape, dim, dim), cos, sin)
 
     def pairs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """First and second channels of the pairs of `x` `[..., D]`, and those that do not turn."""

@@ -289,6 +289,8 @@ def test_errors_are_one_line(folder: Path, tmp_path: Path) -> None:
     assert said.startswith("error: out: wanted a name ending in") and said.count("\n") == 1
     said = fails("train-gate", model, "--texts", texts, "--out", "g.pt", "--length", 99)
     assert "target_keep" in said
+    said = fails("train-gate", model, "--texts", texts, "--out", "g.pt", "--lam", 1, "--shard")
+    assert said.startswith("error: shard: wanted a model of transformers and several processes")
     said = fails("train-duo", model, "--texts", tmp_path, "--out", tmp_path / "duo")
     assert said.startswith("error: texts: no .txt file")
     said = fails("plan", model, "--gate", "a", "--duo", "b")

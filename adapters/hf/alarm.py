@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import threading
-import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 PERIOD = 0.2  # seconds between two looks of a rank that waits in a kernel
+_LAST_LOOK = 5.0  # seconds that the end of a process waits for one under way
 
 
 class Alarm:
@@ -34,10 +36,13 @@ class Alarm:
 
     def rung(self) -> int | None:
         """The rank that broke off first, as far as is known."""
-        with contextlib.suppress(Exception), self.lock:
-            if self.store.check([self.key]):
-                return int(self.store.get(self.key))
+        with contextlib.suppress(Exception):
+            return self._told()
         return None
+
+    def _told(self) -> int | None:
+        with self.lock:
+            return int(self.store.get(self.key)) if self.store.check([self.key]) else None
 
     def release(self, mesh: Any, axis: int) -> None:
         """Lets go of the group, so that nobody waits for this rank any more.
@@ -54,18 +59,29 @@ class Alarm:
                 vars(each).get("_pg_registry", {}).clear()
 
     def listen(self, rank: int, broken: Callable[[], None]) -> None:
-        """Calls `broken` once when another rank broke off.
+        """Calls the method `broken` once when another rank broke off, as long as its object lives.
 
         A kernel of NCCL's waits for a peer on the same host until the group's time-out, whatever
         has become of it; a closed connection ends gloo's waits.
         """
         if not self.kernels:
             return
+        over, told = threading.Event(), weakref.WeakMethod(broken)
 
         def look() -> None:
-            while (found := self.rung()) is None:
-                time.sleep(PERIOD)
-            if found != rank:
-                broken()
+            found = None
+            with contextlib.suppress(Exception):  # the store has gone, and all that it tells
+                while found is None and not over.wait(PERIOD) and told() is not None:
+                    found = self._told()
+            if found not in (None, rank) and (ends := told()) is not None:
+                ends()
+            atexit.unregister(stop)
 
-        threading.Thread(target=look, name="kvpolicy-alarm", daemon=True).start()
+        def stop() -> None:
+            over.set()
+            thread.join(_LAST_LOOK)
+
+        # A thread in the store's code when the interpreter ends would abort the process.
+        thread = threading.Thread(target=look, name="kvpolicy-alarm", daemon=True)
+        atexit.register(stop)
+        thread.start()

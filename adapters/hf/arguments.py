@@ -10,6 +10,7 @@ from transformers.generation import GenerationConfig, GenerationMode
 from ...errors import UnsupportedError
 from .attached import Attached
 from .models import Rules
+from .uncut import check_uncut
 from .wrappers import check_soft_prompt, soft_prompt
 
 MODES = (
@@ -75,6 +76,7 @@ def check_generate(attachment: Attached, kwargs: dict[str, Any], config: Any) ->
             raise UnsupportedError(f"{name}: not beside an attached pipeline: {reason}")
     mode = config.get_generation_mode(kwargs.get("assistant_model"))
     _check_loop(config, mode, kwargs)
+    check_uncut(config, mode, kwargs, soft=soft_prompt(attachment.model) is not None)
     if mode == GenerationMode.ASSISTED_GENERATION and attachment.served.probe.own:
         raise UnsupportedError(
             "assisted generation: candidates cannot be taken back from the recurrent or "

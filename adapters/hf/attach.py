@@ -24,6 +24,7 @@ from .compile import CompiledLayers, check_compiles, make_eager
 from .faces import NAME
 from .forwards import Forwards
 from .generate import generate
+from .losses import check_labels
 from .many.questions import ask_many
 from .many.requests import Finished, Request
 from .many.serve import serve
@@ -107,6 +108,8 @@ class Attachment:
             config._attn_implementation = NAME
         changes.hook(decoder, self._open, pre=True, with_kwargs=True)
         changes.hook(decoder, self._close, with_kwargs=True, always_call=True)
+        if self.base is not decoder:
+            changes.hook(self.base, self._before, pre=True, with_kwargs=True)
         if self.ranks.many and self.base is not decoder:
             changes.hook(self.base, self._after, with_kwargs=True, always_call=True)
         for layer in self.served.layers:
@@ -184,6 +187,10 @@ class Attachment:
     @torch.compiler.disable
     def _close(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         return self.forwards.close(self, output)
+
+    @torch.compiler.disable
+    def _before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        check_labels(base, args, kwargs)
 
     @torch.compiler.disable
     def _after(self, base: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

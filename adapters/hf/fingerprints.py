@@ -69,9 +69,15 @@ def keys_fingerprint(model: nn.Module) -> str:
     if not isinstance(weight, Tensor):  # or packed under other names
         parts = itertools.chain(projection.parameters(), projection.buffers())
     for part in parts:
+        part = gathered(part)
         bits = _readable(part).to(torch.bfloat16).contiguous().view(torch.uint8)
         digest.update(bits.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def gathered(weight: Any) -> Any:
+    """A weight that ranks hold parts of as a whole; every rank must ask."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 def _parameters(decoder: nn.Module) -> Iterator[Tensor]:

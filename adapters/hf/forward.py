@@ -112,6 +112,34 @@ def close_forward(cache: KVPolicyCache, failed: bool) -> None:
         cache.end_prompt()
 
 
+IMAGES = "deepstack_visual_embeds"  # what layers add to columns of images
+
+
+def parted(kwargs: dict[str, Any], head: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A forward's arguments for its first `head` columns and for the rest.
+
+    What says something of each of the columns `[B, S, ...]` is cut, whatever its name. Raises
+    UnsupportedError for lists of other tensors, of which nobody knows what belongs to which part.
+    """
+    batch, columns = inputs_of(kwargs).shape[:2]
+    first, rest = dict(kwargs), dict(kwargs)
+    for name, whole in kwargs.items():
+        axis = -1 if name == "position_ids" else 1
+        if isinstance(whole, list | tuple) and any(isinstance(x, Tensor) for x in whole):
+            places = kwargs.get("visual_pos_masks")
+            if name != IMAGES or places is None:
+                raise UnsupportedError(f"{name}: not beside candidates of assisted generation")
+            at = torch.arange(columns, device=places.device).expand(batch, -1)[places.bool()]
+            for part, chosen in ((first, at < head), (rest, at >= head)):
+                part[name] = [x[chosen] for x in whole] if bool(chosen.any()) else None
+        elif isinstance(whole, Tensor) and whole.ndim > 1 and whole.shape[axis] == columns:
+            if axis == 1 and whole.shape[0] not in (1, batch):
+                continue
+            first[name] = whole.narrow(axis, 0, head)
+            rest[name] = whole.narrow(axis, head, columns - head)
+    return first, rest
+
+
 class Crossing:
     """A forward that goes on past the end of the prompt: candidate tokens of assisted decoding.
 
@@ -122,17 +150,7 @@ class Crossing:
     def __init__(self, decoder: nn.Module, cache: KVPolicyCache, kwargs: dict[str, Any]) -> None:
         assert cache.boundary is not None
         self.cache, self.before = cache, cache.fork()
-        head = cache.boundary - cache.columns
-        extra = inputs_of(kwargs).shape[1] - head
-        first, self.rest = dict(kwargs), dict(kwargs)
-        for name, axis in (("input_ids", 1), ("inputs_embeds", 1), ("position_ids", -1)):
-            if (whole := kwargs.get(name)) is not None:
-                first[name] = whole.narrow(axis, 0, head)
-                self.rest[name] = whole.narrow(axis, head, whole.shape[axis] - head)
-        for name in ("attention_mask", "token_type_ids"):
-            whole = kwargs.get(name)
-            if whole is not None and whole.shape[1] == head + extra:  # of the new columns
-                first[name], self.rest[name] = whole[:, :head], whole[:, head:]
+        first, self.rest = parted(kwargs, cache.boundary - cache.columns)
         try:
             self.head = decoder(**first)
         except BaseException:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import sys
 import threading
@@ -108,7 +109,7 @@ class Forwards:
         self.closed = False
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         try:
-            with self.ranks.together(self.ranks.key(kwargs)):
+            with self.ranks.together(functools.partial(self.ranks.key, kwargs)):
                 return (), self._open(attachment, kwargs)
         except BaseException:
             self.take_back()

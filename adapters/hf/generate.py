@@ -22,6 +22,7 @@ from .modes import ordinary
 from .own_steps import check_put_aside, check_sample, own_method
 from .tiles import refuse_more, whole_chunks
 from .tokens import inferred_mask, use_mask, use_tokenizer
+from .uncut import shorten_mask
 from .wrappers import soft_prompt
 
 OWN_LOOP = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -87,6 +88,8 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
             "past_key_values: assisted decoding reads all its ids, in transformers too, those that "
             "the cache has seen once more; pass the new ids only, beside a mask of all columns"
         )
+    if assisted and width < columns:
+        shorten_mask(kwargs, width, columns)
     last = columns + _new_tokens(config, width) - (not assisted)
     check_put_aside(attachment.base, attachment.put_aside, cache.columns, columns, last)
     # Our loop says itself when the prompt has ended.

@@ -62,11 +62,18 @@ class Lockstep:
         """Whether a sequence went on, of the flags of a step; raises on all ranks if one failed."""
         on, *code = flags
         for failure in code:
-            self.ranks.raise_told(failure, self.error)
+            self.ranks.raise_told(failure, self._taken(failure))
         return bool(on)
 
     def end(self) -> None:
         """Raises if a rank failed since."""
         if self.late:
             self.ranks.stepping = False
-            self.ranks.vote(self.error)
+            self.ranks.vote(self._taken())
+
+    def _taken(self, told: int = 1) -> BaseException | None:
+        """This rank's error once all are `told`; its traceback holds this object, not it that."""
+        if not told:
+            return None
+        error, self.error = self.error, None
+        return error

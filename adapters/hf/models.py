@@ -19,7 +19,7 @@ from .ranks import Ranks
 from .rule.kinds import text_config
 from .rule.probe import probe
 from .rule.records import PreRope, Probe, ProbedLayer
-from .wrappers import base_of, decoder_of
+from .wrappers import base_of, decoder_of, fully_sharded
 
 
 class Rules(NamedTuple):
@@ -112,6 +112,7 @@ class Served:
         places: the index in `layers` by the place in transformers' cache.
         probe: how it was checked.
         rules: of `layers`.
+        sharded: whether ranks hold parts of each weight (`fully_shard`), all of them every head.
     """
 
     config: Any
@@ -120,6 +121,7 @@ class Served:
     places: dict[int, int]
     probe: Probe
     rules: tuple[Rules, ...]
+    sharded: bool = False
 
     def place_of(self, module: Any) -> int:
         """The place of the one layer that `module` attends for."""
@@ -144,18 +146,20 @@ def served(model: nn.Module, *, verify: bool = True) -> Served:
     Raises UnsupportedError for a model that is not served.
     """
     decoder = decoder_of(model)
-    check_even(decoder)
+    if not fully_sharded(model):
+        check_even(decoder)
     return _served(model, decoder, probe(model, verify=verify))
 
 
 def _served(model: nn.Module, decoder: nn.Module, found: Probe) -> Served:
     config, base = text_config(decoder.config), base_of(model)
+    sharded = fully_sharded(model)
     read = {layer.reads for layer in found.layers if layer.shared}
     layers = []
     for layer in found.stored:
         # A cut model has all heads; this rank may hold a part.
         module = base.get_submodule(layer.module)
-        parts = shards(module)[1] if found.way == "cut" else 1
+        parts = shards(module)[1] if found.way == "cut" and not sharded else 1
         layers.append(_layer(base, config, layer, layer.layer in read, parts))
     if not layers:
         raise UnsupportedError("model: no layer keeps keys and values, there is nothing to cache")
@@ -168,6 +172,7 @@ def _served(model: nn.Module, decoder: nn.Module, found: Probe) -> Served:
         places=places,
         probe=found,
         rules=tuple(layer.rules for layer in layers),
+        sharded=sharded,
     )
 
 

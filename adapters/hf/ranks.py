@@ -8,7 +8,7 @@ that failed anywhere meets the others in their next one. One process votes on no
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ...errors import CapacityError, KVPolicyError, UnsupportedError
 from .alarm import Alarm
 from .modes import ordinary
 
+Key = Tensor | int
 _AGREED = "_kvpolicy_agreed"  # on an error that all ranks know of
 _ODD, _BITS = 2654435761, (1 << 62) - 1
 
@@ -40,12 +41,15 @@ class Ranks:
         return self.mesh is not None
 
     def key(self, inputs: Mapping[str, Any]) -> Tensor | int:
-        """A number for what a forward is fed, the same on ranks that feed the same tokens."""
+        """A number for what a forward is fed, the same on ranks that feed the same tokens to
+        caches that have seen as many.
+        """
         ids = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else None
         if not self.many or self.quiet or ids is None:
             return 1
         weights = torch.arange(1, ids.numel() + 1, device=ids.device) * _ODD
-        found: Tensor = ((ids.flatten() + 1) * weights).sum() & _BITS | 1
+        seen = getattr(inputs.get("past_key_values"), "columns", 0) * _ODD
+        found: Tensor = (((ids.flatten() + 1) * weights).sum() + seen) & _BITS | 1
         return found
 
     @ordinary
@@ -54,29 +58,32 @@ class Ranks:
 
         Raises UnsupportedError if ranks do different things: `key` is what this one does next.
         """
-        if not self.many or self.quiet:
-            if error is not None:
+        try:
+            if not self.many or self.quiet:
+                if error is not None:
+                    raise error
+                return
+            if self.stepping and error is not None:
+                self.leave(error)
+            if getattr(error, _AGREED, False):
+                assert error is not None
                 raise error
-            return
-        if self.stepping and error is not None:
-            self.leave(error)
-        if getattr(error, _AGREED, False):
-            assert error is not None
-            raise error
-        if self.left:
-            raise self._gone() from error
-        highest, most, least = self._highest(self._code(error), key)
-        if not highest and most == -least:
-            return
-        if error is None and highest:
-            error = _of_another(highest)
-        elif error is None:
-            error = UnsupportedError(
-                "input_ids: the ranks of a tensor-parallel model feed different tokens, or one "
-                "stopped before the others; give all the same inputs and options, and the token "
-                "that rank 0 samples in a loop of your own"
-            )
-        raise _agreed(error)
+            if self.left:
+                raise self._gone() from error
+            highest, most, least = self._highest(self._code(error), key)
+            if not highest and most == -least:
+                return
+            if error is None and highest:
+                error = _of_another(highest)
+            elif error is None:
+                error = UnsupportedError(
+                    "input_ids: the ranks of a tensor-parallel model feed different tokens, or one "
+                    "stopped before the others; give all the same inputs and options, and the "
+                    "token that rank 0 samples in a loop of your own"
+                )
+            raise _agreed(error)
+        finally:
+            del error  # else its traceback, which holds caches, would hold itself
 
     def step(self, own: Tensor, error: BaseException | None) -> Tensor:
         """Rank 0's `own` `[n]`, numbers from 0, and the code of a rank's `error`, `[n + 1]` int64.
@@ -94,9 +101,12 @@ class Ranks:
 
     def raise_told(self, code: int, error: BaseException | None) -> None:
         """Raises, on every rank alike, where the code of a step is no 0."""
-        if code:
-            self.stepping = False
-            raise _agreed(_of_another(code) if error is None else error)
+        try:
+            if code:
+                self.stepping = False
+                raise _agreed(_of_another(code) if error is None else error)
+        finally:
+            del error
 
     def stay(self) -> None:
         """Before a captured step, which must not run when the ranks' way to each other is gone."""
@@ -121,32 +131,46 @@ class Ranks:
         self.stepping = before
 
     @contextlib.contextmanager
-    def together(self, key: Tensor | int = 0) -> Iterator[None]:
-        """Votes after what it holds, which exchanges nothing itself but by votes."""
+    def together(self, key: Key | Callable[[], Key] = 0) -> Iterator[None]:
+        """Votes after what it holds, which exchanges nothing itself but by votes.
+
+        A `key` that is called is so before; where it fails, what it holds does not run.
+        """
         error: BaseException | None = None
+        try:
+            found = key() if callable(key) else key
+        except BaseException as raised:
+            self.vote(raised)
+            raise
         try:
             yield
         except BaseException as raised:
             if not self.many:
                 raise
             error = raised
-        self.vote(error, key)
+        try:
+            self.vote(error, found)
+        finally:
+            del error
 
     def numbers(self, own: Sequence[int]) -> list[list[int]]:
         """What each rank says `[parts][n]`; raises where one failed before it came here."""
         if not self.many:
             return [list(own)]
-        self.vote(key=1 + len(own))
-        told = torch.tensor(own, dtype=torch.int64, device=self.mesh.device_type)
-        found: list[list[int]] = torch.stack(self._gathered(told)).tolist()
+        with self.together(1 + len(own)):
+            told = torch.tensor(own, dtype=torch.int64, device=self.mesh.device_type)
+            into = self._room(told)
+        found: list[list[int]] = torch.stack(self._gathered(told, into)).tolist()
         return found
 
     def heads(self, x: Tensor) -> Tensor:
         """`x` `[B, H, ...]` of this rank's heads, of all heads; raises as `numbers` does."""
         if not self.many:
             return x
-        self.vote(key=_key(x.shape))
-        return torch.cat(self._gathered(x), 1)
+        with self.together(_key(x.shape)):
+            x = x.contiguous()
+            into = self._room(x)
+        return torch.cat(self._gathered(x, into), 1)
 
     def objects(self, own: Any) -> list[Any]:
         """What each rank gives, of plain values; raises as `numbers` does."""
@@ -231,13 +255,14 @@ class Ranks:
     def group(self) -> Any:
         return self.mesh.get_group(self.axis)
 
-    def _gathered(self, x: Tensor) -> list[Tensor]:
-        found = [
-            torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.parts)
-        ]
+    def _room(self, x: Tensor) -> list[Tensor]:
+        """For what each rank gives; made where a rank without memory can still say so."""
+        return [torch.empty_like(x) for _ in range(self.parts)]
+
+    def _gathered(self, x: Tensor, into: list[Tensor]) -> list[Tensor]:
         with self._meeting():
-            dist.all_gather(found, x.contiguous(), group=self.group)
-        return found
+            dist.all_gather(into, x, group=self.group)
+        return into
 
     def _code(self, error: BaseException | None) -> int:
         return 0 if error is None else 2 * self.rank + 1 + isinstance(error, CapacityError)

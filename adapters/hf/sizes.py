@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..._arguments import check_dtype, optional
+from ...errors import UnsupportedError
 from ...spec import CacheSpec, LayerSizes, Sizes, check_sizes
 from .models import Served, served, shards
 
@@ -42,6 +43,11 @@ def spec_from(
     """`spec_of` of a model that is known; `sizes` are checked."""
     optional(check_dtype, "dtype", dtype)
     layers = known.layers
+    if known.sharded:
+        raise UnsupportedError(
+            "model: fully_shard splits each weight over ranks and gathers it for every forward; "
+            "train gates on it, and run a cache on the whole model or with tp_plan='auto'"
+        )
     widest = functools.reduce(torch.promote_types, [layer.dtype for layer in layers])
     each = tuple(
         LayerSizes(

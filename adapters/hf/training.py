@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
-from .models import AttentionLayer, Served, check_pre_rope, served
+from ...errors import UnsupportedError
+from .models import AttentionLayer, Served, check_pre_rope, served, shards
 from .rule.pre_rope import keep_for, key_before_rope
 from .rule.probe_attention import SINKS
+from .sharded import through_root
 from .training_attention import dense_attention, sliding_attention
 from .wrappers import base_of, decoder_of
 
@@ -123,8 +125,11 @@ def _attention(
 class AttachedModel:
     """A frozen model whose attention can be given a rule for one forward."""
 
-    def __init__(self, decoder: nn.Module, calls: list[_Calls]) -> None:
+    def __init__(
+        self, decoder: nn.Module, calls: list[_Calls], root: nn.Module | None = None
+    ) -> None:
         self._decoder, self._calls = decoder, calls
+        self._root = root  # whose hooks gather the weights of a model that ranks hold in parts
 
     def hidden(self, input_ids: Tensor, rule: AttentionRule | None = None) -> Tensor:
         """Final normed hidden states `[B, N, hidden]`; without a rule, those of the teacher.
@@ -136,6 +141,8 @@ class AttachedModel:
             calls.rule, calls.kept, calls.done = rule, None, 0
         device = input_ids.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            if self._root is not None:
+                return through_root(self._root, self._decoder, input_ids)
             states: Tensor = self._decoder(input_ids, use_cache=False).last_hidden_state
             return states
 
@@ -151,10 +158,11 @@ def attach_for_training(
         checkpointing: recompute each layer's activations in the backward pass.
 
     Raises:
-        UnsupportedError: the adapter does not serve the model.
+        UnsupportedError: the adapter does not serve the model, or ranks share its heads.
     """
     known = served(model)
     check_pre_rope(known)
+    check_whole_heads(known)
     base, decoder = base_of(model), decoder_of(model)
     AttentionInterface.register(NAME, _attention)
     implementation, was_training = base.config._attn_implementation, model.training
@@ -179,7 +187,16 @@ def attach_for_training(
                 undo.callback(delattr, layer, "forward")
         model.eval()
         base.set_attn_implementation(NAME)
-        yield AttachedModel(decoder, list(calls.values()))
+        yield AttachedModel(decoder, list(calls.values()), base if known.sharded else None)
+
+
+def check_whole_heads(known: Served) -> None:
+    """Raises UnsupportedError for tensor parallelism, where a rank would train its own heads."""
+    if not known.sharded and shards(known.layers[0].module)[1] > 1:
+        raise UnsupportedError(
+            "model: training wants every head on each rank, tensor parallelism splits them; load "
+            "it whole, or split its weights by fully_shard"
+        )
 
 
 def _calls(base: Any, known: Served) -> dict[Any, _Calls]:

@@ -15,7 +15,6 @@ REPLICAS = (
     "DataParallel",
     "DistributedDataParallel",
     "FullyShardedDataParallel",
-    "FSDPModule",
     "DeepSpeedEngine",
 )
 READY_STATES = ("PREFIX_TUNING", "CARTRIDGE")  # of PEFT: they fill caches before the prompt
@@ -36,6 +35,15 @@ def unwrapped(model: Any) -> Any:
                 "attach to the model itself"
             )
     return model
+
+
+def fully_sharded(model: Any) -> bool:
+    """Whether `fully_shard` splits weights of the model over ranks, which it gathers by hooks."""
+    return any(
+        kind.__name__ == "FSDPModule"
+        for module in base_of(model).modules()
+        for kind in type(module).__mro__
+    )
 
 
 def base_of(model: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from ..._extras import extra
 from ...errors import UnsupportedError
 from .options import ARCHITECTURES
 from .plan import PAGE
+from .prompt_end import end_prompt, parts_of
 from .reading import read_prompt
 from .rows import Rows
 from .step import Step
@@ -197,7 +199,9 @@ class ArenaImpl(AttentionImpl[Step]):
 
         if n:
             out[:n] = self.rows.decode(attn_metadata, self.index, *of(slice(n)))
-        for prompt in attn_metadata.prompts:
+        for prompt in chain.from_iterable(parts_of(self.rows, x) for x in attn_metadata.prompts):
             part = slice(prompt.first, prompt.first + prompt.seg.cu_q[1])
             out[part] = read_prompt(self.rows, prompt, self.index, *of(part))
+            if prompt.ends:
+                end_prompt(self.rows, self.rows.layers[self.index], prompt.row)
         return output

@@ -18,7 +18,7 @@ with extra("vllm"):
 
 @torch.library.custom_op("kvpolicy::keep_key", mutates_args=())
 def keep_key(key: Tensor, layer_name: str) -> Tensor:
-    """A copy of `key` `[T, Hkv * D]`, after another one went to the layer's buffer."""
+    """A copy of `key` `[T, Hkv * D]`, after another one went to the buffer that a layer names."""
     buffer = get_forward_context().no_compile_layers[layer_name].impl.key_pre
     buffer[: len(key)].copy_(key)
     return key.clone()

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
 from ..._extras import extra
 from .options import ERROR, options_of
+from .prompt_end import Ends, hear
 from .rows import Rows
+from .spec import PROMPTS
 
 with extra("vllm"):
     from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -68,6 +71,13 @@ class RefusedMetrics(KVConnectorPromMetrics):
         self.counters[engine_idx].inc(transfer_stats_data["refused"])
 
 
+@attrs.frozen
+class Word(KVConnectorMetadata):
+    """From the scheduler to the workers, before each forward."""
+
+    ends: Ends | None = None
+
+
 class ArenaConnector(KVConnectorBase_V1, SupportsHMA):
     """Known to vLLM as "kvpolicy", in the role "kv_producer"."""
 
@@ -80,6 +90,9 @@ class ArenaConnector(KVConnectorBase_V1, SupportsHMA):
             )
         self.ends = options.when_full == ERROR
         self.config = vllm_config
+        self.plan = kv_cache_config.kv_cache_groups[0].kv_cache_spec.plan
+        self.prompts: dict[str, int] = {}  # tokens of requests' prompts, and their rows
+        self.places: dict[str, int] = {}
         self.rows: Rows | None = None  # of a worker, once it has them
         self.known = self.told = 0
         self.sent: Tensor | None = None
@@ -124,7 +137,10 @@ class ArenaConnector(KVConnectorBase_V1, SupportsHMA):
                 self.known = int(total)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Nothing is loaded."""
+        """Nothing is loaded; what the scheduler said is heard."""
+        word = self._get_connector_metadata()
+        if self.rows is not None and isinstance(word, Word) and word.ends is not None:
+            hear(self.rows, word.ends)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing is loaded."""
@@ -142,17 +158,36 @@ class ArenaConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
+        self.prompts[request.request_id] = request.num_prompt_tokens
         return 0, False
 
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        self.prompts = PROMPTS.setdefault(gpu_block_pool, {})
+
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """Nothing was loaded."""
+        self.places[request.request_id] = blocks.get_block_ids()[0][0]
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
-        return KVConnectorMetadata()
+        if self.plan.budget is None:
+            return Word()
+        new, old = scheduler_output.scheduled_new_reqs, scheduler_output.scheduled_cached_reqs
+        before = {request.req_id: request.num_computed_tokens for request in new}
+        before |= dict(zip(old.req_ids, old.num_computed_tokens, strict=True))
+        prompts, blocks, ended = {}, {}, []
+        for name, added in scheduler_output.num_scheduled_tokens.items():
+            row, prompt, done = self.places[name], self.prompts[name], before[name]
+            blocks[row] = self.plan.blocks(done + added, prompt)
+            if done == 0:
+                prompts[row] = prompt
+            if done == prompt:
+                ended.append(row)
+        return Word(Ends(prompts, blocks, tuple(ended)))
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
+        for known in (self.prompts, self.places):
+            known.pop(request.request_id, None)
         return False, None
 
     # Of vLLM's log and metrics

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..._extras import extra
+from ...budget import budget_of
 from ...errors import UnsupportedError
 from ...spec import CacheSpec
 from .backend import ArenaBackend
@@ -44,7 +45,7 @@ class Served:
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
             return
         check_pipeline(options.pipeline)
-        if found := refusals(vllm_config, options.when_full):
+        if found := refusals(vllm_config, options.when_full, not options.pipeline.eviction.neutral):
             raise UnsupportedError("kvpolicy: " + "; ".join(found))
         with _our_backend():
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -114,7 +115,7 @@ def _serve(model: Any, config: Any, options: Options) -> Rows:
     admission = pipeline.admission
     plan = plan_of(
         admission, pipeline.window, len(layers), heads, ranks, config.cache_config.block_size,
-        options.admitted,
+        options.admitted, budget_of(pipeline.eviction),
     )  # fmt: skip
     spec = CacheSpec(
         layers=len(layers),
@@ -165,16 +166,19 @@ def _serve(model: Any, config: Any, options: Options) -> Rows:
 
 
 def _watch_keys(model: nn.Module, config: Any, layers: dict[int, Attention]) -> None:
-    """Has the keys that enter each layer's rotary embedding kept for its gate."""
-    tokens = config.scheduler_config.max_num_batched_tokens
+    """Has the keys that enter each layer's rotary embedding kept for its gate.
+
+    Layers run one after the other, so that they share the buffer; and its owner's name, with which
+    compiled layers are alike.
+    """
+    owner = next(iter(layers.values()))
+    size = config.scheduler_config.max_num_batched_tokens, owner.num_kv_heads * owner.head_size
+    buffer = torch.empty(size, dtype=owner.dtype, device=current_platform.device_type)
     for module in model.modules():
         attention, rotary = getattr(module, "attn", None), getattr(module, "rotary_emb", None)
         if id(attention) not in layers or rotary is None:
             continue
-        layer: Any = layers.pop(id(attention))
-        width = layer.num_kv_heads * layer.head_size
-        buffer = torch.empty(tokens, width, dtype=layer.dtype, device=current_platform.device_type)
-        layer.impl.key_pre = buffer
-        module.rotary_emb = BeforeRope(rotary, layer.layer_name)
+        layers.pop(id(attention)).impl.key_pre = buffer
+        module.rotary_emb = BeforeRope(rotary, owner.layer_name)
     if layers:
         raise UnsupportedError("kvpolicy: a layer without `rotary_emb` beside `attn`")

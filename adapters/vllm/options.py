@@ -9,7 +9,8 @@ from typing import Any
 import attrs
 
 from ..._fields import number, one_of, shown
-from ...eviction import KeepAll
+from ...budget import Ratio, Tokens
+from ...eviction import SnapKV
 from ...pipeline import CachePipeline
 from ...pipeline_files import load_pipeline, pipeline_from
 
@@ -77,10 +78,11 @@ def check_pipeline(pipeline: CachePipeline) -> None:
             "kvpolicy: selection: on vLLM decoding may read fewer pages by their smallest and "
             f"largest keys, as Quest does, got {type(selection).__name__}"
         )
-    if not isinstance(eviction, KeepAll):
+    alike = isinstance(eviction, SnapKV) and isinstance(eviction.budget, Tokens | Ratio)
+    if not eviction.neutral and not (alike and eviction.when == "prompt_end"):
         raise ValueError(
-            "kvpolicy: eviction: wanted none on vLLM, where a preempted request does not know any "
-            f"more where its prompt ended, got {type(eviction).__name__}"
+            "kvpolicy: eviction: wanted none on vLLM, or SnapKV(when='prompt_end') with as many "
+            f"tokens for each head, got {eviction}"
         )
     if admission.needs - {"key_pre"}:
         raise ValueError(
@@ -89,7 +91,7 @@ def check_pipeline(pipeline: CachePipeline) -> None:
         )
 
 
-def refusals(config: Any, when_full: str = ADMIT) -> list[str]:
+def refusals(config: Any, when_full: str = ADMIT, evicts: bool = False) -> list[str]:
     """What a vLLM configuration asks for that is not served, a sentence for each."""
     cache, parallel, model = config.cache_config, config.parallel_config, config.model_config
     transfer, ends = config.kv_transfer_config, when_full == ERROR
@@ -108,6 +110,8 @@ def refusals(config: Any, when_full: str = ADMIT) -> list[str]:
         "when_full='error' wants the KV connector 'kvpolicy' (--kv-transfer-config) and its "
         "kv_load_failure_policy 'fail', by which vLLM ends requests": ends
         and not (reports and transfer.kv_load_failure_policy == "fail"),
+        "an eviction wants the KV connector 'kvpolicy' (--kv-transfer-config), by which workers "
+        "know where prompts end": evicts and not reports,
         "when_full='error' wants --no-async-scheduling, or a request might be ended whose row was "
         "another's": ends and config.scheduler_config.async_scheduling,
         "LoRA is not served": config.lora_config,

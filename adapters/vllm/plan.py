@@ -11,6 +11,7 @@ import math
 import attrs
 
 from ...admission import Admission, AdmitAll, DuoAttention, LocalAttention
+from ...budget import Budget
 from ...ops import pages_of
 
 PAGE = 16  # tokens of a page
@@ -37,6 +38,19 @@ class Alike:
         # A head's last page may hold one token.
         return self.heads * min(all_of_them, math.ceil(self.share * tokens / PAGE) + 1)
 
+    def pages_after(self, dropped: int, tokens: int, kept: int) -> int:
+        """Pages where at most `kept` of the first `dropped` tokens stayed: none are given back
+        since."""
+        last = 0 if self.share == 1.0 else 1
+        held = min(self._stored(dropped), kept) + self._stored(tokens) - self._stored(dropped)
+        return self.heads * (pages_of(held, PAGE) + last)
+
+    def _stored(self, tokens: int) -> int:
+        """Tokens of one head, of so many that left the window."""
+        if self.sinks is not None:
+            return min(tokens, self.sinks)
+        return math.ceil(self.share * tokens)
+
 
 @attrs.frozen
 class Plan:
@@ -44,26 +58,41 @@ class Plan:
 
     `block` is the scheduler's block size in tokens, a multiple of 16; `heads` counts the KV heads
     of all layers on one rank. Each rank's heads are in `ranks`: the one that needs most decides.
+    At a prompt's end a head keeps what `budget` allows, where there is one.
     """
 
     block: int
     window: int
     heads: int
     ranks: tuple[tuple[Alike, ...], ...]
+    budget: Budget | None = None
 
     @property
     def pages_per_block(self) -> int:
         """Pages of one head in a block."""
         return self.block // PAGE * self.heads
 
-    def pages(self, length: int) -> int:
-        """Pages of a request of `length` tokens, on the rank that needs most."""
-        left = max(length - self.window, 0)
-        return max(sum(alike.pages(left) for alike in rank) for rank in self.ranks)
+    def kept(self, prompt: int) -> int:
+        """Tokens in pages that a head keeps at most at the end of a prompt."""
+        left = max(prompt - self.window, 0)
+        return left if self.budget is None else self.budget.allowed(prompt, self.window, 0, 1)
 
-    def blocks(self, length: int) -> int:
+    def pages(self, length: int, prompt: int | None = None) -> int:
+        """Pages of a request of `length` tokens, on the rank that needs most.
+
+        `prompt` of them are its prompt; without it all are. It never has fewer pages than at the
+        prompt's end: what was dropped there leaves room for what is generated.
+        """
+        left = max(length - self.window, 0)
+        if prompt is None or self.budget is None or length <= prompt:
+            return max(sum(alike.pages(left) for alike in rank) for rank in self.ranks)
+        before, kept = max(prompt - self.window, 0), self.kept(prompt)
+        after = (sum(x.pages_after(before, left, kept) for x in rank) for rank in self.ranks)
+        return max(self.pages(prompt), *after)
+
+    def blocks(self, length: int, prompt: int | None = None) -> int:
         """Blocks of a request of `length` tokens. The first names its row, so there is one."""
-        return max(-(-self.pages(length) // self.pages_per_block), 1)
+        return max(-(-self.pages(length, prompt) // self.pages_per_block), 1)
 
     @property
     def exact(self) -> bool:
@@ -73,7 +102,7 @@ class Plan:
 
 def plan_of(
     admission: Admission, window: int, layers: int, kv_heads: int, ranks: int, block: int,
-    admitted: float | None,
+    admitted: float | None, budget: Budget | None = None,
 ) -> Plan:  # fmt: skip
     """The plan for a model of `layers` layers and `kv_heads` KV heads over `ranks` ranks.
 
@@ -113,7 +142,7 @@ def plan_of(
         if not 0 < admitted <= 1:
             raise ValueError(f"admitted: wanted a number in (0, 1], got {admitted}")
         parts = ((Alike(layers * own, share=float(admitted)),),) * ranks
-    return Plan(block, window, layers * own, parts)
+    return Plan(block, window, layers * own, parts, budget)
 
 
 def _duo(admission: DuoAttention, heads: range) -> tuple[Alike, ...]:

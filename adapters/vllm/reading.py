@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...admission import Write
-from ...ops import ADMITTED, Heads, Ring, pages_of
+from ...ops import ADMITTED, Bounds, Heads, Ring, pages_of
 from .plan import PAGE
 from .row_layer import RowLayer
 from .rows import Rows
@@ -28,6 +28,10 @@ def read_prompt(
     decided, bits = layer.decide(write)
     if decided is None:
         decided = torch.full(key.shape[:2], bits, dtype=torch.uint8, device=key.device)
+    if layer.queries is not None:
+        last = min(layer.queries.shape[2], len(positions))
+        slots = positions[-last:] % layer.queries.shape[2]
+        layer.queries[prompt.row][:, slots] = query[:, -last:]
     ring = Ring(*(x[row] for x in layer.ring))
     (k, v, flags), _ = rows.ops.advance_ring(ring, key, value, decided, seg, undo=False)
     leaving = seg.cu_k[1] - rows.window
@@ -36,8 +40,22 @@ def read_prompt(
         flags = _store(rows, layer, prompt.row, k[:, :leaving], v[:, :leaving], flags, first)
     held = Heads(layer.table[row], layer.counts[row])
     return rows.ops.prefill_attention(
-        query, k, v, flags, seg, rows.pages, held, rows.window, rows.spec.softmax_scale
-    ).transpose(0, 1)
+        query, k, v, flags, seg, rows.pages, held, rows.window, rows.spec.softmax_scale,
+        _known(rows, prompt, index, max(leaving, 0)),
+    ).transpose(0, 1)  # fmt: skip
+
+
+def _known(rows: Rows, prompt: Prompt, index: int, leaving: int) -> Bounds:
+    """What the host knows of a layer's counts once `leaving` tokens of each head left the window.
+
+    It expects as many of them to be admitted as of the earlier ones, or as the plan expects.
+    """
+    held, plan = prompt.held[index], rows.plan
+    past = max(prompt.seg.start[0] - rows.window, 0)
+    share = plan.pages(rows.window + leaving) * PAGE / (plan.heads * max(leaving, 1))
+    parts = [n / past if past else min(share, 1.0) for n in held]
+    expected = [n + round(leaving * part) for n, part in zip(held, parts, strict=True)]
+    return Bounds([[n + leaving for n in held]], [expected])
 
 
 def _store(
@@ -61,7 +79,7 @@ def _store(
     column = torch.arange(layer.table.shape[2], dtype=torch.int32, device=device)
     rank = column - have[:, None]
     given = (rank >= 0) & (rank < granted[:, None])
-    page = _page(rows, row, number[:, None] + rank.clamp(min=0))
+    page = arenas.page(row, number[:, None] + rank.clamp(min=0))
     layer.table[row] = torch.where(given, page, layer.table[row])
     limit = (have + granted) * PAGE
     stored = wanted & (running <= limit[:, None])
@@ -72,7 +90,7 @@ def _store(
     )  # fmt: skip
     layer.counts[row] = torch.minimum(running[:, -1], limit)
     if not layer.selection.neutral:
-        _summarize(rows, layer, row, before, count // PAGE + 2)
+        summarize(rows, layer, row, before, count // PAGE + 2)
     lost = wanted & ~stored
     arenas.refused[row] += lost.sum()
     kept = flags.clone()
@@ -80,15 +98,7 @@ def _store(
     return kept
 
 
-def _page(rows: Rows, row: int, number: Tensor) -> Tensor:
-    """Page ids of a row's pages by number `[Hkv, M]`."""
-    blocks, each = rows.arenas.blocks[row], rows.plan.pages_per_block
-    block = torch.div(number, each, rounding_mode="floor").long()
-    block = block.clamp(max=len(blocks) - 1)  # of pages that are not granted
-    return blocks[block] * each + number % each
-
-
-def _summarize(rows: Rows, layer: RowLayer, row: int, before: Tensor, span: int) -> None:
+def summarize(rows: Rows, layer: RowLayer, row: int, before: Tensor, span: int) -> None:
     """Computes the summaries of the pages, at most `span` a head, that tokens came to.
 
     Where they are fewer the last page is done again, so that the host need not know.

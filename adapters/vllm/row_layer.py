@@ -20,7 +20,8 @@ KNOWN = 64 << 20  # bytes of decisions by position that are kept at most
 class RowLayer:
     """One layer of all rows: `ring` `[R, Hkv, W, ...]`, `table` `[R, Hkv, M]`, `counts`.
 
-    `known` uint8 `[Hkv, N]` are the flags of all positions, where nothing else decides.
+    `known` uint8 `[Hkv, N]` are the flags of all positions, where nothing else decides. `queries`
+    `[R, Hq, S, D]` are the last ones, position p in slot `p % S`, where an eviction reads them.
     """
 
     index: int
@@ -30,6 +31,7 @@ class RowLayer:
     table: Tensor
     counts: Tensor
     known: Tensor | None = None
+    queries: Tensor | None = None
 
     def decide(self, write: Write) -> tuple[Tensor | None, int]:
         """Flags of new tokens, uint8 `[Hkv, T]` or None, and bits that all of them get."""

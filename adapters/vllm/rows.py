@@ -33,6 +33,7 @@ class Rows:
         self.ops = load(backend)
         admission = pipeline.admission.place(spec.device, spec.dtype, backend)
         selection, self.summarized = pipeline.selection, not pipeline.selection.neutral
+        self.eviction = None if pipeline.eviction.neutral else pipeline.eviction
         total, heads, dim = rows + 1, spec.kv_heads, spec.head_dim
         columns = max(pages_of(max(longest - self.window, 0), PAGE), 1)
 
@@ -52,18 +53,26 @@ class Rows:
                 ),
                 zeros(total, heads, columns, dtype=torch.int32),
                 self.counts[layer],
+                queries=zeros(total, spec.heads, pipeline.eviction.queries, dim, dtype=spec.dtype)
+                if self.eviction
+                else None,
             )
             for layer in range(spec.layers)
         ]
         if admission.by_position and spec.layers * heads * longest <= KNOWN:
             look_ahead(self.layers, spec, longest)
+        most = plan.blocks(longest)
         self.arenas = Arenas(
-            zeros(total, plan.blocks(longest), dtype=torch.int32),
+            zeros(total, most, dtype=torch.int32),
             zeros(total, dtype=torch.int32),
             zeros(total, dtype=torch.int32),
             zeros(total, dtype=torch.int64),
             plan.pages_per_block,
         )
+        if self.eviction:  # the last page is nobody's
+            spare = zeros(total, most * plan.pages_per_block + 1, dtype=torch.int32)
+            self.arenas = self.arenas._replace(spare=spare, spared=zeros(total, dtype=torch.int32))
+        self.ends: dict[int, int] = {}  # tokens of the prompts of rows, where an eviction asks
         # Of the step: tokens of each row before it and whether it decodes; the decoded tokens' rows
         # and positions.
         self.lengths = zeros(total, dtype=torch.int64)
@@ -79,11 +88,11 @@ class Rows:
     @property
     def nbytes(self) -> int:
         """Bytes of everything that lies outside vLLM's blocks, for each row and for padding."""
-        own = [*self.arenas[:4], self.lengths, self.active, self.batch, self.positions]
-        own += [self.begun, self.counts]
+        own: list[Tensor | None] = [*self.arenas[:4], self.arenas.spare, self.arenas.spared]
+        own += [self.lengths, self.active, self.batch, self.positions, self.begun, self.counts]
         for layer in self.layers:
-            own += [*layer.ring, layer.table]
-        return sum(tensor.untyped_storage().nbytes() for tensor in own)
+            own += [*layer.ring, layer.table, layer.queries]
+        return sum(tensor.untyped_storage().nbytes() for tensor in own if tensor is not None)
 
     @property
     def token_bytes(self) -> int:
@@ -127,10 +136,11 @@ class Rows:
     def scratch(self, tokens: int) -> int:
         """Bytes that reading `tokens` of the longest prompt takes in a layer at most, about.
 
-        Its stored tokens are gathered, and queries and outputs are copied up to four times.
+        Its stored tokens are gathered, with room for all of the last part, and queries and outputs
+        are copied up to four times.
         """
         spec = self.spec
-        stored = self.plan.pages(self.longest) * PAGE // spec.layers
+        stored = self.plan.pages(self.longest) * PAGE // spec.layers + tokens * spec.kv_heads
         both = 2 * spec.head_dim * spec.dtype.itemsize
         return stored * (both + 4) + 2 * tokens * spec.heads * both
 
@@ -155,6 +165,8 @@ class Rows:
             self.arenas.taken.index_fill_(0, new, 0)
             self.counts.index_fill_(1, new, 0)
             self.begun[new] = self.arenas.refused[new]
+            if self.arenas.spared is not None:
+                self.arenas.spared.index_fill_(0, new, 0)
         self.present = rows
         self.batch.zero_()
         self.batch[:decodes] = rows[:decodes]
@@ -165,15 +177,31 @@ class Rows:
         self.active[0] = False
         if not any(n > 0 for n in added[decodes:]):
             return Step(decodes)
-        ids, first = rows.tolist(), [sum(added[:place]) for place in range(count)]
+        ids, held = self._ask(rows, decodes)
+        first = [sum(added[:place]) for place in range(count)]
         return Step(
             decodes,
             tuple(
-                prompt_of(ids[at], first[at], lengths[at], added[at], self.window, device)
+                prompt_of(ids[at], first[at], lengths[at], added[at], self.window, held[at], device)
                 for at in range(decodes, count)
-                if 0 < added[at] <= self.longest - lengths[at]  # vLLM's trials may be longer
+                # vLLM's trials may be longer, or have no blocks.
+                if ids[at] and 0 < added[at] <= self.longest - lengths[at]
             ),
         )
+
+    def _ask(self, rows: Tensor, decodes: int) -> tuple[list[int], dict[int, list[list[int]]]]:
+        """Row numbers of a batch, and what the heads `[L][Hkv]` hold of those that read prompts.
+
+        The one time in a step that the host waits for the device.
+        """
+        layers, _, heads = self.counts.shape
+        prompts = range(decodes, len(rows))
+        counts = self.counts.index_select(1, rows[decodes:]).transpose(0, 1)
+        told = torch.cat([rows, counts.flatten()]).tolist()
+        ids, rest = told[: len(rows)], iter(told[len(rows) :])
+        return ids, {
+            at: [[next(rest) for _ in range(heads)] for _ in range(layers)] for at in prompts
+        }
 
     def rehearse(self, decodes: int) -> Step:
         """A step for a graph to be captured with: so many tokens, none of them a row's."""
@@ -191,6 +219,9 @@ class Rows:
         """
         layer, n = self.layers[index], step.decodes
         rows = self.batch[:n]
+        if layer.queries is not None:
+            slot = self.positions[:n] % layer.queries.shape[2]
+            layer.queries[rows.long(), :, slot] = query
         write = Write(
             key.transpose(0, 1), value.transpose(0, 1), self.positions[:n], self.starts[: n + 1],
             index, self.spec.head_ids,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ..._extras import extra
 from .plan import Plan, check_rows
@@ -18,6 +19,10 @@ with extra("vllm"):
     )
     from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+
+# Tokens of the prompts of requests, by the pool that their blocks are of; a KV connector writes it.
+PROMPTS: MutableMapping[BlockPool, dict[str, int]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +71,7 @@ class ArenaManager(FullAttentionManager):
         if [block.block_id for block in named] != list(range(1, count + 1)):
             raise RuntimeError("kvpolicy: vLLM gave other blocks first than 1, 2, 3, ...")
         self.free_rows = named[::-1]
+        self.prompts = PROMPTS.setdefault(block_pool, {})
 
     def get_num_blocks_to_allocate(
         self,
@@ -79,7 +85,7 @@ class ArenaManager(FullAttentionManager):
         held = len(self.req_to_blocks.get(request_id, ()))
         if held == 0 and not self.free_rows:
             return self.block_pool.num_gpu_blocks  # more than there are: it has to wait
-        return max(self.plan.blocks(num_tokens) - max(held, 1), 0)
+        return max(self._blocks(request_id, num_tokens) - max(held, 1), 0)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -87,10 +93,13 @@ class ArenaManager(FullAttentionManager):
         """Allocates what `get_num_blocks_to_allocate` counted, and the row."""
         held = self.req_to_blocks[request_id]
         new = [] if held else [self.free_rows.pop()]
-        missing = self.plan.blocks(num_tokens) - len(held) - len(new)
+        missing = self._blocks(request_id, num_tokens) - len(held) - len(new)
         new += self.block_pool.get_new_blocks(max(missing, 0))
         held.extend(new)
         return new
+
+    def _blocks(self, request_id: str, tokens: int) -> int:
+        return self.plan.blocks(tokens, self.prompts.get(request_id))
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The request's blocks of the pool; its row is free again."""

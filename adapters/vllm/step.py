@@ -15,12 +15,16 @@ from ...ops import Segments
 class Prompt:
     """One row's part of a forward that brings it several tokens.
 
-    `first` is where its tokens begin in the batch, `seg` its own segments.
+    `first` is where its tokens begin in the batch, `seg` its own segments. `held` are the tokens
+    in pages before it, at most, of each layer and KV head. `ends` where the request's prompt ends
+    with it and generated tokens follow in the same forward.
     """
 
     row: int
     first: int
     seg: Segments
+    held: Sequence[Sequence[int]]
+    ends: bool = False
 
 
 @attrs.frozen(eq=False)
@@ -47,10 +51,11 @@ def sent(numbers: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 
 
 def prompt_of(
-    row: int, first: int, start: int, added: int, window: int, device: torch.device
-) -> Prompt:
+    row: int, first: int, start: int, added: int, window: int, held: Sequence[Sequence[int]],
+    device: torch.device, *, ends: bool = False,
+) -> Prompt:  # fmt: skip
     """The part of a prompt that adds so many tokens to `start` others."""
     kept = min(start, window) + added
     on = sent([(0, added), (0, kept), (start,)], device)
     seg = Segments((0, added), (0, kept), (start,), on[0, :2], on[1, :2], on[2, :1])
-    return Prompt(row, first, seg)
+    return Prompt(row, first, seg, held, ends)

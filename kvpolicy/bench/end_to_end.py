@@ -150,19 +150,21 @@ def _memory(setting: Setting, found: Found, held: int, config: Any) -> Row:
         part: getattr(report, part)
         for part in ("kv", "reserved", "positions", "summaries", "tables", "queries", "total")
     }
+    by_rank = [sum(n for layer in rank.stored for n in layer) for rank in report.ranks]
     goals = [Goal(what="K/V + ring over ideal", wanted=1.01, got=report.kv / ideal)]
     # One chunk's MLP, residual stream and projections, and a layer's gathered rows.
-    chunk = 2 * found.chunk * (3 * config.intermediate_size + 6 * config.hidden_size)
-    chunk += report.pages // config.num_hidden_layers
+    ranks = setting.ranks  # a rank's part, but for its whole residual stream
+    chunk = 2 * found.chunk * (3 * config.intermediate_size // ranks + 6 * config.hidden_size)
+    chunk += report.pages // config.num_hidden_layers // ranks
     if found.peak:
-        share = (found.peak - chunk) / (found.weights + report.kv)
+        share = (found.peak - chunk) / ((found.weights + report.kv) / ranks)
         goals.append(Goal(what="peak over weights + K/V", wanted=1.15, got=share))
     return Row(
         group="model", name=f"{setting}: memory", value=report.total / 1e9, unit="GB",
         floor=ideal / 1e9, goals=tuple(goals),
         note=f"allocated {found.resident / 1e9:.2f} GB, peak {found.peak / 1e9:.2f} GB, weights "
         f"{found.weights / 1e9:.2f} GB, one chunk {chunk / 1e9:.2f} GB",
-        extra=parts | {"peak": found.peak, "resident": found.resident},
+        extra=parts | {"peak": found.peak, "resident": found.resident, "stored by rank": by_rank},
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from ..selection import Quest, SelectAll
 from .context import Bench
 from .gates import FixedFraction, random_gate
 from .launches import profiled
-from .ranks import split
+from .ranks import made, split
 
 FRACTION = 0.25
 CHUNK, STEPS, EAGER, PROFILED = 50_000, 300, 8, 18
@@ -79,19 +79,9 @@ def build(bench: Bench, shape: str) -> Any:
             bos_token_id=None, eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
         make = getattr(transformers, f"{family}ForCausalLM")
-        model = _made(bench, make, config) if bench.rank == 0 else None
-        bench.shared["model", shape] = model if bench.ranks == 1 else split(model, bench.dtype)
+        own = make, config, bench.dtype, bench.device
+        bench.shared["model", shape] = made(*own) if bench.ranks == 1 else split(*own)
     return bench.shared["model", shape]
-
-
-def _made(bench: Bench, make: Any, config: Any) -> Any:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(bench.dtype)
-    try:
-        with bench.device:
-            return make(config).eval()
-    finally:
-        torch.set_default_dtype(before)
 
 
 def pipeline_of(bench: Bench, setting: Setting) -> CachePipeline:

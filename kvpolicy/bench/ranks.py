@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,22 +57,29 @@ def least(value: float, device: torch.device) -> float:
     return float(told)
 
 
-def split(model: Any, dtype: torch.dtype) -> Any:
-    """Each rank's part of a model that rank 0 made; the others give None."""
-    from transformers import AutoModelForCausalLM
+def split(make: Any, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """Each rank's part of a model of random weights, those of the first layer in every layer.
 
-    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(folder)
+    Ranks draw the same ones, so that no checkpoint is written and none read.
+    """
+    first = copy.deepcopy(config)
+    state: dict[str, torch.Tensor] = {}
+    first.num_hidden_layers = 1
+    torch.manual_seed(0)
+    for name, weight in made(make, first, dtype, device).state_dict().items():
+        layers = range(config.num_hidden_layers if ".layers.0." in name else 1)
+        state |= dict.fromkeys((name.replace(".0.", f".{n}.", 1) for n in layers), weight.cpu())
+    found = make.from_pretrained(None, config=config, state_dict=state, tp_plan="auto", dtype=dtype)
+    torch.manual_seed(0)  # from here on all draw the same prompts and gates
+    return found.eval()
+
+
+def made(make: Any, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model of random weights, made directly on the device."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
     try:
-        if model is not None:
-            model.save_pretrained(folder[0])
-        dist.barrier()
-        found = AutoModelForCausalLM.from_pretrained(folder[0], tp_plan="auto", dtype=dtype)
-        torch.manual_seed(0)  # from here on all draw the same prompts and gates
-        return found.eval()
+        with device:
+            return make(config).eval()
     finally:
-        dist.barrier()
-        if dist.get_rank() == 0:
-            for path in Path(folder[0]).iterdir():
-                path.unlink()
-            Path(folder[0]).rmdir()
+        torch.set_default_dtype(before)

@@ -129,9 +129,17 @@ def _column(state: CacheState, call: Call, layer: LayerStore, column: int) -> tu
     lengths, active = own.lengths, own.active
     if call.valid is None:
         return lengths, active
-    valid = call.valid.to(layer.device)
-    before = (valid[:, :column] & active[:, None]).sum(1)
-    return lengths + before, active & valid[:, column]
+    key = "columns", layer.device
+    if key not in call.shared:
+        real = call.valid.to(layer.device) & active[:, None]
+        before = lengths[:, None] + real.cumsum(1) - real.long()
+        # Each in memory of its own, whose start is aligned as kernels were compiled for.
+        call.shared[key] = [
+            (at.clone(), on.clone())
+            for at, on in zip(before.unbind(1), real.unbind(1), strict=True)
+        ]
+    found: tuple[Tensor, Tensor] = call.shared[key][column]
+    return found
 
 
 def _attention(

@@ -56,12 +56,23 @@ QuestTokens = Annotated[int | None, typer.Option(min=1, max=MOST, help="Tokens a
 SnapKVTokens = Annotated[int | None, typer.Option(min=1, max=MOST, help="Tokens a head holds.")]
 
 
-def load(name: str, device: str | None, dtype: str | None = None) -> tuple[Any, Any]:
+def load(
+    name: str, device: str | None, dtype: str | None = None, *, shard: bool = False
+) -> tuple[Any, Any]:
     """A causal language model in evaluation mode, and its tokenizer.
 
+    With `shard` each process of a launcher loads its part of the weights.
+
     Raises:
-        ValueError: there is no such model, device or dtype; one sentence says which.
+        ValueError: there is no such model, device or dtype, or nothing to shard it over; one
+            sentence says which.
     """
+    ranks = int(os.environ.get("WORLD_SIZE", 1)) if shard else 1
+    if shard and (ranks == 1 or name in (SMOLLM2, QWEN_CODER)):
+        raise ValueError(
+            "shard: wanted a model of transformers and several processes, started by torchrun or "
+            f"accelerate launch, got {name!r} and {ranks} of them"
+        )
     on = device_of(device)
     of = dtype_of(dtype, on)
     if name == SMOLLM2:
@@ -75,8 +86,16 @@ def load(name: str, device: str | None, dtype: str | None = None) -> tuple[Any, 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _found(name):
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=of)
         tokenizer = AutoTokenizer.from_pretrained(name)
+        if shard:
+            from transformers.distributed import DistributedConfig
+
+            parts = DistributedConfig(fsdp_size=ranks)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                name, dtype=of, distributed_config=parts
+            )
+            return model.eval(), tokenizer
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=of)
     return model.to(on).eval(), tokenizer
 
 

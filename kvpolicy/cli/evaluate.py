@@ -49,7 +49,8 @@ def evaluate(
         typer.Option(min=1, max=MOST, help="Context tokens. [2048 4096 8192 1024]"),
     ] = None,
     variant: Annotated[
-        list[str] | None, typer.Option(help="Only compositions whose name starts like this.")
+        list[str] | None,
+        typer.Option(help="Only compositions of this name, or whose name starts so."),
     ] = None,
     contexts: Annotated[
         int | None,

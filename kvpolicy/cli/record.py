@@ -12,14 +12,19 @@ if TYPE_CHECKING:
 
 
 def chosen(variants: list[Variant], starts: Sequence[str] | None) -> list[Variant]:
-    """Variants whose names start so, and those whose sizes they match."""
+    """Variants of these names, or whose names start so where none has the name itself.
+
+    Those whose sizes they match come with them.
+    """
     if not starts:
         return variants
-    chosen = [x for x in variants if x.name.startswith(tuple(starts))]
-    unknown = [start for start in starts if not any(x.name.startswith(start) for x in chosen)]
+    names = {x.name for x in variants}
+    parts = tuple(x for x in starts if x not in names)
+    chosen = [x for x in variants if x.name in starts or x.name.startswith(parts)]
+    unknown = [start for start in parts if not any(x.name.startswith(start) for x in chosen)]
     if unknown:
-        names = ", ".join(x.name for x in variants)
-        raise ValueError(f"variant: wanted the start of one of {names}; got {', '.join(unknown)}")
+        known = ", ".join(x.name for x in variants)
+        raise ValueError(f"variant: wanted the start of one of {known}; got {', '.join(unknown)}")
     sizes = {x.matches for x in chosen}
     return [x for x in variants if x in chosen or x.name in sizes]
 

@@ -58,6 +58,9 @@ Seed = Annotated[int, typer.Option(help="Of data and initialisation.")]
 RunDir = Annotated[
     Path | None, typer.Option(help="Metrics and state; a run resumes from it.", file_okay=False)
 ]
+Shard = Annotated[
+    bool, typer.Option("--shard", help="Split the frozen weights over a launcher's processes.")
+]
 SaveEvery = Annotated[int, typer.Option(min=0, help="Steps between saves of the state.")]
 
 
@@ -102,6 +105,7 @@ def train_gate(
     seed: Seed = 0,
     device: Device = None,
     dtype: OfWeights = None,
+    shard: Shard = False,
     run_dir: RunDir = None,
     save_every: SaveEvery = 100,
     progress: AskedLines = None,
@@ -136,7 +140,7 @@ def train_gate(
             eval_every=eval_every,
         )
         found = _documents(texts, dataset, subset, split)
-        language_model, tokenizer = load(model, device, dtype)
+        language_model, tokenizer = load(model, device, dtype, shard=shard)
         before = None if start is None else WriteGates.load(start, language_model)
         with StepProgress(steps, asked=progress, shown=_is_main()) as shown:
             trained = train_write_gate(
@@ -174,6 +178,7 @@ def train_duo(
     seed: Seed = 0,
     device: Device = None,
     dtype: OfWeights = None,
+    shard: Shard = False,
     run_dir: RunDir = None,
     save_every: SaveEvery = 100,
     progress: AskedLines = None,
@@ -183,7 +188,7 @@ def train_duo(
         from ..training import train_duo_attention
 
         found = _documents(texts, dataset, subset, split)
-        language_model, tokenizer = load(model, device, dtype)
+        language_model, tokenizer = load(model, device, dtype, shard=shard)
         with StepProgress(steps, asked=progress, shown=_is_main()) as shown:
             trained = train_duo_attention(
                 language_model,

@@ -85,11 +85,10 @@ class ExpectedAttention(Eviction):
         _, mean, covariance = view.query_stats
         square = covariance if self.covariance else None
         if view.rope is not None:
-            cos, sin = (x[:, None] for x in view.rope.mean(view.lengths, self.future))
-            mean = view.rope.turned(mean, cos, sin)
+            turn = view.rope.mean_matrix(view.lengths, self.future, mean.shape[-1]).to(mean.dtype)
+            mean = mean @ turn
             if square is not None:
-                cos, sin = cos[:, :, None], sin[:, :, None]
-                square = view.rope.turned(view.rope.turned(square, cos, sin).mT, cos, sin)
+                square = turn.mT[:, None] @ square @ turn[:, None]
         return mean * view.scale, None if square is None else square * (view.scale**2 / 2)
 
     def _scores(

@@ -39,10 +39,8 @@ def arena_write(
     granted = fresh & (number < arenas.room[row, None])
     stored = wanted & (~fresh | granted)
     at, head = granted.nonzero(as_tuple=True)
-    page = number[at, head]
-    block = arenas.blocks[row[at], (page // arenas.pages_per_block).long()]
     place = row[at], head, (held[at, head] // size).long()
-    table[place] = block * arenas.pages_per_block + page % arenas.pages_per_block
+    table[place] = arenas.page(row[at], number[at, head])
     position = (before - window).int()
     append(
         pages, table, k.transpose(0, 1), v.transpose(0, 1), position.expand(len(held.T), -1),

@@ -61,9 +61,11 @@ def decode_write(
             continue
         if length >= window:
             out = ring.slot(length - window)
-            k, v, f = (x[row, :, out] for x in ring)
-            own = Heads(heads.table[row], heads.counts[row])
-            _promote(pages, own, k, v, f, length - window, minmax)
+            own, old = (
+                Heads(heads.table[row], heads.counts[row]),
+                Ring(*(x[row, :, out] for x in ring)),
+            )
+            _promote(pages, own, old.k, old.v, old.flags, length - window, minmax)
         for held, new in puts:
             held[row, :, ring_slot(length, held.shape[2])] = new[row]
         ring.flags[row, :, ring.slot(length)] = bits if flags is None else flags[row] | bits

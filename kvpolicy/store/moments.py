@@ -121,8 +121,7 @@ def query_stats(state: CacheState, layer: LayerStore) -> QueryStats:
         mean = total / count
         means.append(mean)
         covariances.append(product / count - mean[:, :, None] * mean[:, None])
-    counts = torch.tensor([max(host.length - skip, 0) for host in state.sequences])
-    counts = counts.to(layer.device, non_blocking=True)
+    counts = (state.on(layer).lengths - skip).clamp(min=0)
     return QueryStats(counts, torch.stack(means), torch.stack(covariances))
 
 

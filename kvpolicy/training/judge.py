@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .._fields import check_int, check_number
+from ..adapters.hf.wrappers import fully_sharded
+from ..errors import UnsupportedError
 
 
 @torch.enable_grad()
@@ -40,12 +42,15 @@ def train_judge(
 
     Raises:
         ValueError: an argument has no meaning.
+        UnsupportedError: `fully_shard` splits the model's weights.
     """
     check_int("tokens", tokens, 1)
     check_int("steps", steps, 1)
     check_number("learning_rate", learning_rate, "a number above 0", lambda x: x > 0)
     if not samples:
         raise ValueError("samples: wanted at least one context with its answer, got none")
+    if fully_sharded(model):
+        raise UnsupportedError("model: Judge Q's tokens are trained on whole weights, not on parts")
     embed = model.get_input_embeddings()
     rng = torch.Generator().manual_seed(seed)
     first = torch.randint(embed.num_embeddings, (tokens,), generator=rng)  # type: ignore[call-overload]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..adapters.hf.fingerprints import gathered
 from ..adapters.hf.training import AttachedModel, Attended
 from .gate import WriteGates
 from .objective import Kernel, gated_attention, kept_fraction, log_gate, ungate
@@ -119,12 +121,19 @@ def evaluate_gates(
         wanted = ids[:, 1:][answers[:, 1:]]
         asked += wanted.numel()
         for hidden, full in ((student.hidden, False), (teacher, True)):
-            picked = head(
-                hidden[:, :-1][answers[:, 1:]].to(cast(Tensor, head.weight).dtype)
-            ).argmax(-1)
+            picked = _logits(head, hidden[:, :-1][answers[:, 1:]]).argmax(-1)
             right = int((picked == wanted).sum())
             hits, hits_full = (hits, hits_full + right) if full else (hits + right, hits_full)
     nan = float("nan")
     return Evaluation(
         loss, keep, hits / asked if asked else nan, hits_full / asked if asked else nan
     )
+
+
+def _logits(head: torch.nn.Module, hidden: Tensor) -> Tensor:
+    weight = cast(Tensor, head.weight)
+    if not hasattr(weight, "full_tensor"):
+        return cast(Tensor, head(hidden.to(weight.dtype)))
+    # Of a weight that ranks hold in parts; its own hooks belong to the model's forward.
+    bias = gathered(getattr(head, "bias", None))
+    return F.linear(hidden.to(weight.dtype), gathered(weight), bias)

@@ -11,6 +11,7 @@ from kvpolicy.adapters.hf import attach
 from tests.support.adapters.dense import Dense, follow
 from tests.support.adapters.faults import Break, Fault, Refusing, digest
 from tests.support.adapters.models import SIZES, pipelines, prompt, tiny
+from tests.support.adapters.versions import NEWEST
 
 GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 MODES = {
@@ -18,6 +19,7 @@ MODES = {
     "assistant": lambda: {"assistant_model": tiny("llama")},  # its own drafts, mostly accepted
     "stranger": lambda: {"assistant_model": tiny("llama", seed=5)},  # mostly rejected
 }
+ALONE = ["striped", "gate", "quest", "snapkv"]
 
 
 def inputs():
@@ -26,8 +28,14 @@ def inputs():
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["striped", "gate", "quest", "snapkv", "gate-quest-snapkv"])
-@pytest.mark.parametrize("kind", ["llama", "qwen2-sliding"])
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        *[("llama", name) for name in (*ALONE, "gate-quest-snapkv")],
+        *[pytest.param("qwen2-sliding", name, marks=pytest.mark.slow) for name in ALONE],
+        ("qwen2-sliding", "gate-quest-snapkv"),
+    ],
+)
 def test_equals_plain_decoding(kind, name, mode):
     model, pipeline = tiny(kind), pipelines()[name]
     with attach(model, pipeline, **SIZES) as attachment:
@@ -167,6 +175,27 @@ def test_lookup_options(llama, size):
     plain = llama.generate(ids, do_sample=False, **given)
     with attach(llama, CachePipeline(window=5)):
         assert torch.equal(plain, llama.generate(ids, do_sample=False, **given))
+
+
+@NEWEST
+def test_new_ids_after_padding(llama):
+    """The mask is of all columns; transformers' loop would cut it to as many as there are ids."""
+    ids = torch.cat([torch.zeros(1, 4, dtype=torch.long), inputs()["input_ids"]], 1)
+    mask = (torch.arange(37) >= 4).long()[None]
+    options = {"max_new_tokens": 12, "do_sample": False}
+    plain = llama.generate(ids, attention_mask=mask, **options)[:, 20:]
+    options |= {"prompt_lookup_num_tokens": 3}
+    with attach(llama, CachePipeline(window=5), **SIZES) as attachment:
+        cache = attachment.read(ids[:, :20], mask[:, :20])
+        given = {"attention_mask": mask, "past_key_values": cache.fork()}
+        assert torch.equal(llama.generate(ids[:, 20:], **given, **options), plain)
+        for question in ("prompt", "decode"):
+            said = attachment.ask(cache, ids[:, 20:], question=question, **options)
+            assert torch.equal(said, plain)
+        mask[:, 22] = 0
+        given = {"attention_mask": mask, "past_key_values": cache}
+        with pytest.raises(UnsupportedError, match="^attention_mask: it hides columns, and assist"):
+            llama.generate(ids[:, 20:], **given, **options)
 
 
 def test_ids_that_the_cache_has_seen(llama):

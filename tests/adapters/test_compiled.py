@@ -18,7 +18,7 @@ from kvpolicy.adapters.hf import attach
 from kvpolicy.adapters.hf import compile as compiled
 from tests.support.adapters.arguments import ATTENTION, Refused
 from tests.support.adapters.faults import Fault, digest, snapshot
-from tests.support.adapters.models import SIZES, pipelines, prompt, tiny
+from tests.support.adapters.models import KINDS, SIZES, pipelines, prompt, tiny
 
 PIPELINE = CachePipeline(window=5)
 GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -91,6 +91,14 @@ def test_error_budget(llama):
     assert 0 < ours <= 2 * eager
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(x, marks=() if x in ("qwen2-sliding", "qwen3") else pytest.mark.slow)
+        for x in KINDS
+    ],
+    indirect=True,
+)
 def test_layers_share_graphs(traced, model):
     """One for prompts of every length, one for a token; two more for batches of every size."""
     batches, counts = ([9], [33], [7, 12], [8] * 3), (2, 2, 4, 4)

@@ -8,7 +8,7 @@ from transformers import GenerationConfig, StoppingCriteria, TextIteratorStreame
 
 from kvpolicy import CachePipeline, Quest, RandomGate, SnapKV
 from kvpolicy.adapters.hf import attach
-from tests.support.adapters.models import error, prompt, tiny
+from tests.support.adapters.models import KINDS, error, prompt, tiny
 
 PIPELINES = {
     "window": CachePipeline(window=5),
@@ -48,10 +48,18 @@ def both(model, pipeline, *args, **options):
     return plain, ours
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES.values(), ids=PIPELINES)
+@pytest.mark.parametrize(
+    "model, name",
+    [
+        pytest.param(kind, name, marks=pytest.mark.slow if dense and kind != "llama" else ())
+        for name, dense in (("acting", False), ("window", True))
+        for kind in KINDS
+    ],
+    indirect=["model"],
+)
 @pytest.mark.parametrize("case", CASES)
-def test_tokens(model, case, pipeline):
-    plain, ours = both(model, pipeline, **prompt([17, 11]), **CASES[case])
+def test_tokens(model, case, name):
+    plain, ours = both(model, PIPELINES[name], **prompt([17, 11]), **CASES[case])
     if isinstance(plain, torch.Tensor):
         assert torch.equal(plain, ours)
         return

@@ -21,14 +21,28 @@ SPARSE = CachePipeline(admission=RandomGate(sparsity=0.3), selection=Quest(budge
 GREEDY = {"do_sample": False, "max_new_tokens": 24, "return_dict_in_generate": True}
 
 
+ROPES = {
+    "linear": {},
+    "yarn": {"original_max_position_embeddings": 32},
+    "llama3": {
+        "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32
+    },
+    "longrope": {
+        "short_factor": [1.0] * 32, "long_factor": [1.0 + n / 8 for n in range(32)],
+        "original_max_position_embeddings": 32,
+    },
+}  # fmt: skip
+
+
 def tiny(seed: int = 0, rope: str = "default") -> LlamaForCausalLM:
     """Eager attention in float32; with "dynamic" frequencies every forward asks the device."""
     torch.manual_seed(seed)
+    stretch = {"rope_type": rope, "rope_theta": 10_000.0, "factor": 2.0, **ROPES.get(rope, {})}
     config = LlamaConfig(
         vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=3,
         num_attention_heads=8, num_key_value_heads=2, head_dim=64, max_position_embeddings=64,
         pad_token_id=0, eos_token_id=7, attn_implementation="eager",
-        rope_parameters={"rope_type": rope, "rope_theta": 10_000.0, "factor": 2.0},
+        rope_parameters=stretch,
     )  # fmt: skip
     return LlamaForCausalLM(config).cuda().eval()
 
@@ -56,6 +70,21 @@ def test_a_model_that_asks_the_device() -> None:
         found = other.generate(**inputs, **GREEDY)
     assert attached.decoding == "captured"
     assert torch.equal(found.sequences, wanted.sequences)
+
+
+@pytest.mark.parametrize("rope", ["linear", "yarn", "llama3", "longrope"])
+def test_other_ways_to_stretch_positions_are_captured(rope) -> None:
+    """Beyond the positions of training too. Older versions ask the device where longrope is."""
+    model, inputs = tiny(rope=rope), prompt()
+    options = {**GREEDY, "output_logits": True}
+    plain = model.generate(**inputs, **options)
+    with attach(model, DENSE) as attached:
+        for _ in range(2):
+            found = model.generate(**inputs, **options)
+            far = [(a - b).abs().max() for a, b in zip(found.logits, plain.logits, strict=True)]
+            assert torch.equal(found.sequences, plain.sequences) and max(far) < 1e-3
+    asks = rope == "longrope" and attached.decoding.startswith("eager: the capture failed at ")
+    assert attached.decoding == "captured" or asks
 
 
 @pytest.mark.parametrize("rope", ["default", "dynamic"])

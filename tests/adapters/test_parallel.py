@@ -49,6 +49,10 @@ def test_two_ranks(tmp_path, qwen3):
     _all_end(*(part.pop("failures") for part in parts))
     _goes_on(qwen3, tmp_path, [part.pop("saved") for part in parts])
     assert all(part.pop("compiled") for part in parts)
+    assert [part.pop("probed apart") for part in parts] == [1, 1]
+    for part in parts:
+        kind, said = part.pop("trained")
+        assert kind == "UnsupportedError" and "tensor parallelism splits them" in said
     _captures_agree(qwen3, [part.pop("captured") for part in parts])
     for name in parts[0]:
         tokens, kept = generate(qwen3, name)
@@ -151,6 +155,46 @@ def test_a_rank_that_breaks_off_ends_the_other(tmp_path, qwen3):
         for refused in (again, second[name][2]):
             assert refused[0] == "KVPolicyError" and "start anew" in refused[1], name
         assert kept and second[name][3], name
+
+
+@pytest.mark.slow
+def test_a_failure_anywhere_ends_the_call_on_both_ranks(tmp_path, qwen3):
+    """A rank that stayed in an exchange would wait ten minutes, and longer than this test does."""
+    qwen3.save_pretrained(tmp_path)
+    run_two("parallel_everywhere", tmp_path)
+    parts = [torch.load(tmp_path / f"everywhere {rank}.pt") for rank in (0, 1)]
+    assert parts[0].keys() == parts[1].keys()
+    for case in parts[0]:
+        if not isinstance(case, str):
+            _ends_alike(case, *(part[case] for part in parts), *parts[0][case[0]])
+    places = {case[1:3] for case in parts[0]}
+    for call, place in (
+        ("read", "prefill_attention"), ("read", "budget"), ("ask", "paged_decode"),
+        ("ask", "window_scores"), ("beams", "rows"), ("save", "file"), ("report", "report"),
+        ("ask", "room of an exchange"), ("read", "key of a call"),
+    ):  # fmt: skip
+        assert (call, place) in places
+
+
+# Nothing undoes these halfway: what they worked on is refused from then on.
+UNDONE = ("commit", "move_kept")
+
+
+def _ends_alike(case, first, second, wanted, longer):
+    *_, place, _, who = case
+    raised, goes_on, left, again, tokens = zip(first, second, strict=True)
+    assert raised[who] == ("Fault", place), case
+    kind, said = raised[1 - who]
+    assert kind == "KVPolicyError" and f"rank {who}" in said, case
+    assert all(goes_on), f"{case} changed what others hold"
+    if place in UNDONE and case[1] == "read":
+        assert "none" not in (again[0][0], again[1][0]), case
+        return
+    # As before; or the prompt is stored, and its end can be asked for again.
+    (same, _), (also, columns) = left
+    assert same == also and (same or columns == 42), case
+    for found in tokens:
+        assert torch.equal(found[0], wanted if same else longer), case
 
 
 class Sharded(torch.nn.Module):

@@ -84,6 +84,22 @@ def test_adapters_may_change_while_attached():
             assert error(model.generate(**inputs), plain) < 1e-3
 
 
+def test_generate_of_the_model_inside():
+    """It is not the one that was attached, and says so before it runs."""
+    model = lora()
+    base, inputs = model.get_base_model(), {**prompt([20, 14]), "max_new_tokens": 4, **GREEDY}
+    plain = model.generate(**inputs)
+    with attach(model, CachePipeline(window=5)):
+        before = snapshot(base)
+        with pytest.raises(TypeError, match=r"^past_key_values: .*generate of the model that was"):
+            base.generate(**inputs)
+        assert snapshot(base) == before
+        assert error(model.generate(**inputs), plain) < 1e-3
+    with attach(base, CachePipeline(window=5)):  # the other way round both are
+        for inside in (base, model):
+            assert error(inside.generate(**inputs), plain) < 1e-3
+
+
 def soft(kind, **extra):
     config = getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", num_virtual_tokens=12, **extra)
     torch.manual_seed(5)
@@ -136,6 +152,8 @@ def test_a_soft_prompt_is_read():
             attached.read(**context, chunk_size=4)
         with pytest.raises(UnsupportedError, match="^assisted generation: not with a soft prompt"):
             model.generate(input_ids=context["input_ids"], prompt_lookup_num_tokens=3)
+        with pytest.raises(UnsupportedError, match="^prefill_chunk_size: not with a soft prompt"):
+            model.generate(input_ids=context["input_ids"], prefill_chunk_size=8)
 
 
 def test_ready_keys_and_values_are_refused():

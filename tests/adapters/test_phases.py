@@ -45,9 +45,15 @@ def real(inputs, row):
     return inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
 
 
-@pytest.mark.parametrize("kind", ["decode", "prompt"])
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("chunk", [None, 11])
+@pytest.mark.parametrize(
+    "name, kind, chunk",
+    [
+        pytest.param(name, kind, chunk, marks=pytest.mark.slow if (n + m + k) % 2 else ())
+        for n, name in enumerate(NAMES)
+        for m, kind in enumerate(("decode", "prompt"))
+        for k, chunk in enumerate((None, 11))
+    ],
+)
 def test_a_batch_is_asked(llama, name, kind, chunk):
     """As fresh runs of each sequence alone; the context's cache is as before."""
     with attach(llama, pipelines()[name], **{**SIZES, "rollback": 64}) as attached:

@@ -92,16 +92,70 @@ class Packed(torch.nn.Module):
 
 
 def test_layers_without_a_weight():
-    model = plain()
+    model, inputs = exchanged(plain(), Packed), {**prompt([33, 21]), "max_new_tokens": 6, **GREEDY}
+    wanted = model.generate(**inputs)
+    with attach(model, CachePipeline(window=5), **SIZES):
+        assert error(model.generate(**inputs), wanted) < 1e-3
+
+
+class Eighths(torch.Tensor):
+    """Weights as optimum-quanto keeps them: a float tensor to all who ask, integers inside."""
+
+    @staticmethod
+    def __new__(cls, data, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=scale.dtype)
+
+    def __init__(self, data, scale):
+        self.data_, self.scale_ = data, scale
+
+    def dequantize(self):
+        return self.data_.to(self.scale_.dtype) * self.scale_
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].data_, args[0].scale_)
+        plain = [x.dequantize() if isinstance(x, cls) else x for x in args]
+        return function(*plain, **(kwargs or {}))
+
+
+class QLinear(torch.nn.Linear):
+    """A layer of such weights, frozen."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        weight = linear.weight.data
+        scale = weight.abs().amax(1, keepdim=True) / 7
+        made = Eighths((weight / scale).round().to(torch.int8), scale)
+        self.weight = torch.nn.Parameter(made, requires_grad=False)
+
+
+def exchanged(model, kind):
     for layer in model.model.layers:
         for part in (layer.self_attn, layer.mlp):
             for name, child in list(part.named_children()):
                 if isinstance(child, torch.nn.Linear):
-                    setattr(part, name, Packed(child))
-    inputs = {**prompt([33, 21]), "max_new_tokens": 6, **GREEDY}
+                    setattr(part, name, kind(child))
+    return model
+
+
+@pytest.mark.parametrize("name", ["stand-in", "quanto"])
+def test_weights_that_are_no_plain_tensors(name):
+    model, inputs = plain(), {**prompt([33, 21]), "max_new_tokens": 6, **GREEDY}
+    exact = model.generate(**inputs)
+    if name == "quanto":
+        quanto = pytest.importorskip("optimum.quanto")
+        quanto.quantize(model, weights=quanto.qint8)
+        quanto.freeze(model)
+    else:
+        exchanged(model, QLinear)
     wanted = model.generate(**inputs)
-    with attach(model, CachePipeline(window=5), **SIZES):
+    assert error(wanted, exact) > 1e-2, "nothing was quantised"
+    with attach(model, CachePipeline(window=5), **SIZES) as attached:
         assert error(model.generate(**inputs), wanted) < 1e-3
+        assert attached.spec.dtype == torch.float32
+    with attach(model, pipelines()["gate"], **SIZES):
+        assert error(model.generate(**inputs), wanted) > 1e-2
 
 
 @pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +40,7 @@ class Scripted(Ranks):
     def listen(self):
         pass
 
-    def _gathered(self, x):
+    def _gathered(self, x, into):
         return [x, x]
 
     def objects(self, own):
@@ -161,8 +163,19 @@ def test_an_error_of_the_models_own_code_ends_this_rank(model, ranks):
         assert len(ranks.codes) == votes
 
 
+class Rank:
+    """Counts how often it was told that another one broke off."""
+
+    def __init__(self):
+        self.met, self.told = threading.Event(), 0
+
+    def broken(self):
+        self.told += 1
+        self.met.set()
+
+
 def test_an_alarm_reaches_a_rank_that_waits_in_a_kernel(monkeypatch):
-    store, met = dist.HashStore(), threading.Event()
+    store, here, there = dist.HashStore(), Rank(), Rank()
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
     monkeypatch.setattr(alarm, "PERIOD", 0.01)
     mesh = SimpleNamespace(
@@ -170,11 +183,50 @@ def test_an_alarm_reaches_a_rank_that_waits_in_a_kernel(monkeypatch):
     )
     own, other = alarm.Alarm(mesh, 0), alarm.Alarm(mesh, 0)
     assert own.rung() is None
-    own.listen(0, met.set)
-    other.listen(1, lambda: pytest.fail("of its own alarm"))
+    own.listen(0, here.broken)
+    other.listen(1, there.broken)
+    alone = Rank()
+    alarm.Alarm(mesh, 0).listen(2, alone.broken)
+    del alone
     other.ring(1)
     own.ring(0)  # too late
-    assert met.wait(20) and own.rung() == other.rung() == 1
+    assert here.met.wait(20) and own.rung() == other.rung() == 1
+    for thread in threading.enumerate():
+        if thread.name == "kvpolicy-alarm":
+            thread.join(20)
+            assert not thread.is_alive()
+    assert (here.told, there.told) == (1, 0)
+
+
+LISTENS = """
+import types
+import torch.distributed as dist
+from kvpolicy.adapters.hf import alarm
+class Rank:
+    def broken(self): pass
+alarm.PERIOD, rank = 0.0, Rank()
+store = dist.TCPStore("127.0.0.1", 0, 1, True)
+dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+group = types.SimpleNamespace(group_name="heads")
+mesh = types.SimpleNamespace(device_type="cuda", get_group=lambda axis: group)
+own = alarm.Alarm(mesh, 0)
+own.listen(0, rank.broken)
+while own.rung() is None:
+    own.store.add("looks", 1)
+    if own.store.add("looks", 0) > 200:
+        break
+del store
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_listens_ends_well():
+    runs = [
+        subprocess.Popen([sys.executable, "-c", LISTENS], stderr=subprocess.PIPE) for _ in range(6)
+    ]
+    said = [run.communicate(timeout=300)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0] * 6, said
 
 
 def test_a_rank_that_another_one_left_runs_nothing_more(model, ranks):

@@ -25,6 +25,8 @@ from kvpolicy import (
     DuoAttention,
     LocalAttention,
     Quest,
+    Ratio,
+    SnapKV,
     WriteGate,
     attach,
     save_pipeline,
@@ -71,6 +73,23 @@ JOBS = {
     "local": Job("qwen2", CachePipeline(admission=LocalAttention(window=20, sinks=3))),
     "gate": Job("qwen3", "gate", options={"admitted": 1.0}, block_size=32),
     "quest": Job("llama", CachePipeline(admission=DUO, selection=Quest(budget=64))),
+    "snapkv": Job(
+        "llama",
+        CachePipeline(eviction=SnapKV(budget=40, observation=8)),
+        kv_transfer_config=REPORTS,
+        num_gpu_blocks_override=17,
+        max_model_len=208,
+    ),
+    "all": Job(
+        "llama",
+        CachePipeline(
+            admission=DUO,
+            selection=Quest(budget=64),
+            eviction=SnapKV(budget=Ratio(0.5), observation=8),
+        ),
+        kv_transfer_config=REPORTS,
+    ),
+    "drops unheard": Job("llama", CachePipeline(eviction=SnapKV(budget=40))),
     "tight": Job("llama", "gate", options={"admitted": 0.05}, kv_transfer_config=REPORTS),
     "ends": Job(
         "llama",
@@ -87,6 +106,7 @@ JOBS = {
     "guess": Job("llama", "gate"),
     "blocks": Job("llama", CachePipeline(admission=DUO), num_gpu_blocks_override=11),
 }
+RANKS = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
 @pytest.fixture(scope="module")
@@ -108,15 +128,19 @@ def ran(tmp_path_factory):
             "model": str(folder / job.kind), "requests": REQUESTS, "aborts": job.aborts,
             "llm": {"additional_config": config, **job.llm},
         })  # fmt: skip
+    return models, pipelines, dict(zip(JOBS, results(folder, jobs), strict=True)), folder
+
+
+def results(folder, jobs, path=(), **environment):
+    """What comes out of jobs that a process of its own runs."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
+    env = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, *path))), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [PYTHON, "-m", SCRIPT, folder / "jobs.json", folder / "out.json"],
-        capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, cwd=ROOT,
+        capture_output=True, text=True, env=os.environ | env | environment, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads((folder / "out.json").read_text())
-    return models, pipelines, dict(zip(JOBS, found, strict=True)), folder
+    return json.loads((folder / "out.json").read_text())
 
 
 def alone(model, pipeline, prompt, new):
@@ -127,7 +151,7 @@ def alone(model, pipeline, prompt, new):
     return out[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("name", ["duo", "abort", "local", "gate", "quest"])
+@pytest.mark.parametrize("name", ["duo", "abort", "local", "gate", "quest", "snapkv", "all"])
 def test_tokens_are_those_of_the_library_alone(ran, name):
     models, pipelines, found, _ = ran
     job, result = JOBS[name], found[name]
@@ -136,16 +160,14 @@ def test_tokens_are_those_of_the_library_alone(ran, name):
     for place, tokens in result["tokens"].items():
         assert tokens == alone(models[job.kind], pipelines[name], *REQUESTS[int(place)])
     assert result["refused"] == 0 and result["most"] == 4
-    assert (result["preempted"] > 0) == (name == "duo")
+    assert (result["preempted"] > 0) == (name in ("duo", "snapkv"))
     if blocks := job.llm.get("num_gpu_blocks_override"):
         assert result["free"] == blocks - 1 - 4  # all but the null block and those that name rows
 
 
 @pytest.fixture
-def server(ran, tmp_path):
-    """`vllm serve` on a port of its own, in its own processes, which find the plugin by name."""
-    folder = ran[3]
-    tiny_tokenizer().save_pretrained(folder / "llama")
+def installed(tmp_path):
+    """A folder by which processes of vLLM's own find the plugin by name."""
     entries = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
     group = "vllm.general_plugins"
     # vllm-cpu's command asks for the version of a package of the name vllm.
@@ -157,17 +179,44 @@ def server(ran, tmp_path):
         )
     plugin = f"[{group}]\nkvpolicy = {entries[group]['kvpolicy']}\n"
     (tmp_path / "kvpolicy-0.dist-info" / "entry_points.txt").write_text(plugin)
+    return tmp_path
+
+
+def test_two_ranks_give_the_tokens_of_one(ran, installed, tmp_path):
+    """Each with half of the KV heads, and as many blocks as the one that needs most."""
+    models, pipelines, found, folder = ran
+    config = {"kvpolicy": {"pipeline": str(folder / "all.yaml"), **JOBS["all"].options}}
+    job = {
+        "model": str(folder / "llama"),
+        "requests": REQUESTS,
+        "llm": {"additional_config": config, **JOBS["all"].llm, "tensor_parallel_size": 2},
+    }
+    (result,) = results(tmp_path, [job], (installed,), **RANKS)
+    assert "error" not in result, result
+    wanted = [alone(models["llama"], pipelines["all"], *request) for request in REQUESTS]
+    assert [result["tokens"][str(place)] for place in range(len(REQUESTS))] == wanted
+    one, two = result["ranks"]
+    assert one["refused"] == two["refused"] == 0 and one["row_bytes"] == two["row_bytes"]
+    assert one["row_bytes"] < found["all"]["row_bytes"] and result["most"] == 4
+
+
+@pytest.fixture
+def server(ran, installed, tmp_path):
+    """`vllm serve` on a port of its own, in its own processes, which find the plugin by name."""
+    folder = ran[3]
+    tiny_tokenizer().save_pretrained(folder / "llama")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     options = [
         "--attention-backend", "CUSTOM", "--no-enable-prefix-caching",
         "--additional-config", json.dumps({"kvpolicy": str(folder / "duo.yaml")}),
+        "--kv-transfer-config", json.dumps(REPORTS),
         "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "4",
         "--max-num-batched-tokens", "64", "--block-size", "16", "--served-model-name", "tiny",
     ]  # fmt: skip
     env = os.environ | QUIET | {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{installed}", "OMP_NUM_THREADS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     }  # fmt: skip
     log = tmp_path / "log"
@@ -216,6 +265,11 @@ def test_the_server_gives_each_of_many_its_tokens(ran, server):
     with ThreadPoolExecutor(len(REQUESTS)) as pool:
         found = list(pool.map(ask, REQUESTS))
     assert found == [alone(models["llama"], pipelines["duo"], *x) for x in REQUESTS]
+    with urllib.request.urlopen(f"http://127.0.0.1:{server}/metrics", timeout=60) as answer:
+        counted = re.findall(
+            r"vllm:kvpolicy_refused_tokens_total\{.*\} (.*)", answer.read().decode()
+        )
+    assert [float(number) for number in counted] == [0.0]
 
 
 def test_arenas_that_are_full_are_counted(ran):
@@ -241,6 +295,7 @@ def test_requests_whose_blocks_are_full_end_with_an_error(ran):
     ("name", "says"),
     [
         ("tells nobody", "when_full='error' wants the KV connector"),
+        ("drops unheard", "an eviction wants the KV connector"),
         ("prefixes", "write enable_prefix_caching=False"),
         ("memory", "max_num_seqs: 64 rows of .* wanted at most"),
         ("blocks", "To serve at least one request"),

@@ -8,10 +8,13 @@ import attrs
 import pytest
 
 from kvpolicy import (
+    Adaptive,
     CachePipeline,
+    KeyDiff,
     LocalAttention,
     Quest,
     RandomGate,
+    Ratio,
     SnapKV,
     TopChannels,
     XAttention,
@@ -54,11 +57,15 @@ def test_other_options_are_refused(given, error, says):
     ("pipeline", "says"),
     [
         (CachePipeline(selection=XAttention()), "selection: on vLLM .*, got XAttention"),
-        (CachePipeline(eviction=SnapKV(budget=512)), "eviction: wanted none on vLLM.*SnapKV"),
+        (CachePipeline(eviction=SnapKV(budget=512, when="decode")), "eviction: .*'prompt_end'"),
+        (CachePipeline(eviction=SnapKV(budget=Adaptive(512))), "as many tokens for each"),
+        (CachePipeline(eviction=KeyDiff(budget=512)), "eviction: wanted none on vLLM.*KeyDiff"),
     ],
 )
 def test_pipelines_that_are_not_served(pipeline, says):
     check_pipeline(PIPELINE)
+    for budget in (512, Ratio(0.5)):
+        check_pipeline(attrs.evolve(PIPELINE, eviction=SnapKV(budget=budget)))
     for selection in (Quest(budget=512), TopChannels(budget=512)):
         check_pipeline(attrs.evolve(PIPELINE, selection=selection))
     with pytest.raises(ValueError, match=says):
@@ -108,6 +115,15 @@ def test_what_vllm_is_asked_besides(name, value, says):
     assert refusals(config()) == []
     (text,) = refusals(config(**{name: value}))
     assert says in text
+
+
+def test_an_eviction_wants_to_be_told_where_prompts_end():
+    (text,) = refusals(config(), evicts=True)
+    assert "an eviction wants the KV connector 'kvpolicy'" in text
+    assert (
+        refusals(config(kv_transfer_config=SimpleNamespace(kv_connector="kvpolicy")), evicts=True)
+        == []
+    )
 
 
 def test_requests_end_with_an_error_where_vllm_can_be_told():

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import attrs
 import pytest
 import torch
 
-from kvpolicy import AdmitAll, CachePipeline, DuoAttention, LocalAttention, Quest, RandomGate
+from kvpolicy import (
+    AdmitAll,
+    CachePipeline,
+    DuoAttention,
+    LocalAttention,
+    Quest,
+    RandomGate,
+    Ratio,
+    SnapKV,
+)
 from kvpolicy.adapters.vllm.plan import PAGE, check_rows, plan_of
+from kvpolicy.adapters.vllm.prompt_end import Ends, hear
 from kvpolicy.testing._spy import watch
 from tests.support.adapters.arenas import SPEC, Engine, Request
 from tests.support.contract.cases import Sizes, gate
@@ -100,6 +111,47 @@ def test_decoding_waits_for_nothing(name, monkeypatch):
     assert seen.syncs == [] and calls == [True]
 
 
+def test_reading_prompts_waits_for_the_device_once_a_step(monkeypatch):
+    """What the host then knows bounds the counts of every layer, which kernels take memory by."""
+    pipeline, admitted = ADMISSIONS["random"]
+    engine = Engine(pipeline, rows=2, blocks=30, admitted=admitted)
+    rows, real, seen = engine.rows, engine.rows.ops, []
+
+    class Reads:
+        """Says what a layer's counts are beside what the host knew."""
+
+        def prefill_attention(self, *args):
+            heads, bounds = args[6], args[9]
+            seen.append((heads.counts.tolist(), bounds))
+            return real.prefill_attention(*args)
+
+        def __getattr__(self, op):
+            return getattr(real, op)
+
+    monkeypatch.setattr(rows, "ops", Reads())
+    engine.running = [Request(pipeline, 150, seed) for seed in range(2)]
+    for n in (40, 60, 50):
+        assert all(engine.room_for(request, n) for request in engine.running)
+        engine.step([(request, n) for request in engine.running])
+    assert len(seen) == 3 * 2 * 2
+    for counts, (most, expected) in seen:
+        for found, bound, guess in zip(*counts, *most, *expected, strict=True):
+            assert found <= bound <= found + 60 and 0 <= guess <= bound
+    with watch() as asked:
+        step = rows.begin(torch.tensor([[1], [2]]), [150, 0], [1, 40])
+    assert asked.syncs.count("tolist()") == 1 and len(step.prompts) == 1
+    held = torch.tensor(step.prompts[0].held)
+    assert not held.any() and held.shape == (2, 2)
+
+
+def test_a_trial_without_blocks_leaves_no_trace():
+    """vLLM's trials of long batches name no row, as padding does."""
+    engine = Engine(CachePipeline(admission=DUO), rows=2, blocks=12)
+    step = engine.rows.begin(torch.zeros(3, 4, dtype=torch.int32), [0, 0, 0], [1, 40, 40])
+    assert step.decodes == 1 and step.prompts == ()
+    assert not engine.rows.active.any()
+
+
 def test_a_rehearsal_leaves_no_trace():
     engine = Engine(CachePipeline(admission=DUO), rows=2, blocks=12)
     rows = engine.rows
@@ -152,6 +204,70 @@ def test_a_graph_of_a_decode_step_serves_any_requests():
         assert all(engine.room_for(request, n) for request, n in batch)
         engine.step(batch)
     assert engine.replays == 32
+
+
+@pytest.mark.parametrize("name", ["tokens", "duo"])
+def test_what_a_prompt_leaves_makes_room_for_what_is_generated(name):
+    """Prompts in parts, decoding in the pages that were given back, and requests that begin again,
+    whose prompts then end inside a part."""
+    pipeline = {
+        "tokens": CachePipeline(eviction=SnapKV(budget=30, observation=6), window=10),
+        "duo": CachePipeline(admission=DUO, eviction=SnapKV(budget=Ratio(0.4), observation=4)),
+    }[name]
+    engine = Engine(pipeline, rows=2, blocks=11, captured=(1, 2))
+    draw = random.Random(name)
+    waiting = [
+        Request(pipeline, length, seed, prompt=prompt)
+        for seed, (prompt, length) in enumerate([(60, 90), (45, 60), (1, 20)])
+    ]
+    straddled = 0
+    while waiting or engine.running:
+        batch = []
+        for request in [*engine.running, *waiting]:
+            n = request.part(min(request.length - request.done, draw.randint(1, 40)))
+            left = request.prompt - request.done
+            if request.prompt == 45 and left > 0 and not request.straddles:
+                n = min(n, max(left - 8, 1))  # the last ones one by one
+            if not engine.room_for(request, n):
+                if request not in engine.running:
+                    break
+                continue
+            if request not in engine.running:
+                engine.running.append(request)
+                waiting.remove(request)
+            straddled += request.straddles and request.done < request.prompt < request.done + n
+            batch.append((request, n))
+        engine.step(batch)
+        for request in list(engine.running):
+            if request.done == request.length:
+                dense = engine.plan.blocks(request.length)
+                assert len(request.blocks) < dense or request.prompt < 60
+                engine.end(request)
+            elif request.done > request.prompt + 9 and not request.straddles:
+                engine.end(request)
+                request.restart()
+                waiting.insert(0, request)
+    assert straddled > 1 and engine.refused == 0 and engine.replays > 9
+    assert len(engine.free) + len(engine.free_rows) == 10
+
+
+def test_a_prompts_end_waits_for_nothing(monkeypatch):
+    pipeline = CachePipeline(eviction=SnapKV(budget=30, observation=6), window=10)
+    engine = Engine(pipeline, rows=1, blocks=12)
+    request = Request(pipeline, 60, 0, prompt=60)
+    engine.running.append(request)
+    assert engine.room_for(request, 60)
+    engine.step([(request, 60)])
+    rows = engine.rows
+    ops = SimpleNamespace(
+        window_scores=lambda pages, heads, *args, **options: heads.table.repeat(1, 1, 16).double(),
+        keep_best=lambda scores, valid, amount: valid & (valid.cumsum(2) <= amount[..., None]),
+        move_kept=lambda *args: None,
+    )
+    monkeypatch.setattr(rows, "ops", ops)
+    with watch() as seen:
+        hear(rows, Ends({}, {1: len(request.blocks)}, (1,)))
+    assert {sync.partition("(")[0] for sync in seen.syncs} == {"torch.tensor"}  # sent, not read
 
 
 def test_an_arena_that_grows_admits_again():

@@ -52,6 +52,45 @@ def snapshot_of_wrapped(model):
     return snapshot(model.get_base_model()), dict(model.__dict__)
 
 
+class ValueHead(torch.nn.Module):
+    """What trl's models with a value head look like: the model beside a head of its own."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.pretrained_model = model
+        self.v_head = torch.nn.Linear(model.config.hidden_size, 1)
+
+    def forward(self, input_ids, past_key_values=None, attention_mask=None, **kwargs):
+        kwargs |= {"output_hidden_states": True, "past_key_values": past_key_values}
+        out = self.pretrained_model(input_ids, attention_mask=attention_mask, **kwargs)
+        return out.logits, out.loss, self.v_head(out.hidden_states[-1]).squeeze(-1)
+
+    def generate(self, *args, **kwargs):
+        return self.pretrained_model.generate(*args, **kwargs)
+
+
+@torch.no_grad()
+def test_a_value_head_beside_the_model(llama):
+    """Attach to the model inside; the wrapper itself is none of transformers'."""
+    wrapper, inputs = ValueHead(llama), prompt([12, 9])
+    options, real = {"max_new_tokens": 6, "do_sample": True}, inputs["attention_mask"].bool()
+
+    def run():
+        torch.manual_seed(4)
+        return wrapper.generate(**inputs, **options), wrapper(**inputs)
+
+    tokens, (logits, _, values) = run()
+    before = snapshot(llama)
+    with pytest.raises(TypeError, match="^model: wanted a model of transformers, got .*ValueHead"):
+        attach(wrapper, PIPELINE)
+    assert snapshot(llama) == before
+    with attach(wrapper.pretrained_model, PIPELINE):
+        found, (ours, _, judged) = run()
+    assert torch.equal(found, tokens)
+    assert (ours - logits)[real].abs().max() < 1e-4
+    assert (judged - values)[real].abs().max() < 1e-4
+
+
 def test_a_compiled_model(llama):
     """Attaches to the model inside, whose attributes the wrapper shows; both are restored."""
     compiled = torch.compile(llama, backend="eager")

@@ -91,7 +91,7 @@ def test_triples(sizes, names, seed):
 
 
 @examples(
-    8, 100, caches(dtypes=EXACT, page_sizes=SMALL), st.tuples(*map(st.sampled_from, NAMES)), seeds
+    5, 100, caches(dtypes=EXACT, page_sizes=SMALL), st.tuples(*map(st.sampled_from, NAMES)), seeds
 )
 def test_any_cut_stores_the_same(sizes, names, seed):
     pipeline = build(sizes, *names)
@@ -158,7 +158,7 @@ def test_batch_gives_what_each_gets_alone(sizes, names, seed):
                 assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@examples(8, 100, caches(), st.sampled_from(NAMES[0]), st.sampled_from(NAMES[1]), seeds)
+@examples(5, 100, caches(), st.sampled_from(NAMES[0]), st.sampled_from(NAMES[1]), seeds)
 def test_verify_calls_are_single_steps(sizes, admission, selection, seed):
     """Columns of a call select for themselves; those that are not real leave no trace."""
     pipeline, rng = build(sizes, admission, selection), random.Random(seed)
@@ -179,7 +179,7 @@ def test_verify_calls_are_single_steps(sizes, admission, selection, seed):
     one.check_effect()
 
 
-@examples(20, 100, caches(page_sizes=SMALL), st.tuples(*map(st.sampled_from, NAMES)), seeds)
+@examples(10, 100, caches(page_sizes=SMALL), st.tuples(*map(st.sampled_from, NAMES)), seeds)
 def test_finished_sequences_store_nothing(sizes, names, seed):
     pipeline = build(sizes, names[0], names[1])
     rows = [sizes.length, sizes.length]

@@ -12,9 +12,10 @@ from tests.support.contract.cases import ADMISSIONS, EVICTIONS, SELECTIONS, buil
 from tests.support.contract.contents import contents
 from tests.support.contract.driver import Run
 from tests.support.contract.lives import Life
-from tests.support.contract.living import DEVICE, KERNELS, live
+from tests.support.contract.living import KERNELS, live
 from tests.support.contract.snapshot import snapshot
 from tests.support.contract.streams import stream
+from tests.support.on_gpu import on_gpu
 
 OTHERS = ("verify", "draft", "crop", "crop_all", "fork", "rearrange", "drop", "reset", "reserve")
 # Only what a scheduler does: enter, chunk, decode, finish, cancel, park, resume, fork, move, fail.
@@ -42,9 +43,7 @@ def test_rooms_of_every_eviction():
     assert did >= SLOTS
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
-@pytest.mark.parametrize("eviction", EVICTIONS)
+@on_gpu("eviction", EVICTIONS)
 def test_compiled_rooms(eviction):
     rooms(eviction, 2, **KERNELS)
 

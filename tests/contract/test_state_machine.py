@@ -8,11 +8,13 @@ import attrs
 import pytest
 
 from tests.support.contract.cases import ADMISSIONS, EVICTIONS, SELECTIONS
-from tests.support.contract.kinds import KINDS, meet
+from tests.support.contract.kinds import KINDS, first_met, meet
 from tests.support.contract.lives import Life
 from tests.support.contract.living import DEVICE, KERNELS, PAIRS, live
+from tests.support.on_gpu import on_gpu
 
 MET = meet("admission", "eviction")
+FIRST = first_met("admission", "eviction")
 RULES = {name for name in dir(Life) if hasattr(getattr(Life, name), "hypothesis_stateful_rule")}
 # Lives of the slow tests. With each selection beside each pair they would take hours: every eighth
 # pair lives, all of them by hand: KVPOLICY_LIVES=10000 python -m pytest -m slow tests/contract
@@ -20,7 +22,10 @@ LIVES = int(os.environ.get("KVPOLICY_LIVES", "1000"))
 LIVING = PAIRS if LIVES >= 10000 else PAIRS[::8]
 
 
-@pytest.mark.parametrize("admission, eviction", MET)
+@pytest.mark.parametrize(
+    "admission, eviction",
+    [pytest.param(*pair, marks=() if pair in FIRST else pytest.mark.slow) for pair in MET],
+)
 def test_lives(admission, eviction):
     """A few lives of every policy beside each kind of the others."""
     number = MET.index((admission, eviction))
@@ -31,7 +36,11 @@ def test_lives(admission, eviction):
 
 
 def test_every_policy_lives():
-    assert {a for a, _ in LIVING} == set(ADMISSIONS) and {e for _, e in LIVING} == set(EVICTIONS)
+    for pairs in (FIRST, LIVING):
+        assert {a for a, _ in pairs} == set(ADMISSIONS) and {e for _, e in pairs} == set(EVICTIONS)
+    for admissions in KINDS["admission"].values():
+        for evictions in KINDS["eviction"].values():
+            assert any(a in admissions and e in evictions for a, e in FIRST)
 
 
 @pytest.mark.slow
@@ -66,9 +75,7 @@ def test_many_interpreted_lives(eviction):
     interpreted(eviction, 2)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
-@pytest.mark.parametrize("admission, eviction", PAIRS)
+@on_gpu("admission, eviction", PAIRS)
 def test_compiled_lives(admission, eviction):
     """With KVPOLICY_LIVES=10000, `-m gpu` and `-n 8`: ten thousand lives of compiled kernels."""
     log = live(admission, eviction, -(-LIVES // len(PAIRS)), **KERNELS)

@@ -8,6 +8,7 @@ import torch
 from kvpolicy import CacheSpec
 from tests.support.contract.cases import ADMISSIONS, EVICTIONS, SELECTIONS, Sizes, build
 from tests.support.contract.driver import Run, random_cuts, stream
+from tests.support.on_gpu import on_gpu
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 TRIPLES = [(a, s, e) for a in ADMISSIONS for s in SELECTIONS for e in EVICTIONS]
@@ -42,9 +43,7 @@ def test_each_policy(triple: tuple[str, str, str]) -> None:
     run_triple(triple, layers=1, rows=1, decoded=5)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
-@pytest.mark.parametrize("triple", TRIPLES, ids="-".join)
+@on_gpu("triple", TRIPLES, ids="-".join)
 def test_every_triple(triple: tuple[str, str, str]) -> None:
     # Of two layers a pyramid leaves the second less than selections leave out.
     run_triple(triple, layers=3, rows=3, decoded=14)

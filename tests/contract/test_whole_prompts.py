@@ -16,8 +16,15 @@ SPEC = CacheSpec(
 )
 
 
-@pytest.mark.parametrize("selection", WHOLE)
-@pytest.mark.parametrize("admission, eviction", PAIRS)
+# One of the selections beside each pair in turn; the others are slow.
+TRIPLES = [
+    pytest.param(*pair, selection, marks=pytest.mark.slow if (n - m) % len(WHOLE) else ())
+    for n, pair in enumerate(PAIRS)
+    for m, selection in enumerate(WHOLE)
+]
+
+
+@pytest.mark.parametrize("admission, eviction, selection", TRIPLES)
 def test_pair(admission, eviction, selection):
     sizes = Sizes(SPEC, window=6)
     rows = [sizes.length, sizes.length + 7]

@@ -24,8 +24,8 @@ from kvpolicy import (  # noqa: E402
     XAttention,
 )
 from kvpolicy.adapters.hf import attach  # noqa: E402
-from kvpolicy.cli import app  # noqa: E402
-from kvpolicy.evaluation.grid import cell, densities, runner  # noqa: E402
+from kvpolicy.cli import app, record  # noqa: E402
+from kvpolicy.evaluation.grid import cell, densities, runner, together  # noqa: E402
 from kvpolicy.evaluation.grid import variants as grid  # noqa: E402
 from kvpolicy.evaluation.models import tiny_llama  # noqa: E402
 from kvpolicy.evaluation.sessions import estimates  # noqa: E402
@@ -36,6 +36,7 @@ from kvpolicy.evaluation.tasks import loss as long_text  # noqa: E402
 from kvpolicy.evaluation.tasks.prompts import Example, Frame, Question  # noqa: E402
 from kvpolicy.testing import check_selection  # noqa: E402
 
+BUDGETED = ("Quest", "SnapKV", "SnapKV, question seen", "Quest + SnapKV")
 CHAT = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}~"
 
 
@@ -385,3 +386,47 @@ def test_gates_that_are_not_installed_are_left_out(monkeypatch):
         if found.name.startswith("gate ") and "%" in found.name
     ]
     assert set(gates) == {"gate 25"}
+
+
+@pytest.mark.parametrize(
+    ("thought", "fits", "sizes"),
+    [
+        (3, 3, [3, 2, 2]),  # 7 items are dealt out evenly
+        (7, 3, [3, 2, 2]),  # 7 do not fit, nor does anything above 3
+        (7, 2, [1] * 7),  # nor do 3, the half of 7
+    ],
+)
+def test_groups_are_halved_where_memory_runs_out(monkeypatch, thought, fits, sizes):
+    seen = []
+
+    def read(group):
+        if len(group) > fits:
+            raise torch.OutOfMemoryError
+        seen.append(len(group))
+        return list(group)
+
+    monkeypatch.setattr(together, "at_a_time", lambda *given: thought)
+    found = together.in_groups(None, None, range(7), 1, read)
+    assert seen == sizes and [x for group in found for x in group] == list(range(7))
+
+
+def test_an_item_that_does_not_fit_alone_is_an_error(monkeypatch):
+    def read(group):
+        raise torch.OutOfMemoryError(f"{len(group)} of them")
+
+    monkeypatch.setattr(together, "at_a_time", lambda *given: 4)
+    with pytest.raises(torch.OutOfMemoryError, match="1 of them"):
+        together.in_groups(None, None, range(4), 1, read)
+
+
+@pytest.mark.parametrize(
+    ("starts", "named"),
+    [
+        (["gate a"], ["gate a"]),
+        (["gate a +"], [f"gate a + {x} at 0.125" for x in BUDGETED]),
+        (["gate b", "local (gate a)"], ["gate a", "gate b", "local (gate a)"]),
+    ],
+)
+def test_a_name_chooses_its_composition_alone(starts, named):
+    rows = grid.variants([("a", None), ("b", None)], None, [], [0.125], 64)
+    assert [x.name for x in record.chosen(rows, starts)] == named

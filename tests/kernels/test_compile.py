@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.kernels.compiled import compiled
+from tests.support.kernels.overlaps import PAIRS, check_overlaps
 
 DIMS = ["64", "80", "128", "256", "512", "192x128"]
 
 
-def run(configuration: str, cache: Path, *options: str) -> None:
+def run(configuration: str, cache: Path, *options: str) -> list[tuple[str, dict[str, int]]]:
     wanted = {
         "_add_levels",
         "_advance",
@@ -54,11 +55,15 @@ def run(configuration: str, cache: Path, *options: str) -> None:
     }
     if "x" in configuration:  # rectangles want values of the keys' head_dim
         wanted.remove("_fold")
-    assert wanted <= {name for name, _ in compiled(configuration, cache, *options)}
+    found = compiled(configuration, cache, *options)
+    assert wanted <= {name for name, _ in found}
+    return found
 
 
 def test_each_kernel_compiles(tmp_path: Path) -> None:
-    run("90:128:64:bfloat16", tmp_path, "--once")
+    """To Triton's IR, the kernels of decoding to the end."""
+    found = run("90:128:64:bfloat16", tmp_path, "--once", "--whole", *PAIRS)
+    assert check_overlaps(90, found) == PAIRS
 
 
 # Every device and every head_dim in one of its dtypes; all of them by hand, which takes an hour:

@@ -8,7 +8,8 @@ import types
 import pytest
 import torch
 
-from kvpolicy import CapacityError
+from kvpolicy import CachePipeline, CacheSpec, CapacityError
+from kvpolicy.store.fork import select_rows
 from kvpolicy.store.pool import SLAB_PAGES, PagePool
 from kvpolicy.store.trimming import trim
 
@@ -235,6 +236,22 @@ def test_a_cache_may_go_while_pages_move(pool, monkeypatch):
     monkeypatch.setattr(pool, "copy", collect)
     trim(pool)
     assert_counts(pool, stays.table.flatten().tolist())
+
+
+def test_forks_that_nobody_holds_leave_nothing():
+    """Their pages and tables go with the next fork."""
+    pipeline = CachePipeline(window=4, backend="reference")
+    state = pipeline.init(CacheSpec(layers=1, heads=1, kv_heads=1, head_dim=2, page_size=4))
+    x = torch.ones(1, 21, 2)
+    pipeline.begin(state, [21], "prompt")
+    pipeline.attend(state, 0, x, x, x)
+    pipeline.commit(state)
+    held = state.devices.pools[0]
+    select_rows(state, [0])
+    pages = held.used
+    for _ in range(20):
+        select_rows(state, [0])
+        assert held.used == pages and len(held.leases) + len(held.orphans) <= 3
 
 
 @pytest.mark.parametrize("slabs", [2, 8])

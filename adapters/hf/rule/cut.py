@@ -121,7 +121,7 @@ def _cut(config: Any, count: int) -> Any:
 
 
 def _moved(model: Any, layer: ProbedLayer, index: int, alike: list[tuple[str, ...]]) -> ProbedLayer:
-    """The record of a cut layer for another one that is like it."""
+    """The record of a cut layer for another one that is like it, with all heads."""
     name = _renamed(layer.module, layer.layer, index)
     modules = dict(model.named_modules())
     if name not in modules:
@@ -133,15 +133,12 @@ def _moved(model: Any, layer: ProbedLayer, index: int, alike: list[tuple[str, ..
     reads = index
     if layer.shared:  # the last layer before that stores, of the kind that the cut one reads
         reads = max(n for n in range(index) if alike[n] == alike[layer.reads])
-    parts = _parts(modules[name])
     weights = [w for w in modules[name].parameters() if w.is_floating_point() and w.itemsize > 1]
     return attrs.evolve(
         layer,
         module=name,
         layer=index,
         reads=reads,
-        heads=layer.heads // parts,
-        kv_heads=layer.kv_heads // parts,
         pre_rope=_pre_renamed(layer.pre_rope, layer.layer, index),
         pre_query=_pre_renamed(layer.pre_query, layer.layer, index),
         output=_renamed(layer.output, layer.layer, index),
@@ -170,12 +167,3 @@ def _renamed(name: str, before: int, after: int) -> str:
     if str(before) in parts:
         parts[parts.index(str(before))] = str(after)
     return ".".join(parts)
-
-
-def _parts(module: nn.Module) -> int:
-    """Over how many ranks the heads of an attention module are spread."""
-    for weight in module.parameters():
-        for axis, placement in enumerate(getattr(weight, "placements", ())):
-            if placement.is_shard(0):
-                return int(weight.device_mesh.size(axis))  # type: ignore[attr-defined]
-    return 1

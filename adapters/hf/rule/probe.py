@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 from ....errors import UnsupportedError
-from ..wrappers import base_of, takes_positions
+from ..wrappers import base_of, fully_sharded, takes_positions
 from .carried import Carried, counts_from
 from .cut import cut_model, whole, why_not_in_place
 from .handle import Touched, place_of
@@ -84,7 +84,8 @@ def _probe(model: Any, verify: bool) -> Probe:
     if not obstacle:
         return probe_in_place(model, verify)
     try:
-        if any(weight.device.type == "meta" for weight in model.parameters()):
+        meta = any(weight.device.type == "meta" for weight in model.parameters())
+        if meta or fully_sharded(model):  # whose hooks swap weights while it runs
             raise ModelRefused("weights are not here", check="forward")
         return probe_in_place(model, verify)
     except ModelRefused as error:

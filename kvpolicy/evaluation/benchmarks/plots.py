@@ -40,7 +40,7 @@ def plot(folder: Path, results: Sequence[Result], name: str) -> None:
             curve(axes, at, [x.score.mean for x in of], errors, errors, look, family, dashed=seen)
         axes.set_title(f"{length} tokens", color=INK, fontsize=11)
         axes.set_xlabel("MB of a context's cache, measured", color=INK, fontsize=9.5)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.05 * max(x.bytes for x in found[length]) / 1e6)  # full attention's too
     panels[0, 0].set_ylabel("score", color=INK, fontsize=9.5)
     panels[0, 0].set_ylim(0, 1.03)
     legend(figure, panels.flat, last=FULL)

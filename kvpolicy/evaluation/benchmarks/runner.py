@@ -16,7 +16,7 @@ from ...adapters.hf import attach
 from ...pipeline import CachePipeline
 from ..grid.loop import Loop
 from ..grid.records import Footprint, Measured
-from ..grid.together import at_a_time
+from ..grid.together import in_groups
 from ..grid.variants import SEEN, Room, Variant
 from .answers import Answered, Asker
 from .benchmark import Benchmark, Wanted
@@ -55,6 +55,7 @@ class BenchmarkRunner(Loop[Cell]):
     drawn: Mapping[str, Any] = attrs.field(factory=dict)
     slots: int | None = None
     _items: dict[tuple[str, int], list[tuple[int, list[Item]]]] = attrs.field(factory=dict)
+    _readings: dict[tuple[str, int, bool], list[tuple[int, Reading]]] = attrs.field(factory=dict)
 
     def run(self, tasks: Sequence[str], lengths: Sequence[int], found: Sequence[Variant]) -> None:
         """Measures what is not measured yet, composition by composition at each length."""
@@ -77,14 +78,9 @@ class BenchmarkRunner(Loop[Cell]):
     ) -> Measured:
         began = time.monotonic()
         chat = Chat(self.tokenizer, cell.length, SEEN in cell.variant.family)
-        readings: list[Reading] = []
-        owners: list[int] = []
-        for number, (_, items) in enumerate(asked):
-            own = chat.readings(items)
-            readings += own
-            owners += [number] * len(own)
+        whole = self._read(cell, chat)
+        readings = [reading for _, reading in whole]
         texts: list[list[str]] = [[] for _ in asked]
-        found: list[tuple[int, Answered]] = []
         with attach(self.model, pipeline, page_size=self.page_size) as here:
             asker = Asker(
                 here=here,
@@ -95,14 +91,16 @@ class BenchmarkRunner(Loop[Cell]):
             )
             torch.manual_seed(self.seed)
             longest = max(len(x.context) + max(x.new_tokens) for x in readings)
-            count = at_a_time(self.model, pipeline, longest)
-            for begin in range(0, len(readings), count):
+
+            def answers(group: list[tuple[int, Reading]]) -> tuple[int, Answered]:
                 self.check()
-                group = slice(begin, begin + count)
-                answers = asker.answers(readings[group])
-                found.append((len(readings[group]), answers))
-                for owner, own_texts in zip(owners[group], answers.texts, strict=True):
-                    texts[owner] += own_texts
+                answered = asker.answers([reading for _, reading in group])
+                return len(group), answered
+
+            found = in_groups(self.model, pipeline, whole, longest, answers)
+            owned = [own for _, answered in found for own in answered.texts]
+            for (owner, _), own_texts in zip(whole, owned, strict=True):
+                texts[owner] += own_texts
             first = asker.first_token(readings[0])
         scores = tuple(
             statistics.fmean(
@@ -130,6 +128,14 @@ class BenchmarkRunner(Loop[Cell]):
             return Room(cell.variant.keep * cell.length, cell.length, page=self.page_size)
         size = match.footprint
         return Room(size.slots, size.seen_tokens, page=self.page_size)
+
+    def _read(self, cell: Cell, chat: Chat) -> list[tuple[int, Reading]]:
+        """What is read, with the places of its contexts in this part; the same for all variants."""
+        key = cell.task, cell.length, chat.seen
+        if key not in self._readings:
+            asked = enumerate(self._asked(cell.task, cell.length))
+            self._readings[key] = [(n, x) for n, (_, own) in asked for x in chat.readings(own)]
+        return self._readings[key]
 
     def _asked(self, task: str, length: int) -> list[tuple[int, list[Item]]]:
         """Numbers and questions of this part's contexts, the same for every variant."""

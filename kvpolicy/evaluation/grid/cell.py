@@ -22,7 +22,7 @@ from ..sessions.score import AnswerScore
 from ..tasks.loss import hit_tokens, losses
 from ..tasks.prompts import Example, Ids, Question
 from .records import Footprint, Measured
-from .together import block, groups
+from .together import block, in_groups
 
 _CAPTURE_FROM = 6  # steps from which a graph saves more than its capture costs
 
@@ -53,23 +53,30 @@ def answer(
     `captured`, by a CUDA graph where there is a device for it. Pages hold `page_size` tokens. The
     `tokenizer` is that of evictions that let the model repeat its context.
     """
-    began, scores, sizes, read = time.monotonic(), [], [], []
+    began = time.monotonic()
+    scores: list[list[AnswerScore]] = []
+    sizes: list[Footprint] = []
+    read: list[float] = []
     with attach(model, pipeline, page_size=page_size) as attached:
-        for group in groups(model, pipeline, examples):
+        ends = partial(_end, attached, tokenizer)
+
+        def ask(group: Sequence[Example]) -> tuple[list[list[AnswerScore]], Footprint, list[float]]:
             check()
             cache = attached.new_cache()
             _forward(model, cache, *block([example.context_ids for example in group]))
-            read += _densities(cache, len(group))
-            ends = partial(_end, attached, tokenizer)
+            densities = _densities(cache, len(group))
             if not question_in_prompt:
                 ends(cache, [example.context_ids for example in group])
+            late = ends if question_in_prompt else None
             asked = [example.questions for example in group]
-            scores += ask_together(
-                model, cache, asked, ends if question_in_prompt else None, captured=captured
-            )
-            firsts = [questions[0] for questions in asked]
-            size = _size_after(model, cache, firsts, ends if question_in_prompt else None)
-            sizes += [size] * len(group)
+            found = ask_together(model, cache, asked, late, captured=captured)
+            return found, _size_after(model, cache, [x[0] for x in asked], late), densities
+
+        longest = max(len(example.context_ids) for example in examples)
+        for found, size, densities in in_groups(model, pipeline, examples, longest, ask):
+            scores += found
+            sizes += [size] * len(found)
+            read += densities
     kinds: dict[str, Callable[[AnswerScore], float]] = {
         "accuracy": lambda answer: answer.token_accuracy,
         "exact": lambda answer: answer.exact_match,
@@ -97,21 +104,29 @@ def read_text(
 
     Documents `[N]` are of one length; pages hold `page_size` tokens.
     """
-    began, sizes = time.monotonic(), []
+    began = time.monotonic()
     everywhere, hits, read = [], [], []
+    sizes: list[Footprint] = []
     with attach(model, pipeline, page_size=page_size) as attached:
-        for group in groups(model, pipeline, documents):
+
+        def losses_of(group: list[Tensor]) -> tuple[Tensor, Footprint, list[float]]:
             check()
             cache = attached.new_cache()
-            ids = torch.stack(group).to(model.device)
-            found = losses(partial(_run, model, cache), ids)
-            for document, row in zip(group, found, strict=True):
-                everywhere.append(row.mean().item())
-                hit = row[hit_tokens(document)[1:]]
-                if len(hit):
-                    hits.append(hit.mean().item())
-            sizes += [_size(cache)] * len(group)
-            read += _densities(cache, len(group))
+            texts = torch.stack(group).to(model.device)
+            return (
+                losses(partial(_run, model, cache), texts),
+                _size(cache),
+                _densities(cache, len(group)),
+            )
+
+        longest = max(map(len, documents))
+        for found, size, densities in in_groups(model, pipeline, documents, longest, losses_of):
+            everywhere += [row.mean().item() for row in found]
+            rows = zip(documents[len(sizes) :], found, strict=False)
+            chosen = [row[hit_tokens(document)[1:]] for document, row in rows]
+            hits += [hit.mean().item() for hit in chosen if len(hit)]
+            sizes += [size] * len(found)
+            read += densities
     scores = {"loss": tuple(everywhere), "hit_loss": tuple(hits)}
     return Measured(
         scores=scores | ({"density": tuple(read)} if read else {}),

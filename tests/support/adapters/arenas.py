@@ -8,9 +8,12 @@ import torch
 
 from kvpolicy import AdmitAll, CacheSpec, DuoAttention, LocalAttention
 from kvpolicy.adapters.vllm.plan import plan_of
+from kvpolicy.adapters.vllm.prompt_end import Ends, end_prompt, hear, parts_of
 from kvpolicy.adapters.vllm.reading import read_prompt
 from kvpolicy.adapters.vllm.rows import Rows
+from kvpolicy.budget import budget_of
 from kvpolicy.ops import POSITION_MASK
+from tests.support import rules
 from tests.support.oracle import Oracle
 
 SPEC = CacheSpec(layers=2, heads=4, kv_heads=2, head_dim=8, dtype=torch.float64, rollback=0)
@@ -18,9 +21,12 @@ LONGEST = 200
 
 
 class Request:
-    """Tokens of one request, how many are computed, and its blocks."""
+    """Tokens of one request, how many are computed, and its blocks.
 
-    def __init__(self, pipeline, length, seed, spec=SPEC):
+    The first `prompt` tokens are its prompt, if somebody evicts at its end.
+    """
+
+    def __init__(self, pipeline, length, seed, spec=SPEC, prompt=None):
         draw = torch.Generator().manual_seed(seed)
         heads, options = (
             [spec.heads, *3 * [spec.kv_heads]],
@@ -31,11 +37,24 @@ class Request:
             for _ in range(spec.layers)
         ]
         self.pipeline, self.spec, self.length, self.blocks = pipeline, spec, length, []
+        self.prompt, self.done, self.known = prompt, 0, prompt or 0
         self.restart()
 
     def restart(self):
+        """What was generated is read as a prompt is."""
+        self.known = max(self.known, self.done)
         self.done = 0
         self.oracles = [Oracle(self.pipeline, self.spec, n) for n in range(self.spec.layers)]
+
+    def part(self, tokens):
+        """So many tokens as vLLM would read at once of the next ones."""
+        if self.prompt is None:
+            return tokens
+        return min(tokens, max(self.known - self.done, 1))
+
+    @property
+    def straddles(self):
+        return self.prompt is not None and self.known > self.prompt
 
 
 class Engine:
@@ -44,8 +63,10 @@ class Engine:
     def __init__(self, pipeline, *, rows, blocks, admitted=None, block=16, spec=SPEC, captured=()):
         self.spec = spec
         self.plan = plan_of(
-            pipeline.admission, pipeline.window, spec.layers, spec.kv_heads, 1, block, admitted
-        )
+            pipeline.admission, pipeline.window, spec.layers, spec.kv_heads, 1, block, admitted,
+            budget_of(pipeline.eviction),
+        )  # fmt: skip
+        self.evicts = not pipeline.eviction.neutral
         self.admission, self.window = pipeline.admission, pipeline.window
         self.rows = Rows(spec, pipeline, self.plan, rows, LONGEST)
         tokens = blocks * block * self.plan.heads
@@ -64,7 +85,8 @@ class Engine:
         new = [] if request.blocks else self.free_rows[:1]
         if not request.blocks and not new:
             return False
-        missing = self.plan.blocks(request.done + added) - len(request.blocks) - len(new)
+        wanted = self.plan.blocks(request.done + added, request.prompt)
+        missing = wanted - len(request.blocks) - len(new)
         if missing > len(self.free):
             return False
         del self.free_rows[: len(new)]
@@ -95,6 +117,8 @@ class Engine:
             table = torch.cat([table, table.new_zeros(padding, width)])
             lengths, added = lengths + [0] * padding, added + [0] * padding
         step = self.rows.begin(table, lengths, added)
+        if self.evicts:
+            self.end_prompts([request for request, _ in batch])
         if set(added) <= {0, 1} and size:
             step, self.replays = self.captured[size], self.replays + 1
         for layer in range(self.spec.layers):
@@ -111,9 +135,12 @@ class Engine:
             given, n = (query, key, value, pre), step.decodes
             if n:
                 out[:n] = self.rows.decode(step, layer, *(x[:n] for x in given))
-            for prompt in step.prompts:
-                part = slice(prompt.first, prompt.first + prompt.seg.cu_q[1])
-                out[part] = read_prompt(self.rows, prompt, layer, *(x[part] for x in given))
+            for whole in step.prompts:
+                for prompt in parts_of(self.rows, whole):
+                    part = slice(prompt.first, prompt.first + prompt.seg.cu_q[1])
+                    out[part] = read_prompt(self.rows, prompt, layer, *(x[part] for x in given))
+                    if prompt.ends:
+                        end_prompt(self.rows, self.rows.layers[layer], prompt.row)
             first = 0
             for request, n in batch:
                 wanted = self.expected(request, layer, n).transpose(0, 1)
@@ -123,6 +150,18 @@ class Engine:
         for request, n in batch:
             request.done += n
         self.check()
+
+    def end_prompts(self, requests):
+        """What the scheduler says before a forward of requests, and the oracles' evictions."""
+        ended = [request for request in requests if request.done == request.prompt]
+        for request in ended:
+            rules.evict(request.oracles)
+        row = {request: request.blocks[0] for request in requests}
+        prompts = {row[request]: request.prompt for request in requests if not request.done}
+        blocks = {row[request]: len(request.blocks) for request in requests}
+        hear(self.rows, Ends(prompts, blocks, tuple(row[request] for request in ended)))
+        room = {at: n * self.plan.pages_per_block for at, n in blocks.items()}
+        assert self.rows.arenas.room[list(room)].tolist() == list(room.values())
 
     def kept(self, request, layer, head):
         """Positions in the pages of one head."""
@@ -137,6 +176,16 @@ class Engine:
         """What the oracle says, of the tokens that found a page."""
         oracle, old = request.oracles[layer], request.done
         q, k, v, pre = (x[:, old : old + n] for x in request.tokens[layer])
+        if self.evicts:
+            own = min(max(request.prompt - old, 0), n)
+            parts = [[x[:, a:b] for x in (q, k, v, pre)] for a, b in ((0, own), (own, n)) if a < b]
+            found, self.held = [oracle.prompt(*parts[0])], []
+            for part in parts[1:]:
+                rules.evict([oracle])
+                found.append(oracle.prompt(*part))
+            for head in range(self.spec.kv_heads):
+                assert self.kept(request, layer, head) == oracle.pages(head)
+            return torch.cat(found, 1)
         oracle.store(q, k, v, pre, prompt=True)
         left, self.held = max(old + n - self.window, 0), []
         for head in range(self.spec.kv_heads):
@@ -162,7 +211,11 @@ class Engine:
                     self.kept(request, layer, head)
             taken = int(self.rows.arenas.taken[row])
             assert taken <= len(request.blocks) * self.plan.pages_per_block
-            if isinstance(self.admission, AdmitAll | LocalAttention | DuoAttention):
+            if self.evicts:
+                assert taken == sum(
+                    -(-count // 16) for count in self.rows.counts[:, row].flatten().tolist()
+                )
+            elif isinstance(self.admission, AdmitAll | LocalAttention | DuoAttention):
                 assert taken == self.plan.pages(request.done)
         assert len(self.held) == len(set(self.held))
         assert int(self.rows.arenas.refused.sum()) == self.refused

@@ -5,6 +5,7 @@ A rank that waits for one that is gone is killed by the test, which then fails.
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
 from pathlib import Path
@@ -27,8 +28,11 @@ from kvpolicy import (
     Tokens,
     TotalCap,
 )
-from kvpolicy.adapters.hf import attach, load_cache
+from kvpolicy.adapters.hf import attach, load_cache, spec_of
 from kvpolicy.adapters.hf.compile import traced
+from kvpolicy.adapters.hf.rule import probe as rule
+from kvpolicy.adapters.hf.rule.records import ModelRefused
+from kvpolicy.adapters.hf.training import attach_for_training
 from tests.support.adapters.models import SIZES, pipelines, prompt
 from tests.support.adapters.rehearsed import Rehearsed, rehearsed
 from tests.support.contract.cases import NAMES, Sizes, build
@@ -141,8 +145,10 @@ def failures(model, rank, folder):
             before = cache.columns, cache.state.lengths, cache.report().kv
             if fails_at is not None:
                 object.__setattr__(pipeline.admission, "fails_at", fails_at)
+            gc.disable()  # what the call took is free as it ends
             raised = told(lambda: call(attached, cache))
             after = cache.columns, cache.state.lengths, cache.report().kv
+            gc.enable()
             object.__setattr__(pipeline.admission, "fails_at", None)
             cache.begin_prompt()
             model(tail[:, :1], past_key_values=cache)  # the ranks are still in step
@@ -228,6 +234,27 @@ def compiled(model):
     )
 
 
+def probed_apart(model):
+    """KV heads of a model that fails where it is probed, so that a cut one is instead."""
+
+    def fails(own, verify):
+        if own is model:
+            raise ModelRefused("asked", check="forward")
+        return whole(own, verify)
+
+    whole, rule.probe_in_place = rule.probe_in_place, fails
+    known, rule._KNOWN = rule._KNOWN, {}
+    try:
+        return spec_of(model).kv_heads
+    finally:
+        rule.probe_in_place, rule._KNOWN = whole, known
+
+
+def trained(model):
+    with attach_for_training(model):
+        pass
+
+
 def main(folder, rank):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -240,6 +267,8 @@ def main(folder, rank):
     found["saved"] = saved(model, rank, folder)
     found["captured"] = captured(model, rank)
     found["compiled"] = compiled(model)
+    found["probed apart"] = probed_apart(model)
+    found["trained"] = told(lambda: trained(model))
     torch.save(found, Path(folder) / f"{rank}.pt")
 
 

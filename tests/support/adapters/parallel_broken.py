@@ -25,6 +25,9 @@ from tests.support.adapters.rehearsed import rehearsed
 PLACES = {
     "layer of a prompt": ("model.layers.1.mlp", 1, False),
     "layer of a step": ("model.layers.0.self_attn.o_proj", 4, False),
+    "keys of a prompt": ("model.layers.0.self_attn.k_proj", 2, False),
+    "norm of a step": ("model.layers.1.input_layernorm", 5, False),
+    "values of a captured step": ("model.layers.0.self_attn.v_proj", 10, True),
     "captured step": ("model.layers.1.mlp", 9, True),
     "head": ("lm_head", 3, False),
     "embedding": ("model.embed_tokens", 2, False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 
 import torch
 
@@ -18,19 +19,20 @@ class Rehearsed:
     fails = False
 
     def __init__(self, model, cache, tokens, positions):
-        self.model, self.cache = model, cache
+        self.model, self.cache = model, weakref.ref(cache)  # as a graph, which holds buffers alone
         self.generation, self.held = cache.state.generation, capture.held_fast(model)
         if self.fails:
             raise RuntimeError("no capture")
 
     def replay(self, tokens, positions):
-        assert self.generation == self.cache.state.generation
-        self.cache.capturing = True
+        cache = self.cache()
+        assert self.generation == cache.state.generation
+        cache.capturing = True
         try:
-            with self.cache.ranks.capturing(), self.cache.state.rehearsal():
-                return capture.run(self.model, self.cache, tokens, positions)
+            with cache.ranks.capturing(), cache.state.rehearsal():
+                return capture.run(self.model, cache, tokens, positions)
         finally:
-            self.cache.capturing = False
+            cache.capturing = False
 
 
 class Passed:

@@ -52,14 +52,14 @@ def run(job):
         most = max(most, len(scheduler.running))
     metrics = {x.name: x.value for x in llm.get_metrics() if hasattr(x, "value")}
     free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
-    counted = llm.collective_rpc(counters)[0]
+    ranks = llm.collective_rpc(counters)
     del llm, engine, scheduler
     ensure_kv_transfer_shutdown()  # a process has one connector
     gc.collect()
     return {
         "tokens": tokens, "reasons": reasons, "preempted": metrics["vllm:num_preemptions"],
         "metric": metrics.get("vllm:kvpolicy_refused_tokens"), "free": free, "most": most,
-        **counted,
+        "ranks": ranks, **ranks[0],
     }  # fmt: skip
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kvpolicy.kernels import (
@@ -68,8 +69,8 @@ def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Non
     launches.append((self, bound, kwargs))
 
 
-def compile_launch(kernel: Any, bound: dict[str, Any], options: dict[str, Any], cc: int) -> Any:
-    """Compiles one recorded launch."""
+def source_of(kernel: Any, bound: dict[str, Any]) -> ASTSource:
+    """What one recorded launch compiles."""
     signature: dict[str, Any] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -96,8 +97,17 @@ def compile_launch(kernel: Any, bound: dict[str, Any], options: dict[str, Any], 
             signature[name], constants[index,] = "constexpr", value
         else:
             signature[name] = kind(value, not parameter.do_not_specialize, (index,))
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def translate(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> None:
+    """What a compiler does first: Triton's IR of a kernel, verified. The rest takes far longer."""
+    backend, context = make_backend(target), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    known = backend.parse_options({**options, **source.parse_options()})
+    functions = backend.get_codegen_implementation(known)
+    source.make_ir(target, known, functions, backend.get_module_map(), context)
 
 
 def call_all(dim: int, page: int, dtype: torch.dtype, dim_v: int | None = None) -> None:
@@ -123,10 +133,11 @@ def call_all(dim: int, page: int, dtype: torch.dtype, dim_v: int | None = None) 
         queries=torch.zeros(1, heads * group, 64, dim, dtype=dtype),
     )  # fmt: skip
     one = torch.zeros(1, dtype=torch.int32)
-    arena_write.arena_write(
-        pages, stored, ring, Arenas(table[0], one, one, lengths, 256), new, new_v, flags[:, :, 0],
-        one, lengths, active, window, minmax=True,
-    )  # fmt: skip
+    for spare in ((), (table[0], one)):
+        arena_write.arena_write(
+            pages, stored, ring, Arenas(table[0], one, one, lengths, 256, *spare), new, new_v,
+            flags[:, :, 0], one, lengths, active, window, minmax=True,
+        )  # fmt: skip
     decoded = query, pages, stored, ring, lengths, active, window, 0.1
     for selected in (None, torch.zeros(1, heads, 256, dtype=torch.int32)):
         paged_decode.paged_decode(*decoded, selected)
@@ -255,6 +266,7 @@ def main() -> None:
         "configuration", help="capability:head_dim:page_size:dtype; 192x128: Dv 128"
     )
     parser.add_argument("--once", action="store_true", help="the first launch of each kernel only")
+    parser.add_argument("--whole", nargs="*", help="others are only translated to Triton's IR")
     parser.add_argument("--only", nargs="*", metavar="KERNEL", help="launches of these kernels")
     given = parser.parse_args()
     triton.runtime.jit.JITFunction.run = record
@@ -268,7 +280,12 @@ def main() -> None:
         if (given.only and name not in given.only) or (given.once and name in seen):
             continue
         seen.add(name)
-        compiled = compile_launch(kernel, bound, options, int(cc))
+        source, target = source_of(kernel, bound), GPUTarget("cuda", int(cc), 32)
+        if given.whole is not None and name not in given.whole:
+            translate(source, target, options)
+            print(name, flush=True)
+            continue
+        compiled = triton.compile(source, target=target, options=options)
         shared = compiled.metadata.shared
         print(f"{name} shared={shared} {overlap(compiled.asm['ptx'])}", flush=True)
         if shared > limit:

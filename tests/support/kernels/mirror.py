@@ -55,12 +55,17 @@ class Pair(NamedTuple):
     device: Any
 
 
+def placed(tensor: Tensor) -> Tensor:
+    """A copy on the device."""
+    return tensor.to(DEVICE, copy=True)
+
+
 def pair(given: Any) -> Pair:
     """Copies tensors and what holds tensors to the device."""
     if isinstance(given, Pair):
         return given
     if isinstance(given, Tensor):
-        return Pair(given, given.to(DEVICE, copy=True))
+        return Pair(given, placed(given))
     if isinstance(given, Segments | Heads | Ring | Numbers | TileReads | Arenas):
         sides = [pair(x) for x in given]
         return Pair(*(type(given)(*side) for side in zip(*sides, strict=True)))

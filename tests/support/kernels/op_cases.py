@@ -101,10 +101,14 @@ def _arena_write(size: Size) -> None:
         whole = [n for n in range(40) if {n * each + i for i in range(each)} <= free]
         mirror.table = torch.cat([mirror.table, torch.zeros(3, 2, 4, dtype=torch.int32)], -1)
         blocks = torch.tensor(whole[:9]).int().view(3, 3)
-        room = torch.tensor([3 * each, 1, 0]).int()
-        arenas = pair(
-            Arenas(blocks, room, torch.zeros_like(room), torch.zeros(3, dtype=torch.int64), each)
-        )
+        room, refused = torch.tensor([3 * each, 1, 0]).int(), torch.zeros(3, dtype=torch.int64)
+        given = []
+        if minmax:  # heads of the first sequence gave a page back
+            given = [
+                torch.tensor([[whole[9] * each], [0], [0]]).int(),
+                torch.tensor([1, 0, 0]).int(),
+            ]
+        arenas = pair(Arenas(blocks, room, torch.zeros_like(room), refused, each, *given))
         shape = batch, kv_heads, slots
         rings = [pair(size.randn(*shape, d, seed=d)) for d in (size.dim, size.dim_v)]
         ring = pair(Ring(*rings, pair(torch.full(shape, ADMITTED, dtype=torch.uint8))))
@@ -125,6 +129,7 @@ def _arena_write(size: Size) -> None:
             agree(found)
         agree(mirror.stored(table, counts.host))
         assert arenas.host.refused.tolist()[2] > 0 < int(arenas.host.taken[0])
+        assert (whole[9] * each in table.host[0]) == minmax
 
 
 @case("paged_decode")

@@ -44,6 +44,11 @@ class Pool:
                 own.copy_(new[number * size : (number + 1) * size])
 
 
+def slab(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Memory of some pages that nobody wrote."""
+    return torch.empty(*shape, dtype=dtype, device=DEVICE)
+
+
 def make_pool(
     count: int,
     page: int,
@@ -66,7 +71,7 @@ def make_pool(
     columns = []
     for shape in shapes:
         kind = torch.int32 if shape == (page,) else dtype
-        column = [torch.empty(slab_pages, *shape, dtype=kind, device=DEVICE) for _ in range(slabs)]
+        column = [slab(slab_pages, *shape, dtype=kind) for _ in range(slabs)]
         for extent in column if poison else []:
             extent.fill_((1 << 29) + 7 if kind == torch.int32 else NAN)
         column.sort(key=lambda extent: extent.data_ptr(), reverse=first == "high")
