@@ -346,7 +346,7 @@ def _attend(
     row = (q0 + local * QUERIES).to(tl.int64)
     alive = (t < QUERIES) & (local * QUERIES + t < length)
     query += head * query_strides[0] + row * query_strides[1]
-    of = (g.to(tl.int64) * query_strides[0] + t * query_strides[1])[:, None]
+    of = (g * query_strides[0] + t * query_strides[1])[:, None]
     q = tl.load(query + of + d[None, :], mask=alive[:, None] & (d < DIM)[None, :], other=0.0)
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
