@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ _ONE = threading.Lock()  # of captures in this process
 
 
 def why_not(
-    model: Any, cache: KVPolicyCache, records: Sequence[str] = (), room: int = 0
+    model: Any, cache: KVPolicyCache, records: Collection[str] = (), room: int = 0
 ) -> str | None:
     """Why decoding cannot be captured, or None if it can; `records` is what `forward` shall hand
     on beside logits, `room` how many tokens are decoded.
@@ -112,9 +113,10 @@ class CapturedStep:
 
 
 def forward(
-    model: Any, cache: KVPolicyCache, tokens: Tensor, positions: Tensor, records: Sequence[str] = ()
-) -> Any:
-    """The model's output of one eager step, with what `records` names."""
+    model: Any, cache: KVPolicyCache, tokens: Tensor, positions: Tensor,
+    records: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:  # fmt: skip
+    """The model's output of one eager step, with what `records` names, as its values ask."""
     return model(
         input_ids=tokens,
         position_ids=positions,
@@ -122,7 +124,7 @@ def forward(
         use_cache=True,
         logits_to_keep=1,
         return_dict=True,
-        **{f"output_{name}": True for name in records},
+        **{f"output_{name}": asked for name, asked in records.items()},
     )
 
 
@@ -156,7 +158,7 @@ class Stepper:
         cache: KVPolicyCache,
         position: Tensor,
         room: int,
-        records: Sequence[str] = (),
+        records: Mapping[str, Any] = MappingProxyType({}),
         own: OwnSteps | None = None,
     ) -> None:
         state = cache.state

@@ -39,7 +39,8 @@ def decode_loop(
     raw: list[Tensor] | None = [] if wanted and config.output_logits else None
     if kvp_streamer is not None:
         kvp_streamer.put(input_ids.cpu())  # a streamer expects the prompt first
-    names = [n for n in RECORDS if wanted and getattr(config, f"output_{n}")]
+    asked = {n: getattr(config, f"output_{n}") for n in RECORDS if wanted}
+    records = {n: how for n, how in asked.items() if how is not None and how is not False}
     reason = why_own(model, model_kwargs)
     if config.prefill_chunk_size == 1 and cache.phase == "decode":
         if reason:
@@ -54,12 +55,12 @@ def decode_loop(
     check_kept(model, cache, output)
     if cache.phase == "prompt":
         cache.end_prompt()
-    logits, recorded = output.logits, {name: [getattr(output, name)] for name in names}
+    logits, recorded = output.logits, {name: [getattr(output, name)] for name in records}
     batch, prompt = input_ids.shape
     room = max(config.max_length - prompt, 1)
     position = _next_position(model_kwargs, cache, input_ids.device)
     own = OwnSteps(model, cache, model_kwargs, output, reason) if reason else None
-    stepper = Stepper(model, cache, position, room, names, own)
+    stepper = Stepper(model, cache, position, room, records, own)
     ids = torch.zeros(batch, prompt + room + 1, dtype=torch.long, device=input_ids.device)
     ids[:, :prompt] = input_ids
     unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
@@ -67,13 +68,16 @@ def decode_loop(
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     pad = config._pad_token_tensor if ends else None
     going, wrong = torch.ones_like(unfinished), unfinished.new_zeros(())
+    chosen = ids[:, -1]  # what streams get
+    # A user's criterion may write another token than that into the ids it sees, to be read next.
+    edits = any(not type(x).__module__.startswith("transformers.") for x in stopping_criteria)
     steps = Lockstep(cache.ranks, waits=not stepper.captured)
     late = _LateFlags(stepper.captured, kvp_streamer, steps)
     length = prompt
 
     def choose() -> tuple[Tensor, Tensor]:
-        """The tokens after `logits`, and which sequences go on after them."""
-        nonlocal wrong
+        """What follows `logits`: tokens that criteria have seen, and which sequences go on."""
+        nonlocal wrong, chosen
         last = logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
         processed = logits_processor(ids[:, :length], last)
         token = _choose(processed, config.do_sample)
@@ -81,13 +85,14 @@ def decode_loop(
             wrong = ~processed.amax(-1).isfinite().all()
         if pad is not None:
             token = torch.where(unfinished, token, pad.to(token.device))
-        ids[:, length] = token
+        ids[:, length] = chosen = token
         if scores is not None:
             scores.append(processed)
         if raw is not None:
             raw.append(last)
         seen = None if scores is None else tuple(scores)
-        return token, unfinished & ~stopping_criteria(ids[:, : length + 1], cast(Any, seen))
+        alive = unfinished & ~stopping_criteria(ids[:, : length + 1], cast(Any, seen))
+        return ids[:, length].clone() if edits else token, alive
 
     with experts(model):
         while True:
@@ -95,14 +100,14 @@ def decode_loop(
             if cache.ranks.many:
                 ids[:, length] = token
             length += 1
-            stopped = late.stopped(alive, token, wrong)
+            stopped = late.stopped(alive, token if cache.ranks.many else chosen, wrong)
             if stopped or length == ids.shape[1] - 1:
                 break
             # A row is active for the token that it sampled before it ended; none when all ended.
             logits = stepper.step(
                 token, (unfinished if ends else going) & alive.any(), ids[:, :length]
             )
-            for name in names:
+            for name in records:
                 recorded[name].append(getattr(stepper.output, name))
             unfinished = alive
     extra = late.finish()

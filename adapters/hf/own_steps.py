@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,18 +26,23 @@ PLACES = {
     "video_second_per_grid",
 }  # fmt: skip
 OF_PROMPTS = {*getattr(generation, "MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL", ()), *PLACES}
-METHODS = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+METHODS = (
+    "prepare_inputs_for_generation", "_update_model_kwargs_for_generation",
+    "_prepare_position_ids_for_generation",
+)  # fmt: skip
+LOOP = ("_sample", "_has_unfinished_sequences")  # in whose place ours runs
 KNOWN = ("transformers.", "peft.")  # whose steps add nothing to what our loop gives
 
 
 def check_sample(model: Any) -> None:
     """Raises UnsupportedError for a model that decodes by a loop of its own."""
-    method = getattr(model, "_sample", None)
-    if method is not None and getattr(method, "__func__", method) is not GenerationMixin._sample:
-        raise UnsupportedError(
-            f"_sample: {type(model).__name__} decodes by a loop of its own, in place of which an "
-            "attached pipeline's would run; detach it"
-        )
+    for name in LOOP:
+        method, plain = getattr(model, name, None), getattr(GenerationMixin, name, None)
+        if method is not None and getattr(method, "__func__", method) is not plain:
+            raise UnsupportedError(
+                f"{name}: {type(model).__name__} decodes by a loop of its own, in place of which "
+                "an attached pipeline's would run; detach it"
+            )
 
 
 def own_method(model: Any) -> str | None:
@@ -87,7 +93,7 @@ class OwnSteps:
         )
         return found
 
-    def forward(self, ids: Tensor, records: Any) -> Any:
+    def forward(self, ids: Tensor, records: Mapping[str, Any]) -> Any:
         """The output of one step; `ids` `[B, columns]` end with the token that it feeds."""
         inputs = self.model.prepare_inputs_for_generation(
             ids, next_sequence_length=1, **self.kwargs
@@ -95,7 +101,7 @@ class OwnSteps:
         if inputs.get("past_key_values") is not self.cache:
             raise UnsupportedError(aside(self.model))
         inputs["attention_mask"] = None
-        wanted = {f"output_{name}": True for name in records}
+        wanted = {f"output_{name}": asked for name, asked in records.items()}
         output = self.model(**{**inputs, **wanted, "return_dict": True})
         self.kwargs = self._updated(output, self.kwargs)
         return output

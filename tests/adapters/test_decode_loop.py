@@ -149,3 +149,52 @@ def test_scores_that_nothing_can_be_drawn_from(llama, value):
             run(logits_processor=[Spoil()])
         torch.manual_seed(0)
         assert torch.equal(run(), plain)
+
+
+class Rewrites(StoppingCriteria):
+    """Writes another token into the ids it is shown, at one length."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        if input_ids.shape[1] == 19:
+            input_ids[:, -1] = 7
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+class Said:
+    """A streamer that keeps the tokens."""
+
+    def __init__(self):
+        self.tokens = []
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        pass
+
+
+def test_what_a_criterion_writes_is_read_next(llama):
+    inputs = prompt([17])
+    options = {"max_new_tokens": 7, "do_sample": False}
+    first = llama.generate(**inputs, **options)
+    options["stopping_criteria"], told, ours = [Rewrites()], Said(), Said()
+    plain = llama.generate(**inputs, **options, streamer=told)
+    assert not torch.equal(plain[:, 19:], first[:, 19:])
+    with attach(llama, PIPELINE, **SIZES):
+        assert torch.equal(llama.generate(**inputs, **options, streamer=ours), plain)
+    assert ours.tokens == told.tokens
+
+
+@pytest.mark.parametrize("layers", [1, -1, [0, -1]])
+def test_hidden_states_of_some_layers(llama, layers):
+    inputs, told = prompt([17]), []
+    options = {
+        "max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True,
+        "output_hidden_states": layers,
+    }  # fmt: skip
+    plain = llama.generate(**inputs, **options).hidden_states
+    with attach(llama, PIPELINE, **SIZES):
+        found = llama.generate(**inputs, **options).hidden_states
+    for step in (plain, found):
+        told.append([[None if x is None else tuple(x.shape) for x in each] for each in step])
+    assert told[0] == told[1]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+
 import pytest
 import torch
 import transformers
+from transformers import GenerationMixin
 
 from kvpolicy import CachePipeline, UnsupportedError
 from kvpolicy.adapters.hf import attach
 from kvpolicy.adapters.hf.continuations import continued
+from kvpolicy.adapters.hf.own_steps import LOOP, METHODS
 from kvpolicy.adapters.hf.rule.tiny import tiny_config, tiny_model
 from tests.support.adapters.faults import digest
 from tests.support.adapters.models import SIZES, error, pipelines, prompt, tiny
@@ -98,9 +103,21 @@ class Same(transformers.LlamaForCausalLM):
         return super().prepare_inputs_for_generation(*args, **kwargs)
 
 
+class Placed(transformers.LlamaForCausalLM):
+    """Positions of its own, of the prompt; steps count on."""
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        return 2 * super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+
+
 class Sampled(transformers.LlamaForCausalLM):
     def _sample(self, input_ids, *args, **kwargs):
         return input_ids
+
+
+class Stopped(transformers.LlamaForCausalLM):
+    def _has_unfinished_sequences(self, *args, **kwargs):
+        return False
 
 
 def made(kind):
@@ -112,16 +129,18 @@ def made(kind):
 
 @pytest.mark.parametrize("eos", [None, 7])
 @pytest.mark.parametrize(
-    ("kind", "more"), [(Shifted, {"shift": 3}), (Prepared, {}), (Updated, {})]
+    ("kind", "more"), [(Shifted, {"shift": 3}), (Prepared, {}), (Updated, {}), (Placed, {})]
 )  # fmt: skip
 @torch.no_grad()
 def test_models_with_methods_of_their_own(kind, more, eos):
+    if kind is Placed and not hasattr(GenerationMixin, "_prepare_position_ids_for_generation"):
+        pytest.skip("this transformers has no such method")
     model, inputs = made(kind), prompt([12, 9])
     first = tiny().generate(**inputs, **GREEDY)
     eos = eos and int(model.generate(**inputs, **more, **GREEDY).sequences[0, 14])
     options = {**inputs, **more, **GREEDY, "eos_token_id": eos}
     plain = model.generate(**options)
-    assert error(plain, first) > 0.1 or eos
+    assert eos or error(plain, first) > 0.1
     with attach(model, PIPELINE, **SIZES):
         found = model.generate(**options)
         assert torch.equal(found.sequences, plain.sequences)
@@ -132,14 +151,27 @@ def test_models_with_methods_of_their_own(kind, more, eos):
         assert torch.equal(model.generate(**{**options, "num_beams": 2}).sequences, beams)
 
 
+@pytest.mark.parametrize("kind", [Sampled, Stopped])
 @torch.no_grad()
-def test_a_loop_of_the_models_own():
-    model = made(Sampled)
+def test_a_loop_of_the_models_own(kind):
+    model = made(kind)
+    name = next(n for n in LOOP if n in vars(kind))
     with attach(model, PIPELINE) as attached:
         cache = attached.new_cache()
-        with pytest.raises(UnsupportedError, match=r"^_sample: Sampled decodes by a loop"):
+        wanted = rf"^{name}: {kind.__name__} decodes by a loop"
+        with pytest.raises(UnsupportedError, match=wanted):
             model.generate(IDS, past_key_values=cache, **GREEDY)
         assert cache.state is None and cache.phase == "prompt"
+
+
+def test_methods_that_the_loop_in_place_of_ours_calls():
+    """A method that a model may override is called by our loop too, or such a model is refused."""
+    source = inspect.getsource(GenerationMixin._sample)
+    called = {*re.findall(r"\bself\.(\w+)\(", source)}
+    ours = {"_prefill", "_optimize_model_for_decode", *METHODS}
+    compiled = {"get_compiled_call", "_valid_auto_compile_criteria"}  # of static caches
+    assert called <= ours | compiled | set(LOOP)
+    assert {"_prefill", "prepare_inputs_for_generation", "_has_unfinished_sequences"} <= called
 
 
 @torch.no_grad()
