@@ -69,18 +69,18 @@ def _promote(
     if held == held[:1] * len(flags):  # a slot of a page each
         column, offset = divmod(held[0], size)
         page, leaving = table[:, column], [x[:, slot] for x in recent]
-        meta = meta[0] if meta == meta[:1] * len(meta) else meta
-        counts += 1
+        meta, heads_on = meta[0] if meta == meta[:1] * len(meta) else meta, slice(None)
     else:
         column, offset = [n // size for n in held], [n % size for n in held]
         page, leaving = table[admitted, column], [x[admitted, slot] for x in recent]
-        counts[admitted] += 1
+        heads_on = admitted
     _array(pages.k)[page, offset] = leaving[0]
     _array(pages.v)[page, offset] = leaving[1]
     pages.meta.numpy()[page, offset] = meta
     if minmax:
         at = torch.from_numpy(page).long(), torch.tensor(offset).expand(len(admitted))
         extend_minmax(pages, *at, torch.from_numpy(leaving[0]).view(pages.k.dtype))
+    counts[heads_on] += 1  # last, so that what is broken off holds no token by halves
 
 
 def _array(x: Tensor) -> Any:
