@@ -235,4 +235,5 @@ class _LateFlags:
                 "token can be drawn; see what logits_processor and the bans among the options leave"
             )
         if self.streamer is not None:
-            self.steps.kept(lambda: self.streamer.put(token.cpu()))
+            # A copy: a streamer may write into what it gets, and the token is read next.
+            self.steps.kept(lambda: self.streamer.put(token.to("cpu", copy=True)))

@@ -185,6 +185,24 @@ def test_what_a_criterion_writes_is_read_next(llama):
     assert ours.tokens == told.tokens
 
 
+class Overwrites(Said):
+    """A streamer that writes into the tokens it was given, once it has read them."""
+
+    def put(self, value):
+        super().put(value)
+        if value.numel() == 1:
+            value.fill_(7)
+
+
+def test_what_a_streamer_writes_is_not_read(llama):
+    inputs, told, ours = prompt([17]), Overwrites(), Overwrites()
+    options = {"max_new_tokens": 7, "do_sample": False}
+    plain = llama.generate(**inputs, **options, streamer=told)
+    with attach(llama, PIPELINE, **SIZES):
+        assert torch.equal(llama.generate(**inputs, **options, streamer=ours), plain)
+    assert ours.tokens == told.tokens
+
+
 @pytest.mark.parametrize("layers", [1, -1, [0, -1]])
 def test_hidden_states_of_some_layers(llama, layers):
     inputs, told = prompt([17]), []
