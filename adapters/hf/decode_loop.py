@@ -40,7 +40,7 @@ def decode_loop(
     if kvp_streamer is not None:
         kvp_streamer.put(input_ids.cpu())  # a streamer expects the prompt first
     asked = {n: getattr(config, f"output_{n}") for n in RECORDS if wanted}
-    records = {n: how for n, how in asked.items() if how is not None and how is not False}
+    records = {n: how for n, how in asked.items() if how}
     reason = why_own(model, model_kwargs)
     if config.prefill_chunk_size == 1 and cache.phase == "decode":
         if reason:

@@ -61,11 +61,9 @@ def decode_write(
             continue
         if length >= window:
             out = ring.slot(length - window)
-            own, old = (
-                Heads(heads.table[row], heads.counts[row]),
-                Ring(*(x[row, :, out] for x in ring)),
-            )
-            _promote(pages, own, old.k, old.v, old.flags, length - window, minmax)
+            own = Heads(heads.table[row], heads.counts[row])
+            k, v, f = (x[row, :, out] for x in ring)
+            _promote(pages, own, k, v, f, length - window, minmax)
         for held, new in puts:
             held[row, :, ring_slot(length, held.shape[2])] = new[row]
         ring.flags[row, :, ring.slot(length)] = bits if flags is None else flags[row] | bits
@@ -104,6 +102,6 @@ def _promote(
     pages.k.view(-1, dim).index_copy_(0, slot, key)
     pages.v.view(-1, value.shape[1]).index_copy_(0, slot, value)
     pages.meta.view(-1).index_copy_(0, slot, at.int())
-    counts[heads] += 1
     if minmax:
         extend_minmax(pages, page, offset, key)
+    counts[heads] += 1  # last, so that what is broken off holds no token by halves

@@ -203,7 +203,7 @@ def test_what_a_streamer_writes_is_not_read(llama):
     assert ours.tokens == told.tokens
 
 
-@pytest.mark.parametrize("layers", [1, -1, [0, -1]])
+@pytest.mark.parametrize("layers", [1, -1, [0, -1], True])
 def test_hidden_states_of_some_layers(llama, layers):
     inputs, told = prompt([17]), []
     options = {
@@ -216,3 +216,16 @@ def test_hidden_states_of_some_layers(llama, layers):
     for step in (plain, found):
         told.append([[None if x is None else tuple(x.shape) for x in each] for each in step])
     assert told[0] == told[1]
+    flat = zip(sum(map(list, plain), []), sum(map(list, found), []), strict=True)
+    assert all(a is None or torch.allclose(a, b, atol=1e-4) for a, b in flat)
+
+
+@pytest.mark.parametrize("layers", [0, [], False, None])
+def test_hidden_states_of_no_layer(llama, layers):
+    options = {
+        "max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True,
+        "output_hidden_states": layers,
+    }  # fmt: skip
+    assert llama.generate(**prompt([17]), **options).hidden_states is None
+    with attach(llama, PIPELINE, **SIZES):
+        assert llama.generate(**prompt([17]), **options).hidden_states is None
