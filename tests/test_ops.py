@@ -13,7 +13,7 @@ from kvpolicy import CachePipeline, CacheSpec, RandomGate, ops, reference
 from kvpolicy.ops import Heads, Segments, load
 
 CONTRACT = {
-    name: op for name, op in vars(ops.Ops).items() if inspect.isfunction(op) and name[0] != "_"
+    name: op for name, op in inspect.getmembers(ops.Ops, inspect.isfunction) if name[0] != "_"
 }
 
 

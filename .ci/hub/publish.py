@@ -32,7 +32,7 @@ REPOSITORIES = {
     "kernels": ("kvpolicy-kernels", "kernel"),
 }
 DOCS = "https://github.com/kvpolicy/kvpolicy/blob/main/docs/"
-SOURCES = ("ops.py", "backend.py", "choices.py", "errors.py")
+SOURCES = ("backend.py", "choices.py", "errors.py")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -126,7 +126,8 @@ def _kernels(out: Path, org: str) -> None:
         _copy(ROOT / "kvpolicy" / file, source / file)
     _copy(HERE / "kernels" / "__init__.py", source / "__init__.py")
     shutil.copytree(ROOT / "kernels", source / "kernels", ignore=_unwanted)
-    shutil.copytree(ROOT / "kvpolicy" / "reference", source / "reference", ignore=_unwanted)
+    for folder in ("ops", "reference"):
+        shutil.copytree(ROOT / "kvpolicy" / folder, source / folder, ignore=_unwanted)
     (out / "build.toml").write_text(text.replace("{repository}", f"{org}/{name}"), encoding="utf-8")
     settings = tomllib.loads(text)["general"]
     for backend in settings["backends"]:
