@@ -42,7 +42,7 @@ ROOMS = {
         ("parking",),
     ),
     "calls": (
-        ("_checks", "budgets", "decide", "due", "select", "settle", "tell", "tiles"),
+        ("_checks", "budgets", "decide", "due", "score", "select", "settle", "tell", "tiles"),
         ("evict",),
         ("capacity",),
         ("prompt_pages",),

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..budget import Tokens, budget_of
-from ..calls import evict
+from ..calls.evict import evict
+from ..calls.score import score, view
 from ..eviction import EvictionView, SnapKV
 from ..pipeline import CachePipeline
 from ..spec import CacheSpec
@@ -94,8 +95,8 @@ def snapkv(bench: Bench, case: str) -> Iterator[Row]:
         return full_state(bench, pipeline, count, heads, kv_heads, held)
 
     state = make(1)
-    scores, _ = evict.score(state, state.layers[0], held)
-    exact = exact_scores(policy, evict.view(state, state.layers[0], held))
+    scores, _ = score(state, state.layers[0], held)
+    exact = exact_scores(policy, view(state, state.layers[0], held))
     check(case, scores[0, 0], exact)
     del scores, exact
     rounds = bench.pick(ROUNDS + 1, 1)
@@ -130,7 +131,7 @@ def round_of(bench: Bench, state: CacheState) -> tuple[float, int]:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     start = time.perf_counter()
-    evict.evict(state, [True])
+    evict(state, [True])
     if cuda:
         torch.cuda.synchronize()
     took = 1e3 * (time.perf_counter() - start)
@@ -142,7 +143,7 @@ def _parts(bench: Bench, state: CacheState, held: int) -> dict[str, tuple[float,
     layer, pool, layers = state.layers[0], state.layers[0].pool, len(state.layers)
     budget = budget_of(layer.eviction)
     assert budget is not None
-    scores, valid = evict.score(state, layer, held)
+    scores, valid = score(state, layer, held)
     limit = budget.allowed(state.lengths[0], layer.window, 0, 1)
     target = torch.full_like(layer.counts, limit)
     best = state.ops.keep_best
@@ -165,7 +166,7 @@ def _parts(bench: Bench, state: CacheState, held: int) -> dict[str, tuple[float,
 
     token, one = 2.0 * state.spec.head_dim, f"one layer measured, times {layers}"
     calls = {
-        "scores": (lambda: evict.score(state, layer, held), 2 * token * int(valid.sum())),
+        "scores": (lambda: score(state, layer, held), 2 * token * int(valid.sum())),
         "budget": (choose, 2.0 * scores.nbytes),
     }
     found = {

@@ -10,7 +10,7 @@ from .._arguments import optional
 from .._fields import check_int
 from ..budget import Budget, BudgetView, Counts, bound_layers, budget_of
 from ..calls.budgets import budget_view
-from ..calls.evict import longest, score, view
+from ..calls.score import longest, score, view
 from ..choices import Accumulates, NumberGroup
 from ..eviction import Eviction, EvictionView
 from ..eviction._base import WHEN

@@ -114,7 +114,7 @@ def decode(pipeline, state, data, columns=1, commit=True, skipped=()):
 
 def shown(pipeline, state):
     """What the eviction sees now, by layer; nothing is evicted."""
-    from kvpolicy.calls.evict import view
+    from kvpolicy.calls.score import view
 
     found = []
     for layer in state.layers:

@@ -11,7 +11,7 @@ import torch
 from kvpolicy import CachePipeline, CacheSpec, Tokens, TotalCap
 from kvpolicy.budget import Budget
 from kvpolicy.calls.evict import evict
-from kvpolicy.calls.evict import view as view_of
+from kvpolicy.calls.score import view as view_of
 from kvpolicy.eviction import Eviction, SnapKV
 from kvpolicy.store import compaction
 from kvpolicy.store.fork import select_rows

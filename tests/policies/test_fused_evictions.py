@@ -38,7 +38,7 @@ from kvpolicy import (
     TriAttention,
     TrimKV,
 )
-from kvpolicy.calls import evict
+from kvpolicy.calls import score as scoring
 from kvpolicy.testing._cache import end_prompt, prompt, random_data
 
 LAYERS, HEADS, KV_HEADS, DIM, HIDDEN = 2, 4, 2, 16, 24
@@ -102,7 +102,7 @@ def filled(policy, backend, tokens=90):
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
 def test_nothing_is_copied_and_scores_are_those_of_the_view(policy, monkeypatch):
     _, state, _ = filled(policy, "reference")
-    of_view = evict.view
+    of_view = scoring.view
 
     def refused():
         raise AssertionError("a layer's pages were copied")
@@ -115,8 +115,8 @@ def test_nothing_is_copied_and_scores_are_those_of_the_view(policy, monkeypatch)
         assert most
         wanted = layer.eviction.score(of_view(state, layer, most))
         with monkeypatch.context() as patch:
-            patch.setattr(evict, "view", without)
-            found, valid = evict.score(state, layer, most)
+            patch.setattr(scoring, "view", without)
+            found, valid = scoring.score(state, layer, most)
         assert found.dtype == wanted.dtype or policy.budget is None
         for x in (found, wanted):
             x.masked_fill_(~valid, 0)
@@ -153,7 +153,7 @@ def test_views_say_which_slots_are_used(rows):
     spec = CacheSpec(layers=1, heads=HEADS, kv_heads=KV_HEADS, head_dim=DIM, page_size=4)
     data = random_data(spec, [40, 11][:rows], 0, 4, 0)
     layer = (state := prompt(pipeline, data, 40)).layers[0]
-    view = evict.view(state, layer, int(layer.counts.max()))
+    view = scoring.view(state, layer, int(layer.counts.max()))
     wanted = [int(counts.max()) for counts in layer.counts]
     assert view.used == attrs.evolve(view, used=None).used == wanted and wanted[0] > 4
     view = view._replace(valid=view.valid & (view.positions < 3))

@@ -20,7 +20,7 @@ from kvpolicy import (
     SnapKV,
     UnsupportedError,
 )
-from kvpolicy.calls.evict import longest, score, view
+from kvpolicy.calls.score import longest, score, view
 from kvpolicy.spec import LayerSizes
 from kvpolicy.store import CacheState, load, save
 from kvpolicy.store.fork import select_rows
