@@ -10,16 +10,17 @@ import attrs
 from torch import Tensor, nn
 
 from ._arguments import check_flag, check_kind
-from ._fields import check_int, is_a, one_of, optional, positive, shown
+from ._fields import check_int, one_of, optional, positive, shown
 from ._names import named
+from ._slots import instead, slot_field
 from .admission import Admission, AdmitAll
 from .backend import BACKENDS, resolve
-from .budget import budget_of
 from .calls import capacity
 from .calls._checks import check_call, check_complete, check_layer, check_shared
 from .calls.call import abort, close_call, open_call
 from .calls.decode import decode, read_decoded
 from .calls.evict import evict
+from .calls.fit import check_policies
 from .calls.prompt import prompt, read_prompt
 from .calls.tell import Known, tell
 from .choices import Backend, Phase
@@ -37,37 +38,6 @@ from .store.looked_back import adopt_numbers, fork_to_replay, looks_back
 from .store.report import report
 
 DEFAULT_WINDOW = 256
-SLOTS = {"admission": Admission, "selection": Selection, "eviction": Eviction}
-
-
-def _instead(value: Any) -> str:
-    """The argument that takes a policy, which was given to another one."""
-    fits = [name for name, kind in SLOTS.items() if isinstance(value, kind)]
-    return f"{fits[0]}={type(value).__name__}(...)" if fits else ""
-
-
-def _classes(kind: type) -> Iterator[type]:
-    own: list[type] = kind.__subclasses__()
-    for found in own:
-        yield found
-        yield from _classes(found)
-
-
-def _slot(name: str) -> Any:
-    """One policy; a name, and a list of one, say what to write."""
-    kind, article = SLOTS[name], "a" if name == "selection" else "an"
-
-    def instead(value: Any) -> str:
-        if isinstance(value, str):
-            titles = (x.__name__ for x in _classes(kind))
-            return next((f"{x}(...)" for x in titles if x.lower() == value.lower()), "")
-        if isinstance(value, list | tuple) and value and all(isinstance(x, kind) for x in value):
-            if len(value) > 1:
-                return "any_of(...) or all_of(...)" if name == "admission" else ""
-            return f"{name}={type(value[0]).__name__}(...)"
-        return _instead(value)
-
-    return is_a(kind, f"{article} {name}", instead)
 
 
 def _of_model(value: Any) -> str:
@@ -78,7 +48,7 @@ def _of_model(value: Any) -> str:
 def is_pipeline(value: Any) -> None:
     """Raises TypeError for anything but a CachePipeline."""
     if not isinstance(value, CachePipeline):
-        fits = _instead(value)
+        fits = instead(value)
         raise TypeError(
             f"pipeline: wanted a CachePipeline, got {shown(value)}"
             + (f"; write CachePipeline({fits})" if fits else "")
@@ -105,9 +75,9 @@ class CachePipeline:
         `CachePipeline(admission=gate, selection=Quest(budget=1024), eviction=SnapKV(budget=4096))`
     """
 
-    admission: Admission = attrs.field(factory=AdmitAll, validator=_slot("admission"))
-    selection: Selection = attrs.field(factory=SelectAll, validator=_slot("selection"))
-    eviction: Eviction = attrs.field(factory=KeepAll, validator=_slot("eviction"))
+    admission: Admission = attrs.field(factory=AdmitAll, validator=slot_field("admission"))
+    selection: Selection = attrs.field(factory=SelectAll, validator=slot_field("selection"))
+    eviction: Eviction = attrs.field(factory=KeepAll, validator=slot_field("eviction"))
     window: int = attrs.field(default=None, converter=_window, validator=optional(positive))
     backend: Backend = attrs.field(default="auto", validator=one_of(*BACKENDS))
 
@@ -186,25 +156,8 @@ class CachePipeline:
         check_kind("spec", spec, CacheSpec, "a CacheSpec", _of_model(spec))
         if exchange is not None:
             check_kind("exchange", exchange, Exchange, "an Exchange")
-        elsewhere = spec.model_kv_heads - spec.kv_heads
-        managed = [spec.at(layer) for layer in spec.managed]
-        for heads, dim in dict.fromkeys((x.kv_heads, x.head_dim) for x in managed):
-            for slot in (self.admission, self.selection, self.eviction):
-                slot.check(spec.layers, heads + elsewhere, dim)
-        for layer in range(spec.layers):
-            for policy in (self.selection.at(layer), self.eviction.at(layer)):
-                policy.check_window(self.window)
-            budget = budget_of(self.eviction.at(layer))
-            if budget is not None and spec.slides(layer) is None:
-                budget.check_model(spec.layers, spec.at(layer).kv_heads + elsewhere)
-            capacity.check(spec, layer, self.window, self.eviction.at(layer))
-            if self.eviction.at(layer).hidden and spec.hidden is None:
-                raise ValueError(
-                    f"hidden: {type(self.eviction.at(layer)).__name__} reads attention inputs; "
-                    "wanted their channels, write CacheSpec(hidden=...)"
-                )
-            if spec.kv_heads < spec.model_kv_heads:
-                _check_shard(self.eviction.at(layer), exchange)
+        policies = self.admission, self.selection, self.eviction
+        check_policies(*policies, spec, self.window, exchange)
 
     def begin(
         self,
@@ -319,7 +272,11 @@ class CachePipeline:
         abort(state)
 
     def end_prompt(self, state: CacheState) -> None:
-        """Says that the prompt is complete, so that prompt-end evictions act."""
+        """Says that the prompt is complete, so that prompt-end evictions act.
+
+        Raises PhaseError while a call is in flight, or where an eviction wants a replay that has
+        not been, and ValueError for scores with NaN, with the cache as it was.
+        """
         check_state(state)
         if state.call is not None:
             raise PhaseError("end_prompt: a call is in flight; commit or abort it first")
@@ -344,6 +301,7 @@ class CachePipeline:
             `with pipeline.replay(state, span=range(0, 2048)) as fork: ...`
 
         Raises:
+            PhaseError: a call is in flight, in the cache or, at the end, in the fork.
             UnsupportedError: no layer's eviction is `replayed`.
             ValueError: the span is no range of positions that a sequence holds.
         """
@@ -377,8 +335,8 @@ class CachePipeline:
     def reserve(self, state: CacheState, steps: int) -> None:
         """Lets the next `steps` decode calls of one token run without reading the device.
 
-        For loops that replay a captured step. Evicts first where the spec's `at_cap` says so;
-        raises CapacityError where no step fits.
+        For loops that replay a captured step. Evicts first where the spec's `at_cap` says so.
+        Raises CapacityError where no step fits, PhaseError while a call is in flight.
         """
         check_state(state)
         check_int("steps", steps, 1)
@@ -442,20 +400,3 @@ class CachePipeline:
         """What took effect and what it costs in bytes."""
         check_state(state)
         return report(state)
-
-
-def _check_shard(eviction: Eviction, exchange: Exchange | None) -> None:
-    budget = budget_of(eviction)
-    if exchange is None and budget is not None and budget.shares_heads:
-        raise UnsupportedError(
-            f"{type(eviction).__name__}.budget: {budget} shares tokens between KV heads, but a "
-            "tensor-parallel rank sees only its own; give init an `exchange` with the others"
-        )
-    if eviction.across_heads and (exchange is None or not eviction.gathers_heads):
-        how = "give init an `exchange` with the others"
-        if not eviction.gathers_heads:
-            how = "ask for the others by view.across or view.whole, and say `gathers_heads = True`"
-        raise UnsupportedError(
-            f"{type(eviction).__name__}: scores look across KV heads, but a tensor-parallel rank "
-            f"sees only its own; {how}"
-        )

@@ -15,7 +15,7 @@ LAYERS = (
     ("ops", "rope"),
     ("reference", "kernels"),
     ("layer_sizes",),
-    ("spec", "budget", "admission", "selection", "eviction", "per_layer"),
+    ("spec", "budget", "admission", "selection", "eviction", "per_layer", "_slots"),
     ("store",),
     ("calls",),
     ("pipeline",),
@@ -45,7 +45,7 @@ ROOMS = {
         ("_checks", "budgets", "decide", "due", "score", "select", "settle", "tell", "tiles"),
         ("evict",),
         ("capacity",),
-        ("prompt_pages",),
+        ("fit", "prompt_pages"),
         ("call", "prompt", "decode"),
     ),
 }

@@ -31,6 +31,7 @@ def load_pipeline(path: str | os.PathLike[str], *, trust_code: bool = False) -> 
     named, relative to this one, if their hashes are those that stand here.
 
     Raises:
+        FileNotFoundError: the file, or one of weights that it names, is not there.
         ValueError, TypeError: the file is damaged, names what is not known or not trusted, or a
             policy refuses a value; the message says where.
 
@@ -50,7 +51,7 @@ def load_pipeline(path: str | os.PathLike[str], *, trust_code: bool = False) -> 
 def pipeline_from(
     data: Any, folder: Path | None = None, *, trust_code: bool = False
 ) -> CachePipeline:
-    """The pipeline that plain values say; names of files start at `folder`."""
+    """The pipeline that plain values say, as `load_pipeline`; files' names start at `folder`."""
     given = _mapping(data, "pipeline")
     if (found := given.pop("format", FORMAT)) != FORMAT:
         raise ValueError(f"format: wanted {FORMAT}, got {shown(found)}")

@@ -13,8 +13,9 @@ import attrs
 from .._arguments import check_path
 from .._fields import shown
 from .._files import write_text
+from .._slots import SLOTS
 from ..admission import DuoAttention
-from ..pipeline import SLOTS, CachePipeline, is_pipeline
+from ..pipeline import CachePipeline, is_pipeline
 from ..store.fingerprint import pipeline_fingerprint
 from . import text
 from .names import BASES, PER_LAYER, name_of
@@ -43,7 +44,10 @@ def save_pipeline(pipeline: CachePipeline, path: str | os.PathLike[str]) -> None
 
 
 def data_of(pipeline: CachePipeline, folder: Path | None = None) -> dict[str, Any]:
-    """A pipeline in terms of JSON; paths of weights below `folder` are relative to it."""
+    """A pipeline in terms of JSON; paths of weights below `folder` are relative to it.
+
+    Raises ValueError as `save_pipeline` does.
+    """
     writer = _Writer(folder)
     data: dict[str, Any] = {"format": FORMAT}
     data |= {name: writer.value(getattr(pipeline, name), name) for name in SLOTS}
