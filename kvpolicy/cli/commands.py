@@ -13,12 +13,13 @@ from .calibrate import calibrate, pareto
 from .completion import Shell, script
 from .evaluate import evaluate
 from .examples import epilog
+from .fit import fit_kvzap, fit_q_filters, fit_triattention
 from .generate import chat, generate
 from .inspect import inspect
 from .models import models
 from .plan import plan
 from .reproduce import reproduce
-from .train import fit_kvzap, fit_q_filters, fit_triattention, train_duo, train_gate
+from .train import train_duo, train_gate
 from .warm import warm
 
 app = typer.Typer(
