@@ -24,7 +24,7 @@ from .attached import Attached
 from .phases import ask, read
 from .replay import replay
 
-LENGTH, BATCH = 8192, 16  # what is warmed where nothing else is asked for
+LENGTH = 8192  # of a prompt, where nothing else is asked for
 SHORT = 19  # tokens of a short prompt; dynamo takes sizes for one that happen to be equal
 NEW = 5  # tokens: two eager steps, the capture, a replay
 CALL = 8192  # tokens of a call of several long prompts

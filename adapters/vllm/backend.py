@@ -34,7 +34,6 @@ with extra("vllm"), suppress(ImportError, OSError):
 
 logger = init_logger("vllm.plugins.kvpolicy")  # a name that vLLM shows
 
-POSITION_BYTES = 4  # of a token, beside its key and value
 STEPS = 256  # between two looks at the counter of refused tokens
 
 

@@ -58,28 +58,17 @@ def angles_of(kept: Any) -> Angles:
     return cos, sin
 
 
-def rotated(rotation: Rotation, x: Tensor, angles: Angles) -> Tensor:
-    """`x` `[B, H, S, D]` after RoPE; cos and sin are `[B, S, R]`, `[S, R]` or half as wide."""
-    return _turned(rotation, x, angles, back=False)
-
-
 def rotated_back(rotation: Rotation, x: Tensor, angles: Angles) -> Tensor:
-    """`x` `[B, H, S, D]` before RoPE.
+    """`x` `[B, H, S, D]` before RoPE; cos and sin are `[B, S, R]`, `[S, R]` or half as wide.
 
     Scaled RoPE such as YaRN's multiplies cos and sin by a factor, which is divided out. Computed in
     float32 at least.
     """
-    return _turned(rotation, x, angles, back=True)
-
-
-def _turned(rotation: Rotation, x: Tensor, angles: Angles, *, back: bool) -> Tensor:
     half = rotation.channels // 2
     wide = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (per_pair(a, rotation).to(wide) for a in angles)
-    sin = sin * (-rotation.sign if back else rotation.sign)
-    if back:
-        size = cos * cos + sin * sin
-        cos, sin = cos / size, sin / size
+    size = cos * cos + sin * sin
+    cos, sin = cos / size, -rotation.sign * sin / size
     start = x.shape[-1] - rotation.channels if rotation.tail else 0
     turning = x.narrow(-1, start, rotation.channels).to(wide)
     if rotation.interleaved:

@@ -10,9 +10,8 @@ from __future__ import annotations
 from ..chart import Point
 
 BY = "WG-KV, published"
-CHECKPOINTS = "WG-KV/checkpoints"
 LLAMA, THINKING = "meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen3-4B-Thinking-2507"
-THRESHOLD, WINDOW = 0.1, 256
+WINDOW = 256
 
 LAMBDAS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56)
 # (mean KV size, mean of score / full), 14 tasks of HELMET at 32K; baselines below .2: 13 tasks.
