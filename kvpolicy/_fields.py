@@ -7,7 +7,7 @@ TypeError for a value of another kind, a ValueError for one out of range.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -144,3 +144,12 @@ def is_a(kind: type, wanted: str, instead: Callable[[Any], str] = lambda value: 
 
 flag = is_a(bool, "a bool")
 function = is_a(Callable, "a function")  # type: ignore[arg-type]
+
+
+def check_floats(instance: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError for the first of these fields that is no tensor of floats of its shape."""
+    for name, shape in shapes.items():
+        found: Tensor = getattr(instance, name)
+        if found.shape != shape or not found.is_floating_point():
+            got = f"{found.dtype} {list(found.shape)}"
+            raise ValueError(f"{name}: wanted floats {list(shape)}, got {got}")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._fields import is_a, number, optional, positive
+from .._fields import check_floats, is_a, number, optional, positive
 from .._files import read_safetensors, write_safetensors
 from .._knob import Knob
 from .._names import named
@@ -73,11 +73,7 @@ class KVzap(Admission):
         shapes: dict[str, tuple[int, ...]] = {"b2": (layers, heads)}
         if self.w1 is not None:
             shapes |= {"w1": (layers, inner, self.w1.shape[2]), "b1": (layers, inner)}
-        for name, shape in shapes.items():
-            found = getattr(self, name)
-            if found.shape != shape or not found.is_floating_point():
-                got = f"{found.dtype} {list(found.shape)}"
-                raise ValueError(f"{name}: wanted floats {list(shape)}, got {got}")
+        check_floats(self, shapes)
 
     @classmethod
     def from_pretrained(

@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from .._fields import is_a, not_negative
+from .._fields import check_floats, is_a, not_negative
 from .._files import read_pt, write_pt
 from .._names import named
 from ..admission import Write
@@ -84,11 +84,7 @@ class FastKVzip(Eviction):
             "k": (layers, heads * dim, hidden), "q_norm": (layers, dim), "k_norm": (layers, dim),
             "base": (layers, heads, 1, amount, dim), "bias": (layers, heads, 1, group),
         }  # fmt: skip
-        for name, shape in wanted.items():
-            found = getattr(self, name)
-            if found.shape != shape or not found.is_floating_point():
-                got = f"{found.dtype} {list(found.shape)}"
-                raise ValueError(f"{name}: wanted floats {list(shape)}, got {got}")
+        check_floats(self, wanted)
 
     @classmethod
     def from_pretrained(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._fields import is_a
+from .._fields import check_floats, is_a
 from .._files import read_safetensors, write_safetensors
 from .._names import named
 from ..admission import Write
@@ -67,11 +67,7 @@ class TrimKV(Eviction):
             "w1": (layers, inner, hidden), "b1": (layers, inner), "w2": (layers, heads, inner),
             "b2": (layers, heads),
         }  # fmt: skip
-        for name, shape in shapes.items():
-            found = getattr(self, name)
-            if found.shape != shape or not found.is_floating_point():
-                got = f"{found.dtype} {list(found.shape)}"
-                raise ValueError(f"{name}: wanted floats {list(shape)}, got {got}")
+        check_floats(self, shapes)
 
     @classmethod
     def from_pretrained(
