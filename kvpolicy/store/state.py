@@ -88,6 +88,7 @@ class CacheState:
 
     @property
     def batch(self) -> int:
+        """The number of sequences, those that are not active among them."""
         return len(self.sequences)
 
     @property
@@ -162,6 +163,7 @@ class CacheState:
     def finish(self, rows: Tensor | Sequence[int]) -> None:
         """Marks sequences as ended: later decode calls store nothing for them.
 
+        `rows` are their numbers, a list or a tensor `[n]`.
         Raises ValueError, with nothing changed, for a row that the cache does not have.
         """
         ended = rows_below("rows", rows, self.batch)
@@ -171,7 +173,7 @@ class CacheState:
         self.sync_devices()
 
     def resume(self, rows: Tensor | Sequence[int] | None = None) -> None:
-        """Makes sequences, by default all, active again, for a next turn.
+        """Makes sequences `rows` `[n]`, by default all, active again, for a next turn.
 
         Raises ValueError, with nothing changed, for a row that the cache does not have.
         """
@@ -211,15 +213,15 @@ class CacheState:
         self.devices.trim()
 
     def kept(self, layer: int, row: int, head: int) -> Tensor:
-        """Positions of the tokens that a head still holds, global ones and the window's, rising."""
-        heads = self.layers[0].counts.shape[1]
-        for name, value, below in (
-            ("layer", layer, len(self.layers)),
-            ("row", row, self.batch),
-            ("head", head, heads),
-        ):
-            check_int(name, value, 0, below - 1)
+        """Positions `[n]` int64 of the tokens that a head still holds, global ones and the
+        window's, rising.
+
+        `head` counts those of this rank. Raises ValueError for one of the three that there is not.
+        """
+        check_int("layer", layer, 0, len(self.layers) - 1)
         store = self.layers[layer]
+        check_int("row", row, 0, self.batch - 1)
+        check_int("head", head, 0, store.counts.shape[1] - 1)
         count, length = int(store.counts[row, head]), self.sequences[row].length
         ids = store.table[row, head, : pages_of(count, store.pool.page_size)]
         at = (self.ops.read_pages(store.pool.pages, ids)[2] & POSITION_MASK).flatten()[:count]

@@ -156,6 +156,18 @@ def test_every_layer_reads_what_it_may_see(local: int | None) -> None:
     assert kept == [min(28, local or 28)] * 2
 
 
+def test_kept_counts_the_heads_of_its_layer() -> None:
+    pipeline, text = CachePipeline(window=W), Text()
+    state = pipeline.init(spec(), 2)
+    step(pipeline, state, text, [9, 3], "prompt")
+    for layer, sizes in enumerate(LAYERS):
+        held = range(max(9 - (sizes.window or 9), 0), 9)
+        found = [state.kept(layer, 0, head).tolist() for head in range(sizes.kv_heads)]
+        assert found == [[*held]] * sizes.kv_heads
+        with pytest.raises(ValueError, match=f"^head: wanted at most {sizes.kv_heads - 1}, got"):
+            state.kept(layer, 0, sizes.kv_heads)
+
+
 @pytest.mark.parametrize(
     ("layer", "without"),
     [(0, {"softcap": None}), (2, {"chunk": None}), (0, {}), (1, {"window": 99})],
