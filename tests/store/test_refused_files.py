@@ -73,11 +73,12 @@ def test_another_size_is_refused(path, name, value):
         load(path, PIPELINE, attrs.evolve(SPEC, **{name: value}), fingerprint="model")
 
 
-def forged(path, change):
-    """The file with changed tensors and a checksum that fits."""
+def forged(path, change=lambda tensors: None, head=lambda header: None):
+    """The file with changed tensors or header and a checksum that fits."""
     header, tensors = persist._read(path)
     header.pop("checksum")
     change(tensors)
+    head(header)
     header["checksum"] = tensors_hash(tensors, header)
     save_file(tensors, path, metadata=header)
 
@@ -105,6 +106,21 @@ def test_a_forged_file_is_refused_before_memory_is_taken(path, name, monkeypatch
     with pytest.raises(ValueError, match="altered"):
         load(path, PIPELINE, SPEC, fingerprint="model")
     assert all(torch.Size(x for x in s if isinstance(x, int)).numel() < 1 << 18 for s in made)
+
+
+OTHER_FORMATS = {
+    "another": lambda header: header.update(format="kvpolicy-cache-2"),
+    "none": lambda header: header.pop("format"),
+    **{f"without {key}": lambda header, key=key: header.pop(key)
+       for key in ("model", "pipeline", "spec", "notes")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_FORMATS)
+def test_another_format_is_refused_whatever_its_checksum(path, name):
+    forged(path, head=OTHER_FORMATS[name])
+    with pytest.raises(ValueError, match="is no cache of format kvpolicy-cache-1$"):
+        load(path, PIPELINE, SPEC, fingerprint="model")
 
 
 @pytest.mark.parametrize("size", [100, 1 << 40, (1 << 63) - 1])
