@@ -86,7 +86,7 @@ class Rope:
         return Pairs(start, 2, 1) if self.interleaved else Pairs(start, 1, half)
 
     def joined(self, first: Tensor, second: Tensor, rest: Tensor) -> Tensor:
-        """What `pairs` took apart."""
+        """`[..., D]` of what `pairs` took apart: `[..., pairs]` twice, and the rest."""
         if self.interleaved:
             out = torch.stack((first, second), -1).flatten(-2)
         else:

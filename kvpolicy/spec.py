@@ -138,8 +138,7 @@ class CacheSpec:
     differ in size, the layers of each kind have the part of it that a token takes there.
     `max_tokens` caps the tokens of every KV head of a sequence, the window included. What a call
     would write beyond a cap raises CapacityError and changes nothing (`at_cap="raise"`), or the
-    pipeline's eviction first makes room for it, whatever its own budget ("evict"; see
-    `kvpolicy.caps`).
+    pipeline's eviction first makes room for it, whatever its own budget ("evict").
     """
 
     layers: int = attrs.field(validator=positive)
@@ -194,6 +193,7 @@ class CacheSpec:
 
     @property
     def softmax_scale(self) -> float:
+        """What multiplies q.k: `scale`, by default head_dim ** -0.5."""
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
     @property

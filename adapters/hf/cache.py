@@ -169,6 +169,7 @@ class KVPolicyCache(Cache):
 
     @property
     def columns(self) -> int:
+        """Token columns that went through, padding and evicted tokens included."""
         return sum(n for n, _ in self.chunks)
 
     @ordinary
@@ -315,7 +316,10 @@ class KVPolicyCache(Cache):
 
     @ordinary
     def crop(self, tokens: Any) -> None:
-        """Takes back columns: `-n` of them, or down to `n` in all, as transformers has both."""
+        """Takes back columns: `-n` of them, or down to `n` in all, as transformers has both.
+
+        Raises RollbackError, with nothing changed, for more than the cache can take back.
+        """
         whole = isinstance(tokens, Tensor) and tokens.numel() == 1  # transformers gives these
         n = int(tokens) if whole else tokens
         check_int("tokens", n, -MOST)

@@ -86,6 +86,17 @@ def repeats(
     tokens, such as a system prompt, are not repeated. `suffix` is what ends a user's turn in the
     model's chat template and opens the answer (snu-mllab/KVzip; kvpress, presses/kvzip_press.py).
 
+    Args:
+        tokenizer: gives the ids of the requests, by `encode`.
+        input_ids: the context's tokens, as they were read.
+        chunk_size: tokens of a part.
+        prefix: first tokens that are not repeated.
+        suffix: a text that follows each request.
+        previous: tokens before a part that its request names.
+
+    Raises:
+        ValueError, TypeError: for arguments out of their range, by their names.
+
     Example:
         `for ids, span in repeats(tokenizer, context): attached.replay(cache, ids, span=span)`
     """

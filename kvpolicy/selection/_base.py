@@ -89,7 +89,8 @@ class Selection(ABC):
 
         A tile's choice may depend on its own queries, earlier ones and the keys up to its end, not
         on where the call begins or ends, unless `whole_prompt` says so; a head's on its own group.
-        A tile that two calls share is decided in each by the queries that it has there.
+        A tile that two calls share is decided in each by the queries that it has there. Raises
+        TypeError in a selection that has a tile and does not say what it reads.
         """
         raise TypeError(f"{type(self).__name__}: wanted a method prompt(view), since it has a tile")
 
@@ -108,7 +109,10 @@ class Selection(ABC):
             raise ValueError(f"{type(self).__name__}.tile: wanted a power of two, got {tile!r}")
 
     def pages(self, window: int, page_size: int) -> int:
-        """The number of pages read besides the window."""
+        """The number of pages read besides the window.
+
+        Raises ValueError for a budget that is no number of tokens.
+        """
         budget = budget_of(self)
         tokens = None if budget is None else budget.fixed
         if tokens is None:
@@ -119,7 +123,8 @@ class Selection(ABC):
         """The `budget` pages that queries `[B, Hq, D]` read, `[B, Hkv or Hq, budget]` int32.
 
         Numbers within the head in rising order, padded with -1. An op may choose without copying
-        the summaries, but chooses as `score`, `group`, `first` and `last` say.
+        the summaries, but chooses as `score`, `group`, `first` and `last` say. Raises ValueError
+        for scores of another shape.
         """
         batch, kv_heads, width = heads.table.shape
         size = pages.k.shape[1]

@@ -110,7 +110,7 @@ def _draft(pool: PagePool, part: list[Kept]) -> Drop:
 
 
 def drop(state: CacheState, drops: Sequence[Drop]) -> None:
-    """Keeps the planned tokens, closes the gaps in place and frees pages; `secure` comes before."""
+    """Keeps planned tokens, closes the gaps in place and frees pages; `provide` comes before."""
     for planned in drops:
         if not any(planned.gone):
             continue

@@ -55,7 +55,10 @@ def step_pages(state: CacheState, steps: int) -> dict[PagePool, int]:
 
 
 def prompt_pages(state: CacheState, added: Sequence[int]) -> dict[PagePool, int]:
-    """Pages that a prompt call of `added[b]` tokens a sequence needs if all are admitted."""
+    """Pages that a prompt call of `added[b]` tokens a sequence needs if all are admitted.
+
+    Raises ValueError for anything but a number from 0 for each sequence.
+    """
     check_state(state)
     check_rows("added", added, "a number of tokens for each sequence")
     if len(added) != state.batch or any(n < 0 for n in added):

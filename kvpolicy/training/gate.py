@@ -146,14 +146,15 @@ class WriteGates(nn.Module):
         return gates
 
     def fields(self) -> dict[str, Tensor]:
-        """Parameters stacked over layers, under the names of WriteGate's fields, on the CPU."""
+        """Parameters stacked over layers `[L, ...]`, under the names of WriteGate's fields, where
+        their shapes are; on the CPU."""
         layers = cast(list[GatePredictor], self.layers)
         each = [layer.fields() for layer in layers]
         return {name: torch.stack([part[name] for part in each]).cpu() for name in each[0]}
 
     @torch.no_grad()
     def load_fields(self, fields: Mapping[str, Tensor]) -> None:
-        """Inverse of `fields`, which must fit."""
+        """Inverse of `fields`, whose shapes must be those of these gates."""
         for n, layer in enumerate(cast(list[GatePredictor], self.layers)):
             for name, own in layer.fields().items():
                 own.copy_(fields[name][n])

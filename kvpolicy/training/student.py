@@ -104,7 +104,14 @@ def evaluate_gates(
     """Hard-threshold evaluation on `(input_ids [B, N], answers [B, N])` batches.
 
     Args:
+        model: the frozen model, attached for training.
+        gates: what is judged.
         head: the model's language-model head.
+        batches: what is read, a sequence or several at a time; `answers` marks the tokens whose
+            prediction counts.
+        window: tokens of the local window.
+        threshold: a token is admitted if its gate > threshold.
+        kernel: of the student's attention.
     """
     loss = keep = 0.0
     hits, hits_full, asked = 0, 0, 0
