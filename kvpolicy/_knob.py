@@ -19,7 +19,7 @@ Other = TypeVar("Other")
 class Knob(Generic[Turned]):
     """A number to turn: `at(x)` for x in [0, 1] is its value, and the cache never shrinks with x.
 
-    `set(value)` is the policy, budget or pipeline with that value.
+    `set(value)` is the policy, budget or pipeline with that value, `name` what is turned.
     """
 
     name: str = attrs.field(validator=is_a(str, "a name"))

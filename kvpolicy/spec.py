@@ -130,7 +130,8 @@ class CacheSpec:
     whose layers differ; the numbers above are then those of the layers that policies manage, or of
     the first of them where these differ. `devices` gives the device of each layer where they are
     several; `device` is then the first layer's. `hidden` are the channels of the attention input,
-    for evictions that read it. `page_size` is in tokens, `rollback` the number of tokens that
+    for evictions that read it. `dtype` is that of keys and values, as they are stored and computed
+    with. `page_size` is in tokens, `rollback` the number of tokens that
     `crop` can take back, `interval` the number of decoded tokens between two decode-time evictions.
 
     `max_bytes` caps the pages of a cache and its forks, used and reserved (keys, values, positions,

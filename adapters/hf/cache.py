@@ -38,7 +38,8 @@ from .sizes import spec_from
 class KVPolicyCache(Cache):
     """A pipeline's cache for `model.generate` and `model(...)`, used inside `attach`.
 
-    Made by `new_cache`. `columns` counts the token columns that went through, padding and evicted
+    Made by `new_cache`, whose arguments it takes; `known` is what was found out of the model
+    already. `columns` counts the token columns that went through, padding and evicted
     tokens included, as transformers wants it. A bare loop names the phase: forwards are the prompt
     until `end_prompt()`, and decode from then on until `begin_prompt()`.
     """

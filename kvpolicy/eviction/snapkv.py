@@ -26,8 +26,8 @@ class SnapKV(Eviction):
 
     Softmax weights of those queries over the stored keys (causal; `normalize="global"` leaves the
     window's keys out, as WG-KV's decode-time form does), averaged over queries, combined over the
-    group's query heads by `group` and pooled along stored tokens with an odd `kernel`.
-    FasterDecoding/SnapKV pools per query head with "avg" or "max"; a store per KV head needs a
+    group's query heads by `group` and pooled along stored tokens by `pooling` ("avg" or "max")
+    with an odd `kernel`. FasterDecoding/SnapKV pools per query head; a store per KV head needs a
     group rule: kvpress uses "mean", WG-KV "max".
 
     Where no policy demands a local window it is `observation` tokens wide, so that budgets and

@@ -31,8 +31,8 @@ class Quest(Selection):
     so `ceil((budget - window) / page_size)` pages are read besides it; the trailing page is always
     one of them (`last=1`, as the original's kernels do), only while it is partly filled
     (`last="partial"`, as WG-KV does) or as its score says (`last=0`, as the original's evaluation
-    does). `group="each"` is the original's choice per query head. Behind an
-    admission a page's tokens lie far apart, which loosens its bound: smaller pages
+    does), and so are the `first` leading pages. `group="each"` is the original's choice per query
+    head. Behind an admission a page's tokens lie far apart, which loosens its bound: smaller pages
     (`attach(..., page_size=4)`) then choose better.
 
     Example:

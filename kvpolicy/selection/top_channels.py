@@ -26,7 +26,7 @@ class TopChannels(Selection):
     smallest elsewhere; a query head's score is the sum of q times that. RocketKV takes the mean
     over the group of softmaxes over all tokens; here a page's score depends on itself only, and
     `group` combines scores. It reads `channels` of D numbers where Quest reads 2 D, and RocketKV's
-    pages are small: `attach(..., page_size=4)`.
+    pages are small: `attach(..., page_size=4)`. `budget`, `first` and `last` are as in `Quest`.
 
     Example:
         `CachePipeline(selection=TopChannels(budget=1024, channels=32))`

@@ -35,8 +35,10 @@ class Report:
     queries before RoPE and of attention inputs, `states` recurrent and convolutional states of a
     model's layers without attention.
     `dense` are keys and values of all tokens seen (in layers that slide: of their windows), which
-    is what an ordinary cache holds. `policies` names what acts on which layers, by slot; neutral
-    policies and layers that slide are left out.
+    is what an ordinary cache holds. `sequences` counts those of the cache, `tokens` the real
+    tokens that all of them have seen, `shared_pages` the pages that more than one head holds, as
+    forks do. `policies` names what acts on which layers, by slot; neutral policies and layers that
+    slide, `sliding_layers`, are left out.
     Lists are `[layer][head]`, summed or averaged over sequences. `admitted` is the fraction of seen
     tokens admitted (None: the layer only slides, policies do not apply), `stored` the mean tokens
     held per sequence with the window, `evicted` the tokens dropped, `read` the mean tokens that the

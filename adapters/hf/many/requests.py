@@ -90,7 +90,8 @@ class Finished:
 
     `tokens` are the new ones, what ended them included; `text` is theirs where there is a
     tokenizer. `reason` says why it ended, and `error` what was raised where that is "error".
-    `held` is None where nothing was read. `parked` counts how often it had to wait outside.
+    `prompt_tokens` counts what came before them, and `timings` are in seconds. `held` is None
+    where nothing was read. `parked` counts how often it had to wait outside.
     """
 
     request: Request
