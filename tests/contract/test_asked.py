@@ -273,8 +273,11 @@ def test_what_is_asked_for_must_be_brought_and_told():
     pipeline.begin(state, [7], "prompt")
     with pytest.raises(PhaseError, match=r"output projection of layer 0; .*tell\(state, layer"):
         pipeline.attend(state, 0, **x)
-    with pytest.raises(ValueError, match=r"output_weight: wanted floats \[4, 4, hidden\] on cpu"):
-        pipeline.tell(state, 0, output_weight=data.weight[:2], rope=ROPE)
+    for wrong in (data.weight[:2], data.weight.long(), data.weight.to("meta")):
+        with pytest.raises(
+            ValueError, match=r"output_weight: wanted floats \[4, 4, hidden\] on cpu, got "
+        ):
+            pipeline.tell(state, 0, output_weight=wrong, rope=ROPE)
     with pytest.raises(ValueError, match="rope: wanted at most 2 frequencies"):
         pipeline.tell(state, 0, rope=Rope(frequencies=(1.0, 0.5, 0.2)))
     with pytest.raises(TypeError, match="tell: wanted output_weight or rope, got weight"):
