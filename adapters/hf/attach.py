@@ -21,7 +21,7 @@ from .attention import forget_hidden, keep_hidden, keep_pre, keep_query
 from .cache import KVPolicyCache
 from .changes import Changes
 from .compile import CompiledLayers, check_compiles, make_eager
-from .faces import NAME
+from .config_names import ConfigNames
 from .forwards import Forwards
 from .generate import generate
 from .losses import check_labels
@@ -41,7 +41,7 @@ _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = (
 
 
 class Attachment:
-    """A pipeline on a model; a context manager that detaches on exit.
+    """A pipeline on a model, made by `attach`; a context manager that detaches on exit.
 
     Sets the names of the attention and mask functions in the decoder's config, forward hooks, one
     instance attribute, `generate`, and with `compile` what calling a layer runs and where its
@@ -87,7 +87,7 @@ class Attachment:
         self.put_aside = put_aside_at(self.base)
         self.idle: dict[int, KVPolicyCache] = {}  # private caches with a captured graph, by batch
         self.decoding = "not yet"  # how the last generate decoded, and why not captured
-        self.configs: dict[int, tuple[Any, str | None]] = {}  # and the attention that they named
+        self.names = ConfigNames(self.base, self.decoder, self.layers)
         self.compiled: CompiledLayers | None = None
         self._last: Report | None = None
         self.changes = Changes()
@@ -101,11 +101,8 @@ class Attachment:
         decoder, changes = self.decoder, self.changes
         changes.later(self._unlist)
         _ATTACHED[decoder] = weakref.ref(self)
-        changes.later(self._name_back)
-        for config in self._named():
-            self.configs[id(config)] = config, self._previous(config)
-        for config, _ in self.configs.values():
-            config._attn_implementation = NAME
+        changes.later(self.names.take_back)
+        self.names.put()
         changes.hook(decoder, self._open, pre=True, with_kwargs=True)
         changes.hook(decoder, self._close, with_kwargs=True, always_call=True)
         if self.base is not decoder:
@@ -151,33 +148,8 @@ class Attachment:
             "attachment; detach it first, or copy it before attaching"
         )
 
-    def _named(self) -> list[Any]:
-        """The config objects that name the attention of the decoder's layers."""
-        holders = [self.decoder, *self.layers]
-        found = {id(m.config): m.config for m in holders if hasattr(m, "config")}
-        return list(found.values())
-
-    def _sharing(self, config: Any) -> Iterator[Attachment]:
-        """Other attachments whose model has the same config object."""
-        others = [found() for found in _ATTACHED.values()]
-        return (a for a in others if a and a is not self and id(config) in a.configs)
-
-    def _previous(self, config: Any) -> str | None:
-        """The attention that `config` named before any attachment."""
-        sharing = next(self._sharing(config), None)
-        return config._attn_implementation if sharing is None else sharing.configs[id(config)][1]
-
     def _unlist(self) -> None:
         _ATTACHED.pop(self.decoder, None)
-
-    def _name_back(self) -> None:
-        first = next((previous for _, previous in self.configs.values()), None)
-        for config, previous in self.configs.values():
-            if next(self._sharing(config), None) is None:
-                config._attn_implementation = previous
-        for config in [*self._named(), self.base.config]:  # one that replaced ours meanwhile
-            if id(config) not in self.configs and config._attn_implementation == NAME:
-                config._attn_implementation = first
 
     # Methods of the attachment, so that the model's hooks keep it alive.
     @torch.compiler.disable
@@ -213,7 +185,11 @@ class Attachment:
         )
 
     def cache_for(self, given: Any, name: str = "past_key_values") -> KVPolicyCache:
-        """`given` if it is a cache of this pipeline, a new cache for None."""
+        """`given` if it is a cache of this pipeline, a new cache for None.
+
+        Raises TypeError for what is no KVPolicyCache, ValueError for one of another pipeline, model
+        or size, by the argument's `name`.
+        """
         if given is None:
             return self.new_cache()
         if not isinstance(given, KVPolicyCache):
@@ -383,7 +359,7 @@ class Attachment:
     def last_report(self) -> Report:
         """What took effect in the last cache that no caller gave: of a generate or a forward.
 
-        Of all heads, also where ranks share the model.
+        Of all heads, also where ranks share the model. Raises PhaseError before the first.
         """
         if self._last is None:
             raise PhaseError("last_report: no generate or forward made a cache of its own yet")
@@ -450,7 +426,7 @@ def generate_many(
 ) -> Iterator[Finished]:
     """Serves many requests on a model that a pipeline is attached to.
 
-    See `Attachment.generate_many`. Raises PhaseError where none is.
+    Arguments and answers as in `Attachment.generate_many`. Raises PhaseError where none is.
     """
     return _of(model, "generate_many").generate_many(
         requests,

@@ -13,7 +13,7 @@ from kvpolicy.adapters.hf import attach, detach
 from tests.support.adapters.faults import Fault, snapshot
 from tests.support.adapters.models import gate, pipelines, prompt, tiny
 
-FILES = ("adapters/hf/attach.py", "adapters/hf/changes.py", "adapters/hf/compile.py")
+FILES = tuple(f"adapters/hf/{name}.py" for name in ("attach", "changes", "compile", "config_names"))
 
 
 class Break:

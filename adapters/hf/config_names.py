@@ -1,0 +1,59 @@
+"""The attention that config objects name while attachments hold it, and what they named before."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import nn
+
+from .faces import NAME
+
+# Those in force; their attachments keep them alive.
+_NAMED: weakref.WeakSet[ConfigNames] = weakref.WeakSet()
+
+
+class ConfigNames:
+    """Ours, in the configs of a decoder and of its attention modules.
+
+    Models may share a config object: the last attachment that holds it gives the name back.
+    """
+
+    def __init__(self, base: nn.Module, decoder: nn.Module, layers: list[Any]) -> None:
+        self.base, self.decoder, self.layers = base, decoder, layers
+        # By id: the config and what it named before any attachment.
+        self.before: dict[int, tuple[Any, str | None]] = {}
+
+    def put(self) -> None:
+        """Names our attention; `take_back` may be called whenever this broke off."""
+        _NAMED.add(self)
+        for config in self._found():
+            self.before[id(config)] = config, self._named_before(config)
+        for config, _ in self.before.values():
+            config._attn_implementation = NAME
+
+    def take_back(self) -> None:
+        """Names what was named before, where no other attachment holds the config."""
+        first = next((name for _, name in self.before.values()), None)
+        for config, name in self.before.values():
+            if self._sharing(config) is None:
+                config._attn_implementation = name
+        for config in [*self._found(), self.base.config]:  # one that replaced ours meanwhile
+            if id(config) not in self.before and config._attn_implementation == NAME:
+                config._attn_implementation = first
+        _NAMED.discard(self)
+
+    def _found(self) -> list[Any]:
+        """The config objects that name the attention of the decoder's layers."""
+        holders = [self.decoder, *self.layers]
+        found = {id(m.config): m.config for m in holders if hasattr(m, "config")}
+        return list(found.values())
+
+    def _sharing(self, config: Any) -> ConfigNames | None:
+        """Another attachment's names, of a model with the same config object."""
+        return next((x for x in _NAMED if x is not self and id(config) in x.before), None)
+
+    def _named_before(self, config: Any) -> str | None:
+        """The attention that `config` named before any attachment."""
+        sharing = self._sharing(config)
+        return config._attn_implementation if sharing is None else sharing.before[id(config)][1]
