@@ -15,7 +15,7 @@ from .options import Reader
 from .requests import Finished, Reason, Request, Timings
 from .room import Room
 from .scheduler import Entry, Place, Scheduler, fits
-from .served import check_length
+from .served import check_length, expected_new
 from .steps import Steps
 
 IDLE = 0.001  # seconds, while there is nothing to do
@@ -53,9 +53,9 @@ class Desk:
         self.changed = True  # whether somebody may enter who could not before
 
     def pull(self) -> None:
-        """Takes a request for each free slot."""
+        """Takes a request for each free slot, those that are refused included."""
         waiting = len(self.scheduler.at(Place.WAITING, Place.PARKED))
-        while self.source is not None and waiting < len(self.scheduler.slots):
+        while self.source is not None and waiting + len(self.finished) < len(self.scheduler.slots):
             try:
                 request = next(self.source)
             except StopIteration:
@@ -76,7 +76,7 @@ class Desk:
         except Exception as error:
             self._refuse(request, error, 0)
             return False
-        entry = self.scheduler.add(prompt, most, load)
+        entry = self.scheduler.add(prompt, expected_new(self.attachment, prompt, most), load)
         if not fits(self.expected.least(entry), self.room.limits):
             self.scheduler.remove(entry)
             short = CapacityError(

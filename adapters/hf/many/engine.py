@@ -46,7 +46,8 @@ class Engine(Desk):
         if parts:
             self._read(parts)
         self._end()
-        wanting = [x for x in self.scheduler.at(Place.RUNNING) if load_of(x).made < x.most]
+        running = self.scheduler.at(Place.RUNNING)
+        wanting = [x for x in running if load_of(x).made < load_of(x).options.most]
         if wanting:
             self._step(wanting)
         self._hear(all=not wanting)
@@ -56,24 +57,32 @@ class Engine(Desk):
             return
         self.changed = False
         for entry in self.scheduler.entering(self._free, self.expected.need):
-            load = load_of(entry)
-            self.room.state.widen(entry.prompt + entry.most)
-            if load.outside is not None:
+            while True:
                 try:
-                    self._unpark(entry)
+                    self._begin(entry)
+                    break
                 except SHORT as error:
-                    if len(self.scheduler.present) == 1:
+                    _empty(error)
+                    if len(self.scheduler.present) > 1:
+                        self.scheduler.step_back(entry)
+                        return
+                    if not self._spare():
                         self.finish(entry, "error", error)
-                    else:
-                        self.scheduler.park(entry)
-                    return
-            else:
-                assert entry.lane is not None
-                load.started = time.perf_counter()
-                self.room.open_lane(entry.lane, load.source)
-                if load.source is not None:
-                    entry.read = load.begun
-                    self.expected.began(entry, self.room.stored(entry.lane))
+                        return
+
+    def _begin(self, entry: Entry) -> None:
+        """Gives an entry what it needs in its slot or lane; SHORT with nothing changed."""
+        load = load_of(entry)
+        self.room.state.widen(entry.prompt + entry.most)
+        if load.outside is not None:
+            self._unpark(entry)
+            return
+        assert entry.lane is not None
+        self.room.open_lane(entry.lane, load.source)
+        load.started = time.perf_counter()
+        if load.source is not None:
+            entry.read = load.begun
+            self.expected.began(entry, self.room.stored(entry.lane))
 
     def _free(self) -> Sequence[int | None]:
         """Free pages, less what those who are present are still expected to take."""
@@ -90,9 +99,15 @@ class Engine(Desk):
             return
         self.room.open_lane(0)
         size = max(self.scheduler.tokens // self.tile, 1) * self.tile
-        for at in range(0, len(self.prefix), size):
-            prompts.read(self.model, self.room, [(0, self.prefix[at : at + size], at, False)])
-        self.prefix_pages = self.room.held(self.room.lane_state)[0]
+        try:
+            for at in range(0, len(self.prefix), size):
+                prompts.read(self.model, self.room, [(0, self.prefix[at : at + size], at, False)])
+        except SHORT as error:  # each request reads its own
+            _empty(error)
+            self.room.leave(0, None)
+            self.prefix = []
+            return
+        self.prefix_pages = self.room.shared(self.room.lane_state)[0]
         self.room.keep_prefix(0)
 
     def _read(self, parts: list[tuple[Entry, int]]) -> None:
@@ -185,8 +200,7 @@ class Engine(Desk):
 
     def _short(self, error: Exception, rows: dict[Any, Entry]) -> None:
         """Makes room, so that the call that failed may go on at the next turn."""
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
+        _empty(error)
         before = len(self.scheduler.entries)
         self._hear(all=True)
         if len(self.scheduler.entries) < before:
@@ -197,8 +211,27 @@ class Engine(Desk):
             self.room.unreserve()
         elif (youngest := self.scheduler.youngest()) is not None:
             self._park(youngest)
-        else:
+        elif not self._spare():
             self.finish(next(iter(rows.values())), "error", error)
+
+    def _spare(self) -> bool:
+        """Gives up what one that is alone can do without; whether there was anything.
+
+        First what is reserved for steps to come, then the common prefix: who has not begun reads
+        its own then.
+        """
+        if self.room.state.steps_reserved:
+            self.room.unreserve()
+            return True
+        if (source := self.room.prefix) is None:
+            return False
+        self.room.drop_prefix()
+        self.prefix = []
+        for entry in self.scheduler.entries:
+            load = load_of(entry)
+            if load.source is source and not entry.read:
+                load.source, load.pages = None, tuple(0 for _ in load.pages)
+        return True
 
     def _park(self, entry: Entry) -> None:
         self._hear(all=True)
@@ -233,3 +266,9 @@ class Engine(Desk):
 def _lane(entry: Entry) -> int:
     assert entry.lane is not None
     return entry.lane
+
+
+def _empty(error: Exception) -> None:
+    """Gives what torch keeps back to a device whose memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()

@@ -7,6 +7,7 @@ import time
 import attrs
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.generation import LogitsProcessorList
 
 from .options import Options
@@ -45,8 +46,7 @@ class Load:
 
     def __attrs_post_init__(self) -> None:
         if alike(self.processors) is None:  # they read the tokens so far
-            whole = [*self.options.ids, *[0] * self.options.most]
-            self.ids = torch.tensor([whole], device=self.device)
+            self.ids = torch.tensor([self.options.ids], device=self.device)
 
     @property
     def processors(self) -> LogitsProcessorList:
@@ -73,7 +73,10 @@ class Load:
     def chose(self, token: Tensor) -> None:
         """Takes the next token, a tensor without axes that the host has not seen."""
         if self.ids is not None:
-            self.ids[0, len(self.options.ids) + self.made] = token
+            place = len(self.options.ids) + self.made
+            if place == self.ids.shape[1]:
+                self.ids = pad(self.ids, (0, place))  # twice as long
+            self.ids[0, place] = token
         self.made += 1
 
     def said(self, token: int) -> Reason | None:

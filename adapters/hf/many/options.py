@@ -20,6 +20,7 @@ from .requests import Request
 
 BESIDE = ("generation_config", "logits_processor", "prefix_allowed_tokens_fn")
 DEFAULT = 20  # new tokens, as generate's
+STOPS = 16  # criteria of stop strings that are kept, each with a table of the vocabulary
 # Fields that ask for what a finished request does not have, by the value that does not.
 REFUSED = {
     "num_return_sequences": (1, "give the request several times, with other seeds"),
@@ -73,6 +74,8 @@ class Reader:
             raise ValueError("tokenizer: stop_strings needs the model's tokenizer, got None")
         key = (strings,) if isinstance(strings, str) else tuple(strings)
         if key not in self.stops:
+            if len(self.stops) == STOPS:
+                self.stops.pop(next(iter(self.stops)))
             self.stops[key] = StopStringCriteria(self.tokenizer, list(key))
         return self.stops[key]
 

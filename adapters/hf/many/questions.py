@@ -16,7 +16,7 @@ from .load import Load
 from .options import Reader
 from .requests import Finished, Request
 from .room import Room, Source
-from .served import check_served
+from .served import check_served, expected_new
 
 TOKENS = 8192  # of a question in one call
 
@@ -28,7 +28,7 @@ class Questions(Engine):
         super().__init__(*given)
         assert cache.state is not None
         self.rows, self.row = iter(rows), 0
-        self.lengths, self.pages = cache.state.lengths, self.room.held(cache.state)
+        self.lengths, self.pages = cache.state.lengths, self.room.shared(cache.state)
         self.sources = [
             Source(cache.state, row, cache.states.select([row]) if cache.states else [])
             for row in range(cache.state.batch)
@@ -81,7 +81,11 @@ def ask_many(
         raise ValueError(f"rows: wanted one for each of {len(requests)} requests, got {len(rows)}")
     reader = Reader(attachment, tokenizer)
     read = [reader.options(one) for one in requests]
-    longest = max((len(one.ids) + one.most for one in read), default=1)
+    before = [len(one.ids) + cache.state.lengths[row] for one, row in zip(read, rows, strict=True)]
+    longest = max(
+        (n + expected_new(attachment, n, x.most) for n, x in zip(before, read, strict=True)),
+        default=1,
+    )
     return _run(attachment, cache.fork(), requests, rows, slots, reader, longest)
 
 
@@ -96,7 +100,7 @@ def _run(
 ) -> Iterator[Finished]:
     assert cache.state is not None
     room = Room(attachment, slots, dict(attachment.sizes), cache)
-    room.state.widen(max(cache.state.lengths) + longest)
+    room.state.widen(longest)
     engine = Questions(attachment, requests, room, TOKENS, (), reader, cache=cache, rows=rows)
     try:
         yield from engine.run()

@@ -130,6 +130,16 @@ class Room:
         """Pages of each sequence by pool."""
         return list(zip(*held_pages(state).values(), strict=True))
 
+    def shared(self, state: CacheState) -> list[Pages]:
+        """Pages of each sequence by pool that a fork has in common with it: the full ones."""
+        found = {
+            pool: torch.zeros(state.batch, dtype=torch.int64, device=pool.device)
+            for pool in state.devices.pools
+        }
+        for layer in state.managed:
+            found[layer.pool] += (layer.counts // layer.pool.page_size).sum(1)
+        return list(zip(*(x.tolist() for x in found.values()), strict=True))
+
     def stored(self, lane: int) -> int:
         """Global tokens of a lane, over all heads of the layers that policies manage."""
         counts = [x.counts[lane].sum() for x in self.lane_state.managed]
@@ -147,10 +157,15 @@ class Room:
             self.pipeline.maintain(self.state)
 
     def open_lane(self, lane: int, source: Source | None = None) -> None:
-        """Makes an empty lane ready for a prompt, after what a `source` holds."""
+        """Makes an empty lane ready for a prompt, after what a `source` holds.
+
+        Raises CapacityError, with the lane as it was: a fork has pages of its own where its heads
+        end.
+        """
+        fork = None if source is None else select_rows(source.state, [source.row])
         self.lane_state.resume([lane])
-        if source is not None:
-            move(self.lane_state, lane, select_rows(source.state, [source.row]), 0)
+        if source is not None and fork is not None:
+            move(self.lane_state, lane, fork, 0)
             self._put(self.reading, lane, source.states)
 
     def keep_prefix(self, lane: int) -> None:
@@ -161,6 +176,12 @@ class Room:
         move(kept, 0, self.lane_state, lane)
         self.reading.states.clear([lane])
         self.prefix = Source(kept, 0, states)
+
+    def drop_prefix(self) -> None:
+        """Gives up the common prefix; those that went on from it keep their own."""
+        assert self.prefix is not None
+        clear(self.prefix.state, [0])
+        self.prefix = None
 
     def end_prompt(self, lane: int, slot: int) -> None:
         """Ends the prompt of a lane, and makes its sequence that of an empty slot.

@@ -29,8 +29,8 @@ class Place(Enum):
 class Entry:
     """A request as the scheduler sees it.
 
-    `prompt` tokens are to be read, of which `read` are, and up to `most` new ones follow. `slot` is
-    where it decodes, kept from the start; `lane` where its prompt is read, until it has `ended`.
+    `prompt` tokens are to be read, of which `read` are, and `most` new ones are planned for. `slot`
+    is where it decodes, kept from the start; `lane` where its prompt is read, until it has `ended`.
     """
 
     order: int
@@ -139,6 +139,12 @@ class Scheduler:
         """Takes `entry` out of its slot; it comes back before any that waits."""
         self._leave(entry)
         entry.place, entry.parked = Place.PARKED, entry.parked + 1
+        self.tight = True
+
+    def step_back(self, entry: Entry) -> None:
+        """`entry` was to enter and found no memory: it goes back to where it came from."""
+        self._leave(entry)
+        entry.place = Place.PARKED if entry.parked else Place.WAITING
         self.tight = True
 
     def remove(self, entry: Entry) -> None:

@@ -17,7 +17,7 @@ from .engine import Engine
 from .options import Reader
 from .requests import Finished, Request
 from .room import Room
-from .served import check_served
+from .served import check_served, expected_new
 
 SHARE = 0.8  # of a GPU's free memory that pages may take where no cap is given
 
@@ -53,7 +53,8 @@ def serve(
     longest = 1
     if isinstance(requests, Collection):
         read = map(reader.options, requests)
-        longest = max((len(one.ids) + one.most for one in read), default=1)
+        both = ((len(one.ids), one.most) for one in read)
+        longest = max((n + expected_new(attachment, n, most) for n, most in both), default=1)
     sizes = dict(attachment.sizes)
     if max_bytes is not None:
         sizes["max_bytes"] = max_bytes

@@ -58,6 +58,18 @@ def check_length(attachment: Attached, tokens: int) -> None:
             )
 
 
+def expected_new(attachment: Attached, prompt: int, most: int) -> int:
+    """New tokens that memory is planned for: `most`, or what is left of the model's positions.
+
+    Whoever asks for a million tokens means that the model shall end by itself.
+    """
+    config = attachment.base.config.get_text_config(decoder=True)
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        return most
+    return max(min(most, positions - prompt), 1)
+
+
 def _limits(config: Any) -> list[tuple[str, int]]:
     """The kinds of RoPE that follow the longest sequence, and up to where they do not."""
     given = getattr(config, "rope_parameters", None) or {}
