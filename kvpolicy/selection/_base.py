@@ -185,7 +185,7 @@ class SelectAll(Selection):
 class PromptSelection(Selection):
     """A selection that acts while prefilling only: `tile` and `prompt` say how.
 
-    Decoding reads everything; `PerPhase(prompt=..., decode=...)` adds a selection for that.
+    Decoding reads everything; `PerPhase(prefill=..., decode=...)` adds a selection for that.
     """
 
     @property

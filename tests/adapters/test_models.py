@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import attrs
 import pytest
 import torch
@@ -12,6 +14,7 @@ from kvpolicy import CachePipeline, UnsupportedError, WriteGate
 from kvpolicy.adapters.hf import attach, spec_of
 from kvpolicy.adapters.hf.fingerprints import keys_fingerprint, model_fingerprint
 from kvpolicy.adapters.hf.models import attention_layers
+from kvpolicy.adapters.hf.sizes import _hidden
 from kvpolicy.adapters.hf.training import attach_for_training
 from kvpolicy.adapters.hf.wrappers import decoder_of
 from kvpolicy.training import WriteGates, train_duo_attention, train_write_gate
@@ -200,3 +203,19 @@ def test_gates_read_packed_keys():
         model.generate(**prompt([33]), past_key_values=cache, **GREEDY)
     kept = [len(cache.state.kept(x, 0, h)) for x in (0, 1) for h in (0, 1)]
     assert min(kept) > 5 and max(kept) < 38
+
+
+@pytest.mark.parametrize(
+    ("layers", "wanted"),
+    [
+        ([(64, None), (64, None)], 64),
+        ([(32, 5), (64, None)], 64),  # policies do not act in the first, which slides
+        ([(64, None), (32, None)], None),
+        ([(0, None)], None),
+        ([(64, 5)], None),
+    ],
+)
+def test_channels_of_the_attention_input(layers, wanted):
+    """0 says of a layer that they are not known."""
+    known = SimpleNamespace(layers=[SimpleNamespace(hidden=n, window=w) for n, w in layers])
+    assert _hidden(known) == wanted

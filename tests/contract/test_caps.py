@@ -65,7 +65,7 @@ def test_the_token_cap_keeps_the_best_tokens_of_every_head():
     spec = attrs.evolve(SPEC, max_tokens=cap, at_cap="evict")
     run = Feed(CachePipeline(window=WINDOW, eviction=Taste()), spec, batch=2)
     models = [Model(cap), Model(cap)]
-    for added in ([5, 20], [13, 1], [40, 33]):
+    for added in ([5, 20], [40, 33], [13, 1]):
         run.call(added, "prompt")
         for model, tokens in zip(models, added, strict=True):
             model.prompt(tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvpolicy import CacheSpec, PerPhase, Quest, XAttention
+from kvpolicy import CacheSpec, PerPhase, Quest, Selection, XAttention
 from kvpolicy.pipeline import CachePipeline
 from kvpolicy.store.fork import select_rows
 from tests.support.contract.cases import ADMISSIONS, EVICTIONS, Sizes
@@ -107,3 +107,21 @@ def test_the_report_counts_what_calls_that_ended_read():
     assert pipeline.report(run.state).prompt_read != first
     run.state.reset()
     assert pipeline.report(run.state).prompt_read == [None]
+
+
+def test_a_sequence_without_queries_is_not_asked(monkeypatch):
+    asked, prompt = [], XAttention.prompt
+    monkeypatch.setattr(
+        XAttention,
+        "prompt",
+        lambda self, view: asked.append(view.query.shape[1]) or prompt(self, view),
+    )
+    monkeypatch.setattr(XAttention, "choose", Selection.choose)
+    spec = CacheSpec(layers=1, heads=2, kv_heads=1, head_dim=8, page_size=4)
+    pipeline = CachePipeline(selection=XAttention(stride=2, tile=TILE), window=6)
+    state = pipeline.init(spec, 3)
+    for added in ([20, 0, 9], [0, 11, 0]):
+        pipeline.begin(state, added, "prompt")
+        pipeline.attend(state, 0, *(torch.randn(h, sum(added), 8) for h in (2, 1, 1)))
+        pipeline.commit(state)
+    assert asked == [20, 9, 11]

@@ -100,6 +100,13 @@ def test_flex_prefill_is_the_originals(gamma, tau, least):
     assert numbers(policy.prompt(view_of(2 * query, key)).blocks) == FLEX[gamma, tau, least]
 
 
+@pytest.mark.parametrize(("tokens", "blocks"), [(126, 1), (127, 2), (255, 3), (512, 5)])
+def test_flex_prefill_counts_a_token_that_reaches_gamma(tokens, blocks):
+    """As `cumsum <= gamma` does in the original's score_cover_topk; its quotient is by 128."""
+    policy = FlexPrefill(gamma=tokens / 512)
+    assert policy._cover(torch.full((1, 512), 1 / 512), 1, 99).tolist() == [blocks]
+
+
 def test_flex_prefill_is_dense_for_short_prompts():
     for n, least in ((16, 8), (40, 40)):
         policy = FlexPrefill(gamma=0.3, min_budget=least, tile=8)
