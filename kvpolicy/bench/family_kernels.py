@@ -28,7 +28,7 @@ def kernels(bench: Bench, model: Any, cache: Any) -> dict[str, float]:
 
     if bench.device.type != "cuda":
         return {}
-    names = _names()
+    names = kernel_names()
     position = torch.full((1, 1), cache.columns, device=bench.device)
     stepper = Stepper(model, cache, position, PROFILED + 8)
     token = torch.full((1,), 21, device=bench.device)
@@ -61,7 +61,7 @@ def _covered(spans: list[tuple[float, float]]) -> float:
     return total
 
 
-def _names() -> set[str]:
+def kernel_names() -> set[str]:
     """Of every kernel of the library."""
     from .. import kernels as package
 

@@ -24,7 +24,7 @@ CHUNK, STEPS, EAGER, PROFILED = 50_000, 300, 8, 18
 QUEST, SNAPKV = 4096, 16384  # budgets in tokens a KV head
 TWICE = 128_000  # tokens of a batch up to which a prompt is timed twice
 
-_SIZES: dict[str, dict[str, Any]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "Llama-3.1-8B": dict(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=8, head_dim=128,
@@ -75,7 +75,7 @@ def build(bench: Bench, shape: str) -> Any:
         )  # fmt: skip
         family = "Qwen3" if shape.startswith("Qwen3") else "Llama"
         config = getattr(transformers, f"{family}Config")(
-            **_SIZES[shape] | bench.pick({}, tiny), max_position_embeddings=1 << 20,
+            **SIZES[shape] | bench.pick({}, tiny), max_position_embeddings=1 << 20,
             bos_token_id=None, eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
         make = getattr(transformers, f"{family}ForCausalLM")
@@ -154,11 +154,11 @@ def measure(bench: Bench, setting: Setting) -> Found:
     found.weights = sum(p.numel() * p.element_size() for p in model.parameters())
     compiled = not bench.quick  # tiny shapes would spend minutes in the compiler
     with attach(model, pipeline_of(bench, setting), compile=compiled) as attachment:
-        _warm_up(bench, setting, model, attachment, ids)
+        warm_up(bench, setting, model, attachment, ids)
         cache: Any = None
         for attempt in range(2):
             del cache
-            before = _clean(bench)
+            before = clean(bench)
             cache = attachment.new_cache()
             start = time.perf_counter()
             token = prefill(model, cache, ids, bench.pick(CHUNK, 40))
@@ -175,11 +175,11 @@ def measure(bench: Bench, setting: Setting) -> Found:
         found.report = cache.report(all_ranks=True)
         _decode(bench, model, cache, token, found)
         del cache
-    _clean(bench)
+    clean(bench)
     return found
 
 
-def _warm_up(bench: Bench, setting: Setting, model: Any, attachment: Any, ids: Tensor) -> None:
+def warm_up(bench: Bench, setting: Setting, model: Any, attachment: Any, ids: Tensor) -> None:
     """Two whole chunks of a kind that the run has not seen: some prompts are timed only once."""
     whole = ids[:, : 2 * bench.pick(CHUNK, 8) // setting.batch]
     kind = "warm", setting.policy, setting.shape, setting.batch > 1, whole.numel()
@@ -202,10 +202,10 @@ def _decode(bench: Bench, model: Any, cache: Any, token: Tensor, found: Found) -
             token = stepper.step(token, active)[:, -1].argmax(-1)
 
     decode(bench.pick(4, 1))  # eager steps, then capture
-    _wait(bench)
+    wait(bench)
     start = time.perf_counter()
     decode(steps)
-    _wait(bench)
+    wait(bench)
     found.tpot = 1e3 * (time.perf_counter() - start) / steps
     found.steps, found.decoding, found.captures = steps, cache.decoding, cache.captures
     if stepper.captured:
@@ -219,16 +219,16 @@ def _decode(bench: Bench, model: Any, cache: Any, token: Tensor, found: Found) -
             logits = run(model, cache, token[:, None], stepper.position)
             stepper.position = stepper.position + 1
             token = logits[:, -1].argmax(-1)
-        _wait(bench)
+        wait(bench)
         found.eager = 1e3 * (time.perf_counter() - start) / EAGER
 
 
-def _wait(bench: Bench) -> None:
+def wait(bench: Bench) -> None:
     if bench.device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def _clean(bench: Bench) -> int:
+def clean(bench: Bench) -> int:
     """Gives memory back and restarts the peak; bytes that are still allocated."""
     gc.collect()
     if bench.device.type != "cuda":

@@ -20,11 +20,14 @@ from .rows import CheckFailed, Row
 GROUPS = (
     *("prefill", "tiles", "decode", "quest", "write", "snapkv", "evictions"),
     *("decoders", "model", "launches", "families", "many", "training"),
+    *("profile", "prompts", "first-call", "vllm"),
 )
 _MODULES = (
     *("prefill", "tiles", "decode", "write", "snapkv", "evictions", "decoders"),
     *("end_to_end", "launches", "family_rows", "many", "training"),
+    *("profiles", "prompts", "first_call", "engine"),
 )
+_SHARED = ("end_to_end", "profiles")  # of models whose heads several devices share
 
 
 def run(
@@ -45,8 +48,8 @@ def run(
         quick: tiny shapes, which also run without a GPU (kernels interpreted).
         seconds: benchmarks that would end later are not started; the important ones come first.
         starts: called with each benchmark's title, its number from 0 and how many there are.
-        rank: of this process, of `ranks` that share the heads of the models of the group "model";
-            rank 0 writes and prints.
+        rank: of this process, of `ranks` that share the heads of the models of the groups "model"
+            and "profile"; rank 0 writes and prints.
 
     Raises:
         BackendError: there is no CUDA device and `quick` is not set.
@@ -84,13 +87,15 @@ def run(
 
 def choose(bench: Bench, names: Sequence[str]) -> list[Case]:
     """The cases that `names` ask for, important ones first."""
-    own = _MODULES if bench.ranks == 1 else ("end_to_end",)
+    own = _MODULES if bench.ranks == 1 else _SHARED
     modules = [importlib.import_module(f".{name}", __package__) for name in own]
     found: list[Case] = sorted(
         (case for module in modules for case in module.cases(bench)), key=lambda case: case.rank
     )
     for name in names:
         if not any(_named(case, name) for case in found):
+            if name == "vllm" and bench.ranks == 1:
+                raise BackendError("vllm: vLLM is not installed here")
             raise ValueError(
                 f"names: wanted one of {', '.join(GROUPS)} or part of a name, got {name!r}"
             )

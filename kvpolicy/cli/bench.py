@@ -21,7 +21,8 @@ def bench(
     ] = False,
     seconds: Annotated[float, typer.Option(help="Time limit.")] = 540.0,
     tp: Annotated[
-        int, typer.Option(min=1, help="GPUs that share the heads of the group model's models.")
+        int,
+        typer.Option(min=1, help="GPUs that share the heads of the models of model and profile."),
     ] = 1,
     progress: Asked = None,
 ) -> None:
