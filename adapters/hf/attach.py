@@ -24,6 +24,7 @@ from .compile import CompiledLayers, check_compiles, make_eager
 from .config_names import ConfigNames
 from .forwards import Forwards
 from .generate import generate
+from .kept_logits import check_logits
 from .losses import check_labels
 from .many.questions import ask_many
 from .many.requests import Finished, Request
@@ -162,6 +163,7 @@ class Attachment:
 
     @torch.compiler.disable
     def _before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        check_logits(base, args, kwargs)
         check_labels(base, args, kwargs)
 
     @torch.compiler.disable

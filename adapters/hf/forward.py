@@ -35,11 +35,6 @@ def open_forward(
 
     `texts`: lengths of the texts that the rows pack, each a sequence of the cache.
     """
-    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-        raise UnsupportedError(
-            "attention_mask: wanted a 2D mask of real tokens [B, columns]; custom 4D masks are not "
-            "served"
-        )
     mask = new_columns(mask, cache.chunks, batch, columns)
     state = cache.ensure_state(len(texts) if texts else batch)
     if mask is not None and not cache.served.probe.hides and not bool(mask.all()):

@@ -17,7 +17,8 @@ from .attached import Attached
 from .cache import KVPolicyCache
 from .columns import check_stored
 from .decode_loop import decode_loop
-from .masks import check_values
+from .kept_logits import check_generated
+from .masks import check_mask
 from .modes import ordinary
 from .own_steps import check_put_aside, check_sample, own_method
 from .tiles import refuse_more, whole_chunks
@@ -47,6 +48,10 @@ def run(attachment: Attached, kwargs: dict[str, Any], question: str | None = Non
 def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> Any:
     _check_ids(kwargs, getattr(attachment.base, "main_input_name", "input_ids"))
     config = merged_config(attachment, kwargs)
+    check_mask(kwargs.get("attention_mask"))
+    if config.guidance_scale not in (None, 1):
+        name = "negative_prompt_attention_mask"
+        check_mask(kwargs.get(name), name)
     check_generate(attachment, kwargs, config)
     if question is None:
         whole_chunks(attachment, config, kwargs)
@@ -66,8 +71,8 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
         use_tokenizer(attachment, kwargs, config)
     # A cache that nobody else sees is used again, with its captured graph.
     private = given is None and own and not config.return_dict_in_generate
-    rows = next((x.shape[0] for x in _inputs(kwargs)), 1)
-    rows *= int(config.num_return_sequences or 1)
+    batch = next((x.shape[0] for x in _inputs(kwargs)), 1)
+    rows = batch * int(config.num_return_sequences or 1)
     cache = attachment.idle.pop(rows, None) if private else None
     cache = cache or attachment.cache_for(given)
     use_mask(cache, kwargs, config)
@@ -80,7 +85,8 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
             f"input_ids: wanted all turns, more than the {cache.columns} columns that the cache "
             f"has seen, got {columns}; write torch.cat([ids, next_turn], 1), or take a new cache"
         )
-    _check_mask(cache, kwargs.get("attention_mask"), width, columns)
+    copies = max(config.num_beams or 1, config.num_return_sequences or 1)
+    _check_mask(cache, kwargs.get("attention_mask"), batch, copies, width, columns)
     _check_last(inferred_mask(kwargs, config), " (pad_token_id says so, where no mask is given)")
     assisted = mode == GenerationMode.ASSISTED_GENERATION  # whose candidates may go further
     if assisted and width == columns > cache.columns > 0:
@@ -90,7 +96,10 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
         )
     if assisted and width < columns:
         shorten_mask(kwargs, width, columns)
-    last = columns + _new_tokens(config, width) - (not assisted)
+    tokens = _new_tokens(config, width)
+    if not assisted:  # whose loop says itself how many columns it wants
+        check_generated(config, kwargs, batch, copies, columns - cache.columns, tokens > 1)
+    last = columns + tokens - (not assisted)
     check_put_aside(attachment.base, attachment.put_aside, cache.columns, columns, last)
     # Our loop says itself when the prompt has ended.
     boundary = None if own else columns
@@ -140,12 +149,17 @@ def _check_ids(kwargs: dict[str, Any], main: str) -> None:
             check_ids(name, value)
 
 
-def _check_mask(cache: KVPolicyCache, mask: Any, width: int, columns: int) -> None:
+def _check_mask(
+    cache: KVPolicyCache, mask: Tensor | None, batch: int, copies: int, width: int, columns: int
+) -> None:
     """transformers drops masks of ones, so that forwards do not see them all."""
-    check_values(mask)
-    check_ahead(mask, columns)
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
+    if mask is None:
         return
+    if len(mask) != batch and (len(mask) > 1 or copies > 1):
+        raise ValueError(
+            f"attention_mask: wanted a row for each of the {batch} prompts, got {list(mask.shape)}"
+        )
+    check_ahead(mask, columns)
     if mask.shape[1] != width and mask.shape[1] < columns:
         raise ValueError(
             f"attention_mask: wanted {columns} columns or more, got {list(mask.shape)} beside "

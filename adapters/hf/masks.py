@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
+from ..._fields import shown
 from ...errors import UnsupportedError
 from .faces import NAME
 
@@ -115,34 +116,52 @@ def closed() -> None:
 
 
 def padding_of(mask: Any) -> Any:
-    """The 2D mask of a decoder's forward.
+    """The 2D mask of a decoder's forward, None where it has none.
 
     Wrappers around a decoder make its masks beforehand, one for each kind of layer: then it is what
-    our mask function was given. Raises UnsupportedError for masks that it did not make, ValueError
-    for numbers that are neither 0 nor 1.
+    our mask function was given. Raises UnsupportedError for masks that it did not make, and as
+    `check_mask` does.
     """
     made, padding = hasattr(_LAST, "padding"), getattr(_LAST, "padding", None)
     closed()
     if not isinstance(mask, dict):
-        check_values(mask)
-        return mask
-    custom = [name for name, value in mask.items() if value is not None]
-    if custom or not made or not mask:
+        padding = mask
+    elif (custom := [name for name, x in mask.items() if x is not None]) or not made or not mask:
         which = ", ".join(custom or map(str, mask)) or "none"
         raise UnsupportedError(
             f"attention_mask: wanted a 2D mask of real tokens [B, columns]; masks by kind of layer "
             f"({which}) are not served"
         )
+    check_mask(padding)
     return padding
 
 
-def check_values(mask: Any) -> None:
-    """Raises ValueError if a 2D mask holds numbers other than 0 and 1."""
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.dtype == torch.bool:
+def check_mask(mask: Any, name: str = "attention_mask") -> None:
+    """Raises unless `mask` is None or a mask of two axes that holds 0 and 1, of whatever dtype.
+
+    UnsupportedError for masks that transformers serves by other rules, TypeError for what no call
+    of it takes.
+    """
+    if mask is None:
+        return
+    plain = isinstance(mask, Tensor) and mask.layout == torch.strided and not mask.is_meta
+    if not plain and not isinstance(mask, dict):
+        raise TypeError(f"{name}: wanted a tensor [B, columns], got {shown(mask)}")
+    if isinstance(mask, dict) or mask.ndim != 2:
+        which = "masks by kind of layer" if isinstance(mask, dict) else f"{mask.ndim}D masks"
+        custom = "custom 4D masks" if which == "4D masks" else which
+        raise UnsupportedError(
+            f"{name}: wanted a 2D mask of real tokens [B, columns]; {custom} are not served"
+        )
+    if mask.dtype == torch.bool:
         return
     other = mask[(mask != 0) & (mask != 1)]
     if other.numel():
-        raise ValueError(f"attention_mask: wanted 0 and 1, got {other[0].item()}")
+        raise UnsupportedError(
+            f"{name}: wanted 0 and 1, got {other[0].item()}: transformers hides the zeros alone, "
+            "and counts positions by the sum of the rest; write (mask != 0).long() if so it is "
+            "meant"
+        )
 
 
 AttentionMaskInterface.register(NAME, no_mask)

@@ -7,6 +7,7 @@ import torch
 
 from kvpolicy import CachePipeline, UnsupportedError
 from kvpolicy.adapters.hf import attach
+from kvpolicy.adapters.hf.rule.tiny import tiny_model
 from tests.support.adapters.faults import digest
 from tests.support.adapters.models import SIZES, error, pipelines, prompt
 
@@ -189,17 +190,101 @@ def test_a_mask_that_the_attachment_does_not_read(llama, how):
         assert torch.allclose(llama(ids).logits, plain, atol=1e-4)
 
 
-def test_numbers_other_than_0_and_1(llama):
-    """transformers counts positions by them."""
-    ids = prompt([9])["input_ids"]
+PAIR = prompt([9, 6])
+REAL = PAIR["attention_mask"]
+ONES = torch.ones_like(REAL)
+DTYPES = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.float16, torch.bfloat16,
+    torch.float32, torch.float64,
+)  # fmt: skip
+MASKS = {
+    **{str(dtype): REAL.to(dtype) for dtype in DTYPES},
+    **{f"ones of {dtype}": ONES.to(dtype) for dtype in DTYPES},
+    **{f"{n} for real": REAL * n for n in (2, -1, 0.5)},
+    **{f"all {n}": ONES * n for n in (2, -1, 0.5)},
+    **{n: torch.where(REAL == 0, 0.0, float(n)) for n in ("nan", "inf")},
+    "additive": (1 - REAL) * -1e9, "numbers of texts": REAL * (1 + (torch.arange(9) > 5)),
+    "0D": torch.tensor(1), "1D": ONES[0], "rows alone": ONES[:, 0], "3D": ONES[:, None],
+    "3D, whole": torch.ones(2, 9, 9).tril(), "4D": torch.ones(2, 1, 9, 9).bool().tril(),
+    "4D, added": torch.zeros(2, 1, 9, 9), "5D": torch.ones(2, 1, 1, 9, 9),
+    "a list": REAL.tolist(), "of numpy": REAL.numpy(), "a tuple": (REAL,), "True": True, "1": 1,
+    "text": "11", "a dict": {}, "sparse": REAL.to_sparse(), "meta": REAL.to("meta"),
+    "a row": ONES[:1], "a padded row": REAL[1:], "three rows": torch.ones(3, 9),
+    "four rows": torch.ones(4, 9), "no columns": ONES[:, :0], "short": REAL[:, 1:],
+    "long": torch.cat([REAL, ONES[:, :3]], 1),
+}  # fmt: skip
+# Other shapes of ones, which plain transformers drops before it looks at them in some forwards.
+SHAPES = ("a row", "three rows", "four rows", "no columns", "short", "1D")
+WAYS = {
+    "forward": lambda model, **more: model(PAIR["input_ids"], **more).logits * REAL[..., None],
+    "generate": lambda model, **more: torch.stack(
+        model.generate(PAIR["input_ids"], eos_token_id=None, **GREEDY, **more).logits
+    ),
+    "beams": lambda model, **more: torch.stack(
+        model.generate(PAIR["input_ids"], num_beams=2, **GREEDY, **more).logits
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_kind_of_mask(llama, way):
+    """Equal to plain transformers, or refused by name before the cache has read anything."""
+    served = set()
+    for name, mask in MASKS.items():
+        try:
+            plain = WAYS[way](llama, attention_mask=mask)
+        except (
+            AttributeError,
+            IndexError,
+            NotImplementedError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ):
+            plain = None
+        with attach(llama, PIPELINE, **SIZES) as attached:
+            cache = attached.new_cache()
+            kinds = (
+                UnsupportedError,
+                *((TypeError, ValueError) if plain is None or name in SHAPES else ()),
+            )
+            try:
+                found = WAYS[way](llama, attention_mask=mask, past_key_values=cache)
+            except kinds as error:
+                assert str(error).startswith("attention_mask: "), name
+                assert cache.state is None, name
+                continue
+        assert plain is not None, name
+        assert torch.allclose(found, plain, atol=1e-4), name
+        served.add(name)
+    assert {str(dtype) for dtype in DTYPES} < served
+    assert not any(mark in name for name in served for mark in (" for real", "all ", "nan", "inf"))
+
+
+def test_masks_where_a_model_makes_masks_around_its_decoder():
+    """transformers makes them bool before ours sees them."""
+    model, ids = tiny_model("gemma3").eval(), IDS % 60
+    plain = model(ids, attention_mask=LEFT * 2).logits
+    with attach(model, PIPELINE) as attached:
+        cache = attached.new_cache()
+        with pytest.raises(UnsupportedError, match="^attention_mask: wanted "):
+            model(ids, attention_mask=LEFT[0], past_key_values=cache)
+        assert cache.state is None
+        found = model(ids, attention_mask=LEFT * 2).logits
+    assert torch.allclose(found[:, 3:], plain[:, 3:], atol=1e-4)
+
+
+def test_numbers_other_than_0_and_1_of_a_negative_prompt(llama):
+    guided = {"negative_prompt_ids": IDS, "guidance_scale": 1.7, **GREEDY}
     with attach(llama, PIPELINE) as attached:
         cache = attached.new_cache()
-        for run in (llama, lambda *args, **kwargs: llama.generate(*args, **kwargs)):
-            for mask in (LEFT * 2, LEFT.float() - 1):
-                with pytest.raises(ValueError, match="^attention_mask: wanted 0 and 1"):
-                    run(ids, attention_mask=mask, past_key_values=cache)
+        for mask in (LEFT * 2, LEFT[0], LEFT.tolist()):
+            with pytest.raises((TypeError, UnsupportedError), match="^negative_prompt_attention_m"):
+                llama.generate(
+                    IDS, negative_prompt_attention_mask=mask, past_key_values=cache, **guided
+                )
         assert cache.state is None
-        llama(ids, attention_mask=LEFT.float())
+        llama.generate(IDS, negative_prompt_attention_mask=LEFT.float(), **guided)
 
 
 def test_generate_after_padding_on_the_right(llama):
