@@ -39,8 +39,9 @@ def shown(value: Any) -> str:
 def check_int(name: str | None, value: Any, least: int, most: int = MOST) -> None:
     """Raises unless `value` is an int from `least` to `most`; a bool is none."""
     if not isinstance(value, int) or isinstance(value, bool):
-        whole = isinstance(value, float) and value.is_integer() and least <= value <= most
-        instead = f"; write {int(value)}" if whole else ""
+        read = _read(value)
+        whole = isinstance(read, float) and read.is_integer() and least <= read <= most
+        instead = f"; write {int(read)}" if whole else ""
         raise TypeError(f"{name}: wanted an int of at least {least}, got {shown(value)}{instead}")
     if value < least:
         raise ValueError(f"{name}: wanted at least {least}, got {shown(value)}")
@@ -48,16 +49,28 @@ def check_int(name: str | None, value: Any, least: int, most: int = MOST) -> Non
         raise ValueError(f"{name}: wanted at most {most:,}, got {shown(value)}")
 
 
+def _read(value: Any) -> Any:
+    """A number that is written as a text, as a float; else `value` itself."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def check_number(name: str | None, value: Any, wanted: str, fits: Callable[[float], bool]) -> None:
     """Raises unless `value` is a finite int or float that `fits`; a bool is none."""
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{name}: wanted {wanted}, got {shown(value)}")
+        read = _read(value)
+        instead = f"; write {read:g}" if isinstance(read, float) and fits(read) else ""
+        raise TypeError(f"{name}: wanted {wanted}, got {shown(value)}{instead}")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number) or not fits(number):
-        raise ValueError(f"{name}: wanted {wanted}, got {shown(value)}")
+        percent = "0, 1" in wanted and 5 <= number <= 100 and fits(number / 100)
+        instead = f"; write {number / 100:g} for {number:g} %" if percent else ""
+        raise ValueError(f"{name}: wanted {wanted}, got {shown(value)}{instead}")
 
 
 def integer(least: int, most: int = MOST) -> Check:

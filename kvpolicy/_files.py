@@ -20,7 +20,12 @@ def replacing(path: Path) -> Iterator[Path]:
     """A file beside `path` to write to, under a name of its own, that takes its place at the end.
 
     After an error, or on a disk that is full, `path` is as it was and nothing else is left.
+
+    Raises:
+        FileNotFoundError: the folder of `path` is not there.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path: no folder {path.parent}; make it first, or write elsewhere")
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         yield partial

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -109,6 +110,8 @@ def named(kind: Made) -> Made:
         if len(args) > by_place:
             wanted = f"at most {by_place} positional" if by_place else "named"
             hint = _by_name(title, names[by_place:], args[by_place:])
+            if reads and isinstance(args[0], str | os.PathLike):
+                hint = f"; write {title}.from_pretrained({os.fspath(args[0])!r})"
             raise TypeError(
                 f"{title}: wanted {wanted} arguments, got {len(args)} positional argument"
                 f"{'s' if len(args) > 1 else ''}{hint}"

@@ -38,6 +38,8 @@ def slot_field(name: str) -> Any:
             if len(value) > 1:
                 return "any_of(...) or all_of(...)" if name == "admission" else ""
             return f"{name}={type(value[0]).__name__}(...)"
+        if isinstance(value, dict):  # of a file
+            return '{"type": ..., ...}'
         return instead(value)
 
     return is_a(kind, f"{article} {name}", fits)

@@ -47,12 +47,19 @@ def _of_model(value: Any) -> str:
 
 def is_pipeline(value: Any) -> None:
     """Raises TypeError for anything but a CachePipeline."""
-    if not isinstance(value, CachePipeline):
-        fits = instead(value)
-        raise TypeError(
-            f"pipeline: wanted a CachePipeline, got {shown(value)}"
-            + (f"; write CachePipeline({fits})" if fits else "")
-        )
+    if isinstance(value, CachePipeline):
+        return
+    one = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+    fits = instead(one)
+    if isinstance(value, type):
+        hint = f"; write {value.__name__}(...)" if issubclass(value, CachePipeline) else ""
+    elif isinstance(value, nn.Module):
+        hint = "; write the model first"
+    elif isinstance(value, str) and value.endswith((".json", ".yaml", ".yml")):
+        hint = f"; write load_pipeline({value!r})"
+    else:
+        hint = f"; write CachePipeline({fits})" if fits else ""
+    raise TypeError(f"pipeline: wanted a CachePipeline, got {shown(value)}{hint}")
 
 
 def _window(window: int | None) -> int:

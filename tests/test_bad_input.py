@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,20 +12,25 @@ from typing import get_type_hints
 import attrs
 import pytest
 import torch
+from torch import nn
 
 from kvpolicy import (
     Admission,
     CachePipeline,
     CacheSpec,
+    DuoAttention,
     Eviction,
     PhaseError,
     Quest,
     RandomGate,
+    Ratio,
     Selection,
     SnapKV,
     Tokens,
+    WriteGate,
     attach,
     new_cache,
+    save_pipeline,
 )
 from kvpolicy.adapters import hf
 from kvpolicy.spec import Sizes, check_sizes
@@ -109,6 +115,12 @@ MODELS = [
     (lambda: attach(None, SnapKV(budget=9)), r"pipeline: .*; write CachePipeline\(eviction=SnapKV"),
     (lambda: new_cache(None, Quest(budget=9)), r"; write CachePipeline\(selection=Quest\("),
     (lambda: attach(None, "snapkv"), "pipeline: wanted a CachePipeline, got 'snapkv'$"),
+    (lambda: attach(None, "a.yaml"), r"; write load_pipeline\('a.yaml'\)$"),
+    (lambda: attach(None, [Quest(budget=9)]), r"; write CachePipeline\(selection=Quest\(...\)\)$"),
+    (lambda: attach(None, [Quest(budget=9)] * 2), r"pipeline: wanted a CachePipeline, got \[.*\]$"),
+    (lambda: attach(None, CachePipeline), r"the class CachePipeline; write CachePipeline\(...\)$"),
+    (lambda: attach(None, Quest), "pipeline: wanted a CachePipeline, got the class Quest$"),
+    (lambda: attach(PIPELINE, nn.Linear(2, 2)), "got a Linear; write the model first$"),
 ]
 
 
@@ -379,3 +391,42 @@ def test_evictions_that_make_no_sense(answer, error, message):
     with pytest.raises(error, match=message):
         pipeline.end_prompt(state)
     assert torch.equal(state.kept(1, 0, 1), kept) and state.pending_end
+
+
+NUMBERS = [
+    (lambda: Tokens("64"), TypeError, "tokens: wanted an int of at least 1, got '64'; write 64$"),
+    (lambda: Tokens("6.5"), TypeError, "tokens: wanted an int of at least 1, got '6.5'$"),
+    (lambda: Tokens("nan"), TypeError, "tokens: wanted an int of at least 1, got 'nan'$"),
+    (lambda: Ratio("0.25"), TypeError, r"ratio: .*\(0, 1\], got '0.25'; write 0.25$"),
+    (lambda: Ratio("half"), TypeError, r"ratio: wanted a number in \(0, 1\], got 'half'$"),
+    (lambda: Ratio("2"), TypeError, r"ratio: wanted a number in \(0, 1\], got '2'$"),
+    (lambda: Ratio(25), ValueError, "ratio: .*, got 25; write 0.25 for 25 %$"),
+    (lambda: Ratio(1.5), ValueError, "ratio: .*, got 1.5$"),
+    (lambda: Ratio(250), ValueError, "ratio: .*, got 250$"),
+    (lambda: WriteGate("a.pt"), TypeError, r"; write WriteGate.from_pretrained\('a.pt'\)$"),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "message"), NUMBERS)
+def test_what_was_meant(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path):
+    folder = tmp_path / "none"
+    with pytest.raises(FileNotFoundError, match=f"path: no folder {re.escape(str(folder))}; make"):
+        save_pipeline(PIPELINE, folder / "a.json")
+    assert not folder.exists()
+
+
+MISSPELT = [
+    (lambda: WriteGate.from_pretrained("smollm2-135m-instruct-w64-keep52"), "keep25"),
+    (lambda: DuoAttention.from_pretrained("duo-smollm2-135m", sparsity=0.5), "duo-smollm2-135m-"),
+]
+
+
+@pytest.mark.parametrize(("read", "meant"), MISSPELT)
+def test_a_misspelt_name_of_trained_weights(read, meant):
+    with pytest.raises(FileNotFoundError, match=rf"names\(\) lists .*; write .*{meant}"):
+        read()

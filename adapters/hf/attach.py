@@ -201,11 +201,11 @@ class Attachment:
                 "makes a cache of its own, or call generate of the model that was attached"
             )
         if given.pipeline is not self.pipeline and given.pipeline != self.pipeline:
-            raise ValueError(f"{name}: the cache belongs to another pipeline")
+            raise ValueError(f"{name}: the cache belongs to another pipeline; attach that one")
         model = given.model()  # None if it is gone
         other = model is not None and decoder_of(model) is not self.decoder
         if other or given.spec.each != self.spec.each:
-            raise ValueError(f"{name}: the cache was made for another model")
+            raise ValueError(f"{name}: the cache was made for another model; take a new one")
         return given
 
     def read(

@@ -66,8 +66,8 @@ class KVRef:
     @property
     def shape(self) -> Any:
         raise PhaseError(
-            f"a KVPolicyCache needs the attention implementation {NAME!r}: run inside "
-            "attach(model, pipeline)"
+            "past_key_values: the model is not attached, and a KVPolicyCache serves no other; "
+            "call it inside attach(model, pipeline)"
         )
 
 

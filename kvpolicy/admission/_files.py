@@ -14,9 +14,11 @@ import attrs
 from .. import pretrained
 from .._arguments import check_path, check_text
 from .._arguments import optional as none_or
+from .._elsewhere import near
 from .._fields import is_a, optional
 
 SOURCE = "a path, or the id of a hub repository"
+_NAMES = "kvpolicy.pretrained.names() lists trained policies"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -63,6 +65,11 @@ def source_of(
     return attrs.evolve(made, repo=str(source), file=file, revision=revision)
 
 
+def _near(path: Path) -> str:
+    """The trained policy whose name was meant, as a hint, or ""."""
+    return near(path.name, sorted(pretrained.KNOWN))
+
+
 def find_file(source: str | os.PathLike[str], file: str | None, revision: str | None) -> Path:
     """The path of a file, of `file` in a directory or hub repository, or of a trained policy."""
     check_path("path_or_repo", source, SOURCE)
@@ -89,8 +96,9 @@ def find_file(source: str | os.PathLike[str], file: str | None, revision: str | 
     elif file is not None and path.is_file():
         raise ValueError(f"file: {path} is a file already, got file={file!r} as well")
     if not path.is_file():
-        hint = " (a file of a hub repository needs `file`; kvpolicy.pretrained.names() lists gates)"
-        raise FileNotFoundError(f"path_or_repo: no file {path}{'' if file else hint}")
+        hint = f" (a file of a hub repository needs `file`; {_NAMES})"
+        near = _near(path) if file is None else ""
+        raise FileNotFoundError(f"path_or_repo: no file {path}{'' if file else hint}{near}")
     return path
 
 
@@ -124,7 +132,7 @@ def find_folder(
                 snapshot_download(str(source), revision=revision, allow_patterns=list(files))
             )
     if not path.is_dir():
-        raise FileNotFoundError(f"path_or_repo: no directory {path}")
+        raise FileNotFoundError(f"path_or_repo: no directory {path} ({_NAMES}){_near(path)}")
     for name in files:
         if not (path / name).is_file():
             raise FileNotFoundError(f"path_or_repo: {path} holds no {name}")

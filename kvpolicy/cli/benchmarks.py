@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .common import check_fractions, load, read, shipped
+from .common import GOES_ON, check_fractions, load, read, shipped
 from .own import own_pipeline, own_policy
 from .progress import Progress
 from .record import chosen, digest, made_with
@@ -185,7 +185,8 @@ def _finish(left: int, out: Path, which: tuple[int, int], title: str, name: str)
     failed = [x for x in results if x.failed]
     parts = f", {len(missing)} of {which[1]} parts missing" if missing else ""
     done = len(results) - len(failed)
-    typer.echo(f"{out / 'results.md'}: {done} cells, {len(failed)} failed, {left} left{parts}")
+    counts = f"{done} cells, {len(failed)} failed, {left} left{parts}"
+    typer.echo(f"{out / 'results.md'}: {counts}{GOES_ON if left else ''}")
     # Cells that other parts have not reached yet are no failure of this one.
     return which[1] == 1 and bool(failed)
 

@@ -57,7 +57,7 @@ def calibrate(
     pipeline: Own = None,
     trust_code: Trust = False,
     slot: Annotated[
-        str | None, typer.Option(help='Of --pipeline: "admission" or "eviction".')
+        str | None, typer.Option(help='What of --pipeline is turned: "admission" or "eviction".')
     ] = None,
     device: Device = None,
     dtype: OfWeights = None,
@@ -79,6 +79,7 @@ def calibrate(
         else:
             turned = own_pipeline(pipeline, trust_code)
         pattern = None if duo is None else shipped("duo", duo)
+        calibration.target_of(target, tokens, max_bytes)  # before a model is loaded for nothing
         with Progress("trial", asked=progress) as shown:
             shown.doing(f"loading {model}")
             language_model, tokenizer = load(model, device, dtype)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..pipeline import CachePipeline
 
 SMOLLM2, QWEN_CODER = "smollm2", "qwen2.5-coder-0.5b"
+GOES_ON = "; out of --minutes, the same command goes on"  # after a table that is not whole
 
 
 class Dtype(StrEnum):
@@ -52,8 +53,12 @@ Duo = Annotated[
 Texts = Annotated[Path, typer.Option(help="A .txt file or a folder of them.", exists=True)]
 Sparsity = Annotated[float, typer.Option(help="Part of the heads that stream, with --duo.")]
 Window = Annotated[int | None, typer.Option(min=1, max=MOST, help="Local window in tokens.")]
-QuestTokens = Annotated[int | None, typer.Option(min=1, max=MOST, help="Tokens a head reads.")]
-SnapKVTokens = Annotated[int | None, typer.Option(min=1, max=MOST, help="Tokens a head holds.")]
+QuestTokens = Annotated[
+    int | None, typer.Option(min=1, max=MOST, help="Quest: tokens that a head reads.")
+]
+SnapKVTokens = Annotated[
+    int | None, typer.Option(min=1, max=MOST, help="SnapKV: tokens that a head holds.")
+]
 
 
 def load(

@@ -13,6 +13,7 @@ import typer
 from .._fields import MOST, check_number
 from .benchmarks import RATIOS, Prompted, refuse, run_benchmark
 from .common import (
+    GOES_ON,
     SMOLLM2,
     Device,
     Duo,
@@ -311,4 +312,4 @@ def _summarize(runner: Runner, out: Path, title: str) -> None:
     failed = sum(bool(x.failed) for x in results)
     parts = f", {len(missing)} of {runner.part[1]} parts missing" if missing else ""
     done = f"{len(results) - failed} cells, {failed} failed, {runner.left} left"
-    typer.echo(f"{out / 'results.md'}: {done}{parts}")
+    typer.echo(f"{out / 'results.md'}: {done}{parts}{GOES_ON if runner.left else ''}")

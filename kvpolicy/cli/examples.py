@@ -28,7 +28,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "chat": (
         (
-            "talk; half of the heads stream, and a token reads 256 others",
+            "talk; half of the heads stream, and a generated token reads 512",
             f"kvpolicy chat smollm2 --duo {DUO} --quest 512 --max-new-tokens 60",
         ),
     ),

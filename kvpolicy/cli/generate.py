@@ -35,15 +35,20 @@ if TYPE_CHECKING:
 
 New = Annotated[int, typer.Option(min=1, max=MOST, help="Most tokens of an answer.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0: the likeliest token always.")]
-TopP = Annotated[float, typer.Option(min=0, max=1, help="Of the tokens to draw from.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of the drawing.")]
+TopP = Annotated[
+    float,
+    typer.Option(min=0, max=1, help="Draw from the likeliest tokens of this total probability."),
+]
+Seed = Annotated[int, typer.Option(min=0, help="Of the draws.")]
 System = Annotated[str | None, typer.Option(help="A system prompt.")]
 ShowReport = Annotated[
     bool, typer.Option("--report/--no-report", help="What the cache holds, at the end, on stderr.")
 ]
 Files = Annotated[
     list[Path] | None,
-    typer.Option("--file", help="A text that comes before the prompt.", exists=True),
+    typer.Option(
+        "--file", help="A text that comes before the prompt.", exists=True, dir_okay=False
+    ),
 ]
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .._elsewhere import near
 from .common import errors
 
 
@@ -36,7 +37,10 @@ def models(
         known = [*causal_types(), *multimodal_types()]
         wrong = sorted(set(types or ()) - set(known))
         if wrong:
-            raise ValueError(f"types: transformers has no language model of {', '.join(wrong)}")
+            hint = near(wrong[0], known)
+            raise ValueError(
+                f"types: transformers has no language model of {', '.join(wrong)}{hint}"
+            )
         if not check:
             for name in types or known:
                 typer.echo(name)

@@ -50,7 +50,8 @@ def reproduce(
         list[Path] | None, typer.Option(help="HELMET's files, or aime25.jsonl.", exists=True)
     ] = None,
     texts: Annotated[
-        Path | None, typer.Option(help="A long .txt file to time, for fig8.", exists=True)
+        Path | None,
+        typer.Option(help="A long .txt file, or a folder of them, to time, for fig8.", exists=True),
     ] = None,
     duo: Annotated[Path | None, typer.Option(help="DuoAttention's pattern, for fig7.")] = None,
     contexts: Annotated[int | None, typer.Option(min=1, help="Contexts of a task. [100]")] = None,

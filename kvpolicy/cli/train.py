@@ -89,7 +89,8 @@ def train_gate(
     ] = KeyInputs.both,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     start: Annotated[
-        Path | None, typer.Option(help="A gate's file to continue from.", exists=True)
+        Path | None,
+        typer.Option(help="A gate's file to continue from.", exists=True, dir_okay=False),
     ] = None,
     start_lam: Annotated[float, typer.Option(help="First weight when steered.")] = 0.16,
     ungated: Annotated[int, typer.Option(min=0, help="Random open positions a step.")] = 0,

@@ -102,7 +102,7 @@ class _Reader:
 
 def _mapping(data: Any, where: str) -> dict[str, Any]:
     if not isinstance(data, Mapping):
-        raise TypeError(f"{where}: wanted names and values, got {shown(data)}")
+        raise TypeError(f"{where}: wanted names and values, got {shown(data)}; write {{...}}")
     for key in data:
         if not isinstance(key, str):
             raise TypeError(f"{where}: wanted texts as names, got {shown(key)}; write it in quotes")

@@ -150,7 +150,7 @@ RAISES: dict[str, Callable[[Path], object]] = {
     "model: wanted a model": lambda folder: attach("gpt2", SMALL),
     "block_size: ": lambda folder: attach(tiny_llama(), SMALL, block_size=4),
     "attach: the model has": lambda folder: twice(),
-    "a KVPolicyCache needs": lambda folder: detached(),
+    "past_key_values: the model is": lambda folder: detached(),
     "cache_implementation: ": lambda folder: generating(cache_implementation="static"),
     "use_cache=False: ": lambda folder: generating(use_cache=False),
     "output_attentions: ": lambda folder: generating(

@@ -184,7 +184,7 @@ def call(folder, out, *arguments, code=0):
 def test_a_run_is_boxed_resumed_and_summarized(folder, tmp_path):
     sizes = ("--contexts", 2, "--length", 420)
     said = call(folder, tmp_path, *sizes, "--minutes", 0).stdout
-    assert "0 cells, 0 failed, 12 left" in said
+    assert "0 cells, 0 failed, 12 left; out of --minutes, the same command goes on\n" in said
     said = call(folder, tmp_path, *sizes, "--minutes", 5).stdout
     assert "12 cells, 0 failed, 0 left" in said and said.count("copy, 420: ") == 9
     lines = (tmp_path / "cells.jsonl").read_text().splitlines()

@@ -293,6 +293,7 @@ WRONG = [
     ({"selection": {"type": "SnapKV", "budget": 9}}, "selection: wanted a selection"),
     ({"selection": {"type": ["Quest"]}}, "selection: type: wanted the name"),
     ({"selection": 3}, "selection: wanted a selection"),
+    ({"eviction": {"budget": 9}}, r'eviction: .*, got {.budget.: 9}; write {"type": ..., ...}$'),
     ({"selecton": {}}, 'selecton: wanted .* write "selection"'),
     ({"format": 2}, "format: wanted 1, got 2"),
     ([1], "pipeline: wanted names and values"),

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.generation import GenerationConfig, LogitsProcessorList, StopStringCriteria
 
 from ...._arguments import check_ids, wrong
+from ...._fields import shown
 from ....errors import UnsupportedError
 from ..arguments import check_generate
 from ..attached import Attached
@@ -87,7 +88,8 @@ def _options_of(
     stop: Callable[[Any], StopStringCriteria],
 ) -> Options:
     if not isinstance(request, Request):
-        raise TypeError(f"requests: wanted Request objects, got {type(request).__name__}")
+        hint = f"write Request({shown(request)})" if isinstance(request, str | list) else ""
+        raise TypeError(wrong("requests", "Request objects", request, hint))
     options = dict(request.options)
     fields = GenerationConfig().to_dict()
     for name in options:
@@ -149,7 +151,10 @@ def _ids(attachment: Attached, name: str, given: Any, tokenizer: Any) -> list[in
         isinstance(n, int) and not isinstance(n, bool) for n in given
     )
     if not whole:
-        raise TypeError(wrong(name, "a text, or token ids", given))
+        said = isinstance(given, list) and given and isinstance(given[0], dict)
+        hint = "write tokenizer.apply_chat_template(messages, tokenize=False, "
+        hint = f"{hint}add_generation_prompt=True)" if said else ""
+        raise TypeError(wrong(name, "a text, or token ids", given, hint))
     words = attachment.base.get_input_embeddings().num_embeddings
     outside = [n for n in given if not 0 <= n < words]
     if not given or outside:

@@ -36,9 +36,13 @@ def serve(
     check_int("tokens_per_call", tokens_per_call, 1)
     optional(check_int, "max_bytes", max_bytes, 1, MOST_INT)
     if isinstance(requests, str | Request) or not isinstance(requests, Iterable):
-        raise TypeError(wrong("requests", "an iterable of Request objects", requests))
+        hint = "write [request]" if isinstance(requests, Request) else ""
+        hint = f"write [Request({requests!r})]" if isinstance(requests, str) else hint
+        raise TypeError(wrong("requests", "an iterable of Request objects", requests, hint))
     if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
-        raise TypeError(wrong("tokenizer", "a tokenizer of transformers", tokenizer))
+        hint = f"write AutoTokenizer.from_pretrained({tokenizer!r})"
+        hint = hint if isinstance(tokenizer, str) else ""
+        raise TypeError(wrong("tokenizer", "a tokenizer of transformers", tokenizer, hint))
     check_served(attachment)
     reader = Reader(attachment, tokenizer)
     prefix = [] if shared_prefix is None else reader.ids("shared_prefix", shared_prefix)

@@ -35,6 +35,7 @@ from .runs import PROMPT, STEPS
 from .untouched import untouched
 
 _KNOWN: dict[Any, Probe] = {}
+NO_DECODER = "only decoders are served, as AutoModelForCausalLM loads them, no encoders"
 
 
 def probe(model: Any, *, again: bool = False, verify: bool = True) -> Probe:
@@ -61,11 +62,22 @@ def probe(model: Any, *, again: bool = False, verify: bool = True) -> Probe:
             for layer in known.layers
         ]
         return attrs.evolve(known, layers=tuple(layers), cached=True)
-    with _traced_by_nobody():
-        found = _probe(base, verify)
+    try:
+        with _traced_by_nobody():
+            found = _probe(base, verify)
+    except ModelRefused as error:
+        if not _generates(base) and error.check in ("attention", "forward"):
+            error.args = (f"{error}; {NO_DECODER}",)
+        raise
     if verify:
         _KNOWN[key] = found
     return found
+
+
+def _generates(model: Any) -> bool:
+    """Whether it is a language model with its head, by transformers' own word."""
+    asked = getattr(model, "can_generate", None)
+    return bool(asked and asked())
 
 
 def _traced_by_nobody() -> AbstractContextManager[Any]:

@@ -93,7 +93,7 @@ def calibrate(
         ValueError: arguments that have no meaning, or a target out of the knob's reach; the message
             names the sizes that it reaches.
     """
-    unit, wanted = _target(target, tokens, bytes)
+    unit, wanted = target_of(target, tokens, bytes)
     if trials < 2 or not texts:
         raise ValueError(f"trials, texts: wanted at least 2 and 1, got {trials} and {len(texts)}")
     prompts = [token_ids(text, tokenizer) for text in texts]
@@ -159,7 +159,8 @@ def measure(model: PreTrainedModel, pipeline: CachePipeline, prompts: Sequence[T
     return Size(tokens=means[0], fraction=means[1], bytes=means[2])
 
 
-def _target(target: str | None, tokens: float | None, bytes: float | None) -> tuple[str, float]:
+def target_of(target: str | None, tokens: float | None, bytes: float | None) -> tuple[str, float]:
+    """The unit and the size that `calibrate`'s arguments say; raises ValueError as it does."""
     given = {"fraction": target, "tokens": tokens, "bytes": bytes}
     named = {name: value for name, value in given.items() if value is not None}
     if len(named) != 1:

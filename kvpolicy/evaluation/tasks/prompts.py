@@ -94,7 +94,7 @@ def sentences(
         if tokens == 0:
             return found
     raise ValueError(
-        f"text: {tokens} tokens too short for a context of this length; give more text, or a "
+        f"text: {tokens} tokens fewer than contexts of this length need; give more text, or a "
         "smaller length"
     )
 

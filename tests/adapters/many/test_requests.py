@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 
 import pytest
@@ -263,10 +264,17 @@ def test_arguments_that_are_refused(attached, options, says):
 
 
 def test_what_is_no_request(attached, llama):
-    with pytest.raises(TypeError, match="requests: wanted Request objects, got list"):
+    hint = re.escape("got [1, 2]; write Request([1, 2])")
+    with pytest.raises(TypeError, match=f"requests: wanted Request objects, {hint}"):
         attached.generate_many([[1, 2]])
-    with pytest.raises(TypeError, match="requests: wanted an iterable"):
+    with pytest.raises(TypeError, match=r"requests: wanted an iterable.*; write \[request\]"):
         attached.generate_many(Request([1, 2]))
+    with pytest.raises(TypeError, match=r"requests: wanted.*; write \[Request\('hello'\)\]"):
+        attached.generate_many("hello")
+    with pytest.raises(TypeError, match=r"tokenizer: .*; write AutoTokenizer.from_pretrained"):
+        attached.generate_many([], tokenizer="gpt2")
+    with pytest.raises(TypeError, match=r"inputs: .*; write tokenizer.apply_chat_template"):
+        attached.generate_many([Request([{"role": "user", "content": "Hello"}])])
     with pytest.raises(TypeError, match="on_token: wanted a function"):
         Request([1], on_token=3)
     with pytest.raises(PhaseError, match="generate_many: no pipeline is attached"):

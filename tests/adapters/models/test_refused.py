@@ -221,9 +221,11 @@ def test_a_window_that_the_prompt_does_not_reach():
 def test_what_is_no_causal_model():
     model = tiny_model("bert")
     model.config.is_decoder = False
-    with pytest.raises(ModelRefused) as found:
+    with pytest.raises(ModelRefused, match="rounding allows [^;]*$") as found:
         probe(model)
     assert found.value.check == "attention"
+    with pytest.raises(ModelRefused, match="; only decoders are served.*, no encoders$"):
+        probe(model.bert)
 
 
 def test_dropout_and_causality_are_arguments():

@@ -54,6 +54,7 @@ def test_the_command_lists_types_and_refuses_others():
     assert call().stdout.split() == [*causal_types(), *multimodal_types()]
     wrong = call("llama", "nonsense", "--check")
     assert wrong.exit_code == 2 and "transformers has no language model of nonsense" in wrong.stderr
+    assert call("lama").stderr.endswith("no language model of lama; write llama\n")
 
 
 def test_the_committed_table_is_of_the_installed_version():
