@@ -89,9 +89,8 @@ def _causal(
     if not fused or (start and query.is_cuda):
         return _tiles(query, key, value, start, scale, softcap, sinks)
     mask = None
-    if start:
-        at = torch.arange(key.shape[1], device=key.device)
-        mask = at <= at[start:, None]
+    if start:  # as logits, since torch makes them of a mask of bools
+        mask = query.new_full((query.shape[1], key.shape[1]), float("-inf")).triu_(start + 1)
     with sdpa_kernel(_ORDER, set_priority=True):
         return F.scaled_dot_product_attention(
             query[None],

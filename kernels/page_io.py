@@ -17,32 +17,34 @@ _CHUNK = 2048  # elements of k and of v that one program moves
 def read_pages(pages: Pages, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Contents of pages `ids` `[...]`; see `Ops.read_pages`."""
     size, dim, dim_v = *pages.k.shape[1:], pages.v.shape[2]
-    flat = ids.reshape(-1).contiguous()  # a reshaped column keeps its stride
+    # The first pages of each head lie in a part of a table, which is read where it is.
+    rows = ids if ids.ndim == 2 and ids.stride(1) == 1 else ids.reshape(1, -1).contiguous()
     k, v = (
         torch.empty(*ids.shape, size, d, dtype=x.dtype, device=x.device)
         for x, d in ((pages.k, dim), (pages.v, dim_v))
     )
     most = size * max(dim, dim_v)
     meta = torch.empty(*ids.shape, size, dtype=pages.meta.dtype, device=pages.meta.device)
-    if flat.numel():
+    if rows.numel():
         with on(pages.k):
-            _read_pages[flat.numel(), cdiv(most, _CHUNK)](
-                pages.k, pages.v, pages.meta, pages.slabs, flat, k, v, meta,
+            _read_pages[rows.numel(), cdiv(most, _CHUNK)](
+                pages.k, pages.v, pages.meta, pages.slabs, rows, rows.shape[1], rows.stride(0),
+                k, v, meta,
                 SLAB_PAGES=pages.slab_pages, PAGE=size, PAGE_PAD=power_of_two(size), DIM=dim,
                 DIM_V=dim_v, CHUNK=min(_CHUNK, power_of_two(most)), num_warps=4,
             )  # fmt: skip
     return k, v, meta
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "stride"])
 def _read_pages(
-    pages_k, pages_v, pages_meta, slabs, ids, k, v, meta,
+    pages_k, pages_v, pages_meta, slabs, ids, width, stride, k, v, meta,
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, PAGE_PAD: tl.constexpr, DIM: tl.constexpr,
     DIM_V: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Copies a chunk of a page to its place among the pages asked for; the first one its meta."""
     n = tl.program_id(0).to(tl.int64)
-    page = tl.load(ids + n)
+    page = tl.load(ids + n // width * stride + n % width)
     e = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     mask = e < PAGE * DIM
     mask_v = e < PAGE * DIM_V

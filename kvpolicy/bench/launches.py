@@ -26,7 +26,7 @@ PROMPT = 500  # tokens
 # Launches a layer of a first prompt and of the next, by what manages the cache.
 WANTED = {
     "gate": (10, 10),
-    "everything admitted": (6, 12),
+    "everything admitted": (6, 10),
     "gate + Quest": (11, 11),
     "gate + SnapKV": (12, 13),
     "DuoAttention": (10, 10),

@@ -81,6 +81,8 @@ WHOLE = ["_scaled_dot_product_flash_attention_for_cpu"]  # one launch of another
 RING, STORE = ["_advance"], ["_scan", "_store", "_settle"]
 TILES = ["_gather", "_limits", "_attend"]
 GATED = [*DECIDE, *RING, *STORE, *TILES]
+# Dense kernels want earlier tokens and new ones in a row, and on a CPU a mask.
+JOINED = [*RING, *STORE, "_read_pages", "cat", "cat", "new_full", "triu_", *WHOLE]
 CHOSEN = [*DECIDE, *RING, *STORE, "_write_minmax", *TILES]
 MARKED = [*DECIDE, "bitwise_or", *RING, *STORE, *TILES, "index_copy_"]
 
@@ -88,7 +90,7 @@ MARKED = [*DECIDE, "bitwise_or", *RING, *STORE, *TILES, "index_copy_"]
 @pytest.mark.parametrize(
     ("rows", "pipeline", "first", "then"),
     [
-        (1, make(), [*RING, *STORE, *WHOLE], None),
+        (1, make(), [*RING, *STORE, *WHOLE], JOINED),
         (3, make(), None, [*RING, *STORE, *TILES]),
         (1, make(admission=GATE), GATED, GATED),
         (3, make(admission=GATE), GATED, GATED),

@@ -26,11 +26,13 @@ def test_page_io(page: int, dim: int, dtype: torch.dtype, first: str) -> None:
     pool = make_pool(12, page, dim, dtype, slab_pages=4, width=2 * dim, first=first)
     fill_heads(pool, [[page + 1, 0, 2 * page]], seed=1)
     want = pool.flat()
-    ids = torch.tensor([[11, 0, 3], [4, 7, 8]], dtype=torch.int32, device=DEVICE)
-    for got, expected in zip(
-        page_io.read_pages(pool.pages, ids), reference.read_pages(want, ids), strict=True
-    ):
-        assert_same(got, expected)
+    table = torch.tensor([[11, 0, 3, 9], [4, 7, 8, 2]], dtype=torch.int32, device=DEVICE)
+    ids = table[:, :3]
+    for part in (ids, table[:, ::2], table[1:, :2], table[:, 3:], table.T, table[0], table[None]):
+        for got, expected in zip(
+            page_io.read_pages(pool.pages, part), reference.read_pages(want, part), strict=True
+        ):
+            assert_same(got, expected)
     assert_same(page_io.read_meta(pool.pages, ids), reference.read_meta(want, ids))
     assert_same(page_io.read_summary(pool.pages, ids), reference.read_summary(want, ids))
     new = randn(4, 2 * dim, dtype=torch.float32, seed=2)
