@@ -48,10 +48,8 @@ def attend_on_host(
     spans = _spans([x.shape[1] for x in keys], max(ALONE // (group * max(dim, value_dim)), 1))
     scores = numpy.empty((heads, held + slots, group), q.dtype)
     turned = numpy.ascontiguousarray(q.transpose(0, 2, 1))
-    for part, low, high, at in spans:
-        for head in range(heads):
-            into = scores[head, at : at + high - low]
-            numpy.dot(keys[part][head, low:high], turned[head], out=into)
+    for part, low, high, at in spans:  # a product for each head, of which none is a copy
+        numpy.matmul(keys[part][:, low:high], turned, out=scores[:, at : at + high - low])
     logits = torch.from_numpy(scores).transpose(1, 2)
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
@@ -60,9 +58,7 @@ def attend_on_host(
     weights = softmax(logits, None if sinks is None else sinks.view(heads, -1)).numpy()
     out = numpy.zeros((heads, group, value_dim), q.dtype)
     for part, low, high, at in spans:
-        for head in range(heads):
-            share = weights[head, :, at : at + high - low]
-            out[head] += numpy.dot(share, values[part][head, low:high])
+        out += numpy.matmul(weights[:, :, at : at + high - low], values[part][:, low:high])
     return torch.from_numpy(out).view(1, -1, value_dim)
 
 
@@ -71,7 +67,7 @@ def _parts(store: Tensor, row: Row, held: int) -> list[Any]:
     there = row.length * store.shape[1]
     if held <= there:
         return [lying(store, row, held).numpy()]
-    apart = store.numpy()[row.others.numpy()].reshape(row.heads, -1, store.shape[2])
+    apart = store.numpy().take(row.others.numpy(), 0).reshape(row.heads, -1, store.shape[2])
     apart = apart[:, : held - there]
     return [lying(store, row, there).numpy(), apart] if there else [apart]
 
