@@ -21,6 +21,7 @@ from kvpolicy import (
     Write,
 )
 from kvpolicy._files import write_pt, write_safetensors
+from kvpolicy.calls.settle import seen
 from kvpolicy.testing import check_eviction
 
 HEADS, GROUP, DIM, HIDDEN, LAYERS = 2, 2, 8, 12, 2
@@ -41,25 +42,29 @@ def tokens(count):
     )  # fmt: skip
 
 
-def run(eviction, window, prompt, decoded):
-    """Kept positions `[step][head]` after the prompt and every decoded token."""
+def states(eviction, window, prompt, decoded, rollback=3):
+    """The cache after the prompt and after every decoded token."""
     pipeline = CachePipeline(eviction=eviction, window=window, backend="reference")
     spec = CacheSpec(
         layers=1, heads=HEADS * GROUP, kv_heads=HEADS, head_dim=DIM, page_size=4, interval=1,
-        rollback=3, dtype=F64,
+        rollback=rollback, dtype=F64,
     )  # fmt: skip
     state, data = pipeline.init(spec), tokens(prompt + decoded)
     pipeline.begin(state, [prompt], "prompt")
     pipeline.attend(state, 0, *(x[:, :prompt] for x in data))
     pipeline.commit(state)
     pipeline.end_prompt(state)
-    found = [[state.kept(0, 0, h).tolist() for h in range(HEADS)]]
+    yield state
     for at in range(prompt, prompt + decoded):
         pipeline.begin(state, [1], "decode")
         pipeline.attend(state, 0, *(x[None, :, at : at + 1] for x in data))
         pipeline.commit(state)
-        found.append([state.kept(0, 0, h).tolist() for h in range(HEADS)])
-    return found
+        yield state
+
+
+def run(*given):
+    """Kept positions `[step][head]` after the prompt and every decoded token."""
+    return [[x.kept(0, 0, h).tolist() for h in range(HEADS)] for x in states(*given)]
 
 
 def weights(query, key, at, kept):
@@ -74,7 +79,10 @@ def weights(query, key, at, kept):
 
 
 def h2o(heavy, recent, prompt, decoded, combine):
-    """FMInference/H2O: sums over queries move with their tokens, the best `heavy` stay."""
+    """FMInference/H2O: sums over queries move with their tokens, the best `heavy` stay.
+
+    Positions `[step][head]` and the sums of all tokens at the end `[head][token]`.
+    """
     query, key, _ = tokens(prompt + decoded)
     kept = [list(range(prompt)) for _ in range(HEADS)]
     sums = torch.zeros(HEADS, prompt + decoded, dtype=F64)
@@ -89,15 +97,28 @@ def h2o(heavy, recent, prompt, decoded, combine):
             best = sorted(old, key=lambda j, h=h: -float(sums[h, j]))[:heavy]
             kept[h] = sorted(best) + [j for j in kept[h] if j >= length - recent]
         found.append([list(k) for k in kept])
-    return found
+    return found, sums
 
 
 @pytest.mark.parametrize("group", ["mean", "max", "sum"])
 def test_h2o_goes_the_way_of_the_original(group):
     combine = {"mean": lambda w: w.mean(1), "max": lambda w: w.amax(1), "sum": lambda w: w.sum(1)}
-    wanted = h2o(9, 4, 30, 12, combine[group])
+    wanted, _ = h2o(9, 4, 30, 12, combine[group])
     assert run(H2O(budget=13, group=group), 4, 30, 12) == wanted
-    assert wanted != h2o(9, 4, 30, 12, lambda w: w[:, :1].mean(1))  # the case tells groups apart
+    other, _ = h2o(9, 4, 30, 12, lambda w: w[:, :1].mean(1))
+    assert wanted != other  # the case tells groups apart
+
+
+@pytest.mark.parametrize("rollback", [0, 1, 3, 7])
+def test_every_query_counts_once_whatever_can_be_taken_back(rollback):
+    """Queries wait until they cannot be taken back, or until an eviction settles them."""
+    window = 4
+    kept, sums = h2o(9, window, 30, 12, lambda w: w.mean(1))
+    *_, state = states(H2O(budget=13), window, 30, 12, rollback)
+    stored = seen(state, state.layers[0]).stored[0]
+    for h, positions in enumerate(kept[-1]):
+        wanted = sums[h, positions[:-window]]
+        torch.testing.assert_close(stored[h, : len(wanted)], wanted)
 
 
 def test_an_average_is_of_the_queries_that_could_see_a_token():

@@ -22,6 +22,7 @@ from kvpolicy import (
     any_of,
     per_layer,
 )
+from kvpolicy.store.report_ranks import joined
 
 SPEC = CacheSpec(
     layers=2, heads=4, kv_heads=2, head_dim=8, page_size=4, rollback=3, sliding=(None, 5)
@@ -52,6 +53,27 @@ def test_bytes_by_hand(report: Report) -> None:
     assert report.total == report.kv + sum(getattr(report, part) for part in parts)
     assert report.positions == 2 * 4 * 4 and report.queries == 0
     assert report.summaries == 2 * 2 * 8 * 4  # least and largest key of each page
+
+
+def test_a_report_of_all_ranks(report: Report) -> None:
+    """Ranks have other heads of the same sequences."""
+    same = {"sequences", "tokens", "overshoot"}
+    numbers = [n for n, x in attrs.asdict(report).items() if type(x) is int and n not in same]
+    first = attrs.evolve(report, overshoot=7, prompt_read=[0.25, None])
+    second = attrs.evolve(
+        report, overshoot=3, prompt_read=[0.75, None], stored=[[1.0], [2.0]],
+        admitted=[[0.5], None],
+        **{name: getattr(report, name) + 1000 + n for n, name in enumerate(numbers)},
+    )  # fmt: skip
+    for reports in ([first, second], [second, first]):
+        found = joined(reports)
+        for n, name in enumerate(numbers):
+            assert getattr(found, name) == 2 * getattr(report, name) + 1000 + n, name
+        assert (found.sequences, found.tokens, found.overshoot) == (1, TOKENS, 7)
+        assert found.stored == [a + b for a, b in zip(*(x.stored for x in reports), strict=True)]
+        assert found.admitted == [reports[0].admitted[0] + reports[1].admitted[0], None]
+        assert found.prompt_read == [0.5, None]
+        assert found.ranks == reports
 
 
 def test_means_leave_out_layers_that_slide(report: Report) -> None:
