@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from kvpolicy import (
     GKV,
     H2O,
+    LUKV,
     RKV,
     TOVA,
     AcrossLayers,
     Adaptive,
     CachePipeline,
     CacheSpec,
+    CapKV,
     CriticalKV,
     DBudgetKV,
     Eviction,
@@ -78,6 +80,7 @@ def evictions(held: int) -> dict[str, Eviction]:
         "KeyDiff, AdaKV": KeyDiff(budget=Adaptive(half)),
         "Knorm": Knorm(budget=half),
         "Expected Attention": ExpectedAttention(budget=half),
+        "CapKV": CapKV(budget=half),
         "CriticalKV": CriticalKV(ExpectedAttention(budget=half)),
         "R-KV": RKV(budget=half),
         "G-KV": GKV(budget=half),
@@ -104,6 +107,7 @@ def of_files(spec: CacheSpec, hidden: int, held: int) -> dict[str, Eviction]:
     layers, heads, dim = spec.layers, spec.kv_heads, spec.head_dim
     group, small = spec.heads // heads, 8
     worth = [[1.0 + n + h for h in range(heads)] for n in range(layers)]
+    parts = [[0.2 + 0.4 * ((n + h) % 2) for h in range(heads)] for n in range(layers)]
     real, imaginary = torch.randn(2, layers, spec.heads, dim // 2)
     return {
         "KVzip": KVzip(budget=budget),
@@ -131,6 +135,7 @@ def of_files(spec: CacheSpec, hidden: int, held: int) -> dict[str, Eviction]:
         ),
         "Ranked by a gate": Ranked(gate=random_gate(spec, 32), budget=budget),
         "SnapKV, HeadKV": SnapKV(budget=HeadKV(budget, importance=worth)),
+        "SnapKV, LU-KV": SnapKV(budget=LUKV(parts)),
         "a press": KVPress(press=SmallKeys(), budget=budget),
     }
 

@@ -22,6 +22,7 @@ from .admission import Write as Write
 from .admission import WriteGate as WriteGate
 from .admission import all_of as all_of
 from .admission import any_of as any_of
+from .budget import LUKV as LUKV
 from .budget import AcrossLayers as AcrossLayers
 from .budget import Adaptive as Adaptive
 from .budget import Budget as Budget
@@ -43,6 +44,7 @@ from .eviction import H2O as H2O
 from .eviction import RKV as RKV
 from .eviction import TOVA as TOVA
 from .eviction import AtPromptEnd as AtPromptEnd
+from .eviction import CapKV as CapKV
 from .eviction import CriticalKV as CriticalKV
 from .eviction import DBudgetKV as DBudgetKV
 from .eviction import Eviction as Eviction
@@ -123,6 +125,7 @@ __all__ = [
     "CachePipeline",
     "CacheSpec",
     "CacheState",
+    "CapKV",
     "CapacityError",
     "CriticalKV",
     "DBudgetKV",
@@ -145,6 +148,7 @@ __all__ = [
     "KeyDiff",
     "Knob",
     "Knorm",
+    "LUKV",
     "LagKV",
     "LazyLayers",
     "LocalAttention",

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 # By the name in small letters, without kvpress's "Press".
 KNOWN = {
     "adakv": "SnapKV(budget=Adaptive(...))",
+    "cap": "CapKV(budget=...)",
     "composed": "CachePipeline(...)",
+    "compressionratiodecoding": 'SnapKV(budget=Ratio(...), when="decode")',
+    "criticaladakv": "CriticalKV(SnapKV(budget=Adaptive(...)))",
     "decoding": 'SnapKV(budget=..., when="decode")',
     "dms": 'AtPromptEnd(KVzap.from_pretrained(path), generated="keep")',
     "dualcache": "CachePipeline(...)",
@@ -16,8 +19,10 @@ KNOWN = {
     "minference": "VerticalSlash(...)",
     "observedattention": "H2O(budget=...)",
     "perlayercompression": "per_layer(...)",
+    "prefilldecoding": 'SnapKV(budget=..., when="decode")',
     "pyramidkv": "SnapKV(budget=Pyramid(...))",
     "qfilter": "QFilters.from_pretrained(repository, file, budget=...)",
+    "random": 'AtPromptEnd(RandomGate(...), generated="keep")',
     "rocketkv": "CachePipeline(selection=TopChannels(...), eviction=SnapKV(...))",
     "wgkv": "WriteGate.from_pretrained(repository, file)",
 }

@@ -12,6 +12,7 @@ from .across_layers import AcrossLayers as AcrossLayers
 from .adaptive import Adaptive as Adaptive
 from .headkv import HeadKV as HeadKV
 from .lazy_layers import LazyLayers as LazyLayers
+from .lukv import LUKV as LUKV
 from .pyramid import Pyramid as Pyramid
 from .tokens import Ratio as Ratio
 from .tokens import Tokens as Tokens

@@ -92,7 +92,9 @@ def run_benchmark(
     which = part_of(part)
     check_fractions("ratio", ratios)
     if any(x == 1 for x in ratios):
-        raise ValueError("ratio: wanted less than 1, the part of the context that is evicted")
+        raise ValueError(
+            f"ratio: wanted less than 1, the part of the context that is evicted, got {ratios}"
+        )
     if questions is None:
         questions = BENCHMARK_QUESTIONS if contexts is None else 0
     contexts = contexts or BENCHMARK_CONTEXTS

@@ -23,8 +23,12 @@ def chosen(variants: list[Variant], starts: Sequence[str] | None) -> list[Varian
     chosen = [x for x in variants if x.name in starts or x.name.startswith(parts)]
     unknown = [start for start in parts if not any(x.name.startswith(start) for x in chosen)]
     if unknown:
-        known = ", ".join(x.name for x in variants)
-        raise ValueError(f"variant: wanted the start of one of {known}; got {', '.join(unknown)}")
+        # Their sizes are left out: many methods have a dozen.
+        known = (x.family if x.name.startswith(x.family) else x.name for x in variants)
+        raise ValueError(
+            f"variant: wanted the start of one of {', '.join(dict.fromkeys(known))}, with its size "
+            f"or without; got {', '.join(unknown)}"
+        )
     sizes = {x.matches for x in chosen}
     return [x for x in variants if x in chosen or x.name in sizes]
 

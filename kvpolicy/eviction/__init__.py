@@ -6,6 +6,7 @@ from ._view import EvictionView as EvictionView
 from ._view import QueryStats as QueryStats
 from ._view import StoredTokens as StoredTokens
 from .at_prompt_end import AtPromptEnd as AtPromptEnd
+from .cap_kv import CapKV as CapKV
 from .critical_kv import CriticalKV as CriticalKV
 from .dbudgetkv import DBudgetKV as DBudgetKV
 from .expected_attention import ExpectedAttention as ExpectedAttention

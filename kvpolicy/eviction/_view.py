@@ -207,14 +207,15 @@ class StoredTokens(NamedTuple):
     def read(self, ops: Ops, row: int, heads: slice, tokens: slice) -> tuple[Tensor, Tensor]:
         """Keys `[H, n, D]` and values `[H, n, Dv]` of global tokens of a sequence's `heads`.
 
-        A copy, for what no op computes from pages: of a part at a time. `tokens` starts at a page
-        of the cache; zeros where a head holds no token.
+        A copy, for what no op computes from pages: of a part at a time; zeros where a head holds no
+        token.
         """
         size = self.pages.k.shape[1]
         columns = slice(tokens.start // size, pages_of(tokens.stop, size))
         k, v, _ = ops.read_pages(self.pages, self.heads.table[row, heads, columns].contiguous())
-        token = tokens.start + torch.arange(k.shape[1] * size, device=k.device)
+        first = columns.start * size
+        token = first + torch.arange(k.shape[1] * size, device=k.device)
         hide = (token >= self.heads.counts[row, heads, None])[..., None]
-        wanted = slice(0, tokens.stop - tokens.start)
+        wanted = slice(tokens.start - first, tokens.stop - first)
         k, v = (x.flatten(1, 2).masked_fill_(hide, 0)[:, wanted] for x in (k, v))
         return k, v

@@ -49,8 +49,8 @@ class FastKVzip(Eviction):
     of L layers are stacked: `q` `[L, Hkv G d, hidden]`, `q_bias` `[L, Hkv G d]`, `k`
     `[L, Hkv d, hidden]`, `q_norm`, `k_norm` `[L, d]`, `base` `[L, Hkv, 1, J, d]`, `bias`
     `[L, Hkv, 1, G]`. The first `sinks` tokens always stay. The original shares its budget between
-    heads and layers (`TotalCap`) and keeps a window of a fiftieth of the context, 4096 tokens from
-    32,000 on.
+    all heads and layers (`AcrossLayers(Ratio(0.3), floor=0)`) and keeps a window of a fiftieth of
+    the context, 4096 tokens from 32,000 on: give the pipeline a `window` of so many.
 
     Example:
         `CachePipeline(eviction=FastKVzip.from_pretrained("q4_dim16_sink16.pt", budget=Ratio(0.3)))`

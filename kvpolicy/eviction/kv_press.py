@@ -57,9 +57,11 @@ class KVPress(Eviction):
     such a press leaves out; "hidden", the last `inputs` attention inputs, without `q_proj`.
     `compression_ratio` and the like of the press count for nothing: `budget` does. Modules that a
     press tells by their class (norms, fused projections) do not matter: queries come as they are.
+    Where nothing demands a window it is 1 token wide: what is kept is what the press would keep,
+    and the newest token.
 
     Example:
-        `CachePipeline(eviction=KVPress(press=KnormPress(), budget=Ratio(0.5)), window=1)`
+        `CachePipeline(eviction=KVPress(press=KnormPress(), budget=Ratio(0.5)))`
     """
 
     press: Any = attrs.field(validator=_press)
@@ -71,6 +73,10 @@ class KVPress(Eviction):
     output_weight: bool = attrs.field(default=False, validator=flag)
     across_heads: bool = attrs.field(default=False, validator=flag)
     gathers_heads = True
+
+    @property
+    def prefers_window(self) -> int:
+        return 1
 
     @property
     def queries(self) -> int:

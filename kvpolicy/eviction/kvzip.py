@@ -24,8 +24,9 @@ class KVzip(Eviction):
     arXiv 2505.23416; snu-mllab/KVzip, attention/score.py; kvpress, presses/kvzip_press.py). Those
     passes are `CachePipeline.replay`, or `attached.replay`, before the prompt ends; without them
     the end of the prompt raises PhaseError. The first `sinks` tokens always stay: give the replays
-    the same number. The original shares its budget between all heads and layers, which is
-    `TotalCap`; with tokens or a ratio every head keeps as many.
+    the same number. The original lets all heads of all layers share its budget, which is
+    `AcrossLayers(Ratio(0.3), floor=0)`; with tokens or a ratio every head keeps as many. Where
+    nothing demands a window it is 1 token wide, since the original has none.
 
     Example:
         `CachePipeline(eviction=KVzip(budget=Ratio(0.3)))`
@@ -33,6 +34,10 @@ class KVzip(Eviction):
 
     budget: Budget = attrs.field(converter=tokens_from_int, validator=is_budget)
     sinks: int = attrs.field(default=4, validator=not_negative)
+
+    @property
+    def prefers_window(self) -> int:
+        return 1
 
     @property
     def accumulates(self) -> Accumulates:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvpolicy import CachePipeline, KVzip, PhaseError, SnapKV, Tokens, UnsupportedError
+from kvpolicy import (
+    AcrossLayers,
+    CachePipeline,
+    KVzip,
+    PhaseError,
+    SnapKV,
+    Tokens,
+    UnsupportedError,
+)
 from kvpolicy.adapters.hf import attach, repeats
 from tests.support.adapters.faults import digest
 from tests.support.adapters.models import SIZES, prompt
@@ -55,6 +63,30 @@ def test_kvzip_keeps_what_the_original_does(llama):
                 recent = list(range(length - WINDOW, length))
                 assert cache.state.kept(layer, 0, head).tolist() == sorted(chosen) + recent
         llama(CONTEXT[:, :1], past_key_values=cache)
+
+
+def test_kvzip_shares_its_budget_among_all_heads_as_the_original_does(llama):
+    """snu-mllab/KVzip, _threshold: one ranking of all layers. Without a window but the newest."""
+    llama.set_attn_implementation("eager")
+    with torch.no_grad():
+        scores = torch.stack(scores_of(llama, PARTS))[..., :-1]
+    scores[..., :SINKS] = 2.0
+    best = scores.flatten().topk(scores[..., 0].numel() * (KEPT - 1)).indices
+    wanted = torch.zeros(scores.numel(), dtype=torch.bool).scatter(0, best, True)
+    wanted = wanted.view_as(scores)
+    assert len({int(n) for n in wanted.sum(-1).flatten()}) > 1
+    budget = AcrossLayers(Tokens(KEPT), floor=0)
+    pipeline = CachePipeline(eviction=KVzip(budget=budget, sinks=SINKS))
+    with attach(llama, pipeline, **SIZES) as attached, torch.no_grad():
+        cache = attached.new_cache()
+        llama(CONTEXT, past_key_values=cache)
+        for ids, span in PARTS:
+            attached.replay(cache, ids, span=span, sinks=SINKS)
+        cache.end_prompt()
+        for layer, heads in enumerate(wanted):
+            for head, of_head in enumerate(heads):
+                held = [*of_head.nonzero()[:, 0].tolist(), CONTEXT.shape[1] - 1]
+                assert cache.state.kept(layer, 0, head).tolist() == held
 
 
 def test_the_end_of_a_prompt_without_a_replay_says_what_to_do(llama):

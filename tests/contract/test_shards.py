@@ -12,7 +12,7 @@ from tests.support.contract.contents import contents
 from tests.support.contract.driver import Run, feed, streams_of
 
 EVICTIONS = ["none", "tokens_decode", "pyramid", "at_end_gate"]
-ASKING = ["expected_decode", "critical", "critical_expected", "r_kv", "tri"]
+ASKING = ["expected_decode", "cap_kv", "critical", "critical_expected", "r_kv", "tri"]
 
 
 @pytest.mark.parametrize(

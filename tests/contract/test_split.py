@@ -29,8 +29,8 @@ SPEC = CacheSpec(
 )
 SIZES = Sizes(SPEC, window=5)
 SHARING = [
-    "adaptive", "adaptive_pyramid", "across_layers", "lazy_layers", "headkv", "cap", "cap_decode",
-    "simlayer", "tova_layer", "critical_expected",
+    "adaptive", "adaptive_pyramid", "across_layers", "lazy_layers", "headkv", "lukv", "cap",
+    "cap_decode", "simlayer", "tova_layer", "critical_expected",
 ]  # fmt: skip
 
 

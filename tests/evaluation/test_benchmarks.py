@@ -323,6 +323,15 @@ def test_a_ratio_counts_only_where_full_attention_scores_half():
     assert "not counted" not in line
 
 
+def test_a_mean_of_fewer_tasks_does_not_stand_beside_the_others():
+    rows = [result(task, "full", (1.0, 1.0)) for task in ("a", "b")]
+    rows.append(result("a", "gate", (0.9, 0.9)))
+    text = tables.summary({"settings": {}, "made_with": []}, rows, "title")
+    mean, _, of_tasks = text.partition("## a, 9 tokens")
+    assert "| full |" in mean and "| gate |" not in mean and "| gate |" in of_tasks
+    assert "Measured on fewer tasks: gate (1)." in mean
+
+
 def test_only_what_repeats_a_context_is_read_alone():
     kvzip, judge = KVzip(budget=Ratio(0.5)), JudgeQ(budget=64, embeds=torch.ones(2, 8))
     assert alone(kvzip) and not alone(judge) and not alone(SnapKV(budget=64))

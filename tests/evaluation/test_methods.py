@@ -164,6 +164,7 @@ def test_every_method_of_the_page_is_compared_or_says_why_not():
         "lazy layers": "snapkv, lazy layers",
         "dms": "write gate at the prompt's end",
         "total cap": "totalcap",
+        "lu-kv": "lukv",
     }
     found = {also.get(name.lower(), name.lower()) for name in named}
     assert len(found) > 35 and found <= families | left

@@ -15,6 +15,7 @@ import torch
 from kvpolicy import (
     GKV,
     H2O,
+    LUKV,
     RKV,
     TOVA,
     AcrossLayers,
@@ -25,6 +26,7 @@ from kvpolicy import (
     Budget,
     CachePipeline,
     CacheSpec,
+    CapKV,
     CriticalKV,
     DBudgetKV,
     DuoAttention,
@@ -115,10 +117,10 @@ def words(*options):
 
 FRACTION = numbers(lambda value: 0 <= value <= 1)
 POSITIVE_FRACTION = numbers(lambda value: 0 < value <= 1)
-BUDGET = Kind((Tokens, Ratio, Adaptive, Pyramid, TotalCap, AcrossLayers, HeadKV, LazyLayers))
+BUDGET = Kind((Tokens, Ratio, Adaptive, Pyramid, TotalCap, AcrossLayers, HeadKV, LazyLayers, LUKV))
 INT_OR_OTHER = lambda value: type(value) is not int or 1 <= value <= MOST  # noqa: E731
 BUDGET_OR_INT = Kind((*BUDGET.types, int), INT_OR_OTHER)
-BASE = Kind((Tokens, Ratio, Adaptive, Pyramid, int), INT_OR_OTHER)
+BASE = Kind((Tokens, Ratio, Adaptive, Pyramid, LUKV, int), INT_OR_OTHER)
 TOKENS_OR_INT = Kind((Tokens, int), INT_OR_OTHER)
 INT64 = ints(-(1 << 63), (1 << 63) - 1)
 TENSOR = Kind((torch.Tensor,), lambda value: value.shape == (1, 4))
@@ -372,6 +374,17 @@ CLASSES = {
             "epsilon": numbers(lambda value: value >= 0),
         },
     ),
+    CapKV: (
+        {"budget": 64},
+        {
+            "budget": BUDGET_OR_INT,
+            "when": WHEN,
+            "tau": numbers(lambda value: value >= 0),
+            "future": ints(1),
+            "sinks": ints(0),
+            "epsilon": numbers(lambda value: value >= 0),
+        },
+    ),
     CriticalKV: (
         {"eviction": SnapKV(budget=64)},
         {
@@ -488,6 +501,10 @@ CLASSES = {
             "beta": numbers(lambda value: value >= 1),
             "temperature": numbers(lambda value: value >= 0),
         },
+    ),
+    LUKV: (
+        {"parts": ((0.5, 0.2),)},
+        {"parts": Kind((tuple, list), lambda value: value == ((0.5,),))},
     ),
     TotalCap: ({"tokens": 64}, {"tokens": ints(1, (1 << 63) - 1), "drop": POSITIVE_FRACTION}),
     Knob: (

@@ -15,6 +15,7 @@ from kvpolicy import (
     AtPromptEnd,
     CachePipeline,
     CacheSpec,
+    CapKV,
     CriticalKV,
     DBudgetKV,
     Eviction,
@@ -63,6 +64,7 @@ def tri(**options):
 
 
 POLICIES = [
+    CapKV(budget=20),
     CriticalKV(SnapKV(budget=20, observation=6)),
     CriticalKV(KeyDiff(budget=20)),
     DBudgetKV(threshold=0.3, observation=6),

@@ -74,6 +74,7 @@ class Snap:
 
 def test_scores_of_a_press_are_the_policys():
     assert kept(KVPress(press=Norms(), budget=HELD), window=1) == kept(Knorm(budget=HELD))
+    assert kept(KVPress(press=Norms(), budget=HELD)) == kept(Knorm(budget=HELD))
     own = SnapKV(budget=HELD, observation=6, kernel=3)
     for across in (False, True):
         press = KVPress(press=Snap(), budget=HELD, inputs=7, across_heads=across)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import attrs
+import numpy
 import pytest
 import torch
 
 from kvpolicy import (
+    LUKV,
     AcrossLayers,
     Adaptive,
     BudgetView,
@@ -95,6 +98,60 @@ def test_importance_of_another_model_is_refused_before_anything_is_read():
         pipeline.init(CacheSpec(layers=2, heads=4, kv_heads=2, head_dim=8))
 
 
+# Of a head of Llama's kind, what it loses where 80 % go.
+LOST = [[0.955, 0.72, 0.725], [0.5, 0.9999, 0.9]]
+
+
+@pytest.mark.parametrize(
+    ("seen", "wanted"), [(60, [[3, 17, 16], [30, 1, 6]]), (101, [[5, 28, 28], [51, 1, 10]])]
+)
+def test_lukv_keeps_what_kvpress_does(seen, wanted, tmp_path):
+    """NVIDIA/kvpress, LUKVPress.compress on this curve: recorded."""
+    curve = numpy.ones((99, 2, 3), dtype=numpy.float32)
+    curve[79] = LOST
+    numpy.save(tmp_path / "curve.npy", curve)
+    exact = LUKV([[1 - x for x in row] for row in LOST])
+    for budget in (exact, LUKV.from_curve(tmp_path / "curve.npy", 0.2)):
+        none = torch.zeros(1, 3, 0)
+        for window in (1, 8):
+            view = attrs.evolve(view_of(none, none, seen=seen), window=window)
+            assert budget.targets(view) == [[[max(n - window, 0) for n in x] for x in wanted]]
+    assert [exact.tokens_per_head(seen, x, 2) for x in range(2)] == [sum(x) // 3 for x in wanted]
+
+
+def test_lukv_says_what_does_not_fit(tmp_path):
+    file = tmp_path / "curve.npy"
+
+    def refused(match, keep=0.5, **changed):
+        with pytest.raises(ValueError, match=match):
+            LUKV.from_curve(changed.get("path", file), keep)
+
+    numpy.save(file, numpy.zeros((99, 2, 3)))
+    for keep in (0, 1, float("nan")):
+        refused("keep: wanted a number above 0 and below 1", keep=keep)
+    assert LUKV.from_curve(file, 0.999).parts == ((1.0,) * 3,) * 2
+    numpy.save(file, numpy.zeros((98, 2, 3)))
+    refused(r"curve\.npy: wanted floats \[99, L, Hkv\] from 0 to 1, got \[98, 2, 3\]")
+    numpy.save(file, numpy.full((99, 2, 3), 1.5))
+    refused("got 1.5 to 1.5")
+    numpy.save(file, numpy.full((99, 2, 3), float("nan")))
+    refused("got nan to nan")
+    numpy.save(file, numpy.zeros((99, 2, 3), dtype=int))
+    refused("got int64")
+    file.write_bytes(b"no array")
+    refused("got no .npy file")
+    numpy.save(file, numpy.array([{}]), allow_pickle=True)
+    refused("got no .npy file")
+    file.write_bytes(b"")
+    refused("got no .npy file")
+    pipeline = CachePipeline(eviction=SnapKV(budget=LUKV([[0.5, 0.5]])))
+    with pytest.raises(ValueError, match=r"parts: wanted .* = \[2\]\[2\] of the model"):
+        pipeline.init(CacheSpec(layers=2, heads=4, kv_heads=2, head_dim=8))
+    for wrong in ([[0.5], [0.5, 0.5]], [[]], [[1.5]], [[-0.1]]):
+        with pytest.raises(ValueError, match="parts: wanted numbers from 0 to 1"):
+            LUKV(wrong)
+
+
 def test_one_that_binds_layers_cannot_be_wrapped_by_one_of_a_layer():
     with pytest.raises(TypeError, match="base: wanted a budget per head"):
         Adaptive(AcrossLayers(Tokens(64)))
@@ -112,6 +169,7 @@ def test_a_view_without_scores_says_how_to_ask():
         AcrossLayers(Tokens(48)),
         LazyLayers(Tokens(48), threshold=0.5),
         HeadKV(Tokens(48), importance=[[1, 2], [3, 1]]),
+        LUKV([[0.2, 0.6], [0.5, 0.3]]),
     ],
     ids=lambda budget: type(budget).__name__,
 )

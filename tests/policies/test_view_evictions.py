@@ -16,6 +16,7 @@ from kvpolicy import (
     RKV,
     Adaptive,
     CachePipeline,
+    CapKV,
     CriticalKV,
     EvictionView,
     ExpectedAttention,
@@ -71,6 +72,15 @@ R_KV_OTHER = [
     [1, 2, 3, 10, 11, 12, 15, 16, 17, 25, 26, 27, 29, 30, 31, 32, 33, 39, 40, 41, *range(44, 48)],
     [4, 6, 8, 9, 10, 11, 15, 16, 17, 24, 25, 26, 27, 29, 30, 31, 32, 38, 39, 40, *range(44, 48)],
 ]
+# kvpress's CapPress but that the newest token stays, with its defaults and with other options.
+CAP = [
+    [0, 1, 2, 3, 5, 7, 10, 15, 19, 26, 33, 36, 39, 42, 45, 47],
+    [0, 1, 2, 3, 9, 13, 14, 17, 23, 26, 28, 38, 40, 42, 43, 47],
+]
+CAP_OTHER = [
+    [0, 1, 7, 9, 17, 18, 21, 22, 34, 35, 36, 38, 39, 40, 45, 47],
+    [0, 1, 2, 5, 8, 13, 15, 26, 35, 38, 39, 41, 42, 43, 46, 47],
+]
 TRI = [
     [0, 1, 2, 6, 11, 16, 20, 25, 26, 30, 31, 35, 39, 40, 45, 47],
     [1, 6, 10, 11, 15, 16, 21, 25, 26, 30, 31, 39, 40, 44, 45, 47],
@@ -103,6 +113,8 @@ def tri(**options):
         (critical(0.75), CRITICAL_MORE),
         (critical(0.75, SnapKV(budget=HELD, observation=6, kernel=3)), CRITICAL_SNAP),
         (critical(1.0, SnapKV(budget=HELD, observation=6, kernel=3)), SNAP),
+        (CapKV(budget=HELD), CAP),
+        (CapKV(budget=HELD, tau=1.0, sinks=2, future=7, epsilon=0.1), CAP_OTHER),
         (RKV(budget=24, when="prompt_end"), R_KV),
         (RKV(budget=24, when="prompt_end", observation=4, mix=0.5, kernel=3), R_KV_OTHER),
     ],
@@ -178,6 +190,18 @@ def test_without_rope_nothing_turns():
     assert kept(ExpectedAttention(budget=HELD), rope=still) == plain
 
 
+def test_capkv_reads_values_in_parts_of_any_size(monkeypatch):
+    """Parts end inside of pages too."""
+    for size in (1, 3, 7, 1000):
+        monkeypatch.setattr("kvpolicy.eviction.cap_kv._TOKENS", size)
+        assert kept(CapKV(budget=HELD)) == CAP
+
+
+def test_capkv_of_sinks_alone_drops_nothing_else():
+    """All that is stored before the window is a sink: nothing has a weight."""
+    assert kept(CapKV(budget=HELD, sinks=T), window=1)[0] == [*range(32, 47), 47]
+
+
 def test_criticalkv_wants_a_budget_of_each_layer():
     with pytest.raises(ValueError, match="^eviction: wanted one whose budget says"):
         CriticalKV(SnapKV(budget=TotalCap(40)))
@@ -197,6 +221,8 @@ def test_criticalkv_is_its_inner_eviction_but_for_values():
         ExpectedAttention(budget=Adaptive(Tokens(24)), when="decode", covariance=False),
         CriticalKV(ExpectedAttention(budget=24, value_norm=False)),
         CriticalKV(H2O(budget=24)),
+        CapKV(budget=24),
+        CapKV(budget=Adaptive(Tokens(24)), when="decode"),
         RKV(budget=24),
     ],
     ids=repr,

@@ -7,7 +7,16 @@ from __future__ import annotations
 
 import torch
 
-from kvpolicy import AcrossLayers, Adaptive, EvictionView, HeadKV, LazyLayers, PromptView, TotalCap
+from kvpolicy import (
+    LUKV,
+    AcrossLayers,
+    Adaptive,
+    EvictionView,
+    HeadKV,
+    LazyLayers,
+    PromptView,
+    TotalCap,
+)
 from tests.support.contract.told import asked
 
 
@@ -95,6 +104,8 @@ def dealt(budget, layers):
         return [
             [round(x / total * pool * heads + n - pool) for x in worth[o.layer]] for o, _ in layers
         ]
+    if isinstance(budget, LUKV):
+        return [_by_parts(budget.parts[o.layer], o) for o, _ in layers]
     if isinstance(budget, LazyLayers):
         share = [sum(sum(s.values()) for s in mine) / o.heads for o, mine in layers]
         lazy = [x < 1 - budget.threshold for x in share]
@@ -117,6 +128,14 @@ def dealt(budget, layers):
     return counts
 
 
+def _by_parts(parts, o):
+    """Global tokens of a layer's heads: parts of all, rounded together, the fullest first."""
+    whole = [int(x * o.n) for x in parts]
+    short = round(sum(x * o.n for x in parts)) - sum(whole)
+    order = sorted(range(len(parts)), key=lambda h: (whole[h] - parts[h] * o.n, h))
+    return [max(n + (h in order[:short]) - o.W, 0) for h, n in enumerate(whole)]
+
+
 def evict(layers, decoding=False, kept=None):
     """One eviction of a sequence, given by its layers; returns whether anything changed.
 
@@ -129,7 +148,7 @@ def evict(layers, decoding=False, kept=None):
     caps, cap = None, layers[0].eviction.budget
     if isinstance(cap, TotalCap):
         caps = cap.lengths([[len(o.pages(h)) for h in range(o.heads)] for o in layers])
-    if isinstance(cap, AcrossLayers | LazyLayers | HeadKV):
+    if isinstance(cap, AcrossLayers | LazyLayers | HeadKV | LUKV):
         acting = [(o, mine) for o, mine in zip(layers, found, strict=True) if mine is not None]
         caps = {o.layer: n for (o, _), n in zip(acting, dealt(cap, acting), strict=True)}
     changed, gone_of = False, {}

@@ -42,7 +42,9 @@ def own_items(file: Path) -> list[Item]:
                 raise ValueError(f"{place}: wanted {name!r} as a text{also}, got {row.get(name)!r}")
         new = row.get("max_new_tokens", 64)
         if not isinstance(new, int) or isinstance(new, bool) or new < 1:
-            raise ValueError(f"{place}: wanted 'max_new_tokens' of 1 or more, got {new!r}")
+            raise ValueError(
+                f"{place}: wanted 'max_new_tokens' as a whole number from 1 on, got {new!r}"
+            )
         found.append(
             Item(
                 task=str(row.get("task", file.stem)),

@@ -11,7 +11,7 @@ import attrs
 from ..._pictures import DPI, INK, axes_of, curve, legend, looks, new_figure
 from ..grid.records import Result
 from ..grid.variants import FULL, SEEN
-from .tables import Mean, means
+from .tables import complete, means
 
 _NOTE = "Mean over tasks and its standard error; dotted: full attention. Dashed: question seen."
 
@@ -22,7 +22,7 @@ def plot(folder: Path, results: Sequence[Result], name: str) -> None:
     lengths = sorted({x.length for x in measured})
     if not lengths:
         return
-    found = {length: _complete(means(measured, length)) for length in lengths}
+    found = {length: complete(means(measured, length)) for length in lengths}
     named = looks(dict.fromkeys(x.family for rows in found.values() for x in rows))
     size = max(4.6 * len(lengths), 7.5), 6.4
     figure = new_figure(*size, f"{name}: what is answered from how many bytes", _NOTE)
@@ -45,12 +45,6 @@ def plot(folder: Path, results: Sequence[Result], name: str) -> None:
     panels[0, 0].set_ylim(0, 1.03)
     legend(figure, panels.flat, last=FULL)
     figure.savefig(folder / "score-over-bytes.png", dpi=DPI)
-
-
-def _complete(rows: Sequence[Mean]) -> list[Mean]:
-    """Compositions that were measured on as many tasks as any; means of fewer do not compare."""
-    most = max(x.tasks for x in rows)
-    return [x for x in rows if x.tasks == most]
 
 
 def _number(error: float) -> float:

@@ -159,9 +159,7 @@ PUBLISHED: dict[str, Published] = {
             "its score cuts Chinese text into words by a segmenter",
         ),
     ),
-    "longbench-v2": Published(
-        repository="Xnhyacinth/LongBench-v2", answers={"0shot": _STATED, "cot": _STATED}
-    ),
+    "longbench-v2": Published(repository="simonjegou/LongBench-v2", answers={"0shot": _STATED}),
     "infinitebench": Published(
         repository="MaxJeblick/InfiniteBench",
         answers=INFINITEBENCH,

@@ -70,16 +70,26 @@ def means(results: Sequence[Result], length: int) -> list[Mean]:
     return found
 
 
+def complete(rows: Sequence[Mean]) -> list[Mean]:
+    """Compositions that were measured on as many tasks as any; means of fewer do not compare."""
+    most = max(x.tasks for x in rows)
+    return [x for x in rows if x.tasks == most]
+
+
 def summary(record: Record, results: Sequence[Result], title: str) -> str:
     """The text of results.md."""
     lines = [f"# {title}", "", *record_lines(record)]
     for length in dict.fromkeys(x.length for x in results):
         tasks = list(dict.fromkeys(x.task for x in results if x.length == length))
         if len(tasks) > 1:
-            rows = [_mean_row(x) for x in means(results, length)]
+            found = means(results, length)
+            whole = complete(found)
+            rows = [_mean_row(x) for x in whole]
             heads = ["composition", "score", "/ full", "tasks counted", *_SIZES]
             lines += [f"## Mean over tasks, {length} tokens", ""]
             lines += [*table(heads, rows, numbers=True), ""]
+            if part := [f"{x.variant} ({x.tasks})" for x in found if x not in whole]:
+                lines += [f"Measured on fewer tasks: {', '.join(part)}.", ""]
         for task in tasks:
             here = [x for x in results if (x.task, x.length) == (task, length)]
             lines += [f"## {task}, {length} tokens", "", *_task(here), ""]
@@ -141,9 +151,9 @@ _NOTE = (
     "all bytes of the cache of one context once it is read, measured; held: tokens that a head "
     "holds then, window included, of all tokens; KV footprint: entries stored times the steps that "
     "they stay, as a part of full attention's, questions and answers included. First token: from "
-    "the start of a context alone to the first token of an answer. A gate's name in brackets: made "
-    "to take as many bytes of keys and values as that gate on the same contexts. x% removed: of "
-    "the context's tokens, as kvpress counts. Evictions see the context alone, or with the "
-    "question where the name says so; the two kinds do not compare. All others answer alike either "
-    "way."
+    "the start of a context alone to the first token of an answer, of one context, once. A gate's "
+    "name in brackets: made to take as many bytes of keys and values as that gate on the same "
+    "contexts. x% removed: of the context's tokens, as kvpress counts. Evictions see the context "
+    "alone, or with the question where the name says so; the two kinds do not compare. All others "
+    "answer alike either way."
 )

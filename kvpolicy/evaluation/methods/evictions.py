@@ -15,6 +15,7 @@ from ...eviction import (
     RKV,
     TOVA,
     AtPromptEnd,
+    CapKV,
     CriticalKV,
     DBudgetKV,
     Eviction,
@@ -94,6 +95,7 @@ EVICTIONS: Mapping[str, Method] = {
     "KeyDiff": Method(make=lambda b: KeyDiff(budget=b)),
     "Knorm": Method(make=lambda b: Knorm(budget=b)),
     "Expected Attention": Method(make=lambda b: ExpectedAttention(budget=b)),
+    "CapKV": Method(make=lambda b: CapKV(budget=b)),
     "CriticalKV": Method(
         make=lambda b: CriticalKV(ExpectedAttention(budget=b)),
         press=lambda b: CriticalKV(SnapKV(budget=b)),

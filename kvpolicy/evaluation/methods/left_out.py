@@ -20,6 +20,7 @@ NO_METHOD: Mapping[str, str] = {
 NEVER: Mapping[str, str] = {
     "AdaEA": "its thresholds are tables for one sparsity, which no command of ours makes",
     "KVPress": "a press is an object of yours: --pipeline measures it",
+    "LUKV": "its parts are a file for one scorer of the model, which no command of ours makes",
     "TotalCap": "a cap on a whole sequence, over heads as WG-KV has it: kvpolicy pareto turns it",
 }
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from kvpolicy import (
     GKV,
     H2O,
+    LUKV,
     RKV,
     TOVA,
     AcrossLayers,
@@ -18,6 +19,7 @@ from kvpolicy import (
     AtPromptEnd,
     CachePipeline,
     CacheSpec,
+    CapKV,
     CriticalKV,
     DBudgetKV,
     DuoAttention,
@@ -239,6 +241,12 @@ def worth(s):
     return [[1 + (5 * n + 3 * h) % 4 for h in range(s.spec.kv_heads)] for n in range(s.spec.layers)]
 
 
+def parts(s):
+    """Parts of heads that are the budget's on average, within a half of it."""
+    mean = s.kept / s.length
+    return [[min(mean * (0.5 + x / 4), 1) for x in row] for row in worth(s)]
+
+
 def pyramid(s):
     return Pyramid(Tokens(s.kept + 1), beta=4.0, observation=s.window + 1)
 
@@ -272,6 +280,7 @@ EVICTIONS = {
     "adaptive_pyramid": lambda s: snap(Adaptive(pyramid(s), floor=0.5)),
     "across_layers": lambda s: snap(AcrossLayers(Tokens(s.kept)), when="decode"),
     "lazy_layers": lambda s: snap(LazyLayers(Tokens(s.kept), threshold=0.3, held=2)),
+    "lukv": lambda s: snap(LUKV(parts(s))),
     "headkv": lambda s: snap(HeadKV(Tokens(s.kept), importance=worth(s), beta=1.2)),
     "cap": lambda s: snap(cap(s), normalize="global"),
     "cap_decode": lambda s: snap(cap(s), when="decode"),
@@ -295,6 +304,7 @@ EVICTIONS = {
     "lagkv": lambda s: LagKV(budget=s.kept, lag=s.spec.page_size + 1, sinks=2),
     "q_filters": lambda s: QFilters(budget=s.kept, filters=filters(s), when="decode"),
     "expected": lambda s: ExpectedAttention(budget=s.kept, sinks=2, future=9),
+    "cap_kv": lambda s: CapKV(budget=s.kept, sinks=2, future=9, tau=2.0),
     "expected_decode": lambda s: ExpectedAttention(budget=s.kept, when="decode", value_norm=False),
     "critical": lambda s: CriticalKV(snap(s.kept)),
     "critical_expected": lambda s: CriticalKV(

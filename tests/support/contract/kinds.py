@@ -56,7 +56,7 @@ KINDS = {
             "critical",
             "r_kv",
         ),
-        "statistics": ("expected", "expected_decode", "critical_expected"),
+        "statistics": ("expected", "expected_decode", "critical_expected", "cap_kv"),
         "heads": (
             "adaptive",
             "adaptive_pyramid",
@@ -66,6 +66,7 @@ KINDS = {
             "across_layers",
             "lazy_layers",
             "headkv",
+            "lukv",
             "simlayer",
         ),
     },
