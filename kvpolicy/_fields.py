@@ -61,7 +61,8 @@ def check_number(name: str | None, value: Any, wanted: str, fits: Callable[[floa
     """Raises unless `value` is a finite int or float that `fits`; a bool is none."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         read = _read(value)
-        instead = f"; write {read:g}" if isinstance(read, float) and fits(read) else ""
+        does = isinstance(read, float) and math.isfinite(read) and fits(read)
+        instead = f"; write {read:g}" if does else ""
         raise TypeError(f"{name}: wanted {wanted}, got {shown(value)}{instead}")
     try:
         number = float(value)

@@ -69,6 +69,8 @@ SPECS = [
     ({"device": "nonsense"}, ValueError, "device: wanted .* 'cpu' or 'cuda:0', got 'nonsense'"),
     ({"device": None}, TypeError, "device: wanted .*, got None"),
     ({"scale": "x"}, TypeError, "scale: wanted a finite number above 0, got 'x'"),
+    ({"scale": "inf"}, TypeError, "scale: wanted a finite number above 0, got 'inf'$"),
+    ({"scale": "2"}, TypeError, "scale: wanted a finite number above 0, got '2'; write 2$"),
     ({"scale": float("nan")}, ValueError, "scale: wanted a finite number above 0, got nan"),
     ({"rollback": 2.5}, TypeError, "rollback: wanted an int of at least 0, got 2.5$"),
     ({"rollback": True}, TypeError, "rollback: wanted an int of at least 0, got True"),

@@ -14,6 +14,8 @@ import sys
 import time
 from typing import Any
 
+from .._extras import extra
+
 TOLD = "vllm told: "
 # One process, no network, no server.
 QUIET = {
@@ -28,7 +30,8 @@ class Engine:
     """An engine in this process; `most` are the requests that ran at once since `generate`."""
 
     def __init__(self, arguments: dict[str, Any], words: int) -> None:
-        from vllm import LLM
+        with extra("vllm"):
+            from vllm import LLM
 
         self.llm, self.words, self.most = LLM(**arguments), words, 0
         self.rng = random.Random(0)
@@ -48,7 +51,8 @@ class Engine:
         Raises:
             RuntimeError: a request ended early.
         """
-        from vllm import SamplingParams
+        with extra("vllm"):
+            from vllm import SamplingParams
 
         prompts: list[Any] = [
             {"prompt_token_ids": [self.rng.randrange(1, self.words) for _ in range(n)]}

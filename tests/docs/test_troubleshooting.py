@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import BertConfig, BertModel, DynamicCache
 from typer.testing import CliRunner
 
 import kvpolicy
@@ -124,6 +124,17 @@ def training(folder: Path) -> None:
     command("train-gate", "x", "--dataset", "a/b", "--out", folder / "g.pt", "--lam", 1)
 
 
+def encoding() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 100}
+    config = BertConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)
+    attach(BertModel(config).eval(), SMALL)
+
+
+def asking_many(requests: object) -> None:
+    with attach(tiny_llama(), SMALL) as attached:
+        attached.generate_many(requests)
+
+
 def saying(folder: Path) -> None:
     with attach(tiny_llama(), SMALL) as attached:
         attached.read("a text")
@@ -148,6 +159,8 @@ RAISES: dict[str, Callable[[Path], object]] = {
     "WriteGate: made for": of_other_size,
     "policies: wanted": lambda folder: any_of([LOCAL]),
     "model: wanted a model": lambda folder: attach("gpt2", SMALL),
+    "model: check 'attention'": lambda folder: encoding(),
+    "requests: ": lambda folder: asking_many("hello"),
     "block_size: ": lambda folder: attach(tiny_llama(), SMALL, block_size=4),
     "attach: the model has": lambda folder: twice(),
     "past_key_values: the model is": lambda folder: detached(),
