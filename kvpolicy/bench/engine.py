@@ -29,31 +29,37 @@ PLAIN, GATE, FP8 = "its own cache", "25 % admitted", "fp8 cache"
 MARGIN = 1.1  # times the fraction that is admitted, for which blocks are planned
 SEQUENCES = 64  # of both sides, and the graphs
 GRAPHS = [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]
-NEW, LONGEST = 128, 110_000
+NEW, LONG, LONGEST = 128, (512, 1024), 110_000
 SINGLE = (32_000, 100_000)
 AT_ONCE, MIXTURE = "48 of 32K", "32 of 4K-60K"
 # Parts of plain vLLM's that a gate may take, by row; requests at once are at least so many times.
-WANTED = {"100K: TTFT": 0.55, "100K: TPOT": 0.75, f"{MIXTURE}: total": 0.7}
+WANTED = {
+    "100K: TTFT": 0.55, "100K: TPOT": 0.75, f"{MIXTURE}: total": 0.7,
+    f"long answers, {MIXTURE} + 512: total": 1 / 1.8,
+    f"long answers, {MIXTURE} + 1024: total": 1 / 2.2,
+}  # fmt: skip
 MORE = 3.2
 START = 150.0  # seconds until an engine and its graphs are there
 
 
 @attrs.frozen(kw_only=True)
 class Engine:
-    """One way to run vLLM, over `ranks` devices."""
+    """One way to run vLLM, over `ranks` devices; `long` asks for long answers alone."""
 
     cache: str
     ranks: int = 1
+    long: bool = False
 
     def __str__(self) -> str:
-        return f"vLLM, {self.cache}" + (f", TP {self.ranks}" if self.ranks > 1 else "")
+        name = f"vLLM, {self.cache}" + (f", TP {self.ranks}" if self.ranks > 1 else "")
+        return name + (", long answers" if self.long else "")
 
 
 def job_of(bench: Bench, engine: Engine, folder: Path) -> dict[str, Any]:
     """What the process of an engine is asked, its model's config in `folder`."""
     tiny: dict[str, Any] = dict(
         vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64,
     )  # fmt: skip
     sizes = SIZES[SHAPES[0]] | bench.pick({}, tiny)
     config = sizes | dict(
@@ -93,12 +99,19 @@ def job_of(bench: Bench, engine: Engine, folder: Path) -> dict[str, Any]:
         "new": bench.pick(NEW, 4),
         "runs": bench.pick(3, 1),
         "warm": bench.pick([[2000], [32_000], [600] * 16], [[9]]),
-        "single": bench.pick(list(SINGLE), [40]),
-        "batches": bench.pick(
-            {AT_ONCE: [32_000] * 48, MIXTURE: list(mixture(32, 4000, 60_000))},
-            {AT_ONCE: [30, 12, 5]},
-        ),
+        "single": [] if engine.long else bench.pick(list(SINGLE), [40]),
+        "batches": _batches(bench, engine.long),
     }
+
+
+def _batches(bench: Bench, long: bool) -> list[tuple[str, list[int], int]]:
+    """Prompts that are all there at once: name, lengths, and new tokens of each."""
+    mixed = bench.pick(list(mixture(32, 4000, 60_000)), [9, 31])
+    if long:
+        return [(f"{MIXTURE} + {new}", mixed, bench.pick(new, 6)) for new in LONG]
+    many = bench.pick([32_000] * 48, [30, 12, 5])
+    new = bench.pick(NEW, 4)
+    return [(AT_ONCE, many, new), *bench.pick([(MIXTURE, mixed, new)], [])]
 
 
 def pipeline(bench: Bench) -> dict[str, Any]:
@@ -141,8 +154,8 @@ def rows(bench: Bench, engine: Engine) -> Iterator[Row]:
         found, why = told(job_of(bench, engine, Path(folder)), max(bench.left() - 5, 10))
     for part in found:
         for row in _of(engine, part):
-            name = row.name.removeprefix(f"{engine}, ")
-            key = "vllm", engine.ranks, name
+            name = row.name.removeprefix(f"vLLM, {engine.cache}, ")
+            key = "vllm", name
             if engine.cache == PLAIN:
                 bench.shared[key] = row
             elif (plain := bench.shared.get(key)) is not None:
@@ -197,6 +210,7 @@ def cases(bench: Bench) -> list[Case]:
     if importlib.util.find_spec("vllm") is None:
         return []
     plan = [Engine(cache=PLAIN), Engine(cache=GATE), Engine(cache=FP8)]
+    plan += [Engine(cache=PLAIN, long=True), Engine(cache=GATE, long=True)]
     if torch.cuda.device_count() > 1:
         plan += [Engine(cache=PLAIN, ranks=2), Engine(cache=GATE, ranks=2)]
     return [

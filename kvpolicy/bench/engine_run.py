@@ -98,9 +98,9 @@ def run(job: dict[str, Any]) -> None:
         many = [engine.generate([length], job["new"] + 1) for _ in range(2)]
         step = 1e3 * (min(many) - min(one)) / job["new"]
         tell("single", tokens=length, ttft=statistics.median(one), tpot=step, runs=[one, many])
-    for name, lengths in job["batches"].items():
-        taken = engine.generate(lengths, job["new"])
-        tell("batch", name=name, s=taken, most=engine.most, tokens=sum(lengths), new=job["new"])
+    for name, lengths, new in job["batches"]:
+        taken = engine.generate(lengths, new)
+        tell("batch", name=name, s=taken, most=engine.most, tokens=sum(lengths), new=new)
     tell("end", **engine.counted())
 
 

@@ -43,7 +43,8 @@ def run(
     """Checks and times, writes `results.json`, `results.md` and plots to `out`, prints a table.
 
     Args:
-        names: groups (see GROUPS) or parts of case names; all by default.
+        names: groups (see GROUPS), whole titles ("model: gate, 100K") or parts of them; all by
+            default.
         out: folder for the results; it is made if needed.
         quick: tiny shapes, which also run without a GPU (kernels interpreted).
         seconds: benchmarks that would end later are not started; the important ones come first.
@@ -63,7 +64,7 @@ def run(
     chosen = choose(bench, names)
     rows = bench.measure_ceilings()
     for number, case in enumerate(chosen, 1):
-        title = f"{case.group}: {case.name}"
+        title = _title(case)
         starts(title, number - 1, len(chosen))
         bench.say(f"{number}/{len(chosen)} {title}")
         needed = bench.pick(case.seconds, 1.0)
@@ -99,11 +100,22 @@ def choose(bench: Bench, names: Sequence[str]) -> list[Case]:
             raise ValueError(
                 f"names: wanted one of {', '.join(GROUPS)} or part of a name, got {name!r}"
             )
-    return [case for case in found if not names or any(_named(case, name) for name in names)]
+    titles = {_title(case) for case in found}
+    return [
+        case
+        for case in found
+        # A whole title means that case, not those whose titles go on after it.
+        if not names
+        or any(_title(case) == name if name in titles else _named(case, name) for name in names)
+    ]
+
+
+def _title(case: Case) -> str:
+    return f"{case.group}: {case.name}"
 
 
 def _named(case: Case, name: str) -> bool:
-    return name == case.group if name in GROUPS else name in f"{case.group}: {case.name}"
+    return name == case.group if name in GROUPS else name in _title(case)
 
 
 def attempt(bench: Bench, case: Case) -> list[Row]:

@@ -122,6 +122,15 @@ def test_important_benchmarks_come_first(bench: Bench) -> None:
     assert names[3].startswith("model: gate, 100K")
 
 
+def test_a_whole_title_means_one_benchmark() -> None:
+    full = Bench(quick=False, seconds=60)
+    assert [x.name for x in runner.choose(full, ["model: gate, 100K"])] == ["gate, 100K"]
+    part = {x.name for x in runner.choose(full, ["el: gate, 100K"])}
+    assert {"gate, 100K", "gate, 100K, 20 % admitted"} <= part
+    both = runner.choose(full, ["model: gate, 100K", "decode: 8K"])
+    assert {x.name for x in both} == {"gate, 100K", "8K page 64", "8K page 16"}
+
+
 def test_every_target_has_a_setting() -> None:
     planned = {end_to_end.FIRST, *end_to_end.PLAN}
     assert len(planned) == len(end_to_end.PLAN) + 1

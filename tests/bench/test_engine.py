@@ -119,6 +119,15 @@ def test_what_an_engine_is_asked(bench: Bench, tmp_path: Path) -> None:
     }
 
 
+def test_long_answers_are_asked_for_alone(bench: Bench, tmp_path: Path) -> None:
+    bench.quick = False
+    job = engine.job_of(bench, engine.Engine(cache=engine.PLAIN, long=True), tmp_path)
+    assert not job["single"]
+    assert [(name, sum(lengths), new) for name, lengths, new in job["batches"]] == [
+        ("32 of 4K-60K + 512", 1_132_534, 512), ("32 of 4K-60K + 1024", 1_132_534, 1024),
+    ]  # fmt: skip
+
+
 def test_goals_beside_plain(bench: Bench) -> None:
     row = engine.Row(group="vllm", name="x", value=3.0, unit="s")
     half = engine._beside(row, engine.attrs.evolve(row, value=6.0), "100K: TTFT")
