@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ops import Segments
-from ._launch import power_of_two
+from ._launch import numbers_on, power_of_two
 
 
 class Cut(NamedTuple):
@@ -56,6 +56,7 @@ def _cut(
     spare = rows - len(begins)
     queries, keys = queries + queries[-1:] * spare, keys + keys[-1:] * spare
     begins, owner = begins + [0] * spare, owner + [0] * spare
-    numbers = torch.tensor([*queries, *keys, *begins, *owner], dtype=torch.int32).to(device)
-    parts = numbers.split([rows + 1, rows + 1, rows, rows])
-    return Cut(Segments(tuple(queries), tuple(keys), tuple(begins), *parts[:3]), parts[3], chunk)
+    bounds = tuple(queries), tuple(keys), tuple(begins)
+    numbers = numbers_on(device, *bounds, tuple(owner))
+    cu_q, cu_k = numbers[0, : rows + 1], numbers[1, : rows + 1]
+    return Cut(Segments(*bounds, cu_q, cu_k, numbers[2, :rows]), numbers[3, :rows], chunk)
