@@ -57,6 +57,6 @@ def _cut(
     queries, keys = queries + queries[-1:] * spare, keys + keys[-1:] * spare
     begins, owner = begins + [0] * spare, owner + [0] * spare
     bounds = tuple(queries), tuple(keys), tuple(begins)
-    numbers = numbers_on(device, *bounds, tuple(owner))
-    cu_q, cu_k = numbers[0, : rows + 1], numbers[1, : rows + 1]
-    return Cut(Segments(*bounds, cu_q, cu_k, numbers[2, :rows]), numbers[3, :rows], chunk)
+    on = numbers_on(device, *bounds, tuple(owner))
+    cut = Segments(*bounds, on[0, : rows + 1], on[1, : rows + 1], on[2, :rows])
+    return Cut(cut, on[3, :rows], chunk)
