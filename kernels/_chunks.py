@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ops import Segments
-from ._launch import power_of_two
+from ._launch import numbers_on, power_of_two
 
 
 class Cut(NamedTuple):
@@ -56,6 +56,7 @@ def _cut(
     spare = rows - len(begins)
     queries, keys = queries + queries[-1:] * spare, keys + keys[-1:] * spare
     begins, owner = begins + [0] * spare, owner + [0] * spare
-    numbers = torch.tensor([*queries, *keys, *begins, *owner], dtype=torch.int32).to(device)
-    parts = numbers.split([rows + 1, rows + 1, rows, rows])
-    return Cut(Segments(tuple(queries), tuple(keys), tuple(begins), *parts[:3]), parts[3], chunk)
+    bounds = tuple(queries), tuple(keys), tuple(begins)
+    on = numbers_on(device, *bounds, tuple(owner))
+    cut = Segments(*bounds, on[0, : rows + 1], on[1, : rows + 1], on[2, :rows])
+    return Cut(cut, on[3, :rows], chunk)

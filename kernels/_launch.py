@@ -64,6 +64,18 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@lru_cache(maxsize=32)
+def numbers_on(device: torch.device, *rows: tuple[int, ...]) -> Tensor:
+    """Numbers of the host as int32 rows on the device; to be read only.
+
+    Layers of a call ask alike: the host waits for the copy once a call. Rows are padded with zeros
+    to a common length, a multiple of 4: each starts at 16 bytes, as kernels were compiled for.
+    """
+    width = cdiv(max(map(len, rows)), 4) * 4
+    padded = [[*row, *[0] * (width - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.int32, device=device)
+
+
 def on(tensor: Tensor) -> AbstractContextManager:
     """Makes the tensor's device current, as a launch wants it."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..ops import Pages, Segments, check_asked
 from ._flash import find_flash
-from ._launch import cdiv, check_dims, check_dtype
+from ._launch import cdiv, check_dims, check_dtype, numbers_on
 from .page_io import read_pages
 from .sparse_prefill import attend, tile_of
 
@@ -114,10 +114,10 @@ def _tiles(
 ) -> Tensor:
     """The tile kernel with a window that covers everything: fused, for a rectangle's end."""
     bounds = (0, query.shape[1]), (0, key.shape[1]), (start,)
-    numbers = torch.tensor([*bounds[0], *bounds[1], start], dtype=torch.int32, device=query.device)
-    segments = Segments(*bounds, numbers[:2], numbers[2:4], numbers[4:])
+    numbers = numbers_on(query.device, *bounds)
+    segments = Segments(*bounds, numbers[0, :2], numbers[1, :2], numbers[2, :1])
     flags = torch.zeros(1, key.shape[1], dtype=torch.uint8, device=key.device)
-    counts = numbers[:1].expand(1, key.shape[0])
+    counts = numbers[0, :1].expand(1, key.shape[0])
     return attend(
         query,
         key,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import ADMITTED, POSITION_MASK, Bounds, Heads, Pages, Segments, tile_spans
-from ._launch import cdiv, check_dtype, dense_last, on, power_of_two
+from ._launch import cdiv, check_dtype, dense_last, numbers_on, on, power_of_two
 from ._pages import KEYS, META, find, page_offset, token_rows
 
 _POSITION_MASK = tl.constexpr(POSITION_MASK)
@@ -41,7 +41,7 @@ def keys_at(
         return keys, present
     most = heads.counts.tolist() if bounds is None else bounds.most
     longest = max((n for row in most for n in row), default=0)
-    base = torch.tensor(bases, device=key.device)
+    base = numbers_on(key.device, tuple(bases))[0, : len(bases)]
     key, flags = dense_last(key), dense_last(flags)
     table, counts = dense_last(heads.table), heads.counts.contiguous()
     rows, at, _ = segments.places()

@@ -150,10 +150,11 @@ def _settle(
     counts, after, fresh, top, heads, units, counts_strides, UNITS_PAD: tl.constexpr
 ):  # fmt: skip
     """Makes the new counts current and the stack shorter, when every tile has read both."""
-    unit = tl.arange(0, UNITS_PAD).to(tl.int64)
+    unit = tl.arange(0, UNITS_PAD)
     real = unit < units
     held = tl.load(after + unit, mask=real)  # [UNITS]
-    tl.store(counts + unit // heads * counts_strides[0] + unit % heads, held, mask=real)
+    b = (unit // heads).to(tl.int64)  # division has 32 bits, which is far cheaper
+    tl.store(counts + b * counts_strides[0] + unit % heads, held, mask=real)
     taken = tl.sum(tl.load(fresh + unit, mask=real, other=0), 0)
     tl.store(top, tl.maximum(tl.load(top) - taken, 0))
 

@@ -50,6 +50,9 @@ class Served:
         with _our_backend():
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.kvpolicy = _serve(self, vllm_config, options)
+        # Buffers of a model survive vLLM's sleep of level 2, which gives back all other memory.
+        for number, tensor in enumerate(self.kvpolicy.lasting()):
+            self.register_buffer(f"kvpolicy_{number}", tensor, persistent=False)  # type: ignore[attr-defined]
 
 
 class LlamaForCausalLM(Served, llama.LlamaForCausalLM):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...admission import Admission, Write
 from ...ops import ADMITTED, Ring
@@ -55,3 +56,23 @@ def look_ahead(layers: Sequence[RowLayer], spec: CacheSpec, longest: int) -> Non
         if not layer.admission.neutral:
             write = Write(key, key, at, cu, layer.index, spec.head_ids)
             layer.known = layer.admission.admit(write).view(torch.uint8)
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """The tensors of a policy, and of policies and modules inside it."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, nn.Module):
+        yield from value.parameters()
+        yield from value.buffers()
+    elif isinstance(value, Mapping):
+        yield from tensors_of(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from tensors_of(one)
+    elif attrs.has(type(value)) or isinstance(value, Admission | Selection):
+        names = (
+            [field.name for field in attrs.fields(type(value))] if attrs.has(type(value)) else []
+        )
+        own = {name: getattr(value, name) for name in names}
+        yield from tensors_of({**own, **getattr(value, "__dict__", {})})

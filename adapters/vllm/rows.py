@@ -18,7 +18,7 @@ from ...ops import Arenas, Heads, Pages, Ring, load, pages_of
 from ...pipeline import CachePipeline
 from ...spec import CacheSpec
 from .plan import PAGE, Plan
-from .row_layer import KNOWN, RowLayer, look_ahead
+from .row_layer import KNOWN, RowLayer, look_ahead, tensors_of
 from .step import Step, prompt_of, sent
 
 
@@ -99,6 +99,17 @@ class Rows:
         """Bytes of a head's token in a block: key, value, position and its part of a summary."""
         both = 2 * self.spec.head_dim * self.spec.dtype.itemsize
         return both + 4 + (both // PAGE if self.summarized else 0)
+
+    def lasting(self) -> list[Tensor]:
+        """What must be as it was when all requests have ended: constants, policies, counters.
+
+        Everything else is written before it is read, whatever stands there.
+        """
+        found = [self.starts, self.arenas.refused]
+        for layer in self.layers:
+            found += [] if layer.known is None else [layer.known]
+            found += [*tensors_of(layer.admission), *tensors_of(layer.selection)]
+        return list({id(tensor): tensor for tensor in found}.values())
 
     def count_refused(self) -> int:
         """Admitted tokens of heads, until now, that were left out since an arena was full."""

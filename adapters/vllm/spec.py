@@ -70,6 +70,8 @@ class ArenaManager(FullAttentionManager):
         named = block_pool.free_block_queue.popleft_n(count)
         if [block.block_id for block in named] != list(range(1, count + 1)):
             raise RuntimeError("kvpolicy: vLLM gave other blocks first than 1, 2, 3, ...")
+        # Else vLLM takes them for a request's, and refuses to reset or to sleep while one runs.
+        block_pool.num_gpu_blocks -= count
         self.free_rows = named[::-1]
         self.prompts = PROMPTS.setdefault(block_pool, {})
 

@@ -54,8 +54,9 @@ REQUESTS = [
 class Job:
     """What one engine is asked: a model, a pipeline, its options, and vLLM's arguments."""
 
-    def __init__(self, kind, pipeline, *, aborts=None, options=None, **llm):
+    def __init__(self, kind, pipeline, *, aborts=None, resets=(), options=None, **llm):
         self.kind, self.pipeline, self.aborts = kind, pipeline, aborts or {}
+        self.resets = list(resets)
         self.options = {"row_memory": 5.0, **(options or {})}
         self.llm = {
             "max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 64,
@@ -70,6 +71,7 @@ JOBS = {
     "abort": Job(
         "llama", CachePipeline(window=24), aborts={3: 9, 6: 12}, num_gpu_blocks_override=21
     ),
+    "reset": Job("llama", CachePipeline(admission=DUO), resets=(6, 15)),
     "local": Job("qwen2", CachePipeline(admission=LocalAttention(window=20, sinks=3))),
     "gate": Job("qwen3", "gate", options={"admitted": 1.0}, block_size=32),
     "quest": Job("llama", CachePipeline(admission=DUO, selection=Quest(budget=64))),
@@ -126,6 +128,7 @@ def ran(tmp_path_factory):
         config = {"kvpolicy": {"pipeline": str(path), **job.options}}
         jobs.append({
             "model": str(folder / job.kind), "requests": REQUESTS, "aborts": job.aborts,
+            "resets": job.resets,
             "llm": {"additional_config": config, **job.llm},
         })  # fmt: skip
     return models, pipelines, dict(zip(JOBS, results(folder, jobs), strict=True)), folder
@@ -151,7 +154,9 @@ def alone(model, pipeline, prompt, new):
     return out[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("name", ["duo", "abort", "local", "gate", "quest", "snapkv", "all"])
+@pytest.mark.parametrize(
+    "name", ["duo", "abort", "reset", "local", "gate", "quest", "snapkv", "all"]
+)
 def test_tokens_are_those_of_the_library_alone(ran, name):
     models, pipelines, found, _ = ran
     job, result = JOBS[name], found[name]
@@ -160,7 +165,8 @@ def test_tokens_are_those_of_the_library_alone(ran, name):
     for place, tokens in result["tokens"].items():
         assert tokens == alone(models[job.kind], pipelines[name], *REQUESTS[int(place)])
     assert result["refused"] == 0 and result["most"] == 4
-    assert (result["preempted"] > 0) == (name in ("duo", "snapkv"))
+    assert (result["preempted"] > 0) == (name in ("duo", "reset", "snapkv"))
+    assert result["reset"] and result["usage"] == 0
     if blocks := job.llm.get("num_gpu_blocks_override"):
         assert result["free"] == blocks - 1 - 4  # all but the null block and those that name rows
 

@@ -94,6 +94,22 @@ def test_random_lives(llama, name, seed, blind, monkeypatch):
     assert any(x.parked for x in found) or name != "gate"
 
 
+def test_cancelled_while_its_prompt_is_read(llama):
+    """Parts of it are there already; what it held is somebody else's then."""
+    draw = random.Random(5)
+    long, short = ([draw.randrange(3, 200) for _ in range(n)] for n in (300, 20))
+    reading = Request(long, id="long", max_new_tokens=5)
+    other = Request(short, id="short", max_new_tokens=12, on_token=lambda token: reading.cancel())
+    with attach(llama, pipelines()["all"], **SIZES) as attached:
+        requests = [other, reading, Request(short, id="next", max_new_tokens=12)]
+        found = attached.generate_many(requests, slots=2, tokens_per_call=32)
+        found = {x.id: x for x in found}
+        whole = alone(llama, short, 12)
+    assert found["long"].reason == "cancelled" and found["long"].tokens == []
+    assert 0 < found["long"].held.tokens < 300
+    assert found["short"].tokens == found["next"].tokens == whole
+
+
 @pytest.mark.parametrize(
     "kind", ["qwen3_5_text", pytest.param("falcon_h1", marks=pytest.mark.slow)]
 )

@@ -1,8 +1,9 @@
 """Runs jobs on a real vLLM: `PYTHON -m tests.support.adapters.vllm_run JOBS OUT`.
 
-A job has requests (prompt and number of new tokens), the engine's arguments, and which requests
-are aborted after how many steps. What comes out for each: the tokens of the requests, what workers
-counted, and how often vLLM preempted; or the error at start.
+A job has requests (prompt and number of new tokens), the engine's arguments, which requests are
+aborted after how many steps, and before which steps everything cached is reset. What comes out for
+each: the tokens of the requests, what workers counted, and how often vLLM preempted; or the error
+at start.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ def run(job):
     while engine.has_unfinished_requests():
         for place in [place for place, step in aborts.items() if step == steps]:
             engine.abort_request([str(place)])
+        if steps in job.get("resets", []):  # as pausing or sleeping resets what is cached
+            assert engine.reset_prefix_cache(reset_running_requests=True)
         for done in engine.step():
             if done.finished:
                 place = int(done.request_id.split("-")[0])
@@ -51,15 +54,17 @@ def run(job):
         scheduler = engine.engine_core.engine_core.scheduler
         most = max(most, len(scheduler.running))
     metrics = {x.name: x.value for x in llm.get_metrics() if hasattr(x, "value")}
-    free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    pool = scheduler.kv_cache_manager.block_pool
+    free, usage = pool.get_num_free_blocks(), pool.get_usage()
+    reset = engine.reset_prefix_cache(reset_running_requests=True)
     ranks = llm.collective_rpc(counters)
-    del llm, engine, scheduler
+    del llm, engine, scheduler, pool
     ensure_kv_transfer_shutdown()  # a process has one connector
     gc.collect()
     return {
         "tokens": tokens, "reasons": reasons, "preempted": metrics["vllm:num_preemptions"],
         "metric": metrics.get("vllm:kvpolicy_refused_tokens"), "free": free, "most": most,
-        "ranks": ranks, **ranks[0],
+        "ranks": ranks, "usage": usage, "reset": reset, **ranks[0],
     }  # fmt: skip
 
 
