@@ -31,6 +31,7 @@ from .many.requests import Finished, Request
 from .many.serve import serve
 from .models import AttentionLayer, check_here, check_pre_query, check_pre_rope, served
 from .own_steps import put_aside_at
+from .planned import CHECKED, guarded
 from .replay import replay
 from .warm import Say, Warmed, line, warm
 from .wrappers import base_of, check_soft_prompt, decoder_of, unwrapped
@@ -121,6 +122,8 @@ class Attachment:
             self.original = target.generate
             ours = functools.wraps(self.original)(functools.partial(generate, self))
             changes.attribute(target, "generate", ours)
+        if hasattr(self.base, CHECKED):
+            changes.attribute(self.base, CHECKED, guarded(self, getattr(self.base, CHECKED)))
 
     def _hook(self, layer: AttentionLayer) -> None:
         """Lets attention see what policies read of a layer beside queries, keys and values."""

@@ -19,6 +19,7 @@ class Holder(Protocol):
     """Who lets one thread at a time run the model."""
 
     expected: KVPolicyCache | None
+    planned: Any  # see `Planned`
 
     def holding(self) -> AbstractContextManager[None]: ...
 

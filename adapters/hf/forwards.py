@@ -50,6 +50,7 @@ class Forwards:
         self.as_tuple = False
         self.closed = False  # the decoder's forward inside one of the whole model
         self.expected: KVPolicyCache | None = None  # by generate, of its first forward
+        self.planned: Any = None  # what a generate in progress made ready, a Planned
         self.warned = False
 
     @contextlib.contextmanager
@@ -146,6 +147,8 @@ class Forwards:
         ids, crossing = inputs_of(kwargs), None
         _check_inputs(kwargs)
         batch, columns = ids.shape[:2]
+        if expected is not None and self.planned is not None:
+            self.planned.check_columns(cache.boundary, cache.columns + columns)
         if given is not None and cache.counts_positions and not _several(kwargs):
             kwargs["position_ids"] = None  # as transformers counted them, by columns
         if "use_cache" in kwargs or "use_cache" in self.names:

@@ -21,12 +21,11 @@ from .kept_logits import check_generated
 from .masks import check_mask
 from .modes import ordinary
 from .own_steps import check_put_aside, check_sample, own_method
+from .planned import OWN_LOOP, Planned, check_hands_on
 from .tiles import refuse_more, whole_chunks
 from .tokens import inferred_mask, use_mask, use_tokenizer
 from .uncut import shorten_mask
 from .wrappers import soft_prompt
-
-OWN_LOOP = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
 def generate(attachment: Attached, *args: Any, **kwargs: Any) -> Any:
@@ -53,6 +52,7 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
         name = "negative_prompt_attention_mask"
         check_mask(kwargs.get(name), name)
     check_generate(attachment, kwargs, config)
+    check_hands_on(attachment.original)
     if question is None:
         whole_chunks(attachment, config, kwargs)
     given = kwargs.pop("past_key_values", None)
@@ -114,12 +114,15 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
     cache.counts_positions = not given_places and not own_method(attachment.base)
     draws = config.do_sample and not own  # our loop hands on the tokens that rank 0 chose
     device = cache.spec.device
+    ready = merged_config(attachment, kwargs)
+    outer = attachment.forwards.planned
+    attachment.forwards.planned = Planned(attachment.base, ready, mode)
     attachment.forwards.expected = cache
     try:
         with attachment.ranks.one_seed(device) if draws else contextlib.nullcontext():
             output = attachment.original(**kwargs, past_key_values=cache)
     finally:
-        attachment.forwards.expected = None
+        attachment.forwards.expected, attachment.forwards.planned = None, outer
         # Position ids that forwards give themselves count afterwards.
         cache.counts_positions = cache.counts_columns = False
     attachment.decoding = cache.decoding if own else f"transformers' loop: {mode.value}"

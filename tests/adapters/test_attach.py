@@ -45,7 +45,9 @@ def test_attach_sets_names_hooks_and_generate(model):
     parts = [*zip(before[0].values(), after[0].values(), strict=True)]
     found = [(was, now) for old, new in parts for was, now in zip(old, new, strict=True)]
     changed = {key for was, now in found for key in {*was, *now} if was.get(key) != now.get(key)}
-    assert {key for key in changed if not key.endswith(HOOKS)} == {"generate"}
+    assert {key for key in changed if not key.endswith(HOOKS)} == {
+        "generate", "_validate_generation_mode"
+    }  # fmt: skip
     config = {key for key, value in after[1].items() if before[1].get(key, "absent") != value}
     assert {key.removesuffix("_internal") for key in config} == {"_attn_implementation"}
     assert after[2] == before[2]

@@ -16,7 +16,8 @@ from ...._fields import shown
 from ....errors import UnsupportedError
 from ..arguments import check_generate
 from ..attached import Attached
-from ..generate import OWN_LOOP, merged_config
+from ..generate import merged_config
+from ..planned import OWN_LOOP
 from .requests import Request
 
 BESIDE = ("generation_config", "logits_processor", "prefix_allowed_tokens_fn")
