@@ -30,8 +30,10 @@ from .many.questions import ask_many
 from .many.requests import Finished, Request
 from .many.serve import serve
 from .models import AttentionLayer, check_here, check_pre_query, check_pre_rope, served
+from .modes import check_transforms
 from .own_steps import put_aside_at
 from .planned import CHECKED, guarded
+from .pooled import check_pooled
 from .replay import replay
 from .warm import Say, Warmed, line, warm
 from .wrappers import base_of, check_soft_prompt, decoder_of, unwrapped
@@ -168,6 +170,8 @@ class Attachment:
     def _before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         check_logits(base, args, kwargs)
         check_labels(base, args, kwargs)
+        check_pooled(base, args, kwargs)
+        check_transforms()
 
     @torch.compiler.disable
     def _after(self, base: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

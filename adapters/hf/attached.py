@@ -20,6 +20,7 @@ class Holder(Protocol):
 
     expected: KVPolicyCache | None
     planned: Any  # see `Planned`
+    guided: bool
 
     def holding(self) -> AbstractContextManager[None]: ...
 

@@ -23,12 +23,13 @@ from .cache import KVPolicyCache
 from .compile import check_forward as check_compiled
 from .forward import Crossing, close_forward, inputs_of, open_forward
 from .masks import closed, opened, padding_of
+from .modes import check_transforms
 from .own_steps import aside
 from .packed import split
 from .positions import check_counted, true_positions
 from .ranks import Ranks
 from .tiles import refuse_whole
-from .wrappers import check_soft_prompt, soft_prompt
+from .wrappers import check_soft_prompt, counts_columns
 
 
 class Forwards:
@@ -51,6 +52,7 @@ class Forwards:
         self.closed = False  # the decoder's forward inside one of the whole model
         self.expected: KVPolicyCache | None = None  # by generate, of its first forward
         self.planned: Any = None  # what a generate in progress made ready, a Planned
+        self.guided = False  # by generate, whose unconditional branch counts columns
         self.warned = False
 
     @contextlib.contextmanager
@@ -101,11 +103,7 @@ class Forwards:
 
     def open(self, attachment: Attached, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The arguments with which the decoder's forward goes on."""
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():
-            raise UnsupportedError(
-                "trace: an attached model cannot be traced or exported, since its cache is no part "
-                "of a graph; detach it first, or compile its layers by attach(compile=True)"
-            )
+        check_transforms()
         self.claim()
         self.closed = False
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
@@ -140,7 +138,8 @@ class Forwards:
             check_soft_prompt(attachment.model)  # which hands such caches on
         keeps = config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
         kept = given is not None or keeps
-        as_tuple = not kwargs.get("return_dict", config.return_dict)
+        wanted = kwargs.get("return_dict")
+        as_tuple = not (config.return_dict if wanted is None else wanted)
         kwargs["return_dict"] = True
         cache = kwargs["past_key_values"] = attachment.cache_for(given)
         cache.served = attachment.served  # the modules that run; the cache may be a gone model's
@@ -170,7 +169,8 @@ class Forwards:
         self.cache, self.as_tuple = cache, as_tuple
         self.own, self.kept = given is None, kept
         told = kwargs.get("position_ids") is not None or "position_ids" not in self.names
-        if not told and not texts and not soft_prompt(attachment.model):  # PEFT's count columns
+        other = self.guided and not cache.counts_positions  # the unconditional branch
+        if not told and not texts and not (other or counts_columns(attachment.model)):
             first = _first(cache, probe.first)
             kwargs["position_ids"] = true_positions(cache, ids.device, first)
             cache.counted_from = None if self.held else first

@@ -25,7 +25,7 @@ from .planned import OWN_LOOP, Planned, check_hands_on
 from .tiles import refuse_more, whole_chunks
 from .tokens import inferred_mask, use_mask, use_tokenizer
 from .uncut import shorten_mask
-from .wrappers import soft_prompt
+from .wrappers import counts_columns, soft_prompt
 
 
 def generate(attachment: Attached, *args: Any, **kwargs: Any) -> Any:
@@ -109,7 +109,7 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
         cache.begin_prompt(boundary)
     else:
         cache.begin_question(None if question == "decode" else columns)
-    cache.counts_columns = bool(soft_prompt(attachment.model))
+    cache.counts_columns = counts_columns(attachment.model)
     given_places = "position_ids" in kwargs or cache.counts_columns
     cache.counts_positions = not given_places and not own_method(attachment.base)
     draws = config.do_sample and not own  # our loop hands on the tokens that rank 0 chose
@@ -118,11 +118,13 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
     outer = attachment.forwards.planned
     attachment.forwards.planned = Planned(attachment.base, ready, mode)
     attachment.forwards.expected = cache
+    attachment.forwards.guided = config.guidance_scale not in (None, 1)
     try:
         with attachment.ranks.one_seed(device) if draws else contextlib.nullcontext():
             output = attachment.original(**kwargs, past_key_values=cache)
     finally:
         attachment.forwards.expected, attachment.forwards.planned = None, outer
+        attachment.forwards.guided = False
         # Position ids that forwards give themselves count afterwards.
         cache.counts_positions = cache.counts_columns = False
     attachment.decoding = cache.decoding if own else f"transformers' loop: {mode.value}"

@@ -20,9 +20,7 @@ def check_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     A causal loss reads a label's logits from the column before it. The decoder leaves padded
     columns out, so theirs are not transformers'.
     """
-    if args:
-        names = list(inspect.signature(type(model).forward).parameters)[1:]
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    kwargs = named(model, args, kwargs)
     mask = kwargs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         return
@@ -32,12 +30,12 @@ def check_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     name = given[-1]
     kind, labels = getattr(model, "loss_type", None), kwargs[name]
     if name in _SPANS:
-        wrong = not bool(_new(kwargs, mask).all())
+        wrong = not bool(new_mask(kwargs, mask).all())
     elif kind in _ROWS or labels.ndim != 2:
         wrong = False
     else:
         moved = 0 if name == "shift_labels" or kind in _IN_PLACE else 1
-        real = _new(kwargs, mask)
+        real = new_mask(kwargs, mask)
         real = real[:, max(real.shape[1] - labels.shape[1], 0) :].bool().to(labels.device)
         counts = labels != kwargs.get("ignore_index", -100)
         same = counts.shape == real.shape  # else the loss says what it wants
@@ -50,7 +48,15 @@ def check_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         )
 
 
-def _new(kwargs: dict[str, Any], mask: Tensor) -> Tensor:
+def named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A forward's arguments by their names."""
+    if not args:
+        return kwargs
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def new_mask(kwargs: dict[str, Any], mask: Tensor) -> Tensor:
     """The part of `mask` that is about a forward's own columns."""
     given = [x for n in ("inputs_embeds", "input_ids") if (x := kwargs.get(n)) is not None]
     columns = given[0].shape[1] if given else mask.shape[1]

@@ -9,6 +9,9 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from ...errors import UnsupportedError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,6 +32,21 @@ def ordinary(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return run
+
+
+def check_transforms() -> None:
+    """Raises UnsupportedError inside what follows a forward's tensors through it."""
+    tracing = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    if tracing or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        raise UnsupportedError(
+            "trace: an attached model cannot be traced or exported, since its cache is no part "
+            "of a graph; detach it first, or compile its layers by attach(compile=True)"
+        )
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        raise UnsupportedError(
+            "torch.func, forward_ad: an attached model serves inference only, and its cache is no "
+            "part of a derivative or of vmap; detach it to transform it"
+        )
 
 
 def exactly(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -136,3 +136,88 @@ def test_inputs_of_layers():
     plain = model(**options).logits
     with attach(model, PIPELINE):
         assert torch.allclose(model(**options).logits, plain, atol=1e-3)
+
+
+@torch.no_grad()
+def test_return_dict_none(llama):
+    """It means what the config says."""
+    with attach(llama.model, PIPELINE):
+        assert isinstance(llama.model(IDS, return_dict=None), transformers.utils.ModelOutput)
+        llama.model.config.return_dict = False
+        try:
+            assert isinstance(llama.model(IDS, return_dict=None), tuple)
+        finally:
+            llama.model.config.return_dict = True
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}])
+def test_whisper_counts_columns(options):
+    """Its language model hands no positions on, so padding counts."""
+    model = tiny_model("whisper")
+    rows = 1 if "prompt_lookup_num_tokens" in options else 2
+    inputs = {k: v[-rows:] % 60 for k, v in prompt([9, 5]).items()}
+    for name in ("forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"):
+        setattr(model.generation_config, name, None)
+    plain = model.generate(**inputs, **GREEDY, **options)
+    real = {k: v[:, inputs["attention_mask"][-1].bool()][-1:] for k, v in inputs.items()}
+    alone = model.generate(**real, **GREEDY)
+    assert plain[-1, -5:].tolist() != alone[0, -5:].tolist(), "positions count"
+    with attach(model, PIPELINE):
+        assert model.generate(**inputs, **GREEDY, **options).tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "roberta", "llama"])
+def test_padded_negative_prompts(name):
+    """The unconditional branch counts columns, the other one real tokens."""
+    model = tiny_model(name)
+    inputs, negative = ({k: v % 60 for k, v in prompt(n).items()} for n in ([9, 7], [6, 4]))
+    more = {
+        "negative_prompt_ids": negative["input_ids"], "guidance_scale": 1.7,
+        "negative_prompt_attention_mask": negative["attention_mask"],
+    }  # fmt: skip
+    plain = model.generate(**inputs, **more, **GREEDY)
+    with attach(model, PIPELINE):
+        assert model.generate(**inputs, **more, **GREEDY).tolist() == plain.tolist()
+
+
+def derivative(model, embeds):
+    with torch.autograd.forward_ad.dual_level():
+        model(inputs_embeds=torch.autograd.forward_ad.make_dual(embeds, embeds))
+
+
+TRANSFORMS = {
+    "forward_ad": derivative,
+    "jvp": lambda m, x: torch.func.jvp(lambda e: m(inputs_embeds=e).logits, (x,), (x,)),
+    "grad": lambda m, x: torch.func.grad(lambda e: m(inputs_embeds=e).logits.sum())(x),
+    "vmap": lambda m, x: torch.func.vmap(lambda e: m(inputs_embeds=e).logits)(x[None]),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@torch.no_grad()
+def test_transforms_are_refused(llama, name):
+    embeds = llama.get_input_embeddings()(IDS)
+    with attach(llama, PIPELINE) as attached:
+        plain = llama(IDS).logits
+        with pytest.raises(UnsupportedError, match=r"^torch\.func, forward_ad: "):
+            TRANSFORMS[name](llama, embeds)
+        assert torch.equal(llama(IDS).logits, plain), "later forwards are served"
+        assert attached.cache is None
+
+
+@torch.no_grad()
+def test_make_fx_is_refused(llama):
+    made = torch.fx.experimental.proxy_tensor.make_fx(lambda ids: llama(ids).logits)
+    with attach(llama, PIPELINE), pytest.raises(UnsupportedError, match="^trace: "):
+        made(IDS)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_return_sequences": 2}])
+def test_more_rows_than_a_cache_that_saw_padding_has(llama, options):
+    inputs, more = prompt([9, 5]), {"do_sample": "num_beams" not in options, "max_new_tokens": 2}
+    turn = {k: torch.cat([v, torch.ones_like(v[:, :3])], 1) for k, v in inputs.items()}
+    with attach(llama, PIPELINE) as attached:
+        cache = attached.read(**inputs)
+        with pytest.raises(ValueError, match="^input_ids: the cache holds 2 sequences, got"):
+            llama.generate(**turn, past_key_values=cache, **more, **options)
+        assert cache.columns == 9
