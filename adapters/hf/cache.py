@@ -179,11 +179,15 @@ class KVPolicyCache(Cache):
         if self.state is None or (not self.chunks and self.state.batch != batch):
             self.take_state(self.pipeline.init(self.spec, batch, self.ranks.exchange))
         assert self.state is not None
-        if self.state.batch != batch:
+        self.check_batch(batch)
+        return self.state
+
+    def check_batch(self, batch: int) -> None:
+        """Raises ValueError for another number of sequences than the cache holds."""
+        if self.state is not None and self.state.batch != batch:
             raise ValueError(
                 f"input_ids: the cache holds {self.state.batch} sequences, got a batch of {batch}"
             )
-        return self.state
 
     def take_state(self, state: CacheState) -> None:
         """Makes a new state this cache's; evictions in it are told what they ask of the model."""

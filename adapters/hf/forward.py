@@ -35,8 +35,11 @@ def open_forward(
 
     `texts`: lengths of the texts that the rows pack, each a sequence of the cache.
     """
-    state = cache.ensure_state(len(texts) if texts else batch)
+    sequences = len(texts) if texts else batch
+    if cache.chunks:
+        cache.check_batch(sequences)
     mask = new_columns(mask, cache.chunks, batch, columns)
+    state = cache.ensure_state(sequences)
     if mask is not None and not cache.served.probe.hides and not bool(mask.all()):
         raise UnsupportedError(
             "attention_mask: it hides columns, but this model counts them in its positions or "
