@@ -13,7 +13,7 @@ from ...errors import UnsupportedError
 from .cache import KVPolicyCache
 from .capture import Stepper
 from .lockstep import Lockstep
-from .own_steps import OwnSteps, check_kept, why_own
+from .own_steps import OwnSteps, aside, check_kept, why_own
 
 RECORDS = ("hidden_states",)  # of every step's output, if generate is asked for them
 
@@ -25,6 +25,7 @@ def decode_loop(
     stopping_criteria: Any,
     generation_config: Any,
     kvp_streamer: Any = None,
+    kvp_cache: Any = None,
     **model_kwargs: Any,
 ) -> Any:
     """Greedy or sampled decoding of `input_ids` `[B, S]`.
@@ -33,7 +34,11 @@ def decode_loop(
     more. On a GPU the host looks at the stop flag one step late, so that it never waits for the
     device: the step launched meanwhile stores nothing and its token is dropped.
     """
-    cache: KVPolicyCache = model_kwargs["past_key_values"]
+    if kvp_cache is not None:
+        model_kwargs["past_key_values"] = kvp_cache
+    cache = model_kwargs.get("past_key_values")
+    if not isinstance(cache, KVPolicyCache):
+        raise UnsupportedError(aside(model, "_prepare_cache_for_generation"))
     config, wanted = generation_config, generation_config.return_dict_in_generate
     scores: list[Tensor] | None = [] if wanted and config.output_scores else None
     raw: list[Tensor] | None = [] if wanted and config.output_logits else None
@@ -91,7 +96,10 @@ def decode_loop(
         if raw is not None:
             raw.append(last)
         seen = None if scores is None else tuple(scores)
-        alive = unfinished & ~stopping_criteria(ids[:, : length + 1], cast(Any, seen))
+        done = stopping_criteria(ids[:, : length + 1], cast(Any, seen))
+        if done.dtype != torch.bool:  # a criterion of whole numbers, of which the last bit counts
+            done = (done & 1).bool()
+        alive = unfinished & ~done
         return ids[:, length].clone() if edits else token, alive
 
     with experts(model):

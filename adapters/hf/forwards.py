@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache
 
 from ...errors import PhaseError, UnsupportedError
 from ...pipeline import CachePipeline
@@ -130,10 +131,10 @@ class Forwards:
             check_compiled(config, kwargs)
         given = kwargs.get("past_key_values")
         expected, self.expected = self.expected, None
-        if given is None and expected is not None:
+        if expected is not None and _is_empty(given):
             if expected.columns:
                 raise UnsupportedError(aside(attachment.base))
-            given = expected  # a model may put an empty cache aside
+            given = expected  # a model may put an empty cache aside, or take none by name
         if given is not None and not isinstance(given, KVPolicyCache):
             check_soft_prompt(attachment.model)  # which hands such caches on
         keeps = config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
@@ -260,6 +261,12 @@ def _check_inputs(kwargs: dict[str, Any]) -> None:
         if found is not None and found.ndim != len(shape):
             wanted, got = ", ".join(shape), list(found.shape)
             raise ValueError(f"{name}: wanted [{wanted}], got {got}; give every text a row")
+
+
+def _is_empty(given: Any) -> bool:
+    """Whether a forward's cache is none, or one of transformers' own that has seen nothing."""
+    ours = isinstance(given, KVPolicyCache)
+    return given is None or (not ours and isinstance(given, Cache) and not given.get_seq_length())
 
 
 def _several(kwargs: dict[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from .decode_loop import decode_loop
 from .kept_logits import check_generated
 from .masks import check_mask
 from .modes import ordinary
-from .own_steps import check_put_aside, check_sample, own_method
+from .own_steps import check_put_aside, check_sample, own_method, takes_cache
 from .planned import OWN_LOOP, Planned, check_hands_on
 from .tiles import refuse_more, whole_chunks
 from .tokens import inferred_mask, use_mask, use_tokenizer
@@ -75,6 +75,7 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
     rows = batch * int(config.num_return_sequences or 1)
     cache = attachment.idle.pop(rows, None) if private else None
     cache = cache or attachment.cache_for(given)
+    copies = max(config.num_beams or 1, config.num_return_sequences or 1)
     use_mask(cache, kwargs, config)
     columns = _prompt_columns(attachment, cache, kwargs)
     width = max([x.shape[1] for x in _inputs(kwargs)], default=1)
@@ -85,7 +86,6 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
             f"input_ids: wanted all turns, more than the {cache.columns} columns that the cache "
             f"has seen, got {columns}; write torch.cat([ids, next_turn], 1), or take a new cache"
         )
-    copies = max(config.num_beams or 1, config.num_return_sequences or 1)
     _check_mask(cache, kwargs.get("attention_mask"), batch, copies, width, columns)
     _check_last(inferred_mask(kwargs, config), " (pad_token_id says so, where no mask is given)")
     assisted = mode == GenerationMode.ASSISTED_GENERATION  # whose candidates may go further
@@ -101,6 +101,11 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
         check_generated(config, kwargs, batch, copies, columns - cache.columns, tokens > 1)
     last = columns + tokens - (not assisted)
     check_put_aside(attachment.base, attachment.put_aside, cache.columns, columns, last)
+    held = batch * copies if given is None or cache.state is None else cache.state.batch
+    if held != batch * copies and _inputs(kwargs):
+        raise ValueError(
+            f"input_ids: the cache holds {held} sequences, got a batch of {batch * copies}"
+        )
     # Our loop says itself when the prompt has ended.
     boundary = None if own else columns
     if question != "decode":
@@ -114,6 +119,10 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
     cache.counts_positions = not given_places and not own_method(attachment.base)
     draws = config.do_sample and not own  # our loop hands on the tokens that rank 0 chose
     device = cache.spec.device
+    if given is not None or takes_cache(attachment.base, cache):
+        kwargs["past_key_values"] = cache
+    elif own:
+        kwargs["kvp_cache"] = cache
     ready = merged_config(attachment, kwargs)
     outer = attachment.forwards.planned
     attachment.forwards.planned = Planned(attachment.base, ready, mode)
@@ -121,7 +130,7 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
     attachment.forwards.guided = config.guidance_scale not in (None, 1)
     try:
         with attachment.ranks.one_seed(device) if draws else contextlib.nullcontext():
-            output = attachment.original(**kwargs, past_key_values=cache)
+            output = attachment.original(**kwargs)
     finally:
         attachment.forwards.expected, attachment.forwards.planned = None, outer
         attachment.forwards.guided = False

@@ -164,9 +164,18 @@ def check_kept(model: Any, cache: KVPolicyCache, output: Any) -> None:
         raise UnsupportedError(aside(model))
 
 
-def aside(model: Any) -> str:
-    """That a model puts a cache aside."""
-    return (
-        f"past_key_values: prepare_inputs_for_generation of {type(model).__name__} puts the cache "
-        "aside"
-    )
+def aside(model: Any, method: str = "prepare_inputs_for_generation") -> str:
+    """That a model's method puts a cache aside."""
+    return f"past_key_values: {method} of {type(model).__name__} puts the cache aside"
+
+
+def takes_cache(model: Any, cache: KVPolicyCache) -> bool:
+    """Whether transformers' generate takes a cache by name for a model, as its signatures say.
+
+    One that does not gets an empty one of transformers' own, in whose place ours goes.
+    """
+    try:
+        model._validate_model_kwargs({"past_key_values": cache})
+    except ValueError:
+        return False
+    return True

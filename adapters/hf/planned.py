@@ -77,8 +77,8 @@ def guarded(attachment: Attached, plain: Callable[..., Any]) -> Callable[..., An
         planned = attachment.forwards.planned
         if planned is None:
             raise UnsupportedError(
-                "generate: the class's was called past the model's own, to which the pipeline is "
-                "attached; write model.generate(...), or detach it"
+                "generate: the class's or an inner model's was called past the one to which the "
+                "pipeline is attached; call generate of the model that was attached, or detach it"
             )
         planned.check(mode, config)
         return plain(mode, config, *args, **kwargs)

@@ -164,14 +164,135 @@ def test_a_loop_of_the_models_own(kind):
         assert cache.state is None and cache.phase == "prompt"
 
 
-def test_methods_that_the_loop_in_place_of_ours_calls():
-    """A method that a model may override is called by our loop too, or such a model is refused."""
-    source = inspect.getsource(GenerationMixin._sample)
-    called = {*re.findall(r"\bself\.(\w+)\(", source)}
-    ours = {"_prefill", "_optimize_model_for_decode", *METHODS}
-    compiled = {"get_compiled_call", "_valid_auto_compile_criteria"}  # of static caches
-    assert called <= ours | compiled | set(LOOP)
-    assert {"_prefill", "prepare_inputs_for_generation", "_has_unfinished_sequences"} <= called
+MODES = ({}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2})
+# Whose answer changes no number: which cache transformers would make, and whether it compiles.
+INERT = {"_supports_default_dynamic_cache", "_valid_auto_compile_criteria"}
+
+
+def methods_that_generate_calls():
+    """Of the model, through all loops; those that call nothing are among them."""
+    found, todo = set(), ["generate", "_sample", "_beam_search", "_assisted_decoding"]
+    while todo:
+        name = todo.pop()
+        method = inspect.getattr_static(GenerationMixin, name, None)
+        if name in found or not callable(getattr(transformers.LlamaForCausalLM, name, None)):
+            continue
+        found.add(name)
+        if method is not None:
+            source = inspect.getsource(getattr(method, "__func__", method))
+            todo += re.findall(r"\bself\.(\w+)\(", source)
+    return sorted(found - {"generate"})
+
+
+def overriding(name, calls):
+    """A model whose own method `name` says that it is called."""
+    plain = inspect.getattr_static(transformers.LlamaForCausalLM, name)
+    kind = type(plain) if isinstance(plain, staticmethod | classmethod) else None
+    function = plain.__func__ if kind else plain
+
+    # Keywords by another name than transformers' own, by which it tells what a model takes.
+    def own(*args, **given):
+        calls.append(name)
+        return function(*args, **given)
+
+    return made(
+        type("Overriding", (transformers.LlamaForCausalLM,), {name: (kind or (lambda f: f))(own)})
+    )
+
+
+@pytest.mark.parametrize("name", methods_that_generate_calls())
+@torch.no_grad()
+def test_every_method_that_generate_calls(name):
+    """One that a model overrides is called when plain generate calls it, or refused by name."""
+    calls = []
+    model, ids = overriding(name, calls), IDS[:1].repeat(1, 2)
+    for mode in MODES:
+        options = {**GREEDY, **mode, "max_new_tokens": 4}
+        calls.clear()
+        plain, wanted = model.generate(ids, **options).sequences, bool(calls)
+        with attach(model, PIPELINE, **SIZES) as attached:
+            calls.clear()
+            if name in LOOP and wanted and not mode:
+                cache = attached.new_cache()
+                with pytest.raises(UnsupportedError, match=f"^{name}: Overriding decodes by a"):
+                    model.generate(ids, past_key_values=cache, **options)
+                assert cache.state is None
+                continue
+            assert torch.equal(model.generate(ids, **options).sequences, plain)
+            assert bool(calls) == wanted or name in INERT
+
+
+def test_methods_that_generate_calls_are_found():
+    found = set(methods_that_generate_calls())
+    assert {*LOOP, *METHODS, *INERT, "_prefill", "_optimize_model_for_decode"} <= found
+    assert {
+        "_prepare_generation_config",
+        "_get_logits_processor",
+        "_update_finished_beams",
+    } <= found
+
+
+class Configured(transformers.LlamaForCausalLM):
+    """Prepares another config than its caller's."""
+
+    changes: dict
+
+    def _prepare_generation_config(self, *args, **kwargs):
+        config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        for name, value in self.changes.items():
+            setattr(config, name, value)
+        return config, model_kwargs
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_beams": 2}, {"output_attentions": True}, {"guidance_scale": 1.5}]
+)
+@torch.no_grad()
+def test_a_config_that_the_model_prepares(changes):
+    model = made(Configured)
+    model.changes = {"max_new_tokens": 3, "max_length": 15}
+    plain = model.generate(IDS, **GREEDY).sequences
+    with attach(model, PIPELINE, **SIZES) as attached:
+        assert torch.equal(model.generate(IDS, **GREEDY).sequences, plain)
+        model.changes, cache = changes, attached.new_cache()
+        with pytest.raises(UnsupportedError, match=f"^{min(changes)}: Configured hands "):
+            model.generate(IDS, past_key_values=cache, **GREEDY)
+        assert cache.state is None
+
+
+@torch.no_grad()
+def test_a_criterion_of_whole_numbers():
+    """transformers reads their last bit."""
+    model = tiny()
+    for done in (torch.int32, torch.uint8, torch.long):
+        stop = [lambda ids, scores, d=done, **_: torch.full(ids.shape[:1], ids.shape[1] > 14).to(d)]
+        plain = model.generate(IDS, stopping_criteria=stop, **GREEDY).sequences
+        assert plain.shape[1] == 15
+        with attach(model, PIPELINE, **SIZES):
+            assert torch.equal(
+                model.generate(IDS, stopping_criteria=stop, **GREEDY).sequences, plain
+            )
+
+
+def test_a_return_dict_of_none_is_the_configs():
+    model = tiny().model
+    with attach(model, PIPELINE, **SIZES), torch.no_grad():
+        assert model(IDS, return_dict=None).last_hidden_state.shape[:2] == IDS.shape
+        assert isinstance(model(IDS, return_dict=False), tuple)
+
+
+@torch.no_grad()
+def test_a_cache_of_other_rows_beside_beams():
+    model, inputs = tiny(), prompt([12, 9])
+    with attach(model, PIPELINE, **SIZES) as attached:
+        cache = attached.read(**inputs)
+        before, ids = digest(cache), torch.cat([inputs["input_ids"], IDS], 1)
+        for more in ({"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}):
+            with pytest.raises(
+                ValueError, match="^input_ids: the cache holds 2 sequences, got a b"
+            ):
+                model.generate(ids, past_key_values=cache, **{**GREEDY, **more})
+            assert digest(cache) == before
 
 
 @torch.no_grad()
