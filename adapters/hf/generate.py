@@ -124,16 +124,17 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
     elif own:
         kwargs["kvp_cache"] = cache
     ready = merged_config(attachment, kwargs)
-    outer = attachment.forwards.planned
-    attachment.forwards.planned = Planned(attachment.base, ready, mode)
-    attachment.forwards.expected = cache
-    attachment.forwards.guided = config.guidance_scale not in (None, 1)
+    forwards = attachment.forwards
+    outer = forwards.planned, forwards.guided  # of a generate around this one
+    forwards.planned = Planned(attachment.base, ready, mode)
+    forwards.expected = cache
+    forwards.guided = config.guidance_scale not in (None, 1)
     try:
         with attachment.ranks.one_seed(device) if draws else contextlib.nullcontext():
             output = attachment.original(**kwargs)
     finally:
-        attachment.forwards.expected, attachment.forwards.planned = None, outer
-        attachment.forwards.guided = False
+        forwards.expected = None
+        forwards.planned, forwards.guided = outer
         # Position ids that forwards give themselves count afterwards.
         cache.counts_positions = cache.counts_columns = False
     attachment.decoding = cache.decoding if own else f"transformers' loop: {mode.value}"

@@ -14,6 +14,7 @@ from tests.support.adapters.models import prompt, tiny
 PIPELINE = CachePipeline(window=5)
 IDS = prompt([9])["input_ids"]
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+SCORED = GREEDY | {"return_dict_in_generate": True, "output_scores": True}
 
 
 @pytest.mark.parametrize("as_tuple", [False, True])
@@ -166,18 +167,43 @@ def test_whisper_counts_columns(options):
         assert model.generate(**inputs, **GREEDY, **options).tolist() == plain.tolist()
 
 
+def alike(one, other):
+    pairs = zip(one.scores, other.scores, strict=True)
+    return all(torch.allclose(x, y, atol=1e-4) for x, y in pairs)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "roberta", "llama"])
 def test_padded_negative_prompts(name):
     """The unconditional branch counts columns, the other one real tokens."""
     model = tiny_model(name)
     inputs, negative = ({k: v % 60 for k, v in prompt(n).items()} for n in ([9, 7], [6, 4]))
-    more = {
+    more = SCORED | {
         "negative_prompt_ids": negative["input_ids"], "guidance_scale": 1.7,
         "negative_prompt_attention_mask": negative["attention_mask"],
     }  # fmt: skip
-    plain = model.generate(**inputs, **more, **GREEDY)
+    plain = model.generate(**inputs, **more)
     with attach(model, PIPELINE):
-        assert model.generate(**inputs, **more, **GREEDY).tolist() == plain.tolist()
+        assert alike(model.generate(**inputs, **more), plain)
+
+
+class Asks(transformers.LogitsProcessor):
+    """Generates with the same model while another generate runs."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, ids, scores):
+        self.model.generate(IDS % 60, **GREEDY)
+        return scores
+
+
+def test_a_generate_inside_a_guided_one():
+    model, inputs = tiny_model("gpt2"), {k: v % 60 for k, v in prompt([9, 7]).items()}
+    negative = {f"negative_prompt_{k.removeprefix('input_')}": v for k, v in inputs.items()}
+    more = SCORED | {"logits_processor": [Asks(model)], "guidance_scale": 1.7, **negative}
+    plain = model.generate(**inputs, **more)
+    with attach(model, PIPELINE):
+        assert alike(model.generate(**inputs, **more), plain)
 
 
 def derivative(model, embeds):
