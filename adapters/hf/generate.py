@@ -106,6 +106,7 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
         raise ValueError(
             f"input_ids: the cache holds {held} sequences, got a batch of {batch * copies}"
         )
+    seen, phase = cache.columns, (cache.phase, cache.boundary)
     # Our loop says itself when the prompt has ended.
     boundary = None if own else columns
     if question != "decode":
@@ -132,6 +133,10 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
     try:
         with attachment.ranks.one_seed(device) if draws else contextlib.nullcontext():
             output = attachment.original(**kwargs)
+    except BaseException:
+        if cache.columns == seen:  # nothing was read
+            cache.phase, cache.boundary = phase
+        raise
     finally:
         forwards.expected = None
         forwards.planned, forwards.guided = outer

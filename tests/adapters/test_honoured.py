@@ -247,3 +247,13 @@ def test_more_rows_than_a_cache_that_saw_padding_has(llama, options):
         with pytest.raises(ValueError, match="^input_ids: the cache holds 2 sequences, got"):
             llama.generate(**turn, past_key_values=cache, **more, **options)
         assert cache.columns == 9
+
+
+def test_a_call_that_transformers_refuses_begins_no_prompt(llama):
+    with attach(llama, PIPELINE) as attached:
+        cache = attached.read(IDS)
+        turn = torch.cat([IDS, IDS[:, :3]], 1)
+        with pytest.raises(ValueError, match="unheard_of"):
+            llama.generate(turn, past_key_values=cache, unheard_of=1, **GREEDY)
+        assert cache.phase == "decode" and cache.columns == 9
+        assert llama.generate(turn, past_key_values=cache, **GREEDY).shape == (1, 17)
