@@ -61,7 +61,7 @@ def test_compose_shows_every_triple(capsys: pytest.CaptureFixture) -> None:
 def test_each_slot_has_a_script_whose_rows_take_effect(capsys: pytest.CaptureFixture) -> None:
     load("evictions").main(["--tokens", "300", "--new-tokens", "4"])
     found = {row[0]: row[1:] for row in rows(capsys.readouterr().out)}
-    assert len(found) == len(load("evictions").evictions(75)) + 9
+    assert len(found) == len(load("evictions").evictions(75)) + 10
     for name, (stored, evicted, *_, composed, lost, read, part) in found.items():
         assert int(evicted) > 0 and int(stored) < 303, name
         assert int(composed) < 303 and int(read) < int(composed) and int(part[:-1]) < 100, (
