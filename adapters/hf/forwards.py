@@ -30,7 +30,7 @@ from .packed import split
 from .positions import check_counted, true_positions
 from .ranks import Ranks
 from .tiles import refuse_whole
-from .wrappers import check_soft_prompt, counts_columns
+from .wrappers import check_soft_prompt, soft_prompt
 
 
 class Forwards:
@@ -170,8 +170,9 @@ class Forwards:
         self.cache, self.as_tuple = cache, as_tuple
         self.own, self.kept = given is None, kept
         told = kwargs.get("position_ids") is not None or "position_ids" not in self.names
-        other = self.guided and not cache.counts_positions  # the unconditional branch
-        if not told and not texts and not (other or counts_columns(attachment.model)):
+        by_columns = self.guided and not cache.counts_positions  # the unconditional branch
+        by_columns |= soft_prompt(attachment.model) is not None  # as PEFT counts
+        if not told and not texts and not by_columns:
             first = _first(cache, probe.first)
             kwargs["position_ids"] = true_positions(cache, ids.device, first)
             cache.counted_from = None if self.held else first

@@ -25,7 +25,7 @@ from .planned import OWN_LOOP, Planned, check_hands_on
 from .tiles import refuse_more, whole_chunks
 from .tokens import inferred_mask, use_mask, use_tokenizer
 from .uncut import shorten_mask
-from .wrappers import counts_columns, soft_prompt
+from .wrappers import soft_prompt
 
 
 def generate(attachment: Attached, *args: Any, **kwargs: Any) -> Any:
@@ -115,7 +115,7 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
         cache.begin_prompt(boundary)
     else:
         cache.begin_question(None if question == "decode" else columns)
-    cache.counts_columns = counts_columns(attachment.model)
+    cache.counts_columns = bool(soft_prompt(attachment.model))
     given_places = "position_ids" in kwargs or cache.counts_columns
     cache.counts_positions = not given_places and not own_method(attachment.base)
     draws = config.do_sample and not own  # our loop hands on the tokens that rank 0 chose

@@ -97,14 +97,3 @@ def _check_model(model: Any) -> None:
 def takes_positions(model: Any) -> bool:
     """Whether the decoder is told positions; one that is not counts the columns of its cache."""
     return "position_ids" in inspect.signature(type(decoder_of(model)).forward).parameters
-
-
-def counts_columns(model: Any) -> bool:
-    """Whether positions count padded columns too, where none are given.
-
-    So PEFT has it for soft prompts, and the decoder of a model that hands no positions on to it,
-    such as Whisper's language model.
-    """
-    outer = inspect.signature(type(base_of(model)).forward).parameters
-    hands_on = "position_ids" in outer or not takes_positions(model)
-    return soft_prompt(model) is not None or not hands_on

@@ -151,22 +151,6 @@ def test_return_dict_none(llama):
             llama.model.config.return_dict = True
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}])
-def test_whisper_counts_columns(options):
-    """Its language model hands no positions on, so padding counts."""
-    model = tiny_model("whisper")
-    rows = 1 if "prompt_lookup_num_tokens" in options else 2
-    inputs = {k: v[-rows:] % 60 for k, v in prompt([9, 5]).items()}
-    for name in ("forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"):
-        setattr(model.generation_config, name, None)
-    plain = model.generate(**inputs, **GREEDY, **options)
-    real = {k: v[:, inputs["attention_mask"][-1].bool()][-1:] for k, v in inputs.items()}
-    alone = model.generate(**real, **GREEDY)
-    assert plain[-1, -5:].tolist() != alone[0, -5:].tolist(), "positions count"
-    with attach(model, PIPELINE):
-        assert model.generate(**inputs, **GREEDY, **options).tolist() == plain.tolist()
-
-
 def alike(one, other):
     pairs = zip(one.scores, other.scores, strict=True)
     return all(torch.allclose(x, y, atol=1e-4) for x, y in pairs)

