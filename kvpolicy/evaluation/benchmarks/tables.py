@@ -72,7 +72,7 @@ def means(results: Sequence[Result], length: int) -> list[Mean]:
 
 def complete(rows: Sequence[Mean]) -> list[Mean]:
     """Compositions that were measured on as many tasks as any; means of fewer do not compare."""
-    most = max(x.tasks for x in rows)
+    most = max((x.tasks for x in rows), default=0)
     return [x for x in rows if x.tasks == most]
 
 
