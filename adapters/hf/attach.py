@@ -168,10 +168,10 @@ class Attachment:
 
     @torch.compiler.disable
     def _before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        check_transforms()
         check_logits(base, args, kwargs)
         check_labels(base, args, kwargs)
         check_pooled(base, args, kwargs)
-        check_transforms()
 
     @torch.compiler.disable
     def _after(self, base: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
