@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -138,6 +139,20 @@ def test_train_duo_writes_a_pattern_that_loads(folder: Path, tmp_path: Path) -> 
     )  # fmt: skip
     duo = DuoAttention.from_pretrained(tmp_path / "duo", sparsity=0.5)
     assert (duo.sinks, duo.window, duo.sparsity) == (4, 16, 0.5)
+
+
+@pytest.mark.parametrize(
+    "command, option", [("train-gate", "--lam=0.1"), ("train-duo", "--objective=wgkv")]
+)
+def test_training_leaves_the_group_of_its_launcher(
+    command: str, option: str, folder: Path, tmp_path: Path
+) -> None:
+    meet = f"file://{tmp_path}/meet"
+    dist.init_process_group("gloo", init_method=meet, rank=0, world_size=1)
+    texts, out = ("--texts", folder / "texts"), ("--out", tmp_path / "out.pt")
+    sizes = ("--steps", 1, "--length", 192, "--window", 16, "--device", "cpu", option)
+    call(command, folder / "model", *texts, *out, *sizes)
+    assert not dist.is_initialized()
 
 
 def test_training_takes_a_data_set(

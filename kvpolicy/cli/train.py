@@ -154,11 +154,11 @@ def train_gate(
                 save_every=save_every,
                 progress=shown.step,
             )
-        if not _is_main():
-            return
-        out.parent.mkdir(parents=True, exist_ok=True)
-        trained.save(out)
-        typer.echo(f"{out}: lambda {trained.lam:.4g}, {trained.keep:.1%} kept, window {window}")
+        if _is_main():
+            out.parent.mkdir(parents=True, exist_ok=True)
+            trained.save(out)
+            typer.echo(f"{out}: lambda {trained.lam:.4g}, {trained.keep:.1%} kept, window {window}")
+        _leave()
 
 
 def train_duo(
@@ -208,10 +208,10 @@ def train_duo(
                 save_every=save_every,
                 progress=shown.step,
             )
-        if not _is_main():
-            return
-        trained.save(out)
-        typer.echo(f"{out}: mean head weight {trained.heads.mean():.3f}")
+        if _is_main():
+            trained.save(out)
+            typer.echo(f"{out}: mean head weight {trained.heads.mean():.3f}")
+        _leave()
 
 
 def _documents(
@@ -231,3 +231,11 @@ def _documents(
 def _is_main() -> bool:
     """Whether this process writes files, under a launcher of several."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _leave() -> None:
+    """Leaves the launcher's group: one that the end of the process breaks off may abort it."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

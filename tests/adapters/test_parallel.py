@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,26 +15,7 @@ from kvpolicy.exchange import ALONE
 from tests.support.adapters.models import SIZES, prompt, tiny
 from tests.support.adapters.parallel import WAYS, generate, pipeline
 from tests.support.adapters.parallel_captured import NAMES
-
-ROOT = str(Path(__file__).resolve().parents[2])
-
-
-def run_two(program, folder, waits_for=(0, 1)):
-    """Runs a program of two ranks until those named have ended."""
-    ranks = []
-    for rank in ("0", "1"):
-        env = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "PYTHONPATH": ROOT}
-        command = [sys.executable, "-m", f"tests.support.adapters.{program}", folder, rank]
-        ranks.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-    try:
-        for rank in waits_for:
-            _, said = ranks[rank].communicate(timeout=200)
-            assert ranks[rank].returncode == 0, said
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
+from tests.support.two_ranks import ROOT, run_two
 
 
 @pytest.mark.slow
@@ -43,7 +23,7 @@ def test_two_ranks(tmp_path, qwen3):
     qwen3.save_pretrained(tmp_path)
     with attach(qwen3, pipeline("adaptive"), **SIZES) as attached:
         attached.read(prompt([9])["input_ids"]).save(tmp_path / "whole")
-    run_two("parallel", tmp_path)
+    run_two("tests.support.adapters.parallel", tmp_path)
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
     _sampling_agrees([part.pop("sampled") for part in parts])
     _all_end(*(part.pop("failures") for part in parts))
@@ -141,7 +121,7 @@ def _captures_agree(model, parts):
 @pytest.mark.slow
 def test_a_rank_that_breaks_off_ends_the_other(tmp_path, qwen3):
     qwen3.save_pretrained(tmp_path)
-    run_two("parallel_broken", tmp_path, waits_for=(0,))
+    run_two("tests.support.adapters.parallel_broken", tmp_path, waits_for=(0,))
     first, second = (torch.load(tmp_path / f"broken {rank}.pt") for rank in (0, 1))
     kind, said = first.pop("stopped")
     assert kind == "KVPolicyError" and "a rank of the tensor-parallel model is gone" in said
@@ -161,7 +141,7 @@ def test_a_rank_that_breaks_off_ends_the_other(tmp_path, qwen3):
 def test_a_failure_anywhere_ends_the_call_on_both_ranks(tmp_path, qwen3):
     """A rank that stayed in an exchange would wait ten minutes, and longer than this test does."""
     qwen3.save_pretrained(tmp_path)
-    run_two("parallel_everywhere", tmp_path)
+    run_two("tests.support.adapters.parallel_everywhere", tmp_path)
     parts = [torch.load(tmp_path / f"everywhere {rank}.pt") for rank in (0, 1)]
     assert parts[0].keys() == parts[1].keys()
     for case in parts[0]:

@@ -110,6 +110,8 @@ trained = train_write_gate(
 )
 import os
 torch.save(trained.gates.state_dict(), out + "/gates" + os.environ["RANK"])
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from kvpolicy.training import keys_fingerprint
 from tests.support.training.sharded import WAYS, train
 from tests.support.training.small import make_model, make_tokenizer
-
-ROOT = str(Path(__file__).resolve().parents[2])
+from tests.support.two_ranks import run_two
 
 
 @pytest.fixture(scope="module")
@@ -23,21 +17,7 @@ def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     make_model().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    ranks = []
-    for rank in ("0", "1"):
-        env = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "PYTHONPATH": ROOT}
-        env |= {"ACCELERATE_USE_CPU": "true"}
-        command = [sys.executable, "-m", "tests.support.training.sharded", folder, rank]
-        ranks.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-    try:
-        for rank in ranks:
-            _, said = rank.communicate(timeout=200)
-            assert rank.returncode == 0, said
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
+    run_two("tests.support.training.sharded", folder, ACCELERATE_USE_CPU="true")
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

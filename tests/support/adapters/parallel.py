@@ -12,7 +12,6 @@ from pathlib import Path
 
 import attrs
 import torch
-import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from kvpolicy import (
@@ -36,6 +35,7 @@ from kvpolicy.adapters.hf.training import attach_for_training
 from tests.support.adapters.models import SIZES, pipelines, prompt
 from tests.support.adapters.rehearsed import Rehearsed, rehearsed
 from tests.support.contract.cases import NAMES, Sizes, build
+from tests.support.two_ranks import met
 
 # What asks for queries before RoPE, frequencies and projections of this rank's heads.
 ASKING = {
@@ -255,10 +255,8 @@ def trained(model):
         pass
 
 
-def main(folder, rank):
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def checked(folder, rank):
+    """What this rank saw, by name."""
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float32).eval()
     names = ("striped", "gate", "gate-quest-snapkv", *ASKING, *SHARING, *pairs())
     found = {name: generate(model, name) for name in names}
@@ -269,6 +267,14 @@ def main(folder, rank):
     found["compiled"] = compiled(model)
     found["probed apart"] = probed_apart(model)
     found["trained"] = told(lambda: trained(model))
+    return found
+
+
+def main(folder, rank):
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    with met(f"{folder}/meet", rank):
+        found = checked(folder, rank)
     torch.save(found, Path(folder) / f"{rank}.pt")
 
 

@@ -115,6 +115,8 @@ def main(folder, rank):
             os.kill(os.getpid(), signal.SIGSTOP)
         found["stopped"] = told(lambda: attached.read(prompt([9])["input_ids"], cache=cache))
     torch.save(found, Path(folder) / "broken 0.pt")
+    with contextlib.suppress(Exception):
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Nothing is timed: the group waits ten minutes for a rank, and the test gives up 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import sys
 import warnings
 from collections import Counter
@@ -24,6 +23,7 @@ from kvpolicy.backend import _MODULES, implementation
 from tests.support.adapters.faults import Fault, digest
 from tests.support.adapters.models import SIZES, prompt
 from tests.support.adapters.parallel import told
+from tests.support.two_ranks import met
 
 # Beside the ops: what policies decide, what ranks exchange and make for it, what files and forks.
 PLACES = {
@@ -136,14 +136,11 @@ def walk(model, rank, folder, name):
 def main(folder, rank):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2,
-        timeout=datetime.timedelta(minutes=10),
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float32).eval()
-    found = {}
-    for name in pipelines():
-        found |= walk(model, rank, folder, name)
+    with met(f"{folder}/meet", rank):
+        make, found = AutoModelForCausalLM.from_pretrained, {}
+        model = make(folder, tp_plan="auto", dtype=torch.float32).eval()
+        for name in pipelines():
+            found |= walk(model, rank, folder, name)
     torch.save(found, Path(folder) / f"everywhere {rank}.pt")
 
 

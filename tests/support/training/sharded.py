@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -17,6 +16,7 @@ from kvpolicy.cli.common import load
 from kvpolicy.training import TrainingMix, train_duo_attention, train_judge, train_write_gate
 from kvpolicy.training.data import Batch
 from tests.support.training.small import make_model
+from tests.support.two_ranks import met
 
 LENGTH = 96
 GATE = {
@@ -101,10 +101,8 @@ def refusals(model):
     return found
 
 
-def main(folder, rank):
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def checked(folder):
+    """What each way to split the weights gave, by name."""
     found, ids = {}, torch.arange(1, 20)[None]
     models = {name: way(make_model()) for name, way in WAYS.items()}
     models["command line"], _ = load(folder, "cpu", "float32", shard=True)
@@ -114,6 +112,14 @@ def main(folder, rank):
         again = as_before(model, ids, before, held)
         found[name] = gates.gates.state_dict(), gates.fingerprint, pattern.heads, said, again
     found["refused"] = refusals(model)
+    return found
+
+
+def main(folder, rank):
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    with met(f"{folder}/meet", rank):
+        found = checked(folder)
     torch.save(found, Path(folder) / f"{rank}.pt")
 
 
