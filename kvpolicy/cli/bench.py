@@ -28,7 +28,7 @@ def bench(
 ) -> None:
     """Measure the kernels and whole models on this machine."""
     from ..bench import run
-    from ..bench.ranks import check_devices, launch, started, together
+    from ..bench.ranks import check_devices, end, launch, started, together
 
     if tp > 1 and not started():
         with errors():
@@ -38,9 +38,7 @@ def bench(
     if tp > 1:
         with errors(), together() as rank:
             rows = run(names or [], out=str(out), quick=quick, seconds=seconds, rank=rank, ranks=tp)
-        if rank == 0 and any(row.error for row in rows):
-            raise typer.Exit(1)
-        return
+        end(failed=rank == 0 and any(row.error for row in rows))
     with errors(), Progress("benchmark", asked=progress) as shown:
 
         def starts(title: str, number: int, of: int) -> None:

@@ -110,8 +110,9 @@ trained = train_write_gate(
 )
 import os
 torch.save(trained.gates.state_dict(), out + "/gates" + os.environ["RANK"])
+from tests.support.two_ranks import end_at_once
 torch.distributed.barrier()
-torch.distributed.destroy_process_group()
+end_at_once()
 """
 
 

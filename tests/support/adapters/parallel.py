@@ -274,8 +274,7 @@ def main(folder, rank):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with met(f"{folder}/meet", rank):
-        found = checked(folder, rank)
-    torch.save(found, Path(folder) / f"{rank}.pt")
+        torch.save(checked(folder, rank), Path(folder) / f"{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from kvpolicy.adapters.hf import attach, models
 from tests.support.adapters.models import SIZES, pipelines, prompt
 from tests.support.adapters.parallel import told
 from tests.support.adapters.rehearsed import rehearsed
+from tests.support.two_ranks import end_at_once
 
 # Where rank 1 fails, at the n-th time that a module runs, and how the ranks decode.
 PLACES = {
@@ -115,8 +116,7 @@ def main(folder, rank):
             os.kill(os.getpid(), signal.SIGSTOP)
         found["stopped"] = told(lambda: attached.read(prompt([9])["input_ids"], cache=cache))
     torch.save(found, Path(folder) / "broken 0.pt")
-    with contextlib.suppress(Exception):
-        dist.destroy_process_group()
+    end_at_once()
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def main(folder, rank):
         model = make(folder, tp_plan="auto", dtype=torch.float32).eval()
         for name in pipelines():
             found |= walk(model, rank, folder, name)
-    torch.save(found, Path(folder) / f"everywhere {rank}.pt")
+        torch.save(found, Path(folder) / f"everywhere {rank}.pt")
 
 
 if __name__ == "__main__":

@@ -119,8 +119,7 @@ def main(folder, rank):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with met(f"{folder}/meet", rank):
-        found = checked(folder)
-    torch.save(found, Path(folder) / f"{rank}.pt")
+        torch.save(checked(folder), Path(folder) / f"{rank}.pt")
 
 
 if __name__ == "__main__":
