@@ -108,7 +108,7 @@ def main(folder, rank):
     wait_for_both(folder, rank, "loop")
     with contextlib.suppress(Exception):
         dist.destroy_process_group()
-    model = load(folder, rank, "stopped", seconds=5)
+    model = load(folder, rank, "stopped", seconds=12)
     with attach(model, pipelines()["gate"], **SIZES) as attached:
         cache = attached.read(prompt([33])["input_ids"])
         if rank == 1:
