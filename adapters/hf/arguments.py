@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers.generation import GenerationConfig, GenerationMode
@@ -218,3 +220,23 @@ def _check_scores(kwargs: dict[str, Any], *more: str) -> None:
     for name in (*SCORES, *more):
         if kwargs.get(name) is not None:
             raise UnsupportedError(f"{name}: this model's attention scores are not served")
+
+
+def named(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    """The parameters that may be given by position, after `self`."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [name for name, x in parameters.items() if x.kind in kinds][1:]
+
+
+def by_name(
+    call: str, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by their names; raises TypeError as the call itself would."""
+    if len(args) > len(names):
+        raise TypeError(
+            f"{call}: wanted at most {len(names)} arguments by position, got {len(args)}"
+        )
+    twice = [name for name in names[: len(args)] if name in kwargs]
+    if twice:
+        raise TypeError(f"{call}: got {twice[0]} both by position and by name; give it once")
+    return {**dict(zip(names, args, strict=False)), **kwargs}

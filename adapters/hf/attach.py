@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, Unpack
 
 import torch
@@ -91,6 +91,7 @@ class Attachment:
         self.put_aside = put_aside_at(self.base)
         self.idle: dict[int, KVPolicyCache] = {}  # private caches with a captured graph, by batch
         self.decoding = "not yet"  # how the last generate decoded, and why not captured
+        self._given: Callable[..., Any] | None = None  # a `generate` of the model object's own
         self.names = ConfigNames(self.base, self.decoder, self.layers)
         self.compiled: CompiledLayers | None = None
         self._last: Report | None = None
@@ -121,8 +122,8 @@ class Attachment:
             self.compiled = CompiledLayers(self, decoder, self.served, frozenset(self.needs))
         target = unwrapped(self.model)
         if hasattr(target, "generate"):
-            self.original = target.generate
-            ours = functools.wraps(self.original)(functools.partial(generate, self))
+            self._given = vars(target).get("generate")
+            ours = functools.wraps(target.generate)(functools.partial(generate, self))
             changes.attribute(target, "generate", ours)
         if hasattr(self.base, CHECKED):
             changes.attribute(self.base, CHECKED, guarded(self, getattr(self.base, CHECKED)))
@@ -156,6 +157,14 @@ class Attachment:
 
     def _unlist(self) -> None:
         _ATTACHED.pop(self.decoder, None)
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The `generate` that ours replaces: the model's own, or its class's as that is now."""
+        if self._given is not None:
+            return self._given
+        target = unwrapped(self.model)
+        return functools.partial(type(target).generate, target)
 
     # Methods of the attachment, so that the model's hooks keep it alive.
     @torch.compiler.disable

@@ -11,6 +11,7 @@ import torch
 from ...pipeline import CachePipeline
 from ...spec import CacheSpec, Sizes
 from .cache import KVPolicyCache
+from .config_names import ConfigNames
 from .models import Served
 from .ranks import Ranks
 
@@ -30,7 +31,7 @@ class Attached(Protocol):
 
     `model` is what was attached to, `base` transformers' model inside its wrappers, `decoder` its
     decoder stack with attention modules `layers`, `served` what is known of it, `kinds` what its
-    config said of them. `original` is the
+    config said of them, `names` what says that they are ours. `original` is the
     `generate` that ours replaces, `ranks` those that share the model's heads;
     `put_aside` are the columns after which the model gives caches up. Caches are made with `dtype`
     and `sizes`, which give `spec`; `attached` until it is detached.
@@ -42,14 +43,17 @@ class Attached(Protocol):
     layers: list[Any]
     served: Served
     kinds: dict[str, Any]
+    names: ConfigNames
     pipeline: CachePipeline
-    original: Callable[..., Any]
     decoding: str
     ranks: Ranks
     idle: dict[int, KVPolicyCache]
     put_aside: int | None
     dtype: torch.dtype | None
     sizes: Sizes
+
+    @property
+    def original(self) -> Callable[..., Any]: ...
 
     @property
     def attached(self) -> bool: ...

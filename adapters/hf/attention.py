@@ -14,7 +14,7 @@ from ...errors import UnsupportedError
 from .arguments import check_attention
 from .changes import Changes
 from .compile import PLACE, attend
-from .faces import NAME, KVRef
+from .faces import NAME, KVRef, ValueRef
 from .models import AttentionLayer, Rules
 from .rule.pre_rope import given_arguments, key_before_rope
 from .rule.records import PreRope
@@ -144,6 +144,11 @@ def attention(
             "nothing is attached to it, or its hooks did not run: call the attached model or its "
             "decoder itself, not .forward of it nor its layers. If it shares its config object "
             "with an attached model, build it from a copy of that config"
+        )
+    if not isinstance(value, ValueRef) or value.keys is not key:
+        raise UnsupportedError(
+            "value: a layer attends to other values than it caches with its keys; detach, and "
+            "attach to the model as it is now, which attach checks"
         )
     sinks = kwargs.get("s_aux") if kwargs.get("sinks") is None else kwargs["sinks"]
     if torch.compiler.is_compiling() and hasattr(module, PLACE):

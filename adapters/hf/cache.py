@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ..._arguments import check_flag, check_path, check_rows, optional
+from ..._arguments import check_flag, check_path, check_rows, optional, rows_below
 from ..._fields import MOST, check_int
 from ...errors import PhaseError, RollbackError, UnsupportedError
 from ...pipeline import CachePipeline, is_pipeline
@@ -25,11 +25,12 @@ from ...store.report_ranks import joined
 from ...store.rollback import crop
 from .asked import known_of
 from .columns import Chunks, append, gaps, pick, real, take_back, to_tensors
-from .faces import KVRef, faces_of, keeps_state
+from .faces import KVRef, ValueRef, faces_of, keeps_state
 from .fingerprints import model_fingerprint
 from .layout import Columns
 from .models import Served, ranks_of, served
 from .modes import exactly, in_dtype, ordinary
+from .picked import indexed
 from .rank_files import part_of, write_index
 from .recurrent import States
 from .sizes import spec_from
@@ -90,11 +91,11 @@ class KVPolicyCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        """A handle in place of both, with which our attention stores them."""
+        """Handles in place of both, with which our attention stores them."""
         # A number of a layer in a graph would be that layer's alone; the module knows it as well.
         place = None if torch.compiler.is_compiling() else layer_idx
         handle = KVRef(self, place, key_states, value_states)
-        return handle, handle
+        return handle, ValueRef(handle)
 
     def hold(self, layer: int, key: Tensor, value: Tensor) -> KVRef:
         """The handle of our `layer`."""
@@ -399,25 +400,30 @@ class KVPolicyCache(Cache):
             notes={"phase": self.phase},
         )
 
+    def _select(self, rows: list[int]) -> None:
+        assert self.state is not None
+        with self.ranks.together():
+            chosen = select_rows(self.state, rows)
+        adopt(self.state, chosen)
+        self.states.restore(self.states.select(rows))
+        self.chunks = pick(self.chunks, rows)
+
     @ordinary
-    def _select(self, rows: Tensor) -> None:
-        picked = [int(r) for r in rows.tolist()]
-        if self.state is not None:
-            with self.ranks.together():
-                chosen = select_rows(self.state, picked)
-            adopt(self.state, chosen)
-            self.states.restore(self.states.select(picked))
-        self.chunks = pick(self.chunks, picked)
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._select(beam_idx)
+        if self.state is not None:
+            self._select(rows_below("beam_idx", beam_idx, self.state.batch))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._select(indices)
+    @ordinary
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keeps sequences: numbers of them, of which -1 is a new, empty one, a mask or a slice."""
+        if self.state is not None:
+            self._select(indexed(indices, self.state.batch))
 
+    @ordinary
     def batch_repeat_interleave(self, repeats: int) -> None:
-        batch = 0 if self.state is None else self.state.batch
-        self._select(torch.arange(batch).repeat_interleave(repeats))
+        if self.state is not None:
+            rows = torch.arange(self.state.batch).repeat_interleave(repeats)
+            self._select(rows.tolist())
 
     def offload(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise UnsupportedError("offload: pages stay on the model's device; cache.save files them")

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ...errors import UnsupportedError
 from .faces import NAME
 
 # Those in force; their attachments keep them alive.
@@ -42,6 +43,15 @@ class ConfigNames:
             if id(config) not in self.before and config._attn_implementation == NAME:
                 config._attn_implementation = first
         _NAMED.discard(self)
+
+    def check(self) -> None:
+        """Raises UnsupportedError where a config names another attention by now."""
+        for config in self._found():
+            if config._attn_implementation != NAME:
+                raise UnsupportedError(
+                    f"attn_implementation: set to {config._attn_implementation!r} while a pipeline "
+                    "is attached, whose attention reads the cache; detach, set it, attach again"
+                )
 
     def _found(self) -> list[Any]:
         """The config objects that name the attention of the decoder's layers."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Container
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -42,8 +42,23 @@ class Owner(Protocol):
     ) -> Tensor: ...
 
 
-class KVRef:
-    """What `update` returns for keys and values: a handle that only our attention understands.
+class _Handle:
+    """Stands for a tensor that nothing but our attention may read."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Itself: a model may bring what layers share to the device of one of them."""
+        return self
+
+    @property
+    def shape(self) -> Any:
+        raise PhaseError(
+            "past_key_values: the model is not attached, or its attention was changed since, and a "
+            "KVPolicyCache serves no other; call it as it is inside attach(model, pipeline)"
+        )
+
+
+class KVRef(_Handle):
+    """What `update` returns for keys: a handle of keys and values.
 
     It knows the layer whose keys it stands for: other layers may read them as well, after that one
     `wrote` them.
@@ -59,16 +74,12 @@ class KVRef:
         assert self.place is not None
         return self.cache.served.places[self.place]
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> KVRef:
-        """Itself: a model may bring what layers share to the device of one of them."""
-        return self
 
-    @property
-    def shape(self) -> Any:
-        raise PhaseError(
-            "past_key_values: the model is not attached, and a KVPolicyCache serves no other; "
-            "call it inside attach(model, pipeline)"
-        )
+class ValueRef(_Handle):
+    """What `update` returns for values: it tells which keys they go with."""
+
+    def __init__(self, keys: KVRef) -> None:
+        self.keys = keys
 
 
 class _NoTensor:
@@ -118,7 +129,7 @@ class KVPolicyLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
         handle = KVRef(self.cache, self.place, key_states, value_states)
-        return handle, handle
+        return handle, ValueRef(handle)
 
     def get_seq_length(self) -> Any:
         cache = self.cache

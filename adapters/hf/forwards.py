@@ -18,11 +18,11 @@ from transformers import Cache
 
 from ...errors import PhaseError, UnsupportedError
 from ...pipeline import CachePipeline
-from .arguments import check_forward, check_kinds
+from .arguments import by_name, check_forward, check_kinds, named
 from .attached import Attached
 from .cache import KVPolicyCache
 from .compile import check_forward as check_compiled
-from .forward import Crossing, close_forward, inputs_of, open_forward
+from .forward import Crossing, check_ran, close_forward, inputs_of, open_forward
 from .masks import closed, opened, padding_of
 from .modes import check_transforms
 from .own_steps import aside
@@ -42,7 +42,7 @@ class Forwards:
     def __init__(self, decoder: nn.Module, ranks: Ranks) -> None:
         self.ranks = ranks
         parameters = inspect.signature(type(decoder).forward).parameters
-        self.names = list(parameters)[1:]
+        self.names, self.places = list(parameters)[1:], named(parameters)
         self.lock = threading.Lock()  # of owner
         self.owner: threading.Thread | None = None
         self.held = False  # by a generate in progress
@@ -107,8 +107,8 @@ class Forwards:
         check_transforms()
         self.claim()
         self.closed = False
-        kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         try:
+            kwargs = by_name("forward", self.places, args, kwargs)
             with self.ranks.together(functools.partial(self.ranks.key, kwargs)):
                 return (), self._open(attachment, kwargs)
         except BaseException:
@@ -125,6 +125,7 @@ class Forwards:
             )
         check_forward(decoder, attachment.layers, kwargs)
         check_kinds(config, attachment.kinds)
+        attachment.names.check()
         made = isinstance(kwargs.get("attention_mask"), dict)  # by a model around the decoder
         kwargs["attention_mask"] = padding_of(kwargs.get("attention_mask"))
         if attachment.compiled is not None:
@@ -195,6 +196,8 @@ class Forwards:
                 return None
             try:
                 self.ranks.vote(self.cache.failure)
+                with self.ranks.together():
+                    check_ran(self.cache)
             except BaseException:
                 self.take_back()
                 raise

@@ -8,11 +8,11 @@ import inspect
 from typing import Any
 
 from torch import Tensor
-from transformers.generation import GenerationConfig, GenerationMode
+from transformers.generation import GenerationConfig, GenerationMixin, GenerationMode
 
 from ..._arguments import check_ids
 from ...errors import UnsupportedError
-from .arguments import check_ahead, check_generate
+from .arguments import by_name, check_ahead, check_generate, named
 from .attached import Attached
 from .cache import KVPolicyCache
 from .columns import check_stored
@@ -27,6 +27,8 @@ from .tokens import inferred_mask, use_mask, use_tokenizer
 from .uncut import shorten_mask
 from .wrappers import soft_prompt
 
+_NAMES = named(inspect.signature(GenerationMixin.generate).parameters)
+
 
 def generate(attachment: Attached, *args: Any, **kwargs: Any) -> Any:
     """transformers' generate with a cache of the attached pipeline.
@@ -34,7 +36,7 @@ def generate(attachment: Attached, *args: Any, **kwargs: Any) -> Any:
     Greedy decoding and sampling run our loop; beam search and assisted decoding run transformers'
     own loops on our cache.
     """
-    return run(attachment, {**_named(attachment, args), **kwargs})
+    return run(attachment, _named(attachment, args, kwargs))
 
 
 @ordinary
@@ -210,15 +212,17 @@ def merged_config(attachment: Attached, kwargs: dict[str, Any]) -> GenerationCon
     return config
 
 
-def _named(attachment: Attached, args: tuple[Any, ...]) -> dict[str, Any]:
-    """Positional arguments of generate by their names."""
+def _named(attachment: Attached, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of generate by their names."""
     for kind in type(attachment.base).__mro__:  # the first that names them, not `*args` alone
         found = vars(kind).get("generate")
         own = {} if found is None else inspect.signature(found).parameters
-        names = [name for name, x in own.items() if x.kind is x.POSITIONAL_OR_KEYWORD]
-        if len(names) > 1 or not args:
-            return dict(zip(names[1:], args, strict=False))
-    raise TypeError(f"generate: wanted arguments by name, got {len(args)} by position")
+        names = named(own)
+        if names or not args:
+            break
+    else:  # a wrapper that names none is in the place of transformers' own
+        names = _NAMES
+    return by_name("generate", names, args, kwargs)
 
 
 def _inputs(kwargs: dict[str, Any]) -> list[Any]:

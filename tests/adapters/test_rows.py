@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from kvpolicy import CachePipeline
 from kvpolicy.adapters.hf import attach
 from tests.support.adapters.faults import digest
-from tests.support.adapters.models import SIZES, pipelines, tiny
+from tests.support.adapters.models import SIZES, pipelines, prompt, tiny
 
 NAMES = [name for name in pipelines() if name != "striped"]
 
@@ -134,10 +135,40 @@ def test_rows_that_do_not_exist(llama):
         batch = Batch(llama, attached)
         batch.start(requests()[:2])
         before = digest(batch.cache)
-        for rows in ([0, 2], [-2]):
-            with pytest.raises(ValueError, match="rows: wanted sequences below 2"):
+        for rows in ([0, 2], [-2], [0.0, 1.0], [[0, 1]], [True], []):
+            with pytest.raises(ValueError, match="(indices|rows): wanted "):
                 batch.cache.batch_select_indices(torch.tensor(rows))
+        with pytest.raises(ValueError, match="indices: wanted numbers of the 2 sequences"):
+            batch.cache.batch_select_indices("01")
+        for rows in ([-1, 0], [2, 0], [0.0, 1.0], [True, True], [[0, 1]]):
+            with pytest.raises((TypeError, ValueError), match="beam_idx: wanted "):
+                batch.cache.reorder_cache(torch.tensor(rows))
         assert digest(batch.cache) == before
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [
+        torch.tensor([True, False, True]), torch.tensor([1, 0, 1], dtype=torch.uint8),
+        torch.tensor([2, 0], dtype=torch.int32), [2, 0], [True, False, True], slice(0, 2),
+        slice(None, None, 2), torch.tensor([1, 1]),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8")
+def test_rows_are_picked_as_from_a_tensor(llama, indices):
+    ids = prompt([9, 9, 9])["input_ids"]
+    plain = DynamicCache(config=llama.config)
+    with torch.no_grad():
+        llama(ids, past_key_values=plain)
+        plain.batch_select_indices(indices)
+        wanted = llama(ids[:2, :3], past_key_values=plain).logits
+        with attach(llama, CachePipeline(window=5), **SIZES) as attached:
+            cache = attached.new_cache()
+            cache.batch_select_indices(indices)  # as transformers', of which nothing is picked yet
+            llama(ids, past_key_values=cache)
+            cache.batch_select_indices(indices)
+            found = llama(ids[:2, :3], past_key_values=cache).logits
+    assert torch.allclose(found, wanted, atol=1e-4)
 
 
 def test_a_crop_back_to_before_a_sequence_joined(llama):

@@ -42,10 +42,11 @@ def probe(model: Any, *, again: bool = False, verify: bool = True) -> Probe:
     """What a cache must know of `model`, checked by a prompt and a decode step on it.
 
     It runs in place, on the model's own weights, and leaves the model as it was. A configuration
-    that passed is not run again but with `again`. Without `verify` logits may differ by anything,
-    and the next probe runs again. Each attention call is compared in float32 at
-    least, and logits may differ by `tolerance`. In 16 bits, or where rounding grew over the layers,
-    the model goes on from each call with its own attention's result.
+    that passed is not run again but with `again`, or where modules were given forwards that are not
+    their class's. Without `verify` logits may differ by anything, and the next probe runs again.
+    Each attention call is compared in float32 at least, and logits may differ by `tolerance`. In 16
+    bits, or where rounding grew over the layers, the model goes on from each call with its own
+    attention's result.
 
     Where weights are offloaded, quantised or sharded and the forward fails, a random model of the
     config is probed instead, cut to the layers that have each kind.
@@ -55,7 +56,8 @@ def probe(model: Any, *, again: bool = False, verify: bool = True) -> Probe:
     """
     base = base_of(model)
     key = _configuration(base)
-    known = None if again else _KNOWN.get(key)
+    of_its_class = not _patched(base)
+    known = _KNOWN.get(key) if of_its_class and not again else None
     if known is not None and _has(base, known):
         layers = [
             attrs.evolve(layer, device=_device_of(base.get_submodule(layer.module), layer.device))
@@ -69,7 +71,7 @@ def probe(model: Any, *, again: bool = False, verify: bool = True) -> Probe:
         if not _generates(base) and error.check in ("attention", "forward"):
             error.args = (f"{error}; {NO_DECODER}",)
         raise
-    if verify:
+    if verify and of_its_class:
         _KNOWN[key] = found
     return found
 
@@ -270,6 +272,15 @@ def _configuration(model: Any) -> Any:
         frozenset((p.dtype, p.device.type) for p in model.parameters()),
         str(getattr(model, "_device_mesh", None)),
     )
+
+
+def _patched(model: Any) -> bool:
+    """Whether a module has a forward of its own, which no other of its class vouches for.
+
+    Accelerate's, which move what the class's takes and gives, do not count.
+    """
+    modules = model.modules()
+    return any("forward" in vars(x) and not hasattr(x, "_hf_hook") for x in modules)
 
 
 def _has(model: Any, found: Probe) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -98,6 +99,19 @@ def test_16_bits(name):
     found = probe(tiny_model(name).bfloat16())
     assert {x.dtype for x in found.layers} == {torch.bfloat16}
     assert found.layers[0].pre_rope is not None
+
+
+def test_an_object_that_was_given_a_forward_is_checked_itself(monkeypatch):
+    probe(tiny_model("llama"))
+    model = tiny_model("llama")
+    model.model.layers[1].forward = lambda hidden, *args, **kwargs: hidden
+    with pytest.raises(ModelRefused, match="check 'updates' failed at layer 1"):
+        probe(model)
+    model = tiny_model("llama")
+    mlp = model.model.layers[1].mlp
+    mlp.forward = functools.partial(type(mlp).forward, mlp)
+    assert not probe(model).cached and not probe(model).cached
+    assert probe(tiny_model("llama")).cached
 
 
 def test_a_configuration_is_checked_once(monkeypatch):

@@ -1,0 +1,34 @@
+"""Which sequences of a cache a caller picks, as the tensors of transformers' own caches read it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def indexed(indices: Any, batch: int) -> list[int]:
+    """What `indices` picks of a tensor's `batch` rows; -1 among numbers, a new sequence, stays.
+
+    Raises ValueError for what picks no rows.
+    """
+    where = indices.cpu() if isinstance(indices, Tensor) else indices
+    wanted = (
+        f"indices: wanted numbers of the {batch} sequences, of which -1 is a new, empty one, "
+        "a mask or a slice"
+    )
+    if isinstance(where, list | tuple) and all(type(n) is int for n in where):
+        where = torch.tensor(where, dtype=torch.long)
+    try:
+        found = torch.arange(batch)[where]
+    except (IndexError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{wanted}, got {indices!r}") from error
+    if found.ndim != 1:
+        raise ValueError(f"{wanted}, got {indices!r}")
+    if not isinstance(where, Tensor) or where.dtype in (torch.bool, torch.uint8):
+        return [int(row) for row in found]
+    rows = [int(row) for row in where]
+    if min(rows, default=0) < -1:
+        raise ValueError(f"{wanted}, got {indices!r}")
+    return rows
