@@ -139,6 +139,11 @@ class Attachment:
             self.changes.hook(layer.module, keep_hidden, pre=True, with_kwargs=True)
 
     def __enter__(self) -> Attachment:
+        if not self.attached:
+            raise PhaseError(
+                "attach: this attachment was detached, by the end of its with block or detach(); "
+                "write `with attach(model, pipeline):` where it begins"
+            )
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -75,16 +75,29 @@ def decode_loop(
     going, wrong = torch.ones_like(unfinished), unfinished.new_zeros(())
     chosen = ids[:, -1]  # what streams get
     # A user's criterion may write another token than that into the ids it sees, to be read next.
-    edits = any(not type(x).__module__.startswith("transformers.") for x in stopping_criteria)
+    edits = _others(stopping_criteria)
+    others = edits or _others(logits_processor)
     steps = Lockstep(cache.ranks, waits=not stepper.captured)
     late = _LateFlags(stepper.captured, kvp_streamer, steps)
     length = prompt
+
+    def shown(call: Any, columns: int, *more: Any) -> Any:
+        """What a call says of the ids so far, in memory of their own where others' code has them.
+
+        They are a part of a buffer, whose rows do not follow each other.
+        """
+        part = ids[:, :columns]
+        own = part.contiguous() if others else part
+        found = call(own, *more)
+        if own is not part:
+            part.copy_(own)
+        return found
 
     def choose() -> tuple[Tensor, Tensor]:
         """What follows `logits`: tokens that criteria have seen, and which sequences go on."""
         nonlocal wrong, chosen
         last = logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-        processed = logits_processor(ids[:, :length], last)
+        processed = shown(logits_processor, length, last)
         token = _choose(processed, config.do_sample)
         if config.do_sample:
             wrong = ~processed.amax(-1).isfinite().all()
@@ -96,7 +109,7 @@ def decode_loop(
         if raw is not None:
             raw.append(last)
         seen = None if scores is None else tuple(scores)
-        done = stopping_criteria(ids[:, : length + 1], cast(Any, seen))
+        done = shown(stopping_criteria, length + 1, seen)
         if done.dtype != torch.bool:  # a criterion of whole numbers, of which the last bit counts
             done = (done & 1).bool()
         alive = unfinished & ~done
@@ -121,16 +134,22 @@ def decode_loop(
     extra = late.finish()
     length -= extra
     stepper.finish(extra)
+    ids = ids[:, :length].clone(memory_format=torch.contiguous_format)
     if not wanted:
-        return ids[:, :length]
+        return ids
     return GenerateDecoderOnlyOutput(
         # transformers annotates these as LongTensor and tuples of one.
-        sequences=cast(Any, ids[:, :length]),
+        sequences=cast(Any, ids),
         scores=cast(Any, None if scores is None else tuple(scores[: len(scores) - extra])),
         logits=cast(Any, None if raw is None else tuple(raw[: len(raw) - extra])),
         past_key_values=cache,
         **{name: cast(Any, tuple(parts)) for name, parts in recorded.items()},
     )
+
+
+def _others(calls: Any) -> bool:
+    """Whether processors or criteria are not all of transformers."""
+    return any(not type(x).__module__.startswith("transformers.") for x in calls)
 
 
 def experts(model: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.generation import GenerationConfig, GenerationMixin, GenerationMode
 
 from ..._arguments import check_ids
-from ...errors import UnsupportedError
+from ...errors import PhaseError, UnsupportedError
 from .arguments import by_name, check_ahead, check_generate, named
 from .attached import Attached
 from .cache import KVPolicyCache
@@ -36,6 +36,12 @@ def generate(attachment: Attached, *args: Any, **kwargs: Any) -> Any:
     Greedy decoding and sampling run our loop; beam search and assisted decoding run transformers'
     own loops on our cache.
     """
+    if not attachment.attached:  # kept by its caller, or by a copy of the model
+        raise PhaseError(
+            "generate: it belongs to an attachment that was detached; generate inside "
+            "attach(model, pipeline), or call the model's own. A copy.copy that was made of an "
+            "attached model keeps it: copy before attaching"
+        )
     return run(attachment, _named(attachment, args, kwargs))
 
 
@@ -103,7 +109,7 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
         check_generated(config, kwargs, batch, copies, columns - cache.columns, tokens > 1)
     last = columns + tokens - (not assisted)
     check_put_aside(attachment.base, attachment.put_aside, cache.columns, columns, last)
-    held = batch * copies if given is None or cache.state is None else cache.state.batch
+    held = cache.state.batch if cache.state is not None and cache.chunks else batch * copies
     if held != batch * copies and _inputs(kwargs):
         raise ValueError(
             f"input_ids: the cache holds {held} sequences, got a batch of {batch * copies}"
@@ -135,9 +141,14 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
     try:
         with attachment.ranks.one_seed(device) if draws else contextlib.nullcontext():
             output = attachment.original(**kwargs)
-    except BaseException:
+    except BaseException as error:
         if cache.columns == seen:  # nothing was read
             cache.phase, cache.boundary = phase
+        if own and "'custom_generate'" in str(error) and isinstance(error, ValueError):
+            raise UnsupportedError(
+                "generate: the model's own has a loop that transformers' generate does not run, "
+                "and takes no other; detach for it"
+            ) from error
         raise
     finally:
         forwards.expected = None
@@ -188,7 +199,7 @@ def _check_mask(
             f"{width} columns of input"
         )
     _check_last(mask[:, :columns])
-    if cache.state is not None and mask.shape[1] >= columns > cache.columns:
+    if cache.state is not None and cache.chunks and mask.shape[1] >= columns > cache.columns:
         check_stored(mask, cache.chunks, cache.state.batch)
 
 

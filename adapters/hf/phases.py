@@ -14,6 +14,7 @@ from ...errors import PhaseError, UnsupportedError
 from .attached import Attached
 from .cache import KVPolicyCache
 from .generate import merged_config, run
+from .masks import check_mask as check_numbers
 from .own_steps import check_put_aside
 from .tiles import cuts, refuse_more, refuse_whole
 from .wrappers import soft_prompt
@@ -125,6 +126,7 @@ def loglikelihood(
             f"continuation_ids: wanted a row for each of input_ids, {len(input_ids)}, got "
             f"{len(continuation_ids)}"
         )
+    check_numbers(continuation_mask, "continuation_mask")
     real = _right_padded(continuation_ids, continuation_mask)
     if attention_mask is not None and not bool(attention_mask[:, -1].all()):
         raise ValueError(

@@ -166,6 +166,11 @@ def test_another_batch(attached):
     assert cache.get_seq_length() == 0
     run(attached.model, cache, prompt([9, 9, 9])["input_ids"])
     assert cache.state.batch == 3
+    cache.reset()
+    options = {"max_new_tokens": 3, "do_sample": False}
+    wanted = attached.model.generate(**prompt([9, 7]), **options)
+    again = attached.model.generate(**prompt([9, 7]), **options, past_key_values=cache)
+    assert torch.equal(again, wanted) and cache.state.batch == 2
 
 
 def test_report_before_anything(attached):

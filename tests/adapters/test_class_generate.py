@@ -71,6 +71,15 @@ class Uncached(LlamaForCausalLM):
         return super().generate(*args, **{**kwargs, "use_cache": False})
 
 
+class Loop(LlamaForCausalLM):
+    """As Janus for images: what it is given is checked, and then not transformers' loop runs."""
+
+    def generate(self, input_ids, **kwargs):
+        _, rest = self._prepare_generation_config(None, **kwargs)
+        self._validate_model_kwargs(rest)
+        return input_ids
+
+
 class Twice(LlamaForCausalLM):
     def generate(self, *args, **kwargs):
         super().generate(*args, **kwargs)
@@ -108,7 +117,7 @@ def test_a_generate_that_wraps_the_librarys(kind, given):
     ("kind", "name"),
     [
         (Beams, "num_beams"), (Several, "num_return_sequences"), (Attentive, "output_attentions"),
-        (Uncached, "use_cache"), (Guessed, "generate"), (Closed, "generate"),
+        (Uncached, "use_cache"), (Guessed, "generate"), (Closed, "generate"), (Loop, "generate"),
     ],
 )  # fmt: skip
 def test_a_generate_that_asks_for_something_else(kind, name):

@@ -229,3 +229,35 @@ def test_hidden_states_of_no_layer(llama, layers):
     assert llama.generate(**prompt([17]), **options).hidden_states is None
     with attach(llama, PIPELINE, **SIZES):
         assert llama.generate(**prompt([17]), **options).hidden_states is None
+
+
+class Views(LogitsProcessor):
+    """Somebody's own, which reads memory in order."""
+
+    def __call__(self, input_ids, scores):
+        assert len(input_ids.view(-1)) == input_ids.numel()
+        return scores
+
+
+class Writes(StoppingCriteria):
+    """Somebody's own, which writes another token into the ids it sees."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        assert len(input_ids.view(-1)) == input_ids.numel()
+        input_ids[:, -1] = 7 + input_ids.shape[1] % 5
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_ids_lie_in_memory_of_their_own(llama, wanted):
+    options = {"max_new_tokens": 50, "do_sample": False, "return_dict_in_generate": wanted}
+    options |= {"logits_processor": [Views()], "stopping_criteria": [Writes()]}
+    inputs, ends = prompt([9, 9, 9]), {"max_new_tokens": 500, "eos_token_id": [*range(200)]}
+    found = [llama.generate(**inputs, **options)]
+    with attach(llama, PIPELINE, **SIZES):
+        found.append(llama.generate(**inputs, **options))
+        row = llama.generate(inputs["input_ids"][:1], **ends)
+    plain, ours = (x.sequences if wanted else x for x in found)
+    assert torch.equal(plain, ours) and len(set(ours[0, 9:].tolist())) == 5
+    assert ours.view(-1).untyped_storage().nbytes() == ours.numel() * 8
+    assert row.shape == (1, 10) and row.untyped_storage().nbytes() == 80

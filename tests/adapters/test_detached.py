@@ -28,6 +28,25 @@ def halves(model, pipeline=ALL, between=lambda cache: None):
         return model.generate(ids, past_key_values=cache, **GREEDY), cache
 
 
+def test_an_attachment_is_entered_while_it_lasts(llama):
+    with attach(llama, ALL, **SIZES) as attached, attached:
+        pass
+    assert not attached.attached
+    with pytest.raises(PhaseError, match="attach: this attachment was detached"), attached:
+        pass
+
+
+def test_a_shallow_copy_outlives_the_attachment():
+    """It keeps our generate, which says so; forwards are its own."""
+    model, inputs = tiny(), prompt([33])
+    wanted = model(**inputs).logits
+    with attach(model, ALL, **SIZES):
+        other = copy.copy(model)
+    with pytest.raises(PhaseError, match="generate: it belongs to .* copy before attaching"):
+        other.generate(**inputs, **GREEDY)
+    assert torch.equal(other(**inputs).logits, wanted)
+
+
 def test_a_cache_outlives_its_attachment(llama):
     """What is refused in between leaves no trace; a next attachment goes on with the cache."""
 

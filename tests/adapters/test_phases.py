@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from kvpolicy import CachePipeline, PhaseError
+from kvpolicy import CachePipeline, PhaseError, UnsupportedError
 from kvpolicy.adapters.hf import attach
 from tests.support.adapters.faults import digest
 from tests.support.adapters.models import SIZES, error, pipelines, prompt
@@ -172,6 +172,8 @@ def test_loglikelihood_refuses_padding_between_context_and_continuation(llama):
         for mask in (more["attention_mask"], torch.ones(2, 4)):
             with pytest.raises(ValueError, match="^continuation_mask: wanted"):
                 attached.loglikelihood(ids, more["input_ids"], continuation_mask=mask)
+        with pytest.raises(UnsupportedError, match="^continuation_mask: wanted 0 and 1, got 2"):
+            attached.loglikelihood(ids, ids, continuation_mask=torch.full((2, 9), 2))
 
 
 def test_last_report(llama):

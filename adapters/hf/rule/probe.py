@@ -246,8 +246,10 @@ def _module_of(error: BaseException) -> tuple[str, int | None]:
 
 def _tokens(model: Any) -> Tensor:
     """Tokens `[1, S]` that stand for themselves only, on the device of the embeddings."""
-    embeddings = model.get_input_embeddings()
-    weight = next(embeddings.parameters())
+    try:
+        weight = next(model.get_input_embeddings().parameters())
+    except (NotImplementedError, AttributeError, StopIteration):
+        raise ModelRefused("it embeds no tokens", check="forward") from None
     config = model.config.get_text_config(decoder=True)
     size = int(getattr(config, "vocab_size", None) or weight.shape[0])
     special = {

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    DecisionTransformerConfig,
+    DecisionTransformerModel,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
@@ -41,6 +47,11 @@ def test_types(name):
     if check != "updates":
         file, line = error.place.split(":")
         assert file.startswith("modeling_") and int(line) > 0
+
+
+def test_a_model_that_embeds_no_tokens():
+    with pytest.raises(ModelRefused, match="it embeds no tokens; only decoders are served"):
+        probe(DecisionTransformerModel(DecisionTransformerConfig(hidden_size=16, n_layer=1)))
 
 
 @NEWEST
