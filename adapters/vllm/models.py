@@ -29,6 +29,7 @@ with extra("vllm"):
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.models import llama, mistral, qwen2, qwen3
     from vllm.platforms import current_platform
+    from vllm.v1.attention import selector
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 
@@ -82,10 +83,14 @@ class ArenaAttention(Attention):
 
 @contextmanager
 def _our_backend() -> Iterator[None]:
-    """On a CPU vLLM knows one backend, in whose place ours stands while layers are made."""
+    """On a CPU vLLM knows one backend, in whose place ours stands while layers are made.
+
+    vLLM remembers what it chose, which holds neither for this model nor for the next of a process.
+    """
     if not current_platform.is_cpu():
         yield
         return
+    selector._cached_get_attn_backend.cache_clear()
     register_backend(
         AttentionBackendEnum.CPU_ATTN, f"{ArenaBackend.__module__}.{ArenaBackend.__qualname__}"
     )
@@ -93,6 +98,7 @@ def _our_backend() -> Iterator[None]:
         yield
     finally:
         AttentionBackendEnum.CPU_ATTN.clear_override()
+        selector._cached_get_attn_backend.cache_clear()
 
 
 def _serve(model: Any, config: Any, options: Options) -> Rows:

@@ -101,7 +101,8 @@ def refusals(config: Any, when_full: str = ADMIT, evicts: bool = False) -> list[
         "enable_prefix_caching=False (--no-enable-prefix-caching)": cache.enable_prefix_caching,
         "speculative decoding is not served: tokens are not taken back": config.speculative_config,
         "kv_cache_dtype: wanted 'auto' or the model's dtype, got "
-        f"{cache.cache_dtype!r}": cache.cache_dtype not in ("auto", "float16", "bfloat16"),
+        f"{cache.cache_dtype!r}": cache.cache_dtype
+        not in ("auto", str(model.dtype).removeprefix("torch.")),
         "pipeline parallelism is not served": parallel.pipeline_parallel_size > 1,
         "context parallelism is not served": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,

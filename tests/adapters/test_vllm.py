@@ -101,6 +101,9 @@ JOBS = {
         async_scheduling=False,
     ),
     "tells nobody": Job("llama", "gate", options={"admitted": 0.05, "when_full": "error"}),
+    "before": Job("wide", None, num_gpu_blocks_override=65),
+    "between": Job("wide", CachePipeline(window=24), num_gpu_blocks_override=65),
+    "after": Job("wide", None, num_gpu_blocks_override=65),
     "prefixes": Job("llama", CachePipeline(admission=DUO), enable_prefix_caching=True),
     "memory": Job(
         "llama", CachePipeline(admission=DUO), options={"row_memory": 1e-5}, max_num_seqs=64
@@ -116,16 +119,18 @@ def ran(tmp_path_factory):
     """Every job in one process of vLLM's: models, pipelines as they were read, and results."""
     folder, jobs = tmp_path_factory.mktemp("vllm"), []
     models = {kind: tiny(kind) for kind in ("llama", "qwen2", "qwen3")}
+    models["wide"] = tiny("llama", head_dim=32)  # the least of vLLM's own attention on a CPU
     for kind, model in models.items():
         model.save_pretrained(folder / kind)
     gate().save(folder / "gate.safetensors")
     learned = CachePipeline(admission=WriteGate.from_pretrained(folder / "gate.safetensors"))
     pipelines = {}
     for name, job in JOBS.items():
-        path = folder / f"{name}.yaml"
-        save_pipeline(learned if job.pipeline == "gate" else job.pipeline, path)
-        pipelines[name] = load_pipeline(path)
-        config = {"kvpolicy": {"pipeline": str(path), **job.options}}
+        config, path = {}, folder / f"{name}.yaml"
+        if job.pipeline is not None:
+            save_pipeline(learned if job.pipeline == "gate" else job.pipeline, path)
+            pipelines[name] = load_pipeline(path)
+            config = {"kvpolicy": {"pipeline": str(path), **job.options}}
         jobs.append({
             "model": str(folder / job.kind), "requests": REQUESTS, "aborts": job.aborts,
             "resets": job.resets,
@@ -169,6 +174,16 @@ def test_tokens_are_those_of_the_library_alone(ran, name):
     assert result["reset"] and result["usage"] == 0
     if blocks := job.llm.get("num_gpu_blocks_override"):
         assert result["free"] == blocks - 1 - 4  # all but the null block and those that name rows
+
+
+@pytest.mark.parametrize("name", ["before", "between", "after"])
+def test_a_process_has_models_with_and_without_a_pipeline(ran, name):
+    """One after the other, each with its own attention; without a pipeline it is vLLM's."""
+    models, _, found, _ = ran
+    assert "error" not in found[name], found[name]
+    assert ("refused" in found[name]) == (name == "between")
+    for place, tokens in found[name]["tokens"].items():
+        assert tokens == alone(models["wide"], CachePipeline(), *REQUESTS[int(place)])
 
 
 @pytest.fixture

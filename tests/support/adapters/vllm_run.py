@@ -57,7 +57,7 @@ def run(job):
     pool = scheduler.kv_cache_manager.block_pool
     free, usage = pool.get_num_free_blocks(), pool.get_usage()
     reset = engine.reset_prefix_cache(reset_running_requests=True)
-    ranks = llm.collective_rpc(counters)
+    ranks = llm.collective_rpc(counters) if job["llm"]["additional_config"] else [{}]
     del llm, engine, scheduler, pool
     ensure_kv_transfer_shutdown()  # a process has one connector
     gc.collect()
@@ -77,7 +77,7 @@ def main(jobs, out):
     for job in json.loads(Path(jobs).read_text()):
         try:
             found.append(run(job))
-        except (ValueError, RuntimeError, TypeError) as error:
+        except (ValueError, RuntimeError, TypeError, AttributeError) as error:
             found.append({"error": str(error)})
     Path(out).write_text(json.dumps(found))
 
