@@ -91,6 +91,15 @@ def check_pipeline(pipeline: CachePipeline) -> None:
         )
 
 
+def other_model(config: Any) -> str:
+    """What is said of a vLLM configuration whose model is not one that is served."""
+    model = config.model_config
+    return (
+        f"kvpolicy: 'kvpolicy' in additional_config wants one of {', '.join(ARCHITECTURES)} in "
+        f"vLLM's own code, got {model.architectures} with model_impl={model.model_impl!r}"
+    )
+
+
 def refusals(config: Any, when_full: str = ADMIT, evicts: bool = False) -> list[str]:
     """What a vLLM configuration asks for that is not served, a sentence for each."""
     cache, parallel, model = config.cache_config, config.parallel_config, config.model_config

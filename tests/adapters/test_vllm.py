@@ -104,6 +104,7 @@ JOBS = {
     "before": Job("wide", None, num_gpu_blocks_override=65),
     "between": Job("wide", CachePipeline(window=24), num_gpu_blocks_override=65),
     "after": Job("wide", None, num_gpu_blocks_override=65),
+    "another": Job("wide", CachePipeline(window=24), model_impl="transformers"),
     "prefixes": Job("llama", CachePipeline(admission=DUO), enable_prefix_caching=True),
     "memory": Job(
         "llama", CachePipeline(admission=DUO), options={"row_memory": 1e-5}, max_num_seqs=64
@@ -320,6 +321,7 @@ def test_requests_whose_blocks_are_full_end_with_an_error(ran):
         ("prefixes", "write enable_prefix_caching=False"),
         ("memory", "max_num_seqs: 64 rows of .* wanted at most"),
         ("blocks", "To serve at least one request"),
+        ("another", "wants one of LlamaForCausalLM, .* with model_impl='transformers'"),
         ("guess", "admitted: WriteGate decides on the device"),
     ],
 )
