@@ -162,7 +162,8 @@ class ArenaConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        self.prompts[request.request_id] = request.num_prompt_tokens
+        # A session's later inputs make its prompt longer: its first one has ended before.
+        self.prompts.setdefault(request.request_id, request.num_prompt_tokens)
         return 0, False
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:

@@ -54,9 +54,9 @@ REQUESTS = [
 class Job:
     """What one engine is asked: a model, a pipeline, its options, and vLLM's arguments."""
 
-    def __init__(self, kind, pipeline, *, aborts=None, resets=(), options=None, **llm):
+    def __init__(self, kind, pipeline, *, aborts=None, resets=(), inputs=(), options=None, **llm):
         self.kind, self.pipeline, self.aborts = kind, pipeline, aborts or {}
-        self.resets = list(resets)
+        self.resets, self.inputs = list(resets), list(inputs)
         self.options = {"row_memory": 5.0, **(options or {})}
         self.llm = {
             "max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 64,
@@ -64,6 +64,8 @@ class Job:
         }  # fmt: skip
 
 
+DROPS = CachePipeline(eviction=SnapKV(budget=40, observation=8))
+PARTS = [REQUESTS[place][0] for place in (2, 4, 1)]
 REPORTS = {"kv_connector": "kvpolicy", "kv_role": "kv_producer"}
 JOBS = {
     # Few blocks: vLLM preempts.
@@ -90,6 +92,10 @@ JOBS = {
             eviction=SnapKV(budget=Ratio(0.5), observation=8),
         ),
         kv_transfer_config=REPORTS,
+    ),
+    "session": Job("llama", DROPS, kv_transfer_config=REPORTS, inputs=PARTS),
+    "session reset": Job(
+        "llama", DROPS, kv_transfer_config=REPORTS, inputs=PARTS, resets=(2, 18, 31)
     ),
     "drops unheard": Job("llama", CachePipeline(eviction=SnapKV(budget=40))),
     "tight": Job("llama", "gate", options={"admitted": 0.05}, kv_transfer_config=REPORTS),
@@ -133,8 +139,8 @@ def ran(tmp_path_factory):
             pipelines[name] = load_pipeline(path)
             config = {"kvpolicy": {"pipeline": str(path), **job.options}}
         jobs.append({
-            "model": str(folder / job.kind), "requests": REQUESTS, "aborts": job.aborts,
-            "resets": job.resets,
+            "model": str(folder / job.kind), "requests": [] if job.inputs else REQUESTS,
+            "aborts": job.aborts, "resets": job.resets, "inputs": job.inputs,
             "llm": {"additional_config": config, **job.llm},
         })  # fmt: skip
     return models, pipelines, dict(zip(JOBS, results(folder, jobs), strict=True)), folder
@@ -175,6 +181,15 @@ def test_tokens_are_those_of_the_library_alone(ran, name):
     assert result["reset"] and result["usage"] == 0
     if blocks := job.llm.get("num_gpu_blocks_override"):
         assert result["free"] == blocks - 1 - 4  # all but the null block and those that name rows
+
+
+def test_a_session_drops_where_its_first_input_ends(ran):
+    """Also when it was preempted in a later one."""
+    models, pipelines, found, _ = ran
+    assert "error" not in found["session"] | found["session reset"]
+    first, *_ = found["session"]["session"]
+    assert first == alone(models["llama"], pipelines["session"], PARTS[0], 12)
+    assert found["session reset"]["session"] == found["session"]["session"]
 
 
 @pytest.mark.parametrize("name", ["before", "between", "after"])
