@@ -24,6 +24,7 @@ def register() -> None:
     from .spec import register_spec
 
     register_backend(AttentionBackendEnum.CUSTOM, f"{__name__}.backend.ArenaBackend")
+    register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.cpu.PlainBackend")
     register_spec()
     with suppress(ValueError):  # it is known already
         KVConnectorFactory.register_connector(NAME, f"{__name__}.connector", "ArenaConnector")

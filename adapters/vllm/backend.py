@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..._extras import extra
 from ...errors import UnsupportedError
-from .options import ARCHITECTURES
+from .options import options_of, other_model
 from .plan import PAGE
 from .prompt_end import end_prompt, parts_of
 from .reading import read_prompt
@@ -91,9 +91,10 @@ class ArenaBuilder(AttentionMetadataBuilder[Step]):
         layers = vllm_config.compilation_config.static_forward_context
         first = layers[layer_names[0]].impl
         if not hasattr(first, "rows"):
+            if options_of(vllm_config.additional_config) is not None:
+                raise UnsupportedError(other_model(vllm_config))
             raise UnsupportedError(
-                "kvpolicy: the backend CUSTOM wants 'kvpolicy' in additional_config and one of "
-                f"{', '.join(ARCHITECTURES)}, got {vllm_config.model_config.architectures}"
+                "kvpolicy: the backend CUSTOM wants 'kvpolicy' in additional_config"
             )
         self.rows: Rows = first.rows
         self.steps = self.told = 0

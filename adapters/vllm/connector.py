@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ..._extras import extra
-from .options import ERROR, options_of
+from ...errors import UnsupportedError
+from .options import ERROR, options_of, other_model
 from .prompt_end import Ends, hear
 from .rows import Rows
-from .spec import PROMPTS
+from .spec import PROMPTS, ArenaSpec
 
 with extra("vllm"):
     from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -90,7 +91,10 @@ class ArenaConnector(KVConnectorBase_V1, SupportsHMA):
             )
         self.ends = options.when_full == ERROR
         self.config = vllm_config
-        self.plan = kv_cache_config.kv_cache_groups[0].kv_cache_spec.plan
+        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        if [type(spec) for spec in specs] != [ArenaSpec]:
+            raise UnsupportedError(other_model(vllm_config))
+        self.plan = specs[0].plan
         self.prompts: dict[str, int] = {}  # tokens of requests' prompts, and their rows
         self.places: dict[str, int] = {}
         self.rows: Rows | None = None  # of a worker, once it has them
@@ -158,7 +162,8 @@ class ArenaConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        self.prompts[request.request_id] = request.num_prompt_tokens
+        # A session's later inputs make its prompt longer: its first one has ended before.
+        self.prompts.setdefault(request.request_id, request.num_prompt_tokens)
         return 0, False
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:

@@ -5,8 +5,7 @@ Each class is vLLM's own until a configuration names a pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,7 +28,6 @@ with extra("vllm"):
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.models import llama, mistral, qwen2, qwen3
     from vllm.platforms import current_platform
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 
 logger = init_logger("vllm.plugins.kvpolicy")  # a name that vLLM shows
@@ -80,19 +78,13 @@ class ArenaAttention(Attention):
         return self.arena
 
 
-@contextmanager
-def _our_backend() -> Iterator[None]:
-    """On a CPU vLLM knows one backend, in whose place ours stands while layers are made."""
+def _our_backend() -> AbstractContextManager[None]:
+    """Within it layers have our backend; elsewhere than on a CPU its name alone decides."""
     if not current_platform.is_cpu():
-        yield
-        return
-    register_backend(
-        AttentionBackendEnum.CPU_ATTN, f"{ArenaBackend.__module__}.{ArenaBackend.__qualname__}"
-    )
-    try:
-        yield
-    finally:
-        AttentionBackendEnum.CPU_ATTN.clear_override()
+        return nullcontext()
+    from .cpu import instead
+
+    return instead(ArenaBackend)
 
 
 def _serve(model: Any, config: Any, options: Options) -> Rows:

@@ -91,6 +91,15 @@ def check_pipeline(pipeline: CachePipeline) -> None:
         )
 
 
+def other_model(config: Any) -> str:
+    """What is said of a vLLM configuration whose model is not one that is served."""
+    model = config.model_config
+    return (
+        f"kvpolicy: 'kvpolicy' in additional_config wants one of {', '.join(ARCHITECTURES)} in "
+        f"vLLM's own code, got {model.architectures} with model_impl={model.model_impl!r}"
+    )
+
+
 def refusals(config: Any, when_full: str = ADMIT, evicts: bool = False) -> list[str]:
     """What a vLLM configuration asks for that is not served, a sentence for each."""
     cache, parallel, model = config.cache_config, config.parallel_config, config.model_config
@@ -101,7 +110,8 @@ def refusals(config: Any, when_full: str = ADMIT, evicts: bool = False) -> list[
         "enable_prefix_caching=False (--no-enable-prefix-caching)": cache.enable_prefix_caching,
         "speculative decoding is not served: tokens are not taken back": config.speculative_config,
         "kv_cache_dtype: wanted 'auto' or the model's dtype, got "
-        f"{cache.cache_dtype!r}": cache.cache_dtype not in ("auto", "float16", "bfloat16"),
+        f"{cache.cache_dtype!r}": cache.cache_dtype
+        not in ("auto", str(model.dtype).removeprefix("torch.")),
         "pipeline parallelism is not served": parallel.pipeline_parallel_size > 1,
         "context parallelism is not served": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,

@@ -54,9 +54,9 @@ REQUESTS = [
 class Job:
     """What one engine is asked: a model, a pipeline, its options, and vLLM's arguments."""
 
-    def __init__(self, kind, pipeline, *, aborts=None, resets=(), options=None, **llm):
+    def __init__(self, kind, pipeline, *, aborts=None, resets=(), inputs=(), options=None, **llm):
         self.kind, self.pipeline, self.aborts = kind, pipeline, aborts or {}
-        self.resets = list(resets)
+        self.resets, self.inputs = list(resets), list(inputs)
         self.options = {"row_memory": 5.0, **(options or {})}
         self.llm = {
             "max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 64,
@@ -64,6 +64,8 @@ class Job:
         }  # fmt: skip
 
 
+DROPS = CachePipeline(eviction=SnapKV(budget=40, observation=8))
+PARTS = [REQUESTS[place][0] for place in (2, 4, 1)]
 REPORTS = {"kv_connector": "kvpolicy", "kv_role": "kv_producer"}
 JOBS = {
     # Few blocks: vLLM preempts.
@@ -91,6 +93,10 @@ JOBS = {
         ),
         kv_transfer_config=REPORTS,
     ),
+    "session": Job("llama", DROPS, kv_transfer_config=REPORTS, inputs=PARTS),
+    "session reset": Job(
+        "llama", DROPS, kv_transfer_config=REPORTS, inputs=PARTS, resets=(2, 18, 31)
+    ),
     "drops unheard": Job("llama", CachePipeline(eviction=SnapKV(budget=40))),
     "tight": Job("llama", "gate", options={"admitted": 0.05}, kv_transfer_config=REPORTS),
     "ends": Job(
@@ -101,6 +107,10 @@ JOBS = {
         async_scheduling=False,
     ),
     "tells nobody": Job("llama", "gate", options={"admitted": 0.05, "when_full": "error"}),
+    "before": Job("wide", None, num_gpu_blocks_override=65),
+    "between": Job("wide", CachePipeline(window=24), num_gpu_blocks_override=65),
+    "after": Job("wide", None, num_gpu_blocks_override=65),
+    "another": Job("wide", CachePipeline(window=24), model_impl="transformers"),
     "prefixes": Job("llama", CachePipeline(admission=DUO), enable_prefix_caching=True),
     "memory": Job(
         "llama", CachePipeline(admission=DUO), options={"row_memory": 1e-5}, max_num_seqs=64
@@ -116,19 +126,21 @@ def ran(tmp_path_factory):
     """Every job in one process of vLLM's: models, pipelines as they were read, and results."""
     folder, jobs = tmp_path_factory.mktemp("vllm"), []
     models = {kind: tiny(kind) for kind in ("llama", "qwen2", "qwen3")}
+    models["wide"] = tiny("llama", head_dim=32)  # the least of vLLM's own attention on a CPU
     for kind, model in models.items():
         model.save_pretrained(folder / kind)
     gate().save(folder / "gate.safetensors")
     learned = CachePipeline(admission=WriteGate.from_pretrained(folder / "gate.safetensors"))
     pipelines = {}
     for name, job in JOBS.items():
-        path = folder / f"{name}.yaml"
-        save_pipeline(learned if job.pipeline == "gate" else job.pipeline, path)
-        pipelines[name] = load_pipeline(path)
-        config = {"kvpolicy": {"pipeline": str(path), **job.options}}
+        config, path = {}, folder / f"{name}.yaml"
+        if job.pipeline is not None:
+            save_pipeline(learned if job.pipeline == "gate" else job.pipeline, path)
+            pipelines[name] = load_pipeline(path)
+            config = {"kvpolicy": {"pipeline": str(path), **job.options}}
         jobs.append({
-            "model": str(folder / job.kind), "requests": REQUESTS, "aborts": job.aborts,
-            "resets": job.resets,
+            "model": str(folder / job.kind), "requests": [] if job.inputs else REQUESTS,
+            "aborts": job.aborts, "resets": job.resets, "inputs": job.inputs,
             "llm": {"additional_config": config, **job.llm},
         })  # fmt: skip
     return models, pipelines, dict(zip(JOBS, results(folder, jobs), strict=True)), folder
@@ -169,6 +181,25 @@ def test_tokens_are_those_of_the_library_alone(ran, name):
     assert result["reset"] and result["usage"] == 0
     if blocks := job.llm.get("num_gpu_blocks_override"):
         assert result["free"] == blocks - 1 - 4  # all but the null block and those that name rows
+
+
+def test_a_session_drops_where_its_first_input_ends(ran):
+    """Also when it was preempted in a later one."""
+    models, pipelines, found, _ = ran
+    assert "error" not in found["session"] | found["session reset"]
+    first, *_ = found["session"]["session"]
+    assert first == alone(models["llama"], pipelines["session"], PARTS[0], 12)
+    assert found["session reset"]["session"] == found["session"]["session"]
+
+
+@pytest.mark.parametrize("name", ["before", "between", "after"])
+def test_a_process_has_models_with_and_without_a_pipeline(ran, name):
+    """One after the other, each with its own attention; without a pipeline it is vLLM's."""
+    models, _, found, _ = ran
+    assert "error" not in found[name], found[name]
+    assert ("refused" in found[name]) == (name == "between")
+    for place, tokens in found[name]["tokens"].items():
+        assert tokens == alone(models["wide"], CachePipeline(), *REQUESTS[int(place)])
 
 
 @pytest.fixture
@@ -305,6 +336,7 @@ def test_requests_whose_blocks_are_full_end_with_an_error(ran):
         ("prefixes", "write enable_prefix_caching=False"),
         ("memory", "max_num_seqs: 64 rows of .* wanted at most"),
         ("blocks", "To serve at least one request"),
+        ("another", "wants one of LlamaForCausalLM, .* with model_impl='transformers'"),
         ("guess", "admitted: WriteGate decides on the device"),
     ],
 )

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import attrs
 import pytest
+import torch
 
 from kvpolicy import (
     Adaptive,
@@ -83,7 +84,7 @@ def config(**changed):
             "pipeline_parallel_size": 1, "decode_context_parallel_size": 1,
             "prefill_context_parallel_size": 1, "use_ubatching": False,
         },
-        "model_config": {"attention_chunk_size": None},
+        "model_config": {"attention_chunk_size": None, "dtype": torch.float16},
         "scheduler_config": {"async_scheduling": True},
     }  # fmt: skip
     rest = {"speculative_config": None, "kv_transfer_config": None, "lora_config": None}
@@ -100,6 +101,7 @@ def config(**changed):
         ("enable_prefix_caching", True, "--no-enable-prefix-caching"),
         ("speculative_config", object(), "speculative decoding"),
         ("cache_dtype", "fp8", "kv_cache_dtype: wanted 'auto' or the model's dtype, got 'fp8'"),
+        ("cache_dtype", "bfloat16", "the model's dtype, got 'bfloat16'"),
         ("pipeline_parallel_size", 2, "pipeline parallelism"),
         ("decode_context_parallel_size", 2, "context parallelism"),
         ("prefill_context_parallel_size", 2, "context parallelism"),
@@ -112,7 +114,7 @@ def config(**changed):
     ],
 )
 def test_what_vllm_is_asked_besides(name, value, says):
-    assert refusals(config()) == []
+    assert refusals(config()) == [] == refusals(config(cache_dtype="float16"))
     (text,) = refusals(config(**{name: value}))
     assert says in text
 
