@@ -71,6 +71,7 @@ class KVPolicyCache(Cache):
         self.evicts = True  # whether the end of the prompt does
         self.singles = 0  # forwards of one column in a row, in a prompt that goes on
         self.counts_positions = False  # whether the real tokens seen give position ids
+        self.counts_own = False  # then from where the model itself begins, not from 0
         self.counted_from: int | None = None  # where forwards of a bare loop began to count places
         self.counts_columns = False  # whether all columns seen do, as with soft prompts
         self.recording = False  # columns may be taken back before the next forward
@@ -231,7 +232,7 @@ class KVPolicyCache(Cache):
         """Says that the next columns are a prompt (or turn), up to column `boundary` if given."""
         optional(check_int, "boundary", boundary, 0)
         self.phase, self.boundary, self.recording = "prompt", boundary, False
-        self.counts_positions, self.evicts = False, True
+        self.counts_positions, self.counts_own, self.evicts = False, False, True
         if self.state is not None:
             self.state.resume()
 

@@ -195,7 +195,8 @@ def _next_position(
     assert cache.state is not None
     if cache.counts_columns:
         return torch.full((cache.state.batch, 1), cache.columns, device=device)
-    return torch.tensor(cache.state.lengths, device=device)[:, None]
+    first = cache.served.probe.first if cache.counts_own and cache.served is not None else 0
+    return torch.tensor(cache.state.lengths, device=device)[:, None] + (first or 0)
 
 
 class _LateFlags:

@@ -247,9 +247,11 @@ class Forwards:
 def _first(cache: KVPolicyCache, own: int | None) -> int:
     """Position of a sequence's first token: the model's `own`, 0 as transformers' generate has it.
 
+    A generate that leaves position ids to the model has its own.
+
     Raises UnsupportedError where the model's own is not known.
     """
-    if cache.counts_positions:
+    if cache.counts_positions and not cache.counts_own:
         return 0
     if own is None:
         raise UnsupportedError(

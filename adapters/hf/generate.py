@@ -20,7 +20,7 @@ from .decode_loop import decode_loop
 from .kept_logits import check_generated
 from .masks import check_mask
 from .modes import ordinary
-from .own_steps import check_put_aside, check_sample, own_method, takes_cache
+from .own_steps import check_put_aside, check_sample, drops_positions, own_method, takes_cache
 from .planned import OWN_LOOP, Planned, check_hands_on
 from .tiles import refuse_more, whole_chunks
 from .tokens import inferred_mask, use_mask, use_tokenizer
@@ -124,7 +124,9 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
     else:
         cache.begin_question(None if question == "decode" else columns)
     cache.counts_columns = bool(soft_prompt(attachment.model))
-    given_places = "position_ids" in kwargs or cache.counts_columns
+    cache.counts_own = bool(attachment.served.probe.first) and drops_positions(attachment.base)
+    dropped = cache.counts_own or "position_ids" not in kwargs
+    given_places = not dropped or cache.counts_columns
     cache.counts_positions = not given_places and not own_method(attachment.base)
     draws = config.do_sample and not own  # our loop hands on the tokens that rank 0 chose
     device = cache.spec.device
@@ -154,7 +156,7 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
         forwards.expected = None
         forwards.planned, forwards.guided = outer
         # Position ids that forwards give themselves count afterwards.
-        cache.counts_positions = cache.counts_columns = False
+        cache.counts_positions = cache.counts_columns = cache.counts_own = False
     attachment.decoding = cache.decoding if own else f"transformers' loop: {mode.value}"
     if given is None:
         attachment.used(cache)

@@ -143,6 +143,22 @@ def put_aside_at(model: Any) -> int | None:
     return None if inputs.get("past_key_values") is seen else most
 
 
+@torch.no_grad()
+def drops_positions(model: Any) -> bool:
+    """Whether `prepare_inputs_for_generation` leaves position ids to the model's own forward."""
+    method = getattr(model, "prepare_inputs_for_generation", None)
+    if method is None:
+        return False
+    seen: Any = _Seen(1)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    given = {"position_ids": torch.arange(2, device=model.device)[None], "use_cache": True}
+    try:
+        inputs = method(ids, next_sequence_length=1, past_key_values=seen, **given)
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return False  # a call says what is wrong
+    return inputs.get("position_ids") is None
+
+
 def check_put_aside(model: Any, most: int | None, before: int, prompt: int, last: int) -> None:
     """Raises UnsupportedError if a call crosses `put_aside_at`, which is `most`.
 

@@ -54,6 +54,28 @@ def test_models_that_count_from_their_padding_index(padded):
             assert far(said[0], plain[:, -1]) < 1e-4
 
 
+@pytest.mark.parametrize("given", [False, True])
+@torch.no_grad()
+def test_a_model_whose_generate_leaves_positions_to_it(given):
+    """Kosmos-2.5 drops position ids, so that generate counts from its padding index too."""
+    model, options = tiny_model("kosmos-2.5"), {**GREEDY, "output_logits": True}
+    options["return_dict_in_generate"] = True
+    if given:
+        options["position_ids"] = torch.arange(12)[None] + 40
+    whole = model.generate(IDS, **options)
+    with attach(model, PIPELINE, **SIZES) as attached:
+        found = model.generate(IDS, **options)
+        assert far(torch.stack(found.logits), torch.stack(whole.logits)) < 1e-4
+        drafted = model.generate(IDS, **options, prompt_lookup_num_tokens=2)
+        assert far(torch.stack(drafted.logits), torch.stack(whole.logits)) < 1e-4
+        for question in ("decode", "prompt"):
+            asked = {name: x for name, x in options.items() if name != "position_ids"}
+            said = attached.ask(attached.read(IDS[:, :8]), IDS[:, 8:], question=question, **asked)
+            assert far(torch.stack(said.logits), torch.stack(whole.logits)) < 1e-4
+        with pytest.raises(UnsupportedError, match="leaves positions to the model"):
+            list(attached.generate_many([{"input_ids": IDS[0]}]))
+
+
 @pytest.mark.parametrize("name", ["gpt_oss", "opt", "bart", "afmoe", "bert", "biogpt", "roberta"])
 @torch.no_grad()
 def test_models_that_do_not_tell_texts_apart(name):

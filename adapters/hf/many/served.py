@@ -6,7 +6,7 @@ from typing import Any
 
 from ....errors import UnsupportedError
 from ..attached import Attached
-from ..own_steps import aside, check_sample, own_method
+from ..own_steps import aside, check_sample, drops_positions, own_method
 from ..wrappers import soft_prompt, takes_positions
 
 
@@ -29,6 +29,11 @@ def check_served(attachment: Attached) -> None:
         raise UnsupportedError(
             f"generate_many: the decoder of {name} takes no position_ids, so that it counts the "
             "columns of a batch, which sequences that come and go do not share"
+        )
+    if probe.first and drops_positions(base):
+        raise UnsupportedError(
+            f"generate_many: generate of {name} leaves positions to the model, "
+            f"which counts from {probe.first}; use generate"
         )
     if probe.counts:
         raise UnsupportedError(
