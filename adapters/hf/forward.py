@@ -77,19 +77,20 @@ def _check_counted(cache: KVPolicyCache, columns: int, hidden: bool) -> None:
         )
 
 
-@ordinary
-def check_ran(cache: KVPolicyCache) -> None:
-    """Raises UnsupportedError where layers with keys of their own did not run in this forward."""
+def left_out(cache: KVPolicyCache) -> UnsupportedError | None:
+    """An error where layers with keys of their own did not run in this forward."""
     state = cache.state
     assert state is not None and state.call is not None
     missing = [n for n in range(state.spec.layers) if n not in state.call.done]
-    if missing:
-        raise UnsupportedError(
-            f"layers: {missing} of the attached model did not run in this forward: they were "
-            "skipped, replaced or taken out; detach, change the model, attach again"
-        )
+    if not missing:
+        return None
+    return UnsupportedError(
+        f"layers: {missing} of the attached model did not run in this forward: they were skipped, "
+        "replaced or taken out; detach, change the model, attach again"
+    )
 
 
+@ordinary
 def close_forward(cache: KVPolicyCache, failed: bool) -> None:
     """Commits the call, or takes it back."""
     layout, cache.layout, cache.failure = cache.layout, None, None

@@ -22,7 +22,7 @@ from .arguments import by_name, check_forward, check_kinds, named
 from .attached import Attached
 from .cache import KVPolicyCache
 from .compile import check_forward as check_compiled
-from .forward import Crossing, check_ran, close_forward, inputs_of, open_forward
+from .forward import Crossing, close_forward, inputs_of, left_out, open_forward
 from .masks import closed, opened, padding_of
 from .modes import check_transforms
 from .own_steps import aside
@@ -195,9 +195,7 @@ class Forwards:
                     self.ranks.leave(error)
                 return None
             try:
-                self.ranks.vote(self.cache.failure)
-                with self.ranks.together():
-                    check_ran(self.cache)
+                self.ranks.vote(self.cache.failure or left_out(self.cache))
             except BaseException:
                 self.take_back()
                 raise
