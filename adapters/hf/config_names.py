@@ -46,11 +46,12 @@ class ConfigNames:
 
     def check(self) -> None:
         """Raises UnsupportedError where a config names another attention by now."""
-        for config in self._found():
-            if config._attn_implementation != NAME:
+        for config in (self.decoder.config, *(config for config, _ in self.before.values())):
+            name = config._attn_implementation
+            if name != NAME:
                 raise UnsupportedError(
-                    f"attn_implementation: set to {config._attn_implementation!r} while a pipeline "
-                    "is attached, whose attention reads the cache; detach, set it, attach again"
+                    f"attn_implementation: set to {name!r} while a pipeline is attached, whose "
+                    "attention reads the cache; detach, set it, attach again"
                 )
 
     def _found(self) -> list[Any]:
