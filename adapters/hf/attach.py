@@ -112,7 +112,6 @@ class Attachment:
         changes.hook(decoder, self._close, with_kwargs=True, always_call=True)
         if self.base is not decoder:
             changes.hook(self.base, self._before, pre=True, with_kwargs=True)
-        if self.ranks.many and self.base is not decoder:
             changes.hook(self.base, self._after, with_kwargs=True, always_call=True)
         for layer in self.served.layers:
             if layer.window is None:
@@ -186,6 +185,7 @@ class Attachment:
         check_logits(base, args, kwargs)
         check_labels(base, args, kwargs)
         check_pooled(base, args, kwargs)
+        self.forwards.before(base, args, kwargs)
 
     @torch.compiler.disable
     def _after(self, base: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

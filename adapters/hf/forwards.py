@@ -52,6 +52,7 @@ class Forwards:
         self.as_tuple = False
         self.closed = False  # the decoder's forward inside one of the whole model
         self.expected: KVPolicyCache | None = None  # by generate, of its first forward
+        self.bare = False  # in a forward of the whole model that was given no cache
         self.planned: Any = None  # what a generate in progress made ready, a Planned
         self.guided = False  # by generate, whose unconditional branch counts columns
         self.warned = False
@@ -136,6 +137,8 @@ class Forwards:
             if expected.columns:
                 raise UnsupportedError(aside(attachment.base))
             given = expected  # a model may put an empty cache aside, or take none by name
+        elif self.bare and _is_empty(given):
+            given = None  # the model around the decoder made it
         if given is not None and not isinstance(given, KVPolicyCache):
             check_soft_prompt(attachment.model)  # which hands such caches on
         keeps = config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
@@ -214,8 +217,15 @@ class Forwards:
         finally:
             self.release()
 
+    def before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begins a forward of the whole model."""
+        names = named(inspect.signature(type(base).forward).parameters) if args else []
+        given = {**dict(zip(names, args, strict=False)), **kwargs}.get("past_key_values")
+        self.bare = given is None and not self.held
+
     def after(self, output: Any) -> None:
         """Ends a forward of the whole model: what follows the decoder may fail on one rank."""
+        self.bare = False
         closed, self.closed = self.closed, False
         if output is None and closed and (error := sys.exception()) is not None:
             self.ranks.leave(error)

@@ -89,6 +89,15 @@ def test_policies_compute_in_the_dtype_of_the_cache(llama):
     assert seen == {torch.float32}
 
 
+@pytest.fixture
+def accelerator_alone():
+    """accelerate keeps the first Accelerator's settings for every later one of the process."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("accelerator_alone")
 def test_a_prepared_model():
     model = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(tiny())
     plain = model.generate(IDS, max_new_tokens=5, **DICT)

@@ -10,6 +10,7 @@ import itertools
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from kvpolicy import CachePipeline, UnsupportedError
 from kvpolicy.adapters.hf import attach, load_cache
@@ -223,3 +224,23 @@ def test_captured_steps_count_columns(tempered, rows):
     with attach(model, CachePipeline(window=5), page_size=4) as attached:
         assert torch.equal(model.generate(input_ids=ids, **GREEDY), plain)
         assert attached.decoding == "captured"
+
+
+@NEWEST
+@pytest.mark.parametrize("name", ["idefics2", "idefics3", "smolvlm"])
+def test_a_model_that_makes_a_cache_around_its_decoder(name):
+    model, ids = tiny_model(name).eval(), torch.randint(20, 60, (2, 12))
+    with torch.no_grad():
+        wanted = model(input_ids=ids, labels=ids)
+        with attach(model, CachePipeline(window=5), page_size=4) as attached:
+            found = model(input_ids=ids, labels=ids)
+            assert attached.last_report().tokens == 24
+            assert found.past_key_values.columns == 12
+            with pytest.raises(TypeError, match="wanted a KVPolicyCache"):
+                model(input_ids=ids, past_key_values=DynamicCache())
+            with pytest.raises(ValueError, match="input_ids: wanted token ids"):
+                model.model.text_model()
+            with pytest.raises(TypeError, match="wanted a KVPolicyCache"):
+                model.model.text_model(input_ids=ids, past_key_values=DynamicCache())
+    torch.testing.assert_close(found.logits, wanted.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.loss, wanted.loss)
