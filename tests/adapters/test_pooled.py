@@ -96,3 +96,21 @@ def test_padded_columns_are_refused(kind, made, name):
                 **inputs, past_key_values=cache
             )
         assert cache.columns == 0
+
+
+@torch.no_grad()
+def test_a_head_of_choices_reads_real_columns():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, **SMALL)
+    model = transformers.GPT2DoubleHeadsModel(config).eval()
+    inputs = prompt([9, 6], side="right")
+    last = torch.tensor([8, 5])
+    wanted = model(**inputs, mc_token_ids=last).mc_logits
+    far = (model(**inputs).mc_logits - wanted).abs().max()
+    with attach(model, PIPELINE):
+        for asked in ({}, {"mc_token_ids": torch.tensor([8, 7])}):
+            with pytest.raises(UnsupportedError, match="^mc_token_ids: GPT2DoubleHeadsModel would"):
+                model(**inputs, **asked)
+        found = model(**inputs, mc_token_ids=last).mc_logits
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert far > 1e-3
