@@ -35,6 +35,7 @@ from .runs import PROMPT, STEPS
 from .untouched import untouched
 
 _KNOWN: dict[Any, Probe] = {}
+_LIBRARIES = ("torch", "transformers", "accelerate")
 NO_DECODER = "only decoders are served, as AutoModelForCausalLM loads them, no encoders"
 
 
@@ -279,10 +280,19 @@ def _configuration(model: Any) -> Any:
 def _patched(model: Any) -> bool:
     """Whether a module has a forward of its own, which no other of its class vouches for.
 
-    Accelerate's, which move what the class's takes and gives, do not count.
+    Those of libraries, which shard and move what the class's takes and gives, do not count.
     """
-    modules = model.modules()
-    return any("forward" in vars(x) and not hasattr(x, "_hf_hook") for x in modules)
+    own = (vars(module).get("forward") for module in model.modules())
+    return any(forward is not None and _library(forward) not in _LIBRARIES for forward in own)
+
+
+def _library(function: Any) -> str:
+    """The package that a function is written in, whatever it wraps."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    name: str = getattr(function, "__globals__", {}).get("__name__", "")
+    return name.partition(".")[0]
 
 
 def _has(model: Any, found: Probe) -> bool:
