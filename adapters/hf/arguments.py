@@ -222,7 +222,7 @@ def _check_scores(kwargs: dict[str, Any], *more: str) -> None:
             raise UnsupportedError(f"{name}: this model's attention scores are not served")
 
 
-def named(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+def by_position(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
     """The parameters that may be given by position, after `self`."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [name for name, x in parameters.items() if x.kind in kinds][1:]

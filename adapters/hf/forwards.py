@@ -18,11 +18,12 @@ from transformers import Cache
 
 from ...errors import PhaseError, UnsupportedError
 from ...pipeline import CachePipeline
-from .arguments import by_name, check_forward, check_kinds, named
+from .arguments import by_name, by_position, check_forward, check_kinds
 from .attached import Attached
 from .cache import KVPolicyCache
 from .compile import check_forward as check_compiled
 from .forward import Crossing, close_forward, inputs_of, left_out, open_forward
+from .losses import named
 from .masks import closed, opened, padding_of
 from .modes import check_transforms
 from .own_steps import aside
@@ -42,7 +43,7 @@ class Forwards:
     def __init__(self, decoder: nn.Module, ranks: Ranks) -> None:
         self.ranks = ranks
         parameters = inspect.signature(type(decoder).forward).parameters
-        self.names, self.places = list(parameters)[1:], named(parameters)
+        self.names, self.places = list(parameters)[1:], by_position(parameters)
         self.lock = threading.Lock()  # of owner
         self.owner: threading.Thread | None = None
         self.held = False  # by a generate in progress
@@ -219,8 +220,7 @@ class Forwards:
 
     def before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begins a forward of the whole model."""
-        names = named(inspect.signature(type(base).forward).parameters) if args else []
-        given = {**dict(zip(names, args, strict=False)), **kwargs}.get("past_key_values")
+        given = named(base, args, kwargs).get("past_key_values")
         self.bare = given is None and not self.held
 
     def after(self, output: Any) -> None:

@@ -12,7 +12,7 @@ from transformers.generation import GenerationConfig, GenerationMixin, Generatio
 
 from ..._arguments import check_ids
 from ...errors import PhaseError, UnsupportedError
-from .arguments import by_name, check_ahead, check_generate, named
+from .arguments import by_name, by_position, check_ahead, check_generate
 from .attached import Attached
 from .cache import KVPolicyCache
 from .columns import check_stored
@@ -27,7 +27,7 @@ from .tokens import inferred_mask, use_mask, use_tokenizer
 from .uncut import shorten_mask
 from .wrappers import soft_prompt
 
-_NAMES = named(inspect.signature(GenerationMixin.generate).parameters)
+_NAMES = by_position(inspect.signature(GenerationMixin.generate).parameters)
 
 
 def generate(attachment: Attached, *args: Any, **kwargs: Any) -> Any:
@@ -230,7 +230,7 @@ def _named(attachment: Attached, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     for kind in type(attachment.base).__mro__:  # the first that names them, not `*args` alone
         found = vars(kind).get("generate")
         own = {} if found is None else inspect.signature(found).parameters
-        names = named(own)
+        names = by_position(own)
         if names or not args:
             break
     else:  # a wrapper that names none is in the place of transformers' own

@@ -13,14 +13,12 @@ def indexed(indices: Any, batch: int) -> list[int]:
 
     Raises ValueError for what picks no rows.
     """
-    where = indices.cpu() if isinstance(indices, Tensor) else indices
     wanted = (
         f"indices: wanted numbers of the {batch} sequences, of which -1 is a new, empty one, "
         "a mask or a slice"
     )
-    if isinstance(where, list | tuple) and all(type(n) is int for n in where):
-        where = torch.tensor(where, dtype=torch.long)
     try:
+        where = indices if isinstance(indices, slice) else torch.as_tensor(indices).cpu()
         found = torch.arange(batch)[where]
     except (IndexError, TypeError, RuntimeError) as error:
         raise ValueError(f"{wanted}, got {indices!r}") from error

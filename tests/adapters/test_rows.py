@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache
@@ -151,7 +152,7 @@ def test_rows_that_do_not_exist(llama):
     [
         torch.tensor([True, False, True]), torch.tensor([1, 0, 1], dtype=torch.uint8),
         torch.tensor([2, 0], dtype=torch.int32), [2, 0], [True, False, True], slice(0, 2),
-        slice(None, None, 2), torch.tensor([1, 1]),
+        slice(None, None, 2), torch.tensor([1, 1]), np.array([2, 0]), range(0, 3, 2),
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8")
