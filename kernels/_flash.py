@@ -68,9 +68,8 @@ def attend_varlen(
     unset where no sequence has a query.
     """
     call = module.flash_attn_varlen_func
-    # Older interfaces return the log-sum-exp unasked. Packing heads of a group is for few queries.
-    asked = "return_attn_probs" in inspect.signature(call).parameters
-    more: dict[str, bool | float] = {"return_attn_probs": True} if asked else {}
+    # Packing heads of a group is for few queries.
+    more: dict[str, bool | float] = {"return_attn_probs": True} if _asked_for(call) else {}
     if softcap is not None:
         more["softcap"] = softcap
     out, lse = call(
@@ -78,6 +77,12 @@ def attend_varlen(
         softmax_scale=scale, causal=False, pack_gqa=False, **more,
     )  # fmt: skip
     return out, lse
+
+
+@lru_cache
+def _asked_for(call: Callable[..., object]) -> bool:
+    """Whether the log-sum-exp has to be asked for; older interfaces return it unasked."""
+    return "return_attn_probs" in inspect.signature(call).parameters
 
 
 @lru_cache

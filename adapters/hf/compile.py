@@ -22,6 +22,9 @@ PLACE = "_kvpolicy_place"
 Functions = tuple[Callable[..., Any], Callable[..., Any]]  # for prompts and for one column
 COMPILED = "_compiled_call_impl"  # where nn.Module.compile keeps what calling a module runs
 _NUMBERS = itertools.count()
+# Prompt calls of fewer tokens run the layers as they are: dynamo's guards cost the host more time
+# than compiled kernels save the device.
+FEW = 4096
 _BACKENDS = ["inductor"]  # the last one is used
 # With the first, Inductor writes its own matrix-vector products for one token, several in a kernel.
 # With the second it computes what they multiply beforehand: each of their programs would compute
@@ -147,7 +150,8 @@ def _run(functions: Functions, layer: nn.Module, *args: Any, **kwargs: Any) -> A
     hidden_states = args[0] if args else kwargs["hidden_states"]
     try:
         if hidden_states.shape[1] != 1:
-            return prompt(layer, *args, **kwargs)
+            few = hidden_states.shape[0] * hidden_states.shape[1] < FEW
+            return (layer._call_impl if few else functools.partial(prompt, layer))(*args, **kwargs)
         with cold_timing():  # kernels are compared when they first run
             return token(layer, *args, **kwargs)
     except torch._dynamo.exc.Unsupported:

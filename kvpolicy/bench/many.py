@@ -39,7 +39,7 @@ class Traffic:
     new: int = 128
     rate: float | None = None
     slots: int
-    tokens: int = 8192
+    tokens: int = 16_384
     seconds: float
 
     def __str__(self) -> str:

@@ -29,9 +29,9 @@ def make_room(
     Only the host can make the pool grow. Where little can be admitted in all layers together, it
     provides for that once a call. Else it either waits for these numbers, and the device idles
     until it goes on; or it provides for all tokens of the layer being admitted, and reads a layer
-    later how many were. It waits for caches that are small, capped or empty (a row of them
-    suffices), in the first layer of a call, and where free pages have to be counted anew (see
-    `FreePages`).
+    later how many were. It waits for caches that are small, capped in tokens or empty, in the first
+    layer of a call, where that many pages would go beyond a cap in bytes, and where free pages have
+    to be counted anew (see `FreePages`).
     """
     pool = layer.pool
     leaving = _leaving(state, call, layer)
@@ -40,13 +40,14 @@ def make_room(
     if call.promised[pool]:
         state.devices.took(pool, _most(layer, leaving))
         before = call.held[layer.index]
-        most = [[n + new for n in row] for row, new in zip(before, leaving, strict=True)]
+        most = _all(before, leaving)
         return Bounds(most, _expected(before, most, layer, seg))
     held = call.held.get(layer.index)
-    # Without earlier tokens nothing says what to expect but the counts themselves.
-    past = all(at > layer.window for at, n in zip(seg.start, call.added, strict=True) if n)
+    # Without earlier tokens nothing says what to expect but the counts themselves; beside sequences
+    # that have some, it may be all.
+    past = any(at > layer.window for at, n in zip(seg.start, call.added, strict=True) if n)
     if past and held is not None and _ahead(state, layer, leaving, fresh):
-        after_all = [[n + new for n in row] for row, new in zip(held, leaving, strict=True)]
+        after_all = _all(held, leaving)
         return Bounds(after_all, _expected(held, after_all, layer, seg))
     pool.drain()
     # Once a call it asks for all layers.
@@ -58,7 +59,9 @@ def make_room(
     exact = _rows(numbers[:size], heads)
     check_tokens(state, layer, exact)
     pool.provide_for_write(sum(numbers[size : 2 * size]), numbers[2 * size])
-    return Bounds(exact, _expected(call.held[layer.index], exact, layer, seg))
+    before = call.held[layer.index]
+    likely = _expected(before, _all(before, leaving) if past else exact, layer, seg)
+    return Bounds(exact, likely)
 
 
 def give_back(state: CacheState, call: Call) -> None:
@@ -81,15 +84,22 @@ def _promise(state: CacheState, call: Call, pool: PagePool) -> int:
     leaving = [[0] if x.slides else _leaving(state, call, x) for x in layers]
     pages = sum(_most(x, n) for x, n in zip(layers, leaving, strict=True))
     few = pages <= max(WHOLE // pool.page_bytes, pool.capacity // SPARE)
-    capped = pool.limit is not None or state.spec.max_tokens is not None
+    capped = state.spec.max_tokens is not None
     begun, long = any(state.lengths), max(call.added) > LONG
-    if pool.moving and not capped and all(x.admission.neutral or x.slides for x in layers):
+    if (
+        pool.moving
+        and not capped
+        and pool.limit is None
+        and all(x.admission.neutral or x.slides for x in layers)
+    ):
         _grow_once(pool, pages)
     if not few or capped or pool.moving or (long and not begun):
         return 0
     pool.drain()
     before = [call.before.get(x.index, x.counts).flatten() for x in layers] if begun else []
     free, *numbers = torch.cat([pool.top, *before]).tolist()
+    if not pool.fits(pages, free):
+        return 0
     try:
         state.devices.promise(pool, pages, free)
     except torch.OutOfMemoryError:  # what is admitted may fit
@@ -131,11 +141,10 @@ def _ahead(state: CacheState, layer: LayerStore, leaving: list[int], fresh: Tens
     """Whether pages for all tokens of a layer that leave the window could be made free."""
     pool = layer.pool
     most = _most(layer, leaving)
-    capped = pool.limit is not None or state.spec.max_tokens is not None
-    if capped or pool.moving or most > pool.capacity // SPARE:
+    if state.spec.max_tokens is not None or pool.moving or most > pool.capacity // SPARE:
         return False
     free = pool.known.settle()
-    if free is None:
+    if free is None or not pool.fits(most, free):
         return False
     if free < most + pool.reserved:
         try:
@@ -161,6 +170,11 @@ def _expected(before: Rows, after: Rows, layer: LayerStore, seg: Segments) -> Ro
         total = past + seg.cu_q[row + 1] - seg.cu_q[row]
         found.append([n * total // past for n in held] if past > 0 else last)
     return found
+
+
+def _all(held: Rows, leaving: list[int]) -> Rows:
+    """Counts if all tokens that leave the window are admitted."""
+    return [[n + new for n in row] for row, new in zip(held, leaving, strict=True)]
 
 
 def _rows(numbers: list[int], heads: int) -> Rows:

@@ -36,8 +36,10 @@ def held_pages(state: CacheState) -> dict[PagePool, list[int]]:
         pool: torch.zeros(state.batch, dtype=torch.int64, device=pool.device)
         for pool in state.devices.pools
     }
-    for layer in state.managed:
-        found[layer.pool] += pages_of(layer.counts, layer.pool.page_size).sum(1)
+    for pool in found:
+        counts = [x.counts for x in state.managed if x.pool is pool]
+        if counts:  # layers of a pool may have other numbers of heads
+            found[pool] += pages_of(torch.cat(counts, 1), pool.page_size).sum(1)
     return {pool: rows.tolist() for pool, rows in found.items()}
 
 

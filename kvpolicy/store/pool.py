@@ -179,6 +179,11 @@ class PagePool:
         finally:
             lease.reserved = before
 
+    def fits(self, count: int, free: int) -> bool:
+        """Whether the limit lets `count` pages be free and not reserved, where `free` are now."""
+        most = self._most()
+        return most is None or self.capacity + count + self.reserved - free <= most
+
     def provide(self, count: int, free: int | None = None) -> int:
         """Grows until `count` pages are free and not reserved; CapacityError at the limit.
 
@@ -190,7 +195,7 @@ class PagePool:
         if count == 0 or missing <= 0:
             return free
         most = self._most()
-        if most is not None and self.capacity + missing > most:
+        if not self.fits(count, free):
             raise CapacityError(
                 f"{count} more pages wanted, {free} free and {self.used} in use of at "
                 f"most {self.limit}; raise the cap, admit less or add an eviction"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import attrs
 import torch
@@ -141,6 +141,7 @@ def report(state: CacheState) -> Report:
         shared += int((pool.refs > 1).sum())
     for layer in state.layers:
         devices[str(layer.pool.device)] += storage_bytes(layer.ring)
+    known = _held(state)
     return Report(
         pages=pages,
         reserved=reserved,
@@ -153,10 +154,10 @@ def report(state: CacheState) -> Report:
         dense=dense_bytes(state),
         sequences=state.batch,
         tokens=sum(state.lengths),
-        admitted=[None if x.slides else _admitted(state, x) for x in state.layers],
-        stored=[(_stored(state, x) / state.batch).tolist() for x in state.layers],
-        evicted=[x.evicted.sum(0).tolist() for x in state.layers],
-        read=[_read(state, x) for x in state.layers],
+        admitted=[None if x.slides else known[x.index].admitted(state) for x in state.layers],
+        stored=[known[x.index].stored.tolist() for x in state.layers],
+        evicted=[known[x.index].evicted.sum(0).tolist() for x in state.layers],
+        read=[_read(x, known[x.index]) for x in state.layers],
         policies={slot: _acting(state, slot) for slot in SLOTS},
         sliding_layers=[x.index for x in state.layers if x.slides],
         shared_pages=shared,
@@ -190,22 +191,43 @@ def _name(policy: Any) -> str:
     return f"{type(policy).__name__}({names})" if names else type(policy).__name__
 
 
-def _near(state: CacheState, layer: LayerStore) -> torch.Tensor:
-    """Tokens in each sequence's window, `[B]`."""
-    return torch.tensor([min(n, layer.window) for n in state.lengths])
+class _Held(NamedTuple):
+    """What the host knows of a layer: `counts`, `evicted` and admitted tokens in rings
+    (`flagged`), each `[B, Hkv]`, and tokens in each sequence's window, `near` `[B]`."""
+
+    counts: torch.Tensor
+    evicted: torch.Tensor
+    flagged: torch.Tensor
+    near: torch.Tensor
+
+    @property
+    def stored(self) -> torch.Tensor:
+        return (self.counts + self.near[:, None]).double().mean(0)
+
+    def admitted(self, state: CacheState) -> list[float]:
+        total = self.counts + self.evicted + self.flagged
+        return (total.sum(0) / max(sum(state.lengths), 1)).tolist()
 
 
-def _stored(state: CacheState, layer: LayerStore) -> torch.Tensor:
-    return (layer.counts.cpu() + _near(state, layer)[:, None]).sum(0).double()
-
-
-def _admitted(state: CacheState, layer: LayerStore) -> list[float]:
-    lengths = torch.tensor(state.lengths)[:, None]
-    at = ring_positions(lengths, layer.ring.slots)
-    near = ((at >= lengths - layer.window) & (at >= 0))[:, None]
-    flagged = ((layer.ring.flags.cpu() & ADMITTED) > 0) & near
-    total = layer.counts.cpu() + layer.evicted.cpu() + flagged.sum(-1)
-    return (total.sum(0) / max(sum(state.lengths), 1)).tolist()
+def _held(state: CacheState) -> dict[int, _Held]:
+    """By layer. Those that are alike are read together: a device is waited for once."""
+    alike: dict[Any, list[LayerStore]] = {}
+    for layer in state.layers:
+        key = layer.device, layer.counts.shape, layer.ring.flags.shape, layer.window
+        alike.setdefault(key, []).append(layer)
+    found, lengths = {}, torch.tensor(state.lengths)[:, None]
+    for (device, _, (*_, slots), window), layers in alike.items():
+        at = ring_positions(lengths, slots)
+        near = ((at >= lengths - window) & (at >= 0))[:, None].to(device)
+        flags = torch.stack([x.ring.flags for x in layers])  # [L, B, Hkv, slots]
+        flagged = (((flags & ADMITTED) > 0) & near).sum(-1)
+        counts = torch.stack([x.counts for x in layers]).long()
+        evicted = torch.stack([x.evicted for x in layers]).long()
+        parts = torch.stack([counts, evicted, flagged]).cpu()
+        for layer, numbers in zip(layers, parts.unbind(1), strict=True):
+            held, dropped, ringed = numbers.unbind()
+            found[layer.index] = _Held(held, dropped, ringed, lengths[:, 0].clamp(max=window))
+    return found
 
 
 def _floored(state: CacheState, layer: LayerStore) -> int:
@@ -223,13 +245,12 @@ def _prompt_read(layer: LayerStore) -> float | None:
     return float(chosen / there)
 
 
-def _read(state: CacheState, layer: LayerStore) -> list[float]:
-    near = _near(state, layer)[:, None]
+def _read(layer: LayerStore, known: _Held) -> list[float]:
     if layer.selected is None:
-        return (_stored(state, layer) / state.batch).tolist()
+        return known.stored.tolist()
     size = layer.pool.page_size
     selected = layer.selected.cpu()
-    counts = layer.counts.cpu().repeat_interleave(selected.shape[1] // layer.counts.shape[1], 1)
+    counts = known.counts.repeat_interleave(selected.shape[1] // known.counts.shape[1], 1)
     held = (counts[..., None] - selected * size).clamp(max=size)
-    tokens = torch.where(selected >= 0, held, 0).sum(-1) + near
+    tokens = torch.where(selected >= 0, held, 0).sum(-1) + known.near[:, None]
     return tokens.double().mean(0).tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvpolicy.adapters.hf import compile as compiling
 from tests.support.adapters.models import KINDS, tiny
 
 
@@ -12,6 +13,12 @@ from tests.support.adapters.models import KINDS, tiny
 def no_gradients():
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(autouse=True)
+def short_prompts_compiled(monkeypatch):
+    """As long ones are: the prompts of tests are short."""
+    monkeypatch.setattr(compiling, "FEW", 0)
 
 
 @pytest.fixture(params=KINDS)

@@ -114,6 +114,18 @@ def test_layers_share_graphs(traced, model):
     assert graphs() == 4
 
 
+def test_short_prompts_run_the_layers_as_they_are(traced, llama, monkeypatch):
+    """Whose tokens dynamo's guards would cost more than they save; tokens are compiled."""
+    monkeypatch.setattr(compiled, "FEW", 40)
+    for lengths, count in (([9, 19], 0), ([39], 0), ([40], 1)):
+        eager, ours = both(llama, PIPELINE, prompt(lengths), max_new_tokens=1)
+        assert torch.equal(eager.sequences, ours.sequences)
+        assert graphs() == count
+    eager, ours = both(llama, PIPELINE, prompt([9]), max_new_tokens=3)
+    assert torch.equal(eager.sequences, ours.sequences)
+    assert graphs() == 2
+
+
 def test_a_second_attach_compiles_nothing(traced, llama):
     """Unless its policies want other hooks, which an earlier graph does not hold."""
     for pipeline, count in ((PIPELINE, 2), (pipelines()["quest"], 2), (pipelines()["gate"], 4)):

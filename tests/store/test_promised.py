@@ -23,6 +23,7 @@ from tests.support.store.room import (
     check_pages,
     filled,
     layers,
+    near_a_cap,
 )  # fmt: skip
 
 
@@ -142,13 +143,26 @@ def test_a_first_prompt_leaves_little_of_what_it_was_promised(quick, monkeypatch
     assert spare[0] < spare[1 << 30] // 2
 
 
-@pytest.mark.parametrize("cap", ["max_tokens", "max_bytes"])
-def test_a_capped_cache_is_promised_nothing(quick, cap):
-    pipeline, state, pool = filled(**{cap: 1 << 20})
+def test_a_cache_capped_in_tokens_is_promised_nothing(quick):
+    pipeline, state, pool = filled(max_tokens=1 << 20)
     steps = layers(pipeline, state, CHUNK)
     next(steps)
     assert pool.reserved == 0
     list(steps)
+
+
+def test_a_cache_is_promised_what_its_cap_holds(quick):
+    """Where all tokens of a call would not fit, the host asks each layer what was admitted."""
+    caps, seen = near_a_cap(), set()
+    for cap, calls in caps:
+        pipeline, state, pool = filled(max_bytes=cap)
+        for _ in range(calls):
+            list(layers(pipeline, state, CHUNK))
+        for _ in layers(pipeline, state, CHUNK):
+            seen.add(pool.reserved > 0)
+            assert pool.capacity <= pool.limit + 1
+        check_pages(pool, state)
+    assert seen == {False, True}
 
 
 def test_pages_that_move_grow_once_a_call(monkeypatch):

@@ -24,6 +24,7 @@ from tests.support.store.room import (
     check_pages,
     filled,
     layers,
+    near_a_cap,
 )
 
 
@@ -309,16 +310,25 @@ def test_memory_that_suffices_for_what_is_admitted_alone(quick, asked, monkeypat
     list(steps)
 
 
-@pytest.mark.parametrize("cap", ["max_tokens", "max_bytes"])
-def test_caps_are_checked_with_what_was_admitted(quick, asked, cap):
-    pipeline, state, pool = filled(**{cap: 1 << 20})
+def test_a_cap_in_tokens_is_checked_with_what_was_admitted(quick, asked):
+    pipeline, state, pool = filled(max_tokens=1 << 20)
     asked.clear()
     list(layers(pipeline, state, CHUNK))
     assert len(asked) == LAYERS
-    if cap == "max_bytes":
-        pool.limit = pool.used + 2
-        with pytest.raises(CapacityError):
-            list(layers(pipeline, state, 8 * CHUNK))
+
+
+def test_a_cap_in_bytes_is_checked_with_what_was_admitted(quick, asked):
+    """In each layer that could go beyond it; a call that all of fits waits once."""
+    for (cap, calls), waits in zip(near_a_cap(), (False, True), strict=True):
+        pipeline, state, pool = filled(max_bytes=cap)
+        for _ in range(calls):
+            list(layers(pipeline, state, CHUNK))
+        asked.clear()
+        list(layers(pipeline, state, CHUNK))
+        assert (len(asked) > 1) == waits
+    with pytest.raises(CapacityError):
+        for _ in range(LAYERS):
+            list(layers(pipeline, state, CHUNK))
 
 
 def test_a_chunk_that_is_long_beside_the_cache_waits(quick, asked):

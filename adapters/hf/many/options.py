@@ -148,8 +148,9 @@ def _ids(attachment: Attached, name: str, given: Any, tokenizer: Any) -> list[in
         if given.ndim != 1:
             raise ValueError(f"{name}: wanted ids [S] or [1, S], got {list(given.shape)}")
         given = given.tolist()
+    # Of a long prompt, one look at its kinds of elements.
     whole = isinstance(given, list | tuple) and all(
-        isinstance(n, int) and not isinstance(n, bool) for n in given
+        issubclass(kind, int) and kind is not bool for kind in set(map(type, given))
     )
     if not whole:
         said = isinstance(given, list) and given and isinstance(given[0], dict)
@@ -157,7 +158,7 @@ def _ids(attachment: Attached, name: str, given: Any, tokenizer: Any) -> list[in
         hint = f"{hint}add_generation_prompt=True)" if said else ""
         raise TypeError(wrong(name, "a text, or token ids", given, hint))
     words = attachment.base.get_input_embeddings().num_embeddings
-    outside = [n for n in given if not 0 <= n < words]
+    outside = [n for n in (min(given), max(given)) if not 0 <= n < words] if given else []
     if not given or outside:
         raise ValueError(
             f"{name}: wanted one or more ids from 0 below {words}, got "

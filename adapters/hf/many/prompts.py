@@ -34,12 +34,12 @@ def read(model: Any, room: Room, parts: Sequence[Part]) -> Tensor:
             last[n] = len(ids) - 1
     wanted = [last[n] for n in sorted(last)] or [len(ids) - 1]
     # Where layers lie on several devices, a list of numbers goes to the one that looks.
-    keep: Any = wanted if room.state.spec.devices else torch.tensor(wanted, device=device)
+    keep: Any = wanted if room.state.spec.devices else _sent(wanted, device)
     cache.packed = lengths if room.lanes > 1 else None
     try:
         logits = model(
-            input_ids=torch.tensor([ids], device=device),
-            position_ids=torch.tensor([places], device=device),
+            input_ids=_sent(ids, device)[None],
+            position_ids=_sent(places, device)[None],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=keep,
@@ -51,3 +51,9 @@ def read(model: Any, room: Room, parts: Sequence[Part]) -> Tensor:
         logits = logits[keep]
     found: Tensor = logits[: len(last)].to(device)
     return found
+
+
+def _sent(values: list[int], device: torch.device) -> Tensor:
+    """Numbers on the device; the host does not wait for what runs there."""
+    found = torch.tensor(values)
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found

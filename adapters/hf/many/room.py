@@ -136,14 +136,18 @@ class Room:
             pool: torch.zeros(state.batch, dtype=torch.int64, device=pool.device)
             for pool in state.devices.pools
         }
-        for layer in state.managed:
-            found[layer.pool] += (layer.counts // layer.pool.page_size).sum(1)
+        for pool in found:
+            counts = [x.counts for x in state.managed if x.pool is pool]
+            if counts:
+                found[pool] += (torch.cat(counts, 1) // pool.page_size).sum(1)
         return list(zip(*(x.tolist() for x in found.values()), strict=True))
 
     def stored(self, lane: int) -> int:
         """Global tokens of a lane, over all heads of the layers that policies manage."""
-        counts = [x.counts[lane].sum() for x in self.lane_state.managed]
-        return int(torch.stack([x.to(counts[0].device) for x in counts]).sum()) if counts else 0
+        devices: dict[torch.device, list[Tensor]] = {}
+        for layer in self.lane_state.managed:
+            devices.setdefault(layer.device, []).append(layer.counts)
+        return sum(int(torch.cat(x, 1)[lane].sum()) for x in devices.values())
 
     def unreserve(self) -> None:
         """Gives back what is reserved for decode steps to come."""

@@ -6,6 +6,7 @@ import torch
 
 from kvpolicy import CacheSpec, RandomGate
 from kvpolicy.pipeline import CachePipeline
+from kvpolicy.store.extents import SLAB_PAGES
 
 LAYERS, HEADS, DIM, SIZE, CHUNK = 3, 2, 16, 2, 9
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,6 +37,21 @@ def layers(pipeline, state, count, phase="prompt"):
         tokens = (torch.randn(shape, generator=noise).to(DEVICE) for _ in range(3))
         yield pipeline.attend(state, layer, *tokens)
     pipeline.commit(state)
+
+
+def near_a_cap():
+    """Caps in bytes, each with the calls of `CHUNK` tokens after which one more fits: below the
+    first also if all of it were admitted, below the second with two pages to spare as it is."""
+    pipeline, state, pool = filled()
+    most = LAYERS * HEADS * -(-CHUNK // SIZE)
+    found, calls, before = {}, 0, pool.used
+    while len(found) < 2:
+        list(layers(pipeline, state, CHUNK))
+        cap = -(-(pool.used + 1) // SLAB_PAGES) * SLAB_PAGES - 1  # pages beside the null page
+        if before + most <= cap or cap - pool.used <= 2:
+            found.setdefault(before + most <= cap, ((cap + 1) * pool.page_bytes, calls))
+        calls, before = calls + 1, pool.used
+    return found[True], found[False]
 
 
 def check_pages(pool, *states):
