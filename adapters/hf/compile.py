@@ -151,7 +151,7 @@ def _run(functions: Functions, layer: nn.Module, *args: Any, **kwargs: Any) -> A
     try:
         if hidden_states.shape[1] != 1:
             few = hidden_states.shape[0] * hidden_states.shape[1] < FEW
-            return (layer._call_impl if few else functools.partial(prompt, layer))(*args, **kwargs)
+            return (_call if few else prompt)(layer, *args, **kwargs)
         with cold_timing():  # kernels are compared when they first run
             return token(layer, *args, **kwargs)
     except torch._dynamo.exc.Unsupported:

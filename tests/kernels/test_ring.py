@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvpolicy.ops import Ring, load
+from kvpolicy.ops import Ring, Segments, load
 from tests.support.kernels.mirror import Size
 from tests.support.kernels.op_cases import CASES
 from tests.support.kernels.pool import DEVICE
@@ -36,6 +36,8 @@ def written(ring: Ring, tokens: tuple[torch.Tensor, ...], segments) -> list[list
 )
 def test_a_loop_finds_the_same(backend: str, starts, new, old) -> None:
     segments = segments_of(starts, new, [a + b for a, b in zip(old, new, strict=True)])
+    if backend == "triton":
+        segments = Segments(*(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in segments))
     names = (torch.arange(SLOTS) + 100 * torch.arange(len(starts))[:, None])[:, None]
     names = names.expand(-1, HEADS, -1)
     given = 1000 + torch.arange(sum(new)).expand(HEADS, -1)

@@ -32,6 +32,7 @@ from kvpolicy.adapters.hf.compile import traced
 from kvpolicy.adapters.hf.rule import probe as rule
 from kvpolicy.adapters.hf.rule.records import ModelRefused
 from kvpolicy.adapters.hf.training import attach_for_training
+from kvpolicy.store import CacheState
 from tests.support.adapters.models import SIZES, pipelines, prompt
 from tests.support.adapters.rehearsed import Rehearsed, rehearsed
 from tests.support.contract.cases import NAMES, Sizes, build
@@ -133,6 +134,16 @@ def told(call):
     return "none", ""
 
 
+def holders():
+    """What holds the states of caches that nobody should hold any more, two steps back."""
+    said = []
+    for state in [x for x in gc.get_objects() if type(x) is CacheState]:
+        for first in gc.get_referrers(state):
+            owners = [type(x).__name__ for x in gc.get_referrers(first)]
+            said.append(f"{type(first).__name__} {str(first)[:120]!r} of {owners}")
+    return "; ".join(said)
+
+
 def failures(model, rank, folder):
     """What each way to fail on rank 1 raises here, and whether the cache was left alone."""
     found, ids = {}, prompt([33])["input_ids"].to(model.device)
@@ -152,6 +163,8 @@ def failures(model, rank, folder):
             object.__setattr__(pipeline.admission, "fails_at", None)
             cache.begin_prompt()
             model(tail[:, :1], past_key_values=cache)  # the ranks are still in step
+            if before != after:
+                print(f"{name}: {before} became {after}; {holders()}", flush=True)
             found[name] = *raised, before == after
 
     def turn(attached, cache):
