@@ -8,6 +8,8 @@ their window follow with a mask, then columns, then the window itself from the r
 
 from __future__ import annotations
 
+from functools import lru_cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..ops import Bounds, Heads, Pages, Segments, TileReads, check_asked, tile_spans
 from ._launch import (
+    capability,
     cdiv,
     check_dims,
     check_dtype,
@@ -73,6 +76,16 @@ def choose_tile(tile: int, dim: int, itemsize: int, shared: int) -> Tile:
     )
 
 
+@lru_cache
+def _gluon() -> ModuleType | None:
+    """The kernel for capability 9.0, where this Triton has what it is written in."""
+    try:
+        from . import selected_gluon
+    except (ImportError, AttributeError):
+        return None
+    return selected_gluon
+
+
 def selected_prefill(
     query: Tensor,
     key: Tensor,
@@ -101,7 +114,11 @@ def selected_prefill(
     if not total:
         return out.transpose(0, 1)
     shared, padded = shared_memory(query.device), dot_size(max(dim, dim_v))
-    shape = choose_tile(reads.tile, padded, query.element_size(), shared)
+    gluon = _gluon() if capability(query.device) == 90 else None
+    if gluon is not None and gluon.fits(query, value, segments, reads, softcap):
+        shape = Tile(gluon.KEYS, gluon.KEYS, gluon.KEYS, 4, 2)
+    else:
+        gluon, shape = None, choose_tile(reads.tile, padded, query.element_size(), shared)
     table, counts = dense_last(heads.table), heads.counts.contiguous()
     most = counts.tolist() if bounds is None else bounds.most
     longest = max((n for row in most for n in row), default=0)
@@ -123,7 +140,7 @@ def selected_prefill(
     call = _Call(
         dense_last(query), dense_last(key), dense_last(value), far_k, far_v, at, counts, blocks,
         edges, columns, of, segments, reads.tile, window, scale, softcap,
-        None if sinks is None else sinks.contiguous(), out, shape, steps,
+        None if sinks is None else sinks.contiguous(), out, shape, steps, gluon,
     )  # fmt: skip
     for end in range(len(owner), 0, -size):  # the longest tiles first
         _span(call, (whole, rest), max(end - size, 0), end)
@@ -153,6 +170,7 @@ class _Call(NamedTuple):
     out: Tensor
     shape: Tile
     steps: int
+    gluon: ModuleType | None
 
 
 def _span(call: _Call, sizes: tuple[int, int], begin: int, end: int) -> None:
@@ -166,6 +184,12 @@ def _span(call: _Call, sizes: tuple[int, int], begin: int, end: int) -> None:
         sizes, begin, many, blocks, call.edges, call.at, call.counts, segments, call.of,
         call.window, call.steps, kv_heads, call.tile, (shape.queries, shape.keys, shape.rest),
     )  # fmt: skip
+    if call.gluon is not None:
+        call.gluon.attend(
+            query, key, value, call.far_k, call.far_v, call.at, blocks, lists, segments, call.of,
+            call.tile, call.window, call.scale, call.sinks, out, begin, many,
+        )  # fmt: skip
+        return
     bounds = segments.cu_q_dev, segments.cu_k_dev, segments.start_dev
     (heads, _, dim), dim_v = query.shape, value.shape[2]
     far_k: Any = call.far_k
@@ -181,7 +205,8 @@ def _span(call: _Call, sizes: tuple[int, int], begin: int, end: int) -> None:
     where, found, sets = call.columns or (None, None, None)
     scale, cap = factors(call.scale, call.softcap)
     with on(query):
-        _attend_chosen[heads, many](
+        # Heads of a group side by side, one KV head after another, whose rows stay in the L2.
+        _attend_chosen[heads // kv_heads, many, kv_heads](
             query, key, value, far_k, far_v, call.far_k, call.far_v, call.at, blocks, *lists,
             where, found, sets, *bounds, call.of, out, begin, call.window, width,
             call.of.shape[1], *sizes, scale, cap, call.sinks,
@@ -298,7 +323,7 @@ def _attend_chosen(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """A part of a tile of one head: what it chose of the rows, then its window."""
-    head = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(2) * GROUP + tl.program_id(0)).to(tl.int64)
     nth = tl.num_programs(1) - 1 - tl.program_id(1)
     kv_head = head // GROUP
     chooser = head // SHARED
@@ -318,7 +343,7 @@ def _attend_chosen(
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, DIM_V_PAD], tl.float32)
     slot = chooser * tl.num_programs(1) + nth
-    listed += slot * 4
+    listed += slot * 5
     blocks += (chooser * many + tile) * width
     if where is not None:
         own = (chooser * each + tl.load(sets + tile)) * columns

@@ -19,8 +19,8 @@ from .prefill_gather import ROWS, first_row, rows_before
 
 class Lists(NamedTuple):
     """What tiles read without a mask: first rows of whole steps `[Hs, n, F]` int32, others as
-    `row << 8 | rows` `[Hs, n, P]` int64, and `[Hs, n, 4]` int32: how many of each, and the rows
-    before the window of the tile's first query and of its last."""
+    `row << 8 | rows` `[Hs, n, P]` int64, and `[Hs, n, 5]` int32: how many of each, the rows before
+    the window of the tile's first query and of its last, and the first of the head's last ROWS."""
 
     whole: Tensor
     rest: Tensor
@@ -75,7 +75,7 @@ def list_rows(
     lists = Lists(
         torch.empty(choosing, many, sizes[0], dtype=torch.int32, device=device),
         torch.empty(choosing, many, sizes[1], dtype=torch.int64, device=device),
-        torch.empty(choosing, many, 4, dtype=torch.int32, device=device),
+        torch.empty(choosing, many, 5, dtype=torch.int32, device=device),
     )
     with on(at):
         _plan[many, choosing](
@@ -178,7 +178,9 @@ def _plan(
             tl.store(rest + to + n, code, mask=n < lefts)
         wholes += tl.sum(steps_, 0)
         rests += tl.sum(lefts, 0)
-    tl.store(found + slot * 4, wholes)
-    tl.store(found + slot * 4 + 1, rests)
-    tl.store(found + slot * 4 + 2, plain)
-    tl.store(found + slot * 4 + 3, some)
+    tl.store(found + slot * 5, wholes)
+    tl.store(found + slot * 5 + 1, rests)
+    tl.store(found + slot * 5 + 2, plain)
+    tl.store(found + slot * 5 + 3, some)
+    padded = (count + ROWS - 1) // ROWS * ROWS
+    tl.store(found + slot * 5 + 4, far.to(tl.int32) + tl.maximum(padded - ROWS, 0))

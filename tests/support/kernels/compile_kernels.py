@@ -15,6 +15,8 @@ import triton
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kvpolicy.kernels import (
@@ -85,6 +87,9 @@ def source_of(kernel: Any, bound: dict[str, Any]) -> ASTSource:
         if isinstance(value, TensorDescriptor):
             element = TYPES[value.base.dtype].removeprefix("*")
             return f"tensordesc<{element}{list(value.block_shape)}>"
+        if isinstance(value, GluonDescriptor):
+            element = TYPES[value.base.dtype].removeprefix("*")
+            return f"tensordesc<{element}{list(value.block_shape)},{value.layout!r}>"
         if isinstance(value, float):
             return "fp32"
         if isinstance(value, torch.Tensor) or (special and value % 16 == 0):
@@ -97,7 +102,8 @@ def source_of(kernel: Any, bound: dict[str, Any]) -> ASTSource:
             signature[name], constants[index,] = "constexpr", value
         else:
             signature[name] = kind(value, not parameter.do_not_specialize, (index,))
-    return ASTSource(kernel, signature, constants, attributes)
+    kind_of_source = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    return kind_of_source(kernel, signature, constants, attributes)
 
 
 def translate(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> None:
@@ -271,7 +277,7 @@ def main() -> None:
     given = parser.parse_args()
     triton.runtime.jit.JITFunction.run = record
     cc, dim, page, dtype = given.configuration.split(":")
-    _launch.capability = lambda device: int(cc)
+    _launch.capability = selected_prefill.capability = lambda device: int(cc)
     keys, _, values = dim.partition("x")
     call_all(int(keys), int(page), getattr(torch, dtype), int(values or keys))
     limit, seen = SHARED[int(cc)] * 1024, set()

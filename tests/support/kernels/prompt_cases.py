@@ -82,9 +82,14 @@ def _prompt_write(size: Size) -> None:
     agree(mirror.stored(table, after.host))
 
 
-def prompt(size: Size, window: int, rates: tuple[float, float]) -> tuple[Mirror, Segments, tuple]:
-    """A chunk of one sequence, an empty one, a whole prompt, a token: pages, recent, queries."""
-    starts, queries = [size.prompt, 30, 0, 60], [size.prompt - 10, 0, 33, 1]
+def prompt(
+    size: Size, window: int, rates: tuple[float, float], more: int = 0
+) -> tuple[Mirror, Segments, tuple]:
+    """A chunk of one sequence, an empty one, a whole prompt, a token: pages, recent, queries.
+
+    The shorter ones have so many tokens `more`.
+    """
+    starts, queries = [size.prompt, 30, 0, 60 + more], [size.prompt - 10, 0, 33 + more, 1]
     ends = [a + b for a, b in zip(starts, queries, strict=True)]
     firsts = [max(0, start - window - 3) for start in starts]
     dims = size.dim, size.dim_v
@@ -163,11 +168,15 @@ def tile_reads(segments: Segments, heads: int, tile: int, columns: bool) -> Pair
 @case("selected_prefill")
 def _selected_prefill(size: Size) -> None:
     choose = selected.choose_tile
-    for tile, rates, descriptors, each, columns in (
+    shapes = [
         (16, (0.9, 0.3), True, True, False), (8, (1.0, 0.0), False, False, True),
         (64, (0.7, 1.0), True, True, True), (16, (0.0, 0.0), False, True, False),
-    ):  # fmt: skip
-        mirror, segments, (query, key, value, _) = prompt(size, 9, rates)
+    ]  # fmt: skip
+    if CUDA:  # what the kernel for capability 9.0 takes
+        shapes.append((128, (0.9, 0.4), True, True, False))
+    for tile, rates, descriptors, each, columns in shapes:
+        window, more = (140, 100) if tile == 128 else (9, 0)
+        mirror, segments, (query, key, value, _) = prompt(size, window, rates, more)
 
         def shape(tile, dim, itemsize, shared, descriptors=descriptors):
             found = choose(tile, dim, itemsize, shared)
@@ -177,8 +186,8 @@ def _selected_prefill(size: Size) -> None:
 
         reads = tile_reads(segments, 2 * size.group if each else 2, tile, columns)
         with mock.patch.object(selected, "choose_tile", shape):
-            given = query, key, value, segments, mirror.pages, mirror.heads, 9, size.dim**-0.5
-            agree(both("selected_prefill", *given, reads), size.atol)
+            given = query, key, value, segments, mirror.pages, mirror.heads, window
+            agree(both("selected_prefill", *given, size.dim**-0.5, reads), size.atol)
 
 
 @case("keys_at", "antidiagonal_blocks")
