@@ -58,9 +58,10 @@ PLAN = (
     ("gate", MIX(seconds=90)),
     ("gate + SnapKV", MIX(seconds=90)),
     ("dense", MIX(seconds=120)),
-    ("gate", MIX(rate=RATE, tokens=2048, seconds=120)),
+    ("gate", MIX(rate=RATE, tokens=1024, seconds=150)),
     ("gate", Traffic(name="16 of 32K", lengths=(32_000,) * 16, slots=16, seconds=50)),
-    ("gate", Traffic(name="45 of 32K", lengths=(32_000,) * 45, slots=45, seconds=90)),
+    # So many new tokens that the first still decodes when the last begins.
+    ("gate", Traffic(name="45 of 32K", lengths=(32_000,) * 45, new=256, slots=45, seconds=90)),
     ("gate", MIX(new=512, seconds=110)),
     ("gate", MIX(new=1024, seconds=130)),
     ("gate", Traffic(name="256 of 1K-8K", lengths=mixture(256, 1000, 8000), slots=64, seconds=120)),
