@@ -95,6 +95,31 @@ def test_a_tower_that_shares_its_decoders_config(name):
     torch.testing.assert_close(again.loss, forward.loss, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["phi4 sound", "kosmos"])
+def test_beside_candidates(name):
+    """The prompt's end lies within the forward that holds the image, or as long a sound."""
+    model, inputs = CASES[name]()
+    inputs = {key: x[:1] for key, x in inputs.items()}
+    ids = inputs["input_ids"]
+    ids[:, -1] = ids[:, 0]  # which lookup finds: candidates are the 3 columns after it
+    if name == "phi4 sound":
+        frames = ids.shape[1] + 3
+        inputs |= {
+            "audio_input_features": draw(1, frames, 8),
+            "audio_attention_mask": torch.ones(1, frames, dtype=torch.bool),
+            "audio_embed_sizes": torch.tensor([2]),
+        }
+        ids[:, 6:8] = 30  # of 4 tokens for sounds, two stay
+    lookup = {**GREEDY, "prompt_lookup_num_tokens": 3}
+    plain = model.generate(**inputs, **lookup)
+    with attach(model, CachePipeline(window=5), page_size=4):
+        ours = model.generate(**inputs, **lookup)
+    assert torch.equal(ours.sequences, plain.sequences)
+    torch.testing.assert_close(
+        torch.stack(ours.logits), torch.stack(plain.logits), rtol=0, atol=1e-3
+    )
+
+
 def test_configs_inside_a_decoders_keep_their_attention():
     model, _ = phi4("image")
     model.config.vision_config._attn_implementation = "sdpa"
