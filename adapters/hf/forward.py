@@ -126,6 +126,7 @@ def close_forward(cache: KVPolicyCache, failed: bool) -> None:
 # What is put at columns of images, by the argument that says which columns these are.
 PLACED = {
     "deepstack_visual_embeds": "visual_pos_masks",
+    "deepstack_features": "vision_mask",
     "image_embeds": "image_embeds_position_mask",
 }
 # Of images and sounds that a decoder reads itself: not of columns, however long they are.
@@ -136,17 +137,19 @@ def parted(kwargs: dict[str, Any], head: int) -> tuple[dict[str, Any], dict[str,
     """A forward's arguments for its first `head` columns and for the rest.
 
     What says something of each of the columns `[B, S, ...]` is cut, whatever its name, but for
-    images and sounds that the decoder reads itself. Raises UnsupportedError for lists of other
-    tensors, of which nobody knows what belongs to which part.
+    images and sounds that the decoder reads itself. Raises UnsupportedError for lists and dicts of
+    other tensors, of which nobody knows what belongs to which part.
     """
     batch, columns = inputs_of(kwargs).shape[:2]
     first, rest = dict(kwargs), dict(kwargs)
     for name, whole in kwargs.items():
         axis = -1 if name == "position_ids" else 1
-        several = isinstance(whole, list | tuple) and any(isinstance(x, Tensor) for x in whole)
+        held = list(whole.values()) if isinstance(whole, dict) else whole
+        several = isinstance(held, list | tuple) and any(isinstance(x, Tensor) for x in held)
         places = kwargs.get(PLACED.get(name, ""))
         if places is not None and (several or isinstance(whole, Tensor)):
-            at = torch.arange(columns, device=places.device).expand(batch, -1)[places.bool()]
+            places = places.bool() if places.ndim == 2 else places.bool().any(-1)
+            at = torch.arange(columns, device=places.device).expand(batch, -1)[places]
             for part, chosen in ((first, at < head), (rest, at >= head)):
                 part[name] = _chosen(whole, chosen) if bool(chosen.any()) else None
         elif several:
@@ -165,6 +168,8 @@ def _chosen(whole: Any, chosen: Tensor) -> Any:
     """Of what is put at columns, one tensor `[..., hidden]` or one for each layer, the chosen."""
     if isinstance(whole, Tensor):
         return whole.reshape(-1, whole.shape[-1])[chosen.to(whole.device)]
+    if isinstance(whole, dict):
+        return {layer: _chosen(x, chosen) for layer, x in whole.items()}
     return [_chosen(x, chosen) for x in whole]
 
 

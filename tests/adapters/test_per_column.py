@@ -71,6 +71,7 @@ def test_a_forward_in_two_parts():
         "lang_ids": torch.ones(2), "visual_pos_masks": where, "deepstack_visual_embeds": added,
         "image_embeds": torch.arange(10.0).view(1, 5, 2), "image_embeds_position_mask": where,
         "audio_input_features": torch.ones(2, 6, 8),
+        "vision_mask": where[..., None].expand(-1, -1, 3), "deepstack_features": {4: added[0]},
     }  # fmt: skip
     first, rest = parted(given, 4)
     columns = ("input_ids", "per_layer_inputs", "visual_pos_masks", "image_embeds_position_mask")
@@ -84,12 +85,16 @@ def test_a_forward_in_two_parts():
     assert parts == [[10, 11, 13], [12, 14]]
     assert first["image_embeds"].tolist() == [[0, 1], [2, 3], [6, 7]]
     assert rest["image_embeds"].tolist() == [[4, 5], [8, 9]]
+    assert first["deepstack_features"][4].flatten().tolist() == [0, 1, 3]
+    assert rest["deepstack_features"][4].flatten().tolist() == [2, 4]
     assert parted({**given, "visual_pos_masks": where & (torch.arange(6) < 4),
                    "deepstack_visual_embeds": [x[:3] for x in added]}, 4)[1][
         "deepstack_visual_embeds"
     ] is None  # fmt: skip
     with pytest.raises(UnsupportedError, match="^states: not beside candidates"):
         parted({**given, "states": [torch.ones(3)]}, 4)
+    with pytest.raises(UnsupportedError, match="^states: not beside candidates"):
+        parted({**given, "states": {0: torch.ones(3)}}, 4)
 
 
 @pytest.mark.parametrize(
