@@ -12,6 +12,7 @@ from .cache import KVPolicyCache
 from .columns import new_columns
 from .layout import Columns, decode_columns, prompt_columns
 from .modes import ordinary
+from .own_steps import DROPPED
 
 
 def inputs_of(kwargs: dict[str, Any]) -> Tensor:
@@ -154,6 +155,8 @@ def parted(kwargs: dict[str, Any], head: int) -> tuple[dict[str, Any], dict[str,
                 part[name] = _chosen(whole, chosen) if bool(chosen.any()) else None
         elif several:
             raise UnsupportedError(f"{name}: not beside candidates of assisted generation")
+        elif name in DROPPED:
+            rest[name] = None  # its tokens are the prompt's
         elif name.startswith(RAW) and name not in PLACED.values():
             continue
         elif isinstance(whole, Tensor) and whole.ndim > 1 and whole.shape[axis] == columns:
