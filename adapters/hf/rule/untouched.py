@@ -65,6 +65,18 @@ def name_alone(config: Any, name: str | None) -> None:
     config.__dict__[_NAME] = name
 
 
+@contextlib.contextmanager
+def all_named(model: Any, name: str) -> Iterator[None]:
+    """Names the attention of a model and of all its towers; each names its own again afterwards."""
+    named = [(c, c.__dict__.get(_NAME)) for c in configs_of(model)]
+    try:
+        model.set_attn_implementation(name)
+        yield
+    finally:
+        for config, own in named:
+            name_alone(config, own)
+
+
 def _shallow(module: nn.Module) -> dict[str, Any]:
     """A module's attributes; containers that it fills in place are copied, tensors are not."""
     return {

@@ -12,6 +12,8 @@ from kvpolicy import CachePipeline
 from kvpolicy.adapters.hf import attach
 from kvpolicy.adapters.hf.rule.tiny import tiny_model
 from kvpolicy.adapters.hf.rule.untouched import configs_of
+from kvpolicy.adapters.hf.training import attach_for_training
+from kvpolicy.evaluation.look.lost_mass import LostMass, observed
 
 GREEDY = {
     "max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0,
@@ -128,6 +130,17 @@ def test_configs_inside_a_decoders_keep_their_attention():
     with attach(model, CachePipeline()):
         named = {id(x): x._attn_implementation for x in configs_of(model)}
         assert named == {**before, id(model.config): "kvpolicy"}
+    assert {id(x): x._attn_implementation for x in configs_of(model)} == before
+
+
+@pytest.mark.parametrize("run", [attach_for_training, lambda x: observed(x, LostMass([], 8, 4, 8))])
+def test_training_and_looks_give_towers_their_attention_back(run):
+    model = tiny_model("llava")
+    model.config.vision_config._attn_implementation = "sdpa"
+    before = {id(x): x._attn_implementation for x in configs_of(model)}
+    assert set(before.values()) == {"eager", "sdpa"}
+    with run(model):
+        pass
     assert {id(x): x._attn_implementation for x in configs_of(model)} == before
 
 
