@@ -14,6 +14,7 @@ from ...errors import UnsupportedError
 from .arguments import check_attention
 from .changes import Changes
 from .compile import PLACE, attend
+from .config_names import outside
 from .faces import NAME, KVRef, ValueRef
 from .models import AttentionLayer, Rules
 from .rule.pre_rope import given_arguments, key_before_rope
@@ -130,8 +131,16 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The registered attention function: `query` `[B, Hq, S, D]`, output `[B, S, Hq, Dv]`."""
+) -> tuple[Tensor, Tensor | None]:
+    """The registered attention function: `query` `[B, Hq, S, D]`, output `[B, S, Hq, Dv]`.
+
+    A module outside the decoder that reads its config, as one that makes tokens of an image may,
+    gets the attention that it would have without us.
+    """
+    if not isinstance(key, KVRef) and (other := outside(module)) is not None:
+        return other(  # type: ignore[no-any-return]
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
     hidden = _take(module, HIDDEN)
     if attention_mask is not None:
         raise UnsupportedError(

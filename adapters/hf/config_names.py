@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from transformers import AttentionInterface
 
 from ...errors import UnsupportedError
 from .faces import NAME
+from .rule.untouched import name_alone
 
 # Those in force; their attachments keep them alive.
 _NAMED: weakref.WeakSet[ConfigNames] = weakref.WeakSet()
+# Of each module outside an attached decoder that reads one of its configs.
+_OUTSIDE: weakref.WeakKeyDictionary[nn.Module, weakref.ref[ConfigNames]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class ConfigNames:
-    """Ours, in the configs of a decoder and of its attention modules.
+    """Ours, in the configs of a decoder and of its attention modules, not in configs inside these.
 
-    Models may share a config object: the last attachment that holds it gives the name back.
+    Models may share a config object: the last attachment that holds it gives the name back. So may
+    modules outside the decoder, which keep the attention that it named.
     """
 
     def __init__(self, base: nn.Module, decoder: nn.Module, layers: list[Any]) -> None:
@@ -31,17 +40,23 @@ class ConfigNames:
         for config in self._found():
             self.before[id(config)] = config, self._named_before(config)
         for config, _ in self.before.values():
-            config._attn_implementation = NAME
+            name_alone(config, NAME)
+        inside = set(self.decoder.modules())
+        for module in self.base.modules():
+            if module not in inside and id(getattr(module, "config", None)) in self.before:
+                _OUTSIDE[module] = weakref.ref(self)
 
     def take_back(self) -> None:
         """Names what was named before, where no other attachment holds the config."""
         first = next((name for _, name in self.before.values()), None)
         for config, name in self.before.values():
             if self._sharing(config) is None:
-                config._attn_implementation = name
+                name_alone(config, name)
         for config in [*self._found(), self.base.config]:  # one that replaced ours meanwhile
             if id(config) not in self.before and config._attn_implementation == NAME:
-                config._attn_implementation = first
+                name_alone(config, first)
+        for module in [module for module, names in _OUTSIDE.items() if names() is self]:
+            del _OUTSIDE[module]
         _NAMED.discard(self)
 
     def check(self) -> None:
@@ -68,3 +83,18 @@ class ConfigNames:
         """The attention that `config` named before any attachment."""
         sharing = self._sharing(config)
         return config._attn_implementation if sharing is None else sharing.before[id(config)][1]
+
+
+def outside(module: nn.Module) -> Callable[..., Any] | None:
+    """The attention function of a module outside an attached decoder that reads a config of its.
+
+    None for other modules.
+    """
+    held = _OUTSIDE.get(module)
+    names = None if held is None else held()
+    found = None if names is None else names.before.get(id(getattr(module, "config", None)))
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if found is None or eager is None:
+        return None
+    function: Callable[..., Any] = AttentionInterface().get_interface(found[1] or "eager", eager)
+    return function

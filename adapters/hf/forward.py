@@ -12,6 +12,7 @@ from .cache import KVPolicyCache
 from .columns import new_columns
 from .layout import Columns, decode_columns, prompt_columns
 from .modes import ordinary
+from .own_steps import DROPPED
 
 
 def inputs_of(kwargs: dict[str, Any]) -> Tensor:
@@ -123,32 +124,56 @@ def close_forward(cache: KVPolicyCache, failed: bool) -> None:
         cache.end_prompt()
 
 
-IMAGES = "deepstack_visual_embeds"  # what layers add to columns of images
+# What is put at columns of images, by the argument that says which columns these are.
+PLACED = {
+    "deepstack_visual_embeds": "visual_pos_masks",
+    "deepstack_features": "vision_mask",
+    "image_embeds": "image_embeds_position_mask",
+}
+# Of images and sounds that a decoder reads itself: not of columns, however long they are.
+RAW = ("image_", "pixel_", "video_", "audio_", "input_features", "protein_", "structure_", "msa_")
 
 
 def parted(kwargs: dict[str, Any], head: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """A forward's arguments for its first `head` columns and for the rest.
 
-    What says something of each of the columns `[B, S, ...]` is cut, whatever its name. Raises
-    UnsupportedError for lists of other tensors, of which nobody knows what belongs to which part.
+    What says something of each of the columns `[B, S, ...]` is cut, whatever its name, but for
+    images and sounds that the decoder reads itself. Raises UnsupportedError for lists and dicts of
+    other tensors, of which nobody knows what belongs to which part.
     """
     batch, columns = inputs_of(kwargs).shape[:2]
     first, rest = dict(kwargs), dict(kwargs)
     for name, whole in kwargs.items():
         axis = -1 if name == "position_ids" else 1
-        if isinstance(whole, list | tuple) and any(isinstance(x, Tensor) for x in whole):
-            places = kwargs.get("visual_pos_masks")
-            if name != IMAGES or places is None:
-                raise UnsupportedError(f"{name}: not beside candidates of assisted generation")
-            at = torch.arange(columns, device=places.device).expand(batch, -1)[places.bool()]
+        held = list(whole.values()) if isinstance(whole, dict) else whole
+        several = isinstance(held, list | tuple) and any(isinstance(x, Tensor) for x in held)
+        places = kwargs.get(PLACED.get(name, ""))
+        if places is not None and (several or isinstance(whole, Tensor)):
+            places = places.bool() if places.ndim == 2 else places.bool().any(-1)
+            at = torch.arange(columns, device=places.device).expand(batch, -1)[places]
             for part, chosen in ((first, at < head), (rest, at >= head)):
-                part[name] = [x[chosen] for x in whole] if bool(chosen.any()) else None
+                part[name] = _chosen(whole, chosen) if bool(chosen.any()) else None
+        elif several:
+            raise UnsupportedError(f"{name}: not beside candidates of assisted generation")
+        elif name in DROPPED:
+            rest[name] = None  # its tokens are the prompt's
+        elif name.startswith(RAW) and name not in PLACED.values():
+            continue
         elif isinstance(whole, Tensor) and whole.ndim > 1 and whole.shape[axis] == columns:
             if axis == 1 and whole.shape[0] not in (1, batch):
                 continue
             first[name] = whole.narrow(axis, 0, head)
             rest[name] = whole.narrow(axis, head, columns - head)
     return first, rest
+
+
+def _chosen(whole: Any, chosen: Tensor) -> Any:
+    """Of what is put at columns, one tensor `[..., hidden]` or one for each layer, the chosen."""
+    if isinstance(whole, Tensor):
+        return whole.reshape(-1, whole.shape[-1])[chosen.to(whole.device)]
+    if isinstance(whole, dict):
+        return {layer: _chosen(x, chosen) for layer, x in whole.items()}
+    return [_chosen(x, chosen) for x in whole]
 
 
 class Crossing:

@@ -221,7 +221,7 @@ class Forwards:
     def before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begins a forward of the whole model."""
         given = named(base, args, kwargs).get("past_key_values")
-        self.bare = given is None and not self.held
+        self.bare = given is None and (self.guided or not self.held)
 
     def after(self, output: Any) -> None:
         """Ends a forward of the whole model: what follows the decoder may fail on one rank."""

@@ -25,7 +25,9 @@ PLACES = {
     "use_audio_in_video", "audio_feature_lengths", "feature_attention_mask",
     "video_second_per_grid",
 }  # fmt: skip
-OF_PROMPTS = {*getattr(generation, "MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL", ()), *PLACES}
+# What transformers gives to a prompt's first forward alone.
+DROPPED = {*getattr(generation, "MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL", ())}
+OF_PROMPTS = {*DROPPED, *PLACES}
 METHODS = (
     "prepare_inputs_for_generation", "_update_model_kwargs_for_generation",
     "_prepare_position_ids_for_generation",

@@ -19,6 +19,7 @@ from ...errors import UnsupportedError
 from .models import AttentionLayer, Served, check_pre_rope, served, shards
 from .rule.pre_rope import keep_for, key_before_rope
 from .rule.probe_attention import SINKS
+from .rule.untouched import all_named
 from .sharded import through_root
 from .training_attention import dense_attention, sliding_attention
 from .wrappers import base_of, decoder_of
@@ -165,12 +166,11 @@ def attach_for_training(
     check_whole_heads(known)
     base, decoder = base_of(model), decoder_of(model)
     AttentionInterface.register(NAME, _attention)
-    implementation, was_training = base.config._attn_implementation, model.training
+    was_training = model.training
     frozen = [(p, p.requires_grad) for p in model.parameters()]
     calls = _calls(base, known)
     with ExitStack() as undo:
         undo.callback(model.train, was_training)
-        undo.callback(base.set_attn_implementation, implementation)
         for parameter, flag in frozen:
             undo.callback(parameter.requires_grad_, flag)
             parameter.requires_grad_(False)
@@ -186,7 +186,7 @@ def attach_for_training(
                 _checkpoint(layer, [calls[x] for x in layer.modules() if x in calls])
                 undo.callback(delattr, layer, "forward")
         model.eval()
-        base.set_attn_implementation(NAME)
+        undo.enter_context(all_named(base, NAME))
         yield AttachedModel(decoder, list(calls.values()), base if known.sharded else None)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .._fields import check_int, check_number
+from ..adapters.hf.rule.untouched import all_named
 from ..adapters.hf.wrappers import fully_sharded
 from ..errors import UnsupportedError
 
@@ -57,9 +58,7 @@ def train_judge(
     start = embed(first.to(model.device)).detach().float()
     found = start.clone().requires_grad_()
     optimiser = torch.optim.Adam([found], lr=learning_rate)
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")  # the only one that gives maps
-    try:
+    with all_named(model, "eager"):  # the only one that gives maps
         for step in range(steps):
             context, answer = (x.to(model.device) for x in samples[step % len(samples)])
             with torch.no_grad():
@@ -72,8 +71,6 @@ def train_judge(
             found.grad = torch.autograd.grad(loss, found)[0]
             optimiser.step()
             told(step, loss.item())
-    finally:
-        model.set_attn_implementation(before)
     return found.detach()
 
 

@@ -69,22 +69,33 @@ def test_a_forward_in_two_parts():
         "input_ids": torch.arange(12).view(2, 6), "position_ids": torch.arange(18).view(3, 1, 6),
         "per_layer_inputs": torch.randn(2, 6, 3, 4), "attention_mask": torch.ones(2, 9),
         "lang_ids": torch.ones(2), "visual_pos_masks": where, "deepstack_visual_embeds": added,
+        "image_embeds": torch.arange(10.0).view(1, 5, 2), "image_embeds_position_mask": where,
+        "audio_input_features": torch.ones(2, 6, 8), "pixel_values": torch.ones(2, 6, 4),
+        "vision_mask": where[..., None].expand(-1, -1, 3), "deepstack_features": {4: added[0]},
     }  # fmt: skip
     first, rest = parted(given, 4)
-    for name in ("input_ids", "per_layer_inputs", "visual_pos_masks"):
+    columns = ("input_ids", "per_layer_inputs", "visual_pos_masks", "image_embeds_position_mask")
+    for name in columns:
         assert torch.equal(torch.cat([first[name], rest[name]], 1), given[name])
         assert first[name].shape[1] == 4
     assert first["position_ids"].shape == (3, 1, 4) and rest["position_ids"].shape == (3, 1, 2)
-    for name in ("attention_mask", "lang_ids"):
+    for name in ("attention_mask", "lang_ids", "audio_input_features"):
         assert first[name] is rest[name] is given[name]
+    assert first["pixel_values"] is given["pixel_values"] and rest["pixel_values"] is None
     parts = [part["deepstack_visual_embeds"][1].flatten().tolist() for part in (first, rest)]
     assert parts == [[10, 11, 13], [12, 14]]
+    assert first["image_embeds"].tolist() == [[0, 1], [2, 3], [6, 7]]
+    assert rest["image_embeds"].tolist() == [[4, 5], [8, 9]]
+    assert first["deepstack_features"][4].flatten().tolist() == [0, 1, 3]
+    assert rest["deepstack_features"][4].flatten().tolist() == [2, 4]
     assert parted({**given, "visual_pos_masks": where & (torch.arange(6) < 4),
                    "deepstack_visual_embeds": [x[:3] for x in added]}, 4)[1][
         "deepstack_visual_embeds"
     ] is None  # fmt: skip
     with pytest.raises(UnsupportedError, match="^states: not beside candidates"):
         parted({**given, "states": [torch.ones(3)]}, 4)
+    with pytest.raises(UnsupportedError, match="^states: not beside candidates"):
+        parted({**given, "states": {0: torch.ones(3)}}, 4)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for module, before in modules:
             _put_back(module, before)
         for config, name in named:
-            config.__dict__[_NAME] = name
+            name_alone(config, name)
 
 
 def configs_of(model: nn.Module) -> list[Any]:
@@ -55,6 +55,26 @@ def configs_of(model: nn.Module) -> list[Any]:
         found[id(config)] = config
         waiting += [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
     return list(found.values())
+
+
+def name_alone(config: Any, name: str | None) -> None:
+    """Names the attention of `config`, where its property would name that of configs inside too.
+
+    These may be of towers, which keep theirs.
+    """
+    config.__dict__[_NAME] = name
+
+
+@contextlib.contextmanager
+def all_named(model: Any, name: str) -> Iterator[None]:
+    """Names the attention of a model and of all its towers; each names its own again afterwards."""
+    named = [(c, c.__dict__.get(_NAME)) for c in configs_of(model)]
+    try:
+        model.set_attn_implementation(name)
+        yield
+    finally:
+        for config, own in named:
+            name_alone(config, own)
 
 
 def _shallow(module: nn.Module) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ...adapters.hf.models import served
 from ...adapters.hf.rule.own_run import own_attention
 from ...adapters.hf.rule.probe_attention import scores_of
+from ...adapters.hf.rule.untouched import all_named
 from ...adapters.hf.wrappers import base_of
 from ...ops import POSITION_MASK
 from ...store import CacheState
@@ -130,10 +131,9 @@ def observed(model: PreTrainedModel, mass: LostMass) -> Iterator[None]:
     try:
         for module, look in looks.items():
             module.__dict__[_SLOT] = look
-        base.set_attn_implementation(NAME)
-        yield
+        with all_named(base, NAME):
+            yield
     finally:
-        base.set_attn_implementation(own)
         for module in looks:
             module.__dict__.pop(_SLOT, None)
 

@@ -230,12 +230,15 @@ def test_captured_steps_count_columns(tempered, rows):
 @pytest.mark.parametrize("name", ["idefics2", "idefics3", "smolvlm"])
 def test_a_model_that_makes_a_cache_around_its_decoder(name):
     model, ids = tiny_model(name).eval(), torch.randint(20, 60, (2, 12))
+    guided = {"max_new_tokens": 4, "do_sample": False, "guidance_scale": 1.5}
+    plain = model.generate(ids, **guided)
     with torch.no_grad():
         wanted = model(input_ids=ids, labels=ids)
         with attach(model, CachePipeline(window=5), page_size=4) as attached:
             found = model(input_ids=ids, labels=ids)
             assert attached.last_report().tokens == 24
             assert found.past_key_values.columns == 12
+            assert torch.equal(model.generate(ids, **guided), plain)
             with pytest.raises(TypeError, match="wanted a KVPolicyCache"):
                 model(input_ids=ids, past_key_values=DynamicCache())
             with pytest.raises(ValueError, match="input_ids: wanted token ids"):
