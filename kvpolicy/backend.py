@@ -48,7 +48,7 @@ _MODULES = {  # of reference/ and kernels/ alike, by op
     "last_similar": "redundancy",
     "redundancy_scores": "redundancy_scores",
     "selected_prefill": "selected_prefill",
-    "window_levels": "window_scores",
+    "window_masses": "window_scores",
     "window_scores": "window_scores",
     "write_number": "write_number",
     "write_gate": "write_gate",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -55,31 +53,11 @@ def masses(
     `[B, Hkv, W]`.
     """
     assert stored.queries is not None
-    view = stored.view()
-    assert view.queries is not None and view.query_valid is not None
-    given = (
+    return ops.window_masses(
         stored.pages, stored.heads, stored.ring, stored.queries, stored.lengths, stored.window,
-        stored.scale,
+        stored.scale, observation=observation, squared=squared, softcap=stored.softcap,
+        sinks=stored.sinks,
     )  # fmt: skip
-    asked: dict[str, Any] = {
-        "observation": observation, "softcap": stored.softcap, "sinks": stored.sinks
-    }  # fmt: skip
-    far = ops.window_scores(
-        *given, kernel=1, pooling="avg", group="mean", normalize="visible", squared=squared, **asked
-    )
-    seen = view.query_valid.sum(-1).clamp(min=1)[:, None, None]
-    kv_heads, recent = view.recent_keys.shape[1:3]
-    q, keys = view.queries.unflatten(1, (kv_heads, -1)), view.recent_keys[:, :, None]
-    if q.dtype == torch.float16:
-        q, keys = q.float(), keys.float()
-    logits = (q @ keys.mT).to(far.dtype) * view.scale  # [B, Hkv, G, w, W]
-    levels = ops.window_levels(*given, **asked).unflatten(1, (kv_heads, -1))[..., None]
-    place = torch.arange(-max(recent, observation), 0, device=q.device)
-    causal = place[-recent:] <= place[-observation:, None]
-    ok = causal & (view.recent_valid[:, None] & view.query_valid[..., None])[:, None, None]
-    near = (_capped(logits, view.softcap) - levels).masked_fill(~ok, float("-inf")).exp()
-    near = near.square() if squared else near
-    return far * (seen * q.shape[2]), near.sum((2, 3))
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:

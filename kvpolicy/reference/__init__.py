@@ -28,6 +28,6 @@ from .redundancy import last_similar as last_similar
 from .redundancy_scores import redundancy_scores as redundancy_scores
 from .ring import advance_ring as advance_ring
 from .sparse_prefill import prefill_attention as prefill_attention
-from .window_scores import window_levels as window_levels
+from .window_scores import window_masses as window_masses
 from .window_scores import window_scores as window_scores
 from .write_gate import write_gate as write_gate

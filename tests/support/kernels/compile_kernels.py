@@ -202,7 +202,12 @@ def call_all(dim: int, page: int, dtype: torch.dtype, dim_v: int | None = None) 
     ):  # fmt: skip
         window_scores.window_scores(
             pages, stored, ring, observed, lengths, window, 0.1, observation=count,
-            kernel=5, pooling="avg", group=how, normalize=norm, squared=count == 256,
+            kernel=5, pooling="avg", group=how, normalize=norm,
+        )  # fmt: skip
+    for count in (64, 300):
+        window_scores.window_masses(
+            pages, stored, ring, observed, lengths, window, 0.1, observation=count,
+            squared=count == 64,
         )  # fmt: skip
     mean = torch.zeros(1, heads * group, dim)
     for square in (None, torch.zeros(1, heads * group, dim, dim)):

@@ -243,7 +243,7 @@ def _write_minmax(size: Size) -> None:
         agree(both("read_summary", mirror.pages, held))
 
 
-@case("window_scores", "window_levels")
+@case("window_scores", "window_masses")
 def _window_scores(size: Size) -> None:
     mirror = make_mirror(size, [[size.prompt + 40, 0, 2 * size.page], [size.page - 1, 64, 5]])
     mirror.fork()
@@ -263,14 +263,14 @@ def _window_scores(size: Size) -> None:
             found = both(
                 "window_scores", mirror.pages, mirror.heads, ring, queries, lengths,
                  window, size.dim**-0.5, observation=observed, kernel=3,
-                pooling=pooling, group=group, normalize=normalize, squared=window == 40,
+                pooling=pooling, group=group, normalize=normalize,
             )  # fmt: skip
-            levels = both(
-                "window_levels", mirror.pages, mirror.heads, ring, queries, lengths, window,
-                size.dim**-0.5, observation=observed,
+            masses = both(
+                "window_masses", mirror.pages, mirror.heads, ring, queries, lengths, window,
+                size.dim**-0.5, observation=observed, squared=window == 40,
             )  # fmt: skip
         agree(found, size.atol)
-        agree(Pair(*(x.nan_to_num(posinf=9.0) for x in levels)), 4 * size.atol)
+        agree(masses, 4 * size.atol)
 
 
 @case("expected_logits")
