@@ -54,10 +54,10 @@ def expected_logits(pages: Pages, heads: Heads, linear: Tensor, square: Tensor |
     high = low = factor = linear  # not read
     if square is not None:
         # The parts stay in the range of 16 bits whatever the queries are.
-        factor = square.abs().amax((2, 3)).clamp(min=1e-30).contiguous()
-        even = square / factor[..., None, None]
-        high = even.to(pages.k.dtype).contiguous()
-        low = (even - high.float()).to(pages.k.dtype).contiguous()
+        factor = torch.linalg.vector_norm(square, float("inf"), (2, 3)).clamp_(min=1e-30)
+        even = (square / factor[..., None, None]).contiguous()
+        high = even.to(pages.k.dtype)
+        low = high if exact else even.sub_(high).to(pages.k.dtype)
     pad = dot_size(dim)
     tile = choose_tile(pad, pages.k.element_size(), shared_memory(pages.k.device))
     with on(pages.k):
