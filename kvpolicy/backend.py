@@ -32,6 +32,7 @@ _MODULES = {  # of reference/ and kernels/ alike, by op
     "key_dots": "key_dots",
     "key_norms": "norms",
     "value_norms": "norms",
+    "projected_norms": "projected_norms",
     "lag_spreads": "lag_spreads",
     "copy_pages": "page_io",
     "read_meta": "page_io",

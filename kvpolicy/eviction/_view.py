@@ -243,7 +243,7 @@ class StoredTokens(NamedTuple):
         columns = slice(tokens.start // size, pages_of(tokens.stop, size))
         k, v, _ = ops.read_pages(self.pages, self.heads.table[row, heads, columns].contiguous())
         first = columns.start * size
-        token = first + torch.arange(k.shape[1] * size, device=k.device)
+        token = torch.arange(first, first + k.shape[1] * size, device=k.device)
         hide = (token >= self.heads.counts[row, heads, None])[..., None]
         wanted = slice(tokens.start - first, tokens.stop - first)
         k, v = (x.flatten(1, 2).masked_fill_(hide, 0)[:, wanted] for x in (k, v))

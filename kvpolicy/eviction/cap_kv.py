@@ -138,25 +138,23 @@ def _leverage(
     parts = [slice(n, min(n + size, count)) for n in range(0, count, size)]
     one = torch.eye(dim, dtype=own.dtype, device=own.device).expand(kv_heads, group, dim, dim)
     gram = one.clone(memory_format=torch.contiguous_format).flatten(1, 2)  # [Hkv, G * Dv, Dv]
-    _add_outer(gram, near, own, epsilon)
+    weighs = [torch.where(x > 0, x + epsilon, 0)[:, :, None] for x in (far, near)]
+    _add_outer(gram, weighs[1], own)
     for part in parts:
-        _add_outer(gram, far[..., part], values(part).double(), epsilon)
+        _add_outer(gram, weighs[0][..., part], values(part).double())
     # A sum of 1 and products of values with themselves has a factor: no look at what went wrong.
     factor = torch.linalg.cholesky_ex(gram.view_as(one)).L
     inverse = torch.linalg.solve_triangular(factor, one, upper=False).flatten(1, 2)
-    found = []
+    norms = torch.empty_like(far)
     for part in parts:
         solved = (inverse @ values(part).double().mT).unflatten(1, (group, dim))
-        squares = torch.linalg.vector_norm(solved, dim=2).square_()  # [Hkv, G, n]
-        found.append(squares.mul_(far[..., part]).mean(1))
-    return torch.cat(found, -1)
+        torch.linalg.vector_norm(solved, dim=2, out=norms[..., part])
+    return norms.square_().mul_(far).mean(1)
 
 
-def _add_outer(gram: Tensor, weights: Tensor, values: Tensor, epsilon: float) -> None:
-    """Adds the sums of (w + epsilon) v v' to `gram` `[Hkv, G * Dv, Dv]`; where w is 0, none.
+def _add_outer(gram: Tensor, weights: Tensor, values: Tensor) -> None:
+    """Adds sums of w v v' to `gram` `[Hkv, G * Dv, Dv]`.
 
-    Of weights `[Hkv, G, n]` and values `[Hkv, n, Dv]`.
+    Of weights `[Hkv, G, 1, n]` and values `[Hkv, n, Dv]`.
     """
-    weights = torch.where(weights > 0, weights + epsilon, 0)
-    weighed = (values.mT[:, None] * weights[:, :, None]).flatten(1, 2)  # [Hkv, G * Dv, n]
-    gram.baddbmm_(weighed, values)
+    gram.baddbmm_((values.mT[:, None] * weights).flatten(1, 2), values)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import attrs
 import torch
 from torch import Tensor
@@ -18,9 +16,7 @@ from ._base import Eviction, best, wide
 from ._view import EvictionView, StoredTokens
 from .expected_attention import FIRST
 
-_NUMBERS = 1 << 25  # products of a part of a head's values
-_EVEN = 256  # parts are so many tokens or a multiple of it: whole pages
-Values = Callable[[int, slice], Tensor]  # of tokens of a sequence: `[Hkv, n, Dv]`
+_TOKENS = 1024  # values of a head that are projected at once
 
 
 @named
@@ -52,20 +48,15 @@ class CriticalKV(Eviction):
             )
 
     def score(self, view: EvictionView) -> Tensor:
-        def values(row: int, part: slice) -> Tensor:
-            return view.values[row, :, part]
-
-        return self._weighed(view, self.eviction.score(view), values, best)
+        return self._weighed(view, self.eviction.score(view), _projected(view), best)
 
     def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
-        def values(row: int, part: slice) -> Tensor:
-            return stored.read(ops, row, slice(None), part)[1]
-
-        scores = self.eviction.scores(ops, stored)
-        return self._weighed(stored.view(), scores, values, ops.keep_best)
+        view, scores = stored.view(), self.eviction.scores(ops, stored)
+        norms = ops.projected_norms(stored.pages, stored.heads, view.output_weight)
+        return self._weighed(view, scores, norms, ops.keep_best)
 
     def _weighed(
-        self, view: EvictionView, scores: Tensor, values: Values, keep_best: KeepBest
+        self, view: EvictionView, scores: Tensor, norms: Tensor, keep_best: KeepBest
     ) -> Tensor:
         budget = budget_of(self.eviction)
         assert budget is not None
@@ -78,10 +69,7 @@ class CriticalKV(Eviction):
         )
         amount = view.once(("amounts", amounts), lambda: view.lengths.new_tensor(amounts))
         sure = keep_best(scores, view.valid, amount[:, None].expand(view.valid.shape[:2]))
-        found = torch.zeros_like(scores)
-        for row, used in enumerate(view.used):
-            found[row, :, :used] = _projected(view, row, used, values)
-        found = found.mul_(scores + self.epsilon).nan_to_num_(0.0, FIRST, -FIRST)
+        found = norms.mul_(scores + self.epsilon).nan_to_num_(0.0, FIRST, -FIRST)
         # What never stays, never does.
         return found.masked_fill_(sure, FIRST).masked_fill_(scores == float("-inf"), float("-inf"))
 
@@ -183,17 +171,14 @@ class CriticalKV(Eviction):
         return attrs.evolve(self, eviction=self.eviction.place(device, dtype, backend))
 
 
-def _projected(view: EvictionView, row: int, used: int, values: Values) -> Tensor:
-    """Mean over a group's query heads of |W v|_1, `[Hkv, used]`."""
-    kv_heads = view.valid.shape[1]
-    weight = view.output_weight.unflatten(0, (kv_heads, -1))  # [Hkv, G, Dv, hidden]
-    group, dtype = weight.shape[1], wide(weight)
-    found = torch.empty(kv_heads, used, dtype=dtype, device=view.valid.device)
-    size = max(_NUMBERS // (group * weight.shape[3]) // _EVEN, 1) * _EVEN
-    for low in range(0, used, size):
-        part = slice(low, min(low + size, used))
-        own = values(row, part).to(weight.dtype)[:, None].expand(-1, group, -1, -1)
+def _projected(view: EvictionView) -> Tensor:
+    """Mean over a group's query heads of |W v|_1, `[B, Hkv, N]`; see `Ops.projected_norms`."""
+    kv_heads, dtype = view.valid.shape[1], wide(view.values)
+    weight = view.output_weight.to(dtype).unflatten(0, (kv_heads, -1))  # [Hkv, G, Dv, hidden]
+    found = torch.zeros(view.valid.shape, dtype=dtype, device=view.valid.device)
+    for row, used in enumerate(view.used):
         for head in range(kv_heads):
-            sums = torch.linalg.vector_norm(own[head] @ weight[head], 1, (0, 2), dtype=dtype)
-            torch.div(sums, group, out=found[head, part])
+            parts = view.values[row, head, :used].to(dtype).split(_TOKENS)
+            sums = [torch.linalg.vector_norm(x @ weight[head], 1, (0, 2)) for x in parts]
+            found[row, head, :used] = torch.cat(sums) / weight.shape[1]
     return found

@@ -94,6 +94,14 @@ class Scoring(Protocol):
         In float32, or in the values' dtype where that is wider.
         """
 
+    def projected_norms(self, pages: Pages, heads: Heads, weight: Tensor) -> Tensor:
+        """The mean over a group's query heads of |W v|_1 `[B, Hkv, M * P]` of the stored values v.
+
+        `weight` `[Hq, Dv, hidden]` is the output projection; it may be any view. No product is
+        held. 0 in slots without a token; in float32, or in the values' dtype where that is wider. A
+        head's norms depend on nothing but its own sequence, to the last bit.
+        """
+
     def last_similar(self, keys: Tensor, lengths: Tensor, threshold: float) -> Tensor:
         """For each of a head's keys the last other one at an angle of cosine > `threshold`.
 

@@ -22,6 +22,7 @@ from .page_minmax import write_minmax as write_minmax
 from .page_select import quest_select as quest_select
 from .page_select import top_pages as top_pages
 from .paged_decode import paged_decode as paged_decode
+from .projected_norms import projected_norms as projected_norms
 from .prompt_write import count_leaving as count_leaving
 from .prompt_write import write_leaving as write_leaving
 from .redundancy import last_similar as last_similar

@@ -34,6 +34,7 @@ from kvpolicy.kernels import (
     page_minmax,
     page_select,
     paged_decode,
+    projected_norms,
     prompt_write,
     redundancy,
     redundancy_scores,
@@ -214,6 +215,9 @@ def call_all(dim: int, page: int, dtype: torch.dtype, dim_v: int | None = None) 
         expected_attention.expected_logits(pages, stored, mean, square)
     norms.value_norms(pages, stored)
     norms.key_norms(pages, stored)
+    projected = torch.zeros(heads * group, dim_v, 512, dtype=dtype)
+    for weight in (projected, projected.permute(2, 0, 1).contiguous().permute(1, 2, 0)):
+        projected_norms.projected_norms(pages, stored, weight)
     key_dots.key_dots(pages, stored, mean[:, ::group].contiguous(), unit=True)
     key_dots.key_dots(pages, stored, mean, mean[..., : dim // 2], Pairs(0, 1, dim // 2))
     key_dots.key_directions(pages, stored)

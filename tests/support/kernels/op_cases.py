@@ -286,6 +286,17 @@ def _expected_attention(size: Size) -> None:
         agree(found, size.atol * float(found.host.abs().max()))
 
 
+@case("projected_norms")
+def _projected_norms(size: Size) -> None:
+    mirror = make_mirror(size, [[size.prompt + 40, 0, 2 * size.page], [size.page - 1, 64, 5]])
+    mirror.fork()
+    heads_, dim = mirror.counts.shape[1] * size.group, size.dim_v
+    weight = size.randn(150, heads_, dim, seed=2).permute(1, 2, 0)
+    for w in (weight, weight.contiguous()[..., :130]):
+        found = both("projected_norms", mirror.pages, mirror.heads, w)
+        agree(found, size.atol * float(found.host.abs().max()))
+
+
 @case("key_dots", "key_directions", "key_norms", "value_norms")
 def _key_dots(size: Size) -> None:
     mirror = make_mirror(size, [[size.prompt + 40, 0, 2 * size.page], [size.page - 1, 64, 5]])
