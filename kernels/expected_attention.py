@@ -51,13 +51,15 @@ def expected_logits(pages: Pages, heads: Heads, linear: Tensor, square: Tensor |
         return out
     table, counts, linear = dense_last(heads.table), dense_last(heads.counts), linear.contiguous()
     exact = pages.k.dtype == torch.float32
-    high = low = factor = linear  # not read
+    high = low = linear  # not read
+    factor = None
     if square is not None:
-        # The parts stay in the range of 16 bits whatever the queries are.
-        factor = square.abs().amax((2, 3)).clamp(min=1e-30).contiguous()
-        even = square / factor[..., None, None]
-        high = even.to(pages.k.dtype).contiguous()
-        low = (even - high.float()).to(pages.k.dtype).contiguous()
+        if pages.k.dtype == torch.float16:  # the parts stay in its range whatever the queries are
+            factor = torch.linalg.vector_norm(square, float("inf"), (2, 3)).clamp_(min=1e-30)
+            square = square / factor[..., None, None]
+        square = square.contiguous()
+        high = square.to(pages.k.dtype)
+        low = high if exact else (square - high).to(pages.k.dtype)
     pad = dot_size(dim)
     tile = choose_tile(pad, pages.k.element_size(), shared_memory(pages.k.device))
     with on(pages.k):
@@ -124,5 +126,7 @@ def _expected_logits(
                     from_c = token_rows(pages_k, slabs, page, slot, at, KEYS, SLAB_PAGES, PAGE, DIM)
                     same = tl.load(from_c, mask=there[:, None] & (at < DIM)[None, :], other=0.0)
                     total += tl.sum(product * same.to(tl.float32), 1)
-            logits += total * tl.load(factor + row)
+            if factor is not None:
+                total *= tl.load(factor + row)
+            logits += total
         tl.store(out + g * width, tl.where(there, logits, 0.0), mask=n < width)

@@ -21,11 +21,11 @@ from ._launch import cdiv, check_dims, check_dtype, dense_last, dot_size, on, sh
 from ._levels import add_levels
 from ._math import dot
 from ._pages import KEYS, META, find, page_offset, token_rows
-from ._softmax import LOG2E, capped, factors, level_of, weigh
+from ._softmax import capped, factors, level_of, weigh
 
 _POSITION_MASK = tl.constexpr(POSITION_MASK)
 _SPLIT = 2048  # keys that one program of the first pass looks at
-_MEAN, _MAX, _EACH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+_MAX, _EACH, _MEAN, _SUM = (tl.constexpr(x) for x in range(4))  # from _MEAN on, all at once
 
 
 class Tile(NamedTuple):
@@ -66,7 +66,6 @@ def window_scores(
     pooling: str,
     group: str,
     normalize: str,
-    squared: bool = False,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
@@ -78,33 +77,32 @@ def window_scores(
     if not mass.numel():
         return mass
     each = group == "each" or (group == "max" and normalize == "global")
-    mode = 0 if group == "mean" else 2 if each else 1
+    mode = _MEAN if group == "mean" else _EACH if each else _MAX
     asked = _Asked(pages, heads, ring, queries, lengths, window, scale, observation, softcap)
     lse = _levels(asked, sinks, normalize == "visible")
-    tile = asked.tile
-    streamed = asked.rows if mode == 0 else observation
-    with on(queries):
-        _column_sums[cdiv(width, tile.held), batch * kv_heads](
-            *asked.stored, asked.queries, lengths, lse, mass, width, *asked.factors,
-            *asked.strides, **asked.sizes, MODE=mode, SQUARED=squared,
-            QUERIES=min(tile.streamed, dot_size(streamed)), KEYS_=tile.held, STAGES=tile.stages,
-            num_warps=tile.warps,
-        )  # fmt: skip
+    _columns(asked, lse, mass, mode.value)
     pool = F.avg_pool1d if pooling == "avg" else F.max_pool1d
     return pool(mass, kernel, 1, kernel // 2)
 
 
-def window_levels(
+def window_masses(
     pages: Pages, heads: Heads, ring: Ring, queries: Tensor, lengths: Tensor, window: int,
-    scale: float, *, observation: int, softcap: float | None = None, sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Log-sum-exps `[B, Hq, observation]`; see `Ops.window_levels`."""
-    _check("window_levels", queries, softcap, sinks)
-    batch, query_heads = queries.shape[:2]
-    if not batch:
-        return queries.new_empty(0, query_heads, observation, dtype=torch.float32)
+    scale: float, *, observation: int, squared: bool = False, softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Sums of weights `[B, Hkv, M * P]` and `[B, Hkv, window]`; see `Ops.window_masses`."""
+    _check("window_masses", queries, softcap, sinks)
     asked = _Asked(pages, heads, ring, queries, lengths, window, scale, observation, softcap)
-    return _levels(asked, sinks, True).view(batch, query_heads, observation) / LOG2E
+    far, near = (
+        torch.empty(*heads.counts.shape, width, dtype=torch.float32, device=queries.device)
+        for width in (asked.width, window)
+    )
+    if asked.units:
+        lse = _levels(asked, sinks, True)
+        for mass, recent in ((far, False), (near, True)):
+            if mass.numel():
+                _columns(asked, lse, mass, _SUM.value, squared, recent)
+    return far, near
 
 
 def _check(op: str, queries: Tensor, softcap: float | None, sinks: Tensor | None) -> None:
@@ -130,12 +128,15 @@ class _Asked:
         self.tile = choose_tile(
             dot_size(dim), queries.element_size(), shared_memory(queries.device)
         )
-        self.strides = table.stride(), counts.stride(), self.queries.stride()
+        self.strides = (
+            table.stride(), counts.stride(), self.queries.stride(), self.recent.stride()
+        )  # fmt: skip
         self.factors = factors(scale, softcap)
         self.observation = observation
         self.sizes = dict(
             SLAB_PAGES=pages.slab_pages, PAGE=size, KV_HEADS=self.kv_heads, GROUP=groups,
-            OBSERVED=observation, QUERY_SLOTS=queries.shape[2], DIM=dim, DIM_PAD=dot_size(dim),
+            OBSERVED=observation, QUERY_SLOTS=queries.shape[2], SLOTS=self.slots, DIM=dim,
+            DIM_PAD=dot_size(dim),
             # Stored tokens have left the window: only older queries can lie before some of them.
             CAUSAL=observation > window,
         )  # fmt: skip
@@ -150,13 +151,27 @@ def _levels(asked: _Asked, sinks: Tensor | None, near: bool) -> Tensor:
     with on(asked.queries):
         _row_sums[cdiv(rows, row_tile), parts, asked.units](
             *asked.stored, asked.recent, asked.queries, asked.lengths, part, asked.window,
-            *asked.factors, parts, *asked.strides, asked.recent.stride(),
-            **asked.sizes, SLOTS=asked.slots, NEAR=int(near), SPLIT=_SPLIT, QUERIES=row_tile,
-            KEYS_=tile.streamed,
+            *asked.factors, parts, *asked.strides, **asked.sizes, NEAR=int(near), SPLIT=_SPLIT,
+            QUERIES=row_tile, KEYS_=tile.streamed,
             # Page id, slab and key are loads in a row, each as many steps ahead of the next.
             STAGES=3 * (tile.stages - 1) + 1, num_warps=tile.warps,
         )  # fmt: skip
         return add_levels(part, sinks, asked.kv_heads, asked.observation)
+
+
+def _columns(
+    asked: _Asked, lse: Tensor, mass: Tensor, mode: int, squared: bool = False, near: bool = False
+) -> None:
+    """Fills `mass` `[B, Hkv, n]` with weights of stored tokens, or of the window's if `near`."""
+    tile, width = asked.tile, mass.shape[2]
+    streamed = asked.rows if mode >= _MEAN.value else asked.observation
+    with on(asked.queries):
+        _column_sums[cdiv(width, tile.held), asked.units](
+            *asked.stored, asked.recent, asked.queries, asked.lengths, lse, mass, width,
+            asked.window, *asked.factors, *asked.strides, **asked.sizes, MODE=mode,
+            SQUARED=squared, NEAR=near, QUERIES=min(tile.streamed, dot_size(streamed)),
+            KEYS_=tile.held, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -200,6 +215,18 @@ def _keys(
 
 
 @triton.jit
+def _recent(
+    ring_k, ring_strides, where, there, SLOTS: tl.constexpr, DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+):  # fmt: skip
+    """Keys `[N, D]` of a head's recent tokens at these positions, zeros where not `there`."""
+    d = tl.arange(0, DIM_PAD)
+    slot = tl.where(there, where, 0) % SLOTS
+    from_k = ring_k + slot[:, None] * ring_strides[2] + d[None, :]
+    return tl.load(from_k, mask=there[:, None] & (d < DIM)[None, :], other=0.0)
+
+
+@triton.jit
 def _logits(q, k, scale, cap):
     """Logits `[M, N]` of queries and keys, and what is left to multiply them with."""
     scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32))
@@ -214,8 +241,8 @@ def _row_sums(
     pages_k, pages_meta, slabs, table, counts, ring_k, ring_q, lengths, part, window, scale, cap,
     parts, table_strides, counts_strides, query_strides, ring_strides,
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    OBSERVED: tl.constexpr, QUERY_SLOTS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    CAUSAL: tl.constexpr, KEYS_: tl.constexpr, STAGES: tl.constexpr, SLOTS: tl.constexpr,
+    OBSERVED: tl.constexpr, QUERY_SLOTS: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr, CAUSAL: tl.constexpr, KEYS_: tl.constexpr, STAGES: tl.constexpr,
     NEAR: tl.constexpr, SPLIT: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exps of a tile of rows over one part of the keys; part 0 is the window if NEAR."""
@@ -237,7 +264,6 @@ def _row_sums(
     )  # fmt: skip
     at = length - OBSERVED + i
     n = tl.arange(0, KEYS_)
-    d = tl.arange(0, DIM_PAD)
     top = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     if low < 0:
@@ -245,10 +271,7 @@ def _row_sums(
         for start in tl.range(0, window, KEYS_, num_stages=1):
             where = length - window + start + n
             there = (where >= 0) & (where < length)
-            slot = tl.where(there, where, 0) % SLOTS
-            mask = there[:, None] & (d < DIM)[None, :]
-            from_k = ring_k + slot[:, None] * ring_strides[2] + d[None, :]
-            k = tl.load(from_k, mask=mask, other=0.0)  # [N, D]
+            k = _recent(ring_k, ring_strides, where, there, SLOTS, DIM, DIM_PAD)
             seen = there[None, :] & (where[None, :] <= at[:, None])
             scores, factor = _logits(q, k, scale, cap)
             scores = tl.where(seen, scores, float("-inf"))  # [M, N]
@@ -282,62 +305,70 @@ def _row_sums(
 
 @triton.jit(do_not_specialize=["width"])
 def _column_sums(
-    pages_k, pages_meta, slabs, table, counts, ring_q, lengths, lse, mass, width, scale, cap,
-    table_strides, counts_strides, query_strides,
+    pages_k, pages_meta, slabs, table, counts, ring_k, ring_q, lengths, lse, mass, width, window,
+    scale, cap, table_strides, counts_strides, query_strides, ring_strides,
     SLAB_PAGES: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    OBSERVED: tl.constexpr, QUERY_SLOTS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    CAUSAL: tl.constexpr, KEYS_: tl.constexpr, STAGES: tl.constexpr, MODE: tl.constexpr,
-    SQUARED: tl.constexpr, QUERIES: tl.constexpr,
+    OBSERVED: tl.constexpr, QUERY_SLOTS: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr, CAUSAL: tl.constexpr, KEYS_: tl.constexpr, STAGES: tl.constexpr,
+    MODE: tl.constexpr, SQUARED: tl.constexpr, NEAR: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """Weights of a block of keys, or their squares, summed over queries.
+    """Weights of a block of stored keys (NEAR: the window's), or their squares, over queries.
 
     Combined over the group's heads by MODE.
     """
+    ONE: tl.constexpr = MODE >= _MEAN
     unit = tl.program_id(1).to(tl.int64)
     b, head = unit // KV_HEADS, unit % KV_HEADS
     n = tl.program_id(0) * KEYS_ + tl.arange(0, KEYS_)
     mass += unit * width + n
-    count = tl.load(counts + b * counts_strides[0] + head)
-    if tl.program_id(0) * KEYS_ >= count:
-        tl.store(mass, tl.zeros([KEYS_], tl.float32), mask=n < width)
-        return
-    table += b * table_strides[0] + head * table_strides[1]
-    k, where = _keys(
-        pages_k, pages_meta, slabs, table, n, count,
-        SLAB_PAGES, PAGE, DIM, DIM_PAD, True, CAUSAL,
-    )  # fmt: skip
     length = tl.load(lengths + b).to(tl.int32)
+    if NEAR:
+        ring_k += b * ring_strides[0] + head * ring_strides[1]
+        where = length - window + n
+        there = (n < window) & (where >= 0)
+        k = _recent(ring_k, ring_strides, where, there, SLOTS, DIM, DIM_PAD)
+    else:
+        count = tl.load(counts + b * counts_strides[0] + head)
+        if tl.program_id(0) * KEYS_ >= count:
+            tl.store(mass, tl.zeros([KEYS_], tl.float32), mask=n < width)
+            return
+        table += b * table_strides[0] + head * table_strides[1]
+        k, where = _keys(
+            pages_k, pages_meta, slabs, table, n, count,
+            SLAB_PAGES, PAGE, DIM, DIM_PAD, True, CAUSAL,
+        )  # fmt: skip
+        there = n < count
     rows: tl.constexpr = GROUP * OBSERVED
     lse += unit * rows
     # One head's queries after another ("max"), all of them as one ("mean"), or the same queries of
     # all heads after one another ("max" of each query's weights).
-    tiles: tl.constexpr = ((rows if MODE == _MEAN else OBSERVED) + QUERIES - 1) // QUERIES
-    steps: tl.constexpr = tiles if MODE == _MEAN else tiles * GROUP
+    tiles: tl.constexpr = ((rows if ONE else OBSERVED) + QUERIES - 1) // QUERIES
+    steps: tl.constexpr = tiles if ONE else tiles * GROUP
     m = tl.arange(0, QUERIES)
     total = tl.zeros([KEYS_], tl.float32)
     best = tl.zeros([KEYS_], tl.float32)
     largest = tl.zeros([KEYS_, QUERIES], tl.float32)
     for step in tl.range(0, steps, num_stages=STAGES):
-        if MODE == _MEAN:
+        if ONE:
             r = step * QUERIES + m
-            there = r < rows
+            asked = r < rows
             g, i = r // OBSERVED, r % OBSERVED
         else:
             turn = step % GROUP if MODE == _EACH else step // tiles
             tile = step // GROUP if MODE == _EACH else step % tiles
             i = tile * QUERIES + m
-            there = i < OBSERVED
+            asked = i < OBSERVED
             g = m * 0 + turn
             r = g * OBSERVED + i
         q = _queries(
-            ring_q, query_strides, b, head, g, i, there, length,
+            ring_q, query_strides, b, head, g, i, asked, length,
             OBSERVED, QUERY_SLOTS, GROUP, DIM, DIM_PAD,
         )  # fmt: skip
-        level = tl.load(lse + r, mask=there, other=float("inf"))  # [M]
+        level = tl.load(lse + r, mask=asked, other=float("inf"))  # [M]
         scores, factor = _logits(k, q, scale, cap)  # [N, M]
         # The maximum replaces NaN: a query that met one weighs nothing.
         weights = tl.maximum(tl.exp2(scores * factor - level[None, :]), 0.0)
-        if CAUSAL:
+        if CAUSAL or NEAR:
             weights = tl.where(where[:, None] <= (length - OBSERVED + i)[None, :], weights, 0.0)
         if SQUARED:
             weights = weights * weights
@@ -353,7 +384,9 @@ def _column_sums(
             total = tl.where(tile == tiles - 1, 0.0, total)
     if MODE == _MAX:
         total = best
-    seen = tl.minimum(tl.maximum(length, 1), OBSERVED)
-    if MODE == _MEAN:
-        seen *= GROUP
-    tl.store(mass, tl.where(n < count, total / seen, 0.0), mask=n < width)
+    if MODE != _SUM:
+        seen = tl.minimum(tl.maximum(length, 1), OBSERVED)
+        if MODE == _MEAN:
+            seen *= GROUP
+        total = total / seen
+    tl.store(mass, tl.where(there, total, 0.0), mask=n < width)

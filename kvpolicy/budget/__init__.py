@@ -3,6 +3,7 @@
 from ._base import Budget as Budget
 from ._base import BudgetView as BudgetView
 from ._base import Counts as Counts
+from ._base import KeepBest as KeepBest
 from ._base import is_budget as is_budget
 from ._policies import bound_layers as bound_layers
 from ._policies import budget_of as budget_of

@@ -17,7 +17,7 @@ from ..store.numbers import most_stored, narrow, remember
 from ..store.state import CacheState
 from .budgets import keep_within, read_scores, targets_of
 from .due import DueRows
-from .score import Places, largest, longest, score
+from .score import Shared, largest, longest, score
 from .settle import settle
 
 
@@ -166,13 +166,13 @@ def _rated(
     host waits once.
     """
     names, nan = [], []
-    places: Places = {}
+    shared: Shared = {}
     for layer, tokens in zip(layers, most, strict=True):
         if tokens:
             if due is None:
-                scores, valid = score(state, layer, tokens, places)
+                scores, valid = score(state, layer, tokens, shared)
             else:
-                scores, valid = score(due.state, due.of(layer), tokens, places)
+                scores, valid = score(due.state, due.of(layer), tokens, shared)
             names.append(type(layer.eviction).__name__)
             nan.append(scores.amax())  # NaN if there is one
             if layer.eviction.remembers:

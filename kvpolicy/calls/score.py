@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,23 +20,25 @@ from ..store.state import CacheState
 from ._checks import check_told
 from .settle import seen
 
-Places = dict[tuple[int, torch.device], Tensor]  # 0, 1, ... by how many and where
+Shared = dict[Any, Any]  # what is made once for all layers of a round
 
 
 def score(
-    state: CacheState, layer: LayerStore, most: int, places: Places | None = None
+    state: CacheState, layer: LayerStore, most: int, shared: Shared | None = None
 ) -> tuple[Tensor, Tensor]:
     """Scores `[B, Hkv, N]` of a layer's global tokens by its eviction, and which slots hold one.
 
-    `most` is the largest number of global tokens of a head; `places` as in `held`.
+    `most` is the largest number of global tokens of a head; what layers have in common is made once
+    in `shared`.
     """
+    shared = {} if shared is None else shared
     policy = layer.eviction
     check_told(layer)
-    table, valid = held(layer, most, places)
+    table, valid = held(layer, most, shared)
     stored = StoredTokens(
         layer.pool.pages, layer.heads._replace(table=table), layer.ring, layer.queries,
         state.on(layer).lengths, layer.window, layer.sizes.scale, layer.sizes.softcap, layer.sinks,
-        partial(view, state, layer, most),
+        partial(view, state, layer, most, shared),
     )  # fmt: skip
     scores = policy.scores(state.ops, stored)
     wanted = f"{type(policy).__name__}.score: wanted floats {list(valid.shape)} without NaN"
@@ -65,39 +68,47 @@ def largest(counts: Sequence[Tensor], exchange: Exchange) -> list[int]:
     return [max(told) for told in zip(*exchange.numbers(most), strict=True)]
 
 
-def held(layer: LayerStore, most: int, places: Places | None = None) -> tuple[Tensor, Tensor]:
-    """The table's columns in use and `valid` `[B, Hkv, N]`, the longest head having `most`.
-
-    Numbers of tokens, which are alike in many layers, are made once in `places`.
-    """
+def held(layer: LayerStore, most: int, shared: Shared) -> tuple[Tensor, Tensor]:
+    """The table's columns in use and `valid` `[B, Hkv, N]`, the longest head having `most`."""
     size = layer.pool.page_size
     used = pages_of(most, size)
-    places, alike = {} if places is None else places, (used * size, layer.device)
-    if alike not in places:
-        places[alike] = torch.arange(used * size, device=layer.device)
-    return layer.table[:, :, :used], places[alike] < layer.counts[..., None]
+    key = "tokens", used * size, layer.device
+    if key not in shared:
+        shared[key] = torch.arange(used * size, device=layer.device)
+    return layer.table[:, :, :used], shared[key] < layer.counts[..., None]
 
 
-def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:
+def view(
+    state: CacheState, layer: LayerStore, most: int, shared: Shared | None = None
+) -> EvictionView:
     """What an eviction sees of one layer, whose longest head holds `most` tokens."""
-    table, valid = held(layer, most)
+    shared = {} if shared is None else shared
+    table, valid = held(layer, most, shared)
     lengths = state.on(layer).lengths
-    recent_keys, at = last(layer.ring.k, lengths, layer.window)
-    queries = query_valid = None
-    if layer.queries is not None and layer.eviction.queries:
-        queries, query_at = last(layer.queries, lengths, layer.eviction.queries)
-        query_valid = query_at >= 0
+
+    def newest(ring: Tensor) -> Tensor:
+        """What a ring holds of the window, zeros before the first token."""
+        found, at = last(ring, lengths, layer.window, shared)
+        key = "before", layer.window, layer.device
+        if key not in shared:
+            shared[key] = (at < 0)[:, None, :, None]
+        return found.masked_fill(shared[key], 0)
+
+    def valid_of(count: int) -> Tensor:
+        return torch.arange(-count, 0, device=layer.device) + lengths[:, None] >= 0
+
+    def observed() -> Tensor:
+        assert layer.queries is not None
+        return last(layer.queries, lengths, layer.eviction.queries, shared)[0]
+
+    observes = layer.queries is not None and layer.eviction.queries > 0
 
     hidden = hidden_at = stats = None
     if layer.query_ring is not None:
-        stats = partial(moments.query_stats, state, layer)
+        stats = partial(moments.query_stats, state, layer, shared)
     if layer.hidden is not None:
-        hidden, hidden_at = last(layer.hidden, lengths, layer.eviction.hidden)
+        hidden, hidden_at = last(layer.hidden, lengths, layer.eviction.hidden, shared)
         hidden = hidden[:, 0].masked_fill((hidden_at < 0)[..., None], 0)
-
-    def recent_values() -> Tensor:
-        found, _ = last(layer.ring.v, lengths, layer.window)
-        return found.masked_fill((at < 0)[:, None, :, None], 0)
 
     @cache
     def content() -> tuple[Tensor, Tensor]:
@@ -107,14 +118,13 @@ def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:
 
     @cache
     def meta() -> Tensor:
-        return state.ops.read_meta(layer.pool.pages, table).flatten(2).masked_fill_(~valid, 0)
+        return state.ops.read_meta(layer.pool.pages, table).flatten(2).mul_(valid)
 
     @cache
     def numbers() -> tuple[Tensor, Tensor]:
         found, width = seen(state, layer), valid.shape[2]
         stored = F.pad(found.stored, (0, max(width - found.stored.shape[2], 0)))[..., :width]
-        near = last(found.recent[..., None], lengths, layer.window)[0][..., 0]
-        return stored.masked_fill(~valid, 0), near.masked_fill((at < 0)[:, None], 0)
+        return stored.masked_fill(~valid, 0), newest(found.recent[..., None])[..., 0]
 
     asks = layer.numbers is not None
     return EvictionView(
@@ -124,17 +134,17 @@ def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:
         positions=lambda: meta() & POSITION_MASK,
         valid=valid,
         marked=lambda: (meta() >> POSITION_BITS) & 1 > 0,
-        recent_keys=recent_keys.masked_fill((at < 0)[:, None, :, None], 0),
-        recent_valid=at >= 0,
+        recent_keys=lambda: newest(layer.ring.k),
+        recent_valid=lambda: valid_of(layer.window),
         lengths=lengths,
         scale=layer.sizes.scale,
-        queries=queries,
-        query_valid=query_valid,
+        queries=observed if observes else None,
+        query_valid=(lambda: valid_of(layer.eviction.queries)) if observes else None,
         softcap=layer.sizes.softcap,
         sinks=layer.sinks,
         numbers=(lambda: numbers()[0]) if asks else None,
         recent_numbers=(lambda: numbers()[1]) if asks else None,
-        recent_values=recent_values,
+        recent_values=lambda: newest(layer.ring.v),
         heads=state.spec.head_ids,
         query_stats=stats,
         hidden=hidden,
@@ -145,4 +155,5 @@ def view(state: CacheState, layer: LayerStore, most: int) -> EvictionView:
         group=layer.sizes.heads // layer.sizes.kv_heads,
         across=state.exchange.heads if state.exchange.parts > 1 else None,
         used=[most] if state.batch == 1 else None,
+        shared=shared.setdefault("policies", {}),
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -49,37 +47,39 @@ def attention(view: EvictionView, row: int, used: int, near: bool = True) -> Ten
 def masses(
     ops: Ops, stored: StoredTokens, observation: int, squared: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """What `attention` gives, summed over a group's heads and queries; pages are not copied.
-
-    Weights, or their squares if `squared`, of the stored tokens `[B, Hkv, N]` and of the window's
-    `[B, Hkv, W]`.
-    """
+    """What `dense_masses` gives, from pages; of the stored tokens in float32 at least."""
     assert stored.queries is not None
-    view = stored.view()
-    assert view.queries is not None and view.query_valid is not None
-    given = (
+    far, near = ops.window_masses(
         stored.pages, stored.heads, stored.ring, stored.queries, stored.lengths, stored.window,
-        stored.scale,
+        stored.scale, observation=observation, squared=squared, softcap=stored.softcap,
+        sinks=stored.sinks,
     )  # fmt: skip
-    asked: dict[str, Any] = {
-        "observation": observation, "softcap": stored.softcap, "sinks": stored.sinks
-    }  # fmt: skip
-    far = ops.window_scores(
-        *given, kernel=1, pooling="avg", group="mean", normalize="visible", squared=squared, **asked
-    )
-    seen = view.query_valid.sum(-1).clamp(min=1)[:, None, None]
-    kv_heads, recent = view.recent_keys.shape[1:3]
-    q, keys = view.queries.unflatten(1, (kv_heads, -1)), view.recent_keys[:, :, None]
-    if q.dtype == torch.float16:
-        q, keys = q.float(), keys.float()
-    logits = (q @ keys.mT).to(far.dtype) * view.scale  # [B, Hkv, G, w, W]
-    levels = ops.window_levels(*given, **asked).unflatten(1, (kv_heads, -1))[..., None]
-    place = torch.arange(-max(recent, observation), 0, device=q.device)
-    causal = place[-recent:] <= place[-observation:, None]
-    ok = causal & (view.recent_valid[:, None] & view.query_valid[..., None])[:, None, None]
-    near = (_capped(logits, view.softcap) - levels).masked_fill(~ok, float("-inf")).exp()
-    near = near.square() if squared else near
-    return far * (seen * q.shape[2]), near.sum((2, 3))
+    return far, near.sum(-1, dtype=torch.float64)
+
+
+def dense_masses(view: EvictionView, squared: bool = False) -> tuple[Tensor, Tensor]:
+    """What `attention` gives, or its square if `squared`, summed over a group's heads and queries.
+
+    Of the stored tokens `[B, Hkv, N]`, and of the window as a whole `[B, Hkv]`, in float64.
+    """
+    far = torch.zeros(view.valid.shape, dtype=torch.float64, device=view.valid.device)
+    near = far.new_zeros(far.shape[:2])
+    for row, used in enumerate(view.used):
+        weights = attention(view, row, used).double()
+        mass = (weights.square() if squared else weights).sum((1, 2))  # [Hkv, used + W]
+        far[row, :, :used], near[row] = mass[:, :used], mass[:, used:].sum(-1)
+    return far, near
+
+
+def sums(view: EvictionView, x: Tensor) -> Tensor:
+    """Sums `[..., B, Hkv]` of what the stored tokens have, `x` `[..., B, Hkv, N]`, in float64.
+
+    Sequence by sequence, as long as each is: how a sum is rounded depends on its length.
+    """
+    found = [
+        x[..., row, :, :used].sum(-1, dtype=torch.float64) for row, used in enumerate(view.used)
+    ]
+    return torch.stack(found, -2)
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:

@@ -223,3 +223,15 @@ def when_field(default: When = "prompt_end") -> Any:
 def wide(x: Tensor) -> torch.dtype:
     """The dtype that scores of `x` are computed in: float32 at least."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def best(scores: Tensor, valid: Tensor, amount: Tensor) -> Tensor:
+    """The `amount` `[...]` best valid tokens of each head `[..., N]`, ties to the later one.
+
+    As `Ops.keep_best`, for scores above -inf of a view, which comes without ops.
+    """
+    worst = scores.masked_fill(~valid, float("-inf")).flip(-1)
+    order = worst.argsort(dim=-1, descending=True, stable=True)
+    place = torch.arange(order.shape[-1], device=order.device)
+    rank = torch.empty_like(order).scatter_(-1, order, place.expand_as(order))
+    return (rank < amount[..., None]).flip(-1) & valid

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
@@ -51,8 +51,8 @@ class EvictionView:
     output projection `output_weight` `[Hq, Dv, hidden]`; `rope`, how it turns queries and keys
     (None: it does not).
 
-    What comes from pages may be given as a function that returns the tensor; it is called when a
-    policy first asks, so that a cache copies only what is used.
+    What is copied may be given as a function that returns the tensor; it is called when a policy
+    first asks, so that a cache copies only what is used.
     """
 
     layer: int
@@ -61,12 +61,12 @@ class EvictionView:
     _positions: Tensor | Callable[[], Tensor]
     valid: Tensor
     _marked: Tensor | Callable[[], Tensor]
-    recent_keys: Tensor
-    recent_valid: Tensor
+    _recent_keys: Tensor | Callable[[], Tensor]
+    _recent_valid: Tensor | Callable[[], Tensor]
     lengths: Tensor
     scale: float
-    queries: Tensor | None = None
-    query_valid: Tensor | None = None
+    _queries: Tensor | Callable[[], Tensor] | None = None
+    _query_valid: Tensor | Callable[[], Tensor] | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
     _numbers: Tensor | Callable[[], Tensor] | None = None
@@ -84,6 +84,18 @@ class EvictionView:
     group: int = 1
     _across: Callable[[Tensor], Tensor] | None = None
     _used: Sequence[int] | None = None
+    _shared: dict[Any, tuple[Tensor, Any]] = attrs.field(factory=dict, repr=False)
+
+    def once(self, key: Hashable, make: Callable[[], Given]) -> Given:
+        """`make()`, or what it gave for this key in another layer of the same round.
+
+        For what depends on `lengths` and the key alone; nobody writes to it.
+        """
+        kept = self._shared.get(key)
+        if kept is None or kept[0] is not self.lengths:
+            kept = self._shared[key] = self.lengths, make()
+        found: Given = kept[1]
+        return found
 
     @cached_property
     def used(self) -> list[int]:
@@ -109,6 +121,22 @@ class EvictionView:
     @cached_property
     def marked(self) -> Tensor:
         return _tensor(self._marked)
+
+    @cached_property
+    def recent_keys(self) -> Tensor:
+        return _tensor(self._recent_keys)
+
+    @cached_property
+    def recent_valid(self) -> Tensor:
+        return _tensor(self._recent_valid)
+
+    @cached_property
+    def queries(self) -> Tensor | None:
+        return None if self._queries is None else _tensor(self._queries)
+
+    @cached_property
+    def query_valid(self) -> Tensor | None:
+        return None if self._query_valid is None else _tensor(self._query_valid)
 
     @cached_property
     def numbers(self) -> Tensor | None:
@@ -169,6 +197,7 @@ class EvictionView:
     def _asdict(self) -> dict[str, Any]:
         """All values by name, as of a named tuple."""
         named = {field.alias or field.name: field.name for field in attrs.fields(EvictionView)}
+        del named["shared"]
         return {
             name: None if getattr(self, field) is None else getattr(self, name)
             for name, field in named.items()
@@ -214,7 +243,7 @@ class StoredTokens(NamedTuple):
         columns = slice(tokens.start // size, pages_of(tokens.stop, size))
         k, v, _ = ops.read_pages(self.pages, self.heads.table[row, heads, columns].contiguous())
         first = columns.start * size
-        token = first + torch.arange(k.shape[1] * size, device=k.device)
+        token = torch.arange(first, first + k.shape[1] * size, device=k.device)
         hide = (token >= self.heads.counts[row, heads, None])[..., None]
         wanted = slice(tokens.start - first, tokens.stop - first)
         k, v = (x.flatten(1, 2).masked_fill_(hide, 0)[:, wanted] for x in (k, v))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import attrs
 import torch
@@ -18,8 +19,9 @@ from ._base import Eviction, when_field, wide
 from ._view import EvictionView, StoredTokens
 from .expected_attention import FIRST
 
-_TOKENS = 4096  # values of a head that are read at once, in whole pages
-Values = Callable[[int, int, slice], Tensor]  # of tokens of a sequence and KV head: `[n, Dv]`
+_NUMBERS = 1 << 24  # float64 that a product of a part of the values has
+_EVEN = 256  # parts are so many tokens or a multiple of it: whole pages
+Values = Callable[[int, slice], Tensor]  # of tokens of a sequence: `[Hkv, n, Dv]`
 
 
 @named
@@ -59,8 +61,8 @@ class CapKV(Eviction):
         return self.sinks
 
     def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
-        def values(row: int, head: int, part: slice) -> Tensor:
-            return stored.read(ops, row, slice(head, head + 1), part)[1][0]
+        def values(row: int, part: slice) -> Tensor:
+            return stored.read(ops, row, slice(None), part)[1]
 
         view = stored.view()
         anchor = self._anchor(view)
@@ -69,8 +71,8 @@ class CapKV(Eviction):
         return self._scores(view, anchor, dots, norms, values)
 
     def score(self, view: EvictionView) -> Tensor:
-        def values(row: int, head: int, part: slice) -> Tensor:
-            return view.values[row, head, part]
+        def values(row: int, part: slice) -> Tensor:
+            return view.values[row, :, part]
 
         anchor = self._anchor(view)
         dots, norms = _products(view.keys, anchor)
@@ -78,10 +80,13 @@ class CapKV(Eviction):
 
     def _anchor(self, view: EvictionView) -> Tensor:
         """Directions `[B, Hq, D]` of the mean queries at the next positions."""
-        mean = view.query_stats.mean
-        if view.rope is not None:
-            turn = view.rope.mean_matrix(view.lengths, self.future, mean.shape[-1])
-            mean = mean @ turn.to(mean.dtype)
+        mean, rope = view.query_stats.mean, view.rope
+        if rope is not None:
+            dim, dtype = mean.shape[-1], mean.dtype
+            mean = mean @ view.once(
+                ("mean turn", rope, self.future, dim, dtype),
+                lambda: rope.mean_matrix(view.lengths, self.future, dim).to(dtype),
+            )
         return F.normalize(mean, dim=-1)
 
     def _scores(
@@ -89,7 +94,7 @@ class CapKV(Eviction):
     ) -> Tensor:
         """From products `[B, Hq, N]` with the stored keys and these keys' norms `[B, Hkv, N]`."""
         found = torch.zeros(view.valid.shape, dtype=wide(dots), device=dots.device)
-        recent, kv_heads = view.recent_keys.shape[2], found.shape[1]
+        recent = view.recent_keys.shape[2]
         near = self._logits(*_products(view.recent_keys, anchor))  # [B, Hkv, G, W]
         at = view.lengths[:, None] - recent + torch.arange(recent, device=dots.device)
         counts = view.recent_valid & (at >= self.sinks)
@@ -100,11 +105,9 @@ class CapKV(Eviction):
         for row, used in enumerate(view.used):
             far = self._logits(dots[row : row + 1, :, :used], norms[row : row + 1, :, :used])[0]
             far = far.masked_fill(~held[row, :, None, :used], float("-inf"))
-            for head in range(kv_heads):
-                if used:
-                    both = far[head], near[row, head]
-                    part = _leverage(*both, own[row, head], values, row, head, self.epsilon)
-                    found[row, head, :used] = part.to(found.dtype)
+            if used:
+                read = partial(values, row)
+                found[row, :, :used] = _leverage(far, near[row], own[row], read, self.epsilon)
         return found.masked_fill(first, FIRST)
 
     def _logits(self, dots: Tensor, norms: Tensor) -> Tensor:
@@ -122,31 +125,36 @@ def _products(keys: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _leverage(
-    far: Tensor, near: Tensor, own: Tensor, values: Values, row: int, head: int, epsilon: float
+    far: Tensor, near: Tensor, own: Tensor, values: Callable[[slice], Tensor], epsilon: float
 ) -> Tensor:
-    """Scores `[n]` of a head's n stored tokens, of logits `[G, n]` and the window's `[G, W]`.
+    """Scores `[Hkv, n]` of n stored tokens, of logits `[Hkv, G, n]` and the window's `[Hkv, G, W]`.
 
-    `own` `[W, Dv]` are the window's values. A token whose logit is -inf counts for nothing.
+    `own` `[Hkv, W, Dv]` are the window's values. A token whose logit is -inf counts for nothing.
     """
     most = torch.cat([far, near], -1).amax(-1, keepdim=True)
     far, near = ((x - most).exp().nan_to_num(0.0) for x in (far, near))
-    parts = [slice(n, min(n + _TOKENS, far.shape[1])) for n in range(0, far.shape[1], _TOKENS)]
-
-    def read(part: slice) -> Tensor:
-        return values(row, head, part).double()
-
-    gram = torch.eye(own.shape[1], dtype=own.dtype, device=own.device) + _outer(near, own, epsilon)
+    (kv_heads, group, count), dim = far.shape, own.shape[2]
+    size = max(_NUMBERS // (kv_heads * group * dim) // _EVEN, 1) * _EVEN
+    parts = [slice(n, min(n + size, count)) for n in range(0, count, size)]
+    one = torch.eye(dim, dtype=own.dtype, device=own.device).expand(kv_heads, group, dim, dim)
+    gram = one.clone(memory_format=torch.contiguous_format).flatten(1, 2)  # [Hkv, G * Dv, Dv]
+    weighs = [torch.where(x > 0, x + epsilon, 0)[:, :, None] for x in (far, near)]
+    _add_outer(gram, weighs[1], own)
     for part in parts:
-        gram = gram + _outer(far[:, part], read(part), epsilon)
-    factor = torch.linalg.cholesky(gram)  # [G, Dv, Dv]
-    found = []
+        _add_outer(gram, weighs[0][..., part], values(part).double())
+    # A sum of 1 and products of values with themselves has a factor: no look at what went wrong.
+    factor = torch.linalg.cholesky_ex(gram.view_as(one)).L
+    inverse = torch.linalg.solve_triangular(factor, one, upper=False).flatten(1, 2)
+    norms = torch.empty_like(far)
     for part in parts:
-        solved = torch.linalg.solve_triangular(factor, read(part).mT[None], upper=False)
-        found.append((far[:, part] * solved.square().sum(1)).mean(0))
-    return torch.cat(found)
+        solved = (inverse @ values(part).double().mT).unflatten(1, (group, dim))
+        torch.linalg.vector_norm(solved, dim=2, out=norms[..., part])
+    return norms.square_().mul_(far).mean(1)
 
 
-def _outer(weights: Tensor, values: Tensor, epsilon: float) -> Tensor:
-    """The sum of (w + epsilon) v v' `[G, Dv, Dv]`, of weights `[G, n]`; where w is 0, of none."""
-    weights = torch.where(weights > 0, weights + epsilon, 0)
-    return (values.mT * weights[:, None]) @ values
+def _add_outer(gram: Tensor, weights: Tensor, values: Tensor) -> None:
+    """Adds sums of w v v' to `gram` `[Hkv, G * Dv, Dv]`.
+
+    Of weights `[Hkv, G, 1, n]` and values `[Hkv, n, Dv]`.
+    """
+    gram.baddbmm_((values.mT[:, None] * weights).flatten(1, 2), values)

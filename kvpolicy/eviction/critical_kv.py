@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import attrs
 import torch
 from torch import Tensor
@@ -11,15 +9,14 @@ from torch import Tensor
 from .._fields import is_a, number
 from .._names import named
 from ..admission import Admission, Write
-from ..budget import Budget, budget_of
+from ..budget import Budget, KeepBest, budget_of
 from ..choices import Accumulates, NumberGroup, When
 from ..ops import Ops
-from ._base import Eviction, wide
+from ._base import Eviction, best, wide
 from ._view import EvictionView, StoredTokens
 from .expected_attention import FIRST
 
-_TOKENS = 4096  # values of a head that are projected at once, in whole pages
-Values = Callable[[int, int, slice], Tensor]  # of tokens of a sequence and KV head: `[n, Dv]`
+_TOKENS = 1024  # values of a head that are projected at once
 
 
 @named
@@ -51,35 +48,30 @@ class CriticalKV(Eviction):
             )
 
     def score(self, view: EvictionView) -> Tensor:
-        def values(row: int, head: int, part: slice) -> Tensor:
-            return view.values[row, head, part]
-
-        return self._weighed(view, self.eviction.score(view), values)
+        return self._weighed(view, self.eviction.score(view), _projected(view), best)
 
     def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
-        def values(row: int, head: int, part: slice) -> Tensor:
-            return stored.read(ops, row, slice(head, head + 1), part)[1][0]
+        view, scores = stored.view(), self.eviction.scores(ops, stored)
+        norms = ops.projected_norms(stored.pages, stored.heads, view.output_weight)
+        return self._weighed(view, scores, norms, ops.keep_best)
 
-        return self._weighed(stored.view(), self.eviction.scores(ops, stored), values)
-
-    def _weighed(self, view: EvictionView, scores: Tensor, values: Values) -> Tensor:
+    def _weighed(
+        self, view: EvictionView, scores: Tensor, norms: Tensor, keep_best: KeepBest
+    ) -> Tensor:
         budget = budget_of(self.eviction)
         assert budget is not None
-        scores = scores.to(wide(scores)).masked_fill(~view.valid, float("-inf"))
-        found = torch.zeros_like(scores)
-        window = view.recent_keys.shape[2]
-        lengths = view.lengths.tolist()
-        for row, used in enumerate(view.used):
-            own = scores[row, :, :used]
-            whole = budget.tokens_per_head(lengths[row], view.layer, view.layers)
-            amount = max(int(whole * self.first) - min(window, lengths[row]), 0)
-            best = _best(own, min(amount, used))
-            weighed = (own + self.epsilon) * _projected(view, row, used, values)
-            weighed = torch.where(own > float("-inf"), weighed, own).nan_to_num(0.0, FIRST, -FIRST)
-            # What never stays, never does.
-            weighed = weighed.masked_fill(own == float("-inf"), float("-inf"))
-            found[row, :, :used] = torch.where(best & (own > float("-inf")), FIRST, weighed)
-        return found
+        scores = scores.to(wide(scores))
+        window, lengths = view.recent_valid.shape[1], view.once("lengths", view.lengths.tolist)
+        wholes = [budget.tokens_per_head(n, view.layer, view.layers) for n in lengths]
+        amounts = tuple(
+            max(int(whole * self.first) - min(window, n), 0)
+            for whole, n in zip(wholes, lengths, strict=True)
+        )
+        amount = view.once(("amounts", amounts), lambda: view.lengths.new_tensor(amounts))
+        sure = keep_best(scores, view.valid, amount[:, None].expand(view.valid.shape[:2]))
+        found = norms.mul_(scores + self.epsilon).nan_to_num_(0.0, FIRST, -FIRST)
+        # What never stays, never does.
+        return found.masked_fill_(sure, FIRST).masked_fill_(scores == float("-inf"), float("-inf"))
 
     @property
     def budget(self) -> Budget | int | None:
@@ -179,22 +171,14 @@ class CriticalKV(Eviction):
         return attrs.evolve(self, eviction=self.eviction.place(device, dtype, backend))
 
 
-def _best(scores: Tensor, amount: int) -> Tensor:
-    """The `amount` best of each head, bool `[Hkv, N]`; ties to the later token."""
-    order = scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices
-    found = torch.zeros_like(scores, dtype=torch.bool)
-    return found.scatter_(-1, order[:, :amount], True).flip(-1)
-
-
-def _projected(view: EvictionView, row: int, used: int, values: Values) -> Tensor:
-    """Mean over a group's query heads of |W v|_1, `[Hkv, used]`."""
-    kv_heads = view.valid.shape[1]
-    weight = view.output_weight.unflatten(0, (kv_heads, -1))  # [Hkv, G, Dv, hidden]
-    dtype = wide(view.recent_values)
-    found = torch.empty(kv_heads, used, dtype=dtype, device=view.valid.device)
-    for head in range(kv_heads):
-        for low in range(0, used, _TOKENS):
-            own = values(row, head, slice(low, min(low + _TOKENS, used))).to(weight.dtype)
-            sizes = [(own @ w).abs().sum(-1, dtype=dtype) for w in weight[head]]
-            found[head, low : low + len(own)] = torch.stack(sizes).mean(0)
+def _projected(view: EvictionView) -> Tensor:
+    """Mean over a group's query heads of |W v|_1, `[B, Hkv, N]`; see `Ops.projected_norms`."""
+    kv_heads, dtype = view.valid.shape[1], wide(view.values)
+    weight = view.output_weight.to(dtype).unflatten(0, (kv_heads, -1))  # [Hkv, G, Dv, hidden]
+    found = torch.zeros(view.valid.shape, dtype=dtype, device=view.valid.device)
+    for row, used in enumerate(view.used):
+        for head in range(kv_heads):
+            parts = view.values[row, head, :used].to(dtype).split(_TOKENS)
+            sums = [torch.linalg.vector_norm(x @ weight[head], 1, (0, 2)) for x in parts]
+            found[row, head, :used] = torch.cat(sums) / weight.shape[1]
     return found

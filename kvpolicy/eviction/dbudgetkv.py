@@ -11,7 +11,7 @@ from .._knob import Knob
 from .._names import named
 from ..choices import When
 from ..ops import Ops
-from ._attention import attention, masses
+from ._attention import dense_masses, masses, sums
 from ._base import Eviction, when_field
 from ._view import EvictionView, StoredTokens
 
@@ -45,35 +45,24 @@ class DBudgetKV(Eviction):
         return self.observation
 
     def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
-        view = stored.view()
-        far, near = masses(ops, stored, self.observation, squared=True)
-        found = torch.full(view.valid.shape, float("-inf"), device=view.valid.device)
-        for row, used in enumerate(view.used):
-            stays = self._stays(view, row, far[row, :, :used].double(), near[row].double())
-            found[row, :, :used].masked_fill_(stays, 0.0)
-        return found
+        found = masses(ops, stored, self.observation, squared=True)
+        return self._scores(stored.view(), *found)
 
     def score(self, view: EvictionView) -> Tensor:
-        found = torch.full(view.valid.shape, float("-inf"), device=view.valid.device)
-        for row, used in enumerate(view.used):
-            squares = attention(view, row, used).double().square().sum((1, 2))  # [Hkv, used + W]
-            stays = self._stays(view, row, squares[:, :used], squares[:, used:])
-            found[row, :, :used].masked_fill_(stays, 0.0)
-        return found
+        return self._scores(view, *dense_masses(view, squared=True))
 
-    def _stays(self, view: EvictionView, row: int, far: Tensor, near: Tensor) -> Tensor:
-        """Which of a sequence's first slots stay, bool `[Hkv, used]`.
-
-        From squares of their columns `far` `[Hkv, used]`, and of those of the window `near`.
-        """
-        used = far.shape[1]
-        sink = (view.positions[row, :, :used] < self.sinks) & view.valid[row, :, :used]
-        sure = near.sum(-1)
-        wanted = (1 - self.threshold) ** 2 * (far.sum(-1) + sure)
-        sure = sure + far.masked_fill(~sink, 0).sum(-1)
+    def _scores(self, view: EvictionView, far: Tensor, near: Tensor) -> Tensor:
+        """From squares of the stored columns `[B, Hkv, N]` and sums of the window's `[B, Hkv]`."""
+        sink = view.positions < self.sinks
         others = far.masked_fill(sink, 0)
-        newer = others.flip(-1).cumsum(-1).flip(-1) - others  # what all newer columns hold
-        return sink | ((sure[:, None] + newer < wanted[:, None]) & view.valid[row, :, :used])
+        # The square of a norm that is a part 1 - t less than another is 1 - t (2 - t) of its.
+        spare = (sums(view, far) + near) * (self.threshold * (2 - self.threshold))
+        found = torch.zeros(view.valid.shape, device=view.valid.device)
+        for row, used in enumerate(view.used):
+            gone = others[row, :, :used].cumsum(-1, dtype=torch.float64)  # with all older columns
+            drop = (gone <= spare[row, :, None]).logical_and_(~sink[row, :, :used])
+            found[row, :, :used].masked_fill_(drop, float("-inf"))
+        return found
 
     def knob(self, *, window: int, seen: int, layers: int, kv_heads: int) -> Knob[Eviction] | None:
         return Knob(

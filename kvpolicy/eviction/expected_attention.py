@@ -84,12 +84,20 @@ class ExpectedAttention(Eviction):
         """
         _, mean, covariance = view.query_stats
         square = covariance if self.covariance else None
-        if view.rope is not None:
-            turn = view.rope.mean_matrix(view.lengths, self.future, mean.shape[-1]).to(mean.dtype)
-            mean = mean @ turn
-            if square is not None:
-                square = turn.mT[:, None] @ square @ turn[:, None]
-        return mean * view.scale, None if square is None else square * (view.scale**2 / 2)
+        rope, dim = view.rope, mean.shape[-1]
+        if rope is None:
+            return mean * view.scale, None if square is None else square * (view.scale**2 / 2)
+
+        def turns() -> tuple[Tensor, Tensor]:
+            turn = rope.mean_matrix(view.lengths, self.future, dim).to(mean.dtype) * view.scale
+            return turn, turn / 2
+
+        turn, half = view.once(("turn", rope, self.future, dim, view.scale, mean.dtype), turns)
+        if square is not None:
+            # C is symmetric, so (C T)' is T'C: one product of all heads' rows each.
+            square = (square.flatten(1, 2) @ half).view_as(square)
+            square = (square.mT.flatten(1, 2) @ turn).view_as(square)
+        return mean @ turn, square
 
     def _scores(
         self,
@@ -104,30 +112,41 @@ class ExpectedAttention(Eviction):
         Sequence by sequence, as long as each is: how a sum is rounded depends on its length.
         """
         near = _logits(view.recent_keys, mean, square)
-        recent = view.recent_keys.shape[2]
-        at = view.lengths[:, None] - recent + torch.arange(recent, device=view.lengths.device)
-        near = near.masked_fill(~(view.recent_valid & (at >= self.sinks))[:, None], float("-inf"))
+        recent = near.shape[2]
+        hidden = view.once(
+            ("hidden", recent, self.sinks), lambda: ~_counts(view, recent, self.sinks)[:, None]
+        )
+        near = near.masked_fill_(hidden, float("-inf"))
         first = view.positions < self.sinks
+        apart = (view.valid <= first)[:, :, None]  # the sinks, and where no token is
         found = logits.new_zeros(view.valid.shape)
         kv_heads = found.shape[1]
         for row, used in enumerate(view.used):
-            counts = view.valid[row, :, :used] & ~first[row, :, :used]
-            far = logits[row, :, :used].unflatten(0, (kv_heads, -1))
-            far = far.masked_fill(~counts[:, None], float("-inf"))
-            both = torch.cat([far, near[row].unflatten(0, (kv_heads, -1))], -1)
+            both = torch.cat([logits[row, :, :used], near[row]], -1).unflatten(0, (kv_heads, -1))
+            both[..., :used].masked_fill_(apart[row, ..., :used], float("-inf"))
             weights = both.softmax(-1)[..., :used].nan_to_num(0.0).mean(1)
-            if norms is not None:
-                weights = (weights + self.epsilon) * norms[row, :, :used]
-            found[row, :, :used] = weights
-        return found.masked_fill(first, FIRST)
+            if self.epsilon and norms is not None:
+                weights += self.epsilon
+            if norms is None:
+                found[row, :, :used] = weights
+            else:
+                torch.mul(weights, norms[row, :, :used], out=found[row, :, :used])
+        return found.masked_fill_(first, FIRST)
+
+
+def _counts(view: EvictionView, recent: int, sinks: int) -> Tensor:
+    """Which of the window's tokens are there and no sinks, bool `[B, W]`."""
+    at = view.lengths[:, None] - recent + torch.arange(recent, device=view.lengths.device)
+    return view.recent_valid & (at >= sinks)
 
 
 def _logits(keys: Tensor, mean: Tensor, square: Tensor | None) -> Tensor:
     """m.k + k'Ck `[B, Hq, N]` of keys `[B, Hkv, N, D]`."""
-    kv_heads = keys.shape[1]
-    keys = keys.to(mean.dtype)[:, :, None]  # [B, Hkv, 1, N, D]
-    mean = mean.unflatten(1, (kv_heads, -1))
-    found = (keys @ mean[..., None]).squeeze(-1)
-    if square is not None:
-        found = found + ((keys @ square.unflatten(1, (kv_heads, -1))) * keys).sum(-1)
-    return found.flatten(1, 2)
+    kv_heads, keys = keys.shape[1], keys.to(mean.dtype)
+    mean = mean.unflatten(1, (kv_heads, -1))  # [B, Hkv, G, D]
+    if square is None:
+        return (mean @ keys.mT).flatten(1, 2)
+    keys = keys[:, :, None]
+    products = keys @ square.unflatten(1, (kv_heads, -1))  # [B, Hkv, G, N, D]
+    found: Tensor = products.add_(mean[..., None, :]).mul_(keys).sum(-1).flatten(1, 2)
+    return found

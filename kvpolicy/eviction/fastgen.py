@@ -9,10 +9,11 @@ from torch import Tensor
 from .._fields import fraction, not_negative, positive
 from .._knob import Knob
 from .._names import named
+from ..budget import KeepBest
 from ..choices import When
 from ..ops import Ops
-from ._attention import attention, masses
-from ._base import Eviction, when_field
+from ._attention import dense_masses, masses, sums
+from ._base import Eviction, best, when_field
 from ._view import EvictionView, StoredTokens
 
 
@@ -48,44 +49,28 @@ class FastGen(Eviction):
         return self.observation
 
     def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
-        view = stored.view()
-        far, near = masses(ops, stored, self.observation)
-        found = torch.full(view.valid.shape, float("-inf"), device=view.valid.device)
-        for row, used in enumerate(view.used):
-            mass = far[row, :, :used].double() / view.group
-            stays = self._stays(view, row, mass, near[row].double().sum(-1) / view.group)
-            found[row, :, :used].masked_fill_(stays, 0.0)
-        return found
+        return self._scores(stored.view(), *masses(ops, stored, self.observation), ops.keep_best)
 
     def score(self, view: EvictionView) -> Tensor:
-        found = torch.full(view.valid.shape, float("-inf"), device=view.valid.device)
-        for row, used in enumerate(view.used):
-            weights = attention(view, row, used).double().mean(1).sum(1)  # [Hkv, used + W]
-            stays = self._stays(view, row, weights[:, :used], weights[:, used:].sum(-1))
-            found[row, :, :used].masked_fill_(stays, 0.0)
-        return found
+        return self._scores(view, *dense_masses(view), best)
 
-    def _stays(self, view: EvictionView, row: int, mass: Tensor, near: Tensor) -> Tensor:
-        """Which of a sequence's first slots stay, bool `[Hkv, used]`.
+    def _scores(self, view: EvictionView, far: Tensor, near: Tensor, keep_best: KeepBest) -> Tensor:
+        """From weights of the stored tokens `[B, Hkv, N]` and sums of the window's `[B, Hkv]`."""
+        late = view.once(("FastGen", self.local), lambda: self._late(view.lengths))
+        first = view.positions < self.sinks
+        amount = (self.frequent * view.valid.sum(-1)).long()
+        frequent = first | keep_best(far, view.valid, amount)
+        sets = torch.stack([first, frequent, frequent | (view.positions >= late), view.valid])
+        held = sums(view, far * sets) + near  # [4, B, Hkv]
+        # Each set holds the one before: as many as are enough are so from the last one on.
+        enough = (held[:3] >= self.recovery * held[3]).sum(0)
+        found = torch.zeros(view.valid.shape, device=view.valid.device)
+        return found.masked_fill_(sets[:3].sum(0) < enough[..., None], float("-inf"))
 
-        From their weights `mass` `[Hkv, used]` and the sum of the window's `near` `[Hkv]`.
-        """
-        used, valid = mass.shape[1], view.valid[row, :, : mass.shape[1]]
-        place = view.positions[row, :, :used]
-        count = valid.sum(-1, keepdim=True)
-        # Ranks by attention, ties to the later token.
-        order = mass.masked_fill(~valid, -1).flip(-1).argsort(dim=-1, descending=True, stable=True)
-        rank = torch.empty_like(order).scatter_(-1, used - 1 - order, torch.arange(
-            used, device=order.device
-        ).expand_as(order))  # fmt: skip
-        sets = [place < self.sinks]
-        sets.append(sets[-1] | (rank < (self.frequent * count).long()))
-        sets.append(sets[-1] | (place >= view.lengths[row] - int(self.local * view.lengths[row])))
-        stays, wanted = valid, self.recovery * (mass.sum(-1) + near)
-        for held in reversed(sets):
-            enough = near + mass.masked_fill(~held, 0).sum(-1) >= wanted
-            stays = torch.where(enough[:, None], held & valid, stays)
-        return stays
+    def _late(self, lengths: Tensor) -> Tensor:
+        """The first position `[B, 1, 1]` of the `local` part of the tokens seen last."""
+        late = lengths - (lengths.double() * self.local).long()
+        return late[:, None, None]
 
     def knob(self, *, window: int, seen: int, layers: int, kv_heads: int) -> Knob[Eviction] | None:
         return Knob(

@@ -11,7 +11,7 @@ from .._knob import Knob
 from .._names import named
 from ..choices import When
 from ..ops import Ops
-from ._attention import attention, masses
+from ._attention import dense_masses, masses, sums
 from ._base import Eviction, when_field
 from ._view import EvictionView, StoredTokens
 
@@ -50,31 +50,22 @@ class SimLayerKV(Eviction):
             raise ValueError(f"recent: wanted at least the window of {window}, got {self.recent}")
 
     def scores(self, ops: Ops, stored: StoredTokens) -> Tensor:
-        far, near = masses(ops, stored, self.observation)
-        return self._scores(stored.view(), far.double(), near.double().sum(2))
+        return self._scores(stored.view(), *masses(ops, stored, self.observation))
 
     def score(self, view: EvictionView) -> Tensor:
-        far = torch.zeros(view.valid.shape, dtype=torch.float64, device=view.valid.device)
-        near = far.new_zeros(far.shape[:2])
-        for row, used in enumerate(view.used):
-            weights = attention(view, row, used).double()
-            far[row, :, :used] = weights[..., :used].sum((1, 2))
-            near[row] = weights[..., used:].sum((1, 2, 3))
-        return self._scores(view, far, near)
+        return self._scores(view, *dense_masses(view))
 
     def _scores(self, view: EvictionView, far: Tensor, inside: Tensor) -> Tensor:
         """From weights of the stored tokens `[B, Hkv, N]` and sums of the window's `[B, Hkv]`."""
-        near = view.positions >= view.lengths[:, None, None] - self.recent
-        held = ((view.positions < self.sinks) | near) & view.valid
-        sums = []
-        for row, used in enumerate(view.used):
-            own = far[row, :, :used]
-            seen = inside[row] + own.masked_fill(~held[row, :, :used], 0).sum(1)
-            sums.append(torch.stack([seen, inside[row] + own.sum(1)], -1))
-        seen, total = view.across(torch.stack(sums)).sum(1).unbind(-1)  # [B]
+        recent = view.once(
+            ("SimLayerKV", self.recent), lambda: view.lengths[:, None, None] - self.recent
+        )
+        held = (view.positions < self.sinks) | (view.positions >= recent)
+        both = sums(view, far * torch.stack([held, view.valid])) + inside  # [2, B, Hkv]
+        seen, total = view.across(both.movedim(0, -1)).sum(1).unbind(-1)  # [B]
         lazy = (seen > self.threshold * total)[:, None, None]
         found = torch.zeros(view.valid.shape, device=view.valid.device)
-        return found.masked_fill(lazy & ~held, float("-inf"))
+        return found.masked_fill_(held < lazy, float("-inf"))  # not held, and the layer is lazy
 
     def knob(self, *, window: int, seen: int, layers: int, kv_heads: int) -> Knob[Eviction] | None:
         return Knob(

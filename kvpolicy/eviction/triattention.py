@@ -149,15 +149,19 @@ class TriAttention(Eviction):
         rows = slice(view.heads.start * view.group, view.heads.stop * view.group)
         parts = (x[view.layer, rows].double() for x in (self.real, self.imaginary, self.size))
         real, imaginary, size = parts
-        offsets = 1 << torch.arange(self.farthest.bit_length(), device=view.lengths.device)
-        angle = rope.angles(view.lengths[:, None] + offsets)  # [B, n, F]
-        turn = torch.polar(torch.ones_like(angle), angle).mean(1)[:, None]
+        turn = view.once(("ahead", rope, self.farthest), lambda: self._turn(rope, view.lengths))
         ahead = torch.complex(real, imaginary) * turn  # [B, Hq, F]
         rest = ahead.real.new_zeros(*ahead.shape[:2], dim - 2 * ahead.shape[2])
         linear = rope.joined(ahead.real, ahead.imag, rest) * rope.factor
         more = (size - torch.hypot(real, imaginary)) * rope.factor
         dtype = wide(keys)
         return linear.to(dtype), more.to(dtype), rope
+
+    def _turn(self, rope: Rope, lengths: Tensor) -> Tensor:
+        """The mean rotation `[B, 1, F]` of positions ahead of sequences of `lengths` `[B]`."""
+        offsets = 1 << torch.arange(self.farthest.bit_length(), device=lengths.device)
+        angle = rope.angles(lengths[:, None] + offsets)  # [B, n, F]
+        return torch.polar(torch.ones_like(angle), angle).mean(1)[:, None]
 
     def _scores(self, view: EvictionView, series: Tensor) -> Tensor:
         """From the series `[B, Hq, N]` of the stored tokens, each sequence as long as it is."""

@@ -15,8 +15,7 @@ class Scoring(Protocol):
     def window_scores(
         self, pages: Pages, heads: Heads, ring: Ring, queries: Tensor, lengths: Tensor,
         window: int, scale: float, *, observation: int, kernel: int, pooling: str, group: str,
-        normalize: str, squared: bool = False, softcap: float | None = None,
-        sinks: Tensor | None = None,
+        normalize: str, softcap: float | None = None, sinks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """SnapKV's scores `[B, Hkv, M * P]` of global tokens: the weights that the last
         `observation` queries gave them (FasterDecoding/SnapKV).
@@ -25,21 +24,21 @@ class Scoring(Protocol):
         position p in slot `p % S'`, as the ring its keys; `lengths` `[B]` positions were seen.
         `scale` > 0 multiplies q.k. The other arguments are those of `kvpolicy.eviction.SnapKV`,
         whose `score` says the same on dense keys; a `group` of "each" takes the largest weight of a
-        group query by query, and `squared` sums the squares of weights. A sink joins whichever keys
-        are normalized over.
+        group query by query. A sink joins whichever keys are normalized over.
         Slots without a token score as one of weight 0. A head's scores depend on nothing but its
         own sequence, to the last bit.
         """
 
-    def window_levels(
+    def window_masses(
         self, pages: Pages, heads: Heads, ring: Ring, queries: Tensor, lengths: Tensor,
-        window: int, scale: float, *, observation: int, softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Log-sum-exps `[B, Hq, observation]` of the last queries' logits of all keys they see.
+        window: int, scale: float, *, observation: int, squared: bool = False,
+        softcap: float | None = None, sinks: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Weights of the last queries, or their squares, summed over a group's heads and queries.
 
-        Arguments as in `window_scores`, whose weights with `normalize="visible"` are
-        exp(logit - level). +inf for a query that sees no key.
+        Of the global tokens `[B, Hkv, M * P]`, and of those of the window in the order of their
+        positions, `[B, Hkv, window]`. Arguments and promises as in `window_scores`, whose weights
+        with `normalize="visible"` they are. 0 where no token is.
         """
 
     def key_dots(
@@ -93,6 +92,14 @@ class Scoring(Protocol):
         """Norms |v| `[B, Hkv, M * P]` of the values that heads store, 0 in slots without a token.
 
         In float32, or in the values' dtype where that is wider.
+        """
+
+    def projected_norms(self, pages: Pages, heads: Heads, weight: Tensor) -> Tensor:
+        """The mean over a group's query heads of |W v|_1 `[B, Hkv, M * P]` of the stored values v.
+
+        `weight` `[Hq, Dv, hidden]` is the output projection; it may be any view. No product is
+        held. 0 in slots without a token; in float32, or in the values' dtype where that is wider. A
+        head's norms depend on nothing but its own sequence, to the last bit.
         """
 
     def last_similar(self, keys: Tensor, lengths: Tensor, threshold: float) -> Tensor:

@@ -22,12 +22,13 @@ from .page_minmax import write_minmax as write_minmax
 from .page_select import quest_select as quest_select
 from .page_select import top_pages as top_pages
 from .paged_decode import paged_decode as paged_decode
+from .projected_norms import projected_norms as projected_norms
 from .prompt_write import count_leaving as count_leaving
 from .prompt_write import write_leaving as write_leaving
 from .redundancy import last_similar as last_similar
 from .redundancy_scores import redundancy_scores as redundancy_scores
 from .ring import advance_ring as advance_ring
 from .sparse_prefill import prefill_attention as prefill_attention
-from .window_scores import window_levels as window_levels
+from .window_scores import window_masses as window_masses
 from .window_scores import window_scores as window_scores
 from .write_gate import write_gate as write_gate

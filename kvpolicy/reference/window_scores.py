@@ -28,7 +28,6 @@ def window_scores(
     pooling: str,
     group: str,
     normalize: str,
-    squared: bool = False,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
@@ -47,29 +46,43 @@ def window_scores(
         used, own = -(-most // size), slice(row, row + 1)
         mass[own, :, : used * size] = _mass(
             pages, Heads(heads.table[own, :, :used], heads.counts[own]), ring.k[own],
-            queries[own], lengths[own], window, scale, observation, group, normalize, squared,
-            softcap, sinks,
+            queries[own], lengths[own], window, scale, observation, group, normalize, softcap,
+            sinks,
         )  # fmt: skip
     pool = F.avg_pool1d if pooling == "avg" else F.max_pool1d
     return pool(mass, kernel, 1, kernel // 2)
 
 
-def window_levels(
+def window_masses(
     pages: Pages, heads: Heads, ring: Ring, queries: Tensor, lengths: Tensor, window: int,
-    scale: float, *, observation: int, softcap: float | None = None, sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Log-sum-exps `[B, Hq, observation]` of the last queries: `Ops.window_levels`."""
-    check_asked("window_levels", queries.shape[1], softcap, sinks)
+    scale: float, *, observation: int, squared: bool = False, softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Sums of weights `[B, Hkv, M * P]` and `[B, Hkv, window]`: `Ops.window_masses`."""
+    check_asked("window_masses", queries.shape[1], softcap, sinks)
     size, wide = pages.k.shape[1], torch.promote_types(queries.dtype, torch.float32)
-    found = queries.new_empty(*queries.shape[:2], observation, dtype=wide)
+    kv_heads, columns = heads.table.shape[1:]
+    found = queries.new_zeros(len(lengths), kv_heads, columns * size + window, dtype=wide)
+    far, near = found.split([columns * size, window], -1)
     for row, most in enumerate(heads.counts.amax(1).tolist()):
         used, own = -(-most // size), slice(row, row + 1)
         seen = _Observed(
             pages, Heads(heads.table[own, :, :used], heads.counts[own]), ring.k[own], queries[own],
             lengths[own], window, scale, observation, softcap,
         )  # fmt: skip
-        found[own] = seen.levels(True, sinks).flatten(1, 2)
-    return found
+        total, low = seen.levels(True, sinks)[..., None], 0
+        for part in seen.chunks():
+            mass = _sums(part, total, squared)
+            far[own, :, low : low + mass.shape[2]] = mass
+            low += mass.shape[2]
+        near[own] = _sums(seen.recent(), total, squared)
+    return far, near
+
+
+def _sums(logits: Tensor, total: Tensor, squared: bool) -> Tensor:
+    """Weights `[1, Hkv, n]`, or their squares, summed over a group's queries; spends the logits."""
+    weights = logits.sub_(total).exp_().nan_to_num_(0.0)
+    return (weights.square_() if squared else weights).sum((2, 3))
 
 
 class _Observed:
@@ -93,14 +106,20 @@ class _Observed:
         for keys, where, ok in _chunks(self.pages, self.heads, self.chunk):
             yield self._logits(keys, ok & (where <= self.at))
 
+    def recent(self) -> Tensor:
+        """Logits `[1, Hkv, G, w, W]` of the window's keys, -inf of those that are not seen."""
+        where = (
+            torch.arange(self.window, device=self.q.device) + self.lengths[:, None] - self.window
+        )
+        keys, where = _in_ring(self.ring_k, where), where[:, None, None, None]
+        return self._logits(keys, (where >= 0) & (where <= self.at))
+
     def levels(self, near: bool, sinks: Tensor | None) -> Tensor:
         """Log-sum-exps `[1, Hkv, G, w]`; +inf, so that weights are 0, of one that saw no key."""
         q, wide = self.q, torch.promote_types(self.q.dtype, torch.float32)
         parts = [x.logsumexp(-1) for x in self.chunks()]
         if near:
-            where = torch.arange(self.window, device=q.device) + self.lengths[:, None] - self.window
-            keys, where = _in_ring(self.ring_k, where), where[:, None, None, None]
-            parts.append(self._logits(keys, (where >= 0) & (where <= self.at)).logsumexp(-1))
+            parts.append(self.recent().logsumexp(-1))
         if not parts:
             return q.new_full(q.shape[:4], float("inf"), dtype=wide)
         total = torch.stack(parts).logsumexp(0)
@@ -119,8 +138,8 @@ class _Observed:
 
 def _mass(
     pages: Pages, heads: Heads, ring_k: Tensor, queries: Tensor, lengths: Tensor, window: int,
-    scale: float, observation: int, group: str, normalize: str, squared: bool,
-    softcap: float | None, sinks: Tensor | None,
+    scale: float, observation: int, group: str, normalize: str, softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Weights `[1, Hkv, M * P]` of one sequence's tokens, before pooling.
 
@@ -132,8 +151,6 @@ def _mass(
     masses = [total.new_zeros(1, ring_k.shape[1], 0)]
     for found in seen.chunks():
         weights = found.sub_(total).exp_().nan_to_num_(0.0)
-        if squared:
-            weights.square_()
         if group == "each" or (group == "max" and normalize == "global"):
             part = weights.amax(2).sum(2)
         else:

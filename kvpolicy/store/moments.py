@@ -8,6 +8,7 @@ are added in their order, sums do not depend on how tokens were cut into calls.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,30 +106,49 @@ def committed(state: CacheState, added: Sequence[int]) -> None:
             row.summed = max(row.summed, summed_at(row.length, state.spec.rollback))
 
 
-def query_stats(state: CacheState, layer: LayerStore) -> QueryStats:
-    """Count, mean and covariance of a layer's queries before RoPE."""
+def query_stats(
+    state: CacheState, layer: LayerStore, shared: dict[Any, Any] | None = None
+) -> QueryStats:
+    """Count, mean and covariance of a layer's queries before RoPE.
+
+    Counts, once for layers that skip as many, are in `shared`.
+    """
     assert layer.query_ring is not None and layer.query_sums is not None
     assert layer.query_products is not None
     skip, means, covariances = layer.eviction.query_skip, [], []
+    shared, key = (
+        {} if shared is None else shared,
+        ("counted", layer.eviction.query_skip, layer.device),
+    )
     for row, host in enumerate(state.sequences):
-        total, product = layer.query_sums[row].clone(), layer.query_products[row].clone()
+        total, product = layer.query_sums[row], layer.query_products[row]
         if not host.summed:
-            total, product = total.zero_(), product.zero_()
+            total, product = torch.zeros_like(total), torch.zeros_like(product)
         for block in range(host.summed, host.length, BLOCK):
             held = _block(layer.query_ring[row], block, host.length)
-            _sum(total, product, _wide(held, block, skip, total.dtype))
+            held = _wide(held, block, skip, total.dtype)
+            total, product = total + held.sum(1), torch.baddbmm(product, held.mT, held)
         count = max(host.length - skip, 1)
         mean = total / count
         means.append(mean)
-        covariances.append(product / count - mean[:, :, None] * mean[:, None])
-    counts = (state.on(layer).lengths - skip).clamp(min=0)
-    return QueryStats(counts, torch.stack(means), torch.stack(covariances))
+        outer = mean[:, :, None], mean[:, None]
+        covariances.append(torch.addcmul(product / count, *outer, value=-1))
+    if key not in shared:
+        shared[key] = (state.on(layer).lengths - skip).clamp(min=0)
+    return QueryStats(shared[key], _batch(means), _batch(covariances))
+
+
+def _batch(rows: Sequence[Tensor]) -> Tensor:
+    """A stack; that of one row copies nothing."""
+    return rows[0][None] if len(rows) == 1 else torch.stack([*rows])
 
 
 def _block(ring: Tensor, first: int, end: int) -> Tensor:
     """Queries `[Hq, n, D]` of a block from `first` on, of positions below `end`."""
-    at = torch.arange(first, min(first + BLOCK, end), device=ring.device)
-    return ring[:, ring_slot(at, ring.shape[1])]
+    slot, count = ring_slot(first, ring.shape[1]), min(BLOCK, end - first)
+    found = ring[:, slot : slot + count]
+    after = count - found.shape[1]  # of them the ring's first slots hold
+    return torch.cat([found, ring[:, :after]], 1) if after else found
 
 
 def _add(layer: LayerStore, row: int, first: int, block: Tensor) -> None:

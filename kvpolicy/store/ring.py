@@ -59,12 +59,18 @@ def keep_last(ring: Tensor, new: Tensor, seg: Segments, shared: dict[Any, Any]) 
     ring.copy_(torch.where(mask, new[:, index].transpose(0, 1), ring))
 
 
-def last(ring: Tensor, lengths: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def last(
+    ring: Tensor, lengths: Tensor, count: int, shared: dict[Any, Any] | None = None
+) -> tuple[Tensor, Tensor]:
     """The last `count` tokens `[B, H, count, ...]` of sequences of `lengths` `[B]`, in order.
 
-    And the positions `[B, count]` that they are at, negative ones before the first token.
+    And the positions `[B, count]` that they are at, negative ones before the first token. Places,
+    once for rings of as many slots, are in `shared`, which is of these `lengths`.
     """
-    at = torch.arange(-count, 0, device=ring.device) + lengths[:, None]
-    slot = ring_slot(at, ring.shape[2])
-    index = slot[:, None, :, None].expand(-1, ring.shape[1], -1, ring.shape[3])
-    return ring.gather(2, index), at
+    shared = {} if shared is None else shared
+    key = "last", count, ring.shape[2], ring.device
+    if key not in shared:
+        at = torch.arange(-count, 0, device=ring.device) + lengths[:, None]
+        shared[key] = ring_slot(at, ring.shape[2])[:, None, :, None], at
+    slot, at = shared[key]
+    return ring.gather(2, slot.expand(-1, ring.shape[1], -1, ring.shape[3])), at

@@ -46,6 +46,7 @@ def run(configuration: str, cache: Path, *options: str) -> list[tuple[str, dict[
         "_plan",
         "_read_tokens",
         "_recent",
+        "_projected_norms",
         "_row_sums",
         "_split",
         "_store",

@@ -71,56 +71,60 @@ def test_several_splits_and_tiles(mode, monkeypatch):
     compare(layer, SnapKV(budget=99, observation=20, **mode))
 
 
-def weights_of(layer, observation, kind):
-    """Weights `[Hkv, G, w, N + W]` of the first sequence's queries."""
-    view = clean(layer.view(kind, 0.3, observation))
-    return attention(view, 0, view.valid.shape[2])
+def weights_of(layer, observation, kind, row=0, sinks=None):
+    """Weights `[Hkv, G, w, N + W]` of a sequence's queries."""
+    view = clean(layer.view(kind, 0.3, observation))._replace(sinks=sinks)
+    return attention(view, row, view.valid.shape[2])
 
 
 @pytest.mark.parametrize(("window", "observation"), [(16, 16), (5, 24)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_largest_weights_and_squares(window, observation, dtype):
+def test_largest_weights(window, observation, dtype):
     layer = make_layer([90], 3, 2, 16, dtype, window, observation)
     width = layer.heads.table.shape[2] * 4
-    for options, of in (
-        ({"group": "each"}, lambda x: x.amax(1).mean(1)),
-        ({"group": "mean", "squared": True}, lambda x: x.square().mean((1, 2))),
-    ):
-        exact, eager = (
-            of(weights_of(layer, observation, x))[None, :, :width] for x in (torch.float64, dtype)
-        )
-        for op, pages in ((kernels, layer.pool.pages), (reference, layer.flat)):
-            got = op.window_scores(
-                pages, layer.heads, Ring(layer.ring_k, layer.ring_k, layer.ring_k[..., 0].byte()),
-                layer.ring_q, layer.lengths, window, 0.3, observation=observation, kernel=1,
-                pooling="avg", normalize="visible", **options,
-            )  # fmt: skip
-            if dtype == torch.float32:  # a square's error is twice a weight's
-                assert (got - exact).abs().max() <= 1e-6 * exact.max()
-            else:
-                assert_within_budget(got, eager, exact)
-
-
-@pytest.mark.parametrize("with_sinks", [False, True])
-def test_levels(with_sinks):
-    layer = make_layer([90, 3], 3, 2, 16, torch.float32, 16, 20)
-    sinks = torch.randn(6, device=DEVICE) if with_sinks else None
-    ring = Ring(layer.ring_k, layer.ring_k, layer.ring_k[..., 0].byte())
-    view = clean(layer.view(torch.float64, 0.3, 20))._replace(sinks=sinks)
-    q = view.queries.unflatten(1, (3, -1))
-    near = (q @ view.recent_keys[:, :, None].mT * 0.3).double()
+    exact, eager = (
+        weights_of(layer, observation, x).amax(1).mean(1)[None, :, :width]
+        for x in (torch.float64, dtype)
+    )
     for op, pages in ((kernels, layer.pool.pages), (reference, layer.flat)):
-        got = op.window_levels(
-            pages, layer.heads, ring, layer.ring_q, layer.lengths, 16, 0.3, observation=20,
-            sinks=sinks,
-        ).unflatten(1, (3, -1))  # fmt: skip
-        # The newest query sees all of the window: its weights there are those of the softmax.
-        for row in range(2):
-            exact = attention(view, row, view.valid.shape[2])[:, :, -1, view.valid.shape[2] :]
-            found = (near[row, :, :, -1] - got[row, :, :, -1, None]).exp()
-            found = found * view.recent_valid[row]
-            assert torch.allclose(found, exact.double(), atol=1e-5)
-        assert got[1, ..., :17].eq(float("inf")).all()  # before the first query
+        ring = Ring(layer.ring_k, layer.ring_k, layer.ring_k[..., 0].byte())
+        got = op.window_scores(
+            pages, layer.heads, ring, layer.ring_q, layer.lengths, window, 0.3,
+            observation=observation, kernel=1, pooling="avg", group="each", normalize="visible",
+        )  # fmt: skip
+        within(got, eager, exact, dtype)
+
+
+def within(got, eager, exact, dtype):
+    if dtype == torch.float32:  # a square's error is twice a weight's
+        assert (got - exact).abs().max() <= 1e-6 * exact.max()
+    else:
+        assert_within_budget(got, eager, exact)
+
+
+@pytest.mark.parametrize(("window", "observation"), [(16, 16), (5, 24), (33, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("squared", [False, True])
+def test_masses_of_stored_tokens_and_of_the_window(window, observation, dtype, squared):
+    """One sequence is shorter than the window, and some of its queries are not there."""
+    layer = make_layer([90, 3], 3, 2, 16, dtype, window, observation)
+    sinks = torch.randn(6, device=DEVICE)
+    ring = Ring(layer.ring_k, layer.ring_k, layer.ring_k[..., 0].byte())
+    width = layer.heads.table.shape[2] * 4
+    for row in range(2):
+        exact, eager = (
+            weights_of(layer, observation, kind, row, sinks) for kind in (torch.float64, dtype)
+        )
+        if squared:
+            exact, eager = exact.square(), eager.square()
+        exact, eager = exact.sum((1, 2)), eager.sum((1, 2))
+        for op, pages in ((kernels, layer.pool.pages), (reference, layer.flat)):
+            far, near = op.window_masses(
+                pages, layer.heads, ring, layer.ring_q, layer.lengths, window, 0.3,
+                observation=observation, squared=squared, sinks=sinks,
+            )  # fmt: skip
+            assert far.shape == (2, 3, width) and near.shape == (2, 3, window)
+            within(torch.cat([far, near], -1)[row], eager, exact, dtype)
 
 
 def test_a_chunk_of_the_reference_is_small(monkeypatch):

@@ -109,8 +109,8 @@ def test_nothing_is_copied_and_scores_are_those_of_the_view(policy, monkeypatch)
     def refused():
         raise AssertionError("a layer's pages were copied")
 
-    def without(state, layer, most):
-        return attrs.evolve(of_view(state, layer, most), keys=refused, values=refused)
+    def without(*given):
+        return attrs.evolve(of_view(*given), keys=refused, values=refused)
 
     for layer in state.layers:
         most = int(layer.counts.max())

@@ -193,7 +193,7 @@ def test_without_rope_nothing_turns():
 def test_capkv_reads_values_in_parts_of_any_size(monkeypatch):
     """Parts end inside of pages too."""
     for size in (1, 3, 7, 1000):
-        monkeypatch.setattr("kvpolicy.eviction.cap_kv._TOKENS", size)
+        monkeypatch.setattr("kvpolicy.eviction.cap_kv._EVEN", size)
         assert kept(CapKV(budget=HELD)) == CAP
 
 

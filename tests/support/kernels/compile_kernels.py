@@ -36,6 +36,7 @@ from kvpolicy.kernels import (
     page_minmax,
     page_select,
     paged_decode,
+    projected_norms,
     prompt_write,
     redundancy,
     redundancy_scores,
@@ -208,13 +209,21 @@ def call_all(dim: int, page: int, dtype: torch.dtype, dim_v: int | None = None) 
     ):  # fmt: skip
         window_scores.window_scores(
             pages, stored, ring, observed, lengths, window, 0.1, observation=count,
-            kernel=5, pooling="avg", group=how, normalize=norm, squared=count == 256,
+            kernel=5, pooling="avg", group=how, normalize=norm,
+        )  # fmt: skip
+    for count in (64, 300):
+        window_scores.window_masses(
+            pages, stored, ring, observed, lengths, window, 0.1, observation=count,
+            squared=count == 64,
         )  # fmt: skip
     mean = torch.zeros(1, heads * group, dim)
     for square in (None, torch.zeros(1, heads * group, dim, dim)):
         expected_attention.expected_logits(pages, stored, mean, square)
     norms.value_norms(pages, stored)
     norms.key_norms(pages, stored)
+    projected = torch.zeros(heads * group, dim_v, 512, dtype=dtype)
+    for weight in (projected, projected.permute(2, 0, 1).contiguous().permute(1, 2, 0)):
+        projected_norms.projected_norms(pages, stored, weight)
     key_dots.key_dots(pages, stored, mean[:, ::group].contiguous(), unit=True)
     key_dots.key_dots(pages, stored, mean, mean[..., : dim // 2], Pairs(0, 1, dim // 2))
     key_dots.key_directions(pages, stored)

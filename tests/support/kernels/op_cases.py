@@ -243,7 +243,7 @@ def _write_minmax(size: Size) -> None:
         agree(both("read_summary", mirror.pages, held))
 
 
-@case("window_scores", "window_levels")
+@case("window_scores", "window_masses")
 def _window_scores(size: Size) -> None:
     mirror = make_mirror(size, [[size.prompt + 40, 0, 2 * size.page], [size.page - 1, 64, 5]])
     mirror.fork()
@@ -263,14 +263,14 @@ def _window_scores(size: Size) -> None:
             found = both(
                 "window_scores", mirror.pages, mirror.heads, ring, queries, lengths,
                  window, size.dim**-0.5, observation=observed, kernel=3,
-                pooling=pooling, group=group, normalize=normalize, squared=window == 40,
+                pooling=pooling, group=group, normalize=normalize,
             )  # fmt: skip
-            levels = both(
-                "window_levels", mirror.pages, mirror.heads, ring, queries, lengths, window,
-                size.dim**-0.5, observation=observed,
+            masses = both(
+                "window_masses", mirror.pages, mirror.heads, ring, queries, lengths, window,
+                size.dim**-0.5, observation=observed, squared=window == 40,
             )  # fmt: skip
         agree(found, size.atol)
-        agree(Pair(*(x.nan_to_num(posinf=9.0) for x in levels)), 4 * size.atol)
+        agree(masses, 4 * size.atol)
 
 
 @case("expected_logits")
@@ -283,6 +283,17 @@ def _expected_attention(size: Size) -> None:
     square = queries.mT @ queries / size.dim**1.5
     for c in (square, None):
         found = both("expected_logits", mirror.pages, mirror.heads, linear, c)
+        agree(found, size.atol * float(found.host.abs().max()))
+
+
+@case("projected_norms")
+def _projected_norms(size: Size) -> None:
+    mirror = make_mirror(size, [[size.prompt + 40, 0, 2 * size.page], [size.page - 1, 64, 5]])
+    mirror.fork()
+    heads_, dim = mirror.counts.shape[1] * size.group, size.dim_v
+    weight = size.randn(150, heads_, dim, seed=2).permute(1, 2, 0)
+    for w in (weight, weight.contiguous()[..., :130]):
+        found = both("projected_norms", mirror.pages, mirror.heads, w)
         agree(found, size.atol * float(found.host.abs().max()))
 
 
