@@ -138,23 +138,25 @@ def _leverage(
     parts = [slice(n, min(n + size, count)) for n in range(0, count, size)]
     one = torch.eye(dim, dtype=own.dtype, device=own.device).expand(kv_heads, group, dim, dim)
     gram = one.clone(memory_format=torch.contiguous_format).flatten(1, 2)  # [Hkv, G * Dv, Dv]
-    weighs = [torch.where(x > 0, x + epsilon, 0)[:, :, None] for x in (far, near)]
-    _add_outer(gram, weighs[1], own)
+    held, recent = (torch.where(x > 0, x + epsilon, 0).mT.contiguous() for x in (far, near))
+    for weights, part in zip(recent.split(size, 1), own.split(size, 1), strict=True):
+        _add_outer(gram, weights, part)
     for part in parts:
-        _add_outer(gram, weighs[0][..., part], values(part).double())
+        _add_outer(gram, held[:, part], values(part).double())
     # A sum of 1 and products of values with themselves has a factor: no look at what went wrong.
     factor = torch.linalg.cholesky_ex(gram.view_as(one)).L
     inverse = torch.linalg.solve_triangular(factor, one, upper=False).flatten(1, 2)
     norms = torch.empty_like(far)
     for part in parts:
         solved = (inverse @ values(part).double().mT).unflatten(1, (group, dim))
-        torch.linalg.vector_norm(solved, dim=2, out=norms[..., part])
+        norms[..., part] = torch.linalg.vector_norm(solved, dim=2)
     return norms.square_().mul_(far).mean(1)
 
 
 def _add_outer(gram: Tensor, weights: Tensor, values: Tensor) -> None:
     """Adds sums of w v v' to `gram` `[Hkv, G * Dv, Dv]`.
 
-    Of weights `[Hkv, G, 1, n]` and values `[Hkv, n, Dv]`.
+    Of weights `[Hkv, n, G]` and values `[Hkv, n, Dv]`.
     """
-    gram.baddbmm_((values.mT[:, None] * weights).flatten(1, 2), values)
+    weighed = (weights[..., None] * values[:, :, None]).flatten(2)  # [Hkv, n, G * Dv]
+    gram.baddbmm_(weighed.mT, values)

@@ -127,10 +127,7 @@ class ExpectedAttention(Eviction):
             weights = both.softmax(-1)[..., :used].nan_to_num(0.0).mean(1)
             if self.epsilon and norms is not None:
                 weights += self.epsilon
-            if norms is None:
-                found[row, :, :used] = weights
-            else:
-                torch.mul(weights, norms[row, :, :used], out=found[row, :, :used])
+            found[row, :, :used] = weights if norms is None else weights * norms[row, :, :used]
         return found.masked_fill_(first, FIRST)
 
 

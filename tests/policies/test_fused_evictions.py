@@ -160,3 +160,13 @@ def test_views_say_which_slots_are_used(rows):
     assert view.used == attrs.evolve(view, used=None).used == wanted and wanted[0] > 4
     view = view._replace(valid=view.valid & (view.positions < 3))
     assert view.used == view.valid.sum(-1).amax(1).tolist() != wanted
+
+
+def test_once_a_round_means_once_for_the_same_lengths():
+    _, state, _ = filled(KeepAll(), "reference", tokens=20)
+    shared = {}
+    first, second = (scoring.view(state, layer, 20, shared) for layer in state.layers)
+    assert first.once("what", lambda: 1) == second.once("what", lambda: 2) == 1
+    assert second.once("else", lambda: 2) == 2
+    assert first._replace(lengths=first.lengths + 1).once("what", lambda: 3) == 3
+    assert scoring.view(state, state.layers[0], 20).once("what", lambda: 4) == 4
