@@ -18,6 +18,7 @@ from .cache import KVPolicyCache
 from .columns import check_stored
 from .decode_loop import decode_loop
 from .kept_logits import check_generated
+from .lengths import new_tokens
 from .masks import check_mask
 from .modes import ordinary
 from .own_steps import check_put_aside, check_sample, drops_positions, own_method, takes_cache
@@ -104,7 +105,7 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
         )
     if assisted and width < columns:
         shorten_mask(kwargs, width, columns)
-    tokens = _new_tokens(config, width)
+    tokens = new_tokens(config, kwargs, width)
     if not assisted:  # whose loop says itself how many columns it wants
         check_generated(config, kwargs, batch, copies, columns - cache.columns, tokens > 1)
     last = columns + tokens - (not assisted)
@@ -164,13 +165,6 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
         cache.reset()
         attachment.idle[cache.state.batch] = cache
     return output
-
-
-def _new_tokens(config: GenerationConfig, width: int) -> int:
-    """The most that a call may generate; transformers' default is 20."""
-    if config.max_new_tokens is not None:
-        return int(config.max_new_tokens)
-    return max(int(config.max_length or 0) - width, 0) or 20
 
 
 def _check_ids(kwargs: dict[str, Any], main: str) -> None:
