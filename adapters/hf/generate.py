@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from transformers.generation import GenerationConfig, GenerationMixin, Generatio
 
 from ..._arguments import check_ids
 from ...errors import PhaseError, UnsupportedError
-from .arguments import by_name, by_position, check_ahead, check_generate
+from .arguments import as_given, by_name, by_position, check_ahead, check_generate, methods
 from .attached import Attached
 from .cache import KVPolicyCache
 from .columns import check_stored
@@ -26,9 +27,9 @@ from .planned import OWN_LOOP, Planned, check_hands_on
 from .tiles import refuse_more, whole_chunks
 from .tokens import inferred_mask, use_mask, use_tokenizer
 from .uncut import shorten_mask
-from .wrappers import soft_prompt
+from .wrappers import soft_prompt, unwrapped
 
-_NAMES = by_position(inspect.signature(GenerationMixin.generate).parameters)
+_NAMES = by_position([GenerationMixin.generate])[1:]
 
 
 def generate(attachment: Attached, *args: Any, **kwargs: Any) -> Any:
@@ -43,17 +44,29 @@ def generate(attachment: Attached, *args: Any, **kwargs: Any) -> Any:
             "attach(model, pipeline), or call the model's own. A copy.copy that was made of an "
             "attached model keeps it: copy before attaching"
         )
-    return run(attachment, _named(attachment, args, kwargs))
+    places = _places(attachment) if args else []
+    kwargs = by_name("generate", places, args, kwargs)
+    return run(attachment, kwargs, places=places[: len(args)])
 
 
 @ordinary
-def run(attachment: Attached, kwargs: dict[str, Any], question: str | None = None) -> Any:
-    """Generates after a prompt, or after a question about what the given cache holds."""
+def run(
+    attachment: Attached,
+    kwargs: dict[str, Any],
+    question: str | None = None,
+    places: Sequence[str] = (),
+) -> Any:
+    """Generates after a prompt, or after a question about what the given cache holds.
+
+    The arguments of the names `places` go on by position.
+    """
     with attachment.forwards.holding():
-        return _run(attachment, kwargs, question)
+        return _run(attachment, kwargs, question, places)
 
 
-def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> Any:
+def _run(
+    attachment: Attached, kwargs: dict[str, Any], question: str | None, places: Sequence[str]
+) -> Any:
     _check_ids(kwargs, getattr(attachment.base, "main_input_name", "input_ids"))
     config = merged_config(attachment, kwargs)
     check_mask(kwargs.get("attention_mask"))
@@ -143,7 +156,8 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
     forwards.guided = config.guidance_scale not in (None, 1)
     try:
         with attachment.ranks.one_seed(device) if draws else contextlib.nullcontext():
-            output = attachment.original(**kwargs)
+            positional = as_given(places, len(places), kwargs)
+            output = attachment.original(*positional, **kwargs)
     except BaseException as error:
         if cache.columns == seen:  # nothing was read
             cache.phase, cache.boundary = phase
@@ -219,17 +233,11 @@ def merged_config(attachment: Attached, kwargs: dict[str, Any]) -> GenerationCon
     return config
 
 
-def _named(attachment: Attached, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of generate by their names."""
-    for kind in type(attachment.base).__mro__:  # the first that names them, not `*args` alone
-        found = vars(kind).get("generate")
-        own = {} if found is None else inspect.signature(found).parameters
-        names = by_position(own)
-        if names or not args:
-            break
-    else:  # a wrapper that names none is in the place of transformers' own
-        names = _NAMES
-    return by_name("generate", names, args, kwargs)
+def _places(attachment: Attached) -> list[str]:
+    """The names of generate's arguments by position, through wrappers that hand `*args` on."""
+    holders = (unwrapped(attachment.model), attachment.base)
+    found = (method for holder in holders for method in methods(holder, "generate"))
+    return by_position(itertools.chain([attachment.original], found), _NAMES)
 
 
 def _inputs(kwargs: dict[str, Any]) -> list[Any]:
