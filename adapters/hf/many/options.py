@@ -115,7 +115,7 @@ def _options_of(
     most = _most(config, len(ids))
     config.max_length = len(ids) + most
     base._prepare_special_tokens(config, True, device=device)
-    stops = stop(config.stop_strings) if config.stop_strings else None
+    stops = None if config.stop_strings is None else stop(config.stop_strings)
     return Options(
         ids=ids,
         most=most,
