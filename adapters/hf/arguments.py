@@ -153,13 +153,21 @@ def check_config(config: Any) -> None:
 
 def kinds_of(config: Any) -> dict[str, Any]:
     """What of a config decides which tokens layers keep and see."""
-    return {name: copy.copy(getattr(config, name, None)) for name in KINDS}
+    return {name: copy.copy(_said(config, name)) for name in KINDS}
+
+
+def _said(config: Any, name: str) -> Any:
+    """A config's value, or those of its layers where it says that they differ."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers' refusal to say one of several
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
 
 
 def check_kinds(config: Any, attached: dict[str, Any]) -> None:
     """Raises UnsupportedError if a config no longer says what it did at `attach`."""
     for name, value in attached.items():
-        if getattr(config, name, None) != value:
+        if _said(config, name) != value:
             raise UnsupportedError(
                 f"config.{name}: it has changed since attach, and layers keep what it said then; "
                 "detach, change it, attach again"
