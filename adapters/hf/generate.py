@@ -26,7 +26,7 @@ from .own_steps import check_put_aside, check_sample, drops_positions, own_metho
 from .planned import OWN_LOOP, Planned, check_hands_on
 from .tiles import refuse_more, whole_chunks
 from .tokens import inferred_mask, use_mask, use_tokenizer
-from .uncut import shorten_mask
+from .uncut import check_routed, shorten_mask
 from .wrappers import soft_prompt, unwrapped
 
 _NAMES = by_position([GenerationMixin.generate])[1:]
@@ -111,6 +111,10 @@ def _run(
     _check_mask(cache, kwargs.get("attention_mask"), batch, copies, width, columns)
     _check_last(inferred_mask(kwargs, config), " (pad_token_id says so, where no mask is given)")
     assisted = mode == GenerationMode.ASSISTED_GENERATION  # whose candidates may go further
+    if assisted:
+        mask = kwargs.get("attention_mask")
+        mask = inferred_mask(kwargs, config) if mask is None else mask
+        check_routed(attachment.decoder.config, kwargs, mask)
     if assisted and width == columns > cache.columns > 0:
         raise UnsupportedError(
             "past_key_values: assisted decoding reads all its ids, in transformers too, those that "
