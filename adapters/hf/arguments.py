@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from transformers.generation import GenerationConfig, GenerationMode
@@ -153,13 +153,21 @@ def check_config(config: Any) -> None:
 
 def kinds_of(config: Any) -> dict[str, Any]:
     """What of a config decides which tokens layers keep and see."""
-    return {name: copy.copy(getattr(config, name, None)) for name in KINDS}
+    return {name: copy.copy(_said(config, name)) for name in KINDS}
+
+
+def _said(config: Any, name: str) -> Any:
+    """A config's value, or those of its layers where it says that they differ."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers' refusal to say one of several
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
 
 
 def check_kinds(config: Any, attached: dict[str, Any]) -> None:
     """Raises UnsupportedError if a config no longer says what it did at `attach`."""
     for name, value in attached.items():
-        if getattr(config, name, None) != value:
+        if _said(config, name) != value:
             raise UnsupportedError(
                 f"config.{name}: it has changed since attach, and layers keep what it said then; "
                 "detach, change it, attach again"
@@ -222,10 +230,28 @@ def _check_scores(kwargs: dict[str, Any], *more: str) -> None:
             raise UnsupportedError(f"{name}: this model's attention scores are not served")
 
 
-def by_position(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
-    """The parameters that may be given by position, after `self`."""
+def by_position(functions: Iterable[Callable[..., Any]], last: Sequence[str] = ()) -> list[str]:
+    """Names of a call's arguments by position, which each function's `*args` hands to the next.
+
+    The functions are as they are called, without `self`; `last` names those of one after them.
+    """
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [name for name, x in parameters.items() if x.kind in kinds][1:]
+    names: list[str] = []
+    for function in functions:
+        found = inspect.signature(function).parameters.values()
+        names += [x.name for x in found if x.kind in kinds][len(names) :]
+        if not any(x.kind is x.VAR_POSITIONAL for x in found):
+            return names
+    return [*names, *last[len(names) :]]
+
+
+def methods(holder: Any, name: str) -> Iterator[Callable[..., Any]]:
+    """What an object's method `name` may call by `super()`, itself first."""
+    if name in vars(holder):
+        yield vars(holder)[name]
+    for kind in type(holder).__mro__:
+        if name in vars(kind):
+            yield vars(kind)[name].__get__(holder, kind)
 
 
 def by_name(
@@ -240,3 +266,11 @@ def by_name(
     if twice:
         raise TypeError(f"{call}: got {twice[0]} both by position and by name; give it once")
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def as_given(places: Sequence[str], args: int, kwargs: dict[str, Any]) -> list[Any]:
+    """Takes the first `args` arguments out of `kwargs` again, for who looks at them by position.
+
+    One that was taken away is None.
+    """
+    return [kwargs.pop(name, None) for name in places[:args]]

@@ -93,6 +93,7 @@ class Attachment:
         self.decoding = "not yet"  # how the last generate decoded, and why not captured
         self._given: Callable[..., Any] | None = None  # a `generate` of the model object's own
         self.names = ConfigNames(self.base, self.decoder, self.layers)
+        self.names.check_replaced()
         self.compiled: CompiledLayers | None = None
         self._last: Report | None = None
         self.changes = Changes()

@@ -158,6 +158,11 @@ class KVPolicyCache(Cache):
             if query_pre is not None:
                 wanted = "query_pre" in self.needs
                 query_pre = self._own(query_pre, "query_pre") if wanted else None
+            if state.call is not None and layer in state.call.done:
+                raise UnsupportedError(
+                    f"layers: [{layer}] of the attached model ran twice in this forward: one was "
+                    "put in another's place; detach, change the model, attach again"
+                )
             out = self.layout.attend(pipeline, state, layer, q, k, v, pre, query_pre, hidden, sinks)
             handle.wrote = True
         if out.dtype != query.dtype or out.device != query.device:

@@ -20,12 +20,13 @@ from .compile import PLACE
 from .own_steps import OwnSteps
 from .wrappers import takes_positions
 
+AHEAD = 1 << 16  # tokens that buffers are made for at most before they come
 WARM_UP = 2  # eager steps before capture: kernels compile, workspaces are allocated
 _ONE = threading.Lock()  # of captures in this process
 
 
 def why_not(
-    model: Any, cache: KVPolicyCache, records: Collection[str] = (), room: int = 0
+    model: Any, cache: KVPolicyCache, records: Collection[str] = (), room: float = 0
 ) -> str | None:
     """Why decoding cannot be captured, or None if it can; `records` is what `forward` shall hand
     on beside logits, `room` how many tokens are decoded.
@@ -150,6 +151,7 @@ class Stepper:
 
     `cache.decoding` says which: "captured", or "eager" with the reason. `records` names what
     `output`, the last step's, holds beside logits; `own` prepares steps that the model itself must.
+    `room` is how many tokens come, infinite where nobody knows; beyond AHEAD, `make_room` in time.
     """
 
     def __init__(
@@ -157,7 +159,7 @@ class Stepper:
         model: Any,
         cache: KVPolicyCache,
         position: Tensor,
-        room: int,
+        room: float,
         records: Mapping[str, Any] = MappingProxyType({}),
         own: OwnSteps | None = None,
     ) -> None:
@@ -173,8 +175,15 @@ class Stepper:
         self._agree()
         self.captured = self.reason is None
         cache.decoding = "captured" if self.captured else f"eager: {self.reason}"
-        state.widen(max(state.lengths) + room)
-        self.eager_steps, self.room = 0, room
+        self.eager_steps = 0
+        self.make_room(room)
+
+    def make_room(self, tokens: float) -> None:
+        """Page tables for as many more `tokens` as `room` says then; all ranks call it together."""
+        state = self.cache.state
+        assert state is not None
+        self.room = int(min(tokens, AHEAD))
+        state.widen(max(state.lengths) + self.room)
         self.looked = True  # at the device, as all ranks do at the same steps
 
     def _agree(self) -> None:

@@ -9,9 +9,12 @@ from typing import Any
 
 from torch import nn
 from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...errors import UnsupportedError
 from .faces import NAME
+from .rule.probe import library
 from .rule.untouched import name_alone
 
 # Those in force; their attachments keep them alive.
@@ -45,6 +48,26 @@ class ConfigNames:
         for module in self.base.modules():
             if module not in inside and id(getattr(module, "config", None)) in self.before:
                 _OUTSIDE[module] = weakref.ref(self)
+
+    def check_replaced(self) -> None:
+        """Raises UnsupportedError for attention or masks in whose place ours would not be the same.
+
+        Those of transformers all mean what the layers' kinds say; others may mean anything.
+        """
+        for config in self._found():
+            name = self._named_before(config)
+            kinds = (
+                ("attention", ALL_ATTENTION_FUNCTIONS),
+                ("masks", ALL_MASK_ATTENTION_FUNCTIONS),
+            )
+            for what, functions in kinds:
+                function = functions.get((name or "").removeprefix("paged|"))
+                if function is not None and library(function) != "transformers":
+                    raise UnsupportedError(
+                        f"attn_implementation: {name!r} names {what} that transformers did not "
+                        "define, in whose place the pipeline's would run; where it means the "
+                        "same, call set_attn_implementation('sdpa') before attach"
+                    )
 
     def take_back(self) -> None:
         """Names what was named before, where no other attachment holds the config."""

@@ -12,6 +12,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from ...errors import UnsupportedError
 from .cache import KVPolicyCache
 from .capture import Stepper
+from .lengths import ends_at
 from .lockstep import Lockstep
 from .own_steps import OwnSteps, aside, check_kept, why_own
 
@@ -62,11 +63,12 @@ def decode_loop(
         cache.end_prompt()
     logits, recorded = output.logits, {name: [getattr(output, name)] for name in records}
     batch, prompt = input_ids.shape
-    room = max(config.max_length - prompt, 1)
+    end = ends_at(stopping_criteria)
+    room = max(end - prompt, 1)
     position = _next_position(model_kwargs, cache, input_ids.device)
     own = OwnSteps(model, cache, model_kwargs, output, reason) if reason else None
     stepper = Stepper(model, cache, position, room, records, own)
-    ids = torch.zeros(batch, prompt + room + 1, dtype=torch.long, device=input_ids.device)
+    ids = torch.zeros(batch, prompt + stepper.room + 1, dtype=torch.long, device=input_ids.device)
     ids[:, :prompt] = input_ids
     unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
     # As in transformers, rows that another criterion than an EOS token stopped go on with the rest.
@@ -122,8 +124,11 @@ def decode_loop(
                 ids[:, length] = token
             length += 1
             stopped = late.stopped(alive, token if cache.ranks.many else chosen, wrong)
-            if stopped or length == ids.shape[1] - 1:
+            if stopped or length >= end:
                 break
+            if length == ids.shape[1] - 1:
+                stepper.make_room(end - length)
+                ids = torch.cat([ids, ids.new_zeros(batch, stepper.room)], 1)
             # A row is active for the token that it sampled before it ended; none when all ended.
             logits = stepper.step(
                 token, (unfinished if ends else going) & alive.any(), ids[:, :length]

@@ -18,7 +18,7 @@ from transformers import Cache
 
 from ...errors import PhaseError, UnsupportedError
 from ...pipeline import CachePipeline
-from .arguments import by_name, by_position, check_forward, check_kinds
+from .arguments import as_given, by_name, by_position, check_forward, check_kinds, methods
 from .attached import Attached
 from .cache import KVPolicyCache
 from .compile import check_forward as check_compiled
@@ -42,8 +42,8 @@ class Forwards:
 
     def __init__(self, decoder: nn.Module, ranks: Ranks) -> None:
         self.ranks = ranks
-        parameters = inspect.signature(type(decoder).forward).parameters
-        self.names, self.places = list(parameters)[1:], by_position(parameters)
+        self.names = list(inspect.signature(type(decoder).forward).parameters)[1:]
+        self.places = by_position(methods(decoder, "forward"))
         self.lock = threading.Lock()  # of owner
         self.owner: threading.Thread | None = None
         self.held = False  # by a generate in progress
@@ -112,7 +112,8 @@ class Forwards:
         try:
             kwargs = by_name("forward", self.places, args, kwargs)
             with self.ranks.together(functools.partial(self.ranks.key, kwargs)):
-                return (), self._open(attachment, kwargs)
+                kwargs = self._open(attachment, kwargs)
+                return tuple(as_given(self.places, len(args), kwargs)), kwargs
         except BaseException:
             self.take_back()
             closed()

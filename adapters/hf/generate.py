@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,22 +13,23 @@ from transformers.generation import GenerationConfig, GenerationMixin, Generatio
 
 from ..._arguments import check_ids
 from ...errors import PhaseError, UnsupportedError
-from .arguments import by_name, by_position, check_ahead, check_generate
+from .arguments import as_given, by_name, by_position, check_ahead, check_generate, methods
 from .attached import Attached
 from .cache import KVPolicyCache
 from .columns import check_stored
 from .decode_loop import decode_loop
 from .kept_logits import check_generated
+from .lengths import new_tokens
 from .masks import check_mask
 from .modes import ordinary
 from .own_steps import check_put_aside, check_sample, drops_positions, own_method, takes_cache
 from .planned import OWN_LOOP, Planned, check_hands_on
 from .tiles import refuse_more, whole_chunks
 from .tokens import inferred_mask, use_mask, use_tokenizer
-from .uncut import shorten_mask
-from .wrappers import soft_prompt
+from .uncut import check_routed, shorten_mask
+from .wrappers import soft_prompt, unwrapped
 
-_NAMES = by_position(inspect.signature(GenerationMixin.generate).parameters)
+_NAMES = by_position([GenerationMixin.generate])[1:]
 
 
 def generate(attachment: Attached, *args: Any, **kwargs: Any) -> Any:
@@ -42,17 +44,29 @@ def generate(attachment: Attached, *args: Any, **kwargs: Any) -> Any:
             "attach(model, pipeline), or call the model's own. A copy.copy that was made of an "
             "attached model keeps it: copy before attaching"
         )
-    return run(attachment, _named(attachment, args, kwargs))
+    places = _places(attachment) if args else []
+    kwargs = by_name("generate", places, args, kwargs)
+    return run(attachment, kwargs, places=places[: len(args)])
 
 
 @ordinary
-def run(attachment: Attached, kwargs: dict[str, Any], question: str | None = None) -> Any:
-    """Generates after a prompt, or after a question about what the given cache holds."""
+def run(
+    attachment: Attached,
+    kwargs: dict[str, Any],
+    question: str | None = None,
+    places: Sequence[str] = (),
+) -> Any:
+    """Generates after a prompt, or after a question about what the given cache holds.
+
+    The arguments of the names `places` go on by position.
+    """
     with attachment.forwards.holding():
-        return _run(attachment, kwargs, question)
+        return _run(attachment, kwargs, question, places)
 
 
-def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> Any:
+def _run(
+    attachment: Attached, kwargs: dict[str, Any], question: str | None, places: Sequence[str]
+) -> Any:
     _check_ids(kwargs, getattr(attachment.base, "main_input_name", "input_ids"))
     config = merged_config(attachment, kwargs)
     check_mask(kwargs.get("attention_mask"))
@@ -97,6 +111,10 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
     _check_mask(cache, kwargs.get("attention_mask"), batch, copies, width, columns)
     _check_last(inferred_mask(kwargs, config), " (pad_token_id says so, where no mask is given)")
     assisted = mode == GenerationMode.ASSISTED_GENERATION  # whose candidates may go further
+    if assisted:
+        mask = kwargs.get("attention_mask")
+        mask = inferred_mask(kwargs, config) if mask is None else mask
+        check_routed(attachment.decoder.config, kwargs, mask)
     if assisted and width == columns > cache.columns > 0:
         raise UnsupportedError(
             "past_key_values: assisted decoding reads all its ids, in transformers too, those that "
@@ -104,7 +122,7 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
         )
     if assisted and width < columns:
         shorten_mask(kwargs, width, columns)
-    tokens = _new_tokens(config, width)
+    tokens = new_tokens(config, kwargs, width)
     if not assisted:  # whose loop says itself how many columns it wants
         check_generated(config, kwargs, batch, copies, columns - cache.columns, tokens > 1)
     last = columns + tokens - (not assisted)
@@ -142,7 +160,8 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
     forwards.guided = config.guidance_scale not in (None, 1)
     try:
         with attachment.ranks.one_seed(device) if draws else contextlib.nullcontext():
-            output = attachment.original(**kwargs)
+            positional = as_given(places, len(places), kwargs)
+            output = attachment.original(*positional, **kwargs)
     except BaseException as error:
         if cache.columns == seen:  # nothing was read
             cache.phase, cache.boundary = phase
@@ -164,13 +183,6 @@ def _run(attachment: Attached, kwargs: dict[str, Any], question: str | None) -> 
         cache.reset()
         attachment.idle[cache.state.batch] = cache
     return output
-
-
-def _new_tokens(config: GenerationConfig, width: int) -> int:
-    """The most that a call may generate; transformers' default is 20."""
-    if config.max_new_tokens is not None:
-        return int(config.max_new_tokens)
-    return max(int(config.max_length or 0) - width, 0) or 20
 
 
 def _check_ids(kwargs: dict[str, Any], main: str) -> None:
@@ -225,17 +237,11 @@ def merged_config(attachment: Attached, kwargs: dict[str, Any]) -> GenerationCon
     return config
 
 
-def _named(attachment: Attached, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of generate by their names."""
-    for kind in type(attachment.base).__mro__:  # the first that names them, not `*args` alone
-        found = vars(kind).get("generate")
-        own = {} if found is None else inspect.signature(found).parameters
-        names = by_position(own)
-        if names or not args:
-            break
-    else:  # a wrapper that names none is in the place of transformers' own
-        names = _NAMES
-    return by_name("generate", names, args, kwargs)
+def _places(attachment: Attached) -> list[str]:
+    """The names of generate's arguments by position, through wrappers that hand `*args` on."""
+    holders = (unwrapped(attachment.model), attachment.base)
+    found = (method for holder in holders for method in methods(holder, "generate"))
+    return by_position(itertools.chain([attachment.original], found), _NAMES)
 
 
 def _inputs(kwargs: dict[str, Any]) -> list[Any]:

@@ -161,7 +161,7 @@ def drops_positions(model: Any) -> bool:
     return inputs.get("position_ids") is None
 
 
-def check_put_aside(model: Any, most: int | None, before: int, prompt: int, last: int) -> None:
+def check_put_aside(model: Any, most: int | None, before: int, prompt: int, last: float) -> None:
     """Raises UnsupportedError if a call crosses `put_aside_at`, which is `most`.
 
     The cache has seen `before` columns, `prompt` with the prompt's, and will have seen `last`.

@@ -20,10 +20,11 @@ def use_tokenizer(attachment: Attached, kwargs: dict[str, Any], config: Any) -> 
     """
     tokenizer = kwargs.pop("tokenizer", None)
     kwargs.pop("assistant_tokenizer", None)
-    for name in ("stop_strings", "token_healing"):
-        if getattr(config, name) and tokenizer is None:
+    stops = config.stop_strings is not None  # an empty one stops at once
+    for name, asked in (("stop_strings", stops), ("token_healing", config.token_healing)):
+        if asked and tokenizer is None:
             raise ValueError(f"tokenizer: {name} needs the model's tokenizer, got None")
-    if config.stop_strings:
+    if stops:
         stop = StopStringCriteria(tokenizer=tokenizer, stop_strings=config.stop_strings)
         given = kwargs.get("stopping_criteria") or []
         kwargs["stopping_criteria"] = StoppingCriteriaList([*given, stop])

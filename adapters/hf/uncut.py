@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationMixin
 from transformers.generation import GenerationConfig, GenerationMode
 
@@ -47,6 +48,21 @@ def check_uncut(
         raise UnsupportedError(
             "attention_mask: beside inputs_embeds assisted generation cuts it to the ids generated "
             "so far; give one row without padding, which newer versions of transformers serve"
+        )
+
+
+def check_routed(config: Any, kwargs: dict[str, Any], mask: Tensor | None) -> None:
+    """Raises UnsupportedError for router logits of candidates beside a `mask` that hides some.
+
+    The loss that comes with them wants a mask of a whole forward; the first one is run as two.
+    """
+    asked = kwargs.get("output_router_logits")
+    if asked is None:
+        asked = getattr(config, "output_router_logits", False)
+    if asked and mask is not None and not bool(mask.all()):
+        raise UnsupportedError(
+            "output_router_logits: not in assisted generation beside a mask that hides columns, "
+            "which their loss would have to match; leave it out, or pass a row without padding"
         )
 
 

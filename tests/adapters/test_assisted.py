@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from kvpolicy import CachePipeline, SnapKV, UnsupportedError
 from kvpolicy.adapters.hf import attach
+from kvpolicy.adapters.hf.rule.tiny import tiny_model
 from tests.support.adapters.dense import Dense, follow
 from tests.support.adapters.faults import Break, Fault, Refusing, digest
 from tests.support.adapters.models import SIZES, pipelines, prompt, tiny
@@ -217,3 +218,26 @@ def test_ids_that_the_cache_has_seen(llama):
             return
         out = llama.generate(ids[:, 20:], past_key_values=cache, **rest)
     assert torch.equal(out[:, -6:], plain[:, -6:])
+
+
+def test_router_logits_beside_padding():
+    """Their loss wants a mask of the whole forward, which is run as two."""
+    model = tiny_model("mixtral")
+    ids, mask = torch.arange(20, 32)[None], torch.tensor([[0, 0] + [1] * 10])
+    options = {
+        "max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0,
+        "prompt_lookup_num_tokens": 3,
+    }  # fmt: skip
+    for more in ({"output_router_logits": True}, {"attention_mask": mask}):
+        plain = model.generate(ids, **more, **options)
+        with attach(model, CachePipeline()):
+            assert torch.equal(model.generate(ids, **more, **options), plain)
+    routed = {"output_router_logits": True, "attention_mask": mask}
+    with attach(model, CachePipeline()) as attached:
+        cache = attached.new_cache()
+        with pytest.raises(UnsupportedError, match=r"^output_router_logits: not in assisted"):
+            model.generate(ids, past_key_values=cache, **routed, **options)
+        assert cache.state is None
+        model.config.output_router_logits = True
+        with pytest.raises(UnsupportedError, match=r"^output_router_logits: not in assisted"):
+            model.generate(ids, attention_mask=mask, **options)

@@ -25,6 +25,14 @@ def drop(model):
     del model.model.layers[1]
 
 
+def repeat(model):
+    model.model.layers[1] = model.model.layers[0]
+
+
+def repeat_attention(model):
+    model.model.layers[1].self_attn = model.model.layers[0].self_attn
+
+
 def keys_for_values(model):
     attention = model.model.layers[0].self_attn
     update = type(attention).forward
@@ -45,6 +53,8 @@ def keys_for_values(model):
     [
         (skip, r"layers: \[1\] of the attached model did not run"),
         (drop, r"layers: \[1\] of the attached model did not run"),
+        (repeat, r"^layers: \[0\] of the attached model ran twice"),
+        (repeat_attention, r"^layers: \[0\] of the attached model ran twice"),
         (keys_for_values, "value: a layer attends to other values"),
         (lambda x: x.set_attn_implementation("eager"), "attn_implementation: set to 'eager'"),
         (lambda x: x.set_attn_implementation("sdpa"), "attn_implementation: set to 'sdpa'"),

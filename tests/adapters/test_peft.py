@@ -169,3 +169,26 @@ def test_ready_keys_and_values_are_refused():
         model.active_adapter = "prefix"
         with pytest.raises(UnsupportedError, match="^peft_type PREFIX_TUNING"):
             model.generate(**prompt([9]), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("by_position", [False, True])
+def test_an_adapter_that_looks_for_its_tokens_among_the_ids(by_position):
+    """aLoRA, which finds ids by position or by the name input_ids."""
+    config = peft.LoraConfig(
+        r=4, target_modules=TARGETS, alora_invocation_tokens=[9, 8], task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )  # fmt: skip
+    torch.manual_seed(5)
+    model = peft.get_peft_model(tiny(), config).eval()
+    ids = torch.tensor([[30, 31, 32, 33, 34, 9, 8, 40, 41, 42]])
+
+    def run():
+        args, named = ((ids,), {}) if by_position else ((), {"input_ids": ids})
+        out = model.generate(*args, **named, max_new_tokens=6, eos_token_id=None, **GREEDY)
+        return torch.cat(out.logits)
+
+    plain = run()
+    with model.disable_adapter():
+        assert not torch.allclose(run(), plain, atol=1e-2)
+    with attach(model, CachePipeline(window=5), **SIZES):
+        assert torch.allclose(run(), plain, atol=1e-4)

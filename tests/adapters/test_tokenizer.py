@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from kvpolicy import CachePipeline
-from kvpolicy.adapters.hf import attach
+from kvpolicy.adapters.hf import Request, attach
 from tests.support.adapters.models import pipelines, prompt, tiny
 from tests.support.adapters.tokenizers import letters
 
@@ -110,3 +110,24 @@ def test_assistant_of_another_vocabulary(llama, tokenizer):
     plain = llama.generate(ids, **given)
     with attach(llama, PIPELINE):
         assert torch.equal(plain, llama.generate(ids, **given))
+
+
+@pytest.mark.parametrize("stops", ["", [""]])
+@pytest.mark.parametrize("where", ["call", "generation_config", "model"])
+def test_an_empty_stop_string(llama, tokenizer, stops, where, monkeypatch):
+    """It stops after the first token, in transformers too."""
+    options = {"tokenizer": tokenizer, "max_new_tokens": 6, "do_sample": False}
+    config = transformers.GenerationConfig(stop_strings=stops, pad_token_id=0)
+    if where == "model":
+        monkeypatch.setattr(llama.generation_config, "stop_strings", stops)
+    options |= {"call": {"stop_strings": stops}, "generation_config": {where: config}}.get(
+        where, {}
+    )
+    plain = llama.generate(**prompt([9]), **options)
+    assert plain.shape[1] == 10
+    with attach(llama, PIPELINE) as attached:
+        assert torch.equal(llama.generate(**prompt([9]), **options), plain)
+        ids = prompt([9])["input_ids"][0]
+        request = Request(ids, max_new_tokens=6, do_sample=False, stop_strings=stops)
+        (one,) = attached.generate_many([request], tokenizer=tokenizer)
+    assert one.tokens == plain[0, 9:].tolist()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, DynamicCache
+from transformers import AttentionInterface, BertConfig, BertModel, DynamicCache
 from typer.testing import CliRunner
 
 import kvpolicy
@@ -73,6 +73,16 @@ def twice() -> None:
     model = tiny_llama()
     with attach(model, SMALL):
         attach(model, SMALL)
+
+
+def of_its_own_attention() -> None:
+    model = tiny_llama()
+    AttentionInterface.register("own", lambda *args, **kwargs: None)
+    try:
+        model.config._attn_implementation = "own"
+        attach(model, SMALL)
+    finally:
+        del AttentionInterface._global_mapping["own"]
 
 
 def again() -> None:
@@ -166,6 +176,7 @@ RAISES: dict[str, Callable[[Path], object]] = {
     "past_key_values: the model is": lambda folder: detached(),
     "cache_implementation: ": lambda folder: generating(cache_implementation="static"),
     "use_cache=False: ": lambda folder: generating(use_cache=False),
+    "attn_implementation: ": lambda folder: of_its_own_attention(),
     "output_attentions: ": lambda folder: generating(
         output_attentions=True, return_dict_in_generate=True
     ),

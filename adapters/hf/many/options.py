@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from ....errors import UnsupportedError
 from ..arguments import check_generate
 from ..attached import Attached
 from ..generate import merged_config
+from ..lengths import whole
 from ..planned import OWN_LOOP
 from .requests import Request
 
@@ -113,7 +115,7 @@ def _options_of(
     most = _most(config, len(ids))
     config.max_length = len(ids) + most
     base._prepare_special_tokens(config, True, device=device)
-    stops = stop(config.stop_strings) if config.stop_strings else None
+    stops = None if config.stop_strings is None else stop(config.stop_strings)
     return Options(
         ids=ids,
         most=most,
@@ -180,13 +182,13 @@ def _check(config: GenerationConfig) -> None:
 def _most(config: GenerationConfig, prompt: int) -> int:
     """New tokens at most."""
     if config.max_new_tokens is not None:
-        most = int(config.max_new_tokens)
+        most = whole(config.max_new_tokens)
     elif config.max_length is None:
         return DEFAULT
     else:
-        most = int(config.max_length) - prompt
+        most = whole(config.max_length) - prompt
     if most < 1:
         raise ValueError(
             f"max_new_tokens: wanted one new token or more, got {most} after {prompt} of the prompt"
         )
-    return most
+    return int(min(most, sys.maxsize // 2))

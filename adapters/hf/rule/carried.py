@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .cut import cut_model, why_not_in_place
+from .runs import logits_of
 from .untouched import untouched
 
 HIDDEN = 3  # columns before the prompt
@@ -58,8 +59,7 @@ class Carried:
             out = self.model(**given, position_ids=places[None].to(ids.device))
         except TypeError:
             out = self.model(**given)
-        logits: Tensor = out.logits
-        return logits
+        return logits_of(out)
 
     def _alike(self, run: Any, whole: Tensor) -> bool:
         try:
@@ -111,8 +111,7 @@ def counts_from(model: Any, names: Iterable[str], tokens: Tensor) -> int | None:
 
     def logits(more: int) -> Tensor:
         cache = _Longer(wide.config, modules, more)
-        out: Tensor = wide(input_ids=tokens, past_key_values=cache, use_cache=True).logits
-        return out
+        return logits_of(wide(input_ids=tokens, past_key_values=cache, use_cache=True))
 
     with untouched(wide):
         plain = logits(0)

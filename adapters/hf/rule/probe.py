@@ -283,10 +283,10 @@ def _patched(model: Any) -> bool:
     Those of libraries, which shard and move what the class's takes and gives, do not count.
     """
     own = (vars(module).get("forward") for module in model.modules())
-    return any(forward is not None and _library(forward) not in _LIBRARIES for forward in own)
+    return any(forward is not None and library(forward) not in _LIBRARIES for forward in own)
 
 
-def _library(function: Any) -> str:
+def library(function: Any) -> str:
     """The package that a function is written in, whatever it wraps."""
     while isinstance(function, functools.partial):
         function = function.func

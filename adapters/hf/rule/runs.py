@@ -46,8 +46,14 @@ def forwards(run: Run, name: str, tokens: Tensor, cache: Any) -> list[Tensor]:
         for start, stop in cuts:
             run.begin(start)
             out = run.model(input_ids=tokens[:, start:stop], past_key_values=cache, use_cache=True)
-            logits = getattr(out, "logits", None)
-            found.append(out[0] if logits is None else logits)
+            found.append(logits_of(out))
+    return found
+
+
+def logits_of(out: Any) -> Tensor:
+    """A forward's logits, or the last hidden states of a model without a head."""
+    logits: Tensor | None = getattr(out, "logits", None)
+    found: Tensor = out[0] if logits is None else logits
     return found
 
 

@@ -193,3 +193,12 @@ def test_a_turn_after_rows_of_two_lengths_is_refused(model):
         cache.begin_prompt()
         with torch.no_grad(), pytest.raises(UnsupportedError, match="had ended"):
             model(input_ids=IDS[:, :3], past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", ["jamba", "lfm2"])
+@torch.no_grad()
+def test_a_decoder_without_its_head(name):
+    model, ids = tiny_model(name).model, torch.arange(2, 14)[None]
+    plain = model(ids).last_hidden_state
+    with attach(model, CachePipeline()):
+        assert torch.allclose(model(ids).last_hidden_state, plain, atol=1e-4)
