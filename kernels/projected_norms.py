@@ -74,11 +74,13 @@ def _projected_norms(
     v = v.to(weight.dtype.element_ty)
     total = tl.zeros([VALUES_], tl.float32)
     for g in range(GROUP):
-        own = weight + (head * GROUP + g) * weight_strides[0] + d[:, None] * weight_strides[1]
+        own = weight + (head * GROUP + g) * weight_strides[0]
+        own += d.to(tl.int64)[:, None] * weight_strides[1]
         for start in tl.range(0, hidden, COLUMNS, num_stages=STAGES):
             at = start + c
             mask = (d < DIM)[:, None] & (at < hidden)[None, :]
-            w = tl.load(own + at[None, :] * weight_strides[2], mask=mask, other=0.0)  # [D, C]
+            from_w = own + at.to(tl.int64)[None, :] * weight_strides[2]
+            w = tl.load(from_w, mask=mask, other=0.0)  # [D, C]
             product = dot(v, w, tl.zeros([VALUES_, COLUMNS], tl.float32))
             total += tl.sum(tl.abs(product), 1)
     tl.store(out, tl.where(there, total / GROUP, 0.0), mask=n < width)
