@@ -265,7 +265,7 @@ def _copy(
             row, _, _ = _masked_step(step, plan, rest)
         elif step < masked + inners:
             row = inner + (step - masked) * _KEYS
-            near = step >= masked
+            near = step >= masked  # true, of the type that the other branches have
         else:
             row = gl.load(whole + step - masked - inners)
         mbarrier.wait(k_free.index(stage), phase)

@@ -116,10 +116,8 @@ def query_stats(
     assert layer.query_ring is not None and layer.query_sums is not None
     assert layer.query_products is not None
     skip, means, covariances = layer.eviction.query_skip, [], []
-    shared, key = (
-        {} if shared is None else shared,
-        ("counted", layer.eviction.query_skip, layer.device),
-    )
+    shared = {} if shared is None else shared
+    key = "counted", layer.eviction.query_skip, layer.device
     for row, host in enumerate(state.sequences):
         total, product = layer.query_sums[row], layer.query_products[row]
         if not host.summed:

@@ -55,6 +55,21 @@ def test_bytes_by_hand(report: Report) -> None:
     assert report.summaries == 2 * 2 * 8 * 4  # least and largest key of each page
 
 
+def test_a_token_is_admitted_once() -> None:
+    """Rings still hold flags of tokens that have left the window, which pages count as well."""
+    pipeline = CachePipeline(window=6, backend="reference")
+    state = pipeline.init(attrs.evolve(SPEC, layers=3, sliding=()), 2)
+    for added in ([TOKENS, 4], [2, 3]):
+        pipeline.begin(state, added, "prompt")
+        for layer in range(3):
+            tokens = (torch.randn(heads, sum(added), 8) for heads in (4, 2, 2))
+            pipeline.attend(state, layer, *tokens)
+        pipeline.commit(state)
+    found = pipeline.report(state)
+    assert found.admitted == [[1.0, 1.0]] * 3
+    assert found.stored == found.read == [[(TOKENS + 2 + 7) / 2] * 2] * 3
+
+
 def test_a_report_of_all_ranks(report: Report) -> None:
     """Ranks have other heads of the same sequences."""
     same = {"sequences", "tokens", "overshoot"}

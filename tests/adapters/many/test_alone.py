@@ -8,6 +8,8 @@ import torch
 from kvpolicy import CachePipeline, CapacityError
 from kvpolicy.adapters.hf import Request, attach, generate_many
 from kvpolicy.adapters.hf.many.expected import Expected
+from kvpolicy.adapters.hf.many.prompts import read
+from kvpolicy.adapters.hf.many.room import Room
 from tests.support.adapters.many import alone, many, prompts
 from tests.support.adapters.models import SIZES, pipelines, tiny
 
@@ -25,6 +27,22 @@ def test_prompts_in_parts_beside_decoding(llama, name, slots, tokens):
             assert found[n].tokens == alone(llama, ids, most)
             assert found[n].reason == "length" and found[n].prompt_tokens == len(ids)
             assert found[n].held.tokens == len(ids) + most - 1
+
+
+def test_what_lanes_hold():
+    """All layers count, and of pages shared with a fork the full ones alone."""
+    model, window, lengths = tiny(layers=3), 5, (32, 14)
+    with attach(model, CachePipeline(window=window), **SIZES) as attached:
+        room = Room(attached, 2, SIZES)
+        parts = [(lane, list(range(1, n + 1)), 0, True) for lane, n in enumerate(lengths)]
+        read(model, room, parts)
+        heads = 3 * model.config.num_key_value_heads
+        for lane, n in enumerate(lengths):
+            full, more = divmod(n - window, SIZES["page_size"])
+            assert more and room.stored(lane) == heads * (n - window)
+            assert room.held(room.lane_state)[lane] == (heads * (full + 1),)
+            assert room.shared(room.lane_state)[lane] == (heads * full,)
+        room.close()
 
 
 def test_what_a_sequence_held(llama):
