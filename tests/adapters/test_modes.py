@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 
 import accelerate
 import attrs
@@ -13,12 +15,36 @@ import torch
 
 from kvpolicy import Admission, CachePipeline, UnsupportedError
 from kvpolicy.adapters.hf import attach
+from kvpolicy.adapters.hf.modes import ordinary
 from tests.support.adapters.faults import digest, snapshot
 from tests.support.adapters.models import SIZES, error, pipelines, prompt, tiny
 
 PIPELINE = CachePipeline(window=5)
 DICT = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 IDS = prompt([40])["input_ids"]
+
+
+def test_an_error_that_is_handed_on_goes_when_it_is_caught():
+    """A frame that holds it would be held by it, with the caches of all frames between."""
+
+    @ordinary
+    def hands_on(found):
+        try:
+            raise found
+        finally:
+            del found
+
+    gc.disable()
+    try:
+        for grad in (True, False):
+            found = type("Found", (ValueError,), {})("found")  # which may be referred to weakly
+            there = weakref.ref(found)
+            with pytest.raises(ValueError, match="found"), torch.set_grad_enabled(grad):
+                hands_on(found)
+            del found
+            assert there() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", ["striped", "snapkv", "all", "gate-quest-snapkv"])

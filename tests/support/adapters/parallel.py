@@ -6,6 +6,7 @@ A rank that waits for one that is gone is killed by the test, which then fails.
 from __future__ import annotations
 
 import gc
+import inspect
 import sys
 import warnings
 from pathlib import Path
@@ -134,14 +135,25 @@ def told(call):
     return "none", ""
 
 
-def holders():
-    """What holds the states of caches that nobody should hold any more, two steps back."""
-    said = []
-    for state in [x for x in gc.get_objects() if type(x) is CacheState]:
-        for first in gc.get_referrers(state):
-            owners = [type(x).__name__ for x in gc.get_referrers(first)]
-            said.append(f"{type(first).__name__} {str(first)[:120]!r} of {owners}")
-    return "; ".join(said)
+def holders(deep=9):
+    """What holds the states of caches that nobody should hold any more, step by step upwards."""
+    found, said = [x for x in gc.get_objects() if type(x) is CacheState], []
+    seen, own = {id(x) for x in found}, {id(inspect.currentframe()), id(found)}
+    for step in range(deep):
+        above = []
+        for x in found:
+            above += [y for y in gc.get_referrers(x) if id(y) not in seen | own and y is not above]
+            seen |= {id(y) for y in above}
+        own.add(id(above))
+        found = above
+        said.append(f"{step}: " + ", ".join(_named(x) for x in found[:12]))
+    return "\n".join(said)
+
+
+def _named(x):
+    frame = getattr(x, "f_code", None) and f" {x.f_code.co_qualname}:{x.f_lineno}"
+    inside = f" {[str(k)[:20] for k in x][:6]}" if isinstance(x, dict | list | tuple) else ""
+    return type(x).__name__ + (frame or inside or f" {getattr(x, '__qualname__', '')}")
 
 
 def failures(model, rank, folder):
@@ -159,12 +171,13 @@ def failures(model, rank, folder):
             gc.disable()  # what the call took is free as it ends
             raised = told(lambda: call(attached, cache))
             after = cache.columns, cache.state.lengths, cache.report().kv
+            held = holders() if before != after else ""
             gc.enable()
             object.__setattr__(pipeline.admission, "fails_at", None)
             cache.begin_prompt()
             model(tail[:, :1], past_key_values=cache)  # the ranks are still in step
             if before != after:
-                print(f"{name}: {before} became {after}; {holders()}", flush=True)
+                print(f"rank {rank}: {name}: {before} became {after}\n{held}", flush=True)
             found[name] = *raised, before == after
 
     def turn(attached, cache):
