@@ -32,6 +32,7 @@ from .many.serve import serve
 from .models import AttentionLayer, check_here, check_pre_query, check_pre_rope, served
 from .modes import check_transforms
 from .own_steps import put_aside_at
+from .piecewise import Piecewise
 from .planned import CHECKED, guarded
 from .pooled import check_pooled
 from .replay import replay
@@ -48,8 +49,8 @@ class Attachment:
     """A pipeline on a model, made by `attach`; a context manager that detaches on exit.
 
     Sets the names of the attention and mask functions in the decoder's config, forward hooks, one
-    instance attribute, `generate`, and with `compile` what calling a layer runs and where its
-    attention finds the cache; `detach` takes exactly these back.
+    instance attribute, `generate`, and with `compile` what calling a layer runs, where its
+    attention finds the cache, and the decoder's `forward`; `detach` takes exactly these back.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Attachment:
         self.names = ConfigNames(self.base, self.decoder, self.layers)
         self.names.check_replaced()
         self.compiled: CompiledLayers | None = None
+        self.piecewise: Piecewise | None = None
         self._last: Report | None = None
         self.changes = Changes()
         try:
@@ -120,6 +122,10 @@ class Attachment:
         if compile:
             changes.later(functools.partial(make_eager, decoder, self.served))
             self.compiled = CompiledLayers(self, decoder, self.served, frozenset(self.needs))
+            self.piecewise = Piecewise(self, self.compiled)
+            if self.piecewise.reason is None:
+                run = functools.partial(self.piecewise.run)
+                changes.attribute(decoder, "forward", functools.wraps(decoder.forward)(run))
         target = unwrapped(self.model)
         if hasattr(target, "generate"):
             self._given = vars(target).get("generate")
@@ -196,6 +202,13 @@ class Attachment:
     def attached(self) -> bool:
         """Whether it is still on the model."""
         return _attached(self.decoder) is self
+
+    @property
+    def prompts(self) -> str:
+        """How short prompts are read: "not yet", "captured", or "eager" with the reason."""
+        if self.piecewise is None:
+            return "eager: attach(compile=True) captures them"
+        return self.piecewise.said
 
     @property
     def cache(self) -> KVPolicyCache | None:

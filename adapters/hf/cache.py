@@ -75,6 +75,7 @@ class KVPolicyCache(Cache):
         self.counted_from: int | None = None  # where forwards of a bare loop began to count places
         self.counts_columns = False  # whether all columns seen do, as with soft prompts
         self.recording = False  # columns may be taken back before the next forward
+        self.pieces: Any = None  # CapturedForward that is being made, around its layers' attention
         self.graph: Any = None  # CapturedStep of this cache's buffers
         self.captures = 0
         self.capturing = False
@@ -120,6 +121,9 @@ class KVPolicyCache(Cache):
         """
         if self.layout is None or self.state is None:
             raise PhaseError("attention outside a forward of the attached model's decoder")
+        if self.pieces is not None:
+            found: Tensor = self.pieces.cut(handle, query, pre, query_pre, hidden, sinks)
+            return found
         if torch.is_autocast_enabled(query.device.type):
             with exactly(query.device):
                 return self.attend(handle, query, pre, query_pre, hidden, sinks)

@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ...errors import KVPolicyError
 from .cache import KVPolicyCache
 from .columns import take_back
 from .compile import PLACE
+from .held_fast import held_fast
 from .own_steps import OwnSteps
 from .wrappers import takes_positions
 
 AHEAD = 1 << 16  # tokens that buffers are made for at most before they come
 WARM_UP = 2  # eager steps before capture: kernels compile, workspaces are allocated
-_ONE = threading.Lock()  # of captures in this process
+ONE_CAPTURE = threading.Lock()  # of captures in this process
 
 
 def why_not(
@@ -55,31 +55,6 @@ def why_not(
     return None
 
 
-def held_fast(model: Any) -> list[Any]:
-    """What a graph of `model` holds as it was at its capture: where weights lie, which of PEFT's
-    adapters take part, which hooks of others run. Values that change in place are none of it.
-    """
-    found: list[Any] = [_place(x) for x in (*model.parameters(), *model.buffers())]
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            found += [n for n, hook in hooks.items() if not _is_ours(hook)]
-        if hasattr(module, "merged_adapters"):
-            found.append((tuple(module.active_adapters), bool(module.disable_adapters)))
-            found.append((tuple(module.merged_adapters), str(getattr(module, "scaling", None))))
-    return found
-
-
-def _place(x: Tensor) -> int:
-    try:
-        return x.to_local().data_ptr() if isinstance(x, DTensor) else x.data_ptr()
-    except RuntimeError:  # of a subclass without a storage of its own
-        return id(x)
-
-
-def _is_ours(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith(__name__.rpartition(".")[0])
-
-
 class CapturedStep:
     """The graph of `tokens [B, 1], positions [B, 1] -> logits [B, 1, V]` on one cache's buffers."""
 
@@ -96,7 +71,7 @@ class CapturedStep:
             # but for a second one. Capturing runs the host's bookkeeping once although nothing is
             # computed.
             with (
-                _ONE,
+                ONE_CAPTURE,
                 cache.ranks.capturing(),
                 state.rehearsal(),
                 torch.cuda.graph(self.graph, capture_error_mode="thread_local"),
@@ -135,7 +110,7 @@ def run(model: Any, cache: KVPolicyCache, tokens: Tensor, positions: Tensor) -> 
     return logits
 
 
-def _cause(error: BaseException) -> str:
+def capture_failure(error: BaseException) -> str:
     """Where a capture met what cannot be captured: the model's line, and what CUDA says of it."""
     while error.__context__ is not None:  # ending a failed capture fails once more
         error = error.__context__
@@ -268,7 +243,7 @@ class Stepper:
         except RuntimeError as error:
             if isinstance(error, KVPolicyError | torch.OutOfMemoryError):
                 raise
-            failed = _cause(error)
+            failed = capture_failure(error)
         told = cache.ranks.numbers([failed is not None])
         if any(part[0] for part in told):
             cache.graph = None

@@ -30,7 +30,7 @@ _BACKENDS = ["inductor"]  # the last one is used
 # With the second it computes what they multiply beforehand: each of their programs would compute
 # all of it anew, and the exponentials of an activation cost more than the weights' bytes.
 _TOKEN: dict[str, Any] = {"coordinate_descent_tuning": True, "realize_opcount_threshold": 9}
-# Of a decoder, by the hooks in its layers: dynamo does not see hooks that come later.
+# Of a decoder, by the hooks in a layer, of which sliding ones have none: dynamo does not see them.
 _FUNCTIONS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Functions]] = weakref.WeakKeyDictionary()
 _ATTACHMENTS: weakref.WeakValueDictionary[int, Attached] = weakref.WeakValueDictionary()
 
@@ -129,13 +129,24 @@ class CompiledLayers:
         self, attachment: Attached, decoder: Any, known: Served, hooks: frozenset[str]
     ) -> None:
         number = next(_NUMBERS)
+        self._few = [FEW]
         _ATTACHMENTS[number] = attachment
         functions = _FUNCTIONS.setdefault(decoder, {})
-        if hooks not in functions:
-            functions[hooks] = _compile(number)
         for index, (layer, module) in _holders(decoder, known).items():
+            own = hooks if known.layers[index].window is None else frozenset[str]()
+            if own not in functions:
+                functions[own] = _compile(f"{number}_{len(functions)}")
             module.__dict__[PLACE] = torch.tensor([number, index]), known.rules[index]
-            layer.__dict__[COMPILED] = functools.partial(_run, functions[hooks], layer)
+            layer.__dict__[COMPILED] = functools.partial(_run, functions[own], self._few, layer)
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Runs compiled layers inside, however short a prompt call is."""
+        self._few[0] = 0
+        try:
+            yield
+        finally:
+            self._few[0] = FEW
 
 
 def make_eager(decoder: Any, known: Served) -> None:
@@ -145,12 +156,14 @@ def make_eager(decoder: Any, known: Served) -> None:
         module.__dict__.pop(PLACE, None)
 
 
-def _run(functions: Functions, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _run(
+    functions: Functions, least: list[int], layer: nn.Module, *args: Any, **kwargs: Any
+) -> Any:
     prompt, token = functions
     hidden_states = args[0] if args else kwargs["hidden_states"]
     try:
         if hidden_states.shape[1] != 1:
-            few = hidden_states.shape[0] * hidden_states.shape[1] < FEW
+            few = hidden_states.shape[0] * hidden_states.shape[1] < least[0]
             return (_call if few else prompt)(layer, *args, **kwargs)
         with cold_timing():  # kernels are compared when they first run
             return token(layer, *args, **kwargs)
@@ -159,7 +172,7 @@ def _run(functions: Functions, layer: nn.Module, *args: Any, **kwargs: Any) -> A
         raise
 
 
-def _compile(number: int) -> Functions:
+def _compile(name: str) -> Functions:
     """Functions of code objects of their own, by which dynamo keeps graphs and counts them.
 
     Models do not use up each other's limit of recompilations, and leave no graphs behind. Prompts
@@ -167,7 +180,7 @@ def _compile(number: int) -> Functions:
     """
     own = []
     for phase in ("prompt", "token"):
-        code = _call.__code__.replace(co_name=f"kvpolicy_{phase}_{number}")
+        code = _call.__code__.replace(co_name=f"kvpolicy_{phase}_{name}")
         own.append(types.FunctionType(code, globals(), code.co_name))
     prompt, token = own
     backend = _BACKENDS[-1]

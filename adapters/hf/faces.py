@@ -25,6 +25,7 @@ class Owner(Protocol):
     """The cache behind them."""
 
     served: Served
+    pieces: Any
 
     @property
     def columns(self) -> int: ...
@@ -133,6 +134,8 @@ class KVPolicyLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> Any:
         cache = self.cache
+        if cache.pieces is not None:
+            cache.pieces.asked()
         return cache.counted() if self.place in cache.served.probe.counting else cache.columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -41,7 +41,7 @@ def no_mask(
         return
     if mask_function is not bidirectional_mask_function:
         _check_read(attention_mask)
-    if q_length == 1 or mask_function in _PLAIN:
+    if q_length == 1 or mask_function in _PLAIN or _capturing():
         return
     device = kwargs.get("device") or getattr(attention_mask, "device", "cpu")
     if _sees_later(mask_function, kwargs.get("batch_size", 1), q_length, q_offset, device):
@@ -90,8 +90,8 @@ def _check_read(mask: Tensor | None) -> None:
     read = getattr(_LAST, "read", mask)
     if read is mask:
         return
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return  # a mask of ones that the decoder makes itself; an eager step came before
+    if _capturing():
+        return  # a mask of ones that the decoder makes itself
     if read is None or mask is None:  # one of ones says what none says
         one: Any = mask if read is None else read
         same = bool(one.all())
@@ -102,6 +102,11 @@ def _check_read(mask: Tensor | None) -> None:
             "attention_mask: the decoder got another mask than its attachment read; what sets it "
             "(a hook or a wrapper of forward) must run before: install it, then attach"
         )
+
+
+def _capturing() -> bool:
+    """Whether a graph is being made, before which the same was looked at eagerly."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def opened(mask: Any) -> None:

@@ -150,7 +150,7 @@ def test_ways_to_generate(traced, llama, name, options):
     assert graphs() > 0
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2-sliding", "qwen3"])
 def test_what_policies_ask_for(traced, kind):
     pipeline = CachePipeline(admission=Looking())
     eager, ours = both(tiny(kind), pipeline, prompt([33, 21]), max_new_tokens=10)

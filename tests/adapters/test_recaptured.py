@@ -35,6 +35,7 @@ CHANGES = {
     "scale": lambda model: [m.set_scale("default", 3.0) for m in tuned(model)],
     "merged": lambda model: model.merge_adapter(),
     "hook": lambda model: inner(model).register_forward_hook(lambda module, args, output: -output),
+    "forward": lambda model: setattr(inner(model), "forward", torch.zeros_like),
     "weight": lambda model: setattr(inner(model), "weight", torch.nn.Parameter(-weight(model))),
 }
 
