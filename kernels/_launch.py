@@ -14,6 +14,8 @@ LARGEST = 512  # head_dim of keys or values that tiles are made for
 # Bytes of shared memory that one program may use, by compute capability.
 _SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227}
 
+_CURRENT = nullcontext()
+
 
 def power_of_two(size: int) -> int:
     """The lowest power of two that is at least `size`."""
@@ -77,8 +79,10 @@ def numbers_on(device: torch.device, *rows: tuple[int, ...]) -> Tensor:
 
 
 def on(tensor: Tensor) -> AbstractContextManager:
-    """Makes the tensor's device current, as a launch wants it."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    """Makes the tensor's device current, as a launch wants it; mostly it is."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _CURRENT
+    return torch.cuda.device(tensor.device)
 
 
 def check_dtype(op: str, name: str, tensor: Tensor) -> None:

@@ -179,7 +179,9 @@ def _run(
     attachment.decoding = cache.decoding if own else f"transformers' loop: {mode.value}"
     if given is None:
         attachment.used(cache)
-    if private and cache.graph is not None and cache.state is not None:
+    # That of one sequence also where its prompts are captured: it takes long to make beside them.
+    worth = cache.graph is not None or (rows == 1 and attachment.prompts == "captured")
+    if private and worth and cache.state is not None:
         cache.reset()
         attachment.idle[cache.state.batch] = cache
     return output

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def held_fast(model: Any) -> list[Any]:
@@ -22,34 +24,35 @@ class HeldFast:
     """
 
     def __init__(self, model: Any) -> None:
-        self.modules, self.hooked = list(model.modules()), False
+        own = [module.__dict__ for module in model.modules()]
+        # Dicts that torch and PEFT change in place: looking must cost less than what it saves.
+        self._modules = [x["_modules"] for x in own]
+        self._tensors = [x[kind] for x in own for kind in ("_parameters", "_buffers")]
+        self._hooks = [x[kind] for x in own for kind in ("_forward_pre_hooks", "_forward_hooks")]
+        self._tuned = [m for m in model.modules() if hasattr(m, "merged_adapters")]
+        self._own, self.hooked = own, False
         self.seen = self._look()
 
     def still(self) -> bool:
         return self._look() == self.seen
 
     def _look(self) -> list[Any]:
-        found: list[Any] = []
-        for module in self.modules:
-            own = module.__dict__
-            found.append(len(own["_modules"]))
-            for kind in ("_parameters", "_buffers"):
-                found += [_place(x) for x in own[kind].values() if x is not None]
-            found += map(id, own["_modules"].values())
-            for hooks in (own["_forward_pre_hooks"], own["_forward_hooks"]):
-                for n, hook in hooks.items():
-                    if not _is_ours(hook):
-                        found.append(n)
-                        self.hooked = True
-            if "forward" in own:  # patched, or wrapped
-                found.append(id(own["forward"]))
-            if hasattr(module, "merged_adapters"):
-                found.append((tuple(module.active_adapters), bool(module.disable_adapters)))
-                found.append((tuple(module.merged_adapters), str(getattr(module, "scaling", None))))
+        found: list[Any] = [id(x) for held in self._modules for x in held.values()]
+        found += [_place(x) for held in self._tensors for x in held.values() if x is not None]
+        others = [n for held in self._hooks if held for n, x in held.items() if not _is_ours(x)]
+        self.hooked = bool(others)
+        found += others
+        # Patched, or wrapped.
+        found += [id(x["forward"]) for x in self._own if "forward" in x]
+        for module in self._tuned:
+            found.append((tuple(module.active_adapters), bool(module.disable_adapters)))
+            found.append((tuple(module.merged_adapters), str(getattr(module, "scaling", None))))
         return found
 
 
 def _place(x: Tensor) -> int:
+    if type(x) in _PLAIN:
+        return x.data_ptr()
     try:
         return x.to_local().data_ptr() if isinstance(x, DTensor) else x.data_ptr()
     except RuntimeError:  # of a subclass without a storage of its own

@@ -72,8 +72,10 @@ def adopt(state: CacheState, other: CacheState) -> None:
     with state.unbroken():
         # The rows belong to `state` now: what is left of `other` must not give them back.
         other.devices.clear()
+        for pool in state.devices.pools:  # all layers together: a release waits for the device
+            gone = [x.table.flatten() for x in state.layers if x.pool is pool]
+            pool.release(torch.cat(gone))
         for mine, theirs in zip(state.layers, other.layers, strict=True):
-            mine.pool.release(mine.table.flatten())
             pairs = zip(mine.buffers.values(), theirs.buffers.values(), strict=True)
             same = all(a.shape == b.shape for a, b in pairs)
             if same and mine.table.shape == theirs.table.shape:

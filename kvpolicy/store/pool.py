@@ -90,8 +90,9 @@ class PagePool:
 
     def drain(self) -> None:
         """Takes back the pages of caches that are gone."""
-        while self.orphans:
-            self.release(self.orphans.pop().flatten())
+        if self.orphans:  # together, since a release waits for the device
+            gone = [self.orphans.pop().flatten() for _ in range(len(self.orphans))]
+            self.release(torch.cat(gone))
 
     def provide_for_write(self, count: int, free: int) -> None:
         """Makes `count` pages free for the write to come, if `free` pages are free now."""

@@ -230,12 +230,13 @@ class CacheState:
 
     def reset(self) -> None:
         """Empties the cache and gives its pages back."""
+        # All layers together: a release waits for the device, and each operation costs the host.
+        for pool in self.devices.pools:
+            layers = [x for x in self.layers if x.pool is pool]
+            pool.release(torch.cat([x.table.flatten() for x in layers]))
+            emptied = [(x.table, x.counts, x.evicted, x.ring.flags) for x in layers]
+            torch._foreach_zero_([x for held in emptied for x in held])
         for layer in self.layers:
-            layer.pool.release(layer.table.flatten())
-            layer.table.zero_()
-            layer.counts.zero_()
-            layer.evicted.zero_()
-            layer.ring.flags.zero_()
             layer.selected = layer.chosen = None
         self.sequences = [SequenceState() for _ in self.sequences]
         self.call, self.steps_reserved = None, 0
