@@ -16,7 +16,7 @@ from ...errors import KVPolicyError
 from .cache import KVPolicyCache
 from .columns import take_back
 from .compile import PLACE
-from .held_fast import held_fast
+from .held_fast import HeldFast
 from .own_steps import OwnSteps
 from .wrappers import takes_positions
 
@@ -63,7 +63,7 @@ class CapturedStep:
         assert state is not None
         self.model = model
         self.tokens, self.positions = tokens.clone(), positions.clone()
-        self.generation, self.held = state.generation, held_fast(model)
+        self.generation, self.held = state.generation, HeldFast(model)
         self.graph = torch.cuda.CUDAGraph()
         cache.capturing = True
         try:
@@ -145,7 +145,7 @@ class Stepper:
         self.output: Any = None
         self.began = list(state.lengths), cache.columns
         self.reason = own.reason if own else why_not(model, cache, records, room)
-        if cache.graph is not None and cache.graph.held != held_fast(model):
+        if cache.graph is not None and not cache.graph.held.still():
             cache.graph = None
         self._agree()
         self.captured = self.reason is None

@@ -10,17 +10,11 @@ from torch.distributed.tensor import DTensor
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def held_fast(model: Any) -> list[Any]:
-    """What a graph of `model` holds as it was at its capture: where weights lie, which of PEFT's
-    adapters take part, which hooks of others run. Values that change in place are none of it.
-    """
-    return HeldFast(model).seen
-
-
 class HeldFast:
-    """What a graph of a model holds, and whether it is `still` so.
+    """Where a model's weights lie, which of PEFT's adapters take part, which hooks of others run.
 
-    `hooked` where hooks of others run, which a graph leaves out.
+    `still` says whether all is as it was; values that change in place are none of it. `hooked`
+    where hooks of others run, which a graph leaves out.
     """
 
     def __init__(self, model: Any) -> None:

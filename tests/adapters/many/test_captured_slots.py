@@ -17,7 +17,7 @@ class Replayed:
 
     def __init__(self, model, cache, tokens, positions):
         self.model, self.cache = model, cache
-        self.generation, self.held = cache.state.generation, capture.held_fast(model)
+        self.generation, self.held = cache.state.generation, capture.HeldFast(model)
 
     def replay(self, tokens, positions):
         self.cache.capturing = True

@@ -20,7 +20,7 @@ class Rehearsed:
 
     def __init__(self, model, cache, tokens, positions):
         self.model, self.cache = model, weakref.ref(cache)  # as a graph, which holds buffers alone
-        self.generation, self.held = cache.state.generation, capture.held_fast(model)
+        self.generation, self.held = cache.state.generation, capture.HeldFast(model)
         if self.fails:
             raise RuntimeError("no capture")
 
