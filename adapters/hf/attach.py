@@ -32,10 +32,10 @@ from .many.serve import serve
 from .models import AttentionLayer, check_here, check_pre_query, check_pre_rope, served
 from .modes import check_transforms
 from .own_steps import put_aside_at
-from .piecewise import Piecewise
 from .planned import CHECKED, guarded
 from .pooled import check_pooled
 from .replay import replay
+from .short_prompts import ShortPrompts
 from .warm import Say, Warmed, line, warm
 from .wrappers import base_of, check_soft_prompt, decoder_of, unwrapped
 
@@ -96,7 +96,7 @@ class Attachment:
         self.names = ConfigNames(self.base, self.decoder, self.layers)
         self.names.check_replaced()
         self.compiled: CompiledLayers | None = None
-        self.piecewise: Piecewise | None = None
+        self.short_prompts: ShortPrompts | None = None
         self._last: Report | None = None
         self.changes = Changes()
         try:
@@ -122,9 +122,10 @@ class Attachment:
         if compile:
             changes.later(functools.partial(make_eager, decoder, self.served))
             self.compiled = CompiledLayers(self, decoder, self.served, frozenset(self.needs))
-            self.piecewise = Piecewise(self, self.compiled)
-            if self.piecewise.reason is None:
-                run = functools.partial(self.piecewise.run)
+            self.short_prompts = ShortPrompts(self, self.compiled)
+            if self.short_prompts.reason is None:
+                changes.later(self.short_prompts.clear)
+                run = functools.partial(self.short_prompts.run)
                 changes.attribute(decoder, "forward", functools.wraps(decoder.forward)(run))
         target = unwrapped(self.model)
         if hasattr(target, "generate"):
@@ -206,9 +207,9 @@ class Attachment:
     @property
     def prompts(self) -> str:
         """How short prompts are read: "not yet", "captured", or "eager" with the reason."""
-        if self.piecewise is None:
+        if self.short_prompts is None:
             return "eager: attach(compile=True) captures them"
-        return self.piecewise.said
+        return self.short_prompts.said
 
     @property
     def cache(self) -> KVPolicyCache | None:

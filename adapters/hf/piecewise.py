@@ -10,24 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...errors import KVPolicyError
-from .attached import Attached
 from .cache import KVPolicyCache
-from .capture import ONE_CAPTURE, capture_failure
-from .compile import FEW, CompiledLayers
+from .capture import ONE_CAPTURE
 from .faces import KVRef
-from .held_fast import HeldFast
-from .wrappers import takes_positions
 
-EAGER = 2  # calls before the first capture: a program that asks once does not wait for it
 # What says something of each column, and the axis that counts them.
 COLUMNS = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1}
 _HANDED_ON = ("last_hidden_state", "past_key_values")
@@ -116,7 +109,7 @@ class CapturedForward:
         self.columns, self.pool = columns, pool
         self.graphs: list[Any] = []
         self.cuts: list[Cut] = []
-        self.inputs = {name: _padded(x, name, columns) for name, x in _told(kwargs).items()}
+        self.inputs = {name: _padded(x, name, columns) for name, x in told_of(kwargs).items()}
         self.dry = True
         given = kwargs | self.inputs
         if "attention_mask" in given:
@@ -169,7 +162,7 @@ class CapturedForward:
 
     def replay(self, cache: KVPolicyCache, kwargs: dict[str, Any], columns: int) -> Any:
         """The forward's output for `columns` of them, no more than there are."""
-        for name, x in _told(kwargs).items():
+        for name, x in told_of(kwargs).items():
             self.inputs[name].narrow(COLUMNS[name], 0, columns).copy_(x)
         for n, graph in enumerate(self.graphs):
             graph.replay()
@@ -179,122 +172,27 @@ class CapturedForward:
         return self.kind(last_hidden_state=hidden, past_key_values=cache)
 
 
-def _told(kwargs: dict[str, Any]) -> dict[str, Tensor]:
+def told_of(kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """What a forward is told of its columns."""
     return {name: kwargs[name] for name in COLUMNS if kwargs.get(name) is not None}
 
 
 def _padded(x: Tensor, name: str, columns: int) -> Tensor:
     """Memory for `x` of so many columns, filled with zeros."""
+    return x.new_zeros(_padded_shape(x, name, columns))
+
+
+def _padded_shape(x: Tensor, name: str, columns: int) -> list[int]:
     shape = list(x.shape)
     shape[COLUMNS[name]] = columns
-    return x.new_zeros(shape)
+    return shape
 
 
-class Piecewise:
-    """Runs short prompt calls of an attached decoder by graphs, where that is possible.
-
-    `reason` says why it is not; None while nothing is against it.
-    """
-
-    def __init__(self, attachment: Attached, compiled: CompiledLayers) -> None:
-        self.attachment, self.compiled = attachment, compiled
-        decoder = attachment.decoder
-        self.forward = decoder.forward
-        self.reason = why_not(attachment, decoder)
-        self.calls = 0
-        self.held: HeldFast | None = None
-        self.captured: dict[Any, CapturedForward] = {}
-        self.pool: Any = None
-
-    @property
-    def said(self) -> str:
-        """How short prompts are read."""
-        if self.reason is not None:
-            return f"eager: {self.reason}"
-        if self.held is not None and self.held.hooked:
-            return "eager: hooks of others run, which graphs leave out"
-        return "captured" if self.captured else "not yet"
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The decoder's forward."""
-        if self.reason is None and not args and not torch.compiler.is_compiling():
-            cache = self.attachment.cache
-            columns = 0 if cache is None else self._columns(cache, kwargs)
-            if cache is not None and columns:
-                found = self._graphs(cache, kwargs, columns)
-                if found is not None:
-                    return found.replay(cache, kwargs, columns)
-        return self.forward(*args, **kwargs)
-
-    def _columns(self, cache: KVPolicyCache, kwargs: dict[str, Any]) -> int:
-        """Columns of a forward that graphs serve, 0 of others."""
-        layout, told = cache.layout, _told(kwargs)
-        if layout is None or layout.decode or layout.batch > 1 or layout.index is not None:
-            return 0
-        if not 1 < layout.prompt < FEW or self.attachment.ranks.many:
-            return 0
-        on = cache.spec.device
-        if torch.is_autocast_enabled(on.type) or any(x.device != on for x in told.values()):
-            return 0
-        known = {"attention_mask", "past_key_values", "use_cache", "return_dict"}
-        others = (x for name, x in kwargs.items() if name not in told and name not in known)
-        return 0 if any(x is not None and x is not False for x in others) else layout.prompt
-
-    def _graphs(
-        self, cache: KVPolicyCache, kwargs: dict[str, Any], columns: int
-    ) -> CapturedForward | None:
-        self.calls += 1
-        if self.calls <= EAGER:
-            return None
-        if self.held is None or not self.held.still():
-            self.captured.clear()
-            self.held = HeldFast(self.attachment.decoder)
-        if self.held.hooked:
-            return None
-        size = rounded(columns)
-        told = _told(kwargs)
-        key = size, *((name, x.dtype, x.ndim, *x.shape[2:]) for name, x in told.items())
-        if key not in self.captured:
-            try:
-                self.captured[key] = self._capture(cache, kwargs, size)
-            except RuntimeError as error:
-                if isinstance(error, KVPolicyError):
-                    raise
-                self.reason = capture_failure(error)
-                self.captured.clear()
-                return None
-        return self.captured[key]
-
-    def _capture(self, cache: KVPolicyCache, kwargs: dict[str, Any], size: int) -> CapturedForward:
-        if self.pool is None:
-            self.pool = pool()
-        with self.compiled.whole(), torch.inference_mode(False), torch.no_grad():
-            return CapturedForward(self.forward, cache, kwargs, size, self.pool)
+def kinds(told: dict[str, Tensor]) -> tuple[Any, ...]:
+    """What graphs are made for beside the number of columns."""
+    return tuple((name, x.dtype, *_padded_shape(x, name, 0)) for name, x in told.items())
 
 
-def pool() -> Any:
+def new_pool() -> Any:
+    """Memory that graphs share."""
     return torch.cuda.graph_pool_handle()
-
-
-def rounded(columns: int) -> int:
-    """The next size that has graphs: up to 1024 each 64, beyond it eight between powers of two."""
-    step = max(64, 1 << max((columns - 1).bit_length() - 4, 0))
-    return -(-columns // step) * step
-
-
-def why_not(attachment: Attached, decoder: nn.Module) -> str | None:
-    """Why no forward of a decoder can be captured, None if nothing is known to be against it."""
-    served, device = attachment.served, attachment.spec.device
-    if device.type != "cuda":
-        return f"the model is on {device}; only CUDA devices capture"
-    if attachment.spec.devices or attachment.ranks.many:
-        return "the model is on several devices"
-    if not takes_positions(attachment.base) or served.probe.counts:
-        return "its decoder counts positions by itself"
-    if getattr(decoder.config, "quantization_config", None) is not None:
-        return "what its layers round may depend on all columns"
-    if "forward" in vars(decoder):
-        return "its forward was replaced"
-    if inspect.signature(type(decoder).forward).parameters.keys().isdisjoint(COLUMNS):
-        return "its forward takes no ids"
-    return None

@@ -14,7 +14,8 @@ from kvpolicy.adapters.hf import attach
 from kvpolicy.adapters.hf import compile as compiling
 from kvpolicy.adapters.hf.compile import FEW, traced
 from kvpolicy.adapters.hf.many.requests import Request
-from kvpolicy.adapters.hf.piecewise import EAGER, rounded
+from kvpolicy.adapters.hf.piecewise import kinds
+from kvpolicy.adapters.hf.short_prompts import EAGER, rounded
 from tests.support.adapters.models import gate, pipelines, prompt, tiny
 from tests.support.adapters.pieces import recorded
 
@@ -53,7 +54,7 @@ def by_pieces(model, pipeline, **sizes):
 
 
 def graphs(attached):
-    return {key[0] for key in attached.piecewise.captured}
+    return {key[0] for key in attached.short_prompts.captured}
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2-sliding", "qwen3"])
@@ -72,7 +73,7 @@ def test_tokens_and_reports(kind, pipeline):
             assert attrs.evolve(attached.last_report(), tables=report.tables) == report
         assert attached.prompts == "captured"
         assert graphs(attached) == {64, 128}
-        assert all(len(x.cuts) == 2 for x in attached.piecewise.captured.values())
+        assert all(len(x.cuts) == 2 for x in attached.short_prompts.captured.values())
 
 
 @pytest.mark.parametrize("pipeline", [WHOLE, DENSE], ids=["gate, Quest, SnapKV", "all"])
@@ -122,7 +123,7 @@ def test_embeddings_have_graphs_of_their_own():
             left = model(ids(20), past_key_values=attached.new_cache()).logits
             right = model(inputs_embeds=embed(ids(20)), past_key_values=attached.new_cache()).logits
             assert float((left - right).abs().max()) < 2e-5
-        assert len(attached.piecewise.captured) == 2 and graphs(attached) == {64}
+        assert len(attached.short_prompts.captured) == 2 and graphs(attached) == {64}
 
 
 def test_what_is_handed_out_stays():
@@ -133,6 +134,7 @@ def test_what_is_handed_out_stays():
         before = first.clone()
         model.model(ids(31), past_key_values=attached.new_cache())
         assert torch.equal(first, before) and first.shape == (1, 20, model.config.hidden_size)
+        assert graphs(attached) == {64}  # by position
 
 
 OTHERS = {
@@ -141,7 +143,6 @@ OTHERS = {
     "padding": lambda model: model(ids(9), attention_mask=torch.tensor([[0] + [1] * 8]).to(DEVICE)),
     "one token": lambda model: model(ids(1)),
     "a long one": lambda model: model(ids(FEW)),
-    "by position": lambda model: model.model(ids(9)),
 }
 
 
@@ -149,12 +150,12 @@ def on(inputs):
     return {name: x.to(DEVICE) for name, x in inputs.items()}
 
 
-@pytest.mark.parametrize("other", [name for name in OTHERS if name != "by position"])
+@pytest.mark.parametrize("other", OTHERS)
 def test_other_calls_are_eager(other):
     model = tiny(max_position_embeddings=2 * FEW).to(DEVICE)
     with by_pieces(model, DENSE) as attached, torch.no_grad():
         OTHERS[other](model)
-        assert not attached.piecewise.captured
+        assert not attached.short_prompts.captured
         model(ids(9))
         assert graphs(attached) == {64}
 
@@ -232,6 +233,10 @@ def test_detaching_gives_the_forward_back():
         assert "forward" in vars(model.model)
         assert attached.prompts == "not yet"
     assert "forward" not in vars(model.model)
+    with by_pieces(model, DENSE) as attached:
+        model(ids(9))
+        assert graphs(attached)
+    assert not graphs(attached) and attached.short_prompts.pool is None
     with attach(model, DENSE):
         assert "forward" not in vars(model.model)
 
@@ -241,6 +246,30 @@ def test_without_graphs():
     with attach(tiny(), pipelines()["gate"], compile=True) as attached:
         assert attached.prompts == "eager: the model is on cpu; only CUDA devices capture"
         assert "forward" not in vars(attached.decoder)
+
+
+def test_records_that_a_config_asks_for_are_eager():
+    """Graphs hand hidden states on and nothing else."""
+    model = tiny().to(DEVICE)
+    with by_pieces(model, DENSE) as attached:
+        model.model(ids(9))
+        assert graphs(attached) == {64}
+        replays = []
+        for captured in attached.short_prompts.captured.values():
+            captured.replay = lambda *args: replays.append(args)
+        model.config.output_router_logits = True
+        assert model.model(ids(9)).last_hidden_state is not None and not replays
+
+
+def test_positions_of_several_axes_are_of_one_kind():
+    """Whatever their number of columns; embeddings of another width are not."""
+    told = [
+        {"inputs_embeds": torch.zeros(1, n, 8), "position_ids": torch.zeros(3, 1, n)}
+        for n in (5, 9)
+    ]
+    assert kinds(told[0]) == kinds(told[1])
+    assert kinds(told[0]) != kinds(told[0] | {"inputs_embeds": torch.zeros(1, 5, 16)})
+    assert kinds(told[0]) != kinds(told[0] | {"position_ids": torch.zeros(1, 5)})
 
 
 def test_sizes():

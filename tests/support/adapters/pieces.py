@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kvpolicy.adapters.hf import piecewise
+from kvpolicy.adapters.hf import piecewise, short_prompts
 from kvpolicy.adapters.hf.compile import CompiledLayers
 
 
@@ -58,11 +58,11 @@ class Recorded:
 @contextlib.contextmanager
 def recorded():
     """Reads short prompts by recorded pieces inside, on any device."""
-    whole = piecewise.Graph, piecewise.why_not, piecewise.pool, CompiledLayers.whole
-    piecewise.Graph, piecewise.pool = Recorded, lambda: None
-    piecewise.why_not = lambda attachment, decoder: None
+    whole = piecewise.Graph, short_prompts.why_not, short_prompts.new_pool, CompiledLayers.whole
+    piecewise.Graph, short_prompts.new_pool = Recorded, lambda: None
+    short_prompts.why_not = lambda attachment, decoder: None
     CompiledLayers.whole = lambda self: contextlib.nullcontext()  # dynamo runs in no dispatch mode
     try:
         yield
     finally:
-        piecewise.Graph, piecewise.why_not, piecewise.pool, CompiledLayers.whole = whole
+        piecewise.Graph, short_prompts.why_not, short_prompts.new_pool, CompiledLayers.whole = whole
