@@ -154,9 +154,9 @@ def report(state: CacheState) -> Report:
         dense=dense_bytes(state),
         sequences=state.batch,
         tokens=sum(state.lengths),
-        admitted=[None if x.slides else known[x.index].admitted(state) for x in state.layers],
-        stored=[known[x.index].stored.tolist() for x in state.layers],
-        evicted=[known[x.index].evicted.sum(0).tolist() for x in state.layers],
+        admitted=[None if x.slides else known[x.index].admitted for x in state.layers],
+        stored=[known[x.index].stored for x in state.layers],
+        evicted=[known[x.index].evicted for x in state.layers],
         read=[_read(x, known[x.index]) for x in state.layers],
         policies={slot: _acting(state, slot) for slot in SLOTS},
         sliding_layers=[x.index for x in state.layers if x.slides],
@@ -192,21 +192,16 @@ def _name(policy: Any) -> str:
 
 
 class _Held(NamedTuple):
-    """What the host knows of a layer: `counts`, `evicted` and admitted tokens in rings
-    (`flagged`), each `[B, Hkv]`, and tokens in each sequence's window, `near` `[B]`."""
+    """What the host knows of a layer: `counts` `[B, Hkv]`, and `near` `[B]`, tokens in each window.
+
+    Of each head the mean tokens `stored`, the fraction `admitted` and how many were `evicted`.
+    """
 
     counts: torch.Tensor
-    evicted: torch.Tensor
-    flagged: torch.Tensor
     near: torch.Tensor
-
-    @property
-    def stored(self) -> torch.Tensor:
-        return (self.counts + self.near[:, None]).double().mean(0)
-
-    def admitted(self, state: CacheState) -> list[float]:
-        total = self.counts + self.evicted + self.flagged
-        return (total.sum(0) / max(sum(state.lengths), 1)).tolist()
+    stored: list[float]
+    admitted: list[float]
+    evicted: list[int]
 
 
 def _held(state: CacheState) -> dict[int, _Held]:
@@ -223,10 +218,15 @@ def _held(state: CacheState) -> dict[int, _Held]:
         flagged = (((flags & ADMITTED) > 0) & near).sum(-1)
         counts = torch.stack([x.counts for x in layers]).long()
         evicted = torch.stack([x.evicted for x in layers]).long()
-        parts = torch.stack([counts, evicted, flagged]).cpu()
-        for layer, numbers in zip(layers, parts.unbind(1), strict=True):
-            held, dropped, ringed = numbers.unbind()
-            found[layer.index] = _Held(held, dropped, ringed, lengths[:, 0].clamp(max=window))
+        parts = torch.stack([counts, evicted, flagged]).cpu()  # [3, L, B, Hkv]
+        held, within = parts[0], lengths[:, 0].clamp(max=window)
+        by_head = (
+            (held + within[:, None]).double().mean(1).tolist(),
+            (parts.sum(0).sum(1) / max(sum(state.lengths), 1)).tolist(),
+            parts[1].sum(1).tolist(),
+        )
+        for n, layer in enumerate(layers):
+            found[layer.index] = _Held(held[n], within, *(x[n] for x in by_head))
     return found
 
 
@@ -247,7 +247,7 @@ def _prompt_read(layer: LayerStore) -> float | None:
 
 def _read(layer: LayerStore, known: _Held) -> list[float]:
     if layer.selected is None:
-        return known.stored.tolist()
+        return list(known.stored)
     size = layer.pool.page_size
     selected = layer.selected.cpu()
     counts = known.counts.repeat_interleave(selected.shape[1] // known.counts.shape[1], 1)
