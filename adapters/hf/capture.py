@@ -16,7 +16,7 @@ from ...errors import KVPolicyError
 from .cache import KVPolicyCache
 from .columns import take_back
 from .compile import PLACE
-from .held_fast import HeldFast
+from .held_fast import HOOKED, HeldFast
 from .own_steps import OwnSteps
 from .wrappers import takes_positions
 
@@ -147,6 +147,8 @@ class Stepper:
         self.reason = own.reason if own else why_not(model, cache, records, room)
         if cache.graph is not None and not cache.graph.held.still():
             cache.graph = None
+        if self.reason is None and cache.graph is None and HeldFast(model).hooked:
+            self.reason = HOOKED
         self._agree()
         self.captured = self.reason is None
         cache.decoding = "captured" if self.captured else f"eager: {self.reason}"

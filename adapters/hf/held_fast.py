@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 _PLAIN = (Tensor, nn.Parameter)
+_GLOBAL = (
+    torch.nn.modules.module._global_forward_pre_hooks,
+    (torch.nn.modules.module._global_forward_hooks),
+)
+_KNOWN = __name__.rpartition(".")[0], "transformers.utils.output_capturing"
+HOOKED = "hooks of others run, which a graph would leave out"
 
 
 class HeldFast:
     """Where a model's weights lie, which of PEFT's adapters take part, which hooks of others run.
 
     `still` says whether all is as it was; values that change in place are none of it. `hooked`
-    where hooks of others run, which a graph leaves out.
+    where hooks of others run, torch's global ones included: a graph would run none of them.
     """
 
     def __init__(self, model: Any) -> None:
@@ -33,7 +40,8 @@ class HeldFast:
     def _look(self) -> list[Any]:
         found: list[Any] = [id(x) for held in self._modules for x in held.values()]
         found += [_place(x) for held in self._tensors for x in held.values() if x is not None]
-        others = [n for held in self._hooks if held for n, x in held.items() if not _is_ours(x)]
+        others = [n for held in _GLOBAL for n in held]
+        others += [n for held in self._hooks if held for n, x in held.items() if not _known(x)]
         self.hooked = bool(others)
         found += others
         # Patched, or wrapped.
@@ -53,5 +61,6 @@ def _place(x: Tensor) -> int:
         return id(x)
 
 
-def _is_ours(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith(__name__.rpartition(".")[0])
+def _known(hook: Any) -> bool:
+    """Whether a hook is ours, or of transformers, whose own keep what only eager steps ask for."""
+    return str(getattr(hook, "__module__", "")).startswith(_KNOWN)

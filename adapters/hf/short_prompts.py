@@ -13,7 +13,7 @@ from .attached import Attached
 from .cache import KVPolicyCache
 from .capture import capture_failure
 from .compile import FEW, CompiledLayers
-from .held_fast import HeldFast
+from .held_fast import HOOKED, HeldFast
 from .piecewise import COLUMNS, CapturedForward, kinds, new_pool, told_of
 from .wrappers import takes_positions
 
@@ -49,7 +49,7 @@ class ShortPrompts:
         if self.reason is not None:
             return f"eager: {self.reason}"
         if self.held is not None and self.held.hooked:
-            return "eager: hooks of others run, which graphs leave out"
+            return f"eager: {HOOKED}"
         return "captured" if self.captured else "not yet"
 
     def run(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,7 +7,9 @@ import torch
 
 from kvpolicy import CachePipeline
 from kvpolicy.adapters.hf import attach, capture
+from kvpolicy.adapters.hf.held_fast import HOOKED
 from tests.support.adapters.models import pipelines, prompt, tiny
+from tests.support.adapters.rehearsed import rehearsed
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"  # asked for by PEFT
@@ -73,7 +75,7 @@ def test_what_a_graph_holds(change):
 @pytest.mark.parametrize("given", [True, False], ids=["a cache of one's own", "private"])
 @pytest.mark.parametrize("change", [name for name in CHANGES if name != "dtype"])
 def test_a_changed_model_is_captured_anew(change, given):
-    """The same tokens as from a fresh cache."""
+    """The same tokens as from a fresh cache; a hook makes steps eager, and runs in each."""
     model, ids = lora().to("cuda"), prompt([40])["input_ids"].cuda()
     options = {"max_new_tokens": 24, "do_sample": False}
     with attach(model, CachePipeline(window=16)) as attached:
@@ -84,6 +86,45 @@ def test_a_changed_model_is_captured_anew(change, given):
             cache.reset()
         after = model.generate(input_ids=ids, past_key_values=cache, **options)
         fresh = model.generate(input_ids=ids, past_key_values=attached.new_cache(), **options)
-        assert attached.decoding == "captured"
+        hooked = f"eager: {HOOKED}"
+        assert attached.decoding == (hooked if change == "hook" else "captured")
     assert torch.equal(after, fresh)
     assert torch.equal(after, before) == (change == "merged")
+
+
+def test_hooks_of_others_run_in_every_step():
+    """And those of the whole of torch; without them steps are captured again."""
+    model, seen = tiny(), []
+    module = model.model.layers[1].mlp.up_proj
+
+    def counts(module, *rest):
+        seen.append(module)
+
+    with rehearsed(), attach(model, CachePipeline(window=5)) as attached:
+        for register in (
+            module.register_forward_hook,
+            lambda hook: module.register_forward_pre_hook(
+                lambda module, args: counts(module, 0, 0)
+            ),
+            torch.nn.modules.module.register_module_forward_hook,
+        ):
+            model.generate(**prompt([9]), max_new_tokens=8)
+            assert attached.decoding == "captured"
+            handle = register(counts)
+            model.generate(**prompt([9]), max_new_tokens=8)
+            handle.remove()
+            assert attached.decoding == f"eager: {HOOKED}"
+            assert sum(x is module for x in seen) == 8
+            seen.clear()
+        model.generate(**prompt([9]), max_new_tokens=8)
+        assert attached.decoding == "captured"
+
+
+def test_hooks_that_transformers_keeps_are_no_others():
+    """It installs them when hidden states are first asked for, and leaves them."""
+    model = tiny()
+    with rehearsed(), attach(model, CachePipeline(window=5)) as attached:
+        model(**prompt([9]), output_hidden_states=True)
+        assert any(module._forward_hooks for module in model.model.layers)
+        model.generate(**prompt([9]), max_new_tokens=8)
+        assert attached.decoding == "captured"
