@@ -10,6 +10,22 @@ from .cache import KVPolicyCache
 from .modes import ordinary
 
 
+def first_position(cache: KVPolicyCache, own: int | None) -> int:
+    """Position of a sequence's first token: the model's `own`, 0 as transformers' generate has it.
+
+    A generate that leaves position ids to the model has its own.
+
+    Raises UnsupportedError where the model's own is not known.
+    """
+    if cache.counts_positions and not cache.counts_own:
+        return 0
+    if own is None:
+        raise UnsupportedError(
+            "position_ids: this model counts positions by a rule of its own; pass them"
+        )
+    return own
+
+
 @ordinary
 def true_positions(cache: KVPolicyCache, device: torch.device, first: int = 0) -> Tensor:
     """Position ids `[B, S]` of the open forward: each sequence's real tokens from `first`."""
