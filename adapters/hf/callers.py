@@ -6,13 +6,20 @@ import sys
 
 from transformers.generation import logits_process, utils
 
-# Frames between a hook and the call of its module.
-_BETWEEN = ("torch.", __name__, f"{__package__}.attach", f"{__package__}.forwards")
-# Whose forwards are generate's own: transformers' loops, and ours. Streamers, processors, hooks
-# and methods of a model's class may ask the model beside them.
-LOOPS = {utils.__name__, f"{__package__}.decode_loop", f"{__package__}.capture"}
+# Frames between a hook and the call of its module, or of a model of the library around that.
+_BETWEEN = (
+    "torch.", "transformers.models.", __name__, f"{__package__}.attach", f"{__package__}.forwards",
+)  # fmt: skip
 LIBRARIES = (f"{__package__}.", "transformers.")
 GUIDANCE = logits_process.__name__  # of the unconditional branch
+
+
+def loops(name: str) -> bool:
+    """Whether forwards of that module's code are generate's own: of transformers' loops, or ours.
+
+    Streamers, processors, hooks and methods of a model's class may ask the model beside them.
+    """
+    return name == utils.__name__ or name.startswith(f"{__package__}.")
 
 
 def calling() -> str:

@@ -21,7 +21,7 @@ from ...pipeline import CachePipeline
 from .arguments import as_given, by_name, by_position, check_forward, check_kinds, methods
 from .attached import Attached
 from .cache import KVPolicyCache
-from .callers import GUIDANCE, LIBRARIES, LOOPS, calling
+from .callers import GUIDANCE, LIBRARIES, calling, loops
 from .compile import check_forward as check_compiled
 from .forward import Crossing, check_inputs, close_forward, inputs_of, left_out, open_forward
 from .losses import named
@@ -154,7 +154,7 @@ class Forwards:
         if cache is self.expected:
             self.expected = None
             self.planned.check_columns(cache.boundary, cache.columns + columns)
-        if cache.counts_positions and caller in LOOPS and not _several(kwargs):
+        if cache.counts_positions and loops(caller) and not _several(kwargs):
             kwargs["position_ids"] = None  # as transformers counted them, by columns
         if "use_cache" in kwargs or "use_cache" in self.names:
             kwargs["use_cache"] = True  # some decoders hand a cache on only then
@@ -180,7 +180,9 @@ class Forwards:
         )  # as PEFT counts
         if not told and not texts and not by_columns:
             first = first_position(cache, probe.first)
-            kwargs["position_ids"] = true_positions(cache, ids.device, first)
+            given_ids, skips = kwargs.get("input_ids"), probe.skips if first else None
+            counted = None if given_ids is None or skips is None else given_ids != skips
+            kwargs["position_ids"] = true_positions(cache, ids.device, first, counted)
             cache.counted_from = None if caller.startswith(LIBRARIES) else first
         elif cache.counted_from is not None and "position_ids" in self.names:
             check_counted(cache, kwargs["position_ids"], cache.counted_from)
@@ -239,7 +241,7 @@ class Forwards:
 
         An empty one, by `prepare_inputs_for_generation`, or since the model takes none by name.
         """
-        if self.expected is None or not _is_empty(given) or caller not in LOOPS:
+        if self.expected is None or not _is_empty(given) or not loops(caller):
             return given
         if self.expected.columns:
             raise UnsupportedError(aside(base))
