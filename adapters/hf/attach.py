@@ -188,12 +188,12 @@ class Attachment:
         return self.forwards.close(self, output)
 
     @torch.compiler.disable
-    def _before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         check_transforms()
         check_logits(base, args, kwargs)
         check_labels(base, args, kwargs)
         check_pooled(base, args, kwargs)
-        self.forwards.before(base, args, kwargs)
+        return self.forwards.before(base, args, kwargs)
 
     @torch.compiler.disable
     def _after(self, base: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

@@ -21,7 +21,6 @@ class Holder(Protocol):
 
     expected: KVPolicyCache | None
     planned: Any  # see `Planned`
-    guided: bool
 
     def holding(self) -> AbstractContextManager[None]: ...
 

@@ -120,7 +120,10 @@ class KVPolicyCache(Cache):
         answers in the query's.
         """
         if self.layout is None or self.state is None:
-            raise PhaseError("attention outside a forward of the attached model's decoder")
+            raise PhaseError(
+                "attention outside a forward of the attached model's decoder, or in one inside "
+                "which another ran and took it back; call the model before or after it"
+            )
         if self.pieces is not None:
             found: Tensor = self.pieces.cut(handle, query, pre, query_pre, hidden, sinks)
             return found
@@ -309,6 +312,8 @@ class KVPolicyCache(Cache):
         new.states.restore(self.states.select(list(rows)))
         new.chunks = pick(self.chunks, list(rows))
         new.graph, new.captures = None, 0
+        # Of a generate in progress, whose own forwards go on with the cache that it was given.
+        new.counts_positions = new.counts_own = new.counts_columns = False
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVPolicyCache:

@@ -24,6 +24,15 @@ def inputs_of(kwargs: dict[str, Any]) -> Tensor:
     return found
 
 
+def check_inputs(kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for inputs of another shape, such as choices `[B, N, S]` of a question."""
+    for name, shape in (("input_ids", ("B", "S")), ("inputs_embeds", ("B", "S", "hidden"))):
+        found = kwargs.get(name)
+        if found is not None and found.ndim != len(shape):
+            wanted, got = ", ".join(shape), list(found.shape)
+            raise ValueError(f"{name}: wanted [{wanted}], got {got}; give every text a row")
+
+
 @ordinary
 def open_forward(
     cache: KVPolicyCache,

@@ -21,14 +21,15 @@ from ...pipeline import CachePipeline
 from .arguments import as_given, by_name, by_position, check_forward, check_kinds, methods
 from .attached import Attached
 from .cache import KVPolicyCache
+from .callers import GUIDANCE, LIBRARIES, calling, loops
 from .compile import check_forward as check_compiled
-from .forward import Crossing, close_forward, inputs_of, left_out, open_forward
+from .forward import Crossing, check_inputs, close_forward, inputs_of, left_out, open_forward
 from .losses import named
 from .masks import closed, opened, padding_of
 from .modes import check_transforms
 from .own_steps import aside
 from .packed import split
-from .positions import check_counted, true_positions
+from .positions import check_counted, first_position, true_positions
 from .ranks import Ranks
 from .tiles import refuse_whole
 from .wrappers import check_soft_prompt, soft_prompt
@@ -53,9 +54,9 @@ class Forwards:
         self.as_tuple = False
         self.closed = False  # the decoder's forward inside one of the whole model
         self.expected: KVPolicyCache | None = None  # by generate, of its first forward
-        self.bare = False  # in a forward of the whole model that was given no cache
+        # Of the whole model, one inside another: whether given no cache, and by whose code.
+        self.calls: list[tuple[bool, str]] = []
         self.planned: Any = None  # what a generate in progress made ready, a Planned
-        self.guided = False  # by generate, whose unconditional branch counts columns
         self.warned = False
 
     @contextlib.contextmanager
@@ -65,7 +66,8 @@ class Forwards:
         Ends alike on all ranks.
         """
         self.claim()
-        outer, self.held = self.held, True
+        outer = self.held, self.calls
+        self.held, self.calls = True, []
         try:
             with self.ranks.together():
                 try:
@@ -75,7 +77,7 @@ class Forwards:
                         self.ranks.leave(error)
                     raise
         finally:
-            self.held = outer
+            self.held, self.calls = outer
             self.release()
 
     def claim(self) -> None:
@@ -133,13 +135,9 @@ class Forwards:
         kwargs["attention_mask"] = padding_of(kwargs.get("attention_mask"))
         if attachment.compiled is not None:
             check_compiled(config, kwargs)
-        given = kwargs.get("past_key_values")
-        expected, self.expected = self.expected, None
-        if expected is not None and _is_empty(given):
-            if expected.columns:
-                raise UnsupportedError(aside(attachment.base))
-            given = expected  # a model may put an empty cache aside, or take none by name
-        elif self.bare and _is_empty(given):
+        bare, caller = self.calls[-1] if self.calls else (False, self._caller())
+        given = self._told(attachment.base, kwargs.get("past_key_values"), self._caller())
+        if bare and _is_empty(given):
             given = None  # the model around the decoder made it
         if given is not None and not isinstance(given, KVPolicyCache):
             check_soft_prompt(attachment.model)  # which hands such caches on
@@ -151,11 +149,12 @@ class Forwards:
         cache = kwargs["past_key_values"] = attachment.cache_for(given)
         cache.served = attachment.served  # the modules that run; the cache may be a gone model's
         ids, crossing = inputs_of(kwargs), None
-        _check_inputs(kwargs)
+        check_inputs(kwargs)
         batch, columns = ids.shape[:2]
-        if expected is not None and self.planned is not None:
+        if cache is self.expected:
+            self.expected = None
             self.planned.check_columns(cache.boundary, cache.columns + columns)
-        if given is not None and cache.counts_positions and not _several(kwargs):
+        if cache.counts_positions and loops(caller) and not _several(kwargs):
             kwargs["position_ids"] = None  # as transformers counted them, by columns
         if "use_cache" in kwargs or "use_cache" in self.names:
             kwargs["use_cache"] = True  # some decoders hand a cache on only then
@@ -176,12 +175,15 @@ class Forwards:
         self.cache, self.as_tuple = cache, as_tuple
         self.own, self.kept = given is None, kept
         told = kwargs.get("position_ids") is not None or "position_ids" not in self.names
-        by_columns = self.guided and not cache.counts_positions  # the unconditional branch
-        by_columns |= soft_prompt(attachment.model) is not None  # as PEFT counts
+        by_columns = (
+            caller == GUIDANCE or soft_prompt(attachment.model) is not None
+        )  # as PEFT counts
         if not told and not texts and not by_columns:
-            first = _first(cache, probe.first)
-            kwargs["position_ids"] = true_positions(cache, ids.device, first)
-            cache.counted_from = None if self.held else first
+            first = first_position(cache, probe.first)
+            given_ids, skips = kwargs.get("input_ids"), probe.skips if first else None
+            counted = None if given_ids is None or skips is None else given_ids != skips
+            kwargs["position_ids"] = true_positions(cache, ids.device, first, counted)
+            cache.counted_from = None if caller.startswith(LIBRARIES) else first
         elif cache.counted_from is not None and "position_ids" in self.names:
             check_counted(cache, kwargs["position_ids"], cache.counted_from)
             cache.counted_from = None
@@ -191,7 +193,12 @@ class Forwards:
     def close(self, attachment: Attached, output: Any) -> Any:
         """What the decoder's forward returns; None leaves `output` as it is."""
         if self.owner is not threading.current_thread() or self.cache is None:
-            return None  # the forward failed before it opened
+            if output is None:
+                return None  # the forward failed before it opened
+            raise PhaseError(
+                "another forward of the attached model ran inside this one, by a hook or method of "
+                "its modules, and this one was taken back; call the model before or after it"
+            )
         closed()
         try:
             if output is None:
@@ -219,14 +226,31 @@ class Forwards:
         finally:
             self.release()
 
-    def before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begins a forward of the whole model."""
-        given = named(base, args, kwargs).get("past_key_values")
-        self.bare = given is None and (self.guided or not self.held)
+    def before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Begins a forward of the whole model; None, or the arguments with which it goes on."""
+        found, caller = named(base, args, kwargs).get("past_key_values"), self._caller()
+        self.calls.append((found is None, caller))
+        given = self._told(base, found, caller)
+        return None if given is found else (args, {**kwargs, "past_key_values": given})
+
+    def _caller(self) -> str:
+        return calling() if self.held else ""
+
+    def _told(self, base: nn.Module, given: Any, caller: str) -> Any:
+        """`given`, or the cache of a generate whose loop calls and whose model puts it aside.
+
+        An empty one, by `prepare_inputs_for_generation`, or since the model takes none by name.
+        """
+        if self.expected is None or not _is_empty(given) or not loops(caller):
+            return given
+        if self.expected.columns:
+            raise UnsupportedError(aside(base))
+        return self.expected
 
     def after(self, output: Any) -> None:
         """Ends a forward of the whole model: what follows the decoder may fail on one rank."""
-        self.bare = False
+        if self.calls:
+            self.calls.pop()
         closed, self.closed = self.closed, False
         if output is None and closed and (error := sys.exception()) is not None:
             self.ranks.leave(error)
@@ -251,31 +275,6 @@ class Forwards:
             UserWarning,
             stacklevel=3,
         )
-
-
-def _first(cache: KVPolicyCache, own: int | None) -> int:
-    """Position of a sequence's first token: the model's `own`, 0 as transformers' generate has it.
-
-    A generate that leaves position ids to the model has its own.
-
-    Raises UnsupportedError where the model's own is not known.
-    """
-    if cache.counts_positions and not cache.counts_own:
-        return 0
-    if own is None:
-        raise UnsupportedError(
-            "position_ids: this model counts positions by a rule of its own; pass them"
-        )
-    return own
-
-
-def _check_inputs(kwargs: dict[str, Any]) -> None:
-    """Raises ValueError for inputs of another shape, such as choices `[B, N, S]` of a question."""
-    for name, shape in (("input_ids", ("B", "S")), ("inputs_embeds", ("B", "S", "hidden"))):
-        found = kwargs.get(name)
-        if found is not None and found.ndim != len(shape):
-            wanted, got = ", ".join(shape), list(found.shape)
-            raise ValueError(f"{name}: wanted [{wanted}], got {got}; give every text a row")
 
 
 def _is_empty(given: Any) -> bool:

@@ -22,10 +22,17 @@ from .kept_logits import check_generated
 from .lengths import new_tokens
 from .masks import check_mask
 from .modes import ordinary
-from .own_steps import check_put_aside, check_sample, drops_positions, own_method, takes_cache
+from .own_steps import (
+    aside,
+    check_put_aside,
+    check_sample,
+    drops_positions,
+    own_method,
+    takes_cache,
+)
 from .planned import OWN_LOOP, Planned, check_hands_on
 from .tiles import refuse_more, whole_chunks
-from .tokens import inferred_mask, use_mask, use_tokenizer
+from .tokens import heal, inferred_mask, use_mask, use_tokenizer
 from .uncut import check_routed, shorten_mask
 from .wrappers import soft_prompt, unwrapped
 
@@ -89,8 +96,9 @@ def _run(
         if kwargs.get("streamer") is not None:
             # transformers drops a streamer that goes with custom_generate
             kwargs["kvp_streamer"] = kwargs.pop("streamer")
+    heal(attachment, kwargs, config)
     if own:
-        use_tokenizer(attachment, kwargs, config)
+        use_tokenizer(kwargs, config)
     # A cache that nobody else sees is used again, with its captured graph.
     private = given is None and own and not config.return_dict_in_generate
     batch = next((x.shape[0] for x in _inputs(kwargs)), 1)
@@ -154,14 +162,16 @@ def _run(
         kwargs["kvp_cache"] = cache
     ready = merged_config(attachment, kwargs)
     forwards = attachment.forwards
-    outer = forwards.planned, forwards.guided  # of a generate around this one
-    forwards.planned = Planned(attachment.base, ready, mode)
+    # Those of a generate around this one.
+    outer = forwards.planned, forwards.expected
+    forwards.planned = planned = Planned(attachment.base, ready, mode)
     forwards.expected = cache
-    forwards.guided = config.guidance_scale not in (None, 1)
     try:
         with attachment.ranks.one_seed(device) if draws else contextlib.nullcontext():
             positional = as_given(places, len(places), kwargs)
             output = attachment.original(*positional, **kwargs)
+        if planned.used and forwards.expected is cache:  # by a loop of the library's, without it
+            raise UnsupportedError(aside(attachment.base))
     except BaseException as error:
         if cache.columns == seen:  # nothing was read
             cache.phase, cache.boundary = phase
@@ -172,8 +182,7 @@ def _run(
             ) from error
         raise
     finally:
-        forwards.expected = None
-        forwards.planned, forwards.guided = outer
+        forwards.planned, forwards.expected = outer
         # Position ids that forwards give themselves count afterwards.
         cache.counts_positions = cache.counts_columns = cache.counts_own = False
     attachment.decoding = cache.decoding if own else f"transformers' loop: {mode.value}"
@@ -235,6 +244,8 @@ def merged_config(attachment: Attached, kwargs: dict[str, Any]) -> GenerationCon
         marks = GenerationConfig(watermarking_config=config.watermarking_config)
         config.watermarking_config = marks.watermarking_config
     config.update(**own.to_dict(), defaults_only=True)
+    # Beside penalty_alpha, transformers' default tells contrastive from greedy search.
+    config.update(top_k=own._get_default_generation_params()["top_k"], defaults_only=True)
     config.update(**kwargs)
     return config
 

@@ -10,17 +10,43 @@ from .cache import KVPolicyCache
 from .modes import ordinary
 
 
+def first_position(cache: KVPolicyCache, own: int | None) -> int:
+    """Position of a sequence's first token: the model's `own`, 0 as transformers' generate has it.
+
+    A generate that leaves position ids to the model has its own.
+
+    Raises UnsupportedError where the model's own is not known.
+    """
+    if cache.counts_positions and not cache.counts_own:
+        return 0
+    if own is None:
+        raise UnsupportedError(
+            "position_ids: this model counts positions by a rule of its own; pass them"
+        )
+    return own
+
+
 @ordinary
-def true_positions(cache: KVPolicyCache, device: torch.device, first: int = 0) -> Tensor:
-    """Position ids `[B, S]` of the open forward: each sequence's real tokens from `first`."""
+def true_positions(
+    cache: KVPolicyCache, device: torch.device, first: int = 0, counted: Tensor | None = None
+) -> Tensor:
+    """Position ids `[B, S]` of the open forward: each sequence's real tokens from `first`.
+
+    Those that are not `counted` `[B, S]` are all at the position before.
+    """
     state, layout = cache.state, cache.layout
     assert state is not None and layout is not None
     start = state.on(state.layers[0]).lengths.to(device)[:, None]
     start = start + first if first else start
     columns = layout.prompt + layout.decode
-    if layout.valid is None:
-        return start + torch.arange(columns, device=device)
-    return (start - 1 + layout.valid.to(device).long().cumsum(1)).clamp(min=first)
+    valid = None if layout.valid is None else layout.valid.to(device)
+    if counted is None:
+        if valid is None:
+            return start + torch.arange(columns, device=device)
+        return (start - 1 + valid.long().cumsum(1)).clamp(min=first)
+    known = counted if valid is None else counted & valid
+    places = (start - 1 + known.long().cumsum(1)).clamp(min=first)
+    return torch.where(counted, places, first - 1)
 
 
 @ordinary

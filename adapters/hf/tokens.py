@@ -1,4 +1,4 @@
-"""What generate does with a tokenizer, for our loop: transformers gives it to its own only."""
+"""What generate does with a tokenizer, which transformers gives to its own loops only."""
 
 from __future__ import annotations
 
@@ -13,32 +13,42 @@ from .cache import KVPolicyCache
 from .wrappers import unwrapped
 
 
-def use_tokenizer(attachment: Attached, kwargs: dict[str, Any], config: Any) -> None:
-    """Turns `stop_strings` into a stopping criterion and heals the prompt's last tokens.
+def use_tokenizer(kwargs: dict[str, Any], config: Any) -> None:
+    """Turns `stop_strings` into a stopping criterion.
 
     `kwargs` are the call's and are changed, `config` is what they merge to.
     """
     tokenizer = kwargs.pop("tokenizer", None)
     kwargs.pop("assistant_tokenizer", None)
-    stops = config.stop_strings is not None  # an empty one stops at once
-    for name, asked in (("stop_strings", stops), ("token_healing", config.token_healing)):
-        if asked and tokenizer is None:
-            raise ValueError(f"tokenizer: {name} needs the model's tokenizer, got None")
-    if stops:
-        stop = StopStringCriteria(tokenizer=tokenizer, stop_strings=config.stop_strings)
-        given = kwargs.get("stopping_criteria") or []
-        kwargs["stopping_criteria"] = StoppingCriteriaList([*given, stop])
-        kwargs["stop_strings"] = None
-    if config.token_healing:
-        name = "inputs" if kwargs.get("inputs") is not None else "input_ids"
-        ids = kwargs[name]
-        if kwargs.get("attention_mask") is None:
-            kwargs["attention_mask"] = _mask_of(ids, config)
-        base = attachment.base
-        kwargs[name] = healed = type(base).heal_tokens(_Healed(attachment), ids, tokenizer)
-        if healed.shape != ids.shape and bool(kwargs["attention_mask"].all()):
-            kwargs["attention_mask"] = torch.ones_like(healed)
-        kwargs["token_healing"] = False
+    if config.stop_strings is None:  # an empty one stops at once
+        return
+    _check(tokenizer, "stop_strings")
+    stop = StopStringCriteria(tokenizer=tokenizer, stop_strings=config.stop_strings)
+    given = kwargs.get("stopping_criteria") or []
+    kwargs["stopping_criteria"] = StoppingCriteriaList([*given, stop])
+    kwargs["stop_strings"] = None
+
+
+def heal(attachment: Attached, kwargs: dict[str, Any], config: Any) -> None:
+    """Heals the prompt's last tokens, for all loops: its columns may be others afterwards."""
+    if not config.token_healing:
+        return
+    tokenizer = kwargs.get("tokenizer")
+    _check(tokenizer, "token_healing")
+    name = "inputs" if kwargs.get("inputs") is not None else "input_ids"
+    ids = kwargs[name]
+    if kwargs.get("attention_mask") is None:
+        kwargs["attention_mask"] = _mask_of(ids, config)
+    base = attachment.base
+    kwargs[name] = healed = type(base).heal_tokens(_Healed(attachment), ids, tokenizer)
+    if healed.shape != ids.shape and bool(kwargs["attention_mask"].all()):
+        kwargs["attention_mask"] = torch.ones_like(healed)
+    kwargs["token_healing"] = False
+
+
+def _check(tokenizer: Any, name: str) -> None:
+    if tokenizer is None:
+        raise ValueError(f"tokenizer: {name} needs the model's tokenizer, got None")
 
 
 def use_mask(cache: KVPolicyCache, kwargs: dict[str, Any], config: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from kvpolicy import CachePipeline, UnsupportedError
 from kvpolicy.adapters.hf import attach
@@ -100,3 +100,24 @@ def test_guidance_beside_prompt_lookup_is_refused(llama):
         pytest.raises(UnsupportedError, match="^guidance_scale: not with"),
     ):
         llama.generate(**prompt([12]), guidance_scale=1.5, prompt_lookup_num_tokens=3, **GREEDY)
+
+
+@pytest.mark.parametrize("where", ["call", "generation_config", "model"])
+@pytest.mark.parametrize("more", [{}, {"top_k": 4}])
+def test_contrastive_search_is_refused_by_the_name_that_asks(where, more, monkeypatch):
+    """Where `top_k` is not given, transformers' default of 50 asks for it too."""
+    model, ids, asked = tiny(), prompt([12])["input_ids"], {"penalty_alpha": 0.6, **more}
+    options = {"call": asked, "generation_config": {where: GenerationConfig(**asked)}}
+    if where == "model":
+        for name, value in asked.items():
+            monkeypatch.setattr(model.generation_config, name, value)
+    with attach(model, PIPELINE) as attached:
+        cache = attached.new_cache()
+        with pytest.raises(UnsupportedError, match="^penalty_alpha: not served"):
+            model.generate(ids, max_new_tokens=3, past_key_values=cache, **options.get(where, {}))
+        assert cache.state is None
+    off = {"penalty_alpha": 0.6, "top_k": 1, "max_new_tokens": 3}  # which is greedy search
+    monkeypatch.undo()
+    plain = model.generate(ids, **off)
+    with attach(model, PIPELINE):
+        assert torch.equal(model.generate(ids, **off), plain)

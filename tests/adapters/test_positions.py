@@ -54,6 +54,27 @@ def test_models_that_count_from_their_padding_index(padded):
             assert far(said[0], plain[:, -1]) < 1e-4
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_ids_of_the_padding_index_are_not_counted(padded, masked):
+    """Whether a mask shows them or none is given, in later forwards too."""
+    ids = IDS.repeat(2, 1)
+    ids[0, 5], ids[1, :3], ids[1, 9] = 0, 0, 0
+    more = {"attention_mask": torch.ones_like(ids)} if masked else {}
+    half = {name: mask[:, :8] for name, mask in more.items()}
+    plain, cached = padded(ids, **more).logits, padded(ids[:, :8], **half)
+    after = padded(ids[:, 8:], past_key_values=cached.past_key_values, **more).logits
+    by_column = padded(ids, position_ids=torch.arange(1, 13)[None].repeat(2, 1), **more).logits
+    assert far(plain, by_column) > 0.1
+    with attach(padded, PIPELINE, **SIZES) as attached:
+        assert attached.served.probe.skips == 0
+        assert far(padded(ids, **more).logits, plain) < 1e-4
+        embeds = padded.get_input_embeddings()(ids)
+        assert far(padded(inputs_embeds=embeds).logits, by_column) < 1e-4  # of no known ids
+        cache = attached.read(ids[:, :8], *half.values())
+        assert far(padded(ids[:, 8:], past_key_values=cache, **more).logits, after) < 1e-4
+
+
 @pytest.mark.parametrize("given", [False, True])
 @torch.no_grad()
 def test_a_model_whose_generate_leaves_positions_to_it(given):

@@ -77,6 +77,38 @@ def test_token_healing(tokenizer):
         assert torch.equal(ours, plain)
 
 
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {}, {"num_beams": 2}, {"num_beams": 2, "do_sample": True},
+        {"do_sample": True, "num_return_sequences": 2}, {"prompt_lookup_num_tokens": 2},
+        {"guidance_scale": 2.0},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_healed_prompt_of_fewer_columns(tokenizer, mode, masked):
+    """Blanks at its end are no part of it, in all loops."""
+    model = tiny(bos_token_id=1)
+    model.generation_config.bos_token_id = 1
+    ids = torch.tensor([[20, 130, 140, tokenizer.get_vocab()["b"], 1, 1]])  # decodes to no more
+    options = {"max_new_tokens": 5, "do_sample": False, "tokenizer": tokenizer, **mode}
+    options |= {"attention_mask": torch.ones_like(ids)} if masked else {}
+
+    def run():
+        torch.manual_seed(3)
+        return model.generate(ids, token_healing=True, **options)
+
+    plain = run()
+    assert plain.shape[1] == 9
+    with attach(model, PIPELINE) as attached:
+        assert torch.equal(run(), plain)
+        if "prompt_lookup_num_tokens" not in mode:
+            options["past_key_values"] = cache = attached.new_cache()
+            assert torch.equal(run(), plain) and cache.columns == 8
+        with pytest.raises(ValueError, match="^tokenizer: token_healing needs"):
+            model.generate(ids, token_healing=True, **{**options, "tokenizer": None})
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 @pytest.mark.parametrize("kind", ["Lora", "PromptTuning"])

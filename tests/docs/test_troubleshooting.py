@@ -96,6 +96,17 @@ def around(call: Callable[[torch.nn.Module], object]) -> None:
         call(attached.model)
 
 
+def nested(model: torch.nn.Module, module: torch.nn.Module) -> None:
+    hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def hook(*args: object) -> None:
+        hooks.pop().remove()
+        model(IDS[:, :5])
+
+    hooks.append(module.register_forward_hook(hook))
+    model.generate(IDS, max_new_tokens=2)
+
+
 def asked_early() -> None:
     with attach(tiny_llama(), SMALL) as attached:
         attached.ask(attached.new_cache(), IDS)
@@ -188,6 +199,10 @@ RAISES: dict[str, Callable[[Path], object]] = {
     "report: nothing": lambda folder: new_cache(tiny_llama(), SMALL).report(),
     "last_report: ": lambda folder: attach(tiny_llama(), SMALL).last_report(),
     "attention without": lambda folder: around(lambda model: model.model.forward(IDS)),
+    "another forward": lambda folder: around(lambda model: nested(model, model.model.norm)),
+    "attention outside": lambda folder: around(
+        lambda model: nested(model, model.model.embed_tokens)
+    ),
     "trace: ": lambda folder: around(lambda model: torch.export.export(model, (IDS,))),
     "copy: an attached": lambda folder: copy.deepcopy(attach(tiny_llama(), SMALL).model),
     "max_tokens: a head": lambda folder: cache(CachePipeline(window=8), max_tokens=20),

@@ -22,6 +22,7 @@ class Placed:
     Attributes:
         first: the position that the model gives to a sequence's first token; None where it counts
             by no rule that is known.
+        skips: the id that such a count leaves out, at the position before `first`, if there is one.
         apart: axes of `position_ids` whose restart is a new text, by the model's own masks: 2 of
             `[B, S]`, 3 of `[4, B, S]`, whose first row counts the tokens.
     """
@@ -32,6 +33,7 @@ class Placed:
         self.apart: frozenset[int] = frozenset()
         with untouched(model):
             self.first = self._first()
+            self.skips = self._skips() if self.first else None
             count = torch.arange(PROMPT, device=tokens.device)
             places = torch.where(count < SECOND, count, count - SECOND)[None]
             for axes, given in ((2, places), (3, places.expand(4, 1, -1))):
@@ -52,6 +54,18 @@ class Placed:
                 return first
         return None
 
+    def _skips(self) -> int | None:
+        assert self.first is not None
+        pad, tokens = self.first - 1, self.tokens.clone()
+        tokens[:, SECOND] = pad
+        counted = tokens != pad
+        by_id = counted.long().cumsum(1) * counted + pad
+        own, other = self._forward(None, tokens), self._forward(by_id, tokens)
+        by_column = torch.arange(self.first, self.first + PROMPT, device=tokens.device)[None]
+        return (
+            pad if _same(own, other) and not _same(own, self._forward(by_column, tokens)) else None
+        )
+
     def _tells(self, places: Tensor) -> bool:
         self.told.clear()
         try:
@@ -67,10 +81,11 @@ class Placed:
             return self._forward(None)
         return self._forward(torch.arange(first, first + PROMPT, device=self.tokens.device)[None])
 
-    def _forward(self, places: Tensor | None) -> Tensor:
+    def _forward(self, places: Tensor | None, tokens: Tensor | None = None) -> Tensor:
+        tokens = self.tokens if tokens is None else tokens
         given = {} if places is None else {"position_ids": places}
         with named(self, OWN):
-            out = self.model(input_ids=self.tokens, use_cache=False, **given)
+            out = self.model(input_ids=tokens, use_cache=False, **given)
         found: Tensor = out[0] if getattr(out, "logits", None) is None else out.logits
         return found
 

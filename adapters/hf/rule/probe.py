@@ -147,7 +147,7 @@ def probe_in_place(model: Any, verify: bool = True) -> Probe:
     passed = _counted(model, passed, run, tokens)
     if takes_positions(model):
         placed = Placed(model, tokens)
-        passed = attrs.evolve(passed, first=placed.first, apart=placed.apart)
+        passed = attrs.evolve(passed, first=placed.first, skips=placed.skips, apart=placed.apart)
         if not passed.own:
             return passed
     carried = Carried(model, tokens)

@@ -176,6 +176,7 @@ class Probe:
         goes_on: whether a forward of several columns goes on from such states.
         first: position that a forward without position ids gives to a first token; None where it
             counts by no rule that is known.
+        skips: an id that such a forward does not count, and puts before `first`, if there is one.
         apart: axes of position ids whose restart is a new text: 2 of `[B, S]`, 3 of `[4, B, S]`.
         counts: where an attention module counts the columns of its cache by itself, as
             "file.py:line"; "" where none does, or it shows in nothing.
@@ -193,6 +194,7 @@ class Probe:
     hides: bool = True
     goes_on: bool = True
     first: int | None = 0
+    skips: int | None = None
     apart: frozenset[int] = frozenset()
     counts: str = ""
     counts_from: int = 0

@@ -12,6 +12,8 @@ from torch import nn
 
 _CONTAINERS = (dict, list, set, collections.OrderedDict)
 _CONVOLUTIONS: Any = getattr(torch.backends.cudnn, "conv")  # noqa: B009  # not in torch's types
+# Where models leave positions of the last call's images, for steps that go on from it.
+_LEFT = "rope_deltas"
 _NAME = "_attn_implementation_internal"  # of a config, behind its property `_attn_implementation`
 
 
@@ -34,6 +36,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
             # `train` of a user's module may do more than to set this.
             for module, _ in modules:
                 module.training = False
+                if isinstance(vars(module).get(_LEFT), torch.Tensor):
+                    setattr(module, _LEFT, None)
             yield
     finally:
         for backend, before in rounding:

@@ -48,17 +48,34 @@ def qwen():
     return sharp(transformers.Qwen2VLForConditionalGeneration(config))
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-def test_positions_after_an_image_are_the_models(rows):
-    model, inputs = qwen(), prompt(rows)
-    inputs |= {
+def pictured(rows):
+    inputs = prompt(rows)
+    return inputs | {
         "pixel_values": torch.randn(32 * rows, 3 * 2 * 14 * 14),
         "image_grid_thw": torch.tensor([[1, 4, 8]] * rows),
         "mm_token_type_ids": (inputs["input_ids"] == IMAGE).int(),
     }
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_positions_after_an_image_are_the_models(rows):
+    model, inputs = qwen(), pictured(rows)
     plain = model.generate(**inputs, **GREEDY)
     assert int(model.model.rope_deltas[0]) != 0  # what counting tokens would miss
     with attach(model, CachePipeline(window=5), page_size=4):
+        assert torch.equal(model.generate(**inputs, **GREEDY), plain)
+
+
+@torch.no_grad()
+def test_attaching_after_a_batch_with_images():
+    """What the model keeps of its positions is of two rows, for the steps that go on from there."""
+    model, inputs = qwen(), pictured(2)
+    model.config.rope_theta = 10001  # so that nothing is known of the configuration
+    plain = model.generate(**inputs, **GREEDY)
+    model(**inputs)
+    kept = model.model.rope_deltas
+    with attach(model, CachePipeline(window=5), page_size=4):
+        assert model.model.rope_deltas is kept and len(kept) == 2
         assert torch.equal(model.generate(**inputs, **GREEDY), plain)
 
 
