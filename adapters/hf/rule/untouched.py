@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import collections
 import contextlib
+import inspect
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _CONTAINERS = (dict, list, set, collections.OrderedDict)
 _CONVOLUTIONS: Any = getattr(torch.backends.cudnn, "conv")  # noqa: B009  # not in torch's types
-# Where models leave positions of the last call's images, for steps that go on from it.
-_LEFT = "rope_deltas"
 _NAME = "_attn_implementation_internal"  # of a config, behind its property `_attn_implementation`
 
 
@@ -21,8 +22,9 @@ _NAME = "_attn_implementation_internal"  # of a config, behind its property `_at
 def untouched(model: nn.Module) -> Iterator[None]:
     """In evaluation mode, without gradients, products in full precision; puts all back afterwards.
 
-    Puts back modes, hooks, attributes, buffers, configs, RNG and grad mode: what is set on modules
-    and configs, not what is written into a tensor in place.
+    What earlier forwards left in modules, such as `rope_deltas` of a batch with images, is set
+    aside meanwhile. Puts back modes, hooks, attributes, buffers, configs, RNG and grad mode: what
+    is set on modules and configs, not what is written into a tensor in place.
     """
     modules = [(m, _shallow(m)) for m in model.modules()]
     named = [(c, c.__dict__.get(_NAME)) for c in configs_of(model)]
@@ -36,8 +38,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
             # `train` of a user's module may do more than to set this.
             for module, _ in modules:
                 module.training = False
-                if isinstance(vars(module).get(_LEFT), torch.Tensor):
-                    setattr(module, _LEFT, None)
+                _set_aside(module)
             yield
     finally:
         for backend, before in rounding:
@@ -79,6 +80,32 @@ def all_named(model: Any, name: str) -> Iterator[None]:
     finally:
         for config, own in named:
             name_alone(config, own)
+
+
+def _set_aside(module: nn.Module) -> None:
+    """Empties what forwards leave in a module for the next: tensors that it was made without."""
+    kept = [name for name, value in vars(module).items() if isinstance(value, Tensor)]
+    if kept:
+        vars(module).update(dict.fromkeys(set(kept) & _made_without(type(module))))
+
+
+def _made_without(kind: type) -> set[str]:
+    """Attributes to which the constructors of a class give None and nothing else."""
+    given: dict[str, bool] = {}
+    for part in kind.__mro__:
+        if not issubclass(part, nn.Module) or "__init__" not in vars(part):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(part.__init__)))
+        except (OSError, TypeError, SyntaxError):  # made without a file
+            continue
+        for node in ast.walk(tree):
+            targets = getattr(node, "targets", [getattr(node, "target", None)])
+            for name in [x.attr for x in targets if isinstance(x, ast.Attribute)]:
+                value = getattr(node, "value", None)
+                none = isinstance(value, ast.Constant) and value.value is None
+                given[name] = none and given.get(name, True)
+    return {name for name, none in given.items() if none}
 
 
 def _shallow(module: nn.Module) -> dict[str, Any]:
