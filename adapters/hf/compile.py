@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...errors import PhaseError, UnsupportedError
 from .attached import Attached
+from .held_fast import hooks_of, others_in
 from .models import Served
 
 # On an attention module: [attachment's number, layer] on the CPU, and the layer's rules.
@@ -137,7 +138,8 @@ class CompiledLayers:
             if own not in functions:
                 functions[own] = _compile(f"{number}_{len(functions)}")
             module.__dict__[PLACE] = torch.tensor([number, index]), known.rules[index]
-            layer.__dict__[COMPILED] = functools.partial(_run, functions[own], self._few, layer)
+            run = functools.partial(_run, functions[own], self._few, hooks_of(layer))
+            layer.__dict__[COMPILED] = functools.partial(run, layer)
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
@@ -157,8 +159,11 @@ def make_eager(decoder: Any, known: Served) -> None:
 
 
 def _run(
-    functions: Functions, least: list[int], layer: nn.Module, *args: Any, **kwargs: Any
-) -> Any:
+    functions: Functions, least: list[int], hooks: list[Any], layer: nn.Module, *args: Any,
+    **kwargs: Any,
+) -> Any:  # fmt: skip
+    if others_in(hooks):  # dynamo sees those that were there when it traced a layer
+        return _call(layer, *args, **kwargs)
     prompt, token = functions
     hidden_states = args[0] if args else kwargs["hidden_states"]
     try:

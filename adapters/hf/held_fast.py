@@ -29,7 +29,7 @@ class HeldFast:
         # Dicts that torch and PEFT change in place: looking must cost less than what it saves.
         self._modules = [x["_modules"] for x in own]
         self._tensors = [x[kind] for x in own for kind in ("_parameters", "_buffers")]
-        self._hooks = [x[kind] for x in own for kind in ("_forward_pre_hooks", "_forward_hooks")]
+        self._hooks = hooks_of(model)
         self._tuned = [m for m in model.modules() if hasattr(m, "merged_adapters")]
         self._own, self.hooked = own, False
         self.seen = self._look()
@@ -40,8 +40,7 @@ class HeldFast:
     def _look(self) -> list[Any]:
         found: list[Any] = [id(x) for held in self._modules for x in held.values()]
         found += [_place(x) for held in self._tensors for x in held.values() if x is not None]
-        others = [n for held in _GLOBAL for n in held]
-        others += [n for held in self._hooks if held for n, x in held.items() if not _known(x)]
+        others = others_in(self._hooks)
         self.hooked = bool(others)
         found += others
         # Patched, or wrapped.
@@ -50,6 +49,17 @@ class HeldFast:
             found.append((tuple(module.active_adapters), bool(module.disable_adapters)))
             found.append((tuple(module.merged_adapters), str(getattr(module, "scaling", None))))
         return found
+
+
+def hooks_of(model: nn.Module) -> list[Any]:
+    """The dicts of forward hooks that run in a forward of a model, torch's global ones first."""
+    kinds = "_forward_pre_hooks", "_forward_hooks"
+    return [*_GLOBAL, *(module.__dict__[kind] for module in model.modules() for kind in kinds)]
+
+
+def others_in(hooks: list[Any]) -> list[int]:
+    """The hooks of others among those of `hooks_of`."""
+    return [n for held in hooks if held for n, hook in held.items() if not _known(hook)]
 
 
 def _place(x: Tensor) -> int:

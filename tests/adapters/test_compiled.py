@@ -170,6 +170,22 @@ def test_detach_restores_the_model(traced, qwen3):
     assert snapshot(qwen3) == before
 
 
+def test_hooks_of_others_run(traced, llama):
+    """Also those that come after a layer was compiled, and global ones."""
+    module, seen = llama.model.layers[1].mlp.up_proj, []
+    with attach(llama, PIPELINE, compile=True, **SIZES):
+        for register in (
+            module.register_forward_hook,
+            torch.nn.modules.module.register_module_forward_pre_hook,
+        ):
+            plain = llama.generate(**prompt([9]), max_new_tokens=5)
+            handle = register(lambda found, *rest: seen.append(found))
+            assert torch.equal(llama.generate(**prompt([9]), max_new_tokens=5), plain)
+            handle.remove()
+            assert sum(found is module for found in seen) == 5
+            seen.clear()
+
+
 def test_a_failing_layer(traced, llama):
     """The policy's own error comes out, and the cache is as it was."""
     ids = prompt([33])["input_ids"]
