@@ -87,7 +87,7 @@ class Attachment:
         pipeline.check(self.spec, self.ranks.exchange)
         if compile:
             check_compiles(self.decoder, self.served)
-        self.forwards = Forwards(self.decoder, self.ranks)
+        self.forwards = Forwards(self.base, self.decoder, self.ranks)
         self.ranks.listen()
         self.put_aside = put_aside_at(self.base)
         self.idle: dict[int, KVPolicyCache] = {}  # private caches with a captured graph, by batch

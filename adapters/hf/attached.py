@@ -21,6 +21,7 @@ class Holder(Protocol):
 
     expected: KVPolicyCache | None
     planned: Any  # see `Planned`
+    moving: list[Any]  # see `moved.counting`
 
     def holding(self) -> AbstractContextManager[None]: ...
 

@@ -30,6 +30,7 @@ from .fingerprints import model_fingerprint
 from .layout import Columns
 from .models import Served, ranks_of, served
 from .modes import exactly, in_dtype, ordinary
+from .moved import of_rows
 from .picked import indexed
 from .rank_files import part_of, write_index
 from .recurrent import States
@@ -73,6 +74,7 @@ class KVPolicyCache(Cache):
         self.counts_positions = False  # whether the real tokens seen give position ids
         self.counts_own = False  # then from where the model itself begins, not from 0
         self.counted_from: int | None = None  # where forwards of a bare loop began to count places
+        self.moved: list[Any] | None = None  # what images moved, of those who count positions
         self.counts_columns = False  # whether all columns seen do, as with soft prompts
         self.recording = False  # columns may be taken back before the next forward
         self.pieces: Any = None  # CapturedForward that is being made, around its layers' attention
@@ -311,6 +313,8 @@ class KVPolicyCache(Cache):
         new.state = state
         new.states.restore(self.states.select(list(rows)))
         new.chunks = pick(self.chunks, list(rows))
+        if self.state is not None:
+            new.moved = of_rows(self.moved, list(rows), self.state.batch)
         new.graph, new.captures = None, 0
         # Of a generate in progress, whose own forwards go on with the cache that it was given.
         new.counts_positions = new.counts_own = new.counts_columns = False
@@ -372,7 +376,7 @@ class KVPolicyCache(Cache):
     def reset(self) -> None:
         """Empties the cache and gives its pages back."""
         self.chunks, self.phase, self.boundary, self.recording = [], "prompt", None, False
-        self.counted_from = None
+        self.counted_from = self.moved = None
         self.states.reset()
         if self.state is not None:
             self.state.reset()
@@ -419,6 +423,7 @@ class KVPolicyCache(Cache):
         assert self.state is not None
         with self.ranks.together():
             chosen = select_rows(self.state, rows)
+        self.moved = of_rows(self.moved, rows, self.state.batch)
         adopt(self.state, chosen)
         self.states.restore(self.states.select(rows))
         self.chunks = pick(self.chunks, rows)

@@ -11,6 +11,7 @@ _BETWEEN = (
     "torch.", "transformers.models.", __name__, f"{__package__}.attach", f"{__package__}.forwards",
 )  # fmt: skip
 LIBRARIES = (f"{__package__}.", "transformers.")
+GENERATION = utils.__name__
 GUIDANCE = logits_process.__name__  # of the unconditional branch
 
 
@@ -19,7 +20,7 @@ def loops(name: str) -> bool:
 
     Streamers, processors, hooks and methods of a model's class may ask the model beside them.
     """
-    return name == utils.__name__ or name.startswith(f"{__package__}.")
+    return name == GENERATION or name.startswith(f"{__package__}.")
 
 
 def calling() -> str:

@@ -52,6 +52,8 @@ def continued(
         if some:
             picked = [rows[n] for n in some]
             cache = attachment.cache_for(None) if without else _read(attachment, picked, read_to)
+            if without:
+                cache.moved = [None for _ in attachment.forwards.moving]
             asked = [(*context[-1:], *more) for context, more in picked]
             found |= zip(some, _decoded(attachment, cache, asked, dtype), strict=True)
             if without:

@@ -21,12 +21,13 @@ from ...pipeline import CachePipeline
 from .arguments import as_given, by_name, by_position, check_forward, check_kinds, methods
 from .attached import Attached
 from .cache import KVPolicyCache
-from .callers import GUIDANCE, LIBRARIES, calling, loops
+from .callers import GENERATION, GUIDANCE, LIBRARIES, calling, loops
 from .compile import check_forward as check_compiled
 from .forward import Crossing, check_inputs, close_forward, inputs_of, left_out, open_forward
 from .losses import named
 from .masks import closed, opened, padding_of
 from .modes import check_transforms
+from .moved import counting, give, moved_by
 from .own_steps import aside
 from .packed import split
 from .positions import check_counted, first_position, true_positions
@@ -41,8 +42,8 @@ class Forwards:
     One thread at a time: another's forward raises.
     """
 
-    def __init__(self, decoder: nn.Module, ranks: Ranks) -> None:
-        self.ranks = ranks
+    def __init__(self, base: nn.Module, decoder: nn.Module, ranks: Ranks) -> None:
+        self.ranks, self.moving = ranks, counting(base)
         self.names = list(inspect.signature(type(decoder).forward).parameters)[1:]
         self.places = by_position(methods(decoder, "forward"))
         self.lock = threading.Lock()  # of owner
@@ -152,7 +153,7 @@ class Forwards:
         check_inputs(kwargs)
         batch, columns = ids.shape[:2]
         if cache is self.expected:
-            self.expected = None
+            self.expected, cache.moved = None, moved_by(self.moving)
             self.planned.check_columns(cache.boundary, cache.columns + columns)
         if cache.counts_positions and loops(caller) and not _several(kwargs):
             kwargs["position_ids"] = None  # as transformers counted them, by columns
@@ -221,6 +222,8 @@ class Forwards:
                 output = dataclasses.replace(output, past_key_values=None)
             if self.own and not self.held:
                 attachment.used(cache)
+            if self.calls and self.calls[-1][1] != GENERATION:
+                cache.moved = moved_by(self.moving)
             self.closed = True
             return output.to_tuple() if self.as_tuple else output
         finally:
@@ -231,6 +234,8 @@ class Forwards:
         found, caller = named(base, args, kwargs).get("past_key_values"), self._caller()
         self.calls.append((found is None, caller))
         given = self._told(base, found, caller)
+        if isinstance(given, KVPolicyCache) and caller != GENERATION:
+            give(self.moving, given.moved)
         return None if given is found else (args, {**kwargs, "past_key_values": given})
 
     def _caller(self) -> str:

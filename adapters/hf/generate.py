@@ -22,6 +22,7 @@ from .kept_logits import check_generated
 from .lengths import new_tokens
 from .masks import check_mask
 from .modes import ordinary
+from .moved import give
 from .own_steps import (
     aside,
     check_put_aside,
@@ -166,6 +167,7 @@ def _run(
     outer = forwards.planned, forwards.expected
     forwards.planned = planned = Planned(attachment.base, ready, mode)
     forwards.expected = cache
+    give(forwards.moving, cache.moved)
     try:
         with attachment.ranks.one_seed(device) if draws else contextlib.nullcontext():
             positional = as_given(places, len(places), kwargs)

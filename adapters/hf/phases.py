@@ -58,6 +58,8 @@ def read(
     ends = cuts(attachment, held, attention_mask, whole, chunk_size)
     before, last = cache.columns, cache.columns + whole
     check_put_aside(attachment.base, attachment.put_aside, before, before + ends[0], last)
+    if not cache.columns:
+        cache.moved = [None for _ in attachment.forwards.moving]
     with torch.no_grad(), attachment.forwards.holding():
         cache.begin_prompt()
         for start, stop in pairwise([0, *ends]):

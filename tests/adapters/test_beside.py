@@ -271,6 +271,37 @@ def test_positions_of_others_forwards_on_generates_cache(llama):
     torch.testing.assert_close(found, plain, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("inside", ["processor", "streamer"])
+@torch.no_grad()
+def test_column_positions_after_a_padded_forward_inside_a_generate(inside, llama):
+    """Refused as outside, in a loop of one's own and on a cache that it leaves behind."""
+    padded, made = prompt([9, 6]), []
+    step = {
+        "input_ids": padded["input_ids"][:, :1],
+        "attention_mask": torch.cat([padded["attention_mask"], torch.ones(2, 1).long()], 1),
+    }
+    columns, counted = torch.tensor([[9], [9]]), torch.tensor([[9], [6]])
+    with attach(llama, PIPELINE, **SIZES) as attached:
+
+        def loop(*_):
+            caches = [attached.new_cache() for _ in range(3)]
+            for cache in caches:
+                llama(**padded, past_key_values=cache)
+            with pytest.raises(UnsupportedError, match="^position_ids: earlier forwards"):
+                llama(**step, past_key_values=caches[0], position_ids=columns)
+            own = llama(**step, past_key_values=caches[1].fork()).logits
+            told = llama(**step, past_key_values=caches[1], position_ids=counted).logits
+            torch.testing.assert_close(told, own)
+            made.append(caches[2])
+
+        streams = Streams(llama, loop)
+        asks = {"processor": {"logits_processor": [lambda _, scores: loop() or scores]}}
+        llama.generate(IDS, **asks.get(inside, {"streamer": streams}), max_new_tokens=2)
+        assert made
+        with pytest.raises(UnsupportedError, match="^position_ids: earlier forwards"):
+            llama(**step, past_key_values=made[-1], position_ids=columns)
+
+
 class Rescores(LogitsProcessor):
     def __init__(self, model):
         self.model = model

@@ -364,3 +364,35 @@ def test_caches_that_a_model_puts_aside(phi, mode):
             with pytest.raises(UnsupportedError, match=says):
                 call()
             assert digest(cache) == before
+
+
+class Streams:
+    """Asks the model when it gets the prompt."""
+
+    def __init__(self, ask):
+        self.ask = ask
+
+    def put(self, value):
+        if value.ndim > 1:
+            self.ask()
+
+    def end(self):
+        pass
+
+
+@torch.no_grad()
+def test_who_asks_before_a_cache_is_put_aside(phi):
+    """The generation's own forward comes without a cache there, as what a streamer asks does."""
+    plain = phi.generate(LONG, **GREEDY).sequences
+    with attach(phi, PIPELINE, **SIZES) as attached:
+        for ask in (
+            lambda: phi(LONG),
+            lambda: phi.model(IDS[:1]),
+            lambda: phi.generate(LONG[:, :20], max_new_tokens=2),
+            lambda: attached.loglikelihood(IDS[:1, :5], IDS[:1, 5:9]),
+        ):
+            for mode in ({}, {"prompt_lookup_num_tokens": 2}):
+                cache = attached.new_cache()
+                options = {**GREEDY, **mode, "past_key_values": cache, "streamer": Streams(ask)}
+                assert torch.equal(phi.generate(LONG, **options).sequences, plain)
+                assert mode or cache.columns == plain.shape[1] - 1

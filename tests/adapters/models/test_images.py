@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
 
 from kvpolicy import CachePipeline, UnsupportedError
 from kvpolicy.adapters.hf import attach
+from kvpolicy.adapters.hf.continuations import continued
 
 GREEDY = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 TEXT = {
@@ -77,6 +80,67 @@ def test_attaching_after_a_batch_with_images():
     with attach(model, CachePipeline(window=5), page_size=4):
         assert model.model.rope_deltas is kept and len(kept) == 2
         assert torch.equal(model.generate(**inputs, **GREEDY), plain)
+
+
+@torch.no_grad()
+def test_texts_after_an_image_of_another_call():
+    """What the model keeps of that image's positions is no part of a context that was read."""
+    model, inputs, text = qwen(), pictured(1), prompt(1)["input_ids"] % 180
+    options = {**GREEDY, "max_new_tokens": 3, "return_dict_in_generate": True}
+    with attach(model, CachePipeline(window=5), page_size=4) as attached:
+        found = []
+        for before in (lambda: None, lambda: model(**inputs)):
+            before()
+            cache = attached.read(text[:, :14])
+            before()
+            said = [
+                attached.loglikelihood(text[:, :14], text[:, 14:]),
+                *attached.ask(cache, text[:, 14:], output_logits=True, **options).logits,
+                model(text[:, 14:], past_key_values=cache).logits,
+            ]
+            before()
+            rows = [((20,), (*range(30, 90),) * 3)]  # of more columns than one forward
+            found.append([*said, continued(attached, rows)[0].chosen])
+        model(**inputs)
+        assert int(model.model.rope_deltas) != 0  # which a text would have gone on from
+    for plain, after in zip(*found, strict=True):
+        torch.testing.assert_close(after, plain, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@torch.no_grad()
+def test_conversations_with_images_that_alternate(rows):
+    """Each goes on from its own images: by generate, in a loop, and on copies of its cache."""
+    model, inputs = qwen(), pictured(rows)
+    options = {**GREEDY, "max_new_tokens": 4}
+    turn = torch.randint(10, 180, (rows, 5), generator=torch.Generator().manual_seed(3))
+    token = turn[:, :1]
+
+    def talk(cache, between, copied):
+        ids = model.generate(**inputs, **{**options, "max_new_tokens": 1}, past_key_values=cache)
+        between()
+        ids = torch.cat([ids, turn], 1)
+        mask = torch.ones_like(ids)
+        ids = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+        between()
+        other = copied(cache)
+        model(ids[:, -1:], past_key_values=other)
+        between()
+        last = model(token, past_key_values=other).logits
+        looped = model(**inputs).past_key_values
+        between()
+        return ids, last, model(token, past_key_values=looped).logits
+
+    plain = talk(transformers.DynamicCache(config=model.config.text_config), int, copy.deepcopy)
+    with attach(model, CachePipeline(window=5), page_size=4) as attached:
+
+        def between():
+            model.generate(prompt(1)["input_ids"] % 180, **options)
+
+        found = talk(attached.new_cache(), between, lambda cache: cache.fork())
+        assert torch.equal(found[0], plain[0])
+        for one, two in zip(found[1:], plain[1:], strict=True):
+            torch.testing.assert_close(one, two, atol=1e-4, rtol=0)
 
 
 def test_tokens_of_an_image_that_see_each_other_are_refused():
