@@ -35,7 +35,7 @@ random model of every causal type of transformers {version}: {served} of {total}
   itself.
 - **captured**: whether `generate` replays decode steps as a CUDA graph, with the tokens of plain
   `generate`; **compiled**: whether dynamo traces a layer as one graph (`attach(compile=True)`), the
-  same way. Else what prevents it.
+  same way. Else what prevents it; *not checked*, for captured, without a GPU.
 - **check**, of refused types: *kinds* of layers by the config; *handle*, the model computes on its
   cached keys; *updates*, each layer caches keys once a forward and reads them; *arguments* of the
   attention function; *mask*, what a query sees; *attention*, the result of each call; *logits*;

@@ -250,7 +250,7 @@ def _tokens(model: Any) -> Tensor:
     try:
         weight = next(model.get_input_embeddings().parameters())
     except (NotImplementedError, AttributeError, StopIteration):
-        raise ModelRefused("it embeds no tokens", check="forward") from None
+        raise ModelRefused("its get_input_embeddings embeds no tokens", check="forward") from None
     config = model.config.get_text_config(decoder=True)
     size = int(getattr(config, "vocab_size", None) or weight.shape[0])
     special = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -73,10 +74,7 @@ def check_type(name: str) -> Support:
     except ModelRefused as error:
         return Support(name=name, served=False, check=error.check, reason=_reason(error))
     except Exception as error:  # a type may need a package, or fail in its own code
-        said = " ".join(str(error).split())
-        return Support(
-            name=name, served=None, reason=f"no tiny model: {type(error).__name__}: {said}"
-        )
+        return Support(name=name, served=None, reason=_unbuilt(error))
     try:
         with attach(model, CachePipeline()) as attached:
             found, aside = attached.served.probe, attached.put_aside is not None
@@ -159,6 +157,18 @@ def _child(name: str, pipe: Any) -> None:
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     os.environ["HF_HUB_OFFLINE"] = "1"
     pipe.send(check_type(name))
+
+
+def _unbuilt(error: Exception) -> str:
+    """Why there is no tiny model: the packages that it needs, where `error` is of missing ones."""
+    said = " ".join(str(error).split())
+    if isinstance(error, ImportError):
+        # transformers names packages of its own checks in sentences only.
+        packages = [error.name] if error.name else re.findall(r"requires the (\S+) library", said)
+        if packages:
+            verb = "is" if len(packages) == 1 else "are"
+            return f"needs {' and '.join(packages)}, which {verb} not installed"
+    return f"no tiny model: {type(error).__name__}: {said}"
 
 
 def _reason(error: ModelRefused) -> str:

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from .tiny_sizes import DEFAULT, HEAD_DIM, SIZES, SPECIAL
+from .tiny_sizes import DEFAULT, HEAD_DIM, SIZES, SPECIAL, WANTED
 
 # Parts of names of parameters that make scores, and of norms on queries and keys.
 _SCORES = ("q_proj", "k_proj", "query", "key", "qkv", "c_attn", "wq", "wk", "q_attn")
@@ -68,6 +68,7 @@ def shrunk(config: Any, **changes: Any) -> Any:
         for name, size in SIZES.items()
         if type(held.get(name)) in (int, float) and held[name]
     }
+    sizes |= {name: SIZES[name] for name in WANTED if name in held and held[name] is None}
     if "sliding_window" in held and held["sliding_window"] is None:
         sizes["sliding_window"] = None  # although its type may have one by default
     if isinstance(held.get("qk_rope_head_dim"), int):  # MLA

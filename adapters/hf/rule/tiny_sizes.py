@@ -15,12 +15,13 @@ def _all(names: str, value: Any) -> dict[str, Any]:
     return dict.fromkeys(names.split(), value)
 
 
-# Where a config has the field and it is neither None nor a list.
+# Where a config has the field and it is neither zero, None nor a list.
 SIZES: dict[str, Any] = {
     **_all(
         "hidden_size n_embd d_model dim emb_dim embedding_size embed_dim conv_dim block_dim", HIDDEN
     ),
     **_all("lru_width output_hidden_size pronunciation_embed_dim shape_embed_dim", HIDDEN),
+    **_all("out_hidden_size text_hidden_size", HIDDEN),  # of a tower, as wide as the text
     **_all("num_hidden_layers n_layer n_layers num_layers num_global_layers", LAYERS),
     **_all("encoder_layers vision_layers depth num_blocks conf_num_hidden_layers", 2),
     **_all("decoder_layers", 4),
@@ -44,6 +45,7 @@ SIZES: dict[str, Any] = {
     **_all("qk_nope_head_dim o_lora_rank index_head_dim", 16),
     **_all("index_n_heads", 2),
     **_all("index_topk", 4),
+    "index_kpool": 2,  # which divides the number above
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -78,6 +80,12 @@ SIZES: dict[str, Any] = {
     **_all("hidden_dropout_prob attention_probs_dropout_prob activation_dropout", 0.0),
     **_all("resid_dropout embedding_dropout attn_dropout residual_dropout", 0.0),
 }
+# Fields that are None by default, although models compute with them.
+WANTED = (
+    *("head_dim", "num_key_value_heads", "n_shared_experts", "moe_intermediate_size"),
+    *EXPERTS,
+    *CHOSEN,
+)
 # What may be narrow where attention is to stay as it is.
 INNER_SIZES = {name: size for name, size in SIZES.items() if size in (INNER, 32)}
 
@@ -87,12 +95,27 @@ _SHARING: dict[str, Any] = {"num_kv_shared_layers": 4, "layer_types": _ALTERNATI
 _GEMMA4: dict[str, Any] = {**_SHARING, "global_head_dim": 32, "num_global_key_value_heads": 1}
 _NO_INPUTS = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 _ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
-_AXES: dict[str, Any] = {"rope_parameters": {**_ROPE, "mrope_section": [4, 2, 2]}}
+
+
+def _axes(*section: int) -> dict[str, Any]:
+    """RoPE of several axes, whose channels fill half a head."""
+    return {"rope_parameters": {**_ROPE, "mrope_section": list(section)}}
+
+
+_AXES = _axes(4, 2, 2)
+_STAGES = {"patch_sizes": [4, 4], "hidden_sizes": [16, 32], "depths": [1, 1]}
+# Of timm, which needs an image size that its patches divide.
+_PERCEPTION: dict[str, Any] = {
+    "architecture": "vit_pe_core_large_patch14_336",
+    "model_args": {"embed_dim": HIDDEN, "depth": 2, "num_heads": HEADS, "img_size": [28, 28]},
+}
+_DENSE_AND_SPARSE = [*["dense"] * 4, *["sparse"] * 4]
 
 SPECIAL: dict[str, dict[str, Any]] = {
     **_all("bart marian mbart mvp pegasus plbart whisper blenderbot blenderbot-small", _BART),
     "bigbird_pegasus": _BART,
     "bamba": {"attn_layer_indices": [3, 7], "attn_rotary_emb": 8},
+    "chameleon": {"vocabulary_map": {"<image>": 150}},
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE},
@@ -103,9 +126,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "glm4v_moe_text": {
         "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
     },
+    "ernie4_5_vl_moe_text": {**_axes(3, 3, 2), "moe_intermediate_size": [32, 32]},
+    "hunyuan_vl_text": _axes(2, 2, 2, 2),
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 1.0}},
-    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "deepseek_ocr2_text": {"mlp_layer_types": _DENSE_AND_SPARSE},
     "blt": {"encoder_hash_byte_group_vocab": 128},
     "gemma3n_text": {
         **_SHARING,
@@ -117,9 +141,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {"text_config": {**_NO_INPUTS, "num_kv_shared_layers": 8}},
     "gpt_neo": {"attention_types": [[["global", "local"], 4]]},
     "gptj": {"rotary_dim": 8},
+    "granite4_vision": {"deepstack_layer_map": [[-2, 0], [-1, 2]], "downsample_rate": "2/4"},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 4},
-    "hunyuan_v1_dense": {"head_dim": 16},
-    "hunyuan_v1_moe": {"head_dim": 16, "moe_topk": 2, "num_experts": 4},
+    "inkling_vision": {"patch_size": 4},  # folded by its prime factors
     "lfm2": {"layer_types": ["conv", "full_attention"] * 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 4, "num_dense_layers": 1},
     "longcat_flash": {
@@ -132,9 +156,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "mimo_v2_flash": {"v_head_dim": 8, "swa_v_head_dim": 8},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 4},
-    "ministral": {"head_dim": 16, "layer_types": _ALTERNATING},
+    "ministral": {"layer_types": _ALTERNATING},
+    "molmo2_adapter": {"vision_feature_layer": [-1, -2]},
     "moshi": {"sliding_window": 64},
-    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
+    **_all("muse_glimmer muse_spark", {"out_hidden_size": 4 * HIDDEN}),  # patches, merged by four
+    "muse_spark_audio": {**_STAGES, "num_hidden_layers": 2},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "perception_lm": {"vision_config": _PERCEPTION},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,

@@ -18,7 +18,9 @@ POLICIES = [LocalAttention(window=WINDOW, sinks=2), RandomGate(sparsity=0.5, see
 BOUND = 1e-4  # of the logits' spread
 TEXT_DECODERS = (
     "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "internvl", "idefics3", "aya_vision", "lfm2_vl",
-    "smolvlm", "mistral3", "shieldgemma2", "glm4v", "kosmos-2.5",
+    "smolvlm", "mistral3", "shieldgemma2", "glm4v", "kosmos-2.5", "chameleon", "deepseek_ocr2",
+    "ernie4_5_vl_moe", "granite4_vision", "granite_docling", "hunyuan_vl", "molmo2",
+    "nemotron_h_omni",
 )  # fmt: skip
 
 

@@ -50,7 +50,8 @@ def test_types(name):
 
 
 def test_a_model_that_embeds_no_tokens():
-    with pytest.raises(ModelRefused, match="it embeds no tokens; only decoders are served"):
+    said = "its get_input_embeddings embeds no tokens; only decoders are served"
+    with pytest.raises(ModelRefused, match=said):
         probe(DecisionTransformerModel(DecisionTransformerConfig(hidden_size=16, n_layer=1)))
 
 

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from kvpolicy.adapters.hf.rule import support
 from kvpolicy.adapters.hf.rule.document import document
 from kvpolicy.adapters.hf.rule.support import check_type, check_types
-from kvpolicy.adapters.hf.rule.tiny import causal_types, multimodal_types
+from kvpolicy.adapters.hf.rule.tiny import causal_types, multimodal_types, tiny_model
 from kvpolicy.cli import app
+from tests.support.adapters.versions import NEWEST
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "models.md"
 
@@ -46,6 +47,37 @@ def test_a_type_that_cannot_be_built_gets_no_verdict(monkeypatch):
     assert found.served is None and found.reason == "no tiny model: ImportError: no such package"
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ModuleNotFoundError("No module named 'scipy'", name="scipy"), "needs scipy, which is"),
+        (
+            ImportError("\nA requires the PIL library but.\n\nA requires the timm library but."),
+            "needs PIL and timm, which are",
+        ),
+    ],
+)
+def test_a_package_that_a_type_needs_is_named(monkeypatch, error, said):
+    def broken(name):
+        raise error
+
+    monkeypatch.setattr(support, "tiny_model", broken)
+    found = check_type("llama")
+    assert found.served is None and found.reason == f"{said} not installed"
+
+
+@NEWEST
+@pytest.mark.slow
+@pytest.mark.parametrize("name", multimodal_types())
+def test_every_multimodal_type_has_a_tiny_model(name):
+    try:
+        model = tiny_model(name)
+    except ImportError as error:
+        assert "timm" in str(error)
+        return
+    assert sum(x.numel() for x in model.parameters()) < 2e8
+
+
 def call(*arguments):
     return CliRunner().invoke(app, ["models", *arguments], catch_exceptions=False)
 
@@ -58,13 +90,18 @@ def test_the_command_lists_types_and_refuses_others():
 
 
 def test_the_committed_table_is_of_the_installed_version():
-    """And has a line for each type."""
+    """And has a line for each type, with a verdict or the package that it would need."""
     text = DOCUMENT.read_text(encoding="utf-8")
     version = re.search(r"every causal type of transformers (\S+):", text)[1]
     served = int(re.search(r": (\d+) of \d+ are served", text)[1])
     assert served >= 119
+    causal, multimodal = text.split("## Multimodal")
+    for part, total in ((causal, served), (multimodal, int(re.search(r"(\d+) of", multimodal)[1]))):
+        assert len(lines(part.split("### Refused")[0])) == total
+        assert "no tiny model" not in part
     if version == transformers.__version__:
-        assert set(causal_types()) == set(lines(text.split("## Multimodal")[0]))
+        assert set(causal_types()) == set(lines(causal))
+        assert set(multimodal_types()) == set(lines(multimodal))
 
 
 def crash(name):
