@@ -33,6 +33,19 @@ OTHER_LOOPS = {
     "force_words_ids": "its loop is fetched from the Hub",
     "num_beam_groups": "its loop is fetched from the Hub",
 }
+# Fields that ask for a mode, where they say something.
+ASKING: dict[GenerationMode, tuple[str, ...]] = {
+    GenerationMode.SAMPLE: ("do_sample",),
+    GenerationMode.BEAM_SEARCH: ("num_beams",),
+    GenerationMode.BEAM_SAMPLE: ("num_beams",),
+    GenerationMode.ASSISTED_GENERATION: (
+        "assistant_early_exit", "use_mtp", "prompt_lookup_num_tokens",
+    ),
+    GenerationMode.DOLA_GENERATION: ("dola_layers",),
+    GenerationMode.CONTRASTIVE_SEARCH: ("penalty_alpha",),
+    GenerationMode.CONSTRAINED_BEAM_SEARCH: ("constraints", "force_words_ids"),
+    GenerationMode.GROUP_BEAM_SEARCH: ("num_beam_groups",),
+}  # fmt: skip
 # Fields that are about a cache or a compilation of transformers.
 OTHER_CACHES = {
     "cache_implementation": "the pipeline's cache is used",
@@ -79,14 +92,16 @@ def check_generate(attachment: Attached, kwargs: dict[str, Any], config: Any) ->
     mode = config.get_generation_mode(kwargs.get("assistant_model"))
     _check_loop(config, mode, kwargs)
     check_uncut(config, mode, kwargs, soft=soft_prompt(attachment.model) is not None)
+    drafted = kwargs.get("assistant_model") is not None
+    drafter = "assistant_model" if drafted else "prompt_lookup_num_tokens"
     if mode == GenerationMode.ASSISTED_GENERATION and attachment.served.probe.own:
         raise UnsupportedError(
-            "assisted generation: candidates cannot be taken back from the recurrent or "
-            f"convolutional states of {type(attachment.decoder).__name__}"
+            f"{drafter}: candidates cannot be taken back from the recurrent or convolutional "
+            f"states of {type(attachment.decoder).__name__}"
         )
     if mode == GenerationMode.ASSISTED_GENERATION and soft_prompt(attachment.model):
         raise UnsupportedError(
-            "assisted generation: not with a soft prompt, which hides where candidates begin"
+            f"{drafter}: not with a soft prompt, which hides where candidates begin"
         )
     if mode == GenerationMode.ASSISTED_GENERATION and config.guidance_scale not in (None, 1):
         raise UnsupportedError(
@@ -108,9 +123,15 @@ def _check_loop(config: GenerationConfig, mode: GenerationMode, kwargs: dict[str
             raise UnsupportedError(f"{name}: not served: {OTHER_LOOPS[name]}")
     if mode in MODES:
         return
-    asked = [name for name in OTHER_LOOPS if getattr(config, name, None) not in (None, 1)]
-    name = asked[0] if asked else str(mode.value)
+    name = asked_by(config, mode)
     raise UnsupportedError(f"{name}: not served: {OTHER_LOOPS.get(name, mode.value)}")
+
+
+def asked_by(config: GenerationConfig, mode: GenerationMode) -> str:
+    """The field of a config that asks for `mode`; for what none asks, `generate`."""
+    said = ((name, getattr(config, name, None)) for name in ASKING.get(mode, ()))
+    asked = (name for name, value in said if value is not None and value is not False)
+    return next(asked, "generate")
 
 
 def check_ahead(mask: Any, columns: int) -> None:
@@ -197,7 +218,7 @@ def check_forward(decoder: Any, layers: list[Any], kwargs: dict[str, Any]) -> No
         return
     if any(getattr(m, "gradient_checkpointing", False) and m.training for m in decoder.modules()):
         raise UnsupportedError(
-            "gradient checkpointing: it runs layers without their cache; call model.eval(), or "
+            "gradient_checkpointing: it runs layers without their cache; call model.eval(), or "
             "detach to train"
         )
     if any(module.training and getattr(module, "attention_dropout", 0) for module in layers):

@@ -37,7 +37,7 @@ from .pooled import check_pooled
 from .replay import replay
 from .short_prompts import ShortPrompts
 from .warm import Say, Warmed, line, warm
-from .wrappers import base_of, check_soft_prompt, decoder_of, unwrapped
+from .wrappers import base_of, check_decoder, check_soft_prompt, decoder_of, unwrapped
 
 # The model's hooks keep its attachment alive; nothing here keeps the model alive.
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = (
@@ -190,6 +190,7 @@ class Attachment:
     @torch.compiler.disable
     def _before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         check_transforms()
+        check_decoder(base, self.decoder)
         check_logits(base, args, kwargs)
         check_labels(base, args, kwargs)
         check_pooled(base, args, kwargs)

@@ -26,6 +26,7 @@ class Owner(Protocol):
 
     served: Served
     pieces: Any
+    layout: Any
 
     @property
     def columns(self) -> int: ...
@@ -51,7 +52,19 @@ class _Handle:
         return self
 
     @property
-    def shape(self) -> Any:
+    def of(self) -> KVRef:
+        """The handle of the keys."""
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        """Raises for an attention that takes it for a tensor."""
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(name)
+        if self.of.cache.layout is not None:  # inside a forward of the attached model
+            raise UnsupportedError(
+                f"layers: [{self.of.place}] of the attached model attend by another attention than "
+                "the pipeline's, since they were replaced; detach, change the model, attach again"
+            )
         raise PhaseError(
             "past_key_values: the model is not attached, or its attention was changed since, and a "
             "KVPolicyCache serves no other; call it as it is inside attach(model, pipeline)"
@@ -70,6 +83,10 @@ class KVRef(_Handle):
         self.wrote = False
 
     @property
+    def of(self) -> KVRef:
+        return self
+
+    @property
     def layer(self) -> int:
         """Our number of the layer."""
         assert self.place is not None
@@ -81,6 +98,10 @@ class ValueRef(_Handle):
 
     def __init__(self, keys: KVRef) -> None:
         self.keys = keys
+
+    @property
+    def of(self) -> KVRef:
+        return self.keys
 
 
 class _NoTensor:

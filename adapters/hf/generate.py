@@ -97,7 +97,7 @@ def _run(
         if kwargs.get("streamer") is not None:
             # transformers drops a streamer that goes with custom_generate
             kwargs["kvp_streamer"] = kwargs.pop("streamer")
-    heal(attachment, kwargs, config)
+    heal(attachment, kwargs, config, getattr(given, "columns", 0))
     if own:
         use_tokenizer(kwargs, config)
     # A cache that nobody else sees is used again, with its captured graph.

@@ -13,10 +13,12 @@ import attrs
 from transformers.generation import GenerationConfig, GenerationMode
 
 from ...errors import UnsupportedError
+from .arguments import asked_by
 from .attached import Attached
 
 CHECKED = "_validate_generation_mode"  # which transformers' generate calls, and nothing else
 OWN_LOOP = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE}  # which ours decodes
+BEAMS = {GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE}
 # Fields of a config by which our generate chose the loop, the rows and where the prompt ends.
 _DECIDING = {
     "num_beams": 1, "num_return_sequences": 1, "guidance_scale": 1, "prefill_chunk_size": 0,
@@ -48,7 +50,8 @@ class Planned:
             if one != other:
                 raise UnsupportedError(_changed(field, name, one, other))
         if mode != self.mode and not {mode, self.mode} <= OWN_LOOP:
-            raise UnsupportedError(_changed("generate", name, self.mode.value, mode.value))
+            field = _asked(config, mode, self.config, self.mode)
+            raise UnsupportedError(_changed(field, name, self.mode.value, mode.value))
 
     def check_columns(self, planned: int | None, columns: int) -> None:
         """The same for the columns of the first forward, where a prompt was `planned` to end."""
@@ -58,6 +61,17 @@ class Planned:
         if columns < planned or (columns > planned and not assisted):
             name = f"{type(self.model).__name__}"
             raise UnsupportedError(_changed("input_ids", name, planned, columns))
+
+
+def _asked(
+    config: GenerationConfig, mode: GenerationMode, ours: GenerationConfig, planned: GenerationMode
+) -> str:
+    """The field that asks for `mode` instead of what was `planned`, or no longer for that."""
+    if {mode, planned} == BEAMS:
+        return "do_sample"
+    field = asked_by(ours if mode in OWN_LOOP else config, planned if mode in OWN_LOOP else mode)
+    by_model = GenerationMode.ASSISTED_GENERATION in (mode, planned)
+    return "assistant_model" if field == "generate" and by_model else field
 
 
 def _changed(field: str, name: str, planned: Any, found: Any) -> str:

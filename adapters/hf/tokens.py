@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.generation import StoppingCriteriaList, StopStringCriteria
 
+from ...errors import UnsupportedError
 from .attached import Attached
 from .cache import KVPolicyCache
 from .wrappers import unwrapped
@@ -29,21 +30,34 @@ def use_tokenizer(kwargs: dict[str, Any], config: Any) -> None:
     kwargs["stop_strings"] = None
 
 
-def heal(attachment: Attached, kwargs: dict[str, Any], config: Any) -> None:
-    """Heals the prompt's last tokens, for all loops: its columns may be others afterwards."""
+def heal(attachment: Attached, kwargs: dict[str, Any], config: Any, seen: int) -> None:
+    """Heals the prompt's last tokens, for all loops: its columns may be others afterwards.
+
+    Raises UnsupportedError where transformers would go on with the columns of before, since the
+    cache has `seen` some or the prompt is cut into chunks.
+    """
     if not config.token_healing:
         return
     tokenizer = kwargs.get("tokenizer")
     _check(tokenizer, "token_healing")
-    name = "inputs" if kwargs.get("inputs") is not None else "input_ids"
+    kwargs["token_healing"] = False
+    name = next((name for name in ("inputs", "input_ids") if kwargs.get(name) is not None), None)
+    if name is None:  # embeddings, or one BOS token
+        return
     ids = kwargs[name]
     if kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = _mask_of(ids, config)
-    base = attachment.base
-    kwargs[name] = healed = type(base).heal_tokens(_Healed(attachment), ids, tokenizer)
-    if healed.shape != ids.shape and bool(kwargs["attention_mask"].all()):
+    base, before = attachment.base, ids.shape[1]
+    healed = type(base).heal_tokens(_Healed(attachment), ids, tokenizer)
+    after = healed.shape[1]
+    if after != before and (seen or config.prefill_chunk_size is not None):
+        raise UnsupportedError(
+            f"token_healing: it makes {after} columns of {before}, which is not served with a "
+            "filled cache or prefill_chunk_size; strip the text before it is tokenized"
+        )
+    kwargs[name] = healed
+    if after != before and bool(kwargs["attention_mask"].all()):
         kwargs["attention_mask"] = torch.ones_like(healed)
-    kwargs["token_healing"] = False
 
 
 def _check(tokenizer: Any, name: str) -> None:

@@ -85,6 +85,16 @@ def decoder_of(model: Any) -> Any:
     return found
 
 
+def check_decoder(model: nn.Module, attached: nn.Module) -> None:
+    """Raises UnsupportedError where a model's decoder is no longer the one that was `attached`."""
+    found = decoder_of(model)
+    if found is not attached and not any(x is attached for x in found.modules()):
+        raise UnsupportedError(
+            f"layers: the decoder of {type(model).__name__} was replaced while attached; detach, "
+            "change the model, attach again"
+        )
+
+
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module) or not hasattr(base_of(model), "config"):
         hint = f"; load it: AutoModelForCausalLM.from_pretrained({model!r})"

@@ -33,6 +33,20 @@ def repeat_attention(model):
     model.model.layers[1].self_attn = model.model.layers[0].self_attn
 
 
+def replace(model):
+    model.model.layers[1] = tiny(seed=1).model.layers[1]
+
+
+def replace_attention(model):
+    other = tiny(seed=1)
+    other.set_attn_implementation("eager")
+    model.model.layers[0].self_attn = other.model.layers[0].self_attn
+
+
+def replace_decoder(model):
+    model.model = tiny(seed=1).model
+
+
 def keys_for_values(model):
     attention = model.model.layers[0].self_attn
     update = type(attention).forward
@@ -55,6 +69,9 @@ def keys_for_values(model):
         (drop, r"layers: \[1\] of the attached model did not run"),
         (repeat, r"^layers: \[0\] of the attached model ran twice"),
         (repeat_attention, r"^layers: \[0\] of the attached model ran twice"),
+        (replace, r"^layers: \[1\] of the attached model attend by another attention"),
+        (replace_attention, r"^layers: \[0\] of the attached model attend by another attention"),
+        (replace_decoder, "^layers: the decoder of LlamaForCausalLM was replaced"),
         (keys_for_values, "value: a layer attends to other values"),
         (lambda x: x.set_attn_implementation("eager"), "attn_implementation: set to 'eager'"),
         (lambda x: x.set_attn_implementation("sdpa"), "attn_implementation: set to 'sdpa'"),

@@ -61,6 +61,26 @@ class Guessed(LlamaForCausalLM):
         return super().generate(*args, **{**kwargs, "prompt_lookup_num_tokens": 2})
 
 
+class Unguessed(LlamaForCausalLM):
+    def generate(self, *args, **kwargs):
+        return super().generate(*args, **{**kwargs, "prompt_lookup_num_tokens": None})
+
+
+class Drafted(LlamaForCausalLM):
+    def generate(self, *args, **kwargs):
+        return super().generate(*args, **{**kwargs, "assistant_model": tiny(seed=5)})
+
+
+class Contrasted(LlamaForCausalLM):
+    def generate(self, *args, **kwargs):
+        return super().generate(*args, **{**kwargs, "penalty_alpha": 0.6})
+
+
+class DrawnBeams(LlamaForCausalLM):
+    def generate(self, *args, **kwargs):
+        return super().generate(*args, **{**kwargs, "do_sample": True})
+
+
 class Attentive(LlamaForCausalLM):
     def generate(self, *args, **kwargs):
         return super().generate(*args, **{**kwargs, "output_attentions": True})
@@ -117,7 +137,9 @@ def test_a_generate_that_wraps_the_librarys(kind, given):
     ("kind", "name"),
     [
         (Beams, "num_beams"), (Several, "num_return_sequences"), (Attentive, "output_attentions"),
-        (Uncached, "use_cache"), (Guessed, "generate"), (Closed, "generate"), (Loop, "generate"),
+        (Uncached, "use_cache"), (Guessed, "prompt_lookup_num_tokens"), (Closed, "generate"),
+        (Loop, "generate"), (Drafted, "assistant_model"), (Contrasted, "penalty_alpha"),
+        (DrawnBeams, "do_sample"), (Unguessed, "prompt_lookup_num_tokens"),
     ],
 )  # fmt: skip
 def test_a_generate_that_asks_for_something_else(kind, name):
@@ -126,6 +148,7 @@ def test_a_generate_that_asks_for_something_else(kind, name):
     with attach(model, PIPELINE, **SIZES) as attached:
         before, cache = snapshot(model), attached.new_cache()
         options = {"max_new_tokens": 3} if kind is Closed else {**GREEDY, "past_key_values": cache}
+        options |= {DrawnBeams: {"num_beams": 2}, Unguessed: {name: 2}}.get(kind, {})
         with pytest.raises(UnsupportedError, match=f"^{name}: "):
             model.generate(IDS, **options)
         assert cache.state is None and snapshot(model) == before

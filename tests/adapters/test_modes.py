@@ -148,7 +148,7 @@ def test_dtypes_that_lose(llama):
 @torch.enable_grad()
 def test_train_mode_is_named():
     for extra, enable, match in (
-        ({}, True, "^gradient checkpointing"),
+        ({}, True, "^gradient_checkpointing"),
         ({"attention_dropout": 0.1}, False, "^attention_dropout"),
     ):
         model = tiny(**extra)

@@ -150,8 +150,9 @@ def test_a_soft_prompt_is_read():
         assert cache.columns == 45 and cache.report().evicted[0][0] > 0
         with pytest.raises(UnsupportedError, match="soft prompt"):
             attached.read(**context, chunk_size=4)
-        with pytest.raises(UnsupportedError, match="^assisted generation: not with a soft prompt"):
-            model.generate(input_ids=context["input_ids"], prompt_lookup_num_tokens=3)
+        for name, value in (("prompt_lookup_num_tokens", 3), ("assistant_model", tiny())):
+            with pytest.raises(UnsupportedError, match=f"^{name}: not with a soft prompt"):
+                model.generate(input_ids=context["input_ids"], **{name: value})
         with pytest.raises(UnsupportedError, match="^prefill_chunk_size: not with a soft prompt"):
             model.generate(input_ids=context["input_ids"], prefill_chunk_size=8)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from kvpolicy import CachePipeline
+from kvpolicy import CachePipeline, UnsupportedError
 from kvpolicy.adapters.hf import Request, attach
 from tests.support.adapters.models import pipelines, prompt, tiny
 from tests.support.adapters.tokenizers import letters
@@ -107,6 +107,33 @@ def test_a_healed_prompt_of_fewer_columns(tokenizer, mode, masked):
             assert torch.equal(run(), plain) and cache.columns == 8
         with pytest.raises(ValueError, match="^tokenizer: token_healing needs"):
             model.generate(ids, token_healing=True, **{**options, "tokenizer": None})
+
+
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 2}])
+def test_token_healing_without_ids(tokenizer, mode):
+    """There is nothing to heal."""
+    model = tiny(bos_token_id=1)
+    options = {"max_new_tokens": 5, "do_sample": False, "tokenizer": tokenizer, **mode}
+    embedded = model.get_input_embeddings()(prompt([9])["input_ids"])
+    plain = model.generate(inputs_embeds=embedded, token_healing=True, **options)
+    with attach(model, PIPELINE):
+        ours = model.generate(inputs_embeds=embedded, token_healing=True, **options)
+    assert torch.equal(ours, plain)
+
+
+def test_token_healing_that_changes_counted_columns(tokenizer):
+    """transformers goes on with the columns of before, so that positions move."""
+    model = tiny(bos_token_id=1)
+    model.generation_config.bos_token_id = 1
+    ids = torch.tensor([[20, 130, 140, tokenizer.get_vocab()["b"], 1, 1]])  # decodes to no more
+    options = {"max_new_tokens": 3, "token_healing": True, "tokenizer": tokenizer}
+    with attach(model, PIPELINE) as attached:
+        cache = attached.read(ids[:, :2])
+        for more in ({"prefill_chunk_size": 2}, {"past_key_values": cache}):
+            with pytest.raises(UnsupportedError, match="^token_healing: it makes 4 columns of 6"):
+                model.generate(ids, **more, **options)
+        assert cache.columns == 2
+        model.generate(ids[:, :4], past_key_values=cache, **options)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

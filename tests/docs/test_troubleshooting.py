@@ -69,6 +69,13 @@ def detached() -> None:
     model(input_ids=IDS, past_key_values=held)
 
 
+def another_decoder() -> None:
+    model = tiny_llama()
+    with attach(model, SMALL):
+        model.model = tiny_llama().model
+        model(input_ids=IDS)
+
+
 def twice() -> None:
     model = tiny_llama()
     with attach(model, SMALL):
@@ -185,6 +192,7 @@ RAISES: dict[str, Callable[[Path], object]] = {
     "block_size: ": lambda folder: attach(tiny_llama(), SMALL, block_size=4),
     "attach: the model has": lambda folder: twice(),
     "past_key_values: the model is": lambda folder: detached(),
+    "layers: the decoder": lambda folder: another_decoder(),
     "cache_implementation: ": lambda folder: generating(cache_implementation="static"),
     "use_cache=False: ": lambda folder: generating(use_cache=False),
     "attn_implementation: ": lambda folder: of_its_own_attention(),

@@ -15,7 +15,7 @@ from transformers.generation import GenerationConfig, LogitsProcessorList, StopS
 from ...._arguments import check_ids, wrong
 from ...._fields import shown
 from ....errors import UnsupportedError
-from ..arguments import check_generate
+from ..arguments import asked_by, check_generate
 from ..attached import Attached
 from ..generate import merged_config
 from ..lengths import whole
@@ -172,7 +172,8 @@ def _ids(attachment: Attached, name: str, given: Any, tokenizer: Any) -> list[in
 def _check(config: GenerationConfig) -> None:
     mode = config.get_generation_mode()
     if mode not in OWN_LOOP:
-        raise UnsupportedError(f"{mode.value}: many requests are decoded greedily or sampled")
+        name = asked_by(config, mode)
+        raise UnsupportedError(f"{name}: many requests are decoded greedily or sampled")
     for name, (plain, instead) in REFUSED.items():
         value = getattr(config, name, None)
         if value is not None and value != plain:

@@ -208,7 +208,9 @@ def test_detached_meanwhile(llama):
 
 
 BAD = [
-    ({"num_beams": 2}, "beam_search: many requests are decoded greedily or sampled"),
+    ({"num_beams": 2}, "num_beams: many requests are decoded greedily or sampled"),
+    ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens: many requests are decoded"),
+    ({"penalty_alpha": 0.6}, "penalty_alpha: not served"),
     ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences: not for one of many"),
     ({"output_scores": True}, "output_scores: not for one of many"),
     ({"guidance_scale": 2.0}, "guidance_scale"),

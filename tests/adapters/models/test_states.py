@@ -9,6 +9,7 @@ from kvpolicy import CachePipeline, RollbackError, UnsupportedError
 from kvpolicy.adapters.hf import attach, load_cache
 from kvpolicy.adapters.hf.rule.tiny import tiny_model
 from kvpolicy.store import clear, move, park, side_state, unpark
+from tests.support.adapters.models import tiny
 
 # States beside attention layers, convolutions, and both in one layer.
 KINDS = ("qwen3_5_text", "granitemoehybrid", "lfm2", "falcon_h1")
@@ -166,8 +167,9 @@ def test_what_cannot_be_undone_is_refused(model):
             cache.crop(-1)
         with pytest.raises(UnsupportedError, match="after a sequence's first token"):
             model(input_ids=ids, attention_mask=right)
-        with pytest.raises(UnsupportedError, match="assisted generation: .* states of"):
-            model.generate(input_ids=ids[:1], prompt_lookup_num_tokens=2, **GREEDY)
+        for name, value in (("prompt_lookup_num_tokens", 2), ("assistant_model", tiny())):
+            with pytest.raises(UnsupportedError, match=f"^{name}: .* states of"):
+                model.generate(input_ids=ids[:1], **{name: value}, **GREEDY)
         hidden = torch.cat([mask, mask[:, :3]], 1)
         hidden[0, 12] = 0
         with pytest.raises(UnsupportedError, match="hides columns after the first forward"):

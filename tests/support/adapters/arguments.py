@@ -146,7 +146,7 @@ CONFIG = {
     "output_logits": Honoured(True, DICT),
     "output_scores": Honoured(True, DICT),
     "pad_token_id": Honoured(5, {**TWO, "eos_token_id": MANY, "max_new_tokens": 20}),
-    "penalty_alpha": Refused(0.6, {"top_k": 4}),
+    "penalty_alpha": Refused(0.6),
     "prefill_chunk_size": Elsewhere("test_neutral.py::test_tokens"),
     "prompt_lookup_num_tokens": Elsewhere("test_neutral.py::test_assisted"),
     "remove_invalid_values": Inert(True),
