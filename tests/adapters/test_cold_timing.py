@@ -52,7 +52,7 @@ def test_an_error_closes_it(timers: list[str]) -> None:
 
 def test_only_single_tokens_are_timed_so(timers: list[str]) -> None:
     for columns in (2, 1):
-        compiled._run((tune, tune), torch.nn.Identity(), torch.zeros(1, columns, 4))
+        compiled._run((tune, tune), [0], [], torch.nn.Identity(), torch.zeros(1, columns, 4))
     assert timers == ["InductorBenchmarker", "TritonBenchmarker"]
 
 
