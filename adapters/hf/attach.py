@@ -90,7 +90,7 @@ class Attachment:
         self.forwards = Forwards(self.base, self.decoder, self.ranks)
         self.ranks.listen()
         self.put_aside = put_aside_at(self.base)
-        self.idle: dict[int, KVPolicyCache] = {}  # private caches with a captured graph, by batch
+        self.idle: dict[int, KVPolicyCache] = {}  # private caches to use again, by batch
         self.decoding = "not yet"  # how the last generate decoded, and why not captured
         self._given: Callable[..., Any] | None = None  # a `generate` of the model object's own
         self.names = ConfigNames(self.base, self.decoder, self.layers)

@@ -16,7 +16,7 @@ from ...errors import KVPolicyError
 from .cache import KVPolicyCache
 from .columns import take_back
 from .compile import PLACE
-from .held_fast import HOOKED, HeldFast
+from .held_fast import HOOKED, HeldFast, hooks_of, others_in
 from .own_steps import OwnSteps
 from .wrappers import takes_positions
 
@@ -147,7 +147,7 @@ class Stepper:
         self.reason = own.reason if own else why_not(model, cache, records, room)
         if cache.graph is not None and not cache.graph.held.still():
             cache.graph = None
-        if self.reason is None and cache.graph is None and HeldFast(model).hooked:
+        if self.reason is None and cache.graph is None and others_in(hooks_of(model)):
             self.reason = HOOKED
         self._agree()
         self.captured = self.reason is None

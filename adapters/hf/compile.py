@@ -138,8 +138,9 @@ class CompiledLayers:
             if own not in functions:
                 functions[own] = _compile(f"{number}_{len(functions)}")
             module.__dict__[PLACE] = torch.tensor([number, index]), known.rules[index]
-            run = functools.partial(_run, functions[own], self._few, hooks_of(layer))
-            layer.__dict__[COMPILED] = functools.partial(run, layer)
+            layer.__dict__[COMPILED] = functools.partial(
+                _run, functions[own], self._few, hooks_of(layer), layer
+            )
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:

@@ -176,9 +176,8 @@ class Forwards:
         self.cache, self.as_tuple = cache, as_tuple
         self.own, self.kept = given is None, kept
         told = kwargs.get("position_ids") is not None or "position_ids" not in self.names
-        by_columns = (
-            caller == GUIDANCE or soft_prompt(attachment.model) is not None
-        )  # as PEFT counts
+        # As the unconditional branch counts, and PEFT.
+        by_columns = caller == GUIDANCE or soft_prompt(attachment.model) is not None
         if not told and not texts and not by_columns:
             first = first_position(cache, probe.first)
             given_ids, skips = kwargs.get("input_ids"), probe.skips if first else None

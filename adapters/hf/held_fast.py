@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 _PLAIN = (Tensor, nn.Parameter)
 _GLOBAL = (
-    torch.nn.modules.module._global_forward_pre_hooks,
-    (torch.nn.modules.module._global_forward_hooks),
+    nn.modules.module._global_forward_pre_hooks,
+    nn.modules.module._global_forward_hooks,
 )
 _KNOWN = __name__.rpartition(".")[0], "transformers.utils.output_capturing"
 HOOKED = "hooks of others run, which a graph would leave out"
@@ -73,4 +73,6 @@ def _place(x: Tensor) -> int:
 
 def _known(hook: Any) -> bool:
     """Whether a hook is ours, or of transformers, whose own keep what only eager steps ask for."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
     return str(getattr(hook, "__module__", "")).startswith(_KNOWN)

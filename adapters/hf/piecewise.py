@@ -106,7 +106,7 @@ class CapturedForward:
         self, forward: Callable[..., Any], cache: KVPolicyCache, kwargs: dict[str, Any],
         columns: int, pool: Any,
     ) -> None:  # fmt: skip
-        self.columns, self.pool = columns, pool
+        self.pool = pool
         self.graphs: list[Any] = []
         self.cuts: list[Cut] = []
         self.inputs = {name: _padded(x, name, columns) for name, x in told_of(kwargs).items()}

@@ -32,12 +32,9 @@ LENGTHS = (30, 21, 33, 64, 65, 40, 100, 2, 31)
 @contextlib.contextmanager
 def pieces():
     """Piecewise graphs: those of the device, or what stands for them without one."""
-    with mock.patch.object(compiling, "FEW", FEW):  # else these tests compile short prompts
-        if CUDA:
-            yield
-        else:
-            with traced(), recorded():
-                yield
+    short = mock.patch.object(compiling, "FEW", FEW)  # else these tests compile short prompts
+    with short, traced(), contextlib.nullcontext() if CUDA else recorded():
+        yield
 
 
 def ids(length, seed=None):

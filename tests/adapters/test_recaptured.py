@@ -5,15 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvpolicy import CachePipeline
+from kvpolicy import CachePipeline, LocalAttention
 from kvpolicy.adapters.hf import attach, capture
-from kvpolicy.adapters.hf.held_fast import HOOKED
+from kvpolicy.adapters.hf.held_fast import HOOKED, hooks_of, others_in
+from kvpolicy.adapters.hf.rule.tiny import tiny_model
 from tests.support.adapters.models import pipelines, prompt, tiny
 from tests.support.adapters.rehearsed import rehearsed
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"  # asked for by PEFT
 )
+
+
+class Before(LocalAttention):
+    """Asks for keys before RoPE."""
+
+    needs = frozenset({"key_pre"})
 
 
 def lora():
@@ -128,3 +135,12 @@ def test_hooks_that_transformers_keeps_are_no_others():
         assert any(module._forward_hooks for module in model.model.layers)
         model.generate(**prompt([9]), max_new_tokens=8)
         assert attached.decoding == "captured"
+
+
+@pytest.mark.parametrize("name, changes", [("llama", {}), ("olmo", {"clip_qkv": 0.5})])
+def test_hooks_of_ours_are_no_others(name, changes):
+    """Whatever they keep: outputs of a submodule, or by what keys are rotated back."""
+    model = tiny_model(name, **changes).eval()
+    with attach(model, CachePipeline(admission=Before(window=5))):
+        hooks = hooks_of(model)
+        assert sum(map(len, hooks)) > 4 and not others_in(hooks)
